@@ -1,0 +1,62 @@
+# `make help` lists what there is. Works from any folder: make -C PATH, or make -f PATH/Makefile.
+
+HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
+
+ifneq ($(HERE),$(CURDIR))
+
+.PHONY: help sweep ui test clean
+help sweep ui test clean:
+	@$(MAKE) --no-print-directory -C "$(HERE)" $@
+
+else
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && { echo $$python; exit; }; \
+	done; echo python3)
+CONFIG ?= configs/demo.yaml
+PORT ?= 4200
+BIN := .venv/bin
+
+# Nothing is sent to anybody, and no test finds a server that it was not told of.
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help sweep ui test clean
+
+help:
+	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
+	@echo "             CONFIG=$(CONFIG): which sweep"
+	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT)"
+	@echo "make test    lint, check types, run the tests"
+	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
+	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"
+
+sweep: .venv/.installed
+	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
+	@$(BIN)/python -m flows.local sweep --config "$(CONFIG)"
+
+ui: .venv/.installed
+	@$(BIN)/python -m flows.local up --port $(PORT)
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build ./*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || { \
+		echo "Python 3.11 to 3.14 is needed, and $(PYTHON) is not: $$($(PYTHON) --version 2>&1). Name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Installing into .venv (only the first time, and after a change of pyproject.toml or constraints.txt) ..."
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[trl,test]'
+	@touch $@
+
+endif

@@ -1,0 +1,211 @@
+"""What a user asks for: frozen, typed, bounded, described; an unknown key is an error.
+
+The names of the batch and generation keys are those that researchers of this field have in their files already.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from entropy_core.errors import ConfigError
+from entropy_core.numerics.advantages import Loss
+from entropy_core.numerics.first_order import Baseline
+from entropy_core.numerics.importance import Estimator
+from entropy_core.numerics.uncertainty import Normalization
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """A part of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PolicyConfig(Section):
+    """How the checkpoint's weights are computed with."""
+
+    dtype: Literal["float32", "float64"] = Field(
+        "float32", description="Number format of every forward and derivative pass; narrower weights are widened."
+    )
+    attn_implementation: Literal["eager"] = Field(
+        "eager", description="Attention kernel: one that has a forward-mode derivative."
+    )
+
+
+class BatchConfig(Section):
+    """The evaluation batch E and the update batch U."""
+
+    E_sampling_mode: Literal["replacement", "distinct"] = Field(
+        "replacement",
+        description="E: prompts drawn with replacement, one response each; or distinct prompts with G responses each.",
+    )
+    E_total_sequences: int = Field(4096, ge=2, le=10_000_000, description="Sequences in E (replacement mode).")
+    E_batch_seed: Seed = Field(42, description="Seed of E; the same seed gives the same draws at every checkpoint.")
+    B_E_values: list[Annotated[int, Field(ge=1)]] = Field(
+        [512], min_length=1, max_length=1, description="Distinct prompts in E (distinct mode only)."
+    )
+    B_U: int = Field(64, ge=2, description="Distinct prompts in U, the batch that the optimizer step is taken on.")
+    G: int = Field(8, ge=2, description="Responses per prompt in U (and in E in distinct mode).")
+    U_batch_seed: Seed = Field(42, description="Seed of U.")
+    dataset_name: str = Field("arithmetic", min_length=1, description="Prompt pool: a known name, or a .jsonl file.")
+    split: str = Field("train", description="Split of the pool, for E and U alike.")
+    E_split: str = Field("", description="Split for E; empty: `split`.")
+    U_split: str = Field("", description="Split for U; empty: `split`.")
+    prompt_column: str = Field("prompt", description="Column that holds the prompt.")
+    add_special_tokens: bool = Field(False, description="Let the tokenizer add its special tokens to a prompt.")
+
+
+class SamplingConfig(Section):
+    """The law that is sampled, scored and differentiated: softmax(z/τ), nothing cut off."""
+
+    temperature: float = Field(1.0, gt=0, le=100, description="τ, applied before the softmax everywhere.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Must be 1: the sampled and the scored law must be the same.")
+    max_new_tokens: int = Field(64, ge=1, le=1_000_000, description="A response is cut here if no EOS came.")
+    do_sample: Literal[True] = Field(True, description="Entropy of a greedy policy is not estimated.")
+    gen_batch_size: int = Field(512, ge=1, description="Sequences decoded together; does not change the result.")
+    tf_batch_size: int = Field(256, ge=1, description="Sequences per teacher-forced pass; does not change the result.")
+
+    @model_validator(mode="after")
+    def _whole_law(self) -> Self:
+        if self.top_p < 1:
+            raise ValueError(
+                f"top_p is {self.top_p}, but E must be sampled from the policy itself: under a cut-off law the "
+                "entropy and its derivative are those of another policy. Set top_p: 1.0"
+            )
+        return self
+
+
+class UpdateConfig(Section):
+    """The optimizer step whose effect is predicted. What a checkpoint does not record has the trainer's default."""
+
+    loss: Loss = Field("grpo", description="Objective: its advantage and its length normalisation.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Global-norm gradient clipping; 0 switches it off.")
+    learning_rate: float = Field(0.0, ge=0, description="Nominal learning rate; 0: the one saved in the checkpoint.")
+    reward: str = Field(
+        "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
+    )
+
+
+class ImportanceConfig(Section):
+    """The step sizes at which the real change ΔH is measured."""
+
+    etas: list[float] = Field(
+        [0.0, 0.01, 0.1, 0.3, 1.0, 3.0], min_length=1, description="Step sizes, in the unit below; 0 is exact."
+    )
+    eta_unit: Literal["learning_rate", "absolute"] = Field(
+        "learning_rate", description="Whether step sizes are multiples of the checkpoint's learning rate."
+    )
+    estimators: list[Estimator] = Field(
+        ["per_decision", "snis"], min_length=1, description="Estimators of ΔH; each gets its own rows."
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        bad = [eta for eta in self.etas if not math.isfinite(eta)]
+        if bad:
+            raise ValueError(f"step sizes must be finite numbers, got {bad}")
+        if len(set(self.etas)) < len(self.etas):
+            raise ValueError(f"step sizes are listed twice in {self.etas}")
+        return self
+
+
+class VarianceConfig(Section):
+    """How the cached per-token columns are turned into estimates and intervals; needs no model."""
+
+    confidence_level: float = Field(0.95, gt=0, lt=1, description="Of every interval.")
+    baseline: Baseline = Field("time_loo", description="Baseline of the reward-to-go, from the other sequences.")
+    cluster: Literal["none", "prompt"] = Field(
+        "none", description="Units of E: sequences (target: the pool) or prompts (target: prompts like these)."
+    )
+    normalizations: list[Normalization] = Field(
+        ["per_token", "per_sequence"], min_length=1, description="Entropy per token, per sequence, or both."
+    )
+
+
+class ExecutionConfig(Section):
+    """How the work is done; nothing here changes a result."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the policy runs.")
+    shard_size: int = Field(1024, ge=1, description="Sequences per shard, the unit of caching and of resuming.")
+    head_chunk_rows: int = Field(4096, ge=1, description="Positions whose logits exist at one time.")
+    artifacts: str = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
+
+
+class ProbeConfig(Section):
+    """One sweep: which checkpoints, which batches, which step sizes."""
+
+    name: str = Field("probe", pattern=r"^[A-Za-z0-9_.-]+$", description="Begins the names of the results.")
+    checkpoints: list[str] = Field(
+        min_length=1, description="Checkpoint directories; patterns such as runs/grpo/checkpoint-* are expanded."
+    )
+    policy: PolicyConfig = PolicyConfig()
+    batch_config: BatchConfig = BatchConfig()
+    generation: SamplingConfig = SamplingConfig()
+    update: UpdateConfig = UpdateConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    variance: VarianceConfig = VarianceConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @property
+    def store_root(self) -> Path:
+        """Folder of the store."""
+        return Path(self.execution.artifacts)
+
+
+class VarianceRequest(Section):
+    """The statistics of a recorded sweep, again, with other settings; from cached batches alone."""
+
+    run: str = Field("latest", min_length=1, description="Id of a recorded sweep, or latest.")
+    artifacts: str = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
+    variance: VarianceConfig = VarianceConfig()
+
+
+def parse_config(values: Any, source: str = "the configuration") -> ProbeConfig:
+    """A `ProbeConfig` from plain values.
+
+    Args:
+        values: nested dictionaries as YAML gives them.
+        source: how to call them in an error.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: on an unknown key, a missing one, or a value out of range; names each of them.
+    """
+    try:
+        return ProbeConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{source} has {error.error_count()} wrong value(s): {_summary(error)}",
+            way_out="correct the named keys; README.md lists all of them",
+        ) from None
+
+
+def load_config(path: Path | str) -> ProbeConfig:
+    """A `ProbeConfig` from a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds a wrong value.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})", way_out="give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {problem}", way_out="correct the file") from None
+    return parse_config(values, str(path))
+
+
+def _summary(error: ValidationError) -> str:
+    entries = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        unknown = item["type"] == "extra_forbidden"
+        entries.append(f"{where}: {'unknown key' if unknown else item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(entries)

@@ -1,0 +1,447 @@
+"""The demo run: a trainer's checkpoints to probe, made from nothing in about 40 seconds of one core.
+
+    python -m entropy_core.demo --out artifacts/demo-run
+
+A Llama of about 100,000 parameters with a tokenizer of one character per token learns addition (`arithmetic.py`):
+first by supervised steps, until it is right about two times in five, then by TRL's GRPO, which saves its checkpoints as
+it always does:
+
+    artifacts/demo-run/
+      checkpoint-6/ -12/ …   model.safetensors, config.json, tokenizer.json, optimizer.pt, trainer_state.json, …
+      demo.json              written last: settings, versions, and per checkpoint what the trainer logged
+
+Everything is drawn from `DemoSettings.seed`: the same settings, library versions and processor give the same weights.
+Nothing is read from or sent to the network. torch, transformers and trl are imported when they are needed, so that
+finding a finished run takes no time.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from filelock import FileLock
+
+from entropy_core.arithmetic import CHARACTERS, exact_match, problems
+from entropy_core.errors import ConfigError, ProbeError, StoreError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD, EOS = "<pad>", "<eos>"
+MANIFEST = "demo.json"
+
+_LIBRARIES = ("torch", "transformers", "trl")
+_IGNORED = -100  # the label that a cross-entropy skips
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo run is made with; a run is reused only for equal settings.
+
+    Args:
+        seed: of the weights, the batches and the sampled responses.
+        hidden_size: of the policy; a multiple of `heads`.
+        layers: of the policy.
+        heads: attention heads.
+        intermediate_size: width of the gated feed-forward layers.
+        warm_problems: problems that the supervised steps draw from, with replacement.
+        warm_steps: supervised AdamW steps.
+        warm_batch: problems per supervised step.
+        warm_learning_rate: peak learning rate of the supervised steps.
+        prompts: problems that GRPO draws from.
+        prompts_per_step: prompts per GRPO step (B_U).
+        generations: responses per prompt.
+        max_new_tokens: longest response; the longest right one has 26 tokens with its end.
+        steps: GRPO steps, one optimizer step each, on fresh responses.
+        save_every: GRPO steps between checkpoints.
+        learning_rate: of GRPO's AdamW, constant.
+        weight_decay: of GRPO's AdamW.
+
+    Raises:
+        ConfigError: a number is not positive, `heads` does not divide `hidden_size`, a prompt has one response,
+            or no checkpoint would be saved.
+    """
+
+    seed: int = 0
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 4
+    intermediate_size: int = 160
+    warm_problems: int = 8192
+    warm_steps: int = 240
+    warm_batch: int = 48
+    warm_learning_rate: float = 4e-3
+    prompts: int = 512
+    prompts_per_step: int = 16
+    generations: int = 8
+    max_new_tokens: int = 32
+    steps: int = 30
+    save_every: int = 6
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value <= 0 and name != "seed":
+                raise ConfigError(f"The demo run's {name} is {value}", way_out="give a positive number")
+        if self.hidden_size % self.heads:
+            raise ConfigError(
+                f"The demo run's {self.heads} heads do not divide its hidden size {self.hidden_size}",
+                way_out="give a hidden size that is a multiple of the heads",
+            )
+        if self.generations < 2:
+            raise ConfigError(
+                "The demo run draws one response per prompt",
+                cause="an advantage compares the responses of one prompt",
+                way_out="give two generations or more",
+            )
+        if self.steps < self.save_every:
+            raise ConfigError(
+                f"The demo run would save no checkpoint: {self.steps} steps, one checkpoint every {self.save_every}",
+                way_out="lower save_every",
+            )
+
+
+def build_tokenizer() -> "PreTrainedTokenizerFast":
+    """The tokenizer: one token per character of `arithmetic.CHARACTERS`, and separate padding and end tokens.
+
+    It adds nothing to a text, pads on the left, and refuses a character outside the vocabulary.
+
+    Returns:
+        A fast tokenizer; id 0 is padding, id 1 the end of a sequence.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
+    characters = Tokenizer(models.WordLevel(vocabulary))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(settings: DemoSettings) -> "LlamaForCausalLM":
+    """The policy before any training: a small Llama with random float32 weights and an untied output head.
+
+    Args:
+        settings: the shape and the seed. The global random state is left as it was.
+
+    Returns:
+        The model, in training mode.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(CHARACTERS) + 2,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        intermediate_size=settings.intermediate_size,
+        max_position_embeddings=64,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return LlamaForCausalLM(config)
+
+
+def make_demo_run(out: Path, settings: DemoSettings = DemoSettings()) -> Path:
+    """Makes the demo run, or finds it made.
+
+    The run appears under `out` whole or not at all: it is made in a sibling directory and renamed. What it does is
+    printed. The trainer seeds the global generators of Python and NumPy; torch's are left as they were.
+
+    Args:
+        out: the run directory to make.
+        settings: what to make it with.
+
+    Returns:
+        `out` as an absolute path; it holds `checkpoint-*` directories and `demo.json`.
+
+    Raises:
+        ProbeError: trl is not installed.
+        StoreError: `out` holds a run made otherwise or something that is no demo run, or cannot be written.
+    """
+    out = Path(os.path.abspath(out))
+    identity = {"settings": asdict(settings), "versions": _versions()}
+    if _is_complete(out, identity):
+        print(f"{out} already holds this demo run: nothing to do")
+        return out
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(out.with_name(f".{out.name}.lock")):
+            if _is_complete(out, identity):
+                print(f"{out} holds this demo run, made meanwhile: nothing to do")
+                return out
+            _replace(out, settings, identity)
+    except OSError as error:
+        raise StoreError(
+            f"{out} cannot be written: {error}",
+            cause="a full disk, missing permissions, or a file in the way",
+            way_out="free that path or choose another one",
+        ) from error
+    print(f"{out} is ready")
+    return out
+
+
+def _replace(out: Path, settings: DemoSettings, identity: dict[str, Any]) -> None:
+    """Makes the run beside `out`, then puts it in the place of what is there: nothing, or an incomplete run."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+    partial.mkdir()
+    try:
+        _train(partial, settings, identity)
+        if out.exists():
+            print(f"{out} holds an incomplete demo run, which is replaced")
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _train(run: Path, settings: DemoSettings, identity: dict[str, Any]) -> None:
+    """Fills `run` with the checkpoints and, last, the manifest."""
+    import torch
+
+    started = time.monotonic()
+    tokenizer, model = build_tokenizer(), build_model(settings)
+    size = sum(p.numel() for p in model.parameters())
+    print(
+        f"a policy of {size:,} parameters, {len(tokenizer)} tokens; {settings.warm_steps} supervised steps", flush=True
+    )
+    with torch.random.fork_rng(devices=[]), _quiet():
+        loss = _warm_start(model, tokenizer, settings)
+        print(f"loss {loss:.3f} nats per token after {time.monotonic() - started:.0f} s", flush=True)
+        print(
+            f"{settings.steps} GRPO steps of {settings.prompts_per_step} x {settings.generations} responses", flush=True
+        )
+        log = _grpo(model, tokenizer, run, settings)
+    rows = [_row(log[step - 1]) for step in range(settings.save_every, settings.steps + 1, settings.save_every)]
+    print("each row: the responses drawn for that step, before its update; the checkpoint is what came out of it")
+    for row in rows:
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    files = {str(p.relative_to(run)): p.stat().st_size for p in sorted(run.rglob("*")) if p.is_file()}
+    manifest = {**identity, "parameters": size, "checkpoints": rows, "files": files}
+    (run / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    print(f"{time.monotonic() - started:.0f} s in all")
+
+
+def _warm_start(model: Any, tokenizer: Any, settings: DemoSettings) -> float:
+    """Supervised AdamW on worked solutions; returns the last loss, in nats per response token."""
+    import torch
+
+    ids, labels = _supervised(tokenizer, settings.warm_problems)  # [problems, tokens] each
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warm_learning_rate, betas=(0.9, 0.95))
+    rise = max(settings.warm_steps // 8, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, 2 * (settings.warm_steps - step) / settings.warm_steps, 1.0)
+    )
+    draws = torch.Generator().manual_seed(settings.seed)
+    for _ in range(settings.warm_steps):
+        rows = torch.randint(len(ids), (settings.warm_batch,), generator=draws)
+        # no attention mask: the padding is on the right and its labels are ignored
+        logits = model(input_ids=ids[rows]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=_IGNORED
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def _supervised(tokenizer: Any, size: int) -> tuple[Any, Any]:
+    import torch
+
+    ids, labels = [], []
+    for problem in problems("train", size):
+        prompt = tokenizer(problem["prompt"])["input_ids"]
+        response = [*tokenizer(problem["solution"])["input_ids"], tokenizer.eos_token_id]
+        ids.append(torch.tensor(prompt + response))
+        labels.append(torch.tensor([_IGNORED] * len(prompt) + response))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id), pad(
+        labels, batch_first=True, padding_value=_IGNORED
+    )
+
+
+def _grpo(model: Any, tokenizer: Any, run: Path, settings: DemoSettings) -> list[dict[str, float]]:
+    """TRL's trainer on the exact-match reward; returns what it logged, one entry per step."""
+    import huggingface_hub.constants
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    config = GRPOConfig(
+        output_dir=str(run),
+        seed=settings.seed,
+        max_steps=settings.steps,
+        save_steps=settings.save_every,
+        save_strategy="steps",
+        # one optimizer step per batch of fresh responses: nothing is off-policy, no ratio is ever clipped
+        per_device_train_batch_size=settings.prompts_per_step * settings.generations,
+        gradient_accumulation_steps=1,
+        steps_per_generation=1,
+        num_iterations=1,
+        num_generations=settings.generations,
+        max_completion_length=settings.max_new_tokens,
+        # the whole vocabulary, unscaled: the law that is sampled is the policy itself
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=None,
+        repetition_penalty=1.0,
+        loss_type="grpo",
+        scale_rewards="group",
+        beta=0.0,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=settings.weight_decay,
+        optim="adamw_torch",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,  # trl's default is True
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    columns = ("prompt", "answer")
+    dataset = Dataset.from_list([{c: p[c] for c in columns} for p in problems("train", settings.prompts)])
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True):  # trl reports each run
+        trainer = GRPOTrainer(
+            model=model, reward_funcs=exact_match, args=config, train_dataset=dataset, processing_class=tokenizer
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    (run / "README.md").unlink(missing_ok=True)  # trl's model card
+    return trainer.state.log_history
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """One thread, no progress bars, and not the warnings that trl 1.16 causes by transformers' older names."""
+    import torch
+    from transformers.utils import logging
+
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(1)  # sums do not depend on the number of cores; a policy this small gains nothing from more
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
+                warnings.filterwarnings("ignore", f"`{name}` is deprecated", category=FutureWarning)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _row(entry: dict[str, float]) -> dict[str, float]:
+    return {
+        "step": entry["step"],
+        "reward": entry["reward"],
+        "entropy": entry["entropy"],
+        "zero_variance_groups": entry["frac_reward_zero_std"],
+        "mean_length": entry["completions/mean_length"],
+        "grad_norm": entry["grad_norm"],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:2]))}
+    for library in _LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            raise ProbeError(
+                f"The demo run needs {library}, which is not installed",
+                cause="entropy-probe was installed without its trl extra",
+                way_out="pip install -e '.[trl]'",
+            ) from None
+    return found
+
+
+def _is_complete(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether `out` is this run, whole.
+
+    False where there is nothing, an empty directory, or a demo run with a file missing or short. Raises StoreError for
+    a run made otherwise and for what is no demo run, so that neither is ever deleted.
+    """
+    if not out.exists():
+        return False
+    if not out.is_dir() or any(p.name != MANIFEST and not p.name.startswith("checkpoint-") for p in out.iterdir()):
+        raise StoreError(
+            f"{out} exists and is no demo run",
+            cause="the path belongs to something else",
+            way_out="choose another --out",
+        )
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        was = {**manifest["settings"], **manifest["versions"]}
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # the manifest is written last: without a sound one the run is incomplete
+    now = {**identity["settings"], **identity["versions"]}
+    if was != now:
+        differing = (f"{k} {was.get(k)} and not {now.get(k)}" for k in {**now, **was} if was.get(k) != now.get(k))
+        raise StoreError(
+            f"{out} holds a demo run made with {', '.join(differing)}",
+            cause="other settings, or a library upgraded since",
+            way_out="choose another --out, or delete that directory",
+        )
+    return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in files.items())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line.
+
+    Args:
+        arguments: without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 1 where a `ProbeError` was printed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m entropy_core.demo", description="Make a small GRPO run whose checkpoints can be probed."
+    )
+    parser.add_argument("--out", type=Path, default=Path("artifacts/demo-run"), help="run directory (%(default)s)")
+    try:
+        make_demo_run(parser.parse_args(arguments).out)
+    except ProbeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

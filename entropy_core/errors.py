@@ -1,0 +1,76 @@
+"""What can go wrong, and what to do about it.
+
+    ProbeError
+    ├── ConfigError        the request is wrong: an unknown key, a value out of range, a pool too small
+    ├── CheckpointError    a checkpoint directory cannot be probed as it is
+    ├── PromptError        a dataset or a prompt file cannot be read
+    ├── RewardError        a reward function raised, or returned something that is not a list of finite numbers
+    ├── StoreError         an artifact is missing, or the store cannot be written
+    └── NonFiniteError     a NaN or an infinity appeared; names the sequence
+
+Every message says the fact, the usual cause, and the way out, on one line.
+"""
+
+from collections.abc import Iterable
+
+
+class ProbeError(Exception):
+    """An error a user can act on.
+
+    Args:
+        fact: what is so, with the names and numbers involved.
+        cause: what usually leads to it; may be empty when the fact says it all.
+        way_out: what to do.
+    """
+
+    def __init__(self, fact: str, *, cause: str = "", way_out: str = "") -> None:
+        self.fact, self.cause, self.way_out = fact, cause, way_out
+        parts = [fact.rstrip(".") + "."]
+        if cause:
+            parts.append(f"Usual cause: {cause.rstrip('.')}.")
+        if way_out:
+            parts.append(f"Way out: {way_out.rstrip('.')}.")
+        super().__init__(" ".join(parts))
+
+    def __reduce__(self):  # keyword arguments must survive a process boundary
+        return _rebuild, (type(self), self.fact, self.cause, self.way_out)
+
+
+def _rebuild(kind: "type[ProbeError]", fact: str, cause: str, way_out: str) -> ProbeError:
+    return kind(fact, cause=cause, way_out=way_out)
+
+
+class ConfigError(ProbeError):
+    """The request is wrong."""
+
+
+class CheckpointError(ProbeError):
+    """A checkpoint directory cannot be probed as it is."""
+
+
+class PromptError(ProbeError):
+    """A dataset or a prompt file cannot be read."""
+
+
+class RewardError(ProbeError):
+    """A reward function failed, or returned something that is not a list of finite numbers."""
+
+
+class StoreError(ProbeError):
+    """An artifact is missing, or the store cannot be written."""
+
+
+class NonFiniteError(ProbeError):
+    """A NaN or an infinity appeared in a computation."""
+
+
+def some_names(names: Iterable[str]) -> str:
+    """The first 8 names, and how many more there are, for a message."""
+    listed = list(names)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def one_line(error: Exception) -> str:
+    """A library's message on one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,40 @@
+"""How a stage is executed: device, micro-batches, where files lie. Nothing here is part of a key or of a result."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Passed to every stage beside its inputs.
+
+    Args:
+        paths: content digest → the checkpoint directory, prompt file or reward file that has it.
+        device: `auto`, `cpu` or `cuda`.
+        gen_batch_size: sequences decoded together.
+        tf_batch_size: sequences per teacher-forced pass.
+        head_chunk_rows: positions whose logits exist at one time.
+        progress: called with (done, total) as a stage advances.
+    """
+
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    device: str = "auto"
+    gen_batch_size: int = 512
+    tf_batch_size: int = 256
+    head_chunk_rows: int = 4096
+    progress: Callable[[int, int], None] = _silent
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest records."""
+        return {
+            "device": self.device,
+            "gen_batch_size": self.gen_batch_size,
+            "tf_batch_size": self.tf_batch_size,
+            "head_chunk_rows": self.head_chunk_rows,
+        }

@@ -1,0 +1,69 @@
+"""Advantages within prompt groups, and the weight that a loss gives to each response's log-probability.
+
+The loss at the on-policy point (probability ratio 1, clipping inactive) is
+
+    −(1/(P·G)) Σ_i A_i (1/Z_i) Σ_k ℓ_ik
+
+| loss    | A_i                                             | Z_i            | source                                |
+|---------|-------------------------------------------------|----------------|---------------------------------------|
+| grpo    | (r_i − mean)/(std + 1e-4), std with G − 1       | T_i            | DeepSeekMath, arXiv:2402.03300, eq. 3 |
+| dr_grpo | r_i − mean                                      | max_new_tokens | arXiv:2503.20783                      |
+| rloo    | r_i − mean of the other responses of the prompt | 1              | arXiv:2402.14740                      |
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+Loss = Literal["grpo", "dr_grpo", "rloo"]
+STD_EPSILON = 1e-4  # as in TRL's GRPOTrainer
+
+
+def group_advantages(rewards_PG: Tensor, loss: Loss) -> Tensor:
+    """Advantage of each response among the responses to its prompt.
+
+    Args:
+        rewards_PG: float64 [P, G], G ≥ 2.
+        loss: which rule.
+
+    Returns:
+        float64 [P, G]; a group of equal rewards has advantages of exactly zero.
+
+    Raises:
+        ValueError: fewer than two responses per prompt, or an unknown loss.
+    """
+    G = rewards_PG.shape[1]
+    if G < 2:
+        raise ValueError(f"advantages within a group need at least two responses per prompt, got {G}")
+    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    # the mean of equal numbers can miss them by a rounding error, which the standardisation would blow up
+    equal_P1 = rewards_PG.amax(dim=1, keepdim=True) == rewards_PG.amin(dim=1, keepdim=True)
+    centred_PG = centred_PG.masked_fill(equal_P1, 0.0)
+    if loss == "grpo":
+        return centred_PG / (rewards_PG.std(dim=1, keepdim=True) + STD_EPSILON)
+    if loss == "dr_grpo":
+        return centred_PG
+    if loss == "rloo":
+        return centred_PG * (G / (G - 1))
+    raise ValueError(f"unknown loss {loss!r}")
+
+
+def loss_coefficients(advantages_N: Tensor, lengths_N: Tensor, loss: Loss, max_new_tokens: int) -> Tensor:
+    """Coefficient of every ℓ_ik of response i in the loss: −A_i/(P·G·Z_i).
+
+    Args:
+        advantages_N: float64 [N], N = P·G; responses with zero advantage stay in the denominator.
+        lengths_N: int64 [N], T_i ≥ 1.
+        loss: which normalisation.
+        max_new_tokens: the constant length of `dr_grpo`.
+
+    Returns:
+        float64 [N].
+    """
+    if loss == "grpo":
+        scale_N = lengths_N.double()
+    elif loss == "dr_grpo":
+        scale_N = lengths_N.new_full(lengths_N.shape, max_new_tokens).double()
+    else:
+        scale_N = lengths_N.new_ones(lengths_N.shape).double()
+    return -advantages_N / (len(advantages_N) * scale_N)

@@ -1,0 +1,82 @@
+"""H at θ' = θ + ηv from sequences that were sampled at θ.
+
+Prefix weights ρ_k = Π_{j<k} π_θ'(a_j|s_j)/π_θ(a_j|s_j), ρ_1 = 1; w = ρ_{T+1} is the weight of the whole sequence.
+
+    per_decision   H_seq(θ') = E[ Σ_k ρ_k h'_k − Σ_k b_k (ρ_{k+1} − ρ_k) ],  L(θ') = E[ Σ_k ρ_k − Σ_k c_k (ρ_{k+1} − ρ_k) ]
+    snis           H_tok(θ') = Σ_i w_i S'_i / Σ_i w_i T_i,                    H_seq(θ') = Σ_i w_i S'_i / Σ_i w_i
+
+`per_decision` (Precup, Sutton, Singh 2000, with a control variate) is unbiased for every η, and its derivative at
+η = 0 is, sequence by sequence, the estimator of `first_order`. `snis` is self-normalised: consistent, biased O(1/N).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_core.numerics import ragged
+from entropy_core.numerics.first_order import ReturnsToGo
+
+Estimator = Literal["per_decision", "snis"]
+
+
+class PrefixWeights(NamedTuple):
+    """ρ_k and ρ_{k+1} of every token, float64 [K], and w of every sequence, float64 [N]."""
+
+    before_K: Tensor
+    after_K: Tensor
+    sequence_N: Tensor
+
+
+class MovedColumns(NamedTuple):
+    """Per-sequence terms, float64 [N], whose means estimate H_seq(θ') and L(θ') by `per_decision`."""
+
+    S_N: Tensor
+    T_N: Tensor
+
+
+def prefix_weights(logprobs_K: Tensor, moved_logprobs_K: Tensor, offsets_N1: Tensor) -> PrefixWeights:
+    """Likelihood ratios of every prefix.
+
+    Args:
+        logprobs_K: ℓ at θ, nats, [K].
+        moved_logprobs_K: ℓ' at θ', nats, [K].
+        offsets_N1: int64 [N + 1].
+
+    Returns:
+        Weights, accumulated in float64; exactly 1 where the two are equal.
+    """
+    log_ratio_K = moved_logprobs_K.double() - logprobs_K.double()
+    log_before_K = ragged.sum_before(log_ratio_K, offsets_N1)
+    sequence_N = ragged.sequence_sum(log_ratio_K, offsets_N1).exp()
+    return PrefixWeights(log_before_K.exp(), (log_before_K + log_ratio_K).exp(), sequence_N)
+
+
+def per_decision_columns(
+    weights: PrefixWeights, moved_entropies_K: Tensor, base: ReturnsToGo, offsets_N1: Tensor
+) -> MovedColumns:
+    """Terms of the per-decision estimator.
+
+    Args:
+        weights: of `prefix_weights`.
+        moved_entropies_K: h' at θ', nats, [K].
+        base: the baselines b_k and c_k of `first_order.baselines`, from the columns at θ.
+        offsets_N1: int64 [N + 1].
+
+    Returns:
+        Columns, float64 [N].
+    """
+    growth_K = weights.after_K - weights.before_K
+    entropy_K = weights.before_K * moved_entropies_K.double() - base.entropy_K * growth_K
+    length_K = weights.before_K - base.length_K * growth_K
+    return MovedColumns(ragged.sequence_sum(entropy_K, offsets_N1), ragged.sequence_sum(length_K, offsets_N1))
+
+
+def effective_sample_size(weights_N: Tensor) -> float:
+    """Kish's (Σw)²/Σw², between 1 and N."""
+    return float(weights_N.sum() ** 2 / (weights_N**2).sum())
+
+
+def log_weights_are_usable(weights: PrefixWeights) -> bool:
+    """Whether no weight over- or underflowed."""
+    return bool(torch.isfinite(weights.after_K).all() and (weights.sequence_N > 0).all())

@@ -1,0 +1,118 @@
+"""Counter-based random numbers: a draw is a pure function of (seed, purpose, sequence, position).
+
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. No state, so
+a draw depends neither on batch size nor on order, shard or worker.
+"""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+
+
+class Purpose(IntEnum):
+    """What a stream of uniforms is for; streams of different purposes are independent at the same seed."""
+
+    E_PROMPT = 1
+    E_TOKEN = 2
+    U_PROMPT = 3
+    U_TOKEN = 4
+    RESAMPLING = 5
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox on four 32-bit counter words.
+
+    Args:
+        counter: four int64 tensors of one shape, each holding a value in [0, 2³²).
+        key: two integers in [0, 2³²).
+
+    Returns:
+        Four int64 tensors of the same shape, each uniform on [0, 2³²).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1  # int64 wraps; the bits are those of uint64
+        high_0, low_0 = (product_0 >> 32) & _MASK32, product_0 & _MASK32
+        high_1, low_1 = (product_1 >> 32) & _MASK32, product_1 & _MASK32
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
+    return c0, c1, c2, c3
+
+
+def uniforms(seed: int, purpose: Purpose, sequence: Tensor, position: Tensor | int = 0) -> Tensor:
+    """Uniform draws in (0, 1), one per (sequence, position).
+
+    Args:
+        seed: integer in [0, 2⁶⁴).
+        purpose: which stream.
+        sequence: int64, any shape; sequence (or prompt) indices, non-negative.
+        position: int64 broadcastable to it, or one integer in [0, 2³²).
+
+    Returns:
+        float64, the broadcast shape; multiples of 2⁻⁵³ shifted by half a step, so neither 0 nor 1 occurs.
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    sequence, position = torch.broadcast_tensors(sequence, torch.as_tensor(position, device=sequence.device))
+    counter = (position, sequence & _MASK32, sequence >> 32, torch.full_like(sequence, int(purpose)))
+    word_0, word_1, _, _ = philox4x32(counter, (seed & _MASK32, seed >> 32))
+    mantissa = (word_0 << 21) | (word_1 >> 11)  # 53 bits
+    return (mantissa.double() + 0.5) * 2.0**-53
+
+
+def draw_with_replacement(seed: int, purpose: Purpose, sequence: Tensor, pool_size: int) -> Tensor:
+    """Prompt index ⌊u·M⌋ of each sequence.
+
+    Args:
+        seed: as in `uniforms`.
+        purpose: which stream.
+        sequence: int64 [N].
+        pool_size: M, the number of prompts.
+
+    Returns:
+        int64 [N], each in [0, M).
+    """
+    return (uniforms(seed, purpose, sequence) * pool_size).long().clamp_(max=pool_size - 1)
+
+
+def permutation(seed: int, purpose: Purpose, pool_size: int) -> Tensor:
+    """A permutation of the pool, ordered by one uniform per prompt.
+
+    Args:
+        seed: as in `uniforms`.
+        purpose: which stream.
+        pool_size: M, the number of prompts.
+
+    Returns:
+        int64 [M]; its first B entries are B distinct prompts.
+    """
+    return torch.argsort(uniforms(seed, purpose, torch.arange(pool_size)), stable=True)
+
+
+def inverse_cdf_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> Tensor:
+    """Draw one token per row from softmax(z/τ) by inversion, in float64.
+
+    Args:
+        logits_BV: [B, V], any float dtype.
+        uniforms_B: float64 [B] in (0, 1).
+        temperature: τ > 0.
+
+    Returns:
+        int64 [B]; a token of probability zero is never drawn.
+    """
+    probabilities_BV = torch.softmax(logits_BV.double() / temperature, dim=-1)
+    cdf_BV = probabilities_BV.cumsum(dim=-1)
+    target_B1 = (uniforms_B * cdf_BV[:, -1]).unsqueeze(1)  # the last entry is 1 only up to rounding
+    tokens_B = torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(1)
+    last_possible_B = probabilities_BV.shape[1] - 1 - (probabilities_BV.flip(1) > 0).to(torch.uint8).argmax(dim=1)
+    return torch.minimum(tokens_B, last_possible_B)

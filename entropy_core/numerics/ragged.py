@@ -1,0 +1,53 @@
+"""Sums within sequences of different lengths, stored flat: sequence i is `values_K[offsets_N1[i]:offsets_N1[i + 1]]`.
+
+Every function returns float64 (or int64), whatever the dtype it is given: a float32 sum over a long sequence is not
+good enough for differences of entropies.
+"""
+
+import torch
+from torch import Tensor
+
+
+def offsets_from_lengths(lengths_N: Tensor) -> Tensor:
+    """Offsets [N + 1] of sequences of the given lengths [N], both int64."""
+    return torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
+
+
+def lengths(offsets_N1: Tensor) -> Tensor:
+    """Lengths [N], int64."""
+    return offsets_N1.diff()
+
+
+def sequence_index(offsets_N1: Tensor) -> Tensor:
+    """For each token, the index of its sequence: int64 [K]."""
+    return torch.repeat_interleave(torch.arange(len(offsets_N1) - 1), lengths(offsets_N1))
+
+
+def position_index(offsets_N1: Tensor) -> Tensor:
+    """For each token, its position within its sequence, counted from 0: int64 [K]."""
+    return torch.arange(int(offsets_N1[-1])) - torch.repeat_interleave(offsets_N1[:-1], lengths(offsets_N1))
+
+
+def sequence_sum(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
+    """Sum over each sequence: float64 [N]."""
+    result_N = torch.zeros(len(offsets_N1) - 1, dtype=torch.float64)
+    return result_N.index_add_(0, sequence_index(offsets_N1), values_K.double())
+
+
+def sum_before(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
+    """Σ_{j<k} values_j within the sequence, for each token k: float64 [K]."""
+    total_K = values_K.double().cumsum(0) - values_K.double()
+    start_N = torch.cat([total_K, total_K.new_zeros(1)])[offsets_N1[:-1]]
+    return total_K - torch.repeat_interleave(start_N, lengths(offsets_N1))
+
+
+def sum_after(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
+    """Σ_{j>k} values_j within the sequence, for each token k: float64 [K]."""
+    total_N = sequence_sum(values_K, offsets_N1)
+    before_K = sum_before(values_K, offsets_N1)
+    return torch.repeat_interleave(total_N, lengths(offsets_N1)) - before_K - values_K.double()
+
+
+def concatenate(offsets: list[Tensor]) -> Tensor:
+    """Offsets of several flat batches laid one after the other."""
+    return offsets_from_lengths(torch.cat([lengths(o) for o in offsets]))

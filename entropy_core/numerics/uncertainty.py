@@ -1,0 +1,219 @@
+"""Estimates with their influence functions, and standard errors from them.
+
+An estimator that is a smooth function of means has an influence value ψ_i per sequence with Σψ_i = 0; its standard
+error over N independent sequences is sd(ψ)/√N. Differences of estimates on one batch are differences of influences,
+so they are paired. `given U` means that the update is held fixed and only E varies.
+"""
+
+from statistics import NormalDist
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_core.numerics.first_order import FirstOrderColumns
+from entropy_core.numerics.importance import MovedColumns
+
+Normalization = Literal["per_token", "per_sequence"]
+
+
+class Estimate(NamedTuple):
+    """A value and its influence per sequence, float64 [N]."""
+
+    value: float
+    influence_N: Tensor
+
+    def scaled(self, factor: float) -> "Estimate":
+        """The estimate of `factor` times the quantity."""
+        return Estimate(self.value * factor, self.influence_N * factor)
+
+    def minus(self, other: "Estimate") -> "Estimate":
+        """The estimate of the difference, on the same batch."""
+        return Estimate(self.value - other.value, self.influence_N - other.influence_N)
+
+
+def _mean(values_N: Tensor) -> Estimate:
+    mean = values_N.mean()
+    return Estimate(float(mean), values_N - mean)
+
+
+def _ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
+    value = numerator.value / denominator.value
+    return Estimate(value, (numerator.influence_N - value * denominator.influence_N) / denominator.value)
+
+
+def entropy(S_N: Tensor, T_N: Tensor, normalization: Normalization) -> Estimate:
+    """H_seq = E[S] or H_tok = E[S]/E[T].
+
+    Args:
+        S_N: entropy of each sequence, nats, float64 [N].
+        T_N: its length, float64 [N].
+        normalization: per sequence or per token.
+
+    Returns:
+        The estimate, in nats (per token).
+    """
+    return _mean(S_N) if normalization == "per_sequence" else _ratio(_mean(S_N), _mean(T_N))
+
+
+def entropy_derivative(columns: FirstOrderColumns, normalization: Normalization) -> Estimate:
+    """∂_vH, with ψ_i = (x_i − H y_i − g T_i − Y (S_i − H T_i)/L)/L for `per_token`.
+
+    Args:
+        columns: of `first_order.first_order_columns`.
+        normalization: per sequence or per token.
+
+    Returns:
+        The estimate, in nats per unit step.
+    """
+    x, y = _mean(columns.x_N), _mean(columns.y_N)
+    if normalization == "per_sequence":
+        return x
+    S, L = _mean(columns.S_N), _mean(columns.T_N)
+    H = _ratio(S, L)
+    # product rule on (X − H·Y)/L; each line is a value with its influence
+    excess = Estimate(x.value - H.value * y.value, x.influence_N - H.value * y.influence_N - y.value * H.influence_N)
+    return _ratio(excess, L)
+
+
+def snis_derivative(columns: FirstOrderColumns, score_N: Tensor, normalization: Normalization) -> Estimate:
+    """Derivative of `snis_entropy` at η = 0 on the same batch: what a `snis` ΔH tends to, divided by η.
+
+    With s the score of the whole sequence, weights grow as 1 + ηs, so that Σ wS'/Σ wT has the derivative
+    (E[sS + Ṡ] − H·E[sT])/L; `per_sequence` has 1 in place of T. It has the mean of ∂_vH, and more noise.
+
+    Args:
+        columns: of `first_order.first_order_columns`; of x only the local part is used.
+        score_N: s = Σ_k ℓ̇_k, float64 [N].
+        normalization: per sequence or per token.
+
+    Returns:
+        The estimate, in nats per unit step.
+    """
+    denominator_N = columns.T_N if normalization == "per_token" else torch.ones_like(columns.T_N)
+    x_N = score_N * columns.S_N + columns.x_local_N
+    same_ratio = columns._replace(x_N=x_N, y_N=score_N * denominator_N, T_N=denominator_N)
+    return entropy_derivative(same_ratio, "per_token")
+
+
+def moved_entropy(columns: MovedColumns, normalization: Normalization) -> Estimate:
+    """H(θ') by `per_decision`; same ratio as at θ.
+
+    Args:
+        columns: of `importance.per_decision_columns`.
+        normalization: per sequence or per token.
+
+    Returns:
+        The estimate, in nats (per token).
+    """
+    return entropy(columns.S_N, columns.T_N, normalization)
+
+
+def snis_entropy(weights_N: Tensor, S_N: Tensor, T_N: Tensor, normalization: Normalization) -> Estimate:
+    """H(θ') by whole-sequence self-normalised weights.
+
+    Args:
+        weights_N: w, float64 [N].
+        S_N: S' at θ', nats, float64 [N].
+        T_N: lengths, float64 [N].
+        normalization: per sequence or per token.
+
+    Returns:
+        The estimate, in nats (per token).
+    """
+    relative_N = weights_N / weights_N.mean()
+    denominator_N = relative_N * T_N if normalization == "per_token" else relative_N
+    return _ratio(_mean(relative_N * S_N), _mean(denominator_N))
+
+
+def standard_error(influence_N: Tensor, clusters_N: Tensor | None = None) -> float:
+    """Standard error of an estimate from its influence values.
+
+    Args:
+        influence_N: float64 [N].
+        clusters_N: int64 [N], cluster of each sequence; None for independent sequences.
+
+    Returns:
+        √(c/(c−1)·Σ_c (Σ_{i∈c} ψ_i)²)/N over c clusters; NaN for fewer than two.
+    """
+    sums = influence_N
+    if clusters_N is not None:
+        _, inverse_N = clusters_N.unique(return_inverse=True)
+        count = int(inverse_N.max()) + 1
+        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, inverse_N, influence_N)
+    count = len(sums)
+    if count < 2:
+        return float("nan")
+    return float((count / (count - 1) * (sums**2).sum()).sqrt()) / len(influence_N)
+
+
+def jackknife_standard_error(columns: FirstOrderColumns, normalization: Normalization) -> float:
+    """Delete-one jackknife of ∂_vH: √((N−1)/N Σ_i (g_(i) − ḡ)²), each g_(i) recomputed from the remaining columns.
+
+    Args:
+        columns: of `first_order.first_order_columns`; a column keeps the baseline it was computed with.
+        normalization: per sequence or per token.
+
+    Returns:
+        Nats per unit step; NaN for fewer than two sequences.
+    """
+    N = len(columns.x_N)
+    if N < 2:
+        return float("nan")
+    x_N, y_N, S_N, T_N = ((c.sum() - c) / (N - 1) for c in (columns.x_N, columns.y_N, columns.S_N, columns.T_N))
+    without_N = x_N if normalization == "per_sequence" else (x_N - S_N / T_N * y_N) / T_N
+    return float(((N - 1) / N * ((without_N - without_N.mean()) ** 2).sum()).sqrt())
+
+
+def clustered_sum_standard_error(contributions_PG: Tensor) -> float:
+    """Standard error of Σ_p c_p when the prompts p are independent draws: √(P/(P−1)·Σ_p (c_p − c̄)²).
+
+    Args:
+        contributions_PG: u_j of each U sequence, float64 [P, G], a row per prompt; their sum is ⟨w, g⟩.
+
+    Returns:
+        Same unit as the contributions; NaN for fewer than two prompts.
+    """
+    per_prompt_P = contributions_PG.sum(dim=1)
+    P = len(per_prompt_P)
+    return float((P * per_prompt_P.var()).sqrt()) if P > 1 else float("nan")
+
+
+class Total(NamedTuple):
+    """Standard error over both batches, and the degrees of freedom of its t interval."""
+
+    standard_error: float
+    degrees_of_freedom: float
+
+
+def total_standard_error(se_given_u: float, n_e: int, se_over_u: float, n_u: int) -> Total:
+    """√(SE²_E + SE²_U), with Welch-Satterthwaite degrees of freedom.
+
+    E and U are independent, so their contributions add. Each plug-in part also holds the E×U interaction once, so
+    the sum counts it twice: the total errs on the wide side by one interaction term, of order 1/(N_E·B_U).
+
+    Args:
+        se_given_u: standard error over E with U fixed.
+        n_e: independent units of E.
+        se_over_u: standard error over U with E fixed.
+        n_u: prompts of U.
+
+    Returns:
+        The total and its degrees of freedom.
+    """
+    variance_e, variance_u = se_given_u**2, se_over_u**2
+    total = variance_e + variance_u
+    if total == 0.0:
+        return Total(0.0, float(n_e - 1))
+    return Total(total**0.5, total**2 / (variance_e**2 / (n_e - 1) + variance_u**2 / (n_u - 1)))
+
+
+def normal_quantile(confidence_level: float) -> float:
+    """z with P(|Z| ≤ z) = `confidence_level`."""
+    return NormalDist().inv_cdf(0.5 + confidence_level / 2)
+
+
+def excess_kurtosis(influence_N: Tensor) -> float:
+    """E[ψ⁴]/E[ψ²]² − 3; 0 for a constant."""
+    second = (influence_N**2).mean()
+    return float((influence_N**4).mean() / second**2 - 3) if second > 0 else 0.0

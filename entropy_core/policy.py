@@ -1,0 +1,309 @@
+"""The policy: a causal language model that is sampled, scored and differentiated as one function.
+
+π_θ(a|s) = softmax(z_θ(s)/τ). A model is split into its trunk (everything up to the last hidden states) and its head
+(hidden states to logits), so that logits exist for a chunk of positions at a time. Both run through
+`torch.func.functional_call`, so that one code path gives values, gradients and forward-mode derivatives.
+
+The only importer of transformers' model and tokenizer classes besides the demo run.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from entropy_core.errors import CheckpointError
+from entropy_core.numerics import token_statistics
+from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
+
+log = logging.getLogger("entropy_probe.policy")
+
+HEAD_TOLERANCE = 1e-4  # of the largest |logit|; far above rounding, far below a forgotten softcap or scale
+
+
+class TeacherForcedRows(NamedTuple):
+    """A micro-batch of whole sequences, padded on the right, and which positions predict which response tokens.
+
+    With padding on the right, causal attention alone keeps real positions from seeing it: no mask is needed.
+    """
+
+    input_ids_BL: Tensor
+    row_K: Tensor  # which row of the batch
+    position_K: Tensor  # the position *before* the token: its logits predict it
+    tokens_K: Tensor
+
+
+class Coefficients(NamedTuple):
+    """Weights of each token's ℓ and h in a scalar Σ_k (logprob_k·ℓ_k + entropy_k·h_k) to differentiate, [K]."""
+
+    logprob_K: Tensor
+    entropy_K: Tensor
+
+
+class _Trunk(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: TeacherForcedRows) -> Tensor:
+        hidden_BLD = self.model.base_model(input_ids=rows.input_ids_BL, use_cache=False).last_hidden_state
+        return hidden_BLD[rows.row_K, rows.position_K]
+
+
+class _FullLogits(_Trunk):
+    """Trunk and head in one: for an architecture whose logits the plain head does not reproduce."""
+
+    def forward(self, rows: TeacherForcedRows) -> Tensor:
+        logits_BLV = self.model(input_ids=rows.input_ids_BL, use_cache=False).logits
+        return logits_BLV[rows.row_K, rows.position_K]
+
+
+class _Head(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden_RD: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden_RD)
+
+
+class Policy:
+    """A model in evaluation mode, with its tokenizer.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        head_chunk_rows: positions whose logits exist at one time.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
+        self.model = model.eval().requires_grad_(True)
+        self.tokenizer = tokenizer
+        self.head_chunk_rows = head_chunk_rows
+        self._head: nn.Module | None = _Head(model)
+        self._trunk: nn.Module = _Trunk(model)
+        head_ids = {id(p) for p in model.get_output_embeddings().parameters()}
+        self._head_names = [name for name, p in self.named_parameters().items() if id(p) in head_ids]
+        if not self._head_matches():
+            log.warning("the output embedding alone does not give this model's logits; using full logits (more memory)")
+            self._head, self._trunk = None, _FullLogits(model)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name; a tied one appears once."""
+        return dict(self.model.named_parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response, from the generation config, else from the tokenizer; sorted."""
+        ids = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return tuple(sorted([ids] if isinstance(ids, int) else ids or []))
+
+    def statistics(self, rows: TeacherForcedRows, temperature: float) -> TokenStatistics:
+        """ℓ and h of every response token of a micro-batch.
+
+        Args:
+            rows: the micro-batch.
+            temperature: τ.
+
+        Returns:
+            Two tensors [K] of the policy's dtype, on its device.
+        """
+        with torch.no_grad():
+            return self._statistics(rows, temperature)
+
+    def derivatives(
+        self, rows: TeacherForcedRows, direction: Mapping[str, Tensor], temperature: float
+    ) -> TokenDerivatives:
+        """ℓ, h and their derivatives along `direction`, from one forward-mode pass.
+
+        Args:
+            rows: the micro-batch.
+            direction: v by parameter name, of the policy's dtype and device.
+            temperature: τ.
+
+        Returns:
+            `TokenDerivatives`, each [K].
+        """
+        with torch.no_grad():
+            parameters = self.named_parameters()
+            primal = {name: parameters[name].detach() for name in direction}  # the others are constants
+            output, doutput = _jvp_module(self._trunk, primal, direction, rows)
+            if self._head is None:
+                return token_statistics.token_derivatives(output, doutput, rows.tokens_K, temperature)
+            head, head_primal = self._head, {n: primal[n] for n in self._head_names if n in primal}
+
+            def head_jvp(hidden_RD: Tensor, dhidden_RD: Tensor) -> tuple[Tensor, Tensor]:
+                return _jvp_module(head, head_primal, direction, hidden_RD, dhidden_RD)
+
+            return token_statistics.chunked_derivatives(
+                head_jvp, output, doutput, rows.tokens_K, temperature, self.head_chunk_rows
+            )
+
+    def add_gradients(
+        self,
+        rows: TeacherForcedRows,
+        coefficients: Sequence[Coefficients],
+        temperature: float,
+        into: Sequence[dict[str, Tensor]],
+    ) -> TokenStatistics:
+        """Add ∇Σ_k (c_k·ℓ_k + d_k·h_k) to one accumulator per set of coefficients; one forward for all of them.
+
+        Args:
+            rows: the micro-batch.
+            coefficients: sets of (c, d), float64 [K].
+            temperature: τ.
+            into: accumulators by parameter name, float64; a parameter that is not named is not differentiated.
+
+        Returns:
+            ℓ and h of the forward pass, detached.
+        """
+        parameters = self.named_parameters()
+        names = list(into[0])
+        statistics = self._statistics(rows, temperature)
+        for index, (weights, gradients) in enumerate(zip(coefficients, into, strict=True)):
+            scalar = sum(
+                (weight_K.to(self.device) * values_K.double()).sum()
+                for weight_K, values_K in zip(weights, statistics, strict=True)
+            )
+            keep = index + 1 < len(coefficients)
+            found = torch.autograd.grad(
+                scalar, [parameters[n] for n in names], retain_graph=keep, materialize_grads=True
+            )
+            for name, gradient in zip(names, found, strict=True):
+                gradients[name] += gradient.double()
+        return TokenStatistics(*(values_K.detach() for values_K in statistics))
+
+    def new_accumulator(self) -> dict[str, Tensor]:
+        """A float64 zero for every parameter."""
+        return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.named_parameters().items()}
+
+    @contextmanager
+    def moved(self, direction: Mapping[str, Tensor], eta: float) -> Iterator[None]:
+        """Within the context the parameters are θ + η·v, computed in float64; afterwards θ again, bit for bit.
+
+        Args:
+            direction: v by parameter name, float64.
+            eta: η.
+        """
+        parameters = self.named_parameters()
+        saved = {name: parameters[name].detach().clone() for name in direction}
+        try:
+            with torch.no_grad():
+                for name, v in direction.items():
+                    parameters[name].copy_(saved[name].double() + eta * v.to(saved[name].device).double())
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in saved.items():
+                    parameters[name].copy_(value)
+
+    def next_logits(self, input_ids_BL: Tensor, attention_mask_BL: Tensor, cache: object | None):
+        """Logits after the last position, with a key-value cache; prompts are padded on the left.
+
+        Args:
+            input_ids_BL: the tokens that the cache does not hold yet.
+            attention_mask_BL: 1 for real tokens, over cache and input together.
+            cache: what the previous call returned.
+
+        Returns:
+            Logits [B, V] and the cache.
+        """
+        position_ids = (attention_mask_BL.cumsum(-1) - 1).clamp_min(0)[:, -input_ids_BL.shape[1] :]
+        arguments = {
+            "input_ids": input_ids_BL,
+            "attention_mask": attention_mask_BL,
+            "position_ids": position_ids,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if self._head is None:
+            output = self.model(**arguments)
+            return output.logits[:, -1], output.past_key_values
+        output = self.model.base_model(**arguments)
+        return self._head(output.last_hidden_state[:, -1]), output.past_key_values
+
+    def _statistics(self, rows: TeacherForcedRows, temperature: float) -> TokenStatistics:
+        output = self._trunk(rows)
+        if self._head is None:
+            return token_statistics.token_statistics(output, rows.tokens_K, temperature)
+        return token_statistics.chunked_statistics(self._head, output, rows.tokens_K, temperature, self.head_chunk_rows)
+
+    def _head_matches(self) -> bool:
+        assert self._head is not None
+        count = min(8, self.model.get_output_embeddings().weight.shape[0])
+        input_ids = torch.arange(count, device=self.device).unsqueeze(0)
+        with torch.no_grad():
+            expected = self.model(input_ids=input_ids, use_cache=False).logits
+            got = self._head(self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+        return bool((got - expected).abs().max() <= HEAD_TOLERANCE * expected.abs().max())
+
+
+def _jvp_module(
+    module: nn.Module, primal: Mapping[str, Tensor], direction: Mapping[str, Tensor], argument, dargument=None
+) -> tuple[Tensor, Tensor]:
+    """Value and directional derivative of a module that wraps the model as `.model`, in its parameters and argument."""
+    tangent = {f"model.{name}": direction[name] for name in primal}
+    primal = {f"model.{name}": value for name, value in primal.items()}
+    if dargument is None:
+        return jvp(lambda parameters: functional_call(module, parameters, (argument,)), (primal,), (tangent,))
+    return jvp(
+        lambda parameters, a: functional_call(module, parameters, (a,)), (primal, argument), (tangent, dargument)
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+@lru_cache(maxsize=1)
+def load_policy(directory: Path, weights_digest: str, dtype: str, attn_implementation: str, device: str) -> Policy:
+    """Load a checkpoint's model and tokenizer from a local directory; the last one is kept.
+
+    Args:
+        directory: the checkpoint.
+        weights_digest: content digest of its files, so that a changed directory is never taken for the same policy.
+        dtype: `float32` or `float64`.
+        attn_implementation: `eager`.
+        device: `cpu`, `cuda`, or `auto`.
+
+    Returns:
+        The policy, in evaluation mode, with TF32 switched off.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, local_files_only=True
+        )
+        tokenizer = load_tokenizer(directory)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{directory} cannot be loaded as a causal language model: {first_line}",
+            cause="a file is missing or belongs to another model",
+            way_out="check that transformers' AutoModelForCausalLM.from_pretrained loads it",
+        ) from error
+    log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
+    return Policy(model.to(resolve_device(device)), tokenizer)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, from local files."""
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)

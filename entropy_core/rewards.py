@@ -1,0 +1,99 @@
+"""Reward functions, with TRL's signature: `f(prompts, completions, **columns) -> list[float]`."""
+
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from entropy_core import arithmetic
+from entropy_core.errors import ConfigError, RewardError
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+def exact_match(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 where the whole response, stripped, equals the column `answer`; else 0."""
+    return [float(c.strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
+
+
+REWARDS: dict[str, RewardFunction] = {"arithmetic": arithmetic.exact_match, "exact_match": exact_match}
+
+
+def load_reward(name: str) -> RewardFunction:
+    """A reward function by its name in `REWARDS`, by `package.module:function`, or by `file.py:function`.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module_name, colon, attribute = name.rpartition(":")
+    known = f"use one of {', '.join(sorted(REWARDS))}, package.module:function, or file.py:function"
+    if not colon:
+        raise ConfigError(f"unknown reward {name!r}", cause="a misspelt name", way_out=known)
+    try:
+        function = getattr(_import(module_name), attribute)
+    except Exception as error:  # user code may raise anything while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"reward {name!r} cannot be imported ({reason})", way_out=known) from error
+    if not callable(function):
+        raise ConfigError(f"reward {name!r} is not a function", way_out=known)
+    return function
+
+
+def source_file(name: str) -> Path | None:
+    """The file that defines a reward; None for a built-in one, which is part of the code digest."""
+    return None if name in REWARDS else Path(inspect.getsourcefile(load_reward(name)) or "")
+
+
+def compute_rewards(
+    name: str, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+) -> list[float]:
+    """One finite reward per response.
+
+    Args:
+        name: of the reward.
+        prompts: text of each prompt.
+        completions: text of each response.
+        columns: further columns of the pool, one entry per response.
+
+    Returns:
+        As many rewards as responses.
+
+    Raises:
+        RewardError: it raised, returned another number of rewards, or one that is not a finite number.
+    """
+    function = load_reward(name)
+    try:
+        rewards = function(prompts=list(prompts), completions=list(completions), **columns)
+    except Exception as error:  # user code may raise anything; nothing of it may turn into a reward
+        reason = f"{type(error).__name__}: {error}"
+        raise RewardError(
+            f"reward {name!r} raised {reason} on {len(completions)} response(s), beginning with {completions[0]!r}",
+            cause="a response that the function does not expect, or a column that the pool does not have",
+            way_out=f"correct the function; the pool's columns are {sorted(columns)}",
+        ) from error
+    if not isinstance(rewards, Sequence) or len(rewards) != len(completions):
+        got = f"{len(rewards)} values" if isinstance(rewards, Sequence) else type(rewards).__name__
+        raise RewardError(f"reward {name!r} returned {got} for {len(completions)} responses", way_out="return a list")
+    for i, reward in enumerate(rewards):
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise RewardError(
+                f"reward {name!r} returned {reward!r} for sequence {i}, prompt {prompts[i]!r}",
+                way_out="return a finite float for every response",
+            )
+    return [float(reward) for reward in rewards]
+
+
+def _import(module_name: str) -> Any:
+    if not module_name.endswith(".py"):
+        return importlib.import_module(module_name)
+    spec = importlib.util.spec_from_file_location(f"user_reward_{Path(module_name).stem}", module_name)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{module_name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

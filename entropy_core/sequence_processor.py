@@ -1,0 +1,352 @@
+"""Sequences: one path that generates them, one that scores them, used by E and U alike.
+
+    GenerationConfig      the sampled law and the micro-batch sizes
+    BatchedSequences      prompts and responses, flat with offsets
+    LogprobResults        ℓ and h of every response token, flat
+    DiagnosticsResults    per-sequence summaries of them
+
+A sequence is identified by its `sequence_id`; what is drawn for it is a pure function of (seed, purpose, sequence id,
+position), so the batch size, the order, the shard and the worker do not matter.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from entropy_core.errors import NonFiniteError, PromptError
+from entropy_core.numerics import philox, ragged
+from entropy_core.numerics.philox import Purpose
+from entropy_core.policy import Policy, TeacherForcedRows
+
+FinishReason = Literal["eos", "length"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The sampled law, and how many sequences are worked on at a time (which does not change the result)."""
+
+    temperature: float
+    max_new_tokens: int
+    gen_batch_size: int = 512
+    tf_batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class BatchedSequences:
+    """N prompts with one response each. Token ids are flat int64 with offsets [N + 1]."""
+
+    sequence_ids_N: Tensor
+    prompt_ids_N: Tensor  # index into the pool
+    draws_N: Tensor  # 0 for the first response to a prompt in this batch, 1 for the second, …
+    prompt_tokens: Tensor
+    prompt_offsets_N1: Tensor
+    response_tokens_K: Tensor
+    response_offsets_N1: Tensor
+    finish_reasons: tuple[FinishReason, ...]
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids_N)
+
+    @property
+    def lengths_N(self) -> Tensor:
+        """Response lengths T, int64, the EOS token counted."""
+        return ragged.lengths(self.response_offsets_N1)
+
+    def prompt(self, i: int) -> Tensor:
+        """Token ids of prompt i."""
+        return self.prompt_tokens[self.prompt_offsets_N1[i] : self.prompt_offsets_N1[i + 1]]
+
+    def response(self, i: int) -> Tensor:
+        """Token ids of response i."""
+        return self.response_tokens_K[self.response_offsets_N1[i] : self.response_offsets_N1[i + 1]]
+
+
+@dataclass(frozen=True)
+class LogprobResults:
+    """Per response token, flat [K]: ℓ = log π(token) and h = full-softmax entropy of its step, in nats."""
+
+    logprobs_K: Tensor
+    entropies_K: Tensor
+    offsets_N1: Tensor
+
+
+@dataclass(frozen=True)
+class DiagnosticsResults:
+    """Per sequence, float64 [N], in nats: Σℓ, Σh, and the largest surprisal −ℓ of a token."""
+
+    sum_logprobs_N: Tensor
+    sum_entropies_N: Tensor
+    max_surprisal_N: Tensor
+
+
+class SequenceProcessor:
+    """Generates and scores sequences with one policy.
+
+    Args:
+        policy: the policy.
+        config: the law and the micro-batch sizes.
+        progress: called with (sequences done, sequences in all).
+    """
+
+    def __init__(self, policy: Policy, config: GenerationConfig, progress: Progress | None = None) -> None:
+        self.policy, self.config = policy, config
+        self.progress = progress or (lambda done, total: None)
+
+    def tokenize(self, prompts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each prompt.
+
+        Raises:
+            PromptError: a prompt has no tokens, or one that the vocabulary does not have.
+        """
+        encoded = self.policy.tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
+        vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if not ids or max(ids) >= vocabulary:
+                raise PromptError(
+                    f"prompt {prompt!r} becomes {len(ids)} tokens" + (f", the largest {max(ids)}" if ids else ""),
+                    cause="the prompts are for another tokenizer",
+                    way_out="use a dataset that fits this policy",
+                )
+        return encoded
+
+    def generate_with_replacement_sampling(
+        self, pool: Sequence[Sequence[int]], total_sequences: int, seed: int, first: int = 0
+    ) -> BatchedSequences:
+        """E batch: sequence i answers prompt ⌊u_i·M⌋ once, so that the pairs are i.i.d. draws of D(p)·π(t|p).
+
+        Args:
+            pool: token ids of the M prompts.
+            total_sequences: how many, from `first` on; a batch of 8,192 begins with the 4,096 of the same seed.
+            seed: of the batch.
+            first: id of the first sequence.
+
+        Returns:
+            The sequences `first`, …, `first + total_sequences − 1`.
+        """
+        stop = first + total_sequences
+        drawn = philox.draw_with_replacement(seed, Purpose.E_PROMPT, torch.arange(stop), len(pool))
+        return self._generate(
+            pool, torch.arange(first, stop), drawn[first:], _draws(drawn)[first:], seed, Purpose.E_TOKEN
+        )
+
+    def generate_distinct(
+        self,
+        pool: Sequence[Sequence[int]],
+        total_sequences: int,
+        G: int,
+        seed: int,
+        purpose: Literal["E", "U"],
+        first: int = 0,
+    ) -> BatchedSequences:
+        """G responses to each of the first prompts of a seeded permutation of the pool; sequence i answers the ⌊i/G⌋-th.
+
+        Args:
+            pool: token ids of the M prompts.
+            total_sequences: how many, from `first` on.
+            G: responses per prompt.
+            seed: of the batch.
+            purpose: which batch; E and U are independent at the same seed.
+            first: id of the first sequence.
+
+        Returns:
+            The sequences `first`, …, `first + total_sequences − 1`.
+        """
+        prompt_purpose, token_purpose = (
+            (Purpose.E_PROMPT, Purpose.E_TOKEN) if purpose == "E" else (Purpose.U_PROMPT, Purpose.U_TOKEN)
+        )
+        order = philox.permutation(seed, prompt_purpose, len(pool))
+        ids_N = torch.arange(first, first + total_sequences)
+        return self._generate(pool, ids_N, order[ids_N // G], ids_N % G, seed, token_purpose)
+
+    def generate_with_logprobs(
+        self, prompts: Sequence[Sequence[int]], G: int, seed: int
+    ) -> tuple[BatchedSequences, LogprobResults, DiagnosticsResults]:
+        """G responses to each of the given prompts, in their order, scored.
+
+        Args:
+            prompts: token ids.
+            G: responses per prompt.
+            seed: of the batch.
+
+        Returns:
+            Sequences, per-token results, per-sequence diagnostics.
+        """
+        ids_N = torch.arange(len(prompts) * G)
+        sequences = self._generate(prompts, ids_N, ids_N // G, ids_N % G, seed, Purpose.U_TOKEN)
+        return sequences, *self.score(sequences)
+
+    def score(self, sequences: BatchedSequences) -> tuple[LogprobResults, DiagnosticsResults]:
+        """ℓ and h of every response token by teacher forcing.
+
+        Args:
+            sequences: what to score.
+
+        Returns:
+            Per-token results on the CPU and per-sequence diagnostics.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; names the sequence.
+        """
+        logprobs_K, entropies_K = self.map_tokens(
+            sequences, lambda rows: self.policy.statistics(rows, self.config.temperature)
+        )
+        offsets_N1 = sequences.response_offsets_N1
+        surprisal_N = torch.zeros(len(sequences), dtype=torch.float64).scatter_reduce_(
+            0, ragged.sequence_index(offsets_N1), -logprobs_K.double(), "amax", include_self=False
+        )
+        diagnostics = DiagnosticsResults(
+            ragged.sequence_sum(logprobs_K, offsets_N1), ragged.sequence_sum(entropies_K, offsets_N1), surprisal_N
+        )
+        return LogprobResults(logprobs_K, entropies_K, offsets_N1), diagnostics
+
+    def map_tokens(
+        self, sequences: BatchedSequences, function: Callable[[TeacherForcedRows], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Apply a per-token function micro-batch by micro-batch and lay the results out flat, in sequence order.
+
+        Args:
+            sequences: what to work on.
+            function: from a micro-batch to tensors [K] of its tokens.
+
+        Returns:
+            One CPU tensor [K] per tensor of the function, in the order of `sequences`.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; names the sequence.
+        """
+        flat: list[Tensor] = []
+        for token_index_K, rows in self.micro_batches(sequences):
+            parts = [part.cpu() for part in function(rows)]
+            if not flat:
+                flat = [part.new_empty(len(sequences.response_tokens_K)) for part in parts]
+            for whole, part in zip(flat, parts, strict=True):
+                whole[token_index_K] = part
+        for whole in flat:
+            require_finite(whole, sequences)
+        return flat
+
+    def micro_batches(self, sequences: BatchedSequences) -> Iterator[tuple[Tensor, TeacherForcedRows]]:
+        """Micro-batches of sequences of similar length, longest first.
+
+        Args:
+            sequences: what to work on.
+
+        Yields:
+            The flat token indices [K] that a micro-batch covers, and the micro-batch on the policy's device.
+        """
+        prompt_lengths_N = ragged.lengths(sequences.prompt_offsets_N1)
+        order_N = torch.argsort(prompt_lengths_N + sequences.lengths_N, descending=True, stable=True)
+        done = 0
+        for chosen_B in order_N.split(self.config.tf_batch_size):
+            yield _teacher_forced_rows(sequences, chosen_B.tolist(), self.policy)
+            done += len(chosen_B)
+            self.progress(done, len(sequences))
+
+    def _generate(
+        self,
+        pool: Sequence[Sequence[int]],
+        sequence_ids_N: Tensor,
+        prompt_ids_N: Tensor,
+        draws_N: Tensor,
+        seed: int,
+        purpose: Purpose,
+    ) -> BatchedSequences:
+        prompts = [list(pool[i]) for i in prompt_ids_N.tolist()]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        responses: list[list[int]] = [[] for _ in prompts]
+        for start in range(0, len(order), self.config.gen_batch_size):
+            chosen = order[start : start + self.config.gen_batch_size]
+            decoded = self._decode([prompts[i] for i in chosen], sequence_ids_N[chosen], seed, purpose)
+            for i, response in zip(chosen, decoded, strict=True):
+                responses[i] = response
+            self.progress(start + len(chosen), len(order))
+        eos = set(self.policy.eos_token_ids)
+        return BatchedSequences(
+            sequence_ids_N=sequence_ids_N,
+            prompt_ids_N=prompt_ids_N,
+            draws_N=draws_N,
+            prompt_tokens=_flat(prompts),
+            prompt_offsets_N1=_offsets(prompts),
+            response_tokens_K=_flat(responses),
+            response_offsets_N1=_offsets(responses),
+            finish_reasons=tuple("eos" if response[-1] in eos else "length" for response in responses),
+        )
+
+    @torch.no_grad()
+    def _decode(self, prompts: list[list[int]], sequence_ids_B: Tensor, seed: int, purpose: Purpose) -> list[list[int]]:
+        device = self.policy.device
+        eos_E = torch.tensor(self.policy.eos_token_ids, device=device)
+        longest = max(map(len, prompts))
+        input_ids_BL = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        sequence_ids_B = sequence_ids_B.to(device)
+        alive_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        columns, cache = [], None
+        for position in range(self.config.max_new_tokens):
+            logits_BV, cache = self.policy.next_logits(input_ids_BL, mask_BL, cache)
+            uniforms_B = philox.uniforms(seed, purpose, sequence_ids_B, position)
+            tokens_B = philox.inverse_cdf_tokens(logits_BV, uniforms_B, self.config.temperature)
+            columns.append(tokens_B)
+            lengths_B += alive_B
+            alive_B = alive_B & ~torch.isin(tokens_B, eos_E)  # the EOS itself was sampled: it counts and is scored
+            if not alive_B.any():
+                break
+            input_ids_BL = tokens_B.unsqueeze(1)
+            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), 1)], dim=1)
+        tokens_BT = torch.stack(columns, dim=1).cpu()
+        return [row[:length].tolist() for row, length in zip(tokens_BT, lengths_B.tolist(), strict=True)]
+
+
+def require_finite(values_K: Tensor, sequences: BatchedSequences) -> None:
+    """Stop at the first NaN or infinity.
+
+    Raises:
+        NonFiniteError: names the sequence and the position.
+    """
+    bad_K = ~torch.isfinite(values_K)
+    if bad_K.any():
+        token = int(bad_K.nonzero()[0])
+        i = int(torch.searchsorted(sequences.response_offsets_N1, token, right=True)) - 1
+        raise NonFiniteError(
+            f"{int(bad_K.sum())} token value(s) are not finite, the first in sequence "
+            f"{int(sequences.sequence_ids_N[i])} at position {token - int(sequences.response_offsets_N1[i])}",
+            cause="the weights hold a NaN, or the step size is so large that the moved policy overflows",
+            way_out="check the checkpoint, or take smaller step sizes",
+        )
+
+
+def _teacher_forced_rows(sequences: BatchedSequences, chosen: list[int], policy: Policy):
+    full = [torch.cat([sequences.prompt(i), sequences.response(i)]) for i in chosen]
+    prompt_lengths = [len(sequences.prompt(i)) for i in chosen]
+    lengths = [len(sequences.response(i)) for i in chosen]
+    input_ids_BL = torch.nn.utils.rnn.pad_sequence(full, batch_first=True)  # pads with token 0, which nobody attends
+    row_K = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(lengths))
+    position_K = torch.cat([torch.arange(p - 1, p - 1 + t) for p, t in zip(prompt_lengths, lengths, strict=True)])
+    tokens_K = torch.cat([sequences.response(i) for i in chosen])
+    start = sequences.response_offsets_N1
+    token_index_K = torch.cat([torch.arange(int(start[i]), int(start[i + 1])) for i in chosen])
+    rows = TeacherForcedRows(input_ids_BL, row_K, position_K, tokens_K)
+    return token_index_K, TeacherForcedRows(*(tensor.to(policy.device) for tensor in rows))
+
+
+def _draws(drawn_N: Tensor) -> Tensor:
+    """How often each entry occurred before: [3, 5, 3] → [0, 0, 1]."""
+    order_N = torch.argsort(drawn_N, stable=True)
+    ordered_N = drawn_N[order_N]
+    first_N = torch.searchsorted(ordered_N, ordered_N)
+    result_N = torch.empty_like(drawn_N)
+    result_N[order_N] = torch.arange(len(drawn_N)) - first_N
+    return result_N
+
+
+def _flat(lists: list[list[int]]) -> Tensor:
+    return torch.tensor([token for tokens in lists for token in tokens], dtype=torch.long)
+
+
+def _offsets(lists: list[list[int]]) -> Tensor:
+    return ragged.offsets_from_lengths(torch.tensor([len(tokens) for tokens in lists], dtype=torch.long))

@@ -1,0 +1,320 @@
+"""The stages in order: one sweep over checkpoints, and the statistics of a recorded sweep again.
+
+What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Without Prefect it is `direct_runner`.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from entropy_core import prompts, rewards
+from entropy_core.config import ProbeConfig, VarianceConfig, VarianceRequest
+from entropy_core.checkpoint_files import file_digest
+from entropy_core.errors import StoreError
+from entropy_core.execution import Execution
+from entropy_core.stages import catalogue as stage
+from entropy_core.stages.preflight import CheckpointToProbe, splits
+from entropy_core.store import Artifact, Stage, Store
+
+Inputs = dict[str, Any]
+
+
+class Runner(Protocol):
+    """Runs a stage, or finds its result."""
+
+    def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        """The artifact of this stage for these inputs; `label` is for people."""
+
+
+def direct_runner(store: Store, execution: Execution) -> Runner:
+    """A runner that calls the stages in this process."""
+
+    def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        return store.run(stage, execution, inputs)
+
+    return run
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep leaves: its report, and the folder with copies of the files people open."""
+
+    run_id: str
+    run_directory: Path
+    report: Artifact
+
+
+def execution_for(
+    config: ProbeConfig,
+    checkpoints: Sequence[CheckpointToProbe],
+    progress: Callable[[int, int], None] = Execution.progress,
+) -> Execution:
+    """The execution settings of a sweep."""
+    paths = {c.digest: c.directory for c in checkpoints} | {c.weights: c.directory for c in checkpoints}
+    for file in (prompts.source_file(config.batch_config.dataset_name), rewards.source_file(config.update.reward)):
+        if file is not None:
+            paths[file_digest(file)] = file
+    return Execution(
+        paths=paths,
+        device=config.execution.device,
+        gen_batch_size=config.generation.gen_batch_size,
+        tf_batch_size=config.generation.tf_batch_size,
+        head_chunk_rows=config.execution.head_chunk_rows,
+        progress=progress,
+    )
+
+
+def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store, run: Runner) -> SweepResult:
+    """Probe every checkpoint and report.
+
+    Args:
+        config: what to do.
+        checkpoints: of `preflight`.
+        store: where artifacts are.
+        run: runs a stage.
+
+    Returns:
+        The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
+    """
+    pools = {split: _load_prompts(config, split, run) for split in dict.fromkeys(splits(config))}
+    recorded = [
+        {
+            "checkpoint": checkpoint.name,
+            "step": checkpoint.step,
+            "inputs": _measure(config, checkpoint, pools, run),
+            "notes": list(checkpoint.assumptions),
+        }
+        for checkpoint in checkpoints
+    ]
+    return _conclude(config.name, recorded, config.variance, config, store, run)
+
+
+def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult:
+    """The statistics of a recorded sweep with other settings, from cached columns alone.
+
+    Args:
+        request: which run, and the settings.
+        store: where artifacts are.
+        run: runs a stage.
+
+    Returns:
+        As `sweep`.
+
+    Raises:
+        StoreError: there is no such run, or an artifact that it needs is gone; names it.
+    """
+    directory = find_run(store.root, request.run)
+    record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
+    for entry in recorded:
+        for artifact in artifacts_in(entry["inputs"]):
+            if store.find(artifact.stage, artifact.key) is None:
+                raise StoreError(
+                    f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
+                    cause="it was deleted, or the store was moved without it",
+                    way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
+                )
+    config = ProbeConfig.model_validate(record["config"]).model_copy(update={"variance": request.variance})
+    return _conclude(config.name, recorded, request.variance, config, store, run)
+
+
+def find_run(root: Path, run_id: str) -> Path:
+    """The folder of a recorded run.
+
+    Raises:
+        StoreError: there is none.
+    """
+    records = sorted((root / "runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns)
+    known = [path.parent.name for path in records]
+    if run_id == "latest" and records:
+        return records[-1].parent
+    if run_id in known:
+        return root / "runs" / run_id
+    listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
+    raise StoreError(
+        f"there is no run {run_id!r} in {root / 'runs'}; {listed}",
+        way_out="give one of these ids, or run entropy-probe/checkpoint-sweep first",
+    )
+
+
+def artifacts_in(value: Any) -> Iterator[Artifact]:
+    """Every artifact in nested inputs."""
+    if isinstance(value, Artifact):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from artifacts_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from artifacts_in(item)
+
+
+def _load_prompts(config: ProbeConfig, split: str, run: Runner) -> Artifact:
+    batch = config.batch_config
+    file = prompts.source_file(batch.dataset_name)
+    inputs = {
+        "dataset_name": "" if file else batch.dataset_name,  # a file counts by its content, wherever it lies
+        "split": split,
+        "prompt_column": batch.prompt_column,
+        "source": file_digest(file) if file else "",
+    }
+    return run(stage.LOAD_PROMPTS, inputs, f"{batch.dataset_name} {split}")
+
+
+def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[str, Artifact], run: Runner) -> Inputs:
+    """All that needs the policy, for one checkpoint; returns the inputs of the variance stage."""
+    batch, generation, update = config.batch_config, config.generation, config.update
+    law = {
+        "weights": checkpoint.weights,
+        "dtype": config.policy.dtype,
+        "attn_implementation": config.policy.attn_implementation,
+        "temperature": generation.temperature,
+    }
+    name = checkpoint.name
+    e_pool, u_pool = (pools[split] for split in splits(config))
+    sampling = {"law": law, "add_special_tokens": batch.add_special_tokens, "max_new_tokens": generation.max_new_tokens}
+    replacement = batch.E_sampling_mode == "replacement"
+    e_sampling = sampling | {
+        "prompts": e_pool,
+        "batch": "E",
+        "mode": batch.E_sampling_mode,
+        "responses_per_prompt": 1 if replacement else batch.G,
+        "seed": batch.E_batch_seed,
+    }
+    u_sampling = sampling | {
+        "prompts": u_pool,
+        "batch": "U",
+        "mode": "distinct",
+        "responses_per_prompt": batch.G,
+        "seed": batch.U_batch_seed,
+    }
+    e_total = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
+
+    def over_shards(what: Stage, inputs: Sequence[Inputs], suffix: str = "") -> list[Artifact]:
+        labels = (f"{name}{suffix} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1))
+        return [run(what, shard, label) for shard, label in zip(inputs, labels, strict=True)]
+
+    def shards(total: int) -> list[Inputs]:
+        size = config.execution.shard_size
+        return [{"first": first, "count": min(size, total - first)} for first in range(0, total, size)]
+
+    e_batch = over_shards(stage.SAMPLE_E, [e_sampling | shard for shard in shards(e_total)])
+    e_scored = [{"law": law, "sequences": sequences} for sequences in e_batch]
+    scores = over_shards(stage.SCORE_E, e_scored)
+    rescores = over_shards(stage.RESCORE_E, e_scored)
+
+    loaded = {"checkpoint": checkpoint.digest, "learning_rate": update.learning_rate}
+    optimizer = run(stage.LOAD_CHECKPOINT, loaded, name)
+    u_batch = over_shards(stage.SAMPLE_U, [u_sampling | shard for shard in shards(batch.B_U * batch.G)])
+    reward_file = rewards.source_file(update.reward)
+    rewarded = {
+        "sequences": u_batch,
+        "prompts": u_pool,
+        "reward_name": update.reward.rpartition(".py:")[2],
+        "source": file_digest(reward_file) if reward_file else "",
+    }
+    rewards_u = run(stage.REWARD_U, rewarded, name)
+    step = {
+        "law": law,
+        "checkpoint": optimizer,
+        "sequences": u_batch,
+        "rewards": rewards_u,
+        "responses_per_prompt": batch.G,
+        "loss": update.loss,
+        "max_new_tokens": generation.max_new_tokens,
+        "max_grad_norm": update.max_grad_norm,
+    }
+    v = run(stage.COMPUTE_UPDATE, step, name)
+
+    gradient = run(stage.ENTROPY_GRADIENT, {"law": law, "sequences": e_batch, "scores": scores}, name)
+    along_v = [{"law": law, "sequences": sequences, "update": v} for sequences in e_batch]
+    first_order_e = over_shards(stage.FIRST_ORDER_E, along_v)
+    over_u = {"law": law, "sequences": u_batch, "update": v, "gradient": gradient}
+    first_order_u = run(stage.FIRST_ORDER_U, over_u, name)
+    learning_rate = optimizer.summary["learning_rate"]
+    unit = learning_rate if config.importance.eta_unit == "learning_rate" else 1.0
+    moved = []
+    for multiple in config.importance.etas:
+        eta = multiple * unit
+        there = [inputs | {"eta": eta} for inputs in along_v] if eta else []  # at 0 the answer is known: no pass
+        moved.append({"eta": eta, "shards": over_shards(stage.IMPORTANCE, there, f" · η={eta:.3g}")})
+    return {
+        "learning_rate": learning_rate,
+        "scores": scores,
+        "rescores": rescores,
+        "first_order_e": first_order_e,
+        "first_order_u": first_order_u,
+        "update": v,
+        "moved": moved,
+        "estimators": config.importance.estimators,
+    }
+
+
+def _conclude(
+    name: str, recorded: list[Inputs], settings: VarianceConfig, config: ProbeConfig, store: Store, run: Runner
+) -> SweepResult:
+    """Statistics of every checkpoint, the report, and the run's folder."""
+    chosen = settings.model_dump(mode="json")
+    estimated = [
+        {
+            "checkpoint": entry["checkpoint"],
+            "step": entry["step"],
+            "estimates": run(stage.VARIANCE, entry["inputs"] | chosen, entry["checkpoint"]),
+        }
+        for entry in recorded
+    ]
+    notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
+    report = run(stage.REPORT, {"name": name, "checkpoints": estimated, "notes": notes}, name)
+    run_id = f"{name}-{report.digest[:12]}"  # the same results are the same run
+    directory = store.root / "runs" / run_id
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in report.manifest["files"]:
+        shutil.copyfile(report.path(file), directory / file)
+    document = config.model_dump(mode="json")
+    (directory / "config.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    record = {
+        "run_id": run_id,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": document,
+        "report": report.to_dict(),
+        "checkpoints": [entry | {"inputs": _freeze(entry["inputs"])} for entry in recorded],
+    }
+    temporary = directory / "run.json.tmp"
+    temporary.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+    temporary.replace(directory / "run.json")  # written last: a folder without it is not a recorded run
+    return SweepResult(run_id, directory, report)
+
+
+def assumptions(config: ProbeConfig) -> list[str]:
+    """What a checkpoint does not record and the configuration says in its place."""
+    update = config.update
+    clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
+    return [
+        f"The step is that of the `{update.loss}` loss on {config.batch_config.B_U} prompts × {config.batch_config.G} "
+        f"responses with the reward `{update.reward}`, its gradient {clipping}.",
+        f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
+        f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
+    ]
+
+
+def _freeze(value: Any) -> Any:
+    """Inputs as JSON, artifacts as references."""
+    if isinstance(value, Artifact):
+        return {"artifact": value.to_dict()}
+    if isinstance(value, Mapping):
+        return {key: _freeze(item) for key, item in value.items()}
+    return [_freeze(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _revive(value: Any, store: Store) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"artifact"}:
+            return Artifact.from_dict(value["artifact"], store.root)
+        return {key: _revive(item, store) for key, item in value.items()}
+    return [_revive(item, store) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,43 @@
+"""report: the result table of a sweep, its figures, and a page that shows them."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from entropy_core import report as pages
+from entropy_core.tables import RESULTS, to_table
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store import Artifact, Writer
+
+
+def report(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    name: str,
+    checkpoints: "Sequence[Mapping[str, Any]]",
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Gather the estimates of all checkpoints.
+
+    Args:
+        out: `results.parquet` (schema `tables.RESULTS`), `report.md`, and the figures as PNG and SVG.
+        execution: not used.
+        name: of the sweep.
+        checkpoints: a mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance).
+        notes: what was assumed, one sentence each.
+
+    Returns:
+        Numbers of rows and checkpoints.
+    """
+    rows = [
+        {"checkpoint": entry["checkpoint"], "step": entry["step"]} | row
+        for entry in checkpoints
+        for row in entry["estimates"].table("estimates.parquet").to_pylist()
+    ]
+    out.table(to_table(rows, RESULTS), "results.parquet")
+    for figure_name, figure in pages.figures(rows).items():
+        pages.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
+    out.path("report.md").write_text(pages.markdown(name, rows, notes), encoding="utf-8")
+    return {"rows": len(rows), "checkpoints": len(checkpoints)}

@@ -1,0 +1,46 @@
+"""reward-u-batch: the reward of every U response."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from entropy_core.rewards import compute_rewards
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store import Artifact, Writer
+
+
+def reward(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    sequences: "Sequence[Artifact]",
+    prompts: "Artifact",
+    reward_name: str,
+    source: str,
+) -> dict[str, Any]:
+    """Score the responses of U.
+
+    Args:
+        out: `rewards.parquet`, a row per sequence.
+        execution: knows where a reward file lies.
+        sequences: the shards of sample-u-batch.
+        prompts: artifact of load-prompts; its further columns are handed to the reward.
+        reward_name: see `rewards.load_reward`; of a file, the function alone.
+        source: digest of the file that defines the reward, empty for a built-in one.
+
+    Returns:
+        Mean and number of rewards.
+    """
+    table = pa.concat_tables([shard.table("sequences.parquet") for shard in sequences])
+    pool = prompts.table("prompts.parquet").take(table["prompt_id"])
+    columns = {name: pool[name].to_pylist() for name in pool.column_names if name != "prompt"}
+    name = f"{execution.paths[source]}:{reward_name}" if source in execution.paths else reward_name
+    rewards = compute_rewards(name, table["prompt"].to_pylist(), table["response"].to_pylist(), columns)
+    out.table(
+        pa.table({"sequence_id": table["sequence_id"], "prompt_id": table["prompt_id"], "reward": rewards}),
+        "rewards.parquet",
+    )
+    return {"mean_reward": sum(rewards) / len(rewards), "sequences": len(rewards)}

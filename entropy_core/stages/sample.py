@@ -1,0 +1,75 @@
+"""sample-e-batch and sample-u-batch: responses of the policy to prompts of the pool, one shard at a time."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+
+from entropy_core.stages.sequences import Law, processor_of, write_sequences
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store import Artifact, Writer
+
+
+def sample(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    law: Law,
+    prompts: "Artifact",
+    add_special_tokens: bool,
+    batch: Literal["E", "U"],
+    mode: Literal["replacement", "distinct"],
+    responses_per_prompt: int,
+    seed: int,
+    first: int,
+    count: int,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Sample the sequences `first`, …, `first + count − 1` of a batch.
+
+    Args:
+        out: `tokens.safetensors` (flat ids with offsets) and `sequences.parquet` (a row per sequence).
+        execution: device and decoding batch.
+        law: the policy.
+        prompts: artifact of load-prompts.
+        add_special_tokens: whether the tokenizer adds its special tokens to a prompt.
+        batch: E and U draw from independent streams.
+        mode: prompts with replacement and one response each, or distinct prompts.
+        responses_per_prompt: G of the distinct mode; 1 otherwise.
+        seed: of the batch.
+        first: id of the first sequence.
+        count: how many.
+        max_new_tokens: where a response is cut.
+
+    Returns:
+        Number of sequences and of tokens, and how many responses were cut.
+    """
+    table = prompts.table("prompts.parquet")
+    processor = processor_of(law, execution, max_new_tokens)
+    pool = processor.tokenize(table["prompt"].to_pylist(), add_special_tokens)
+    if mode == "replacement":
+        sequences = processor.generate_with_replacement_sampling(pool, count, seed, first)
+    else:
+        sequences = processor.generate_distinct(pool, count, responses_per_prompt, seed, batch, first)
+    write_sequences(out, sequences)
+    decode = processor.policy.tokenizer.decode
+    out.table(
+        pa.table(
+            {
+                "sequence_id": sequences.sequence_ids_N.tolist(),
+                "prompt_id": sequences.prompt_ids_N.tolist(),
+                "draw": sequences.draws_N.tolist(),
+                "prompt": table["prompt"].take(sequences.prompt_ids_N.tolist()),
+                "response": [decode(sequences.response(i), skip_special_tokens=True) for i in range(len(sequences))],
+                "length": sequences.lengths_N.tolist(),
+                "finish_reason": list(sequences.finish_reasons),
+            }
+        ),
+        "sequences.parquet",
+    )
+    return {
+        "sequences": len(sequences),
+        "tokens": len(sequences.response_tokens_K),
+        "cut": sequences.finish_reasons.count("length"),
+    }

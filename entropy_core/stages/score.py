@@ -1,0 +1,46 @@
+"""score-e-batch: ℓ and h of every response token of one shard."""
+
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from entropy_core.stages.sequences import Law, processor_of, read_sequences
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store import Artifact, Writer
+
+
+def score(out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact") -> dict[str, Any]:
+    """Score one shard by teacher forcing.
+
+    Args:
+        out: `tokens.safetensors` (logprobs, entropies, offsets) and `scores.parquet` (a row per sequence).
+        execution: device and micro-batch.
+        law: the policy.
+        sequences: artifact of a sampling stage.
+
+    Returns:
+        Number of sequences, and the sum of their entropies in nats.
+    """
+    batch = read_sequences(sequences)
+    results, diagnostics = processor_of(law, execution).score(batch)
+    out.tensors(
+        {"logprobs": results.logprobs_K, "entropies": results.entropies_K, "offsets": results.offsets_N1},
+        "tokens.safetensors",
+    )
+    out.table(
+        pa.table(
+            {
+                "sequence_id": batch.sequence_ids_N.tolist(),
+                "prompt_id": batch.prompt_ids_N.tolist(),
+                "length": batch.lengths_N.tolist(),
+                "finish_reason": list(batch.finish_reasons),
+                "sum_logprob": diagnostics.sum_logprobs_N.tolist(),
+                "sum_entropy": diagnostics.sum_entropies_N.tolist(),
+                "max_surprisal": diagnostics.max_surprisal_N.tolist(),
+            }
+        ),
+        "scores.parquet",
+    )
+    return {"sequences": len(batch), "entropy": float(diagnostics.sum_entropies_N.sum())}

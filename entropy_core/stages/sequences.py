@@ -1,0 +1,73 @@
+"""What the stages that handle sequences share: the policy of a law, and sequences on disk."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from entropy_core.checkpoint_files import weights_digest
+from entropy_core.errors import CheckpointError
+from entropy_core.policy import Policy, load_policy
+from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store import Artifact, Writer
+
+Law = Mapping[str, Any]
+"""The policy as a probability law: `weights` (digest), `dtype`, `attn_implementation`, `temperature`."""
+
+
+def policy_of(law: Law, execution: "Execution") -> Policy:
+    """Load the policy of a law, after making sure that the directory still holds those weights."""
+    directory = execution.paths[law["weights"]]
+    if weights_digest(directory) != law["weights"]:
+        raise CheckpointError(
+            f"the files of {directory} changed after the sweep had begun",
+            cause="the trainer is still writing, or rotates its checkpoints",
+            way_out="run the sweep again when the checkpoint is complete",
+        )
+    policy = load_policy(directory, law["weights"], law["dtype"], law["attn_implementation"], execution.device)
+    policy.head_chunk_rows = execution.head_chunk_rows
+    return policy
+
+
+def processor_of(law: Law, execution: "Execution", max_new_tokens: int = 0) -> SequenceProcessor:
+    """A `SequenceProcessor` of a law; `max_new_tokens` matters for generating only."""
+    config = GenerationConfig(law["temperature"], max_new_tokens, execution.gen_batch_size, execution.tf_batch_size)
+    return SequenceProcessor(policy_of(law, execution), config, execution.progress)
+
+
+def write_sequences(out: "Writer", sequences: BatchedSequences) -> None:
+    """Token ids, flat with offsets."""
+    out.tensors(
+        {
+            "prompt_tokens": sequences.prompt_tokens,
+            "prompt_offsets": sequences.prompt_offsets_N1,
+            "response_tokens": sequences.response_tokens_K,
+            "response_offsets": sequences.response_offsets_N1,
+        },
+        "tokens.safetensors",
+    )
+
+
+def read_sequences(artifact: "Artifact") -> BatchedSequences:
+    """The sequences of one shard."""
+    tensors, table = artifact.tensors("tokens.safetensors"), artifact.table("sequences.parquet")
+    return BatchedSequences(
+        sequence_ids_N=torch.tensor(table["sequence_id"].to_pylist()),
+        prompt_ids_N=torch.tensor(table["prompt_id"].to_pylist()),
+        draws_N=torch.tensor(table["draw"].to_pylist()),
+        prompt_tokens=tensors["prompt_tokens"],
+        prompt_offsets_N1=tensors["prompt_offsets"],
+        response_tokens_K=tensors["response_tokens"],
+        response_offsets_N1=tensors["response_offsets"],
+        finish_reasons=tuple(table["finish_reason"].to_pylist()),
+    )
+
+
+def as_tangent(direction: Mapping[str, Tensor], policy: Policy) -> dict[str, Tensor]:
+    """A direction in the dtype and on the device of the policy's parameters."""
+    parameters = policy.named_parameters()
+    return {name: v.to(parameters[name]) for name, v in direction.items()}

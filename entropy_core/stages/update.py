@@ -1,0 +1,146 @@
+"""compute-update: the step v that the optimizer would take on U, its parts, and its derivative."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+
+from entropy_core.errors import NonFiniteError
+from entropy_core.numerics import adamw
+from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, UpdateParts
+from entropy_core.numerics.advantages import Loss, group_advantages, loss_coefficients
+from entropy_core.policy import Coefficients
+from entropy_core.stages.sequences import Law, processor_of, read_sequences
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store import Artifact, Writer
+
+
+def compute_update(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    law: Law,
+    checkpoint: "Artifact",
+    sequences: "Sequence[Artifact]",
+    rewards: "Artifact",
+    responses_per_prompt: int,
+    loss: Loss,
+    max_new_tokens: int,
+    max_grad_norm: float,
+) -> dict[str, Any]:
+    """Gradient of the loss on U, then the next AdamW step per unit of learning rate.
+
+    Args:
+        out: `direction.safetensors` (v), its parts `momentum`, `decay` and `gradient_part`, the diagonal `jacobian`,
+            the unclipped `gradient`, all by parameter name; `sequences.parquet` (reward, advantage, coefficient).
+        execution: device and micro-batch.
+        law: the policy.
+        checkpoint: artifact of load-checkpoint.
+        sequences: the shards of sample-u-batch.
+        rewards: artifact of reward-u-batch.
+        responses_per_prompt: G.
+        loss: the objective.
+        max_new_tokens: the constant length of `dr_grpo`.
+        max_grad_norm: of the clipping; 0 for none.
+
+    Returns:
+        Norms, clip factor, cosine of v with its gradient part, and how many prompts had equal rewards.
+    """
+    processor = processor_of(law, execution)
+    policy = processor.policy
+    rewards_N = torch.tensor(rewards.table("rewards.parquet")["reward"].to_pylist(), dtype=torch.float64)
+    advantages_PG = group_advantages(rewards_N.view(-1, responses_per_prompt), loss)
+    shards = [read_sequences(shard) for shard in sequences]
+    lengths_N = torch.cat([shard.lengths_N for shard in shards])
+    coefficients_N = loss_coefficients(advantages_PG.flatten(), lengths_N, loss, max_new_tokens)
+
+    gradient = policy.new_accumulator()
+    start = 0
+    for shard in shards:
+        per_token_K = torch.repeat_interleave(coefficients_N[start : start + len(shard)], shard.lengths_N)
+        start += len(shard)
+        for index_K, rows in processor.micro_batches(shard):
+            weights = Coefficients(per_token_K[index_K], torch.zeros(len(index_K), dtype=torch.float64))
+            policy.add_gradients(rows, [weights], law["temperature"], [gradient])
+    norm = adamw.global_norm(gradient)
+    if not torch.isfinite(torch.tensor(norm)):
+        raise NonFiniteError(
+            "the gradient on U is not finite", cause="the weights hold a NaN", way_out="check the checkpoint"
+        )
+
+    parameters = {name: p.detach().double().cpu() for name, p in policy.named_parameters().items()}
+    gradient = {name: g.cpu() for name, g in gradient.items()}
+    parts = next_step(checkpoint, gradient, parameters, adamw.clip_factor(norm, max_grad_norm))
+    direction = {name: part.direction for name, part in parts.items()}
+    by_file = {
+        "direction": direction,
+        "momentum": {name: part.momentum for name, part in parts.items()},
+        "decay": {name: part.decay for name, part in parts.items()},
+        "gradient_part": {name: part.gradient for name, part in parts.items()},
+        "jacobian": {name: part.jacobian for name, part in parts.items()},
+        "gradient": {name: gradient[name] for name in parts},
+    }
+    dtype = getattr(torch, law["dtype"])
+    for file, by_name in by_file.items():
+        out.tensors({name: tensor.to(dtype) for name, tensor in by_name.items()}, f"{file}.safetensors")
+    table = rewards.table("rewards.parquet")
+    table = table.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
+    table = table.append_column("coefficient", pa.array(coefficients_N.tolist()))
+    out.table(table.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
+    update_norm = adamw.global_norm(direction)
+    along = adamw.dot(direction, by_file["gradient_part"]) / update_norm if update_norm else 0.0
+    gradient_norm = adamw.global_norm(by_file["gradient_part"])
+    return {
+        "gradient_norm": norm,
+        "clip_factor": adamw.clip_factor(norm, max_grad_norm),
+        "max_grad_norm": max_grad_norm,
+        "update_norm": update_norm,
+        "cosine_with_gradient_part": along / gradient_norm if gradient_norm else 0.0,
+        "prompts": len(advantages_PG),
+        "prompts_with_equal_rewards": int((advantages_PG == 0).all(dim=1).sum()),
+        "mean_reward": float(rewards_N.mean()),
+    }
+
+
+def next_step(
+    checkpoint: "Artifact",
+    gradient: dict[str, torch.Tensor],
+    parameters: dict[str, torch.Tensor],
+    clip: float,
+) -> dict[str, UpdateParts]:
+    """The AdamW step from the saved state, by parameter name.
+
+    Args:
+        checkpoint: artifact of load-checkpoint.
+        gradient: before clipping, float64.
+        parameters: θ, float64.
+        clip: factor that the gradient is scaled by.
+
+    Returns:
+        `UpdateParts` of every parameter that the optimizer holds.
+    """
+    moments = checkpoint.tensors("moments.safetensors")
+
+    def moment(slot: str, name: str) -> torch.Tensor | None:
+        tensor = moments.get(f"{slot}/{name}")
+        return None if tensor is None else tensor.double()
+
+    parts = {}
+    for group in checkpoint.json("groups.json"):
+        hyperparameters = AdamHyperparameters(
+            group["beta1"], group["beta2"], group["eps"], group["weight_decay"], group["relative_lr"], group["maximize"]
+        )
+        for name, step in group["parameters"].items():
+            g = clip * gradient[name]
+            if not group["decoupled"]:  # plain Adam: the decay is part of the gradient
+                g = g + (-1.0 if group["maximize"] else 1.0) * group["weight_decay"] * parameters[name]
+                hyperparameters = hyperparameters._replace(weight_decay=0.0)
+            state = AdamState(
+                step, moments[f"exp_avg/{name}"].double(), moments[f"exp_avg_sq/{name}"].double(),
+                moment("max_exp_avg_sq", name),
+            )  # fmt: skip
+            parts[name] = adamw.update_direction(g, parameters[name], state, hyperparameters)
+    return parts

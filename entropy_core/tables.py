@@ -1,0 +1,87 @@
+"""Schemas of the tables that people read, with the unit and the meaning of every column in the field metadata."""
+
+import pyarrow as pa
+
+
+def _field(name: str, kind: pa.DataType, unit: str, description: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"unit": unit, "description": description})
+
+
+_TEXT, _REAL, _WHOLE = pa.string(), pa.float64(), pa.int64()
+_H = "nats per token (per_token) or per sequence (per_sequence)"
+
+ESTIMATES = pa.schema(
+    [
+        _field("eta", _REAL, "learning-rate unit", "absolute step size: the policy moves to theta + eta * v"),
+        _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
+        _field("normalization", _TEXT, "", "per_token: E[S]/E[T]; per_sequence: E[S]"),
+        _field("estimator", _TEXT, "", "estimator of delta_h: per_decision or snis"),
+        _field("H", _REAL, _H, "entropy of the policy on E"),
+        _field("H_se", _REAL, _H, "its standard error"),
+        _field("mean_length", _REAL, "tokens", "mean response length on E, the EOS token counted"),
+        _field("delta_h1", _REAL, _H, "predicted entropy change, first order: eta times the derivative along v"),
+        _field("delta_h1_local", _REAL, _H, "its part from the steps' own entropies; the rest is that of the future"),
+        _field("se_given_u", _REAL, _H, "standard error of delta_h1 over E, with the update held fixed"),
+        _field("se_given_u_jackknife", _REAL, _H, "the same by delete-one jackknife"),
+        _field("se_over_u", _REAL, _H, "standard error of delta_h1 over the prompts of U, with E held fixed"),
+        _field("se_total", _REAL, _H, "standard error over E and U together"),
+        _field("ci_low", _REAL, _H, "lower end of the interval of delta_h1 over E and U (t quantile)"),
+        _field("ci_high", _REAL, _H, "upper end"),
+        _field("ci_given_u_low", _REAL, _H, "lower end of the interval of delta_h1 with the update held fixed"),
+        _field("ci_given_u_high", _REAL, _H, "upper end"),
+        _field("confidence_level", _REAL, "1", "of every interval in this row"),
+        _field("delta_h", _REAL, _H, "measured entropy change, by importance sampling on the same E"),
+        _field("delta_h_se", _REAL, _H, "its standard error over E, with the update held fixed"),
+        _field("curvature", _REAL, _H, "delta_h minus eta times the derivative of the same estimator on the same E"),
+        _field("curvature_se", _REAL, _H, "its standard error, of order eta squared"),
+        _field("paired_difference", _REAL, _H, "delta_h - delta_h1; the curvature when the estimator is per_decision"),
+        _field("paired_difference_se", _REAL, _H, "its standard error; both share E, so most of the noise cancels"),
+        _field("ess", _REAL, "sequences", "effective sample size of the whole-sequence weights"),
+        _field("ess_fraction", _REAL, "1", "ess / n_sequences"),
+        _field(
+            "minimum_detectable", _REAL, _H, "smallest |delta_h| that this E tells from zero at the confidence level"
+        ),
+        _field(
+            "noise_floor", _REAL, _H, "change of H when E is scored again by another floating-point path at eta = 0"
+        ),
+        _field("verdict", _TEXT, "", "reference, resolved, noise-limited, nonlinear or weights-unreliable"),
+        _field("rule", _TEXT, "", "the rule that gave the verdict"),
+        _field("n_sequences", _WHOLE, "sequences", "size of E"),
+        _field("n_prompts_u", _WHOLE, "prompts", "size of U"),
+        _field("inner_product", _REAL, _H, "<grad H, v> by the backward pass, times eta: should equal delta_h1"),
+        _field("gradient_check", _REAL, "1", "relative difference of the two at the baseline of the backward pass"),
+        _field(
+            "mean_score_z", _REAL, "1", "z of the mean score on E along v, which is zero for correctly scored samples"
+        ),
+        _field("excess_kurtosis", _REAL, "1", "of the influence values of delta_h1"),
+        _field("largest_influence", _REAL, "1", "largest share of one sequence in the variance of delta_h1 over E"),
+        _field("truncated_fraction", _REAL, "1", "responses of E that were cut at max_new_tokens"),
+        _field("learning_rate", _REAL, "", "the checkpoint's nominal learning rate"),
+        _field("gradient_norm", _REAL, "", "norm of the loss gradient on U before clipping"),
+        _field("clip_factor", _REAL, "1", "what gradient clipping multiplied it by"),
+        _field("update_norm", _REAL, "", "norm of v, the step per unit of learning rate"),
+        _field("mean_reward", _REAL, "", "mean reward on U"),
+        _field("equal_reward_fraction", _REAL, "1", "prompts of U whose responses all have the same reward"),
+    ]
+)
+
+RESULTS = pa.schema(
+    [
+        _field("checkpoint", _TEXT, "", "name of the checkpoint directory"),
+        _field("step", _WHOLE, "optimizer steps", "the trainer's global step"),
+        *ESTIMATES,
+    ]
+)
+
+
+def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
+    """Rows as a table of exactly this schema.
+
+    Raises:
+        ValueError: a row has a column too many or too few.
+    """
+    names = set(schema.names)
+    for row in rows:
+        if set(row) != names:
+            raise ValueError(f"columns {sorted(set(row) ^ names)} are not in both the row and the schema")
+    return pa.Table.from_pylist(rows, schema=schema)

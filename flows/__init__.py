@@ -1,0 +1,1 @@
+"""The flows: what Prefect runs, serves and shows."""

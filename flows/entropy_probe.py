@@ -1,0 +1,68 @@
+"""The two flows. What happens in which order is the pipeline's business; this is what Prefect makes of it."""
+
+import logging
+
+from prefect import flow
+from prefect.states import Completed, State
+
+from entropy_core.config import ProbeConfig, VarianceRequest
+from entropy_core.errors import ProbeError
+from entropy_core.execution import Execution
+from entropy_core.stages import pipeline
+from entropy_core.stages.preflight import preflight
+from entropy_core.store import Store
+from flows.ui import Progress, publish, stage_runs
+from tasks.stages import prefect_runner
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Let a `ProbeError` into the log without its traceback: the message says it all."""
+    if record.exc_info and isinstance(record.exc_info[1], ProbeError):
+        record.exc_info = None
+    return True
+
+
+logging.getLogger("prefect.flow_runs").addFilter(_without_traceback)
+
+
+@flow(name="entropy-probe")
+def checkpoint_sweep(config: ProbeConfig) -> State:
+    """Predict what the next optimizer step does to the entropy of each checkpoint's policy, and measure it.
+
+    Args:
+        config: which checkpoints, which batches, which step sizes.
+
+    Returns:
+        A completed state that names the folder of the results; its result is the `SweepResult`.
+
+    Raises:
+        ProbeError: the request cannot be met; the message says why, and what to do.
+    """
+    checkpoints = preflight(config)
+    store = Store(config.store_root)
+    progress = Progress(stage_runs(config, len(checkpoints)))
+    execution = pipeline.execution_for(config, checkpoints, progress.within)
+    run = progress.watched(prefect_runner(store, execution))
+    return _published(pipeline.sweep(config, checkpoints, store, run))
+
+
+@flow(name="entropy-probe")
+def variance(request: VarianceRequest = VarianceRequest()) -> State:  # noqa: B008 (frozen)
+    """Compute the statistics of a recorded sweep with other settings; needs neither checkpoints nor a device.
+
+    Args:
+        request: which sweep, which settings.
+
+    Returns:
+        As `checkpoint_sweep`.
+
+    Raises:
+        ProbeError: there is no such sweep, or a part of it is gone.
+    """
+    store = Store(request.artifacts)
+    return _published(pipeline.variance(request, store, prefect_runner(store, Execution())))
+
+
+def _published(result: pipeline.SweepResult) -> State:
+    publish(result)
+    return Completed(message=f"Results in {result.run_directory}", data=result)

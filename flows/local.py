@@ -1,0 +1,152 @@
+"""A sweep on this machine, or the UI, with nothing to set up: `make sweep` and `make ui`.
+
+    python -m flows.local sweep [--config configs/demo.yaml] [--port 0]
+    python -m flows.local up [--port 4200]
+
+Both start a Prefect server and the process that serves the deployments, unless this folder's are up already, and stop
+what they started. `sweep` then triggers the deployment, as anybody would, and prints its results.
+"""
+
+import argparse
+import json
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from entropy_core.config import load_config
+from entropy_core.errors import ProbeError
+from flows.results import terminal_table
+from flows.service import DEPLOYMENTS, FLOW, HOME, ROOT, ServiceError, child, request, service
+
+_EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
+_LOG = re.compile(r"▪ +\S+ +\S{12} (.*)")
+_SHOWN = {"Completed": "computed", "Cached": "reused", "Failed": "failed", "AwaitingRetry": "will be tried again"}
+_HUSHED = ("Beginning flow run", "Finished in state", "Engine execution exited", "View at")
+
+
+def sweep(config_path: Path, port: int) -> int:
+    """Run a checkpoint sweep through Prefect and print its results.
+
+    Args:
+        config_path: a YAML file.
+        port: of the server, if one must be started; 0: any free one.
+
+    Returns:
+        The exit status: 0 if the run was completed.
+
+    Raises:
+        ProbeError: the configuration is wrong, or Prefect does not start.
+    """
+    config = load_config(config_path).model_dump(mode="json")
+    print("Starting Prefect …", flush=True)
+    with service(port) as (api_url, started_here):
+        print(f"Prefect {'started' if started_here else 'is up already'}: {api_url.removesuffix('/api')}", flush=True)
+        status, run_id = _trigger(config, api_url)
+        run = request(f"{api_url}/flow_runs/{run_id}") if run_id else None
+    message = (run or {}).get("state", {}).get("message") or ""
+    if status == 0:
+        _print_results(Path(message.removeprefix("Results in ")))
+    else:
+        print(f"\nThe sweep failed. {message}\nDetails: {HOME / 'serve.log'}", file=sys.stderr)
+    return status
+
+
+def up(port: int) -> int:
+    """Keep Prefect's UI and the deployments up until interrupted.
+
+    Args:
+        port: of the server.
+
+    Returns:
+        1 if one of its processes ended by itself, else it does not return.
+
+    Raises:
+        ServiceError: Prefect does not start, or is up already.
+    """
+    print("Starting Prefect …", flush=True)
+    with service(port) as (api_url, started_here):
+        url = api_url.removesuffix("/api")
+        if not started_here:
+            raise ServiceError(f"this folder's Prefect is up already, at {url}", way_out="use that one")
+        commands = "\n".join(f"    prefect deployment run {FLOW}/{name} --watch" for name in DEPLOYMENTS)
+        print(
+            f"\nPrefect is up: {url}\nStart a run there, or in another terminal:\n\n"
+            f"    export PREFECT_API_URL={api_url}\n{commands}\n\nCtrl-C ends it.",
+            flush=True,
+        )
+        while True:
+            time.sleep(5)
+            request(f"{api_url}/health")
+
+
+def _trigger(config: dict[str, Any], api_url: str) -> tuple[int, str]:
+    """Run the deployment with Prefect's own command; returns its exit status and the id of the flow run."""
+    command = ["-m", "prefect", "deployment", "run", f"{FLOW}/{DEPLOYMENTS[0]}", "--watch", "--param"]
+    print(f"$ prefect {' '.join(command[2:])} 'config={{…}}'", flush=True)
+    run_id = ""
+    with child([*command, f"config={json.dumps(config)}"], api_url) as process:
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                if found := re.search(r"UUID: ([0-9a-f-]{36})", line):
+                    run_id = found[1]
+                if shown := _for_reader(line.rstrip()):
+                    print(shown, flush=True)
+            return process.wait(), run_id
+        except BaseException:
+            if run_id:
+                request(f"{api_url}/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
+            raise
+
+
+def _for_reader(line: str) -> str:
+    """Shorten one line of what `--watch` prints: states of stages, log lines without their tracebacks."""
+    if event := _EVENT.match(line):
+        kind, state, name = event.groups()
+        return f"  {_SHOWN[state]:9} {name}" if kind == "task-run" and state in _SHOWN else ""
+    if entry := _LOG.match(line):
+        return "" if entry[1].startswith(_HUSHED) else f"  {entry[1]}"
+    return line if re.match(r"Created|Flow run finished|└── (UUID|URL)", line) else ""
+
+
+def _print_results(run_directory: Path) -> None:
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(run_directory / "results.parquet").to_pylist()
+    print(f"\n{terminal_table(rows)}\n\n{run_directory}/")
+    for path in sorted(run_directory.iterdir()):
+        print(f"    {path.name}")
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    """End by way of every `finally`, and let nothing interrupt those."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    print("\nStopping …", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m flows.local", description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    sweep_parser = commands.add_parser("sweep", help="run one sweep and print its results")
+    sweep_parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="a YAML file")
+    sweep_parser.add_argument("--port", type=int, default=0, help="of the server; 0: any free one")
+    up_parser = commands.add_parser("up", help="keep the UI and the deployments up until Ctrl-C")
+    up_parser.add_argument("--port", type=int, default=4200, help="of the server")
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupted)
+    try:
+        return sweep(options.config, options.port) if options.command == "sweep" else up(options.port)
+    except ProbeError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""How the results of a sweep are shown: in the terminal, and in Prefect's UI, whose tables do not round."""
+
+import base64
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HEADLINE = (
+    "checkpoint",
+    "eta_over_lr",
+    "normalization",
+    "estimator",
+    "H",
+    "delta_h1",
+    "ci_low",
+    "ci_high",
+    "delta_h",
+    "delta_h_se",
+    "ess_fraction",
+    "verdict",
+)
+_VIEW = ("normalization", "estimator")  # what the terminal shows one choice of
+
+
+def headline(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Select and round what a reader looks at first.
+
+    Args:
+        rows: of results.parquet.
+
+    Returns:
+        As many rows with the columns `HEADLINE`, in four significant digits; None for what is not a finite number.
+    """
+    return [{name: _rounded(row[name]) for name in HEADLINE} for row in rows]
+
+
+def terminal_table(rows: list[dict[str, Any]]) -> str:
+    """Lay the first normalisation and estimator out as text.
+
+    Args:
+        rows: of results.parquet, at least one.
+
+    Returns:
+        A table with aligned columns, and a line that says what it shows.
+    """
+    choice = {name: rows[0][name] for name in _VIEW}
+    shown = [row for row in headline(rows) if all(row[name] == value for name, value in choice.items())]
+    columns = [name for name in HEADLINE if name not in choice]
+    lines = [columns, *([_text(row[name]) for name in columns] for row in shown)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*table, f"({', '.join(choice.values())}; {len(shown)} of {len(rows)} rows)"])
+
+
+def inline_figures(markdown: str, locate: Callable[[str], Path]) -> str:
+    """Put the figures into the page, so that it can be shown away from them.
+
+    Args:
+        markdown: a page with links such as `![entropy](entropy.png)`.
+        locate: file name → where the figure is.
+
+    Returns:
+        The page with every PNG as a data URI.
+    """
+
+    def embed(link: re.Match[str]) -> str:
+        data = base64.b64encode(locate(link[2]).read_bytes()).decode()
+        return f"![{link[1]}](data:image/png;base64,{data})"
+
+    return re.sub(r"!\[([^\]]*)\]\(([^()\s:]+\.png)\)", embed, markdown)
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.4g}") + 0.0 if math.isfinite(value) else None
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,223 @@
+"""This folder's Prefect: a server and the process that serves the two deployments, one of each at a time.
+
+artifacts/prefect/      PREFECT_HOME: the history of all runs
+  owner.lock            held by the process that started the server
+  users.lock            shared by those who use it; the owner stops the server only when nobody does
+  api-url               where the server is
+  server.log, serve.log
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from entropy_core.errors import ProbeError
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME = ROOT / "artifacts" / "prefect"
+FLOW = "entropy-probe"
+DEPLOYMENTS = ("checkpoint-sweep", "variance")
+
+_STARTUP_SECONDS = 180
+_GRACE_SECONDS = 15
+_FOREIGN = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE")  # of another server
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class ServiceError(ProbeError):
+    """The server or the process that serves the deployments did not start, or ended."""
+
+
+def environment(api_url: str) -> dict[str, str]:
+    """Make the environment of everything that talks to this folder's server.
+
+    Args:
+        api_url: the server's API.
+
+    Returns:
+        This process's environment with Prefect's settings: its own history, nothing sent to anybody, log lines
+        streamed to whoever watches a run.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
+    unproxied = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", ""), "127.0.0.1"]
+    return inherited | {
+        "PREFECT_HOME": str(HOME),
+        "PREFECT_API_URL": api_url,
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",  # the newer UI calls an outside host from the browser
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
+        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "entropy_probe",
+        "COLUMNS": "1000",  # what watches a run shall not break lines
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        "NO_PROXY": ",".join(filter(None, unproxied)),
+        "no_proxy": ",".join(filter(None, unproxied)),
+    }
+
+
+def request(url: str, body: Any = None) -> Any:
+    """Ask the server something.
+
+    Args:
+        url: address of the resource.
+        body: JSON value to POST; None: GET.
+
+    Returns:
+        The JSON value of the answer.
+
+    Raises:
+        OSError: there is no server, or it says no.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    question = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with _direct.open(question, timeout=30) as answer:
+        return json.load(answer)
+
+
+@contextmanager
+def service(port: int = 0) -> Iterator[tuple[str, bool]]:
+    """Hold this folder's Prefect: the one that is up, or one that is started here and stopped at the end.
+
+    Args:
+        port: of the server, if it must be started; 0: any free one.
+
+    Yields:
+        The URL of its API, and whether it was started here. Both deployments are ready to run.
+
+    Raises:
+        ServiceError: the server or the serving process does not start.
+    """
+    HOME.mkdir(parents=True, exist_ok=True)
+    address = HOME / "api-url"
+    with open(HOME / "owner.lock", "w") as owner, open(HOME / "users.lock", "w") as users, ExitStack() as stack:
+        while not _lock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            _lock(users, fcntl.LOCK_SH)
+            if address.exists():
+                yield address.read_text(), False
+                return
+            _lock(users, fcntl.LOCK_UN)  # it is starting or stopping
+            time.sleep(0.5)
+        address.unlink(missing_ok=True)
+        api_url = f"http://127.0.0.1:{port or _free_port()}/api"
+        _start(stack, api_url)
+        address.write_text(api_url)
+        stack.callback(address.unlink, missing_ok=True)
+        yield api_url, True
+        if not _lock(users, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            print("Another sweep uses this server; it stops when that one is finished.", flush=True)
+            _lock(users, fcntl.LOCK_EX)
+
+
+def _start(stack: ExitStack, api_url: str) -> None:
+    """Start the server, then the process that serves the deployments; `stack` stops them in reverse order."""
+    port = api_url.split(":")[2].removesuffix("/api")
+    start = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    server = stack.enter_context(child(start, api_url, HOME / "server.log"))
+    _wait(lambda: request(f"{api_url}/health"), server, "the Prefect server", HOME / "server.log")
+    _end_orphans(api_url)
+    started = datetime.now(UTC)
+    serving = stack.enter_context(child(["-m", "flows.serve"], api_url, HOME / "serve.log"))
+    stack.callback(_end_orphans, api_url)
+
+    def ready() -> bool:
+        found = [request(f"{api_url}/deployments/name/{FLOW}/{name}") for name in DEPLOYMENTS]
+        times = [deployment[field] for deployment in found for field in ("updated", "last_polled")]
+        return all(moment and datetime.fromisoformat(moment) >= started for moment in times)
+
+    _wait(ready, serving, "flows.serve", HOME / "serve.log")
+
+
+@contextmanager
+def child(arguments: list[str], api_url: str, log: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run Python as a child process in a process group of its own; end the whole group on leaving.
+
+    Args:
+        arguments: of the interpreter.
+        api_url: the server's API.
+        log: file for its output; None: a pipe.
+
+    Yields:
+        The process.
+    """
+    with ExitStack() as stack:
+        output = stack.enter_context(open(log, "w")) if log else subprocess.PIPE
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment(api_url),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            yield process
+        finally:
+            _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _end_with_parent() -> None:
+    """Called in the child: be told to end when the parent dies without a chance to say so."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _wait(ready: Callable[[], Any], process: subprocess.Popen[str], name: str, log: Path) -> None:
+    deadline = time.monotonic() + _STARTUP_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(OSError):
+            if ready():
+                return
+        time.sleep(0.3)
+    state = "ended" if process.poll() is not None else f"was not ready after {_STARTUP_SECONDS} seconds"
+    last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "it printed nothing")
+    raise ServiceError(f"{name} {state}: {last.strip()}", way_out=f"read {log}")
+
+
+def _end_orphans(api_url: str) -> None:
+    """Mark as crashed the runs that were under way when their process was ended; nothing runs here now."""
+    with suppress(OSError):
+        under_way = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
+        for run in request(f"{api_url}/flow_runs/filter", under_way):
+            state = {"type": "CRASHED", "message": "The process that ran it was stopped."}
+            request(f"{api_url}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+
+
+def _lock(file: Any, operation: int) -> bool:
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

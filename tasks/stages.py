@@ -1,0 +1,82 @@
+"""One thin Prefect task per stage: its name, its retries, its `Cached` state. What it computes the core knows."""
+
+from typing import Any
+
+from prefect import Task
+from prefect.client.schemas.objects import State, TaskRun
+
+from entropy_core.stages.pipeline import Inputs, Runner
+from entropy_core.store import Artifact, Stage, Store
+from tasks.artifact_cache import StoreStorage, cache_policy
+
+RETRY_DELAYS = [5.0, 30.0]  # seconds: time for another process to leave the device, for a file server to come back
+
+
+def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Tell the failures that may pass by themselves from those that will not.
+
+    Args:
+        task: the task that failed.
+        task_run: its run.
+        state: the failed state, with the exception as its data.
+
+    Returns:
+        True for want of memory and for errors of the operating system, else False: a `ProbeError` says what the user
+        has to do, and trying again would only put that off.
+    """
+    from torch import OutOfMemoryError  # not needed to read this module, and slow to import
+
+    return isinstance(state.data, (OSError, MemoryError, OutOfMemoryError))
+
+
+def stage_task(stage: Stage, store: Store, execution: Any) -> Task[..., Artifact]:
+    """Make the task of a stage. The store decides whether it is `Cached`, Prefect's refresh switch included.
+
+    Args:
+        stage: any stage.
+        store: where its artifacts are and go.
+        execution: how to compute; see `Store.run`.
+
+    Returns:
+        A task with two parameters: `inputs`, the stage's, among them artifacts of earlier stages, which become the
+        arrows of the run graph; and `label`, what a reader calls this run, such as "checkpoint-20 · shard 3/16".
+    """
+
+    def run_stage(inputs: Inputs, label: str) -> Artifact:
+        return store.run(stage, execution, inputs)
+
+    run_stage.__name__ = run_stage.__qualname__ = stage.name
+    stage_task = Task(
+        run_stage,
+        name=stage.name,
+        task_run_name=stage.name + " · {label}",
+        tags=["stage"],
+        retries=len(RETRY_DELAYS),
+        retry_delay_seconds=RETRY_DELAYS,
+        retry_condition_fn=is_transient,
+        persist_result=True,
+        cache_policy=cache_policy(stage, store),
+        cache_result_in_memory=False,
+        refresh_cache=False,
+    )
+    stage_task.result_storage = StoreStorage(
+        store=store
+    )  # a parameter only takes storage that the server has on record
+    return stage_task
+
+
+def prefect_runner(store: Store, execution: Any) -> Runner:
+    """Make what the pipeline runs its stages with: one task run each, one after another.
+
+    Args:
+        store: where the artifacts are and go.
+        execution: how to compute; see `Store.run`.
+
+    Returns:
+        `run(stage, inputs, label) -> artifact`, to be called inside a flow run.
+    """
+
+    def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        return stage_task(stage, store, execution)(inputs=inputs, label=label)
+
+    return run
