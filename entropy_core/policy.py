@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_core.errors import CheckpointError
 from entropy_core.numerics import token_statistics
@@ -48,7 +48,7 @@ class Coefficients(NamedTuple):
 
 
 class _Trunk(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
@@ -66,7 +66,7 @@ class _FullLogits(_Trunk):
 
 
 class _Head(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
@@ -83,7 +83,7 @@ class Policy:
         head_chunk_rows: positions whose logits exist at one time.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
         self.model = model.eval().requires_grad_(True)
         self.tokenizer = tokenizer
         self.head_chunk_rows = head_chunk_rows
@@ -174,10 +174,8 @@ class Policy:
         names = list(into[0])
         statistics = self._statistics(rows, temperature)
         for index, (weights, gradients) in enumerate(zip(coefficients, into, strict=True)):
-            scalar = sum(
-                (weight_K.to(self.device) * values_K.double()).sum()
-                for weight_K, values_K in zip(weights, statistics, strict=True)
-            )
+            terms = [w_K.to(self.device) * x_K.double() for w_K, x_K in zip(weights, statistics, strict=True)]
+            scalar = torch.stack(terms).sum()
             keep = index + 1 < len(coefficients)
             found = torch.autograd.grad(
                 scalar, [parameters[n] for n in names], retain_graph=keep, materialize_grads=True
@@ -210,7 +208,7 @@ class Policy:
                 for name, value in saved.items():
                     parameters[name].copy_(value)
 
-    def next_logits(self, input_ids_BL: Tensor, attention_mask_BL: Tensor, cache: object | None):
+    def next_logits(self, input_ids_BL: Tensor, attention_mask_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Logits after the last position, with a key-value cache; prompts are padded on the left.
 
         Args:
@@ -252,16 +250,22 @@ class Policy:
 
 
 def _jvp_module(
-    module: nn.Module, primal: Mapping[str, Tensor], direction: Mapping[str, Tensor], argument, dargument=None
+    module: nn.Module,
+    primal: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    argument: Any,
+    dargument: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Value and directional derivative of a module that wraps the model as `.model`, in its parameters and argument."""
     tangent = {f"model.{name}": direction[name] for name in primal}
     primal = {f"model.{name}": value for name, value in primal.items()}
-    if dargument is None:
-        return jvp(lambda parameters: functional_call(module, parameters, (argument,)), (primal,), (tangent,))
-    return jvp(
-        lambda parameters, a: functional_call(module, parameters, (a,)), (primal, argument), (tangent, dargument)
-    )
+
+    def call(parameters: dict[str, Tensor], a: Any = argument) -> Tensor:
+        return functional_call(module, parameters, (a,))
+
+    with_argument = dargument is not None
+    primals, tangents = ((primal, argument), (tangent, dargument)) if with_argument else ((primal,), (tangent,))
+    return jvp(call, primals, tangents)[:2]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -85,8 +85,8 @@ def markdown(name: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
-        f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} prompts. "
-        f"Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
+        f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
+        f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
         *_headlines(shown, checkpoints),
         "",
@@ -100,10 +100,10 @@ def markdown(name: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
         "",
         markdown_table(shown),
         "",
-        "δH₁ is the first-order prediction η·⟨∇H, v⟩, ΔH the change measured by importance sampling. *SE given U* holds the "
-        "update fixed and lets E vary, *SE over U* the reverse; the interval covers both. δH₁ and ΔH come from one E "
-        "batch and share its noise: their agreement shows that the step is linear, not that δH₁ is accurate. The "
-        "interval says how accurate it is.",
+        "δH₁ is the first-order prediction η·⟨∇H, v⟩, ΔH the change measured by importance sampling. *SE given U* "
+        "holds the update fixed and lets E vary, *SE over U* the reverse; the interval covers both. δH₁ and ΔH come "
+        "from one E batch and share its noise: their agreement shows that the step is linear, not that δH₁ is "
+        "accurate. The interval says how accurate it is.",
         "",
         "## Checks",
         "",

@@ -142,7 +142,7 @@ class SequenceProcessor:
         purpose: Literal["E", "U"],
         first: int = 0,
     ) -> BatchedSequences:
-        """G responses to each of the first prompts of a seeded permutation of the pool; sequence i answers the ⌊i/G⌋-th.
+        """G responses to each of the first prompts of a permutation of the pool; sequence i answers the ⌊i/G⌋-th.
 
         Args:
             pool: token ids of the M prompts.

@@ -24,7 +24,7 @@ from flows.service import DEPLOYMENTS, FLOW, HOME, ROOT, ServiceError, child, re
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
 _LOG = re.compile(r"▪ +\S+ +\S{12} (.*)")
 _SHOWN = {"Completed": "computed", "Cached": "reused", "Failed": "failed", "AwaitingRetry": "will be tried again"}
-_HUSHED = ("Beginning flow run", "Finished in state", "Engine execution exited", "View at")
+_HUSHED = ("Beginning flow run", "View at", "Finished in state", "Encountered exception", "Engine execution exited")
 
 
 def sweep(config_path: Path, port: int) -> int:
@@ -45,12 +45,15 @@ def sweep(config_path: Path, port: int) -> int:
     with service(port) as (api_url, started_here):
         print(f"Prefect {'started' if started_here else 'is up already'}: {api_url.removesuffix('/api')}", flush=True)
         status, run_id = _trigger(config, api_url)
-        run = request(f"{api_url}/flow_runs/{run_id}") if run_id else None
-    message = (run or {}).get("state", {}).get("message") or ""
-    if status == 0:
-        _print_results(Path(message.removeprefix("Results in ")))
-    else:
-        print(f"\nThe sweep failed. {message}\nDetails: {HOME / 'serve.log'}", file=sys.stderr)
+        state = request(f"{api_url}/flow_runs/{run_id}")["state"] if run_id else {}
+        message = state.get("message") or "No run was made."
+        if status == 0:
+            _print_results(Path(message.removeprefix("Results in ")))
+        else:
+            print(
+                f"\nThe sweep failed. {message.removeprefix('Flow run encountered an exception: ')}\nDetails: {HOME / 'serve.log'}",
+                file=sys.stderr,
+            )
     return status
 
 
@@ -106,6 +109,8 @@ def _for_reader(line: str) -> str:
     """Shorten one line of what `--watch` prints: states of stages, log lines without their tracebacks."""
     if event := _EVENT.match(line):
         kind, state, name = event.groups()
+        if state == "Late":
+            return "  waits: another run is under way"
         return f"  {_SHOWN[state]:9} {name}" if kind == "task-run" and state in _SHOWN else ""
     if entry := _LOG.match(line):
         return "" if entry[1].startswith(_HUSHED) else f"  {entry[1]}"

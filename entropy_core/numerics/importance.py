@@ -2,8 +2,10 @@
 
 Prefix weights ρ_k = Π_{j<k} π_θ'(a_j|s_j)/π_θ(a_j|s_j), ρ_1 = 1; w = ρ_{T+1} is the weight of the whole sequence.
 
-    per_decision   H_seq(θ') = E[ Σ_k ρ_k h'_k − Σ_k b_k (ρ_{k+1} − ρ_k) ],  L(θ') = E[ Σ_k ρ_k − Σ_k c_k (ρ_{k+1} − ρ_k) ]
-    snis           H_tok(θ') = Σ_i w_i S'_i / Σ_i w_i T_i,                    H_seq(θ') = Σ_i w_i S'_i / Σ_i w_i
+    per_decision   H_seq(θ') = E[ Σ_k ρ_k h'_k − Σ_k b_k (ρ_{k+1} − ρ_k) ]
+                   L(θ')     = E[ Σ_k ρ_k − Σ_k c_k (ρ_{k+1} − ρ_k) ],          H_tok = H_seq/L
+    snis           H_tok(θ') = Σ_i w_i S'_i / Σ_i w_i T_i
+                   H_seq(θ') = Σ_i w_i S'_i / Σ_i w_i
 
 `per_decision` (Precup, Sutton, Singh 2000, with a control variate) is unbiased for every η, and its derivative at
 η = 0 is, sequence by sequence, the estimator of `first_order`. `snis` is self-normalised: consistent, biased O(1/N).

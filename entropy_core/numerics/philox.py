@@ -63,8 +63,8 @@ def uniforms(seed: int, purpose: Purpose, sequence: Tensor, position: Tensor | i
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-    sequence, position = torch.broadcast_tensors(sequence, torch.as_tensor(position, device=sequence.device))
-    counter = (position, sequence & _MASK32, sequence >> 32, torch.full_like(sequence, int(purpose)))
+    sequence, step = torch.broadcast_tensors(sequence, torch.as_tensor(position, device=sequence.device))
+    counter = (step, sequence & _MASK32, sequence >> 32, torch.full_like(sequence, int(purpose)))
     word_0, word_1, _, _ = philox4x32(counter, (seed & _MASK32, seed >> 32))
     mantissa = (word_0 << 21) | (word_1 >> 11)  # 53 bits
     return (mantissa.double() + 0.5) * 2.0**-53

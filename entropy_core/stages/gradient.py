@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from entropy_core.store import Artifact, Writer
 
 BASELINE: Baseline = "time_loo"
-"""Fixed here: every baseline has the same mean, this one little noise, and a change of it would cost a backward pass."""
+"""Fixed: every baseline has the same mean, this one has little noise, and changing it would cost a backward pass."""
 
 
 def entropy_gradient(

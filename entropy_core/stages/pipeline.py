@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import yaml
 
 from entropy_core import prompts, rewards
-from entropy_core.config import ProbeConfig, VarianceConfig, VarianceRequest
 from entropy_core.checkpoint_files import file_digest
+from entropy_core.config import ProbeConfig, VarianceConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import catalogue as stage

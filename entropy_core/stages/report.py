@@ -8,7 +8,7 @@ from entropy_core.tables import RESULTS, to_table
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
+    from entropy_core.store import Writer
 
 
 def report(

@@ -151,8 +151,10 @@ def _read_batch(
     prompt_ids_N = torch.tensor([prompt for table in tables for prompt in table["prompt_id"].to_pylist()])
     reasons = [reason for table in tables for reason in table["finish_reason"].to_pylist()]
     batch = EvaluationBatch(
-        *scored.values(),
-        *along_v.values(),
+        scored["logprobs"],
+        scored["entropies"],
+        along_v["dlogprobs"],
+        along_v["dentropies"],
         offsets_N1,
         first_order.baselines(first_order.returns_to_go(scored["entropies"], offsets_N1), offsets_N1, baseline),
         prompt_ids_N if cluster == "prompt" else None,
