@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep ui test clean
-help sweep ui test clean:
+.PHONY: help sweep ui test test-sweep docs clean
+help sweep ui test test-sweep docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -24,13 +24,15 @@ export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help sweep ui test clean
+.PHONY: help sweep ui test test-sweep docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
 	@echo "             CONFIG=$(CONFIG): which sweep"
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT)"
 	@echo "make test    lint, check types, run the tests"
+	@echo "make test-sweep   run the README's commands on the demo run, and check what they leave (some minutes)"
+	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
 	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
 	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"
 
@@ -42,10 +44,16 @@ ui: .venv/.installed
 	@$(BIN)/python -m flows.local up --port $(PORT)
 
 test: .venv/.installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
+
+test-sweep: .venv/.installed
+	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py
+
+docs: .venv/.installed
+	$(BIN)/python -m entropy_core.reference docs
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build ./*.egg-info

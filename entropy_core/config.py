@@ -16,7 +16,7 @@ from entropy_core.numerics.first_order import Baseline
 from entropy_core.numerics.importance import Estimator
 from entropy_core.numerics.uncertainty import Normalization
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what a browser can hold exactly
 
 
 class Section(BaseModel):
@@ -118,8 +118,10 @@ class VarianceConfig(Section):
 
     confidence_level: float = Field(0.95, gt=0, lt=1, description="Of every interval.")
     baseline: Baseline = Field("time_loo", description="Baseline of the reward-to-go, from the other sequences.")
-    cluster: Literal["none", "prompt"] = Field(
-        "none", description="Units of E: sequences (target: the pool) or prompts (target: prompts like these)."
+    cluster: Literal["auto", "prompt"] = Field(
+        "auto",
+        description="Independent units of E. auto: sequences when prompts are drawn with replacement (target: the "
+        "pool), prompts in distinct mode. prompt: always prompts (target: prompts like these).",
     )
     normalizations: list[Normalization] = Field(
         ["per_token", "per_sequence"], min_length=1, description="Entropy per token, per sequence, or both."
@@ -151,17 +153,27 @@ class ProbeConfig(Section):
     execution: ExecutionConfig = ExecutionConfig()
 
     @property
+    def units_of_e(self) -> Literal["sequence", "prompt"]:
+        """What is independent in E: responses to one prompt are not, unless the prompt was drawn for each of them."""
+        replacement = self.batch_config.E_sampling_mode == "replacement"
+        return "sequence" if replacement and self.variance.cluster == "auto" else "prompt"
+
+    @property
     def store_root(self) -> Path:
         """Folder of the store."""
         return Path(self.execution.artifacts)
 
 
-class VarianceRequest(Section):
-    """The statistics of a recorded sweep, again, with other settings; from cached batches alone."""
+class VarianceRequest(VarianceConfig):
+    """The statistics of a recorded sweep, again, from cached batches alone. What is not set stays as recorded."""
 
     run: str = Field("latest", min_length=1, description="Id of a recorded sweep, or latest.")
     artifacts: str = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
-    variance: VarianceConfig = VarianceConfig()
+
+    def applied_to(self, recorded: VarianceConfig) -> VarianceConfig:
+        """The recorded settings with those that were asked for in their place."""
+        asked = self.model_fields_set & set(VarianceConfig.model_fields)
+        return recorded.model_copy(update={name: getattr(self, name) for name in asked})
 
 
 def parse_config(values: Any, source: str = "the configuration") -> ProbeConfig:

@@ -2,17 +2,15 @@
 
     python -m entropy_core.demo --out artifacts/demo-run
 
-A Llama of about 100,000 parameters with a tokenizer of one character per token learns addition (`arithmetic.py`):
-first by supervised steps, until it is right about two times in five, then by TRL's GRPO, which saves its checkpoints as
-it always does:
+A Llama of about 100,000 parameters with a token per character learns addition (`arithmetic.py`): by supervised steps,
+until it is right about two times in five, then by TRL's GRPO, which saves its checkpoints as it always does:
 
     artifacts/demo-run/
       checkpoint-6/ -12/ …   model.safetensors, config.json, tokenizer.json, optimizer.pt, trainer_state.json, …
       demo.json              written last: settings, versions, and per checkpoint what the trainer logged
 
 Everything is drawn from `DemoSettings.seed`: the same settings, library versions and processor give the same weights.
-Nothing is read from or sent to the network. torch, transformers and trl are imported when they are needed, so that
-finding a finished run takes no time.
+Nothing is read from or sent to the network. Finding a finished run imports neither torch, transformers nor trl.
 """
 
 import argparse
@@ -26,6 +24,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -41,85 +40,54 @@ if TYPE_CHECKING:
 PAD, EOS = "<pad>", "<eos>"
 MANIFEST = "demo.json"
 
-_LIBRARIES = ("torch", "transformers", "trl")
-_IGNORED = -100  # the label that a cross-entropy skips
+_LOGGED = ("step", "reward", "entropy", "frac_reward_zero_std", "completions/mean_length", "grad_norm")
+_COLUMNS = ("step", "reward", "entropy", "zero_variance_groups", "mean_length", "grad_norm")  # our names of these
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo run is made with; a run is reused only for equal settings.
+    """What the demo run is made with; a run is reused only for equal settings. Raises ConfigError if they make none."""
 
-    Args:
-        seed: of the weights, the batches and the sampled responses.
-        hidden_size: of the policy; a multiple of `heads`.
-        layers: of the policy.
-        heads: attention heads.
-        intermediate_size: width of the gated feed-forward layers.
-        warm_problems: problems that the supervised steps draw from, with replacement.
-        warm_steps: supervised AdamW steps.
-        warm_batch: problems per supervised step.
-        warm_learning_rate: peak learning rate of the supervised steps.
-        prompts: problems that GRPO draws from.
-        prompts_per_step: prompts per GRPO step (B_U).
-        generations: responses per prompt.
-        max_new_tokens: longest response; the longest right one has 26 tokens with its end.
-        steps: GRPO steps, one optimizer step each, on fresh responses.
-        save_every: GRPO steps between checkpoints.
-        learning_rate: of GRPO's AdamW, constant.
-        weight_decay: of GRPO's AdamW.
-
-    Raises:
-        ConfigError: a number is not positive, `heads` does not divide `hidden_size`, a prompt has one response,
-            or no checkpoint would be saved.
-    """
-
-    seed: int = 0
-    hidden_size: int = 64
+    seed: int = 0  # of the weights, the batches and the sampled responses
+    hidden_size: int = 64  # a multiple of the heads
     layers: int = 2
     heads: int = 4
-    intermediate_size: int = 160
-    warm_problems: int = 8192
+    intermediate_size: int = 160  # of the gated feed-forward layers
+    warm_problems: int = 8192  # that the supervised steps draw from, with replacement
     warm_steps: int = 240
     warm_batch: int = 48
-    warm_learning_rate: float = 4e-3
-    prompts: int = 512
-    prompts_per_step: int = 16
-    generations: int = 8
-    max_new_tokens: int = 32
-    steps: int = 30
+    warm_learning_rate: float = 4e-3  # the peak
+    prompts: int = 512  # that GRPO draws from
+    prompts_per_step: int = 64  # B_U
+    generations: int = 8  # responses per prompt
+    max_new_tokens: int = 32  # the longest right response has 26, with its end
+    steps: int = 30  # one optimizer step each, on fresh responses
     save_every: int = 6
-    learning_rate: float = 2e-4
-    weight_decay: float = 0.01
+    learning_rate: float = 2e-4  # of GRPO's AdamW, constant
+    weight_decay: float = 0.01  # of GRPO's AdamW
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value <= 0 and name != "seed":
                 raise ConfigError(f"The demo run's {name} is {value}", way_out="give a positive number")
         if self.hidden_size % self.heads:
-            raise ConfigError(
-                f"The demo run's {self.heads} heads do not divide its hidden size {self.hidden_size}",
-                way_out="give a hidden size that is a multiple of the heads",
-            )
+            fact = f"The demo run's {self.heads} heads do not divide its hidden size {self.hidden_size}"
+            raise ConfigError(fact, way_out="give a hidden size that is a multiple of the heads")
         if self.generations < 2:
-            raise ConfigError(
+            fact, cause = (
                 "The demo run draws one response per prompt",
-                cause="an advantage compares the responses of one prompt",
-                way_out="give two generations or more",
+                "an advantage compares the responses of one prompt",
             )
+            raise ConfigError(fact, cause=cause, way_out="give two generations or more")
         if self.steps < self.save_every:
-            raise ConfigError(
-                f"The demo run would save no checkpoint: {self.steps} steps, one checkpoint every {self.save_every}",
-                way_out="lower save_every",
-            )
+            fact = f"The demo run would save no checkpoint: {self.steps} steps, one checkpoint every {self.save_every}"
+            raise ConfigError(fact, way_out="lower save_every")
 
 
 def build_tokenizer() -> "PreTrainedTokenizerFast":
     """The tokenizer: one token per character of `arithmetic.CHARACTERS`, and separate padding and end tokens.
 
-    It adds nothing to a text, pads on the left, and refuses a character outside the vocabulary.
-
-    Returns:
-        A fast tokenizer; id 0 is padding, id 1 the end of a sequence.
+    It adds nothing to a text, pads on the left, and refuses any other character. Id 0 is padding, id 1 the end.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -141,11 +109,7 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
 def build_model(settings: DemoSettings) -> "LlamaForCausalLM":
     """The policy before any training: a small Llama with random float32 weights and an untied output head.
 
-    Args:
-        settings: the shape and the seed. The global random state is left as it was.
-
-    Returns:
-        The model, in training mode.
+    The weights are drawn from the settings' seed; the global random state is left as it was.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -171,17 +135,10 @@ def build_model(settings: DemoSettings) -> "LlamaForCausalLM":
 
 
 def make_demo_run(out: Path, settings: DemoSettings = DemoSettings()) -> Path:
-    """Makes the demo run, or finds it made.
+    """Makes the demo run at `out`, or finds it made; returns the absolute path.
 
-    The run appears under `out` whole or not at all: it is made in a sibling directory and renamed. What it does is
-    printed. The trainer seeds the global generators of Python and NumPy; torch's are left as they were.
-
-    Args:
-        out: the run directory to make.
-        settings: what to make it with.
-
-    Returns:
-        `out` as an absolute path; it holds `checkpoint-*` directories and `demo.json`.
+    The run appears whole or not at all: it is made in a sibling directory and renamed. What happens is printed. The
+    trainer seeds the global generators of Python and NumPy; torch's are left as they were.
 
     Raises:
         ProbeError: trl is not installed.
@@ -195,10 +152,8 @@ def make_demo_run(out: Path, settings: DemoSettings = DemoSettings()) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(f".{out.name}.lock")):
-            if _is_complete(out, identity):
-                print(f"{out} holds this demo run, made meanwhile: nothing to do")
-                return out
-            _replace(out, settings, identity)
+            if not _is_complete(out, identity):  # another process may have made it meanwhile
+                _replace(out, settings, identity)
     except OSError as error:
         raise StoreError(
             f"{out} cannot be written: {error}",
@@ -211,42 +166,35 @@ def make_demo_run(out: Path, settings: DemoSettings = DemoSettings()) -> Path:
 
 def _replace(out: Path, settings: DemoSettings, identity: dict[str, Any]) -> None:
     """Makes the run beside `out`, then puts it in the place of what is there: nothing, or an incomplete run."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-    partial.mkdir()
+    unfinished = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
+    unfinished.mkdir()
     try:
-        _train(partial, settings, identity)
-        if out.exists():
-            print(f"{out} holds an incomplete demo run, which is replaced")
-            shutil.rmtree(out)
-        os.replace(partial, out)
+        _train(unfinished, settings, identity)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(unfinished, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _train(run: Path, settings: DemoSettings, identity: dict[str, Any]) -> None:
     """Fills `run` with the checkpoints and, last, the manifest."""
     import torch
 
-    started = time.monotonic()
+    started, say = time.monotonic(), partial(print, flush=True)
     tokenizer, model = build_tokenizer(), build_model(settings)
     size = sum(p.numel() for p in model.parameters())
-    print(
-        f"a policy of {size:,} parameters, {len(tokenizer)} tokens; {settings.warm_steps} supervised steps", flush=True
-    )
+    say(f"a policy of {size:,} parameters, {len(tokenizer)} tokens; {settings.warm_steps} supervised steps")
     with torch.random.fork_rng(devices=[]), _quiet():
         loss = _warm_start(model, tokenizer, settings)
-        print(f"loss {loss:.3f} nats per token after {time.monotonic() - started:.0f} s", flush=True)
-        print(
-            f"{settings.steps} GRPO steps of {settings.prompts_per_step} x {settings.generations} responses", flush=True
-        )
+        say(f"loss {loss:.3f} nats per token after {time.monotonic() - started:.0f} s; {settings.steps} GRPO steps")
         log = _grpo(model, tokenizer, run, settings)
-    rows = [_row(log[step - 1]) for step in range(settings.save_every, settings.steps + 1, settings.save_every)]
+    saved = range(settings.save_every, settings.steps + 1, settings.save_every)
+    rows = [dict(zip(_COLUMNS, (log[step - 1][name] for name in _LOGGED), strict=True)) for step in saved]
     print("each row: the responses drawn for that step, before its update; the checkpoint is what came out of it")
     for row in rows:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    files = {str(p.relative_to(run)): p.stat().st_size for p in sorted(run.rglob("*")) if p.is_file()}
-    manifest = {**identity, "parameters": size, "checkpoints": rows, "files": files}
+    manifest = {**identity, "parameters": size, "checkpoints": rows, "files": _sizes(run)}
     (run / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     print(f"{time.monotonic() - started:.0f} s in all")
 
@@ -255,42 +203,26 @@ def _warm_start(model: Any, tokenizer: Any, settings: DemoSettings) -> float:
     """Supervised AdamW on worked solutions; returns the last loss, in nats per response token."""
     import torch
 
-    ids, labels = _supervised(tokenizer, settings.warm_problems)  # [problems, tokens] each
+    worked = problems("train", settings.warm_problems)
+    texts = [problem["prompt"] + problem["solution"] + EOS for problem in worked]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ids = batch["input_ids"]  # [problems, tokens]
+    in_prompt = torch.arange(ids.shape[1]) < torch.tensor([[len(problem["prompt"])] for problem in worked])
+    labels = ids.masked_fill(in_prompt | (batch["attention_mask"] == 0), -100)  # which the loss skips
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warm_learning_rate, betas=(0.9, 0.95))
-    rise = max(settings.warm_steps // 8, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, 2 * (settings.warm_steps - step) / settings.warm_steps, 1.0)
-    )
+    n, rise = settings.warm_steps, max(settings.warm_steps // 8, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, 2 * (n - i) / n, 1.0))
     draws = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.warm_steps):
+    for _ in range(n):
         rows = torch.randint(len(ids), (settings.warm_batch,), generator=draws)
         # no attention mask: the padding is on the right and its labels are ignored
-        logits = model(input_ids=ids[rows]).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=_IGNORED
-        )
-        optimizer.zero_grad()
+        loss = model(input_ids=ids[rows], labels=labels[rows]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    optimizer.zero_grad()
+        optimizer.zero_grad()
     return loss.item()
-
-
-def _supervised(tokenizer: Any, size: int) -> tuple[Any, Any]:
-    import torch
-
-    ids, labels = [], []
-    for problem in problems("train", size):
-        prompt = tokenizer(problem["prompt"])["input_ids"]
-        response = [*tokenizer(problem["solution"])["input_ids"], tokenizer.eos_token_id]
-        ids.append(torch.tensor(prompt + response))
-        labels.append(torch.tensor([_IGNORED] * len(prompt) + response))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id), pad(
-        labels, batch_first=True, padding_value=_IGNORED
-    )
 
 
 def _grpo(model: Any, tokenizer: Any, run: Path, settings: DemoSettings) -> list[dict[str, float]]:
@@ -305,10 +237,8 @@ def _grpo(model: Any, tokenizer: Any, run: Path, settings: DemoSettings) -> list
         seed=settings.seed,
         max_steps=settings.steps,
         save_steps=settings.save_every,
-        save_strategy="steps",
         # one optimizer step per batch of fresh responses: nothing is off-policy, no ratio is ever clipped
         per_device_train_batch_size=settings.prompts_per_step * settings.generations,
-        gradient_accumulation_steps=1,
         steps_per_generation=1,
         num_iterations=1,
         num_generations=settings.generations,
@@ -317,8 +247,6 @@ def _grpo(model: Any, tokenizer: Any, run: Path, settings: DemoSettings) -> list
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        min_p=None,
-        repetition_penalty=1.0,
         loss_type="grpo",
         scale_rewards="group",
         beta=0.0,
@@ -334,12 +262,9 @@ def _grpo(model: Any, tokenizer: Any, run: Path, settings: DemoSettings) -> list
         disable_tqdm=True,
         report_to=[],
     )
-    columns = ("prompt", "answer")
-    dataset = Dataset.from_list([{c: p[c] for c in columns} for p in problems("train", settings.prompts)])
+    dataset = Dataset.from_list(problems("train", settings.prompts)).select_columns(["prompt", "answer"])
     with mock.patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True):  # trl reports each run
-        trainer = GRPOTrainer(
-            model=model, reward_funcs=exact_match, args=config, train_dataset=dataset, processing_class=tokenizer
-        )
+        trainer = GRPOTrainer(model, exact_match, config, train_dataset=dataset, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     (run / "README.md").unlink(missing_ok=True)  # trl's model card
@@ -357,8 +282,7 @@ def _quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
-                warnings.filterwarnings("ignore", f"`{name}` is deprecated", category=FutureWarning)
+            warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
             yield
     finally:
         torch.set_num_threads(threads)
@@ -366,45 +290,32 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _row(entry: dict[str, float]) -> dict[str, float]:
-    return {
-        "step": entry["step"],
-        "reward": entry["reward"],
-        "entropy": entry["entropy"],
-        "zero_variance_groups": entry["frac_reward_zero_std"],
-        "mean_length": entry["completions/mean_length"],
-        "grad_norm": entry["grad_norm"],
-    }
+def _sizes(run: Path) -> dict[str, int]:
+    return {str(p.relative_to(run)): p.stat().st_size for p in sorted(run.rglob("*")) if p.is_file()}
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:2]))}
-    for library in _LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            raise ProbeError(
-                f"The demo run needs {library}, which is not installed",
-                cause="entropy-probe was installed without its trl extra",
-                way_out="pip install -e '.[trl]'",
-            ) from None
-    return found
+    try:
+        libraries = {library: importlib.metadata.version(library) for library in ("torch", "transformers", "trl")}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ProbeError(
+            f"The demo run needs {error.name}, which is not installed",
+            cause="entropy-probe was installed without its trl extra",
+            way_out="pip install -e '.[trl]'",
+        ) from None
+    return {"python": ".".join(map(str, sys.version_info[:2])), **libraries}
 
 
 def _is_complete(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether `out` is this run, whole.
+    """Whether `out` is this run, whole; False too where there is nothing, or a demo run with a file missing or short.
 
-    False where there is nothing, an empty directory, or a demo run with a file missing or short. Raises StoreError for
-    a run made otherwise and for what is no demo run, so that neither is ever deleted.
+    Raises StoreError for a run made otherwise and for what is no demo run, so that neither is ever deleted.
     """
     if not out.exists():
         return False
     if not out.is_dir() or any(p.name != MANIFEST and not p.name.startswith("checkpoint-") for p in out.iterdir()):
-        raise StoreError(
-            f"{out} exists and is no demo run",
-            cause="the path belongs to something else",
-            way_out="choose another --out",
-        )
+        cause = "the path belongs to something else"
+        raise StoreError(f"{out} exists and is no demo run", cause=cause, way_out="choose another --out")
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         was = {**manifest["settings"], **manifest["versions"]}
@@ -419,21 +330,12 @@ def _is_complete(out: Path, identity: dict[str, Any]) -> bool:
             cause="other settings, or a library upgraded since",
             way_out="choose another --out, or delete that directory",
         )
-    return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in files.items())
+    return files.items() <= _sizes(out).items()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line.
-
-    Args:
-        arguments: without the program's name; those of the process by default.
-
-    Returns:
-        The exit status: 0, or 1 where a `ProbeError` was printed.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m entropy_core.demo", description="Make a small GRPO run whose checkpoints can be probed."
-    )
+    """The command line; returns the exit status: 0, or 1 where a `ProbeError` was printed."""
+    parser = argparse.ArgumentParser("python -m entropy_core.demo", description="Make a small GRPO run to probe.")
     parser.add_argument("--out", type=Path, default=Path("artifacts/demo-run"), help="run directory (%(default)s)")
     try:
         make_demo_run(parser.parse_args(arguments).out)

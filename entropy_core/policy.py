@@ -201,7 +201,7 @@ class Policy:
         try:
             with torch.no_grad():
                 for name, v in direction.items():
-                    parameters[name].copy_(saved[name].double() + eta * v.to(saved[name].device).double())
+                    parameters[name].copy_(displaced(saved[name], v, eta))
             yield
         finally:
             with torch.no_grad():
@@ -247,6 +247,11 @@ class Policy:
             expected = self.model(input_ids=input_ids, use_cache=False).logits
             got = self._head(self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
         return bool((got - expected).abs().max() <= HEAD_TOLERANCE * expected.abs().max())
+
+
+def displaced(parameter: Tensor, v: Tensor, eta: float) -> Tensor:
+    """θ + η·v, computed in float64 and rounded to the dtype of the parameter."""
+    return (parameter.double() + eta * v.to(parameter.device).double()).to(parameter.dtype)
 
 
 def _jvp_module(

@@ -88,7 +88,7 @@ def markdown(name: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
-        *_headlines(shown, checkpoints),
+        *_headlines(shown),
         "",
         "![predicted against measured entropy change](prediction.png)",
         "",
@@ -137,36 +137,29 @@ def format_value(name: str, value: Any) -> str:
     return f"{value:.3g}" if name.endswith("_se") or name.startswith("se_") else f"{value:+.4g}"
 
 
-def _headlines(rows: Sequence[Row], checkpoints: Sequence[str]) -> list[str]:
+def _headlines(rows: Sequence[Row]) -> list[str]:
     lines = []
-    for checkpoint in checkpoints:
-        row = min(
-            (row for row in rows if row["checkpoint"] == checkpoint and row["eta"] != 0),
-            key=lambda row: abs(row["eta_over_lr"] - 1),
-            default=None,
+    for row in _first_of_each(_at_learning_rate(rows)):
+        measured = "not measurable" if row["delta_h"] is None else f"{row['delta_h']:+.3g} ± {row['delta_h_se']:.2g}"
+        lines.append(
+            f"- **{row['checkpoint']}**: H = {row['H']:.4f}; a step of {row['eta_over_lr']:g} × lr changes it by "
+            f"δH₁ = {row['delta_h1']:+.3g} [{row['ci_low']:+.3g}, {row['ci_high']:+.3g}], measured "
+            f"{measured} ({row['verdict']})"
         )
-        if row is not None:
-            measured = (
-                "not measurable" if row["delta_h"] is None else f"{row['delta_h']:+.3g} ± {row['delta_h_se']:.2g}"
-            )
-            lines.append(
-                f"- **{checkpoint}**: H = {row['H']:.4f}; a step of {row['eta_over_lr']:g} × lr changes it by "
-                f"δH₁ = {row['delta_h1']:+.3g} [{row['ci_low']:+.3g}, {row['ci_high']:+.3g}], measured "
-                f"{measured} ({row['verdict']})"
-            )
     return lines
 
 
 def _checks(rows: Sequence[Row], checkpoints: Sequence[str]) -> list[str]:
     lines = [
-        "| checkpoint | ⟨∇H, v⟩ against forward mode | mean score z | noise floor | kurtosis | largest influence "
-        "| cut responses | clip factor | equal rewards |",
+        "| checkpoint | ⟨∇H, v⟩ against forward mode | mean score z | largest noise floor | kurtosis "
+        "| largest influence | cut responses | clip factor | equal rewards |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for checkpoint in checkpoints:
-        row = next(row for row in rows if row["checkpoint"] == checkpoint)
+        group = [row for row in rows if row["checkpoint"] == checkpoint]
+        row, noise = group[0], max(row["noise_floor"] for row in group)
         lines.append(
-            f"| {checkpoint} | {row['gradient_check']:.1e} | {row['mean_score_z']:+.2f} | {row['noise_floor']:.1e} | "
+            f"| {checkpoint} | {row['gradient_check']:.1e} | {row['mean_score_z']:+.2f} | {noise:.1e} | "
             f"{row['excess_kurtosis']:.1f} | {row['largest_influence']:.2%} | {row['truncated_fraction']:.1%} | "
             f"{row['clip_factor']:.3f} | {row['equal_reward_fraction']:.0%} |"
         )
@@ -174,47 +167,53 @@ def _checks(rows: Sequence[Row], checkpoints: Sequence[str]) -> list[str]:
 
 
 def _draw(draw: Callable[[Figure, Sequence[Row], str], None], rows: Sequence[Row], unit: str) -> Figure:
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     draw(figure, rows, unit)
     return figure
 
 
 def _prediction(figure: Figure, rows: Sequence[Row], unit: str) -> None:
     axes = figure.subplots()
-    shown = [row for row in rows if row["delta_h"] is not None and row["estimator"] == rows[0]["estimator"]]
     quantile = normal_quantile(rows[0]["confidence_level"])
-    for checkpoint, group in _by_checkpoint(shown).items():
+    estimator = rows[0]["estimator"]
+    shown = [row for row in _at_learning_rate(rows) if row["delta_h"] is not None and row["estimator"] == estimator]
+    for row in shown:
         axes.errorbar(
-            [row["delta_h1"] for row in group],
-            [row["delta_h"] for row in group],
-            xerr=[
-                [row["delta_h1"] - row["ci_low"] for row in group],
-                [row["ci_high"] - row["delta_h1"] for row in group],
-            ],
-            yerr=[quantile * row["delta_h_se"] for row in group],
+            row["delta_h1"],
+            row["delta_h"],
+            xerr=[[row["delta_h1"] - row["ci_low"]], [row["ci_high"] - row["delta_h1"]]],
+            yerr=quantile * row["delta_h_se"],
             fmt="o",
             markersize=4,
             capsize=2,
             linewidth=1,
-            label=checkpoint,
+            label=row["checkpoint"],
         )
-    values = [value for row in shown for value in (row["delta_h1"], row["delta_h"])]
-    axes.plot([min(values), max(values)], [min(values), max(values)], color="black", linewidth=0.8, label="ΔH = δH₁")
+    ends = [value for row in shown for value in (row["ci_low"], row["ci_high"], row["delta_h"])] or [0.0]
+    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="ΔH = δH₁")
     axes.set(
         xlabel=f"predicted δH₁ [{unit}], interval over E and U",
-        ylabel=f"measured ΔH [{unit}]",
-        title="Predicted and measured entropy change",
+        ylabel=f"measured ΔH [{unit}], given U",
+        title=f"Predicted and measured entropy change, η = {shown[0]['eta_over_lr']:g} × lr" if shown else "",
     )
     axes.legend()
 
 
 def _eta_sweep(figure: Figure, rows: Sequence[Row], unit: str) -> None:
     groups = _by_checkpoint([row for row in rows if row["delta_h"] is not None])
-    panels: list[Axes] = list(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0])
+    columns = min(len(groups), 3)
+    lines = -(-len(groups) // columns)
+    figure.set_size_inches(6.4, 1.0 + 2.6 * lines)
+    panels: list[Axes] = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     quantile = normal_quantile(rows[0]["confidence_level"])
-    for axes, (checkpoint, group) in zip(panels, groups.items(), strict=True):
+    for axes, (checkpoint, group) in zip(panels, groups.items(), strict=False):
+        line = sorted(group, key=lambda row: row["eta"])
+        x = [row["eta_over_lr"] for row in line]
+        axes.plot(x, [row["delta_h1"] for row in line], color="black", linewidth=0.8, label="δH₁")
+        low, high = [row["ci_low"] for row in line], [row["ci_high"] for row in line]
+        axes.fill_between(x, low, high, color="black", alpha=0.12, linewidth=0)
         for estimator in dict.fromkeys(row["estimator"] for row in group):
-            part = sorted((row for row in group if row["estimator"] == estimator), key=lambda row: row["eta"])
+            part = [row for row in line if row["estimator"] == estimator]
             axes.errorbar(
                 [row["eta_over_lr"] for row in part],
                 [row["delta_h"] for row in part],
@@ -225,23 +224,18 @@ def _eta_sweep(figure: Figure, rows: Sequence[Row], unit: str) -> None:
                 linewidth=1,
                 label=f"ΔH {estimator}",
             )
-        line = sorted(group, key=lambda row: row["eta"])
-        x = [row["eta_over_lr"] for row in line]
-        axes.plot(x, [row["delta_h1"] for row in line], color="black", linewidth=0.8, label="δH₁")
-        low, high = [row["ci_low"] for row in line], [row["ci_high"] for row in line]
-        axes.fill_between(x, low, high, color="black", alpha=0.12, linewidth=0)
-        axes.set(title=checkpoint, xlabel="η / lr")
-    panels[0].set_ylabel(f"entropy change [{unit}]")
-    panels[0].legend(fontsize=7)
+        axes.set_title(checkpoint, fontsize=9)
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    figure.supxlabel("η / lr", fontsize=9)
+    figure.supylabel(f"entropy change [{unit}]", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
 
 
 def _training(figure: Figure, rows: Sequence[Row], unit: str) -> None:
     above, below = figure.subplots(2, 1, sharex=True)
-    at_lr = [
-        min(group, key=lambda row: abs(row["eta_over_lr"] - 1))
-        for group in _by_checkpoint([row for row in rows if row["eta"] != 0]).values()
-    ]
-    first = [group[0] for group in _by_checkpoint(rows).values()]
+    at_lr = _first_of_each(_at_learning_rate(rows))
+    first = _first_of_each(rows)
     quantile = normal_quantile(rows[0]["confidence_level"])
     above.errorbar(
         [row["step"] for row in first],
@@ -271,8 +265,21 @@ def _training(figure: Figure, rows: Sequence[Row], unit: str) -> None:
     below.set(xlabel="training step")
 
 
+def _at_learning_rate(rows: Sequence[Row]) -> list[Row]:
+    """The rows of each checkpoint whose step size is closest to the learning rate; 0 is none."""
+    chosen = []
+    for group in _by_checkpoint([row for row in rows if row["eta"] != 0]).values():
+        closest = min((row["eta"] for row in group), key=lambda eta: abs(eta / group[0]["learning_rate"] - 1))
+        chosen += [row for row in group if row["eta"] == closest]
+    return chosen
+
+
 def _by_checkpoint(rows: Sequence[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["checkpoint"], []).append(row)
     return groups
+
+
+def _first_of_each(rows: Sequence[Row]) -> list[Row]:
+    return [group[0] for group in _by_checkpoint(rows).values()]

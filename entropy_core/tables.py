@@ -22,7 +22,7 @@ ESTIMATES = pa.schema(
         _field("delta_h1", _REAL, _H, "predicted entropy change, first order: eta times the derivative along v"),
         _field("delta_h1_local", _REAL, _H, "its part from the steps' own entropies; the rest is that of the future"),
         _field("se_given_u", _REAL, _H, "standard error of delta_h1 over E, with the update held fixed"),
-        _field("se_given_u_jackknife", _REAL, _H, "the same by delete-one jackknife"),
+        _field("se_given_u_jackknife", _REAL, _H, "the same by jackknife, one sequence (or prompt) left out at a time"),
         _field("se_over_u", _REAL, _H, "standard error of delta_h1 over the prompts of U, with E held fixed"),
         _field("se_total", _REAL, _H, "standard error over E and U together"),
         _field("ci_low", _REAL, _H, "lower end of the interval of delta_h1 over E and U (t quantile)"),
@@ -42,7 +42,10 @@ ESTIMATES = pa.schema(
             "minimum_detectable", _REAL, _H, "smallest |delta_h| that this E tells from zero at the confidence level"
         ),
         _field(
-            "noise_floor", _REAL, _H, "change of H when E is scored again by another floating-point path at eta = 0"
+            "noise_floor",
+            _REAL,
+            _H,
+            "what floating point alone does to delta_h: rounding of theta + eta * v, and of the scores",
         ),
         _field("verdict", _TEXT, "", "reference, resolved, noise-limited, nonlinear or weights-unreliable"),
         _field("rule", _TEXT, "", "the rule that gave the verdict"),

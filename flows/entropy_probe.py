@@ -3,6 +3,7 @@
 import logging
 
 from prefect import flow
+from prefect.exceptions import ParameterTypeError
 from prefect.states import Completed, State
 
 from entropy_core.config import ProbeConfig, VarianceRequest
@@ -16,8 +17,8 @@ from tasks.stages import prefect_runner
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Let a `ProbeError` into the log without its traceback: the message says it all."""
-    if record.exc_info and isinstance(record.exc_info[1], ProbeError):
+    """Let an error of the request into the log without its traceback: the message says it all."""
+    if record.exc_info and isinstance(record.exc_info[1], ProbeError | ParameterTypeError):
         record.exc_info = None
     return True
 

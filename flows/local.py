@@ -12,9 +12,9 @@ import json
 import re
 import signal
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from entropy_core.config import load_config
 from entropy_core.errors import ProbeError
@@ -24,6 +24,7 @@ from flows.service import DEPLOYMENTS, FLOW, HOME, ROOT, ServiceError, child, re
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
 _LOG = re.compile(r"▪ +\S+ +\S{12} (.*)")
 _SHOWN = {"Completed": "computed", "Cached": "reused", "Failed": "failed", "AwaitingRetry": "will be tried again"}
+_NOISE = ("Creating flow run", "└── Parameters", "└── Job", "└── Scheduled", " ")
 _HUSHED = ("Beginning flow run", "View at", "Finished in state", "Encountered exception", "Engine execution exited")
 
 
@@ -50,24 +51,19 @@ def sweep(config_path: Path, port: int) -> int:
         if status == 0:
             _print_results(Path(message.removeprefix("Results in ")))
         else:
-            print(
-                f"\nThe sweep failed. {message.removeprefix('Flow run encountered an exception: ')}\nDetails: {HOME / 'serve.log'}",
-                file=sys.stderr,
-            )
+            reason = message.removeprefix("Flow run encountered an exception: ")
+            print(f"\nThe sweep failed. {reason}\nDetails: {HOME / 'serve.log'}", file=sys.stderr)
     return status
 
 
-def up(port: int) -> int:
+def up(port: int) -> NoReturn:
     """Keep Prefect's UI and the deployments up until interrupted.
 
     Args:
         port: of the server.
 
-    Returns:
-        1 if one of its processes ended by itself, else it does not return.
-
     Raises:
-        ServiceError: Prefect does not start, or is up already.
+        ServiceError: Prefect does not start, is up already, or ends by itself.
     """
     print("Starting Prefect …", flush=True)
     with service(port) as (api_url, started_here):
@@ -81,8 +77,7 @@ def up(port: int) -> int:
             flush=True,
         )
         while True:
-            time.sleep(5)
-            request(f"{api_url}/health")
+            signal.pause()
 
 
 def _trigger(config: dict[str, Any], api_url: str) -> tuple[int, str]:
@@ -101,7 +96,8 @@ def _trigger(config: dict[str, Any], api_url: str) -> tuple[int, str]:
             return process.wait(), run_id
         except BaseException:
             if run_id:
-                request(f"{api_url}/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
+                with suppress(ServiceError):
+                    request(f"{api_url}/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
             raise
 
 
@@ -114,7 +110,7 @@ def _for_reader(line: str) -> str:
         return f"  {_SHOWN[state]:9} {name}" if kind == "task-run" and state in _SHOWN else ""
     if entry := _LOG.match(line):
         return "" if entry[1].startswith(_HUSHED) else f"  {entry[1]}"
-    return line if re.match(r"Created|Flow run finished|└── (UUID|URL)", line) else ""
+    return "" if line.startswith(_NOISE) else line
 
 
 def _print_results(run_directory: Path) -> None:

@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -82,12 +81,16 @@ def request(url: str, body: Any = None) -> Any:
         The JSON value of the answer.
 
     Raises:
-        OSError: there is no server, or it says no.
+        ServiceError: the server does not answer, or says no.
     """
     data = None if body is None else json.dumps(body).encode()
     question = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with _direct.open(question, timeout=30) as answer:
-        return json.load(answer)
+    try:
+        with _direct.open(question, timeout=30) as answer:
+            return json.load(answer)
+    except OSError as error:
+        way_out = f"read {HOME / 'server.log'}"
+        raise ServiceError(f"the Prefect server does not answer {url}: {error}", way_out=way_out) from None
 
 
 @contextmanager
@@ -142,6 +145,13 @@ def _start(stack: ExitStack, api_url: str) -> None:
 
     _wait(ready, serving, "flows.serve", HOME / "serve.log")
 
+    def check(*_: Any) -> None:
+        for name, process in (("server", server), ("serve", serving)):
+            if process.poll() is not None:
+                raise ServiceError(f"Prefect's {name} process ended", way_out=f"read {HOME / name}.log and start again")
+
+    stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, check))
+
 
 @contextmanager
 def child(arguments: list[str], api_url: str, log: Path | None = None) -> Iterator[subprocess.Popen[str]]:
@@ -191,7 +201,7 @@ def _end_with_parent() -> None:
 def _wait(ready: Callable[[], Any], process: subprocess.Popen[str], name: str, log: Path) -> None:
     deadline = time.monotonic() + _STARTUP_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        with suppress(OSError):
+        with suppress(ServiceError):
             if ready():
                 return
         time.sleep(0.3)
@@ -202,7 +212,7 @@ def _wait(ready: Callable[[], Any], process: subprocess.Popen[str], name: str, l
 
 def _end_orphans(api_url: str) -> None:
     """Mark as crashed the runs that were under way when their process was ended; nothing runs here now."""
-    with suppress(OSError):
+    with suppress(ServiceError):
         under_way = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
         for run in request(f"{api_url}/flow_runs/filter", under_way):
             state = {"type": "CRASHED", "message": "The process that ran it was stopped."}

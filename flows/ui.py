@@ -12,11 +12,12 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from entropy_core.artifact import Artifact
 from entropy_core.config import ProbeConfig
 from entropy_core.stages import catalogue
 from entropy_core.stages.pipeline import Inputs, Runner, SweepResult
 from entropy_core.stages.preflight import splits
-from entropy_core.store import Artifact, Stage
+from entropy_core.store import Stage
 from flows.results import headline, inline_figures
 
 _SECONDS_BETWEEN_LINES = 5.0

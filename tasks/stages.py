@@ -5,8 +5,9 @@ from typing import Any
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 
+from entropy_core.artifact import Artifact
 from entropy_core.stages.pipeline import Inputs, Runner
-from entropy_core.store import Artifact, Stage, Store
+from entropy_core.store import Stage, Store
 from tasks.artifact_cache import StoreStorage, cache_policy
 
 RETRY_DELAYS = [5.0, 30.0]  # seconds: time for another process to leave the device, for a file server to come back

@@ -11,8 +11,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.context import FlowRunContext
 from prefect.testing.utilities import prefect_test_harness
 
+from entropy_core.artifact import Artifact
 from entropy_core.errors import ConfigError
-from entropy_core.store import Artifact, Stage, Store
+from entropy_core.store import Stage, Store
 from tasks import stages
 
 CALLS: list[str] = []

@@ -18,9 +18,10 @@ import pydantic
 import pytest
 
 import entropy_core
-from entropy_core import store as store_module
+from entropy_core import manifest as manifest_module
+from entropy_core.artifact import Artifact, Writer
 from entropy_core.errors import StoreError
-from entropy_core.store import Artifact, Stage, Store
+from entropy_core.store import Stage, Store
 
 EXECUTED: list[dict] = []
 
@@ -235,7 +236,7 @@ def test_the_key_takes_the_content_of_an_artifact_and_not_its_key(store):
 
 def test_the_summary_is_part_of_the_content():
     files = {"a": {"sha256": "0" * 64, "bytes": 1}}
-    assert store_module.content_digest(files, {"n": 1}) != store_module.content_digest(files, {"n": 2})
+    assert manifest_module.content_digest(files, {"n": 1}) != manifest_module.content_digest(files, {"n": 2})
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def test_a_file_that_is_not_there_is_named(store):
 @pytest.mark.parametrize("name", ["", ".", "../x", "a/../../x", "/x", "manifest.json", "./manifest.json"])
 def test_a_data_file_stays_inside_the_artifact(tmp_path, name):
     with pytest.raises(StoreError, match="cannot name a data file"):
-        store_module.Writer(tmp_path).path(name)
+        Writer(tmp_path).path(name)
 
 
 @pytest.mark.parametrize("what", ["list", "nan", "object"])
@@ -450,7 +451,7 @@ def test_an_unreadable_file_is_not_condemned(store, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "no", str(path))
 
-    monkeypatch.setattr(store_module, "_hash_file", refuse)
+    monkeypatch.setattr(manifest_module, "_hash_file", refuse)
     with pytest.raises(PermissionError):
         store.find("draw", made.key)
     assert quarantined(store) == []
@@ -458,14 +459,14 @@ def test_an_unreadable_file_is_not_condemned(store, monkeypatch):
 
 def test_an_unchanged_file_is_hashed_once(store, monkeypatch):
     hashed = []
-    real = store_module._hash_file
+    real = manifest_module._hash_file
 
     def count(path):
         hashed.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(store_module, "_hash_file", count)
-    monkeypatch.setattr(store_module, "_SETTLED_NS", 0)
+    monkeypatch.setattr(manifest_module, "_hash_file", count)
+    monkeypatch.setattr(manifest_module, "_SETTLED_NS", 0)
     made = store.run(DRAW, None, {"seed": 1})
     for _ in range(3):
         Store(store.root).run(DRAW, None, {"seed": 1}).json("numbers.json")
@@ -478,7 +479,7 @@ def test_an_unchanged_file_is_hashed_once(store, monkeypatch):
 
 
 def test_a_file_too_young_for_the_clock_is_hashed_again(store, monkeypatch):
-    monkeypatch.setattr(store_module, "_SETTLED_NS", 60_000_000_000)
+    monkeypatch.setattr(manifest_module, "_SETTLED_NS", 60_000_000_000)
     made = store.run(DRAW, None, {"seed": 1})
     path = made.path("more/text.txt")
     stat = path.stat()

@@ -136,33 +136,41 @@ def standard_error(influence_N: Tensor, clusters_N: Tensor | None = None) -> flo
     Returns:
         √(c/(c−1)·Σ_c (Σ_{i∈c} ψ_i)²)/N over c clusters; NaN for fewer than two.
     """
-    sums = influence_N
-    if clusters_N is not None:
-        _, inverse_N = clusters_N.unique(return_inverse=True)
-        count = int(inverse_N.max()) + 1
-        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, inverse_N, influence_N)
-    count = len(sums)
+    sums_C = _cluster_sums(influence_N, clusters_N)
+    count = len(sums_C)
     if count < 2:
         return float("nan")
-    return float((count / (count - 1) * (sums**2).sum()).sqrt()) / len(influence_N)
+    return float((count / (count - 1) * (sums_C**2).sum()).sqrt()) / len(influence_N)
 
 
-def jackknife_standard_error(columns: FirstOrderColumns, normalization: Normalization) -> float:
-    """Delete-one jackknife of ∂_vH: √((N−1)/N Σ_i (g_(i) − ḡ)²), each g_(i) recomputed from the remaining columns.
+def jackknife_standard_error(
+    columns: FirstOrderColumns, normalization: Normalization, clusters_N: Tensor | None = None
+) -> float:
+    """Delete-one(-cluster) jackknife of ∂_vH: √((C−1)/C Σ_c (g_(c) − ḡ)²), each g_(c) from the remaining columns.
 
     Args:
         columns: of `first_order.first_order_columns`; a column keeps the baseline it was computed with.
         normalization: per sequence or per token.
+        clusters_N: int64 [N], cluster of each sequence; None to delete single sequences.
 
     Returns:
-        Nats per unit step; NaN for fewer than two sequences.
+        Nats per unit step; NaN for fewer than two clusters.
     """
-    N = len(columns.x_N)
-    if N < 2:
+    size_C = _cluster_sums(torch.ones_like(columns.x_N), clusters_N)
+    C, N = len(size_C), len(columns.x_N)
+    if C < 2:
         return float("nan")
-    x_N, y_N, S_N, T_N = ((c.sum() - c) / (N - 1) for c in (columns.x_N, columns.y_N, columns.S_N, columns.T_N))
-    without_N = x_N if normalization == "per_sequence" else (x_N - S_N / T_N * y_N) / T_N
-    return float(((N - 1) / N * ((without_N - without_N.mean()) ** 2).sum()).sqrt())
+    needed = (columns.x_N, columns.y_N, columns.S_N, columns.T_N)
+    x_C, y_C, S_C, T_C = ((c.sum() - _cluster_sums(c, clusters_N)) / (N - size_C) for c in needed)
+    without_C = x_C if normalization == "per_sequence" else (x_C - S_C / T_C * y_C) / T_C
+    return float(((C - 1) / C * ((without_C - without_C.mean()) ** 2).sum()).sqrt())
+
+
+def _cluster_sums(values_N: Tensor, clusters_N: Tensor | None) -> Tensor:
+    if clusters_N is None:
+        return values_N
+    _, inverse_N = clusters_N.unique(return_inverse=True)
+    return torch.zeros(int(inverse_N.max()) + 1, dtype=torch.float64).index_add_(0, inverse_N, values_N)
 
 
 def clustered_sum_standard_error(contributions_PG: Tensor) -> float:

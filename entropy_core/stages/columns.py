@@ -9,7 +9,7 @@ from torch import Tensor
 from entropy_core.numerics import ragged
 
 if TYPE_CHECKING:
-    from entropy_core.store import Artifact
+    from entropy_core.artifact import Artifact
 
 
 def read_columns(shards: "Sequence[Artifact]", *names: str) -> tuple[dict[str, Tensor], Tensor]:

@@ -10,8 +10,8 @@ from entropy_core.numerics import adamw, ragged
 from entropy_core.stages.sequences import Law, as_tangent, processor_of, read_sequences
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
 
 NORMALIZATIONS = ("per_token", "per_sequence")
 

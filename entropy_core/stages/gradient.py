@@ -12,8 +12,8 @@ from entropy_core.stages.columns import read_columns
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
 
 BASELINE: Baseline = "time_loo"
 """Fixed: every baseline has the same mean, this one has little noise, and changing it would cost a backward pass."""

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
 
 
 def importance(

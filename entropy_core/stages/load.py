@@ -8,8 +8,8 @@ from entropy_core.checkpoints import read_checkpoint
 from entropy_core.prompts import load_pool
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Writer
 
 
 def load_checkpoint(out: "Writer", execution: "Execution", *, checkpoint: str, learning_rate: float) -> dict[str, Any]:

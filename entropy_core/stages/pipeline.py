@@ -14,13 +14,14 @@ from typing import Any, Protocol
 import yaml
 
 from entropy_core import prompts, rewards
+from entropy_core.artifact import Artifact
 from entropy_core.checkpoint_files import file_digest
-from entropy_core.config import ProbeConfig, VarianceConfig, VarianceRequest
+from entropy_core.config import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import catalogue as stage
 from entropy_core.stages.preflight import CheckpointToProbe, splits
-from entropy_core.store import Artifact, Stage, Store
+from entropy_core.store import Stage, Store
 
 Inputs = dict[str, Any]
 
@@ -92,7 +93,7 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
         }
         for checkpoint in checkpoints
     ]
-    return _conclude(config.name, recorded, config.variance, config, store, run)
+    return _conclude(recorded, config, store, run)
 
 
 def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult:
@@ -120,8 +121,9 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
                     cause="it was deleted, or the store was moved without it",
                     way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
                 )
-    config = ProbeConfig.model_validate(record["config"]).model_copy(update={"variance": request.variance})
-    return _conclude(config.name, recorded, request.variance, config, store, run)
+    config = ProbeConfig.model_validate(record["config"])
+    config = config.model_copy(update={"variance": request.applied_to(config.variance)})
+    return _conclude(recorded, config, store, run)
 
 
 def find_run(root: Path, run_id: str) -> Path:
@@ -241,9 +243,14 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
     unit = learning_rate if config.importance.eta_unit == "learning_rate" else 1.0
     moved = []
     for multiple in config.importance.etas:
-        eta = multiple * unit
-        there = [inputs | {"eta": eta} for inputs in along_v] if eta else []  # at 0 the answer is known: no pass
-        moved.append({"eta": eta, "shards": over_shards(stage.IMPORTANCE, there, f" · η={eta:.3g}")})
+        eta, suffix = multiple * unit, f" · η={multiple * unit:.3g}"
+        if eta == 0:  # the answer is known: no pass
+            moved.append({"eta": 0.0, "shards": [], "displacement": []})
+            continue
+        step = {"law": law, "update": v, "gradient": gradient, "eta": eta}
+        displacement = run(stage.DISPLACEMENT, step, name + suffix)
+        there = over_shards(stage.IMPORTANCE, [inputs | {"eta": eta} for inputs in along_v], suffix)
+        moved.append({"eta": eta, "shards": there, "displacement": [displacement]})
     return {
         "learning_rate": learning_rate,
         "scores": scores,
@@ -256,11 +263,10 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
     }
 
 
-def _conclude(
-    name: str, recorded: list[Inputs], settings: VarianceConfig, config: ProbeConfig, store: Store, run: Runner
-) -> SweepResult:
+def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Runner) -> SweepResult:
     """Statistics of every checkpoint, the report, and the run's folder."""
-    chosen = settings.model_dump(mode="json")
+    name, chosen = config.name, config.variance.model_dump(mode="json", exclude={"cluster"})
+    chosen["units"] = config.units_of_e
     estimated = [
         {
             "checkpoint": entry["checkpoint"],

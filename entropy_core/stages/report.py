@@ -7,8 +7,8 @@ from entropy_core import report as pages
 from entropy_core.tables import RESULTS, to_table
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Writer
 
 
 def report(

@@ -7,8 +7,8 @@ from entropy_core.stages.score import score
 from entropy_core.stages.sequences import Law
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
 
 
 def rescore(out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact") -> dict[str, Any]:

@@ -8,8 +8,8 @@ import pyarrow as pa
 from entropy_core.rewards import compute_rewards
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
 
 
 def reward(

@@ -7,8 +7,8 @@ import pyarrow as pa
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
 
 
 def score(out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact") -> dict[str, Any]:

@@ -12,8 +12,8 @@ from entropy_core.policy import Policy, load_policy
 from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
 
 Law = Mapping[str, Any]
 """The policy as a probability law: `weights` (digest), `dtype`, `attn_implementation`, `temperature`."""

@@ -1,7 +1,7 @@
 """variance: estimates with intervals, from cached per-token columns alone. No model, no parameter-sized file."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from scipy.stats import t as student
@@ -16,8 +16,8 @@ from entropy_core.stages.columns import read_columns
 from entropy_core.tables import ESTIMATES, to_table
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
 
 Row = dict[str, Any]
 
@@ -76,7 +76,7 @@ def variance(
     estimators: Sequence[importance.Estimator],
     normalizations: Sequence[Normalization],
     baseline: Baseline,
-    cluster: str,
+    units: Literal["sequence", "prompt"],
     confidence_level: float,
 ) -> Row:
     """All estimates of one checkpoint.
@@ -90,11 +90,11 @@ def variance(
         first_order_e: the shards of first-order-e.
         first_order_u: artifact of first-order-u.
         update: artifact of compute-update; only its summary is read.
-        moved: a mapping per step size: `eta`, and `shards` of importance (none for η = 0).
+        moved: a mapping per step size: `eta`, the `shards` of importance and the `displacement` (none for η = 0).
         estimators: of ΔH.
         normalizations: of the entropy.
         baseline: of the reward-to-go.
-        cluster: `none`, or `prompt`.
+        units: what is independent in E.
         confidence_level: of the intervals.
 
     Returns:
@@ -103,11 +103,15 @@ def variance(
     Raises:
         NonFiniteError: a batch is too small for a standard error.
     """
-    batch, of_sequences = _read_batch(scores, first_order_e, baseline, cluster)
+    batch, of_sequences = _read_batch(scores, first_order_e, baseline, units)
     rescored, _ = read_columns(rescores, "logprobs", "entropies")
     at_theta = {"logprobs": batch.logprobs_K, "entropies": batch.entropies_K}
     at_eta = [
-        (entry["eta"], read_columns(entry["shards"], "logprobs", "entropies")[0] if entry["shards"] else at_theta)
+        (
+            entry["eta"],
+            read_columns(entry["shards"], "logprobs", "entropies")[0] if entry["shards"] else at_theta,
+            entry["displacement"][0].summary if entry["displacement"] else dict.fromkeys(normalizations, 0.0),
+        )
         for entry in moved
     ]
     contributions = first_order_u.table("sequences.parquet")
@@ -120,9 +124,10 @@ def variance(
         inner_product = first_order_u.summary["inner_product"][normalization]
         same_baseline = batch.columns(first_order_u.summary["baseline"])
         backward_check = uncertainty.entropy_derivative(same_baseline, normalization).value
-        noise_floor = abs(_change(batch, rescored, "per_decision", normalization)[0].value)
+        rescoring = abs(_change(batch, rescored, "per_decision", normalization)[0].value)
         of_batch = of_sequences | _describe_batch(batch, normalization) | _describe_influence(derivative.estimate)
-        for eta, columns in at_eta:
+        for eta, columns, rounding in at_eta:
+            noise_floor = abs(rounding[normalization]) + rescoring if eta else 0.0
             for estimator in estimators:
                 row = {
                     "eta": eta,
@@ -143,7 +148,7 @@ def variance(
 
 
 def _read_batch(
-    scores: "Sequence[Artifact]", derivatives: "Sequence[Artifact]", baseline: Baseline, cluster: str
+    scores: "Sequence[Artifact]", derivatives: "Sequence[Artifact]", baseline: Baseline, units: str
 ) -> tuple[EvaluationBatch, Row]:
     scored, offsets_N1 = read_columns(scores, "logprobs", "entropies")
     along_v, _ = read_columns(derivatives, "dlogprobs", "dentropies")
@@ -157,7 +162,7 @@ def _read_batch(
         along_v["dentropies"],
         offsets_N1,
         first_order.baselines(first_order.returns_to_go(scored["entropies"], offsets_N1), offsets_N1, baseline),
-        prompt_ids_N if cluster == "prompt" else None,
+        prompt_ids_N if units == "prompt" else None,
     )
     return batch, {"n_sequences": len(reasons), "truncated_fraction": reasons.count("length") / len(reasons)}
 
@@ -176,7 +181,7 @@ def _derivative(
             "snis": uncertainty.snis_derivative(columns, score_N, normalization),
         },
         local=float(columns.x_local_N.mean()) / mean_length,
-        jackknife=uncertainty.jackknife_standard_error(columns, normalization),
+        jackknife=uncertainty.jackknife_standard_error(columns, normalization, batch.clusters_N),
         se_given_u=batch.standard_error(estimate),
         se_over_u=uncertainty.clustered_sum_standard_error(contributions_PG),
         units_e=batch.units,
@@ -310,5 +315,5 @@ def _require_numbers(rows: Sequence[Row]) -> None:
             raise NonFiniteError(
                 f"{', '.join(bad)} came out as NaN at eta = {row['eta']:g}",
                 cause="fewer than two independent units: sequences of E, prompts of U, or clusters",
-                way_out="take a larger batch, or variance.cluster: none",
+                way_out="take a larger batch, or variance.cluster: auto",
             )

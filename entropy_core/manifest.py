@@ -1,0 +1,207 @@
+"""What an artifact's manifest says, and how an artifact is verified against it.
+
+The manifest is written last, when every data file is on the disk, so a directory that has one is complete. It holds
+what the key is made of, the SHA-256 of every data file, the stage's summary, and how the result came about.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from entropy_core.errors import StoreError
+
+MANIFEST = "manifest.json"
+
+_KEYED = ("stage", "code", "inputs")
+_LIBRARIES = ("torch", "transformers", "pyarrow", "safetensors")
+_SETTLED_NS = 2_000_000_000  # the coarsest clock of a common file system: a younger file could change unnoticed
+
+_remembered: dict[tuple, Any] = {}
+
+
+def recipe_key(recipe: Mapping[str, Any]) -> str:
+    """Hash what makes a result.
+
+    Args:
+        recipe: stage, code and inputs as JSON values; a manifest has them among others, which do not count.
+
+    Returns:
+        The first 32 hex digits of the SHA-256 of the canonical JSON. 128 bits are enough: among a million million
+        keys, the probability that any two agree is 1e-15; and directory names stay short.
+    """
+    return _sha256({name: recipe[name] for name in _KEYED})[:32]
+
+
+def content_digest(files: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+    """Identify an artifact by its data: the SHA-256 of the canonical JSON of its files' SHA-256 and its summary.
+
+    Args:
+        files: file name → its entry in the manifest.
+        summary: what the stage's function returned.
+
+    Returns:
+        64 hex digits.
+    """
+    return _sha256({"files": {name: entry["sha256"] for name, entry in files.items()}, "summary": summary})
+
+
+def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> str:
+    """Record every file in the manifest, bring all of it to the disk, and make it visible.
+
+    Args:
+        temporary: directory with the data files, beside `final`.
+        final: what it will be called.
+        manifest: all but `files` and `digest`.
+
+    Returns:
+        The content digest.
+    """
+    paths = sorted(temporary.rglob("*"))
+    files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths if path.is_file()}
+    digest = content_digest(files, manifest["summary"])
+    text = json_text({**manifest, "files": files, "digest": digest})
+    (temporary / MANIFEST).write_text(text, encoding="utf-8")
+    for path in [*paths, temporary / MANIFEST, temporary]:
+        _fsync(path)
+    os.rename(temporary, final)
+    _fsync(final.parent)
+    _fsync(final.parent.parent)
+    return digest
+
+
+def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str, Any], str]:
+    """Read a manifest and check that it is of this artifact and as it was written.
+
+    Args:
+        directory: of the artifact.
+        stage_name: name of its stage.
+        key: its key.
+
+    Returns:
+        The manifest and "", or else an empty dict and what is wrong.
+    """
+    try:
+        manifest = _once(_read_manifest, directory / MANIFEST)
+        if (manifest["stage"], manifest["key"]) != (stage_name, key):
+            return {}, f"its manifest is that of {manifest['stage']}/{manifest['key']}"
+        if recipe_key(manifest) != key or content_digest(manifest["files"], manifest["summary"]) != manifest["digest"]:
+            return {}, "its manifest was edited"
+        return manifest, ""
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, "it has no manifest"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return {}, f"its manifest cannot be understood: {error!r}"
+
+
+def check_file(path: Path, entry: Mapping[str, Any]) -> str:
+    """Check a data file against its entry in the manifest; returns what is wrong, or ""."""
+    try:
+        size = path.stat().st_size
+        if size != entry.get("bytes"):
+            return f"{path.name} has {size} bytes instead of {entry.get('bytes')}"
+        return "" if _once(_hash_file, path) == entry["sha256"] else f"{path.name} was altered: its SHA-256 is another"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path.name} is missing"
+
+
+def as_json(value: Any, what: str) -> dict[str, Any]:
+    """Make of a dict what will be read back from the manifest.
+
+    Args:
+        value: the dict.
+        what: what it is, for the error message.
+
+    Returns:
+        The dict of JSON values.
+
+    Raises:
+        StoreError: it is no dict, or something in it is no JSON value.
+    """
+    try:
+        plain = json.loads(json_text(value))
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"{what} is not JSON: {error}", way_out="use plain, finite values; write data to files"
+        ) from error
+    if not isinstance(plain, dict):
+        raise StoreError(f"{what} is {value!r:.80} and not a dict")
+    return plain
+
+
+def json_text(value: Any) -> str:
+    """JSON for a file, with sorted keys. Raises ValueError on a NaN or an infinity, TypeError on what is not JSON."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that make the numbers; and of Prefect, if it is loaded."""
+    found = {"python": platform.python_version()}
+    for library in (*_LIBRARIES, *({"prefect"} & sys.modules.keys())):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return found
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held since it started; the system counts in KiB, but on macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _sha256(document: Any) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """The manifest's entry for a file."""
+    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": _once(_hash_file, path)}
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        entry["tensors"] = {name: {"dtype": of["dtype"], "shape": of["shape"]} for name, of in header.items()}
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        metadata = pyarrow.parquet.read_metadata(path)
+        entry["num_rows"] = metadata.num_rows
+        entry["schema"] = metadata.schema.to_arrow_schema().to_string(show_schema_metadata=False)
+    return entry
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _once(compute: Callable[[Path], Any], path: Path) -> Any:
+    """compute(path), done once per process as long as the file does not change, wherever it is moved."""
+    stat = path.stat()
+    identity = (compute, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if identity not in _remembered:
+        value = compute(path)
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < _SETTLED_NS:
+            return value
+        _remembered[identity] = value
+    return _remembered[identity]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes())

@@ -1,0 +1,185 @@
+"""The commands of the README and of its pages, on the demo run, with a real server. Run by `make test-sweep`."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from entropy_core.tables import RESULTS
+from flows.service import request
+
+pytestmark = pytest.mark.sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_RUN = ROOT / "artifacts" / "demo-run"
+
+
+def run(command: list[str], **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, (
+        f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
+    return done.stdout
+
+
+def run_directory(output: str) -> Path:
+    return Path(re.findall(r"^(/.*/runs/\S+)/$", output, re.MULTILINE)[-1])
+
+
+@pytest.fixture(scope="module")
+def first() -> str:
+    return run(["make", "sweep"])
+
+
+@pytest.fixture(scope="module")
+def again(first: str) -> str:
+    return run(["make", "sweep"])
+
+
+@pytest.fixture(scope="module")
+def rows(first: str) -> list[dict]:
+    return pq.read_table(run_directory(first) / "results.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def served(again: str) -> Iterator[str]:
+    """The UI and the deployments, as `make ui` keeps them up; the URL of the API."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.local", "up", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout
+        url = next(found[1] for line in process.stdout if (found := re.search(r"PREFECT_API_URL=(\S+)", line)))
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def test_the_sweep_prints_a_table_for_every_checkpoint_and_step_size(first, rows):
+    assert len({row["checkpoint"] for row in rows}) >= 3
+    assert len({row["eta_over_lr"] for row in rows}) >= 5
+    assert "prefect deployment run entropy-probe/checkpoint-sweep" in first
+    for row in rows:
+        assert row["checkpoint"] in first
+
+
+def test_a_second_sweep_computes_nothing_and_has_the_same_results(first, again):
+    assert run_directory(again) == run_directory(first)
+    assert not re.search(r"^ *computed ", again, re.MULTILINE)
+    assert "loaded the policy" not in again
+    assert re.search(r"^ *reused +variance", again, re.MULTILINE)
+
+
+def test_no_process_is_left_behind(again):
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    ours = [line for line in listed.splitlines() if str(ROOT) in line and ("flows." in line or "prefect" in line)]
+    assert ours == []
+
+
+def test_results_hold_what_the_theory_says(rows):
+    assert pq.read_schema(run_directory_of(rows) / "results.parquet").names == RESULTS.names
+    for row in rows:
+        assert row["gradient_check"] <= 1e-5
+        assert abs(row["mean_score_z"]) <= 3
+        if row["eta"] == 0:
+            assert row["delta_h"] == 0.0
+            assert row["delta_h1"] == 0.0
+
+
+def run_directory_of(rows: list[dict]) -> Path:
+    records = sorted((ROOT / "artifacts" / "runs").glob("demo-*/run.json"), key=lambda path: path.stat().st_mtime_ns)
+    return records[-1].parent
+
+
+def test_the_prediction_is_linear_in_the_step_size(rows):
+    for group in groups(rows, "checkpoint", "normalization"):
+        slopes = [row["delta_h1"] / row["eta"] for row in group if row["eta"]]
+        assert max(slopes) - min(slopes) <= 1e-12 * abs(slopes[0])
+
+
+def test_the_difference_from_the_prediction_is_of_second_order(rows):
+    for group in groups([row for row in rows if row["estimator"] == "per_decision"], "checkpoint", "normalization"):
+        by_eta = {round(row["eta_over_lr"], 6): row for row in group}
+        small, large = by_eta[0.01], by_eta[0.1]
+        assert abs(small["paired_difference"]) <= 0.01 * abs(small["delta_h1"])
+        if abs(small["paired_difference"]) > 10 * small["noise_floor"]:
+            order = torch.tensor(large["paired_difference"] / small["paired_difference"]).abs().log10()
+            assert 1.7 <= float(order) <= 2.3
+
+
+def test_snis_agrees_with_the_prediction_at_the_learning_rate_or_says_nonlinear(rows):
+    for row in rows:
+        if row["estimator"] == "snis" and round(row["eta_over_lr"], 6) == 1:
+            near = abs(row["delta_h"] - row["delta_h1"]) <= 3 * row["delta_h_se"]
+            assert near or row["verdict"] == "nonlinear"
+
+
+def test_the_flow_run_is_completed_in_the_ui(served):
+    runs = request(f"{served}/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 2})
+    assert [one["state"]["type"] for one in runs] == ["COMPLETED", "COMPLETED"]
+    tasks = request(f"{served}/task_runs/filter", {"flow_runs": {"id": {"any_": [runs[0]["id"]]}}})
+    assert tasks and {task["state"]["name"] for task in tasks} == {"Cached"}
+
+
+def readme_commands() -> list[str]:
+    text = "\n".join(page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    lines = [
+        line.removeprefix("$ ")
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.split("\n")
+    ]
+    return [line.partition("  #")[0].strip() for line in lines if line.strip()]
+
+
+def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
+    """Every `prefect deployment run entropy-probe/variance` of the documentation, with the checkpoints moved away."""
+    commands = [c for c in readme_commands() if "entropy-probe/variance" in c]
+    assert commands
+    away = DEMO_RUN.with_name("demo-run-moved-away")
+    DEMO_RUN.rename(away)
+    try:
+        for command in commands:
+            run(
+                [sys.executable, "-m", *shlex.split(command)],
+                PREFECT_API_URL=served,
+                PREFECT_HOME=str(ROOT / "artifacts" / "prefect"),
+            )
+            latest = request(f"{served}/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
+            tasks = request(f"{served}/task_runs/filter", {"flow_runs": {"id": {"any_": [latest["id"]]}}})
+            assert {task["name"].partition(" ")[0] for task in tasks} == {"variance", "report"}
+    finally:
+        away.rename(DEMO_RUN)
+    redone = pq.read_table(run_directory_of(rows) / "results.parquet").to_pylist()
+    assert {row["confidence_level"] for row in redone} != {row["confidence_level"] for row in rows}
+    assert [row["delta_h1"] for row in redone] == [row["delta_h1"] for row in rows]
+
+
+def test_every_command_of_the_documentation_is_run_by_a_test():
+    """A command that nobody runs is a claim that nobody checks."""
+    run_here = (
+        "make sweep",
+        "make test",
+        "prefect deployment run entropy-probe/",
+        "export PREFECT_API_URL=",
+        "make ui",
+    )
+    for command in readme_commands():
+        assert command.startswith(run_here), command
+
+
+def groups(rows: list[dict], *names: str) -> list[list[dict]]:
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(found.values())

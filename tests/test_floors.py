@@ -1,0 +1,180 @@
+"""The floors of the house: imports go downwards only, and each heavy library has its own door.
+
+Imports are read from the syntax trees, those inside functions and `if TYPE_CHECKING:` included, so nothing hides.
+"""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from entropy_core.code_identity import module_digests
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("entropy_core", "flows", "tasks")
+LONGEST = 450
+LONGER: set[str] = set()
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {name_of(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imported(name: str) -> Iterator[str]:
+    """Dotted names that a module imports; an attribute of a module counts as the module."""
+    path = FILES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            dotted = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(dotted, package) if node.level else dotted
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base
+
+
+IMPORTS = {name: set(imported(name)) for name in FILES}
+OURS = {name: {other for other in found if other.partition(".")[0] in PACKAGES} for name, found in IMPORTS.items()}
+FOREIGN = {
+    name: {other for other in found if other.partition(".")[0] not in {*PACKAGES, *sys.stdlib_module_names}}
+    for name, found in IMPORTS.items()
+}
+
+FLOORS = ("errors", "numerics", "core", "stages", "tasks", "flows")
+
+
+def floor(name: str) -> int:
+    if name == "entropy_core.errors":
+        return FLOORS.index("errors")
+    for prefix, its_floor in (("entropy_core.numerics", "numerics"), ("entropy_core.stages", "stages")):
+        if name == prefix or name.startswith(f"{prefix}."):
+            return FLOORS.index(its_floor)
+    return FLOORS.index({"entropy_core": "core"}.get(name.partition(".")[0], name.partition(".")[0]))
+
+
+def importers(*libraries: str) -> set[str]:
+    """The modules that import one of these, or a submodule of one."""
+    return {
+        name
+        for name, found in FOREIGN.items()
+        if any(other == library or other.startswith(f"{library}.") for other in found for library in libraries)
+    }
+
+
+def core(*names: str) -> set[str]:
+    return {f"entropy_core.{name}" for name in names}
+
+
+def test_every_floor_was_read():
+    assert {floor(name) for name in FILES} == set(range(len(FLOORS)))
+    assert {"entropy_core.policy", "entropy_core.stages.variance", "flows.entropy_probe", "tasks.stages"} <= set(FILES)
+    assert "entropy_core.numerics.ragged" in OURS["entropy_core.stages.variance"]
+    assert "transformers.trainer_pt_utils" in FOREIGN["entropy_core.checkpoints"]  # imported inside a function
+    assert "entropy_core.execution" in OURS["entropy_core.stages.rescore"]  # for the type checker only
+
+
+def test_imports_go_downwards():
+    upwards = [(name, other) for name, found in OURS.items() for other in found if floor(other) > floor(name)]
+    assert upwards == []
+
+
+def test_no_import_goes_round_in_a_circle():
+    """Within a floor, too: somebody who reads a module never has to have read it before."""
+    below: dict[str, set[str]] = {}
+
+    def visit(name: str, above: tuple[str, ...]) -> set[str]:
+        assert name not in above, " → ".join((*above[above.index(name) :], name))
+        if name not in below:
+            below[name] = set()
+            for other in OURS[name] - {name.rpartition(".")[0]}:
+                below[name] |= {other} | visit(other, (*above, name))
+        return below[name]
+
+    for name in FILES:
+        visit(name, ())
+
+
+def test_the_numerics_know_torch_and_nothing_else():
+    numerics = [name for name in FILES if floor(name) == FLOORS.index("numerics")]
+    assert len(numerics) > 5
+    for name in numerics:
+        assert all(other.startswith("entropy_core.numerics") for other in OURS[name]), name
+        assert {other.partition(".")[0] for other in FOREIGN[name]} <= {"torch"}, name
+
+
+def test_the_errors_know_nothing():
+    assert OURS["entropy_core.errors"] == FOREIGN["entropy_core.errors"] == set()
+
+
+def test_each_library_has_its_own_door():
+    assert importers("transformers") == core("policy", "checkpoints", "demo")
+    assert importers("trl", "datasets", "tokenizers", "huggingface_hub") == core("demo")
+    assert importers("matplotlib") == core("report")
+    assert importers("scipy") == core("stages.variance")
+    assert importers("safetensors") == core("artifact", "checkpoint_files")
+    assert importers("pyarrow.parquet") == core("artifact", "manifest") | {"flows.local"}
+    assert importers("yaml") == core("config", "stages.pipeline")
+    assert importers("prefect") == {name for name in importers("prefect") if floor(name) >= FLOORS.index("tasks")}
+    assert importers("prefect") >= {"flows.entropy_probe", "tasks.stages", "tasks.artifact_cache"}
+
+
+def test_nothing_is_imported_that_is_not_declared():
+    known = {
+        *("filelock", "matplotlib", "prefect", "pyarrow", "pydantic", "safetensors", "scipy", "torch", "transformers"),
+        *("yaml", "datasets", "trl"),
+        *("tokenizers", "huggingface_hub"),  # of transformers
+    }
+    assert {other.partition(".")[0] for found in FOREIGN.values() for other in found} <= known
+
+
+@pytest.mark.parametrize("stage", ["variance", "report"])
+def test_the_statistics_reach_no_policy(stage):
+    reached = set(module_digests(f"entropy_core.stages.{stage}"))
+    assert f"entropy_core.stages.{stage}" in reached
+    assert not reached & core("policy", "sequence_processor", "checkpoints", "stages.sequences", "arithmetic", "demo")
+    assert not {
+        other for name in reached for other in FOREIGN[name] if other.partition(".")[0] in {"transformers", "prefect"}
+    }
+
+
+def test_only_the_stages_that_handle_sequences_reach_the_policy():
+    stages = [name for name in FILES if name.startswith("entropy_core.stages.")]
+    reach = {name.rpartition(".")[2] for name in stages if "entropy_core.policy" in module_digests(name)}
+    assert reach == {
+        *("sample", "score", "rescore", "update", "gradient", "first_order", "importance"),
+        *("sequences", "preflight", "catalogue", "pipeline"),
+    }
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level names in sys.modules after a statement, in a process of its own."""
+    script = f"{statement}\nimport sys; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_the_core_runs_without_prefect():
+    loaded = loaded_by("import entropy_core.stages.pipeline, entropy_core.demo")
+    assert {"torch", "transformers"} <= loaded
+    assert not loaded & {"prefect", "flows", "tasks", "trl", "datasets"}
+
+
+def test_the_statistics_load_no_model_library():
+    loaded = loaded_by("import entropy_core.stages.variance, entropy_core.stages.report")
+    assert {"torch", "matplotlib"} <= loaded
+    assert not loaded & {"transformers", "tokenizers", "prefect", "flows", "tasks"}
+
+
+def test_no_file_is_too_long_to_read():
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES.values()
+    }
+    assert {name for name, length in lengths.items() if length > LONGEST} == LONGER
