@@ -109,7 +109,7 @@ def test_a_permutation_is_one(pool_size: int):
 
 
 def test_permutations_are_evenly_spread():
-    places = torch.stack([permutation(seed, Purpose.E_PROMPT, 4) for seed in range(2400)])
+    places = torch.stack([permutation(seed, Purpose.E_PROMPT, 4) for seed in range(1200)])
     codes = (places * torch.tensor([64, 16, 4, 1])).sum(1)
     _, counts = codes.unique(return_counts=True)
     assert len(counts) == 24

@@ -1,0 +1,228 @@
+"""The configuration: nothing is accepted that is not understood, and an error names every key that is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from entropy_core.config import ProbeConfig, Section, VarianceConfig, VarianceRequest, load_config, parse_config
+from entropy_core.errors import ConfigError
+
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+LEAST = {"checkpoints": ["runs/grpo/checkpoint-*"]}
+
+
+def with_value(dotted: str, value: Any) -> dict[str, Any]:
+    """The least configuration with one key set."""
+    values: dict[str, Any] = dict(LEAST)
+    *sections, key = dotted.split(".")
+    inner = values
+    for section in sections:
+        inner[section] = dict(inner.get(section, {}))
+        inner = inner[section]
+    inner[key] = value
+    return values
+
+
+def sections_of(model: type[BaseModel]) -> list[type[BaseModel]]:
+    found = [model]
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += sections_of(field.annotation)
+    return found
+
+
+def test_checkpoints_are_all_that_must_be_said():
+    config = parse_config(LEAST)
+    assert config.checkpoints == ["runs/grpo/checkpoint-*"]
+    assert (config.batch_config.E_total_sequences, config.batch_config.B_U, config.batch_config.G) == (4096, 64, 8)
+    assert config.importance.etas[0] == 0.0
+    assert config.store_root == Path("artifacts")
+
+
+def test_the_demo_configuration_is_valid():
+    config = load_config(DEMO)
+    assert config.name == "demo"
+    assert config.update.reward == "arithmetic"
+
+
+def test_a_configuration_survives_json_and_yaml():
+    config = load_config(DEMO)
+    plain = config.model_dump(mode="json")
+    assert parse_config(json.loads(json.dumps(plain))) == config
+    assert parse_config(yaml.safe_load(yaml.safe_dump(plain))) == config
+
+
+def test_nothing_can_be_changed_afterwards():
+    config = parse_config(LEAST)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.name = "other"
+    with pytest.raises(ValidationError, match="frozen"):
+        config.batch_config.B_U = 2
+
+
+@pytest.mark.parametrize("model", [*sections_of(ProbeConfig), VarianceRequest])
+def test_every_section_is_closed_and_every_value_is_described(model):
+    assert issubclass(model, Section)
+    assert model.__doc__
+    for name, field in model.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        assert is_section or field.description, name
+    with pytest.raises(ValidationError, match="no_such_key"):
+        model.model_validate({"no_such_key": 1})
+
+
+def test_the_forms_of_the_user_interface_can_be_made():
+    for model in (ProbeConfig, VarianceRequest):
+        schema = model.model_json_schema()
+        assert json.loads(json.dumps(schema))["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value"),
+    [
+        ("batchconfig", {}),
+        ("batch_config.B_V", 4),
+        ("generation.top_k", 50),
+        ("update.kl_coef", 0.1),
+        ("importance.eta", [1]),
+        ("variance.confidence", 0.9),
+        ("execution.num_workers", 2),
+        ("policy.trust_remote_code", True),
+    ],
+)
+def test_an_unknown_key_is_named(dotted, value):
+    with pytest.raises(ConfigError, match=rf"1 wrong value\(s\): {dotted}: unknown key\."):
+        parse_config(with_value(dotted, value))
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value"),
+    [
+        ("checkpoints", []),
+        ("checkpoints", "runs/checkpoint-1"),
+        ("name", "a name"),
+        ("name", "../up"),
+        ("policy.dtype", "bfloat16"),
+        ("policy.attn_implementation", "sdpa"),
+        ("batch_config.E_sampling_mode", "greedy"),
+        ("batch_config.E_total_sequences", 1),
+        ("batch_config.E_total_sequences", 10**9),
+        ("batch_config.E_total_sequences", 16.5),
+        ("batch_config.E_batch_seed", -1),
+        ("batch_config.U_batch_seed", 2**63),
+        ("batch_config.B_E_values", []),
+        ("batch_config.B_E_values", [4, 8]),
+        ("batch_config.B_U", 1),
+        ("batch_config.G", 1),
+        ("batch_config.dataset_name", ""),
+        ("generation.temperature", 0),
+        ("generation.temperature", float("nan")),
+        ("generation.temperature", float("inf")),
+        ("generation.max_new_tokens", 0),
+        ("generation.do_sample", False),
+        ("generation.gen_batch_size", 0),
+        ("update.loss", "ppo"),
+        ("update.max_grad_norm", -1),
+        ("update.learning_rate", -1e-4),
+        ("update.reward", ""),
+        ("importance.etas", []),
+        ("importance.etas", [0, float("nan")]),
+        ("importance.etas", [float("inf")]),
+        ("importance.etas", [0, 1, 1.0]),
+        ("importance.etas", [0.0, -0.0]),
+        ("importance.eta_unit", "relative"),
+        ("importance.estimators", []),
+        ("importance.estimators", ["is"]),
+        ("importance.estimators", ["snis", "snis"]),
+        ("variance.confidence_level", 1),
+        ("variance.confidence_level", 95),
+        ("variance.baseline", "mean"),
+        ("variance.cluster", "length"),
+        ("variance.normalizations", []),
+        ("variance.normalizations", ["per_token", "per_token"]),
+        ("execution.device", "tpu"),
+        ("execution.shard_size", 0),
+    ],
+)
+def test_a_value_out_of_range_is_named(dotted, value):
+    with pytest.raises(ConfigError) as raised:
+        parse_config(with_value(dotted, value))
+    message = str(raised.value)
+    assert f"the configuration has 1 wrong value(s): {dotted.partition('.')[0]}" in message
+    assert "Way out: " in message
+    assert "\n" not in message
+
+
+def test_a_cut_off_law_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"generation: top_p is 0\.9, but .* Set top_p: 1\.0"):
+        parse_config(with_value("generation.top_p", 0.9))
+
+
+def test_every_wrong_key_is_named_at_once():
+    values = LEAST | {"batch_config": {"B_U": 0, "g": 8}, "generation": {"max_new_tokens": "many"}}
+    with pytest.raises(ConfigError) as raised:
+        parse_config(values)
+    for key in ("3 wrong value(s)", "batch_config.B_U", "batch_config.g: unknown key", "generation.max_new_tokens"):
+        assert key in str(raised.value)
+
+
+@pytest.mark.parametrize("values", [None, [], "demo", 3])
+def test_what_is_no_mapping_is_refused(values):
+    with pytest.raises(ConfigError, match=r"\(top level\)"):
+        parse_config(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"checkpoints: [a\nname: b", "is not valid YAML"),
+        (b"\tname: demo", "is not valid YAML"),
+        (b"name: \x00", "is not valid YAML"),
+        (b"name: caf\xe9", "is not valid YAML"),
+        (b"\x80\x02}q\x00.", "is not valid YAML"),
+        (b"name: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        (b"", r"\(top level\)"),
+        (b"- name: demo", r"\(top level\)"),
+    ],
+    ids=["open bracket", "tab", "zero byte", "latin-1", "pickle", "code", "empty", "list"],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, content, message):
+    path = tmp_path / "probe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_config(path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing\.yaml cannot be read \(No such file or directory\)"):
+        load_config(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def test_a_file_is_read_as_utf_8_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getencoding", lambda: "ascii")
+    path = tmp_path / "probe.yaml"
+    path.write_text("checkpoints: [läufe/checkpoint-1]  # η in units of lr\n", encoding="utf-8")
+    assert load_config(path).checkpoints == ["läufe/checkpoint-1"]
+
+
+def test_numbers_as_yaml_writes_them(tmp_path):
+    path = tmp_path / "probe.yaml"
+    path.write_text("checkpoints: [a]\nupdate: {learning_rate: 1e-4}\nimportance: {etas: [0, 1e-2, -1, .3]}\n")
+    config = load_config(path)
+    assert config.update.learning_rate == 1e-4  # YAML 1.1 takes 1e-4 for a text
+    assert config.importance.etas == [0.0, 0.01, -1.0, 0.3]
+
+
+def test_a_request_changes_what_it_says_and_nothing_else():
+    recorded = VarianceConfig(confidence_level=0.9, cluster="prompt", baseline="none")
+    assert VarianceRequest().applied_to(recorded) == recorded
+    asked = VarianceRequest(run="tiny-1", confidence_level=0.99, cluster="none")
+    assert asked.applied_to(recorded) == VarianceConfig(confidence_level=0.99, cluster="none", baseline="none")
