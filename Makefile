@@ -23,6 +23,8 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help sweep ui test test-sweep docs clean
 

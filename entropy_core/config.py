@@ -110,6 +110,8 @@ class ImportanceConfig(Section):
             raise ValueError(f"step sizes must be finite numbers, got {bad}")
         if len(set(self.etas)) < len(self.etas):
             raise ValueError(f"step sizes are listed twice in {self.etas}")
+        if len(set(self.estimators)) < len(self.estimators):
+            raise ValueError(f"estimators are listed twice in {self.estimators}")
         return self
 
 
@@ -126,6 +128,12 @@ class VarianceConfig(Section):
     normalizations: list[Normalization] = Field(
         ["per_token", "per_sequence"], min_length=1, description="Entropy per token, per sequence, or both."
     )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.normalizations)) < len(self.normalizations):
+            raise ValueError(f"normalizations are listed twice in {self.normalizations}")
+        return self
 
 
 class ExecutionConfig(Section):
@@ -205,10 +213,10 @@ def load_config(path: Path | str) -> ProbeConfig:
         ConfigError: the file is missing, is not YAML, or holds a wrong value.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})", way_out="give the path of a YAML file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {problem}", way_out="correct the file") from None
     return parse_config(values, str(path))

@@ -1,4 +1,4 @@
-"""The demo run: a trainer's checkpoints to probe, made from nothing in about 40 seconds of one core.
+"""The demo run: a trainer's checkpoints to probe, made from nothing in about a minute.
 
     python -m entropy_core.demo --out artifacts/demo-run
 

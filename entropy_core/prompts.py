@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from entropy_core import arithmetic
-from entropy_core.errors import PromptError
+from entropy_core.errors import PromptError, one_line
 
 POOLS: dict[str, Callable[[str], list[dict]]] = {"arithmetic": arithmetic.problems}
 
@@ -56,8 +56,17 @@ def load_pool(dataset_name: str, split: str, prompt_column: str = "prompt") -> p
             f"{len(prompts) - len(set(prompts))} prompts of {dataset_name!r} occur twice, for example {twice!r}",
             way_out="remove the copies: the pool is a uniform law over distinct prompts",
         )
-    others = [name for name in rows[0] if name not in {prompt_column, "prompt"}]
-    return pa.table({"prompt": prompts} | {name: [row.get(name) for row in rows] for name in others})
+    others = [
+        name for name in dict.fromkeys(key for row in rows for key in row) if name not in {prompt_column, "prompt"}
+    ]
+    try:
+        return pa.table({"prompt": prompts} | {name: [row.get(name) for row in rows] for name in others})
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise PromptError(
+            f"the columns of {dataset_name!r} cannot be made a table: {one_line(error)}",
+            cause="one column holds values of two kinds, text and numbers say",
+            way_out="give every column one kind of value",
+        ) from None
 
 
 def source_file(dataset_name: str) -> Path | None:
@@ -69,7 +78,7 @@ def _read_jsonl(path: Path, split: str) -> list[dict]:
     if split != "train":
         raise PromptError(f"{path} is one file and has no split {split!r}", way_out="set batch_config.split: train")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut texts at U+2028, too
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read: {error}", way_out="give the path of a UTF-8 .jsonl file") from None
     rows = []
@@ -78,8 +87,8 @@ def _read_jsonl(path: Path, split: str) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}:{number} is not JSON: {error.msg}", way_out="correct the line") from None
+        except ValueError as error:
+            raise PromptError(f"{path}:{number} is not JSON: {one_line(error)}", way_out="correct the line") from None
         if not isinstance(row, dict):
             raise PromptError(f"{path}:{number} is not a JSON object", way_out="write one object per line")
         rows.append(row)

@@ -1,26 +1,10 @@
-"""What people look at: figures and a page of a sweep. The only importer of matplotlib."""
+"""The page of a sweep, as markdown."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from entropy_core.tables import Row, at_learning_rate, first_of_each
 
-from entropy_core.numerics.uncertainty import normal_quantile
-
-Row = Mapping[str, Any]
-
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "font.size": 9,
-    "legend.frameon": False,
-    "svg.hashsalt": "entropy-probe",  # element ids would be random otherwise, and the file's digest with them
-}
 COLUMNS = {
     "checkpoint": "checkpoint",
     "eta_over_lr": "η / lr",
@@ -38,33 +22,6 @@ COLUMNS = {
     "ess_fraction": "ESS/N",
     "verdict": "verdict",
 }
-
-
-def figures(rows: Sequence[Row]) -> dict[str, Figure]:
-    """The three figures of a sweep, of its first normalisation.
-
-    Args:
-        rows: of the result table.
-
-    Returns:
-        Figures by name: prediction against measurement, ΔH against η, entropy and δH₁ along the training.
-    """
-    normalization = rows[0]["normalization"]
-    shown = [row for row in rows if row["normalization"] == normalization]
-    unit = "nats per token" if normalization == "per_token" else "nats per sequence"
-    with matplotlib.rc_context(STYLE):
-        return {
-            "prediction": _draw(_prediction, shown, unit),
-            "eta_sweep": _draw(_eta_sweep, shown, unit),
-            "training": _draw(_training, shown, unit),
-        }
-
-
-def save_figure(figure: Figure, png: Path, svg: Path) -> None:
-    """Write a figure in both formats, without dates, so that equal figures are equal files."""
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(png, dpi=144, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None, "Creator": None})
 
 
 def markdown(name: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
@@ -95,6 +52,17 @@ def markdown(name: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
         "![entropy change against step size](eta_sweep.png)",
         "",
         "![entropy and its predicted change along the training](training.png)",
+        "",
+        "## Where it comes from",
+        "",
+        *_origins(shown),
+        "",
+        "The three columns in the middle add up to δH₁, and so do the last two: *local* is the change of the entropy "
+        "of each step on E, *future* what a changed choice of tokens does to the entropy of the steps after it.",
+        "",
+        f"The tokens of U that lower the entropy most and those that raise it most, for {checkpoints[-1]}:",
+        "",
+        "![the tokens that move the entropy most](tokens.png)",
         "",
         "## Results",
         "",
@@ -139,7 +107,7 @@ def format_value(name: str, value: Any) -> str:
 
 def _headlines(rows: Sequence[Row]) -> list[str]:
     lines = []
-    for row in _first_of_each(_at_learning_rate(rows)):
+    for row in first_of_each(at_learning_rate(rows)):
         measured = "not measurable" if row["delta_h"] is None else f"{row['delta_h']:+.3g} ± {row['delta_h_se']:.2g}"
         lines.append(
             f"- **{row['checkpoint']}**: H = {row['H']:.4f}; a step of {row['eta_over_lr']:g} × lr changes it by "
@@ -149,137 +117,39 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _origins(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| checkpoint | δH₁ | from U's gradient | from momentum | from weight decay | local on E | future on E |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in first_of_each(at_learning_rate(rows)):
+        gradient = row["inner_product"] - row["delta_h1_momentum"] - row["delta_h1_decay"]
+        parts = (gradient, row["delta_h1_momentum"], row["delta_h1_decay"])
+        on_e = (row["delta_h1_local"], row["delta_h1"] - row["delta_h1_local"])
+        cells = [f"{value:+.3g}" for value in (row["delta_h1"], *parts, *on_e)]
+        lines.append(f"| {row['checkpoint']} | {' | '.join(cells)} |")
+    return lines
+
+
 def _checks(rows: Sequence[Row], checkpoints: Sequence[str]) -> list[str]:
     lines = [
-        "| checkpoint | ⟨∇H, v⟩ against forward mode | mean score z | largest noise floor | kurtosis "
-        "| largest influence | cut responses | clip factor | equal rewards |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| checkpoint | ⟨∇H, v⟩ against forward mode | attribution closure | mean score z | largest noise floor "
+        "| kurtosis | largest influence | cut responses | clip factor | equal rewards |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for checkpoint in checkpoints:
         group = [row for row in rows if row["checkpoint"] == checkpoint]
         row, noise = group[0], max(row["noise_floor"] for row in group)
-        lines.append(
-            f"| {checkpoint} | {row['gradient_check']:.1e} | {row['mean_score_z']:+.2f} | {noise:.1e} | "
-            f"{row['excess_kurtosis']:.1f} | {row['largest_influence']:.2%} | {row['truncated_fraction']:.1%} | "
-            f"{row['clip_factor']:.3f} | {row['equal_reward_fraction']:.0%} |"
+        cells = (
+            f"{row['gradient_check']:.1e}",
+            f"{row['attribution_closure']:.1e}",
+            f"{row['mean_score_z']:+.2f}",
+            f"{noise:.1e}",
+            f"{row['excess_kurtosis']:.1f}",
+            f"{row['largest_influence']:.2%}",
+            f"{row['truncated_fraction']:.1%}",
+            f"{row['clip_factor']:.3f}",
+            f"{row['equal_reward_fraction']:.0%}",
         )
+        lines.append(f"| {checkpoint} | {' | '.join(cells)} |")
     return lines
-
-
-def _draw(draw: Callable[[Figure, Sequence[Row], str], None], rows: Sequence[Row], unit: str) -> Figure:
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    draw(figure, rows, unit)
-    return figure
-
-
-def _prediction(figure: Figure, rows: Sequence[Row], unit: str) -> None:
-    axes = figure.subplots()
-    quantile = normal_quantile(rows[0]["confidence_level"])
-    estimator = rows[0]["estimator"]
-    shown = [row for row in _at_learning_rate(rows) if row["delta_h"] is not None and row["estimator"] == estimator]
-    for row in shown:
-        axes.errorbar(
-            row["delta_h1"],
-            row["delta_h"],
-            xerr=[[row["delta_h1"] - row["ci_low"]], [row["ci_high"] - row["delta_h1"]]],
-            yerr=quantile * row["delta_h_se"],
-            fmt="o",
-            markersize=4,
-            capsize=2,
-            linewidth=1,
-            label=row["checkpoint"],
-        )
-    ends = [value for row in shown for value in (row["ci_low"], row["ci_high"], row["delta_h"])] or [0.0]
-    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="ΔH = δH₁")
-    axes.set(
-        xlabel=f"predicted δH₁ [{unit}], interval over E and U",
-        ylabel=f"measured ΔH [{unit}], given U",
-        title=f"Predicted and measured entropy change, η = {shown[0]['eta_over_lr']:g} × lr" if shown else "",
-    )
-    axes.legend()
-
-
-def _eta_sweep(figure: Figure, rows: Sequence[Row], unit: str) -> None:
-    groups = _by_checkpoint([row for row in rows if row["delta_h"] is not None])
-    columns = min(len(groups), 3)
-    lines = -(-len(groups) // columns)
-    figure.set_size_inches(6.4, 1.0 + 2.6 * lines)
-    panels: list[Axes] = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
-    quantile = normal_quantile(rows[0]["confidence_level"])
-    for axes, (checkpoint, group) in zip(panels, groups.items(), strict=False):
-        line = sorted(group, key=lambda row: row["eta"])
-        x = [row["eta_over_lr"] for row in line]
-        axes.plot(x, [row["delta_h1"] for row in line], color="black", linewidth=0.8, label="δH₁")
-        low, high = [row["ci_low"] for row in line], [row["ci_high"] for row in line]
-        axes.fill_between(x, low, high, color="black", alpha=0.12, linewidth=0)
-        for estimator in dict.fromkeys(row["estimator"] for row in group):
-            part = [row for row in line if row["estimator"] == estimator]
-            axes.errorbar(
-                [row["eta_over_lr"] for row in part],
-                [row["delta_h"] for row in part],
-                yerr=[quantile * row["delta_h_se"] for row in part],
-                fmt="o" if estimator == "per_decision" else "x",
-                markersize=4,
-                capsize=2,
-                linewidth=1,
-                label=f"ΔH {estimator}",
-            )
-        axes.set_title(checkpoint, fontsize=9)
-    for axes in panels[len(groups) :]:
-        axes.set_axis_off()
-    figure.supxlabel("η / lr", fontsize=9)
-    figure.supylabel(f"entropy change [{unit}]", fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-
-
-def _training(figure: Figure, rows: Sequence[Row], unit: str) -> None:
-    above, below = figure.subplots(2, 1, sharex=True)
-    at_lr = _first_of_each(_at_learning_rate(rows))
-    first = _first_of_each(rows)
-    quantile = normal_quantile(rows[0]["confidence_level"])
-    above.errorbar(
-        [row["step"] for row in first],
-        [row["H"] for row in first],
-        yerr=[quantile * row["H_se"] for row in first],
-        fmt="o-",
-        markersize=4,
-        capsize=2,
-        linewidth=1,
-    )
-    above.set(ylabel=f"H [{unit}]", title="Entropy, and what the next step does to it")
-    if at_lr:
-        below.errorbar(
-            [row["step"] for row in at_lr],
-            [row["delta_h1"] for row in at_lr],
-            yerr=[
-                [row["delta_h1"] - row["ci_low"] for row in at_lr],
-                [row["ci_high"] - row["delta_h1"] for row in at_lr],
-            ],
-            fmt="o-",
-            markersize=4,
-            capsize=2,
-            linewidth=1,
-        )
-        below.set(ylabel=f"δH₁ at {at_lr[0]['eta_over_lr']:g} × lr")
-    below.axhline(0, color="black", linewidth=0.8)
-    below.set(xlabel="training step")
-
-
-def _at_learning_rate(rows: Sequence[Row]) -> list[Row]:
-    """The rows of each checkpoint whose step size is closest to the learning rate; 0 is none."""
-    chosen = []
-    for group in _by_checkpoint([row for row in rows if row["eta"] != 0]).values():
-        closest = min((row["eta"] for row in group), key=lambda eta: abs(eta / group[0]["learning_rate"] - 1))
-        chosen += [row for row in group if row["eta"] == closest]
-    return chosen
-
-
-def _by_checkpoint(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["checkpoint"], []).append(row)
-    return groups
-
-
-def _first_of_each(rows: Sequence[Row]) -> list[Row]:
-    return [group[0] for group in _by_checkpoint(rows).values()]

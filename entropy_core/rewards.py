@@ -2,14 +2,13 @@
 
 import importlib
 import importlib.util
-import inspect
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from entropy_core import arithmetic
-from entropy_core.errors import ConfigError, RewardError
+from entropy_core.errors import ConfigError, RewardError, one_line
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -37,7 +36,7 @@ def load_reward(name: str) -> RewardFunction:
     try:
         function = getattr(_import(module_name), attribute)
     except Exception as error:  # user code may raise anything while it is imported
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"reward {name!r} cannot be imported ({reason})", way_out=known) from error
     if not callable(function):
         raise ConfigError(f"reward {name!r} is not a function", way_out=known)
@@ -45,8 +44,22 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def source_file(name: str) -> Path | None:
-    """The file that defines a reward; None for a built-in one, which is part of the code digest."""
-    return None if name in REWARDS else Path(inspect.getsourcefile(load_reward(name)) or "")
+    """The file that a reward is looked up in; None for a built-in one, which is part of the code digest.
+
+    Raises:
+        ConfigError: there is no such function, or no such file.
+    """
+    if name in REWARDS:
+        return None
+    load_reward(name)
+    module_name = name.rpartition(":")[0]
+    file = module_name if module_name.endswith(".py") else getattr(sys.modules[module_name], "__file__", None)
+    if not file or not file.endswith(".py"):
+        raise ConfigError(
+            f"reward {name!r} has no source file, so results cannot be keyed by its code",
+            way_out="wrap it in a function of your own, in a .py file",
+        )
+    return Path(file)
 
 
 def compute_rewards(
@@ -70,9 +83,9 @@ def compute_rewards(
     try:
         rewards = function(prompts=list(prompts), completions=list(completions), **columns)
     except Exception as error:  # user code may raise anything; nothing of it may turn into a reward
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise RewardError(
-            f"reward {name!r} raised {reason} on {len(completions)} response(s), beginning with {completions[0]!r}",
+            f"reward {name!r} raised {reason} on {len(completions)} response(s), beginning with {completions[0]!r:.80}",
             cause="a response that the function does not expect, or a column that the pool does not have",
             way_out=f"correct the function; the pool's columns are {sorted(columns)}",
         ) from error
@@ -80,9 +93,9 @@ def compute_rewards(
         got = f"{len(rewards)} values" if isinstance(rewards, Sequence) else type(rewards).__name__
         raise RewardError(f"reward {name!r} returned {got} for {len(completions)} responses", way_out="return a list")
     for i, reward in enumerate(rewards):
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= sys.float_info.max:
             raise RewardError(
-                f"reward {name!r} returned {reward!r} for sequence {i}, prompt {prompts[i]!r}",
+                f"reward {name!r} returned {reward!r:.80} for sequence {i}, prompt {prompts[i]!r:.80}",
                 way_out="return a finite float for every response",
             )
     return [float(reward) for reward in rewards]
@@ -95,5 +108,6 @@ def _import(module_name: str) -> Any:
     if spec is None or spec.loader is None:
         raise ImportError(f"{module_name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

@@ -1,6 +1,11 @@
 """Schemas of the tables that people read, with the unit and the meaning of every column in the field metadata."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pyarrow as pa
+
+Row = Mapping[str, Any]
 
 
 def _field(name: str, kind: pa.DataType, unit: str, description: str) -> pa.Field:
@@ -52,6 +57,9 @@ ESTIMATES = pa.schema(
         _field("n_sequences", _WHOLE, "sequences", "size of E"),
         _field("n_prompts_u", _WHOLE, "prompts", "size of U"),
         _field("inner_product", _REAL, _H, "<grad H, v> by the backward pass, times eta: should equal delta_h1"),
+        _field("delta_h1_momentum", _REAL, _H, "part of it from the optimizer's first moment"),
+        _field("delta_h1_decay", _REAL, _H, "part of it from weight decay; the rest is that of the U batch's gradient"),
+        _field("attribution_closure", _REAL, "1", "relative miss of tokens + momentum + decay against the whole"),
         _field("gradient_check", _REAL, "1", "relative difference of the two at the baseline of the backward pass"),
         _field(
             "mean_score_z", _REAL, "1", "z of the mean score on E along v, which is zero for correctly scored samples"
@@ -88,3 +96,30 @@ def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
         if set(row) != names:
             raise ValueError(f"columns {sorted(set(row) ^ names)} are not in both the row and the schema")
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def unit_of(normalization: str) -> str:
+    """The unit of entropies under a normalisation."""
+    return "nats per token" if normalization == "per_token" else "nats per sequence"
+
+
+def at_learning_rate(rows: Sequence[Row]) -> list[Row]:
+    """The rows of each checkpoint whose step size is closest to the learning rate; 0 is none."""
+    chosen = []
+    for group in by_checkpoint([row for row in rows if row["eta"] != 0]).values():
+        closest = min((row["eta"] for row in group), key=lambda eta: abs(eta / group[0]["learning_rate"] - 1))
+        chosen += [row for row in group if row["eta"] == closest]
+    return chosen
+
+
+def by_checkpoint(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by the name of their checkpoint, in order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["checkpoint"], []).append(row)
+    return groups
+
+
+def first_of_each(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each checkpoint."""
+    return [group[0] for group in by_checkpoint(rows).values()]

@@ -24,7 +24,7 @@ from flows.service import DEPLOYMENTS, FLOW, HOME, ROOT, ServiceError, child, re
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
 _LOG = re.compile(r"▪ +\S+ +\S{12} (.*)")
 _SHOWN = {"Completed": "computed", "Cached": "reused", "Failed": "failed", "AwaitingRetry": "will be tried again"}
-_NOISE = ("Creating flow run", "└── Parameters", "└── Job", "└── Scheduled", " ")
+_NOISE = ("●", "Creating flow run", "└── Parameters", "└── Job", "└── Scheduled", " ")
 _HUSHED = ("Beginning flow run", "View at", "Finished in state", "Encountered exception", "Engine execution exited")
 
 

@@ -63,6 +63,7 @@ def environment(api_url: str) -> dict[str, str]:
         "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
         "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "entropy_probe",
+        "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.5",  # seconds; or log lines come after the events they precede
         "COLUMNS": "1000",  # what watches a run shall not break lines
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         "NO_PROXY": ",".join(filter(None, unproxied)),

@@ -20,7 +20,7 @@ from entropy_core.stages.preflight import splits
 from entropy_core.store import Stage
 from flows.results import headline, inline_figures
 
-_SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def stage_runs(config: ProbeConfig, checkpoints: int) -> Counter[str]:
@@ -36,11 +36,17 @@ def stage_runs(config: ProbeConfig, checkpoints: int) -> Counter[str]:
     batch, size = config.batch_config, config.execution.shard_size
     e_total = batch.E_total_sequences if batch.E_sampling_mode == "replacement" else batch.B_E_values[0] * batch.G
     e_shards, u_shards = -(-e_total // size), -(-batch.B_U * batch.G // size)
-    runs = Counter({stage.name: checkpoints for stage in catalogue.STAGES})
-    runs |= dict.fromkeys((catalogue.SAMPLE_E.name, catalogue.SCORE_E.name), checkpoints * e_shards)
-    runs |= dict.fromkeys((catalogue.RESCORE_E.name, catalogue.FIRST_ORDER_E.name), checkpoints * e_shards)
-    runs[catalogue.SAMPLE_U.name] = checkpoints * u_shards
-    runs[catalogue.IMPORTANCE.name] = checkpoints * e_shards * sum(eta != 0 for eta in config.importance.etas)
+    moves = sum(eta != 0 for eta in config.importance.etas)
+    per_checkpoint = {
+        catalogue.SAMPLE_E: e_shards,
+        catalogue.SCORE_E: e_shards,
+        catalogue.RESCORE_E: e_shards,
+        catalogue.SAMPLE_U: u_shards,
+        catalogue.FIRST_ORDER_E: e_shards,
+        catalogue.DISPLACEMENT: moves,
+        catalogue.IMPORTANCE: moves * e_shards,
+    }
+    runs = Counter({stage.name: checkpoints * per_checkpoint.get(stage, 1) for stage in catalogue.STAGES})
     runs[catalogue.LOAD_PROMPTS.name] = len(set(splits(config)))
     runs[catalogue.REPORT.name] = 1
     return runs

@@ -47,7 +47,7 @@ def stage_task(stage: Stage, store: Store, execution: Any) -> Task[..., Artifact
         return store.run(stage, execution, inputs)
 
     run_stage.__name__ = run_stage.__qualname__ = stage.name
-    stage_task = Task(
+    task = Task(
         run_stage,
         name=stage.name,
         task_run_name=stage.name + " · {label}",
@@ -60,10 +60,8 @@ def stage_task(stage: Stage, store: Store, execution: Any) -> Task[..., Artifact
         cache_result_in_memory=False,
         refresh_cache=False,
     )
-    stage_task.result_storage = StoreStorage(
-        store=store
-    )  # a parameter only takes storage that the server has on record
-    return stage_task
+    task.result_storage = StoreStorage(store=store)  # the parameter takes only what the server has on record
+    return task
 
 
 def prefect_runner(store: Store, execution: Any) -> Runner:

@@ -1,22 +1,26 @@
-"""Tiny checkpoints with a real AdamW state, a pool and a reward to probe them with, and a runner that counts.
+"""Tiny checkpoints with a real AdamW state, a reward to probe them with, and a runner that counts.
 
-The policy is the demo run's with a width of 16: its responses end at random, so lengths and finish reasons differ.
+    make_run     two checkpoints of the demo's Llama with a width of 16, whose norms compute in float32 at any dtype
+    make_gpt2    one of a GPT-2 with tied embeddings and dropout, in which float64 is float64 throughout
+
+Responses end at random, so lengths and finish reasons differ.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_core.arithmetic import problems
 from entropy_core.artifact import Artifact
+from entropy_core.artifact import Artifact
 from entropy_core.config import ProbeConfig, parse_config
 from entropy_core.demo import DemoSettings, build_model, build_tokenizer
-from entropy_core.manifest import MANIFEST
 from entropy_core.stages.pipeline import Inputs, SweepResult, direct_runner, execution_for, sweep
 from entropy_core.stages.preflight import CheckpointToProbe, preflight
 from entropy_core.store import Stage, Store
@@ -35,11 +39,11 @@ def share_of_low_digits(completions, **_):
 
 
 def trainer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """The Trainer's two groups: everything but the norms decays."""
-    named = list(model.named_parameters())
+    """The Trainer's two groups: everything but norms and biases decays."""
+    named = [(p, "norm" in n or "ln_" in n or n.endswith("bias")) for n, p in model.named_parameters()]
     return [
-        {"params": [p for name, p in named if "norm" not in name], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for name, p in named if "norm" in name], "weight_decay": 0.0},
+        {"params": [p for p, plain in named if not plain], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p, plain in named if plain], "weight_decay": 0.0},
     ]
 
 
@@ -52,19 +56,35 @@ def save_checkpoint(directory: Path, model: Any, optimizer: torch.optim.Optimize
     return directory
 
 
-def make_run(root: Path, learning_rate: float = LEARNING_RATE) -> Path:
-    """A run directory with the checkpoints of `NAMES`: AdamW steps on worked solutions, with torch's own optimizer."""
-    model, tokenizer = build_model(SHAPE), build_tokenizer()
-    optimizer = torch.optim.AdamW(trainer_groups(model), lr=learning_rate, betas=(0.9, 0.99))
+def train(model: Any, steps: int) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+    """AdamW steps on worked solutions, with torch's own optimizer; yields after each of them."""
+    tokenizer = build_tokenizer()
+    optimizer = torch.optim.AdamW(trainer_groups(model), lr=LEARNING_RATE, betas=(0.9, 0.99))
     examples = [tokenizer(row["prompt"] + row["solution"])["input_ids"] for row in problems("train", 8)]
-    for step in range(1, 6):
+    for step in range(1, steps + 1):
         optimizer.zero_grad()
         for ids in examples:
             (model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss / len(examples)).backward()
         optimizer.step()
+        yield step, optimizer
+
+
+def make_run(root: Path) -> Path:
+    """A run directory with the checkpoints of `NAMES`."""
+    model = build_model(SHAPE)
+    for step, optimizer in train(model, 5):
         if f"checkpoint-{step}" in NAMES:
             save_checkpoint(root / f"checkpoint-{step}", model, optimizer, step)
     return root
+
+
+def make_gpt2(directory: Path, **changes: Any) -> Path:
+    """A checkpoint after three steps."""
+    shape = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": len(build_tokenizer())}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**shape | {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0} | changes))
+    *_, (step, optimizer) = train(model, 3)
+    return save_checkpoint(directory, model, optimizer, step)
 
 
 def write_reward(directory: Path, text: str = REWARD) -> str:
@@ -102,18 +122,19 @@ class Counting:
     asked: list[tuple[str, Inputs, Artifact]] = field(default_factory=list)
 
     def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        manifest = self.store.root / stage.name / self.store.key(stage, inputs) / MANIFEST
-        fresh = not manifest.exists()
+        fresh = not (self.store.root / stage.name / self.store.key(stage, inputs) / "manifest.json").exists()
         artifact = direct_runner(self.store, self.execution)(stage, inputs, label)
         self.computed[stage.name] += fresh
         self.asked.append((stage.name, inputs, artifact))
         return artifact
 
-    def artifacts(self, stage: str, checkpoint: int = 0) -> list[Artifact]:
-        """The artifacts of one stage for one checkpoint, in order."""
-        found = [artifact for name, _, artifact in self.asked if name == stage]
-        size = len(found) // len(NAMES)
-        return found[checkpoint * size : (checkpoint + 1) * size]
+    def artifacts(self, stage: str) -> list[Artifact]:
+        """The artifacts of one stage, in order."""
+        return [artifact for name, _, artifact in self.asked if name == stage]
+
+    def inputs(self, stage: str) -> Inputs:
+        """What a stage was first asked to compute from."""
+        return next(inputs for name, inputs, _ in self.asked if name == stage)
 
     @property
     def was_computed(self) -> dict[str, int]:

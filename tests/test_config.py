@@ -141,7 +141,7 @@ def test_an_unknown_key_is_named(dotted, value):
         ("variance.confidence_level", 1),
         ("variance.confidence_level", 95),
         ("variance.baseline", "mean"),
-        ("variance.cluster", "length"),
+        ("variance.cluster", "none"),
         ("variance.normalizations", []),
         ("variance.normalizations", ["per_token", "per_token"]),
         ("execution.device", "tpu"),
@@ -224,5 +224,5 @@ def test_numbers_as_yaml_writes_them(tmp_path):
 def test_a_request_changes_what_it_says_and_nothing_else():
     recorded = VarianceConfig(confidence_level=0.9, cluster="prompt", baseline="none")
     assert VarianceRequest().applied_to(recorded) == recorded
-    asked = VarianceRequest(run="tiny-1", confidence_level=0.99, cluster="none")
-    assert asked.applied_to(recorded) == VarianceConfig(confidence_level=0.99, cluster="none", baseline="none")
+    asked = VarianceRequest(run="tiny-1", confidence_level=0.99, cluster="auto")
+    assert asked.applied_to(recorded) == VarianceConfig(confidence_level=0.99, cluster="auto", baseline="none")

@@ -1,19 +1,35 @@
 """Prefect's states over a real server: what is Completed, what is Cached, what is tried again, what a failure says."""
 
+import json
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from uuid import UUID
 
 import pytest
-from prefect import flow, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.context import FlowRunContext
+from pipeline_fixtures import make_run, values
+from prefect import flow, get_client, runtime
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
+from prefect.client.schemas.objects import TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
 from entropy_core.artifact import Artifact
+from entropy_core.config import VarianceRequest, parse_config
 from entropy_core.errors import ConfigError
 from entropy_core.store import Stage, Store
+from flows.entropy_probe import checkpoint_sweep, variance
+from flows.results import HEADLINE, inline_figures, terminal_table
+from flows.service import FLOW
+from flows.ui import stage_runs
 from tasks import stages
 
 CALLS: list[str] = []
@@ -142,23 +158,92 @@ def test_a_probe_error_is_not_tried_again_and_passes_through(store):
     assert not [path for path in store.root.rglob("*") if path.is_file() and path.parent.name != ".locks"]
 
 
+def eventually(ask: Callable[[SyncPrefectClient], list], count: int) -> list:
+    """What the server says once it knows of so many; it learns of task runs and artifacts a moment later."""
+    deadline = time.monotonic() + 30
+    with get_client(sync_client=True) as client:
+        while len(found := ask(client)) < count and time.monotonic() < deadline:
+            time.sleep(0.1)
+    return found
+
+
+def completed_task_runs(flow_run_id: UUID, count: int) -> list[TaskRun]:
+    of_flow = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+
+    def ask(client: SyncPrefectClient) -> list[TaskRun]:
+        return [run for run in client.read_task_runs(flow_run_filter=of_flow) if run.state and run.state.is_completed()]
+
+    return eventually(ask, count)
+
+
 def test_task_runs_are_named_after_stage_and_label_and_linked(store):
     ids = []
 
     @flow
     def linked():
-        ids.append(FlowRunContext.get().flow_run.id)
+        ids.append(runtime.flow_run.id)
         run = stages.prefect_runner(store, None)
         drawn = run(Stage("draw", draw), {"seed": 1}, "checkpoint-20 · shard 1/2")
         assert run(Stage("add", add), {"draws": [drawn]}, "checkpoint-20").summary == {"total": sum(range(1, 101))}
 
     linked()
-    runs = {}
-    deadline = time.monotonic() + 30
-    while len(runs) < 2 and time.monotonic() < deadline:  # the server learns of task runs a moment later
-        with get_client(sync_client=True) as client:
-            found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=ids)))
-        runs = {run.name: run for run in found if run.state_name == "Completed"}
-        time.sleep(0.1)
+    runs = {run.name: run for run in completed_task_runs(ids[0], 2)}
     first, second = runs["draw · checkpoint-20 · shard 1/2"], runs["add · checkpoint-20"]
     assert [source.id for source in second.task_inputs["inputs"]] == [first.id]
+
+
+def test_a_sweep_runs_as_many_stages_as_announced_and_shows_its_results(tmp_path):
+    config = parse_config(values(make_run(tmp_path / "run"), tmp_path / "artifacts"))
+    state = checkpoint_sweep(config, return_state=True)
+    result = state.result()
+    assert state.message == f"Results in {result.run_directory}"
+
+    expected = stage_runs(config, checkpoints=2)
+    runs = completed_task_runs(state.state_details.flow_run_id, expected.total())
+    assert Counter(run.name.partition(" ")[0] for run in runs) == expected
+    assert {run.state.name for run in runs} == {"Completed"}
+
+    of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+    shown = {
+        a.key: a.data for a in eventually(lambda client: client.read_artifacts(artifact_filter=of_run), 3) if a.key
+    }
+    assert shown["progress"] == 100
+    assert [row["checkpoint"] for row in json.loads(shown["results"])] == [
+        row["checkpoint"] for row in result.report.table("results.parquet").to_pylist()
+    ]
+    assert "](data:image/png;base64," in shown["report"]
+    assert ".png)" not in shown["report"]
+
+    again = variance(VarianceRequest(run=result.run_id, artifacts=str(tmp_path / "artifacts"), confidence_level=0.5))
+    rows = again.report.table("results.parquet").to_pylist()
+    assert {row["confidence_level"] for row in rows} == {0.5}
+
+
+def test_a_request_that_cannot_be_met_fails_with_one_line(tmp_path, caplog):
+    config = parse_config({"checkpoints": [str(tmp_path / "nowhere-*")]})
+    state = checkpoint_sweep(config, return_state=True)
+    assert state.is_failed()
+    assert "nowhere-*" in state.message
+    assert "\n" not in state.message
+    assert "Encountered exception" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_both_flows_share_the_name_that_their_deployments_are_called_by():
+    assert {checkpoint_sweep.name, variance.name} == {FLOW}
+
+
+def test_figures_are_put_into_the_page(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"abc")
+    page = inline_figures("![one](a.png) [kept](a.png) ![far](https://x/a.png)", tmp_path.joinpath)
+    assert page == "![one](data:image/png;base64,YWJj) [kept](a.png) ![far](https://x/a.png)"
+
+
+def test_the_terminal_shows_one_normalization_and_rounds():
+    row = dict.fromkeys(HEADLINE, 0.123456) | {"checkpoint": "checkpoint-8", "verdict": "resolved", "ci_low": math.nan}
+    row |= {"normalization": "per_token", "estimator": "snis"}
+    lines = terminal_table([row, row | {"normalization": "per_sequence"}]).splitlines()
+    assert len(lines) == 3
+    assert lines[1].split()[:4] == ["checkpoint-8", "0.1235", "0.1235", "0.1235"]
+    assert "–" in lines[1]
+    assert lines[2] == "(per_token, snis; 1 of 2 rows)"

@@ -35,12 +35,16 @@ class AdamState(NamedTuple):
 
 
 class UpdateParts(NamedTuple):
-    """v = momentum + decay + gradient (frozen denominators), and the diagonal of J = ∂v/∂g (denominator included)."""
+    """v = momentum + decay + gradient, and two diagonals: of P, with gradient = P∘g, and of J = ∂v/∂g.
+
+    P holds the denominator as it is, so it splits v exactly; J has the denominator's own derivative in it.
+    """
 
     momentum: Tensor
     decay: Tensor
     gradient: Tensor
     jacobian: Tensor
+    preconditioner: Tensor
 
     @property
     def direction(self) -> Tensor:
@@ -60,7 +64,7 @@ def update_direction(
         hyperparameters: of the parameter's group.
 
     Returns:
-        Four float64 tensors of that shape.
+        Five float64 tensors of that shape.
     """
     beta1, beta2, eps, weight_decay, relative_lr, maximize = hyperparameters
     sign = -1.0 if maximize else 1.0
@@ -75,13 +79,27 @@ def update_direction(
     root = (variance / correction2).sqrt()
     denominator = root + eps
     momentum = -relative_lr * (beta1 / correction1) * state.exp_avg / denominator
-    gradient_part = -relative_lr * ((1.0 - beta1) / correction1) * g / denominator
+    frozen = -relative_lr * ((1.0 - beta1) / correction1) / denominator
+    gradient_part = frozen * g
     # d(denominator)/dg; at root = 0 both moments and g are 0, where the one-sided derivatives cancel
     slope = follows_gradient * (1.0 - beta2) * g / (correction2 * root.clamp_min(torch.finfo(root.dtype).tiny))
     slope = torch.where(root > 0, slope, 0.0)
-    frozen = -relative_lr * ((1.0 - beta1) / correction1) / denominator
     jacobian = sign * (frozen - (momentum + gradient_part) * slope / denominator)
-    return UpdateParts(momentum, -relative_lr * weight_decay * parameter, gradient_part, jacobian)
+    return UpdateParts(momentum, -relative_lr * weight_decay * parameter, gradient_part, jacobian, sign * frozen)
+
+
+def coupled_update_direction(
+    gradient: Tensor, parameter: Tensor, state: AdamState, hyperparameters: AdamHyperparameters
+) -> UpdateParts:
+    """The same for plain Adam, whose weight decay λθ is added to the gradient; its share of the step is the decay part.
+
+    Args, returns:
+        as `update_direction`.
+    """
+    sign = -1.0 if hyperparameters.maximize else 1.0
+    decay = sign * hyperparameters.weight_decay * parameter
+    parts = update_direction(gradient + decay, parameter, state, hyperparameters._replace(weight_decay=0.0))
+    return parts._replace(decay=parts.preconditioner * decay, gradient=parts.preconditioner * gradient)
 
 
 def clip_factor(gradient_norm: float, max_norm: float) -> float:

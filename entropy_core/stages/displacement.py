@@ -7,8 +7,8 @@ from entropy_core.policy import displaced
 from entropy_core.stages.sequences import Law, policy_of
 
 if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
-    from entropy_core.store import Artifact, Writer
 
 
 def displacement(

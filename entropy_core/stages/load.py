@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.prompts import load_pool
+from entropy_core.stages.files import user_file
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Writer
@@ -86,6 +87,6 @@ def load_prompts(
     Returns:
         The number of prompts.
     """
-    pool = load_pool(str(execution.paths[source]) if source else dataset_name, split, prompt_column)
+    pool = load_pool(str(user_file(execution, source)) if source else dataset_name, split, prompt_column)
     out.table(pool, "prompts.parquet")
     return {"prompts": pool.num_rows}

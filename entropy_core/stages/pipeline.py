@@ -272,6 +272,7 @@ def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Ru
             "checkpoint": entry["checkpoint"],
             "step": entry["step"],
             "estimates": run(stage.VARIANCE, entry["inputs"] | chosen, entry["checkpoint"]),
+            "attribution": entry["inputs"]["first_order_u"],
         }
         for entry in recorded
     ]
@@ -303,7 +304,7 @@ def assumptions(config: ProbeConfig) -> list[str]:
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
     return [
         f"The step is that of the `{update.loss}` loss on {config.batch_config.B_U} prompts × {config.batch_config.G} "
-        f"responses with the reward `{update.reward}`, its gradient {clipping}.",
+        f"responses with the reward `{Path(update.reward).name}`, its gradient {clipping}.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
         f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
     ]

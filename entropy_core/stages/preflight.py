@@ -1,5 +1,6 @@
 """What can be refused before any expensive work starts is refused here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from entropy_core import prompts, rewards
 from entropy_core.checkpoint_files import checkpoint_digest, find_checkpoints, weights_digest
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.config import ProbeConfig
-from entropy_core.errors import CheckpointError, ConfigError
+from entropy_core.errors import CheckpointError, ConfigError, PromptError, one_line
 from entropy_core.policy import load_tokenizer
 
 
@@ -46,24 +47,22 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     Raises:
         ProbeError: something is missing, broken or too small; says what to do.
     """
-    _check_batches(config)
+    texts = _check_batches(config)
     directories = find_checkpoints(config.checkpoints)
-    names = [directory.resolve().name for directory in directories]
     found = []
-    for directory, name in zip(directories, names, strict=True):
+    for directory, name in zip(directories, _unique_names(directories), strict=True):
         checkpoint = read_checkpoint(directory, config.update.learning_rate or None)
-        unique = name if names.count(name) == 1 else f"{directory.resolve().parent.name}/{name}"
         found.append(
             CheckpointToProbe(
                 directory=directory.resolve(),
-                name=unique,
+                name=name,
                 step=checkpoint.step,
                 digest=checkpoint_digest(directory),
                 weights=weights_digest(directory),
                 assumptions=checkpoint.assumptions,
             )
         )
-        _check_tokenizer(directory)
+        _check_tokenizer(directory, texts, config.batch_config.add_special_tokens)
     return found
 
 
@@ -73,16 +72,39 @@ def splits(config: ProbeConfig) -> tuple[str, str]:
     return batch.E_split or batch.split, batch.U_split or batch.split
 
 
-def _check_batches(config: ProbeConfig) -> None:
+def _unique_names(directories: Sequence[Path]) -> list[str]:
+    """The last part of each path, with as many parents as it takes to tell it from the others."""
+    paths = [directory.resolve().parts for directory in directories]
+
+    def name(parts: tuple[str, ...]) -> str:
+        length = 1
+        while sum(other[-length:] == parts[-length:] for other in paths) > 1:
+            length += 1
+        return "/".join(parts[-length:])
+
+    return [name(parts) for parts in paths]
+
+
+def _check_batches(config: ProbeConfig) -> list[str]:
+    """Check the pools and the reward; returns every prompt that may be drawn."""
     batch = config.batch_config
     e_split, u_split = splits(config)
     e_pool, u_pool = (prompts.load_pool(batch.dataset_name, s, batch.prompt_column) for s in (e_split, u_split))
     _check_size("B_U", batch.B_U, u_pool, u_split)
+    prompts_e = e_pool.num_rows
     if batch.E_sampling_mode == "distinct":
-        _check_size("B_E_values", batch.B_E_values[0], e_pool, e_split)
+        prompts_e = batch.B_E_values[0]
+        _check_size("B_E_values", prompts_e, e_pool, e_split)
+    if config.units_of_e == "prompt" and prompts_e < 2:
+        raise ConfigError(
+            "prompts are the independent units of E, and there is one: a standard error needs two",
+            cause="B_E_values of 1 in distinct mode, or variance.cluster: prompt with a pool of one prompt",
+            way_out="take more prompts, or E_sampling_mode: replacement with variance.cluster: auto",
+        )
     # One call on an empty response: a reward that cannot be called at all is found before the sampling, not after.
     columns = {name: u_pool[name].slice(0, 1).to_pylist() for name in u_pool.column_names if name != "prompt"}
     rewards.compute_rewards(config.update.reward, [u_pool["prompt"][0].as_py()], [""], columns)
+    return list(dict.fromkeys(e_pool["prompt"].to_pylist() + u_pool["prompt"].to_pylist()))
 
 
 def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
@@ -93,12 +115,20 @@ def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
         )
 
 
-def _check_tokenizer(directory: Path) -> None:
+def _check_tokenizer(directory: Path, texts: list[str], add_special_tokens: bool) -> None:
     try:
-        load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory)
     except Exception as error:  # tokenizers of all kinds raise errors of all kinds
         raise CheckpointError(
             f"{directory} has no tokenizer that can be loaded ({type(error).__name__})",
             cause="the trainer was not given the tokenizer, and did not save it",
             way_out="save the tokenizer into the checkpoint directory",
+        ) from error
+    try:
+        tokenizer(texts, add_special_tokens=add_special_tokens)
+    except Exception as error:  # and so they do here
+        raise PromptError(
+            f"the tokenizer of {directory} cannot encode every prompt: {one_line(error)}",
+            cause="the prompts have characters that its vocabulary does not have",
+            way_out="use a dataset that fits this policy",
         ) from error

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from entropy_core import figures
 from entropy_core import report as pages
 from entropy_core.tables import RESULTS, to_table
 
@@ -25,7 +26,8 @@ def report(
         out: `results.parquet` (schema `tables.RESULTS`), `report.md`, and the figures as PNG and SVG.
         execution: not used.
         name: of the sweep.
-        checkpoints: a mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance).
+        checkpoints: a mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
+            `attribution` (artifact of first-order-u).
         notes: what was assumed, one sentence each.
 
     Returns:
@@ -37,7 +39,10 @@ def report(
         for row in entry["estimates"].table("estimates.parquet").to_pylist()
     ]
     out.table(to_table(rows, RESULTS), "results.parquet")
-    for figure_name, figure in pages.figures(rows).items():
-        pages.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
+    last = checkpoints[-1]
+    tokens, sequences = (last["attribution"].table(f"{table}.parquet").to_pylist() for table in ("tokens", "sequences"))
+    drawn = figures.figures(rows) | {"tokens": figures.token_figure(tokens, sequences, rows, last["checkpoint"])}
+    for figure_name, figure in drawn.items():
+        figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
     out.path("report.md").write_text(pages.markdown(name, rows, notes), encoding="utf-8")
     return {"rows": len(rows), "checkpoints": len(checkpoints)}

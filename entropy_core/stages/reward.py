@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from entropy_core.rewards import compute_rewards
+from entropy_core.stages.files import user_file
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer
@@ -28,7 +29,7 @@ def reward(
         execution: knows where a reward file lies.
         sequences: the shards of sample-u-batch.
         prompts: artifact of load-prompts; its further columns are handed to the reward.
-        reward_name: see `rewards.load_reward`; of a file, the function alone.
+        reward_name: see `rewards.load_reward`; of `file.py:function`, the function alone.
         source: digest of the file that defines the reward, empty for a built-in one.
 
     Returns:
@@ -37,7 +38,8 @@ def reward(
     table = pa.concat_tables([shard.table("sequences.parquet") for shard in sequences])
     pool = prompts.table("prompts.parquet").take(table["prompt_id"])
     columns = {name: pool[name].to_pylist() for name in pool.column_names if name != "prompt"}
-    name = f"{execution.paths[source]}:{reward_name}" if source in execution.paths else reward_name
+    file = user_file(execution, source) if source else None
+    name = reward_name if file is None or ":" in reward_name else f"{file}:{reward_name}"
     rewards = compute_rewards(name, table["prompt"].to_pylist(), table["response"].to_pylist(), columns)
     out.table(
         pa.table({"sequence_id": table["sequence_id"], "prompt_id": table["prompt_id"], "reward": rewards}),

@@ -35,7 +35,8 @@ def compute_update(
 
     Args:
         out: `direction.safetensors` (v), its parts `momentum`, `decay` and `gradient_part`, the diagonal `jacobian`,
-            the unclipped `gradient`, all by parameter name; `sequences.parquet` (reward, advantage, coefficient).
+            `preconditioner` (P, with gradient_part = P∘g for the unclipped g) and that `gradient`, by parameter name;
+            `sequences.parquet` (reward, advantage, coefficient).
         execution: device and micro-batch.
         law: the policy.
         checkpoint: artifact of load-checkpoint.
@@ -73,13 +74,15 @@ def compute_update(
 
     parameters = {name: p.detach().double().cpu() for name, p in policy.named_parameters().items()}
     gradient = {name: g.cpu() for name, g in gradient.items()}
-    parts = next_step(checkpoint, gradient, parameters, adamw.clip_factor(norm, max_grad_norm))
+    clip = adamw.clip_factor(norm, max_grad_norm)
+    parts = next_step(checkpoint, gradient, parameters, clip)
     direction = {name: part.direction for name, part in parts.items()}
     by_file = {
         "direction": direction,
         "momentum": {name: part.momentum for name, part in parts.items()},
         "decay": {name: part.decay for name, part in parts.items()},
         "gradient_part": {name: part.gradient for name, part in parts.items()},
+        "preconditioner": {name: clip * part.preconditioner for name, part in parts.items()},
         "jacobian": {name: part.jacobian for name, part in parts.items()},
         "gradient": {name: gradient[name] for name in parts},
     }
@@ -95,7 +98,7 @@ def compute_update(
     gradient_norm = adamw.global_norm(by_file["gradient_part"])
     return {
         "gradient_norm": norm,
-        "clip_factor": adamw.clip_factor(norm, max_grad_norm),
+        "clip_factor": clip,
         "max_grad_norm": max_grad_norm,
         "update_norm": update_norm,
         "cosine_with_gradient_part": along / gradient_norm if gradient_norm else 0.0,
@@ -124,23 +127,18 @@ def next_step(
     """
     moments = checkpoint.tensors("moments.safetensors")
 
-    def moment(slot: str, name: str) -> torch.Tensor | None:
-        tensor = moments.get(f"{slot}/{name}")
-        return None if tensor is None else tensor.double()
-
     parts = {}
     for group in checkpoint.json("groups.json"):
         hyperparameters = AdamHyperparameters(
             group["beta1"], group["beta2"], group["eps"], group["weight_decay"], group["relative_lr"], group["maximize"]
         )
         for name, step in group["parameters"].items():
-            g = clip * gradient[name]
-            if not group["decoupled"]:  # plain Adam: the decay is part of the gradient
-                g = g + (-1.0 if group["maximize"] else 1.0) * group["weight_decay"] * parameters[name]
-                hyperparameters = hyperparameters._replace(weight_decay=0.0)
-            state = AdamState(
-                step, moments[f"exp_avg/{name}"].double(), moments[f"exp_avg_sq/{name}"].double(),
-                moment("max_exp_avg_sq", name),
-            )  # fmt: skip
-            parts[name] = adamw.update_direction(g, parameters[name], state, hyperparameters)
+            largest = moments.get(f"max_exp_avg_sq/{name}")
+            exp_avg, exp_avg_sq = (moments[f"{slot}/{name}"].double() for slot in ("exp_avg", "exp_avg_sq"))
+            state = AdamState(step, exp_avg, exp_avg_sq, None if largest is None else largest.double())
+            theta, g = parameters[name], clip * gradient[name]
+            if group["decoupled"]:
+                parts[name] = adamw.update_direction(g, theta, state, hyperparameters)
+            else:
+                parts[name] = adamw.coupled_update_direction(g, theta, state, hyperparameters)
     return parts

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from entropy_core.execution import Execution
 
 Row = dict[str, Any]
+_ATTRIBUTION = ("inner_product", "momentum", "decay", "closure")
 
 
 class EvaluationBatch(NamedTuple):
@@ -119,9 +120,10 @@ def variance(
     quantile = uncertainty.normal_quantile(confidence_level)
     rows = []
     for normalization in normalizations:
-        contributions_N = torch.tensor(contributions[f"contribution_{normalization}"].to_pylist(), dtype=torch.float64)
+        contributions_N = torch.tensor(contributions[f"influence_{normalization}"].to_pylist(), dtype=torch.float64)
         derivative = _derivative(batch, baseline, normalization, contributions_N.view(of_update["n_prompts_u"], -1))
-        inner_product = first_order_u.summary["inner_product"][normalization]
+        attribution = {name: first_order_u.summary[name][normalization] for name in _ATTRIBUTION}
+        inner_product = attribution["inner_product"]
         same_baseline = batch.columns(first_order_u.summary["baseline"])
         backward_check = uncertainty.entropy_derivative(same_baseline, normalization).value
         rescoring = abs(_change(batch, rescored, "per_decision", normalization)[0].value)
@@ -136,6 +138,9 @@ def variance(
                     "normalization": normalization,
                     "estimator": estimator,
                     "inner_product": inner_product * eta,
+                    "delta_h1_momentum": attribution["momentum"] * eta,
+                    "delta_h1_decay": attribution["decay"] * eta,
+                    "attribution_closure": attribution["closure"],
                     "gradient_check": _relative_difference(inner_product, backward_check),
                     "noise_floor": noise_floor,
                 }

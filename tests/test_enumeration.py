@@ -1,0 +1,399 @@
+"""Every response of a tiny policy, with its probability: what an estimator gives on average is a finite sum.
+
+Σ_t π(t)·estimate(t) must be the exact value to 1e-10, without any sampling. The exact values come from `World.exact`:
+Shannon's entropy of the law of whole responses, differentiated in reverse mode; the estimators go the package's way,
+through padded micro-batches and forward mode.
+"""
+
+from itertools import combinations_with_replacement
+from math import factorial, prod
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import World, gpt2, llama, policy_of, random_direction
+from torch import Tensor
+
+from entropy_core.numerics import importance, ragged, uncertainty
+from entropy_core.numerics.first_order import (
+    Baseline,
+    FirstOrderColumns,
+    ReturnsToGo,
+    baselines,
+    first_order_columns,
+    returns_to_go,
+    score_coefficients,
+    time_loo_baseline,
+)
+from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.policy import Coefficients
+from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
+
+EXACT = 1e-10
+ETAS = [-0.5, 0.02, 0.3, 2.0]
+Direction = dict[str, Tensor]
+
+
+class Everything(NamedTuple):
+    """All sequences of a world, their probabilities, and the package's per-token columns along v."""
+
+    world: World
+    v: Direction
+    sequences: BatchedSequences
+    probability_N: Tensor
+    tokens: TokenDerivatives
+
+    @property
+    def offsets_N1(self) -> Tensor:
+        return self.sequences.response_offsets_N1
+
+    def mean(self, values_N: Tensor) -> float:
+        return float(self.probability_N @ values_N)
+
+    def columns(self, baseline: Baseline) -> FirstOrderColumns:
+        return first_order_columns(*self.tokens[1:], self.offsets_N1, baseline)
+
+    def at(self, eta: float) -> tuple[importance.PrefixWeights, Tensor]:
+        """Weights and h' at θ + ηv."""
+        with self.world.policy.moved(self.v, eta):
+            moved, _ = processor_of(self.world).score(self.sequences)
+        weights = importance.prefix_weights(self.tokens.logprobs_K, moved.logprobs_K, self.offsets_N1)
+        return weights, moved.entropies_K
+
+    def drawn(self, count: int, seed: int = 1) -> "Everything":
+        """The same of a batch of sequences drawn from the law; their probability is 1/count."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen_N = torch.multinomial(self.probability_N, count, replacement=True, generator=generator)
+        return self.subset(chosen_N.tolist())
+
+    def subset(self, chosen: list[int]) -> "Everything":
+        old = self.sequences
+        pick_K = torch.cat([torch.arange(int(self.offsets_N1[i]), int(self.offsets_N1[i + 1])) for i in chosen])
+        lengths_N = ragged.lengths(self.offsets_N1)[chosen]
+        sequences = BatchedSequences(
+            torch.arange(len(chosen)),
+            old.prompt_ids_N[chosen],
+            torch.zeros(len(chosen), dtype=torch.long),
+            torch.cat([old.prompt(i) for i in chosen]),
+            ragged.offsets_from_lengths(ragged.lengths(old.prompt_offsets_N1)[chosen]),
+            old.response_tokens_K[pick_K],
+            ragged.offsets_from_lengths(lengths_N),
+            ("length",) * len(chosen),
+        )
+        even_N = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64)
+        columns = TokenDerivatives(*(column_K[pick_K] for column_K in self.tokens))
+        return Everything(self.world, self.v, sequences, even_N, columns)
+
+
+def processor_of(world: World) -> SequenceProcessor:
+    return SequenceProcessor(world.policy, GenerationConfig(world.temperature, world.max_new_tokens, tf_batch_size=100))
+
+
+def enumerate_world(world: World, v: Direction) -> Everything:
+    sequences, probability_N = world.everything()
+    tokens = processor_of(world).map_tokens(
+        sequences, lambda rows: world.policy.derivatives(rows, v, world.temperature)
+    )
+    return Everything(world, v, sequences, probability_N, TokenDerivatives(*tokens))
+
+
+@pytest.fixture(scope="module")
+def everything(world: World, v: Direction) -> Everything:
+    return enumerate_world(world, v)
+
+
+def by_position(sequences: Everything) -> ReturnsToGo:
+    """Baselines that know the position only, far from zero: what an independent batch would give."""
+    position_K = ragged.position_index(sequences.offsets_N1)
+    b_T, c_T = torch.tensor([[1.7, -0.9, 0.4, 2.2], [-3.0, 1.1, 0.8, 5.0]], dtype=torch.float64)
+    return ReturnsToGo(b_T[position_K], c_T[position_K])
+
+
+# --- at θ ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_law_sums_to_one_and_is_what_the_policy_scores(everything: Everything):
+    assert everything.mean(torch.ones(len(everything.sequences)).double()) == pytest.approx(1.0, abs=1e-13)
+    assert len(everything.sequences) == 3 * (1 + 3 + 9 + 27 * 4)
+    logprob_N = ragged.sequence_sum(everything.tokens.logprobs_K, everything.offsets_N1)
+    torch.testing.assert_close(logprob_N.exp() / 3, everything.probability_N, rtol=1e-10, atol=0)
+
+
+def test_step_entropies_add_up_to_the_entropy_of_the_response(everything: Everything):
+    columns, exact = everything.columns("none"), everything.world.exact()
+    assert everything.mean(columns.S_N) == pytest.approx(exact.H_seq.item(), abs=EXACT)
+    assert everything.mean(columns.T_N) == pytest.approx(exact.L.item(), abs=EXACT)
+    assert torch.equal(columns.T_N, everything.sequences.lengths_N.double())
+
+
+def test_first_order_is_exact_on_average(everything: Everything):
+    columns, world, v = everything.columns("none"), everything.world, everything.v
+    X, Y = everything.mean(columns.x_N), everything.mean(columns.y_N)
+    assert pytest.approx(world.derivative(lambda exact: exact.H_seq, v), abs=EXACT) == X
+    assert pytest.approx(world.derivative(lambda exact: exact.L, v), abs=EXACT) == Y
+    H, L = everything.mean(columns.S_N) / everything.mean(columns.T_N), everything.mean(columns.T_N)
+    assert (X - H * Y) / L == pytest.approx(world.derivative(lambda exact: exact.H_tok, v), abs=EXACT)
+    # every part of it matters here
+    future = X - everything.mean(columns.x_local_N)
+    assert min(abs(future), abs(X - future), abs(H * Y)) > 0.02
+
+
+def test_any_baseline_of_prefix_and_position_leaves_the_mean(everything: Everything):
+    base = by_position(everything)
+    for values_K in base:
+        score_N = ragged.sequence_sum(values_K * everything.tokens.dlogprobs_K, everything.offsets_N1)
+        assert abs(everything.mean(score_N)) < EXACT
+        assert score_N.abs().max() > 0.1
+
+
+def test_the_estimate_of_a_whole_batch_is_its_ratio(everything: Everything):
+    # equal weights: 3·121 sequences as if each had been drawn once
+    columns = everything.columns("none")
+    x, y, S, T = (float(c.mean()) for c in (columns.x_N, columns.y_N, columns.S_N, columns.T_N))
+    assert uncertainty.entropy_derivative(columns, "per_sequence").value == pytest.approx(x, rel=1e-14)
+    per_token = uncertainty.entropy_derivative(columns, "per_token").value
+    assert per_token == pytest.approx(x / T - S * y / T**2, rel=1e-12)
+    assert uncertainty.entropy(columns.S_N, columns.T_N, "per_token").value == pytest.approx(S / T, rel=1e-14)
+    assert uncertainty.entropy(columns.S_N, columns.T_N, "per_sequence").value == pytest.approx(S, rel=1e-14)
+
+
+def test_a_policy_with_float32_norms_agrees_to_float32():
+    world = World(policy_of(llama()), [[1], [2, 0], [3, 1, 0]], temperature=1.3, max_new_tokens=3)
+    everything = enumerate_world(world, random_direction(world.policy))
+    columns, exact = everything.columns("none"), world.exact()
+    assert everything.mean(columns.S_N) == pytest.approx(exact.H_seq.item(), abs=2e-6)
+    assert everything.mean(columns.T_N) == pytest.approx(exact.L.item(), abs=2e-6)
+    for mean, of in ((columns.x_N, lambda e: e.H_seq), (columns.y_N, lambda e: e.L)):
+        assert everything.mean(mean) == pytest.approx(world.derivative(of, everything.v), abs=2e-6)
+    weights, moved_K = everything.at(0.5)
+    moved = importance.per_decision_columns(weights, moved_K, by_position(everything), everything.offsets_N1)
+    there = world.exact_at(everything.v, 0.5)
+    assert everything.mean(moved.S_N) == pytest.approx(there.H_seq.item(), abs=2e-6)
+    assert everything.mean(moved.T_N) == pytest.approx(there.L.item(), abs=2e-6)
+
+
+# --- the leave-one-out baseline ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few() -> Everything:
+    """Two prompts and 14 sequences, so that every batch of three can be gone through."""
+    world = World(policy_of(gpt2(vocabulary=3)), [[1], [0, 2, 1]], temperature=0.8, max_new_tokens=2)
+    return enumerate_world(world, random_direction(world.policy))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_time_loo_is_unbiased_over_every_batch(few: Everything, size: int):
+    """Σ over all batches of their probability times the batch's mean term."""
+    X = Y = total = 0.0
+    for chosen in combinations_with_replacement(range(len(few.sequences)), size):
+        orders = factorial(size) // prod(factorial(chosen.count(i)) for i in set(chosen))
+        probability = orders * float(few.probability_N[list(chosen)].prod())
+        columns = few.subset(list(chosen)).columns("time_loo")
+        X += probability * float(columns.x_N.mean())
+        Y += probability * float(columns.y_N.mean())
+        total += probability
+    assert total == pytest.approx(1.0, abs=1e-12)
+    assert pytest.approx(few.world.derivative(lambda exact: exact.H_seq, few.v), abs=EXACT) == X
+    assert pytest.approx(few.world.derivative(lambda exact: exact.L, few.v), abs=EXACT) == Y
+
+
+def test_time_loo_is_the_mean_of_the_others_alive_and_blind_to_its_own_sequence():
+    lists = [[1.0, 2.0, 3.0], [5.0], [7.0, 11.0, 13.0, 17.0], [19.0, 23.0]]
+    offsets_N1 = ragged.offsets_from_lengths(torch.tensor([len(values) for values in lists]))
+    values_K = torch.tensor([x for values in lists for x in values])
+    expected = []
+    for i, values in enumerate(lists):
+        for k in range(len(values)):
+            others = [other[k] for j, other in enumerate(lists) if j != i and k < len(other)]
+            expected.append(sum(others) / len(others) if others else 0.0)
+    baseline_K = time_loo_baseline(values_K, offsets_N1)
+    torch.testing.assert_close(baseline_K, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
+    for i in range(len(lists)):
+        mine = slice(int(offsets_N1[i]), int(offsets_N1[i + 1]))
+        changed_K = values_K.clone()
+        changed_K[mine] += 100 * torch.randn(len(lists[i]))
+        torch.testing.assert_close(time_loo_baseline(changed_K, offsets_N1)[mine], baseline_K[mine], rtol=0, atol=1e-9)
+
+
+def test_time_loo_has_less_noise(everything: Everything):
+    batch = everything.drawn(400)
+    with_none, with_loo = (
+        uncertainty.standard_error(uncertainty.entropy_derivative(batch.columns(b), "per_sequence").influence_N)
+        for b in ("none", "time_loo")
+    )
+    assert with_loo < 0.95 * with_none
+
+
+# --- at θ + ηv -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", ETAS)
+@pytest.mark.parametrize("with_baseline", [False, True])
+def test_per_decision_is_exact_on_average_at_every_step_size(everything: Everything, eta: float, with_baseline: bool):
+    weights, moved_K = everything.at(eta)
+    base = by_position(everything) if with_baseline else ReturnsToGo(*(0 * b for b in by_position(everything)))
+    columns = importance.per_decision_columns(weights, moved_K, base, everything.offsets_N1)
+    exact = everything.world.exact_at(everything.v, eta)
+    assert everything.mean(columns.S_N) == pytest.approx(exact.H_seq.item(), abs=EXACT)
+    assert everything.mean(columns.T_N) == pytest.approx(exact.L.item(), abs=EXACT)
+    assert abs(exact.H_seq.item() - everything.world.exact().H_seq.item()) > 1e-3
+
+
+def test_per_decision_with_leave_one_out_baselines_is_exact_over_every_pair(few: Everything):
+    weights, moved_K = few.at(0.7)
+    exact = few.world.exact_at(few.v, 0.7)
+    S = T = 0.0
+    start = few.offsets_N1.tolist()
+    for i in range(len(few.sequences)):
+        for j in range(len(few.sequences)):
+            pair = few.subset([i, j])
+            pick_K = torch.cat([torch.arange(start[m], start[m + 1]) for m in (i, j)])
+            base = baselines(returns_to_go(pair.tokens.entropies_K, pair.offsets_N1), pair.offsets_N1, "time_loo")
+            of_pair = importance.PrefixWeights(
+                weights.before_K[pick_K], weights.after_K[pick_K], weights.sequence_N[[i, j]]
+            )
+            columns = importance.per_decision_columns(of_pair, moved_K[pick_K], base, pair.offsets_N1)
+            probability = float(few.probability_N[i] * few.probability_N[j])
+            S += probability * float(columns.S_N.mean())
+            T += probability * float(columns.T_N.mean())
+    assert pytest.approx(exact.H_seq.item(), abs=EXACT) == S
+    assert pytest.approx(exact.L.item(), abs=EXACT) == T
+
+
+@pytest.mark.parametrize("eta", ETAS)
+def test_whole_sequence_weights_are_the_ratio_of_the_laws(everything: Everything, eta: float):
+    weights, moved_K = everything.at(eta)
+    there = everything.world.exact_at(everything.v, eta)
+    w_N = weights.sequence_N
+    assert everything.mean(w_N) == pytest.approx(1.0, abs=EXACT)
+    moved_S_N = ragged.sequence_sum(moved_K, everything.offsets_N1)
+    assert everything.mean(w_N * moved_S_N) == pytest.approx(there.H_seq.item(), abs=EXACT)
+    assert everything.mean(w_N * everything.columns("none").T_N) == pytest.approx(there.L.item(), abs=EXACT)
+
+
+def test_nothing_moves_at_eta_zero(everything: Everything):
+    batch = everything.drawn(50)
+    logprobs_K = batch.tokens.logprobs_K
+    weights = importance.prefix_weights(logprobs_K, logprobs_K, batch.offsets_N1)
+    columns = batch.columns("time_loo")
+    base = baselines(returns_to_go(batch.tokens.entropies_K, batch.offsets_N1), batch.offsets_N1, "time_loo")
+    moved = importance.per_decision_columns(weights, batch.tokens.entropies_K, base, batch.offsets_N1)
+    for normalization in ("per_token", "per_sequence"):
+        at_theta = uncertainty.entropy(columns.S_N, columns.T_N, normalization)
+        change = uncertainty.moved_entropy(moved, normalization).minus(at_theta)
+        assert change.value == 0.0 and (change.influence_N == 0).all()
+    scored, moved_K = batch.at(0.0)  # by another forward pass, so to rounding
+    torch.testing.assert_close(tuple(scored), tuple(weights), rtol=1e-12, atol=0)
+    torch.testing.assert_close(moved_K, batch.tokens.entropies_K, rtol=1e-12, atol=1e-14)
+
+
+# --- between the two ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("baseline", ["none", "time_loo"])
+def test_per_decision_grows_as_first_order_says_sequence_by_sequence(everything: Everything, baseline: Baseline):
+    batch, step = everything.drawn(60), 1e-5
+    base = baselines(returns_to_go(batch.tokens.entropies_K, batch.offsets_N1), batch.offsets_N1, baseline)
+    above, below = (
+        importance.per_decision_columns(*batch.at(eta), base, batch.offsets_N1) for eta in (step, -step)
+    )
+    columns = batch.columns(baseline)
+    for slope_N, (a_N, b_N) in zip((columns.x_N, columns.y_N), zip(above, below, strict=True), strict=True):
+        torch.testing.assert_close((a_N - b_N) / (2 * step), slope_N, rtol=1e-6, atol=1e-8)
+    for normalization in ("per_token", "per_sequence"):
+        rise = uncertainty.moved_entropy(above, normalization).minus(uncertainty.moved_entropy(below, normalization))
+        derivative = uncertainty.entropy_derivative(columns, normalization)
+        assert rise.value / (2 * step) == pytest.approx(derivative.value, rel=1e-6)
+        torch.testing.assert_close(rise.influence_N / (2 * step), derivative.influence_N, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
+def test_snis_grows_as_its_derivative_says(everything: Everything, normalization: uncertainty.Normalization):
+    batch, step = everything.drawn(60), 1e-5
+    columns = batch.columns("time_loo")
+
+    def snis(eta: float) -> uncertainty.Estimate:
+        weights, moved_K = batch.at(eta)
+        moved_S_N = ragged.sequence_sum(moved_K, batch.offsets_N1)
+        return uncertainty.snis_entropy(weights.sequence_N, moved_S_N, columns.T_N, normalization)
+
+    at_zero = uncertainty.entropy(columns.S_N, columns.T_N, normalization)
+    assert snis(0.0).value == pytest.approx(at_zero.value, rel=1e-12)
+    rise = snis(step).minus(snis(-step))
+    score_N = ragged.sequence_sum(batch.tokens.dlogprobs_K, batch.offsets_N1)
+    derivative = uncertainty.snis_derivative(columns, score_N, normalization)
+    assert rise.value / (2 * step) == pytest.approx(derivative.value, rel=1e-6)
+    torch.testing.assert_close(rise.influence_N / (2 * step), derivative.influence_N, rtol=1e-5, atol=1e-7)
+
+
+def test_the_derivative_of_snis_has_the_mean_of_the_entropys(everything: Everything):
+    columns, world, v = everything.columns("none"), everything.world, everything.v
+    score_N = ragged.sequence_sum(everything.tokens.dlogprobs_K, everything.offsets_N1)
+    S, T = everything.mean(columns.S_N), everything.mean(columns.T_N)
+    x = everything.mean(score_N * columns.S_N + columns.x_local_N)
+    assert x == pytest.approx(world.derivative(lambda exact: exact.H_seq, v), abs=EXACT)
+    per_token = (x - S / T * everything.mean(score_N * columns.T_N)) / T
+    assert per_token == pytest.approx(world.derivative(lambda exact: exact.H_tok, v), abs=EXACT)
+
+
+@pytest.mark.parametrize("name", ["H_seq", "H_tok"])
+def test_what_first_order_leaves_out_is_of_second_order(everything: Everything, name: str):
+    world, v = everything.world, everything.v
+    slope, at_zero = world.derivative(lambda exact: getattr(exact, name), v), getattr(world.exact(), name).item()
+    etas = torch.logspace(-3, -1.5, 7, dtype=torch.float64)
+    left = [abs(getattr(world.exact_at(v, e), name).item() - at_zero - e * slope) for e in etas.tolist()]
+    x, y = etas.log(), torch.tensor(left, dtype=torch.float64).log()
+    fitted = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    assert float(fitted) == pytest.approx(2.0, abs=0.05)
+
+
+# --- backward mode ------------------------------------------------------------------------------------------------------
+
+
+def gradients_of(batch: Everything, weights: list[Coefficients]) -> list[Direction]:
+    policy = batch.world.policy
+    found = [policy.new_accumulator() for _ in weights]
+    for index_K, rows in processor_of(batch.world).micro_batches(batch.sequences):
+        picked = [Coefficients(c.logprob_K[index_K], c.entropy_K[index_K]) for c in weights]
+        policy.add_gradients(rows, picked, batch.world.temperature, found)
+    return found
+
+
+def test_score_coefficients_give_the_gradient_of_the_entropy_and_of_the_length(everything: Everything):
+    score = score_coefficients(everything.tokens.entropies_K, everything.offsets_N1, "none")
+    probability_K = torch.repeat_interleave(everything.probability_N, everything.sequences.lengths_N)
+    nothing_K = torch.zeros_like(probability_K)
+    found = gradients_of(
+        everything,
+        [
+            Coefficients(probability_K * score.entropy_K, probability_K),
+            Coefficients(probability_K * score.length_K, nothing_K),
+        ],
+    )
+    parameters = everything.world.policy.named_parameters()
+    for gradient, value in zip(found, everything.world.exact(), strict=True):
+        expected = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
+        for name, g in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(gradient[name], g, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("baseline", ["none", "time_loo"])
+def test_backward_and_forward_mode_agree_on_a_batch(everything: Everything, baseline: Baseline):
+    batch = everything.drawn(80)
+    score = score_coefficients(batch.tokens.entropies_K, batch.offsets_N1, baseline)
+    even_K = torch.full_like(score.entropy_K, 1 / 80)
+    entropy_gradient, length_gradient = gradients_of(
+        batch,
+        [
+            Coefficients(even_K * score.entropy_K, even_K),
+            Coefficients(even_K * score.length_K, torch.zeros_like(even_K)),
+        ],
+    )
+    columns = batch.columns(baseline)
+    X, Y = (
+        sum(float((g[name] * t).sum()) for name, t in batch.v.items()) for g in (entropy_gradient, length_gradient)
+    )
+    H, L = float(columns.S_N.sum() / columns.T_N.sum()), float(columns.T_N.mean())
+    assert uncertainty.entropy_derivative(columns, "per_sequence").value == pytest.approx(X, rel=1e-10)
+    assert uncertainty.entropy_derivative(columns, "per_token").value == pytest.approx((X - H * Y) / L, rel=1e-10)

@@ -1,0 +1,89 @@
+"""Prefix weights and the per-decision columns, against loops over tokens; what they estimate is in test_enumeration."""
+
+import math
+
+import pytest
+import torch
+
+from entropy_core.numerics import ragged
+from entropy_core.numerics.first_order import ReturnsToGo
+from entropy_core.numerics.importance import (
+    PrefixWeights,
+    effective_sample_size,
+    log_weights_are_usable,
+    per_decision_columns,
+    prefix_weights,
+)
+
+LENGTHS = [3, 1, 4, 2]
+OFFSETS = ragged.offsets_from_lengths(torch.tensor(LENGTHS))
+K = sum(LENGTHS)
+
+
+def probabilities() -> tuple[list[float], list[float]]:
+    return (0.05 + 0.9 * torch.rand(2, K, dtype=torch.float64)).tolist()
+
+
+def test_weights_are_products_of_ratios():
+    old, new = probabilities()
+    weights = prefix_weights(
+        torch.tensor([math.log(p) for p in old], dtype=torch.float64),
+        torch.tensor([math.log(p) for p in new], dtype=torch.float64),
+        OFFSETS,
+    )
+    for i, (start, stop) in enumerate(zip(OFFSETS[:-1].tolist(), OFFSETS[1:].tolist(), strict=True)):
+        for k in range(start, stop):
+            before = math.prod(new[start:k]) / math.prod(old[start:k])
+            assert float(weights.before_K[k]) == pytest.approx(before, rel=1e-12)
+            assert float(weights.after_K[k]) == pytest.approx(before * new[k] / old[k], rel=1e-12)
+        assert float(weights.sequence_N[i]) == pytest.approx(float(weights.after_K[stop - 1]), rel=1e-12)
+
+
+def test_an_unmoved_policy_has_weights_of_exactly_one():
+    logprobs_K = torch.randn(K, dtype=torch.float32)
+    assert all((w == 1).all() and w.dtype == torch.float64 for w in prefix_weights(logprobs_K, logprobs_K, OFFSETS))
+    moved_K = logprobs_K.clone()
+    moved_K[:3] += 0.1  # the first sequence only: the others keep their weight, exactly
+    weights = prefix_weights(logprobs_K, moved_K, OFFSETS)
+    assert (weights.before_K[3:] == 1).all() and (weights.after_K[3:] == 1).all() and (weights.sequence_N[1:] == 1).all()
+
+
+def test_columns_are_those_of_a_loop():
+    old, new = probabilities()
+    h, b, c = torch.randn(3, K, dtype=torch.float64).tolist()
+    weights = prefix_weights(
+        torch.tensor(old, dtype=torch.float64).log(), torch.tensor(new, dtype=torch.float64).log(), OFFSETS
+    )
+    base = ReturnsToGo(torch.tensor(b, dtype=torch.float64), torch.tensor(c, dtype=torch.float64))
+    columns = per_decision_columns(weights, torch.tensor(h, dtype=torch.float64), base, OFFSETS)
+    for i, (start, stop) in enumerate(zip(OFFSETS[:-1].tolist(), OFFSETS[1:].tolist(), strict=True)):
+        S = T = 0.0
+        rho = 1.0
+        for k in range(start, stop):
+            grown = rho * new[k] / old[k]
+            S += rho * h[k] - b[k] * (grown - rho)
+            T += rho - c[k] * (grown - rho)
+            rho = grown
+        assert float(columns.S_N[i]) == pytest.approx(S, rel=1e-11, abs=1e-12)
+        assert float(columns.T_N[i]) == pytest.approx(T, rel=1e-11, abs=1e-12)
+
+
+def test_effective_sample_size_counts_the_weights_that_count():
+    assert effective_sample_size(torch.full((7,), 0.3, dtype=torch.float64)) == pytest.approx(7.0, rel=1e-14)
+    assert effective_sample_size(torch.tensor([2.0, 2.0, 0.0, 2.0, 0.0])) == pytest.approx(3.0)
+    assert effective_sample_size(torch.tensor([1.0, 1e-9, 1e-9])) == pytest.approx(1.0)
+    # log-normal weights: N/(1 + cv²), cv² = e^{σ²} − 1
+    w_N = (0.5 * torch.randn(100_000, dtype=torch.float64)).exp()
+    assert effective_sample_size(w_N) / 100_000 == pytest.approx(math.exp(-0.25), rel=0.02)
+
+
+def test_weights_that_overflow_or_underflow_are_not_usable():
+    def weights(log_ratio: float) -> PrefixWeights:
+        zero_K = torch.zeros(K, dtype=torch.float64)
+        moved_K = zero_K.clone()
+        moved_K[4] = log_ratio
+        return prefix_weights(zero_K, moved_K, OFFSETS)
+
+    assert log_weights_are_usable(weights(5.0)) and log_weights_are_usable(weights(-5.0))
+    assert not log_weights_are_usable(weights(800.0))
+    assert not log_weights_are_usable(weights(-800.0))

@@ -1,0 +1,649 @@
+"""The whole sweep, by the direct runner: what comes out, what is computed again when something changes, what is not."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from pipeline_fixtures import NAMES, Counting, Probe, make_gpt2, make_run, probe, trainer_groups, values, write_reward
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from entropy_core import report
+from entropy_core.config import VarianceRequest, load_config, parse_config
+from entropy_core.errors import CheckpointError, ConfigError, StoreError
+from entropy_core.execution import Execution
+from entropy_core.stages import catalogue, pipeline, sequences
+from entropy_core.stages.preflight import preflight
+from entropy_core.store import Store
+from entropy_core.tables import RESULTS
+
+ETAS = [0, 0.01, 0.02, 1]
+BATCH = {"E_total_sequences": 16, "B_U": 8, "G": 4}
+
+
+def config_of(folder: Path, **sections: Any) -> dict[str, Any]:
+    """The sweep of this module, in a folder that has a run and a reward."""
+    own = {
+        "batch_config": BATCH,
+        "update": {"reward": f"{folder / 'reward.py'}:share_of_low_digits"},
+        "importance": {"etas": ETAS},
+    }
+    for name, section in sections.items():
+        own[name] = own[name] | section if name in own else section
+    return values(folder / "run", folder / "artifacts", **own)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A run, a reward, and the store of the first sweep; read only."""
+    folder = tmp_path_factory.mktemp("home")
+    make_run(folder / "run")
+    write_reward(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(home) -> Probe:
+    return probe(config_of(home))
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory) -> Probe:
+    """The sweep of a policy in which float64 is float64, so that equal means equal."""
+    folder = tmp_path_factory.mktemp("exact")
+    make_gpt2(folder / "run" / "checkpoint-3")
+    write_reward(folder)
+    return probe(config_of(folder))
+
+
+@pytest.fixture
+def away(home, first, tmp_path) -> Path:
+    """A copy of everything, to change."""
+    return shutil.copytree(home, tmp_path / "away")
+
+
+@pytest.fixture(autouse=True)
+def _without_figures(first, monkeypatch):
+    monkeypatch.setattr(report, "figures", lambda rows: {})
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """From here on nothing may load a model or a tokenizer."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(sequences, "load_policy", refuse)
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(f"entropy_core.policy.{name}.from_pretrained", refuse)
+
+
+def main_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["estimator"] == "per_decision"]
+
+
+def by_eta(rows: list[dict[str, Any]]) -> list[dict[float, dict[str, Any]]]:
+    """Per checkpoint and normalisation: the rows of per_decision by multiple of the learning rate."""
+    groups: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
+    for row in main_rows(rows):
+        groups.setdefault((row["checkpoint"], row["normalization"]), {})[round(row["eta_over_lr"], 6)] = row
+    return list(groups.values())
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_the_result_table_has_the_schema_with_its_units(first):
+    path = first.result.run_directory / "results.parquet"
+    assert pq.read_schema(path).equals(RESULTS, check_metadata=True)
+    assert pq.read_schema(path).field("H").metadata[b"unit"].startswith(b"nats")
+    rows = first.rows
+    assert len(rows) == len(NAMES) * len(ETAS) * 4
+    assert {(row["checkpoint"], row["step"]) for row in rows} == {("checkpoint-3", 3), ("checkpoint-5", 5)}
+    assert all(value == value for row in rows for value in row.values())
+
+
+def test_every_stage_ran_once_per_shard(first):
+    shards, checkpoints, moves = 2, len(NAMES), len(ETAS) - 1
+    assert first.run.computed == {
+        "load-prompts": 1,
+        "sample-e-batch": checkpoints * shards,
+        "score-e-batch": checkpoints * shards,
+        "rescore-e-batch": checkpoints * shards,
+        "load-checkpoint": checkpoints,
+        "sample-u-batch": checkpoints * 4,
+        "reward-u-batch": checkpoints,
+        "compute-update": checkpoints,
+        "entropy-gradient": checkpoints,
+        "first-order-e": checkpoints * shards,
+        "first-order-u": checkpoints,
+        "displacement": checkpoints * moves,
+        "importance": checkpoints * shards * moves,
+        "variance": checkpoints,
+        "report": 1,
+    }
+    assert set(first.run.computed) == {stage.name for stage in catalogue.STAGES}
+
+
+def test_without_a_step_nothing_changes(first):
+    rows = [row for row in first.rows if row["eta"] == 0]
+    assert len(rows) == len(NAMES) * 4
+    for row in rows:
+        assert row["delta_h"] == row["delta_h1"] == row["curvature"] == row["paired_difference"] == 0.0
+        assert row["delta_h_se"] == row["se_total"] == 0.0
+        assert row["ess_fraction"] == pytest.approx(1.0, abs=1e-12)
+        assert row["verdict"] == "reference"
+
+
+def test_the_prediction_is_linear(first):
+    for rows in by_eta(first.rows):
+        for multiple in (0.01, 0.02):
+            for column in ("delta_h1", "delta_h1_local", "inner_product", "se_given_u", "se_over_u", "se_total"):
+                assert rows[multiple][column] == pytest.approx(multiple * rows[1.0][column], rel=1e-12)
+
+
+def test_a_small_step_does_what_was_predicted(first, exact):
+    """And what remains is of second order: twice the step, four times the remainder."""
+    for rows in by_eta(first.rows) + by_eta(exact.rows):
+        small, twice = rows[0.01], rows[0.02]
+        assert abs(small["paired_difference"]) <= 0.01 * abs(small["delta_h1"])
+        assert twice["paired_difference"] / small["paired_difference"] == pytest.approx(4, rel=0.1)
+
+
+def test_forward_and_backward_agree(first, exact):
+    assert all(row["gradient_check"] <= 1e-5 for row in first.rows)
+    assert all(row["gradient_check"] <= 1e-10 for row in exact.rows)
+    for row in main_rows(exact.rows):
+        assert row["inner_product"] == pytest.approx(row["delta_h1"], rel=1e-10)
+
+
+def test_the_scores_have_mean_zero(first, exact):
+    assert all(abs(row["mean_score_z"]) <= 4 for row in first.rows + exact.rows)
+
+
+def test_the_batches_are_what_was_asked_for(first):
+    e_shards, u_shards = (first.run.artifacts(name) for name in ("sample-e-batch", "sample-u-batch"))
+    e_first, e_second = e_shards[:2], e_shards[2:]
+    assert [shard.table("sequences.parquet").num_rows for shard in e_shards] == [8] * 4
+    columns = [[shard.table("sequences.parquet") for shard in shards] for shards in (e_first, e_second)]
+    ids, prompts = ([[t[name].to_pylist() for t in tables] for tables in columns] for name in ("sequence_id", "prompt_id"))
+    assert ids[0] == ids[1] == [list(range(8)), list(range(8, 16))]
+    assert prompts[0] == prompts[1]  # the same prompts at every checkpoint
+    u = [row for shard in u_shards[:4] for row in shard.table("sequences.parquet").to_pylist()]
+    assert [row["draw"] for row in u] == [0, 1, 2, 3] * BATCH["B_U"]
+    assert len({row["prompt_id"] for row in u}) == BATCH["B_U"]
+    assert {row["finish_reason"] for row in u} == {"eos", "length"}
+    assert all(row["length"] <= 8 for row in u)
+
+
+def test_the_run_folder_has_what_people_open(first, home):
+    directory = first.result.run_directory
+    assert directory == home / "artifacts" / "runs" / first.result.run_id
+    assert {path.name for path in directory.iterdir()} == {
+        *("results.parquet", "report.md", "config.yaml", "run.json"),
+        *(f"{figure}.{kind}" for figure in ("prediction", "eta_sweep", "training") for kind in ("png", "svg")),
+    }
+    assert load_config(directory / "config.yaml") == first.config
+    page = (directory / "report.md").read_text(encoding="utf-8")
+    assert page.count("\n| checkpoint-3 | ") == len(ETAS) * 2 + 1
+    assert "2 checkpoint(s), E of 16 sequences, U of 8 prompts" in page
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+class Oracle:
+    """The trainer's next step: the model as transformers loads it, the loss as it is written, torch's own AdamW."""
+
+    def __init__(self, exact: Probe) -> None:
+        self.directory = exact.checkpoints[0].directory
+        self.model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float64).eval()
+        self.names = [name for name, _ in self.model.named_parameters()]
+        rewards = exact.run.artifacts("reward-u-batch")[0].table("rewards.parquet")["reward"].to_pylist()
+        self.rewards_PG = torch.tensor(rewards, dtype=torch.float64).view(BATCH["B_U"], BATCH["G"])
+        shards = [sequences.read_sequences(shard) for shard in exact.run.artifacts("sample-u-batch")]
+        responses = [(shard.prompt(i), shard.response(i)) for shard in shards for i in range(len(shard))]
+        self.responses_PG = [responses[i : i + BATCH["G"]] for i in range(0, len(responses), BATCH["G"])]
+
+    def loss(self, kind: str, prompts: list[int]) -> torch.Tensor:
+        """The loss on some of the prompts; −(1/(P·G)) Σ A_i (1/Z_i) Σ_k ℓ_ik."""
+        total = torch.zeros((), dtype=torch.float64)
+        for p in prompts:
+            r = self.rewards_PG[p]
+            G = len(r)
+            for i, (prompt, response) in enumerate(self.responses_PG[p]):
+                logits = self.model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+                logp = torch.log_softmax(logits, -1).gather(-1, response[:, None]).sum()
+                if kind == "grpo":
+                    weight = (r[i] - r.mean()) / (r.std() + 1e-4) / len(response)
+                elif kind == "dr_grpo":
+                    weight = (r[i] - r.mean()) / 8  # max_new_tokens
+                else:
+                    weight = r[i] - (r.sum() - r[i]) / (G - 1)
+                total = total - weight * logp / (len(prompts) * G)
+        return total
+
+    def gradient(self, kind: str, prompts: list[int]) -> list[torch.Tensor]:
+        """Of the loss on some of the prompts."""
+        return list(torch.autograd.grad(self.loss(kind, prompts), list(self.model.parameters())))
+
+    def step(self, gradient: list[torch.Tensor], max_norm: float) -> torch.Tensor:
+        """(θ_after − θ_before)/lr, all parameters in one vector."""
+        model = copy.deepcopy(self.model)
+        optimizer = torch.optim.AdamW(trainer_groups(model))
+        optimizer.load_state_dict(torch.load(self.directory / "optimizer.pt", weights_only=True))
+        for parameter, g in zip(model.parameters(), gradient, strict=True):
+            parameter.grad = g.clone()
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        optimizer.step()
+        after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        return (after - before) / optimizer.param_groups[0]["lr"]
+
+    def vector(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Tensors by parameter name as such a vector."""
+        assert sorted(tensors) == sorted(self.names)
+        return torch.cat([tensors[name].flatten() for name in self.names])
+
+
+@pytest.fixture(scope="module")
+def oracle(exact) -> Oracle:
+    return Oracle(exact)
+
+
+def norm_of(vectors: list[torch.Tensor]) -> float:
+    return float(torch.cat([v.flatten() for v in vectors]).norm())
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("clipping", ["off", "inactive", "active"])
+def test_v_is_the_step_that_torch_takes(exact, oracle, kind, clipping):
+    gradient = oracle.gradient(kind, list(range(BATCH["B_U"])))
+    norm = norm_of(gradient)
+    max_norm = {"off": 0.0, "inactive": 2 * norm, "active": norm / 3}[clipping]
+    inputs = exact.run.inputs("compute-update") | {"loss": kind, "max_grad_norm": max_norm}
+    update = exact.run.store.run(catalogue.COMPUTE_UPDATE, exact.run.execution, inputs)
+
+    expected = oracle.step(gradient, max_norm)
+    v = oracle.vector(update.tensors("direction.safetensors"))
+    assert v.dtype == torch.float64
+    assert (v - expected).norm() <= 1e-12 * expected.norm()
+    assert (oracle.vector(update.tensors("gradient.safetensors")) - norm_vector(gradient)).norm() <= 1e-12 * norm
+    parts = [update.tensors(f"{name}.safetensors") for name in ("momentum", "decay", "gradient_part")]
+    assert (sum(oracle.vector(part) for part in parts) - v).norm() <= 1e-14 * v.norm()
+    assert update.summary["gradient_norm"] == pytest.approx(norm, rel=1e-12)
+    assert update.summary["clip_factor"] == pytest.approx(1 / 3 if clipping == "active" else 1.0, rel=1e-4)
+    assert float(oracle.vector(parts[2]).norm()) > 0.01 * float(v.norm())  # the gradient matters to this test
+
+
+def norm_vector(gradient: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in gradient])
+
+
+@pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
+@pytest.mark.parametrize("clipping", ["off", "active"])
+def test_the_contributions_of_u_are_its_influence(exact, oracle, normalization, clipping):
+    """Each prompt's share by central differences of torch's step; the standard error by deleting prompts one by one."""
+    P = BATCH["B_U"]
+    per_prompt = [norm_vector(oracle.gradient("grpo", [p])) / P for p in range(P)]
+    g = sum(per_prompt)
+    max_norm = 0.0 if clipping == "off" else float(g.norm()) / 3
+    run, execution = exact.run.store.run, exact.run.execution
+    update = run(catalogue.COMPUTE_UPDATE, execution, exact.run.inputs("compute-update") | {"max_grad_norm": max_norm})
+    first_order_u = run(catalogue.FIRST_ORDER_U, execution, exact.run.inputs("first-order-u") | {"update": update})
+    gradient = exact.run.artifacts("entropy-gradient")[0].tensors(f"{normalization}.safetensors")
+    dH = oracle.vector(gradient)
+
+    def derivative(vector: torch.Tensor) -> float:
+        shapes = [p.shape for p in oracle.model.parameters()]
+        parts = vector.split([shape.numel() for shape in shapes])
+        return float(dH @ oracle.step([part.view(s) for part, s in zip(parts, shapes, strict=True)], max_norm))
+
+    column = first_order_u.table("sequences.parquet")[f"influence_{normalization}"]
+    contributions_P = torch.tensor(column.to_pylist(), dtype=torch.float64).view(P, -1).sum(1)
+    eps = 1e-4
+    expected_P = [(derivative(g + eps * g_p) - derivative(g - eps * g_p)) / (2 * eps) for g_p in per_prompt]
+    torch.testing.assert_close(contributions_P, torch.tensor(expected_P, dtype=torch.float64), rtol=1e-5, atol=1e-9)
+
+    linear = (P / (P - 1) * ((contributions_P - contributions_P.mean()) ** 2).sum()).sqrt()
+    deleted = torch.tensor([derivative((g - g_p) * P / (P - 1)) for g_p in per_prompt], dtype=torch.float64)
+    jackknife = ((P - 1) / P * ((deleted - deleted.mean()) ** 2).sum()).sqrt()
+    assert 0.7 < float(linear / jackknife) < 1.3
+    row = next(r for r in exact.rows if r["normalization"] == normalization and r["eta"] != 0)
+    if clipping == "off":
+        assert row["clip_factor"] == 1.0
+        assert row["se_over_u"] == pytest.approx(float(linear) * row["eta"], rel=1e-9)
+
+
+# --- what is computed again ------------------------------------------------------------------------------------------
+
+
+def test_the_same_sweep_again_computes_nothing_and_loads_nothing(away, first, no_model, monkeypatch):
+    config = parse_config(config_of(away))
+    monkeypatch.setattr("entropy_core.stages.preflight._check_tokenizer", lambda *_: None)
+    checkpoints = preflight(config)
+    store = Store(config.store_root)
+    run = Counting(store, pipeline.execution_for(config, checkpoints))
+    again = pipeline.sweep(config, checkpoints, store, run)
+    assert run.was_computed == {}
+    assert again.run_id == first.result.run_id
+    assert [artifact.digest for _, _, artifact in run.asked] == [artifact.digest for _, _, artifact in first.run.asked]
+
+
+def test_two_stores_get_the_same_content(away, first):
+    """Nothing in an artifact depends on when or where it was made."""
+    shutil.rmtree(away / "artifacts")
+    second = probe(config_of(away, checkpoints=[str(away / "run" / NAMES[0])]))
+    digests = {artifact.digest for _, _, artifact in first.run.asked}
+    assert {artifact.digest for stage, _, artifact in second.run.asked if stage != "report"} <= digests
+
+
+def test_a_moved_run_is_the_same_run(away, first):
+    (away / "run").rename(away / "moved")
+    (away / "reward.py").rename(away / "moved" / "reward.py")
+    reward = {"reward": f"{away / 'moved' / 'reward.py'}:share_of_low_digits"}
+    moved = probe(config_of(away, checkpoints=[str(away / "moved" / "checkpoint-*")], update=reward))
+    assert moved.run.was_computed == {}
+    assert moved.result.run_id == first.result.run_id
+
+
+@pytest.fixture
+def redo(away):
+    """The sweep again with some settings changed: how often each stage was computed."""
+
+    def run(**sections: Any) -> Probe:
+        return probe(config_of(away, **sections))
+
+    return run
+
+
+def test_execution_settings_are_in_no_key(redo):
+    again = redo(generation={"gen_batch_size": 5, "tf_batch_size": 3}, execution={"head_chunk_rows": 7})
+    assert again.run.was_computed == {}
+    assert again.run.execution.tf_batch_size == 3
+
+
+def columns_of(run: Counting, stage: str, file: str = "tokens.safetensors") -> dict[str, torch.Tensor]:
+    """The flat tensors of all shards of a stage, one after the other; offsets as lengths."""
+    tensors = [artifact.tensors(file) for artifact in run.artifacts(stage)]
+    return {
+        name: torch.cat([t[name].diff() if "offsets" in name else t[name] for t in tensors]) for name in tensors[0]
+    }
+
+
+@pytest.fixture
+def elsewhere(away, redo):
+    """A sweep of one checkpoint, and the same with other execution settings in another store."""
+
+    def run(execution: dict[str, Any], **sections: Any) -> tuple[Probe, Probe]:
+        one = {"checkpoints": [str(away / "run" / NAMES[0])], "importance": {"etas": [0, 1]}}
+        usual, other = redo(**one), redo(**one, execution=execution | {"artifacts": str(away / "other")}, **sections)
+        assert "sample-e-batch" in other.run.was_computed
+        return usual, other
+
+    return run
+
+
+def agree(usual: Probe, other: Probe) -> None:
+    for stage in ("sample-e-batch", "sample-u-batch"):
+        a, b = columns_of(usual.run, stage), columns_of(other.run, stage)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    for stage in ("score-e-batch", "first-order-e", "importance"):
+        a, b = columns_of(usual.run, stage), columns_of(other.run, stage)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5 * float(a[name].abs().max()))
+    for row, same in zip(usual.rows, other.rows, strict=True):
+        for name in ("H", "H_se", "delta_h1", "se_given_u", "se_over_u", "delta_h", "delta_h_se", "ess", "update_norm"):
+            assert same[name] == pytest.approx(row[name], rel=1e-4, abs=1e-9), name
+
+
+def test_the_micro_batches_do_not_change_the_numbers(elsewhere):
+    """To the rounding of the norms, which are float32."""
+    agree(*elsewhere(generation={"gen_batch_size": 5, "tf_batch_size": 3}, execution={"head_chunk_rows": 7}))
+
+
+def test_the_shards_do_not_change_the_numbers(elsewhere):
+    usual, other = elsewhere(execution={"shard_size": 5})
+    assert len(other.run.artifacts("sample-e-batch")) == 4
+    agree(usual, other)
+
+
+def test_more_sequences_cost_only_the_new_shards(redo, first):
+    more = redo(batch_config={"E_total_sequences": 24})
+    new, moves = len(NAMES), len(ETAS) - 1
+    assert more.run.was_computed == {
+        "sample-e-batch": new,
+        "score-e-batch": new,
+        "rescore-e-batch": new,
+        "entropy-gradient": new,
+        "first-order-e": new,
+        "first-order-u": new,
+        "displacement": new * moves,
+        "importance": new * moves,
+        "variance": new,
+        "report": 1,
+    }
+    before, after = first.run.artifacts("sample-e-batch"), more.run.artifacts("sample-e-batch")
+    assert [shard.digest for shard in after[:2]] == [shard.digest for shard in before[:2]]
+    assert after[2].table("sequences.parquet")["sequence_id"].to_pylist() == list(range(16, 24))
+
+
+def test_a_new_step_size_costs_only_itself(redo):
+    more = redo(importance={"etas": [*ETAS, -0.5]})
+    assert more.run.was_computed == {
+        "displacement": len(NAMES),
+        "importance": 2 * len(NAMES),
+        "variance": len(NAMES),
+        "report": 1,
+    }
+
+
+def test_a_step_size_less_costs_only_the_statistics(redo, no_model, monkeypatch):
+    monkeypatch.setattr("entropy_core.stages.preflight._check_tokenizer", lambda *_: None)
+    assert redo(importance={"etas": [0, 1]}).run.was_computed == {"variance": len(NAMES), "report": 1}
+
+
+def test_another_optimizer_setting_samples_nothing(redo):
+    computed = redo(update={"max_grad_norm": 1e-3}).run.was_computed
+    assert set(computed) == {
+        *("compute-update", "first-order-e", "first-order-u", "displacement", "importance", "variance", "report")
+    }
+
+
+def test_another_seed_of_e_leaves_u_alone(redo):
+    computed = redo(batch_config={"E_batch_seed": 7}, importance={"etas": [0]}).run.was_computed
+    assert not set(computed) & {"sample-u-batch", "reward-u-batch", "compute-update", "load-checkpoint", "load-prompts"}
+    assert computed["sample-e-batch"] == 2 * len(NAMES)
+
+
+def test_an_edited_reward_costs_the_update_but_no_sample(redo, away):
+    write_reward(away, (away / "reward.py").read_text().replace("01234", "56789"))
+    computed = redo(importance={"etas": [0]}).run.was_computed
+    assert not any("sample" in name or "score" in name for name in computed)
+    assert computed["reward-u-batch"] == computed["compute-update"] == len(NAMES)
+
+
+def test_a_killed_sweep_goes_on_where_it_was(away, first):
+    """Whatever stage it is killed in, and whatever that stage had written."""
+    shutil.rmtree(away / "artifacts")
+    config = parse_config(config_of(away, checkpoints=[str(away / "run" / NAMES[0])], importance={"etas": [0, 1]}))
+    checkpoints = preflight(config)
+    store = Store(config.store_root)
+    counting = Counting(store, pipeline.execution_for(config, checkpoints))
+    asked = 0
+
+    def dying(stage, inputs, label):
+        nonlocal asked
+        asked += 1
+        if asked in (3, 12):
+            (store.root / stage.name / ".tmp-left-behind").mkdir(parents=True)
+            raise KeyboardInterrupt
+        return counting(stage, inputs, label)
+
+    results = []
+    for _ in range(3):
+        try:
+            results.append(pipeline.sweep(config, checkpoints, store, dying))
+        except KeyboardInterrupt:
+            assert not (store.root / "runs").exists()
+    assert len(results) == 1
+    computed = [artifact for stage, _, artifact in counting.asked]
+    assert sum(counting.computed.values()) == len({(a.stage, a.key) for a in computed})
+    digests = {artifact.digest for _, _, artifact in first.run.asked}
+    assert {a.digest for a in computed if a.stage not in ("variance", "report")} <= digests
+
+
+# --- the statistics again --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def again(away, no_model):
+    """The variance flow on a store whose checkpoints, reward and run folder are gone."""
+    shutil.rmtree(away / "run")
+    (away / "reward.py").unlink()
+
+    def run(**request: Any) -> tuple[Counting, pipeline.SweepResult]:
+        store = Store(away / "artifacts")
+        counting = Counting(store, Execution())
+        request = VarianceRequest(artifacts=str(away / "artifacts"), **request)
+        return counting, pipeline.variance(request, store, counting)
+
+    return run
+
+
+def test_another_confidence_level_needs_neither_model_nor_checkpoint(again, first):
+    counting, result = again(confidence_level=0.5)
+    assert counting.was_computed == {"variance": len(NAMES), "report": 1}
+    assert {stage for stage, _, _ in counting.asked} == {"variance", "report"}
+    rows = result.report.table("results.parquet").to_pylist()
+    for row, before in zip(rows, first.rows, strict=True):
+        assert row["confidence_level"] == 0.5
+        for name in ("H", "delta_h1", "delta_h", "se_given_u", "se_over_u", "se_total"):
+            assert row[name] == before[name]
+        if row["eta"]:
+            assert row["ci_high"] - row["ci_low"] < before["ci_high"] - before["ci_low"]
+    assert result.run_id != first.result.run_id
+    assert load_config(result.run_directory / "config.yaml").variance.confidence_level == 0.5
+
+
+def test_a_request_for_nothing_new_is_the_same_run(again, first):
+    counting, result = again()
+    assert counting.was_computed == {}
+    assert result.run_id == first.result.run_id
+
+
+def test_one_normalization_and_clusters_of_prompts(again):
+    counting, result = again(normalizations=["per_sequence"], cluster="prompt", baseline="none")
+    assert counting.was_computed == {"variance": len(NAMES), "report": 1}
+    rows = result.report.table("results.parquet").to_pylist()
+    assert {row["normalization"] for row in rows} == {"per_sequence"}
+
+
+def test_a_run_can_be_named_and_the_latest_is_the_default(again, first):
+    _, other = again(confidence_level=0.5)
+    _, named = again(run=first.result.run_id, confidence_level=0.75)
+    assert load_config(named.run_directory / "config.yaml").variance.confidence_level == 0.75
+    _, latest = again(baseline="none")
+    assert load_config(latest.run_directory / "config.yaml").variance.confidence_level == 0.75
+    assert len({first.result.run_id, other.run_id, named.run_id, latest.run_id}) == 4
+
+
+@pytest.mark.parametrize("stage", ["score-e-batch", "rescore-e-batch", "first-order-u", "compute-update", "importance"])
+def test_an_artifact_that_is_gone_is_named(again, first, away, stage):
+    artifact = first.run.artifacts(stage)[0]
+    shutil.rmtree(away / "artifacts" / stage / artifact.key)
+    with pytest.raises(StoreError, match=rf"{stage}/{artifact.key} of checkpoint-3 is not in .*checkpoint-sweep with"):
+        again(confidence_level=0.5)
+
+
+def test_a_damaged_artifact_is_set_aside_and_named(again, first, away):
+    artifact = first.run.artifacts("first-order-e")[1]
+    path = away / "artifacts" / "first-order-e" / artifact.key / "tokens.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=artifact.key):
+        again(confidence_level=0.5)
+    assert len(list((away / "artifacts" / ".quarantine").iterdir())) == 1
+
+
+def test_a_run_that_was_not_recorded_is_refused_with_those_that_were(again, first, tmp_path):
+    with pytest.raises(StoreError, match=f"no run 'tiny-0'.*recorded are {first.result.run_id}"):
+        again(run="tiny-0")
+    with pytest.raises(StoreError, match="no sweep is recorded there"):
+        pipeline.variance(VarianceRequest(), Store(tmp_path / "empty"), lambda *_: pytest.fail("ran"))
+
+
+def test_the_record_has_no_absolute_path(first, home):
+    """So that a store can be moved or copied as a whole."""
+    record = json.loads((first.result.run_directory / "run.json").read_text())
+    assert str(home) not in json.dumps(record["checkpoints"])
+    assert str(home) not in json.dumps(record["report"])
+
+
+# --- other modes -----------------------------------------------------------------------------------------------------
+
+
+def test_distinct_prompts(away):
+    batch = {"E_sampling_mode": "distinct", "B_E_values": [4], "G": 4}
+    distinct = probe(config_of(away, checkpoints=[str(away / "run" / NAMES[0])], batch_config=batch))
+    rows = distinct.rows
+    assert {row["n_sequences"] for row in rows} == {16}
+    assert all(value is None or value == value for row in rows for value in row.values())
+    sampled = [row for a in distinct.run.artifacts("sample-e-batch") for row in a.table("sequences.parquet").to_pylist()]
+    assert [row["draw"] for row in sampled] == [0, 1, 2, 3] * 4
+    assert len({row["prompt_id"] for row in sampled}) == 4
+    u = {row["prompt_id"] for a in distinct.run.artifacts("sample-u-batch") for row in a.table("sequences.parquet").to_pylist()}
+    assert u != {row["prompt_id"] for row in sampled}  # another stream, at the same seed
+    assert not distinct.run.was_computed.keys() & {"sample-u-batch", "compute-update"}
+    variance = distinct.run.inputs("variance")
+    assert variance["units"] == "prompt"  # responses to one prompt are not independent
+    small = by_eta(rows)[0][0.01]
+    assert abs(small["paired_difference"]) <= 0.01 * abs(small["delta_h1"])
+    assert small["gradient_check"] <= 1e-5
+
+
+def test_float32_says_the_same(away, first):
+    single = probe(config_of(away, checkpoints=[str(away / "run" / NAMES[0])], policy={"dtype": "float32"}))
+    for row, double in zip(single.rows, first.rows, strict=False):
+        assert row["gradient_check"] <= 1e-5
+        assert row["H"] == pytest.approx(double["H"], rel=1e-5)
+        assert row["delta_h1"] == pytest.approx(double["delta_h1"], rel=1e-4)
+        assert abs(row["delta_h"] - double["delta_h"]) <= 1e-6 + 3 * row["noise_floor"]
+
+
+def test_absolute_step_sizes(redo):
+    absolute = redo(importance={"etas": [0, 0.002], "eta_unit": "absolute"})
+    assert absolute.run.was_computed == {"variance": len(NAMES), "report": 1}  # 0.002 is the learning rate
+    assert {row["eta"] for row in absolute.rows} == {0.0, 0.002}
+
+
+def test_weights_that_change_under_the_sweep_are_noticed(away):
+    shutil.rmtree(away / "artifacts")
+    config = parse_config(config_of(away))
+    checkpoints = preflight(config)
+    store = Store(config.store_root)
+    run = Counting(store, pipeline.execution_for(config, checkpoints))
+    shutil.copyfile(away / "run" / NAMES[1] / "model.safetensors", away / "run" / NAMES[0] / "model.safetensors")
+    with pytest.raises(CheckpointError, match="changed after the sweep had begun"):
+        pipeline.sweep(config, checkpoints, store, run)
+    assert not (store.root / "sample-e-batch").exists() or not list((store.root / "sample-e-batch").iterdir())
+
+
+def test_a_reward_that_changes_under_the_sweep_is_noticed(away):
+    config = parse_config(config_of(away))
+    checkpoints = preflight(config)
+    store = Store(config.store_root)
+    shutil.rmtree(store.root / "reward-u-batch")
+    run = Counting(store, pipeline.execution_for(config, checkpoints))
+    (away / "reward.py").write_text((away / "reward.py").read_text() + "\n\ndef other(): ...\n")
+    with pytest.raises(ConfigError, match="changed after the sweep had begun"):
+        pipeline.sweep(config, checkpoints, store, run)

@@ -1,0 +1,125 @@
+"""Pools: what a file must look like, and that every other file is refused with the line and the way out."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from entropy_core import arithmetic
+from entropy_core.errors import PromptError
+from entropy_core.prompts import load_pool, source_file
+
+ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
+
+
+@pytest.fixture
+def pool_of(tmp_path):
+    """The pool in a file of these rows, or of this text."""
+
+    def load(content, **options):
+        path = tmp_path / "pool.jsonl"
+        text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+        path.write_text(text, encoding="utf-8")
+        return load_pool(str(path), "train", **options)
+
+    return load
+
+
+@pytest.mark.parametrize("split", arithmetic.SPLITS)
+def test_a_known_name_is_code(split):
+    pool = load_pool("arithmetic", split)
+    assert pool.to_pylist() == arithmetic.problems(split)
+    assert source_file("arithmetic") is None
+
+
+def test_a_file_is_a_row_per_line(pool_of, tmp_path):
+    pool = pool_of(ROWS)
+    assert pool.to_pylist() == ROWS
+    assert pool.column_names == ["prompt", "answer"]
+    assert source_file(str(tmp_path / "pool.jsonl")) == tmp_path / "pool.jsonl"
+
+
+def test_lines_may_be_blank_and_end_in_any_way(pool_of):
+    assert pool_of('\n{"prompt": "a"}\r\n\n  \n{"prompt": "b"}')["prompt"].to_pylist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_a_newline_ends_a_line(pool_of, character):
+    """Python's splitlines() cuts at all of these, and JSON allows some of them in a text as they are."""
+    text = json.dumps({"prompt": f"a{character}b"}, ensure_ascii=False)
+    assert pool_of(text + "\n")["prompt"].to_pylist() == [f"a{character}b"]
+
+
+def test_the_prompt_may_be_in_another_column(pool_of):
+    rows = [{"id": 1, "question": "why?", "prompt": "ignored"}, {"id": 2, "question": "how?", "prompt": "ignored"}]
+    assert pool_of(rows, prompt_column="question").to_pylist() == [
+        {"prompt": "why?", "id": 1},
+        {"prompt": "how?", "id": 2},
+    ]
+
+
+def test_a_column_that_only_some_rows_have_is_kept(pool_of):
+    pool = pool_of([{"prompt": "a"}, {"prompt": "b", "answer": "2"}, {"prompt": "c", "hint": 3}])
+    assert pool.column_names == ["prompt", "answer", "hint"]
+    assert pool["answer"].to_pylist() == [None, "2", None]
+
+
+def test_columns_of_any_depth_come_back_as_they_were(pool_of):
+    rows = [{"prompt": "a", "tests": [{"in": "1", "out": ["2"]}]}, {"prompt": "b", "tests": []}]
+    assert pool_of(rows).to_pylist() == rows
+
+
+def test_equal_files_are_equal_pools(pool_of):
+    assert pool_of(ROWS).equals(pool_of(ROWS))
+    assert isinstance(pool_of(ROWS), pa.Table)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no prompts in split 'train'"),
+        ("\n\n", "has no prompts"),
+        ('{"prompt": "a"}\n{"prompt": "b"', r"pool\.jsonl:2 is not JSON"),
+        ('{"prompt": "a"} {"prompt": "b"}', r"pool\.jsonl:1 is not JSON"),
+        ("prompt\na\n", r"pool\.jsonl:1 is not JSON"),
+        ('\ufeff{"prompt": "a"}', r"pool\.jsonl:1 is not JSON"),
+        ('{"prompt": "a", "n": ' + "9" * 5000 + "}", r"pool\.jsonl:1 is not JSON"),
+        ('{"prompt": "a"}\n["b"]', r"pool\.jsonl:2 is not a JSON object"),
+        ('{"prompt": "a"}\nnull', r"pool\.jsonl:2 is not a JSON object"),
+        ('{"question": "a"}', r"row 0 of .* has no text in column 'prompt'; it has \['question'\].*prompt_column"),
+        ('{"prompt": "a"}\n{"prompt": ""}', "row 1 of .* has no text"),
+        ('{"prompt": "a"}\n{"prompt": null}', "row 1 of .* has no text"),
+        ('{"prompt": [{"role": "user", "content": "a"}]}', "row 0 of .* has no text"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}', "1 prompts of .* occur twice, for example 'a'"),
+        ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "one"}', "cannot be made a table"),
+        ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": [1]}', "cannot be made a table"),
+        ('{"prompt": "a", "n": ' + "9" * 30 + "}", "cannot be made a table"),
+        (r'{"prompt": "\ud800"}', "cannot be made a table"),
+    ],
+)
+def test_what_is_no_pool_is_refused(pool_of, content, message):
+    with pytest.raises(PromptError, match=message) as raised:
+        pool_of(content)
+    assert "\n" not in str(raised.value)
+    assert "Way out: " in str(raised.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(PromptError, match=r"missing\.jsonl cannot be read"):
+        load_pool(str(tmp_path / "missing.jsonl"), "train")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(PromptError, match=r"folder\.jsonl cannot be read"):
+        load_pool(str(tmp_path / "folder.jsonl"), "train")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
+    with pytest.raises(PromptError, match=r"latin\.jsonl cannot be read.*UTF-8"):
+        load_pool(str(tmp_path / "latin.jsonl"), "train")
+
+
+def test_names_and_splits_that_do_not_exist_are_refused(pool_of, tmp_path):
+    with pytest.raises(PromptError, match=r"unknown dataset 'arithmetics'.*use one of arithmetic, or .*\.jsonl"):
+        load_pool("arithmetics", "train")
+    with pytest.raises(PromptError, match="no split 'validation'.*train, test"):
+        load_pool("arithmetic", "validation")
+    pool_of(ROWS)
+    with pytest.raises(PromptError, match="no split 'test'"):
+        load_pool(str(tmp_path / "pool.jsonl"), "test")

@@ -1,0 +1,230 @@
+"""What people look at: the page has the numbers, and every kind of sweep can be drawn, the same way each time."""
+
+import re
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from entropy_core import figures as drawing, report
+from entropy_core.tables import RESULTS
+
+ETAS = (0.0, 0.01, 0.3, 1.0, 3.0)
+MEASURED = ("delta_h", "delta_h_se", "curvature", "curvature_se", "paired_difference", "paired_difference_se")
+
+
+def row(checkpoint: str, step: int, multiple: float, normalization: str, estimator: str) -> dict[str, Any]:
+    """A row as the variance stage makes them, with δH₁ = −0.02 at the learning rate."""
+    size = -0.02 * multiple
+    values: dict[str, Any] = {name: 0.001 * multiple for name in RESULTS.names}
+    return values | {
+        "checkpoint": checkpoint,
+        "step": step,
+        "eta": multiple * 2e-4,
+        "eta_over_lr": multiple,
+        "learning_rate": 2e-4,
+        "normalization": normalization,
+        "estimator": estimator,
+        "H": 1.25 - 0.01 * step,
+        "H_se": 0.01,
+        "confidence_level": 0.95,
+        "delta_h1": size,
+        "ci_low": size - abs(size) / 4,
+        "ci_high": size + abs(size) / 4,
+        "delta_h": size * (1 - 0.1 * multiple),
+        "delta_h_se": abs(size) / 10,
+        "ess_fraction": 0.9,
+        "n_sequences": 4096,
+        "n_prompts_u": 64,
+        "verdict": "resolved" if multiple else "reference",
+        "rule": "a rule",
+        "gradient_check": 1.5e-7,
+        "mean_score_z": 0.75,
+        "noise_floor": 2e-8 * multiple,
+        "excess_kurtosis": 1.0,
+        "largest_influence": 0.01,
+        "truncated_fraction": 0.125,
+        "clip_factor": 0.5,
+        "equal_reward_fraction": 0.25,
+    }
+
+
+def sweep(
+    steps: tuple[int, ...] = (6, 12),
+    etas: tuple[float, ...] = ETAS,
+    normalizations: tuple[str, ...] = ("per_token", "per_sequence"),
+    estimators: tuple[str, ...] = ("per_decision", "snis"),
+) -> list[dict[str, Any]]:
+    return [
+        row(f"checkpoint-{step}", step, eta, normalization, estimator)
+        for step in steps
+        for normalization in normalizations
+        for eta in etas
+        for estimator in estimators
+    ]
+
+
+def without_measurement(rows: list[dict[str, Any]], from_eta: float) -> list[dict[str, Any]]:
+    """What overflowed weights leave."""
+    null = dict.fromkeys((*MEASURED, "minimum_detectable"))
+    lost = null | {"verdict": "weights-unreliable", "ess": 0.0, "ess_fraction": 0.0}
+    return [row | lost if row["eta_over_lr"] >= from_eta and row["eta"] else row for row in rows]
+
+
+SWEEPS = {
+    "usual": sweep(),
+    "one checkpoint": sweep(steps=(6,)),
+    "seven checkpoints": sweep(steps=tuple(range(6, 48, 6))),
+    "one step size": sweep(etas=(1.0,)),
+    "one row": sweep((6,), (1.0,), ("per_token",), ("snis",)),
+    "only eta 0": sweep(etas=(0.0,)),
+    "both directions": sweep(etas=(-1.0, 0.0, 1.0)),
+    "only backwards": sweep(etas=(-1.0,)),
+    "some rows null": without_measurement(sweep(), 3.0),
+    "null at the learning rate": without_measurement(sweep(), 1.0),
+    "every measurement null": without_measurement(sweep(etas=(1.0, 3.0)), 1.0),
+    "null but for eta 0": without_measurement(sweep(), 0.0),
+    "one checkpoint null": sweep(steps=(6,)) + without_measurement(sweep(steps=(12,), etas=(1.0,)), 1.0),
+    "no effect at all": [row | {"delta_h": 0.0, "delta_h1": 0.0, "ci_low": 0.0, "ci_high": 0.0} for row in sweep()],
+}
+
+
+@pytest.fixture(params=SWEEPS.values(), ids=SWEEPS.keys())
+def rows(request) -> list[dict[str, Any]]:
+    return request.param
+
+
+def written(figures: dict[str, Figure], folder) -> dict[str, bytes]:
+    folder.mkdir()
+    for name, figure in figures.items():
+        report.save_figure(figure, folder / f"{name}.png", folder / f"{name}.svg")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_sweep_can_be_drawn(rows):
+    figures = report.figures(rows)
+    assert sorted(figures) == ["eta_sweep", "prediction", "training"]
+    for figure in figures.values():
+        figure.draw_without_rendering()
+
+
+def test_equal_rows_give_equal_files(tmp_path):
+    rows = sweep(etas=(0.0, 1.0))
+    first, second = (written(report.figures(rows), tmp_path / name) for name in ("first", "second"))
+    assert sorted(first) == [f"{name}.{kind}" for name in sorted(report.figures(rows)) for kind in ("png", "svg")]
+    assert first == second
+    for name, content in first.items():
+        assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
+        assert not re.search(rb"matplotlib v?\d|\d{4}-\d{2}-\d{2}T", content)
+
+
+def test_drawing_leaves_the_settings_of_a_notebook_alone():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    report.figures(sweep())
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_what_was_measured_is_in_the_sweep_of_its_checkpoint():
+    figure = report.figures(without_measurement(sweep(steps=(6, 12, 18, 24)), 3.0))["eta_sweep"]
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title() for axes in panels] == [f"checkpoint-{step}" for step in (6, 12, 18, 24)]
+    for axes in panels:
+        assert len(axes.containers) == 2
+        for container in axes.containers:
+            assert container.lines[0].get_xdata().tolist() == [0.0, 0.01, 0.3, 1.0]
+
+
+def test_a_checkpoint_without_a_measurement_keeps_its_prediction():
+    figure = report.figures(SWEEPS["one checkpoint null"])["eta_sweep"]
+    panel = next(axes for axes in figure.axes if axes.get_title() == "checkpoint-12")
+    assert [line.get_ydata().tolist() for line in panel.lines if line.get_label() == "δH₁"] == [[-0.02, -0.02]]
+
+
+def table_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading, without its rule."""
+    lines = page.partition(f"## {heading}\n")[2].splitlines()
+    table = [line for line in lines[: lines.index("", 1)] if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (table[0], *table[2:])]
+
+
+def test_the_page_has_every_row_of_its_normalization():
+    page = report.markdown("demo", sweep(), ["Something was assumed."])
+    head, *body = table_of(page, "Results")
+    assert head == list(report.COLUMNS.values())
+    assert len(body) == 2 * len(ETAS) * 2
+    assert {len(cells) for cells in body} == {len(head)}
+    cells = dict(zip(head, body[6], strict=True))
+    assert cells == {
+        "checkpoint": "checkpoint-6",
+        "η / lr": "1",
+        "estimator": "per_decision",
+        "H": "1.190",
+        "δH₁": "-0.02",
+        "SE given U": "0.001",
+        "SE over U": "0.001",
+        "CI low": "-0.025",
+        "CI high": "-0.015",
+        "ΔH": "-0.018",
+        "SE ΔH": "0.002",
+        "ΔH − δH₁": "+0.001",
+        "paired SE": "0.001",
+        "ESS/N": "0.900",
+        "verdict": "resolved",
+    }
+    assert "(per_token); intervals at 95%" in page
+    assert page.endswith("## Taken to be so\n\n- Something was assumed.\n")
+
+
+def test_the_page_says_it_first_and_in_a_sentence():
+    page = report.markdown("demo", sweep(), [])
+    assert "- **checkpoint-12**: H = 1.1300; a step of 1 × lr changes it by δH₁ = -0.02 [-0.025, -0.015], " in page
+    assert "measured -0.018 ± 0.002 (resolved)" in page
+    assert page.index("**checkpoint-12**") < page.index("## Results")
+    assert "Taken to be so" not in page
+
+
+def test_the_page_links_the_figures_by_file_name():
+    rows = sweep()
+    linked = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", report.markdown("demo", rows, []))
+    assert sorted(linked) == sorted(f"{name}.png" for name in report.figures(rows))
+
+
+def test_every_sweep_has_a_page(rows):
+    page = report.markdown("demo", rows, [])
+    shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
+    assert len(table_of(page, "Results")) == 1 + len(shown)
+    assert len(table_of(page + "\n", "Checks")) == 1 + len({row["checkpoint"] for row in rows})
+    assert not re.search(r"\bnan\b|\bNone\b|\binf\b", page)
+
+
+def test_the_page_says_what_could_not_be_measured():
+    page = report.markdown("demo", SWEEPS["every measurement null"], [])
+    assert "measured not measurable (weights-unreliable)" in page
+    assert table_of(page, "Results")[1][-6:-2] == ["–", "–", "–", "–"]
+
+
+def test_the_largest_noise_floor_is_shown():
+    checks = table_of(report.markdown("demo", sweep(), []) + "\n", "Checks")
+    assert dict(zip(*checks[:2], strict=True))["largest noise floor"] == "6.0e-08"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("delta_h", None, "–"),
+        ("delta_h", 0.0, "0"),
+        ("delta_h1", -0.0, "0"),
+        ("delta_h", 1.23456e-5, "+1.235e-05"),
+        ("delta_h_se", 1.23456e-5, "1.23e-05"),
+        ("se_over_u", 0.5, "0.5"),
+        ("H", 1.23456, "1.235"),
+        ("eta_over_lr", 0.01, "0.01"),
+        ("ess_fraction", 1.0, "1.000"),
+        ("step", 12, "12"),
+        ("verdict", "resolved", "resolved"),
+    ],
+)
+def test_cells_are_rounded(name, value, text):
+    assert report.format_value(name, value) == text
