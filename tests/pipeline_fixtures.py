@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from entropy_core import figures
 from entropy_core.arithmetic import problems
 from entropy_core.artifact import Artifact
 from entropy_core.artifact import Artifact
@@ -110,6 +112,13 @@ def values(run: Path, artifacts: Path, **sections: Mapping[str, Any] | Any) -> d
     for name, section in sections.items():
         base[name] = base[name] | section if isinstance(section, Mapping) else section
     return base
+
+
+def skip_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing, which takes most of the time of a tiny sweep; no key depends on it."""
+    monkeypatch.setattr(figures, "figures", lambda rows: {})
+    monkeypatch.setattr(figures, "token_figure", lambda *_: None)
+    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
 
 
 @dataclass

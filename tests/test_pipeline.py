@@ -10,11 +10,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from pipeline_fixtures import NAMES, Counting, Probe, make_gpt2, make_run, probe, trainer_groups, values, write_reward
+from pipeline_fixtures import (
+    NAMES,
+    Counting,
+    Probe,
+    make_gpt2,
+    make_run,
+    probe,
+    skip_figures,
+    trainer_groups,
+    values,
+    write_reward,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from entropy_core import report
 from entropy_core.config import VarianceRequest, load_config, parse_config
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
 from entropy_core.execution import Execution
@@ -70,7 +80,7 @@ def away(home, first, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _without_figures(first, monkeypatch):
-    monkeypatch.setattr(report, "figures", lambda rows: {})
+    skip_figures(monkeypatch)
 
 
 @pytest.fixture
@@ -188,7 +198,7 @@ def test_the_run_folder_has_what_people_open(first, home):
     assert directory == home / "artifacts" / "runs" / first.result.run_id
     assert {path.name for path in directory.iterdir()} == {
         *("results.parquet", "report.md", "config.yaml", "run.json"),
-        *(f"{figure}.{kind}" for figure in ("prediction", "eta_sweep", "training") for kind in ("png", "svg")),
+        *(f"{figure}.{kind}" for figure in ("prediction", "eta_sweep", "training", "tokens") for kind in ("png", "svg")),
     }
     assert load_config(directory / "config.yaml") == first.config
     page = (directory / "report.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure
@@ -94,24 +95,28 @@ def rows(request) -> list[dict[str, Any]]:
     return request.param
 
 
-def written(figures: dict[str, Figure], folder) -> dict[str, bytes]:
+def written(drawn: dict[str, Figure], folder) -> dict[str, bytes]:
     folder.mkdir()
-    for name, figure in figures.items():
-        report.save_figure(figure, folder / f"{name}.png", folder / f"{name}.svg")
+    for name, figure in drawn.items():
+        figures.save_figure(figure, folder / f"{name}.png", folder / f"{name}.svg")
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_every_sweep_can_be_drawn(rows):
-    figures = report.figures(rows)
-    assert sorted(figures) == ["eta_sweep", "prediction", "training"]
-    for figure in figures.values():
+    drawn = figures.figures(rows)
+    assert sorted(drawn) == ["eta_sweep", "prediction", "training"]
+    for figure in drawn.values():
         figure.draw_without_rendering()
 
 
 def test_equal_rows_give_equal_files(tmp_path):
     rows = sweep(etas=(0.0, 1.0))
-    first, second = (written(report.figures(rows), tmp_path / name) for name in ("first", "second"))
-    assert sorted(first) == [f"{name}.{kind}" for name in sorted(report.figures(rows)) for kind in ("png", "svg")]
+
+    def drawn() -> dict[str, Figure]:
+        return figures.figures(rows) | {"tokens": figures.token_figure(*tokens_of(TEXTS), rows, "checkpoint-12")}
+
+    first, second = (written(drawn(), tmp_path / name) for name in ("first", "second"))
+    assert {name.partition(".")[0] for name in first} == {"prediction", "eta_sweep", "training", "tokens"}
     assert first == second
     for name, content in first.items():
         assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
@@ -122,12 +127,12 @@ def test_drawing_leaves_the_settings_of_a_notebook_alone():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    report.figures(sweep())
+    figures.figures(SWEEPS["one row"])
     assert dict(matplotlib.rcParams) == before
 
 
 def test_what_was_measured_is_in_the_sweep_of_its_checkpoint():
-    figure = report.figures(without_measurement(sweep(steps=(6, 12, 18, 24)), 3.0))["eta_sweep"]
+    figure = figures.figures(without_measurement(sweep(steps=(6, 12, 18, 24)), 3.0))["eta_sweep"]
     panels = [axes for axes in figure.axes if axes.axison]
     assert [axes.get_title() for axes in panels] == [f"checkpoint-{step}" for step in (6, 12, 18, 24)]
     for axes in panels:
@@ -137,9 +142,77 @@ def test_what_was_measured_is_in_the_sweep_of_its_checkpoint():
 
 
 def test_a_checkpoint_without_a_measurement_keeps_its_prediction():
-    figure = report.figures(SWEEPS["one checkpoint null"])["eta_sweep"]
+    figure = figures.figures(SWEEPS["one checkpoint null"])["eta_sweep"]
     panel = next(axes for axes in figure.axes if axes.get_title() == "checkpoint-12")
     assert [line.get_ydata().tolist() for line in panel.lines if line.get_label() == "δH₁"] == [[-0.02, -0.02]]
+
+
+# --- the tokens ------------------------------------------------------------------------------------------------------
+
+TEXTS = [["12", "+", "7", "=", "19", "<eos>"], ["a", "$x_1$", " costs $5", "\n", "\t", "", "-->"], ["1"] * 100]
+
+
+def tokens_of(texts: list[list[str]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Tokens and sequences as first-order-u has them; the shares of a sequence are 1, −2, 3, …, those of the next twice."""
+    tokens = [
+        {"sequence_id": i, "position": k, "text": text, "share_per_token": (i + 1) * (k + 1) * (-1.0) ** k}
+        for i, sequence in enumerate(texts)
+        for k, text in enumerate(sequence)
+    ]
+    sequences = [
+        {"sequence_id": i, "prompt": f"{i}+{i}=\n", "reward": 0.5, "advantage": -0.25} for i in range(len(texts))
+    ]
+    return tokens, sequences
+
+
+def test_the_strongest_token_of_each_sequence_is_shown():
+    texts = [["a", "b", "c"], ["d", "e", "f"]]
+    lowering, raising = tokens_in_text.passages(*tokens_of(texts), "share_per_token")
+    assert (lowering.texts, lowering.shares) == (("d", "e", "f"), (2.0, -4.0, 6.0))  # −4 is the lowest of all
+    assert raising.texts == ("a", "b", "c")
+    assert raising.title == "0+0=↵   reward 0.5, A -0.25"
+
+
+def test_at_most_four_of_each_sign_are_shown_from_different_sequences():
+    shown = tokens_in_text.passages(*tokens_of([["a", "b", "c"]] * 20), "share_per_token")
+    assert len(shown) == 8
+    assert len({passage.title.partition("=")[0] for passage in shown}) == 8
+
+
+def test_a_long_response_is_cut_around_its_token():
+    texts = ["x"] * 300
+    tokens, sequences = tokens_of([texts])
+    tokens[150]["share_per_token"] = -1e6
+    (passage,) = tokens_in_text.passages(tokens, sequences, "share_per_token")
+    assert -1e6 in passage.shares
+    assert sum(map(len, passage.texts)) <= tokens_in_text.LONGEST_LINE
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        TEXTS,
+        [["$", "$$", "\\frac{", "^_{", "&<>\"'", "]]>", "--"]],
+        [["\x00", "\x07", "\x1b[0m", "\r", "\x0c", "\u2028", "\ud800", "\ufeff"]],
+        [["a" * 500]],
+        [["é", "ß", "η", "“", "�"]],
+    ],
+    ids=["usual", "markup", "control", "long", "letters"],
+)
+def test_every_token_can_be_drawn(texts, tmp_path):
+    figure = figures.token_figure(*tokens_of(texts), SWEEPS["one row"], "checkpoint_$6_a$")
+    files = written({"tokens": figure}, tmp_path / "figures")
+    ElementTree.fromstring(files["tokens.svg"])
+
+
+def test_no_contribution_at_all_can_be_drawn():
+    tokens, sequences = tokens_of(TEXTS)
+    silent = [token | {"share_per_token": 0.0} for token in tokens]
+    assert tokens_in_text.passages(silent, sequences, "share_per_token") == []
+    figures.token_figure(silent, sequences, SWEEPS["one row"], "checkpoint-6").draw_without_rendering()
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
 
 
 def table_of(page: str, heading: str) -> list[list[str]]:
@@ -188,7 +261,7 @@ def test_the_page_says_it_first_and_in_a_sentence():
 def test_the_page_links_the_figures_by_file_name():
     rows = sweep()
     linked = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", report.markdown("demo", rows, []))
-    assert sorted(linked) == sorted(f"{name}.png" for name in report.figures(rows))
+    assert sorted(linked) == sorted(f"{name}.png" for name in (*figures.figures(rows), "tokens"))
 
 
 def test_every_sweep_has_a_page(rows):

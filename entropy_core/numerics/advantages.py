@@ -4,18 +4,20 @@ The loss at the on-policy point (probability ratio 1, clipping inactive) is
 
     −(1/(P·G)) Σ_i A_i (1/Z_i) Σ_k ℓ_ik
 
-| loss    | A_i                                             | Z_i            | source                                |
-|---------|-------------------------------------------------|----------------|---------------------------------------|
-| grpo    | (r_i − mean)/(std + 1e-4), std with G − 1       | T_i            | DeepSeekMath, arXiv:2402.03300, eq. 3 |
-| dr_grpo | r_i − mean                                      | max_new_tokens | arXiv:2503.20783                      |
-| rloo    | r_i − mean of the other responses of the prompt | 1              | arXiv:2402.14740                      |
+| loss      | A_i                                             | Z_i             | source                  |
+|-----------|-------------------------------------------------|-----------------|-------------------------|
+| grpo      | (r_i − mean)/(std + 1e-4), std with G − 1       | T_i             | arXiv:2402.03300, eq. 3 |
+| dr_grpo   | r_i − mean                                      | max_new_tokens  | arXiv:2503.20783        |
+| dapo      | as grpo                                         | mean T of batch | arXiv:2503.14476, eq. 8 |
+| rloo      | r_i − mean of the other responses of the prompt | 1               | arXiv:2402.14740        |
+| reinforce | r_i                                             | 1               | Williams 1992           |
 """
 
 from typing import Literal
 
 from torch import Tensor
 
-Loss = Literal["grpo", "dr_grpo", "rloo"]
+Loss = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce"]
 STD_EPSILON = 1e-4  # as in TRL's GRPOTrainer
 
 
@@ -27,7 +29,7 @@ def group_advantages(rewards_PG: Tensor, loss: Loss) -> Tensor:
         loss: which rule.
 
     Returns:
-        float64 [P, G]; a group of equal rewards has advantages of exactly zero.
+        float64 [P, G]; a group of equal rewards has advantages of exactly zero, but under `reinforce`.
 
     Raises:
         ValueError: fewer than two responses per prompt, or an unknown loss.
@@ -39,12 +41,14 @@ def group_advantages(rewards_PG: Tensor, loss: Loss) -> Tensor:
     # the mean of equal numbers can miss them by a rounding error, which the standardisation would blow up
     equal_P1 = rewards_PG.amax(dim=1, keepdim=True) == rewards_PG.amin(dim=1, keepdim=True)
     centred_PG = centred_PG.masked_fill(equal_P1, 0.0)
-    if loss == "grpo":
+    if loss in ("grpo", "dapo"):
         return centred_PG / (rewards_PG.std(dim=1, keepdim=True) + STD_EPSILON)
     if loss == "dr_grpo":
         return centred_PG
     if loss == "rloo":
         return centred_PG * (G / (G - 1))
+    if loss == "reinforce":
+        return rewards_PG
     raise ValueError(f"unknown loss {loss!r}")
 
 
@@ -62,8 +66,29 @@ def loss_coefficients(advantages_N: Tensor, lengths_N: Tensor, loss: Loss, max_n
     """
     if loss == "grpo":
         scale_N = lengths_N.double()
+    elif loss == "dapo":
+        scale_N = lengths_N.double().mean().expand(len(lengths_N))
     elif loss == "dr_grpo":
         scale_N = lengths_N.new_full(lengths_N.shape, max_new_tokens).double()
     else:
         scale_N = lengths_N.new_ones(lengths_N.shape).double()
     return -advantages_N / (len(advantages_N) * scale_N)
+
+
+def through_shared_length(influence_N: Tensor, lengths_N: Tensor, loss: Loss) -> Tensor:
+    """Influence of each response on ⟨w, g⟩, given its term in the sum.
+
+    Under `dapo` the denominator is the batch's number of tokens, so a long response also shrinks the terms of all
+    others: with n_i the term of response i, d(Σn/ΣT) has the part −(T_i/ΣT)·Σn.
+
+    Args:
+        influence_N: the terms ⟨w, g_i⟩, float64 [N].
+        lengths_N: T_i, int64 [N].
+        loss: the objective.
+
+    Returns:
+        float64 [N].
+    """
+    if loss != "dapo":
+        return influence_N
+    return influence_N - lengths_N.double() / lengths_N.sum() * influence_N.sum()

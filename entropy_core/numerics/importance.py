@@ -4,11 +4,15 @@ Prefix weights ρ_k = Π_{j<k} π_θ'(a_j|s_j)/π_θ(a_j|s_j), ρ_1 = 1; w = ρ_
 
     per_decision   H_seq(θ') = E[ Σ_k ρ_k h'_k − Σ_k b_k (ρ_{k+1} − ρ_k) ]
                    L(θ')     = E[ Σ_k ρ_k − Σ_k c_k (ρ_{k+1} − ρ_k) ],          H_tok = H_seq/L
+    weighted_…     H_seq(θ') = Σ_k A_k/W_k, with A_k the mean of ρ_k h'_k and W_k that of ρ_k over *all* sequences, a
+                   finished one keeping its w; L(θ') the same with 1 in place of h'
     snis           H_tok(θ') = Σ_i w_i S'_i / Σ_i w_i T_i
                    H_seq(θ') = Σ_i w_i S'_i / Σ_i w_i
 
 `per_decision` (Precup, Sutton, Singh 2000, with a control variate) is unbiased for every η, and its derivative at
-η = 0 is, sequence by sequence, the estimator of `first_order`. `snis` is self-normalised: consistent, biased O(1/N).
+η = 0 is, sequence by sequence, the estimator of `first_order`. `weighted_per_decision` normalises the weights at each
+position (over the sequences still alive it would lose the change of survival, and be biased); it and `snis` are
+consistent, with a bias O(1/N).
 """
 
 from typing import Literal, NamedTuple
@@ -19,7 +23,7 @@ from torch import Tensor
 from entropy_core.numerics import ragged
 from entropy_core.numerics.first_order import ReturnsToGo
 
-Estimator = Literal["per_decision", "snis"]
+Estimator = Literal["per_decision", "weighted_per_decision", "snis"]
 
 
 class PrefixWeights(NamedTuple):
@@ -72,6 +76,45 @@ def per_decision_columns(
     entropy_K = weights.before_K * moved_entropies_K.double() - base.entropy_K * growth_K
     length_K = weights.before_K - base.length_K * growth_K
     return MovedColumns(ragged.sequence_sum(entropy_K, offsets_N1), ragged.sequence_sum(length_K, offsets_N1))
+
+
+def weighted_per_decision_columns(
+    weights: PrefixWeights, moved_entropies_K: Tensor, offsets_N1: Tensor
+) -> MovedColumns:
+    """Terms of the per-decision estimator with weights normalised at each position.
+
+    Args:
+        weights: of `prefix_weights`.
+        moved_entropies_K: h' at θ', nats, [K].
+        offsets_N1: int64 [N + 1].
+
+    Returns:
+        Columns, float64 [N]: the estimate plus the influence of each sequence, so that mean and spread are right.
+    """
+    W_T = _normaliser(weights, offsets_N1)
+
+    def column(values_K: Tensor) -> Tensor:
+        position_K, N = ragged.position_index(offsets_N1), len(offsets_N1) - 1
+        terms_K = weights.before_K * values_K
+        A_T = torch.zeros_like(W_T).index_add_(0, position_K, terms_K) / N
+        # ψ_i = Σ_k ρ_ik h'_ik/W_k − Σ_k (A_k/W_k²) r_ik, where r_ik = w_i after the end of sequence i
+        slope_T = A_T / W_T**2
+        own_N = ragged.sequence_sum(terms_K / W_T[position_K] - slope_T[position_K] * weights.before_K, offsets_N1)
+        slope_after_N = (slope_T.sum() - torch.cat([slope_T.new_zeros(1), slope_T.cumsum(0)]))[
+            ragged.lengths(offsets_N1)
+        ]
+        return (A_T / W_T).sum() + own_N - weights.sequence_N * slope_after_N
+
+    return MovedColumns(column(moved_entropies_K.double()), column(torch.ones_like(weights.before_K)))
+
+
+def _normaliser(weights: PrefixWeights, offsets_N1: Tensor) -> Tensor:
+    """W_k: mean over all sequences of the weight of their first k tokens, float64 [T]."""
+    position_K, lengths_N = ragged.position_index(offsets_N1), ragged.lengths(offsets_N1)
+    longest = int(lengths_N.max())
+    alive_T = torch.zeros(longest, dtype=torch.float64).index_add_(0, position_K, weights.before_K)
+    ended_T = torch.zeros(longest + 1, dtype=torch.float64).index_add_(0, lengths_N, weights.sequence_N).cumsum(0)
+    return (alive_T + ended_T[:longest]) / len(lengths_N)
 
 
 def effective_sample_size(weights_N: Tensor) -> float:

@@ -6,6 +6,7 @@ Word = Literal["reference", "resolved", "noise-limited", "nonlinear", "weights-u
 
 MINIMUM_ESS_FRACTION = 0.1
 MATERIAL_CURVATURE = 0.1
+EVEN_ESS_FRACTION = 0.9  # above it the weights are nearly equal, and the shape of their tail is of no consequence
 
 
 class Verdict(NamedTuple):
@@ -24,6 +25,8 @@ def verdict(
     curvature: float,
     curvature_se: float,
     ess_fraction: float,
+    pareto_k: float | None,
+    pareto_k_threshold: float,
     noise_floor: float,
     quantile: float,
 ) -> Verdict:
@@ -37,6 +40,8 @@ def verdict(
         curvature: ΔH − η·(derivative of the same estimator).
         curvature_se: its standard error.
         ess_fraction: effective sample size over N.
+        pareto_k: k̂ of the whole-sequence weights; None where there is no tail to fit.
+        pareto_k_threshold: largest k̂ at which a mean of that many weights can be trusted.
         noise_floor: numerical noise of ΔH, nats.
         quantile: normal quantile of the confidence level.
 
@@ -47,6 +52,8 @@ def verdict(
         return Verdict("reference", "eta = 0: no change by definition")
     if not ess_fraction >= MINIMUM_ESS_FRACTION or delta_h != delta_h:
         return Verdict("weights-unreliable", f"ESS/N < {MINIMUM_ESS_FRACTION:g}")
+    if pareto_k is not None and pareto_k > pareto_k_threshold and ess_fraction < EVEN_ESS_FRACTION:
+        return Verdict("weights-unreliable", f"Pareto k > {pareto_k_threshold:.2f} and ESS/N < {EVEN_ESS_FRACTION:g}")
     material = abs(curvature) > MATERIAL_CURVATURE * abs(delta_h1)
     if material and abs(curvature) > quantile * curvature_se + noise_floor:
         return Verdict("nonlinear", f"|curvature| > {MATERIAL_CURVATURE:.0%} of |dH1| and > {quantile:.2f} of its SE")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics import adamw, ragged
+from entropy_core.numerics.advantages import through_shared_length
 from entropy_core.policy import Policy, TeacherForcedRows
 from entropy_core.sequence_processor import BatchedSequences
 from entropy_core.stages.sequences import Law, as_tangent, processor_of, read_sequences
@@ -112,6 +113,7 @@ def first_order_u(
         entropy_gradient = {name: entropy_gradient[name] for name in direction}
         w = adamw.pull_back(entropy_gradient, jacobian, loss_gradient, update.summary["max_grad_norm"])
         influence_N = ragged.sequence_sum(contributions(w), offsets_N1)
+        influence_N = through_shared_length(influence_N, ragged.lengths(offsets_N1), update.summary["loss"])
         share_K = contributions({name: preconditioner[name].double() * g for name, g in entropy_gradient.items()})
         for name, column in (("influence", influence_N), ("share", ragged.sequence_sum(share_K, offsets_N1))):
             of_sequences = of_sequences.append_column(f"{name}_{normalization}", pa.array(column.tolist()))

@@ -103,7 +103,8 @@ def compute_update(
         "update_norm": update_norm,
         "cosine_with_gradient_part": along / gradient_norm if gradient_norm else 0.0,
         "prompts": len(advantages_PG),
-        "prompts_with_equal_rewards": int((advantages_PG == 0).all(dim=1).sum()),
+        "prompts_with_equal_rewards": int((rewards_N.view_as(advantages_PG).std(dim=1) == 0).sum()),
+        "loss": loss,
         "mean_reward": float(rewards_N.mean()),
     }
 

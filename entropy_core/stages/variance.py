@@ -7,6 +7,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from entropy_core import pareto
 from entropy_core.errors import NonFiniteError
 from entropy_core.numerics import first_order, importance, ragged, uncertainty
 from entropy_core.numerics.first_order import Baseline, FirstOrderColumns, ReturnsToGo
@@ -166,7 +167,9 @@ def _read_batch(
         along_v["dlogprobs"],
         along_v["dentropies"],
         offsets_N1,
-        first_order.baselines(first_order.returns_to_go(scored["entropies"], offsets_N1), offsets_N1, baseline),
+        first_order.baselines(
+            first_order.returns_to_go(scored["entropies"], offsets_N1), offsets_N1, baseline, along_v["dlogprobs"]
+        ),
         prompt_ids_N if units == "prompt" else None,
     )
     return batch, {"n_sequences": len(reasons), "truncated_fraction": reasons.count("length") / len(reasons)}
@@ -179,10 +182,12 @@ def _derivative(
     estimate = uncertainty.entropy_derivative(columns, normalization)
     mean_length = float(columns.T_N.mean()) if normalization == "per_token" else 1.0
     score_N = ragged.sequence_sum(batch.dlogprobs_K, batch.offsets_N1)
+    weighted = first_order.weighted_columns(batch.entropies_K, batch.dlogprobs_K, batch.dentropies_K, batch.offsets_N1)
     return Derivative(
         estimate=estimate,
         of_estimator={
             "per_decision": estimate,
+            "weighted_per_decision": uncertainty.entropy_derivative(weighted, normalization),
             "snis": uncertainty.snis_derivative(columns, score_N, normalization),
         },
         local=float(columns.x_local_N.mean()) / mean_length,
@@ -228,6 +233,9 @@ def _change(
     if estimator == "per_decision":
         columns = importance.per_decision_columns(weights, moved["entropies"], batch.base, batch.offsets_N1)
         there = uncertainty.moved_entropy(columns, normalization)
+    elif estimator == "weighted_per_decision":
+        columns = importance.weighted_per_decision_columns(weights, moved["entropies"], batch.offsets_N1)
+        there = uncertainty.moved_entropy(columns, normalization)
     else:
         moved_S_N = ragged.sequence_sum(moved["entropies"], batch.offsets_N1)
         there = uncertainty.snis_entropy(weights.sequence_N, moved_S_N, T_N, normalization)
@@ -257,13 +265,16 @@ def _measure(
         "curvature": curvature.value,
         "curvature_se": batch.standard_error(curvature),
     }
-    ess_fraction = ess / (len(batch.offsets_N1) - 1)
+    N = len(batch.offsets_N1) - 1
+    k, k_threshold = pareto.pareto_k(weights.sequence_N) if usable and eta else None, pareto.threshold(N)
     word, rule = verdict(
         eta=eta,
         delta_h1=prediction.value,
-        ess_fraction=ess_fraction,
         noise_floor=noise_floor,
         quantile=quantile,
+        ess_fraction=ess / N,
+        pareto_k=k,
+        pareto_k_threshold=k_threshold,
         **measured,
     )
     measured |= {"paired_difference": difference.value, "paired_difference_se": batch.standard_error(difference)}
@@ -271,7 +282,9 @@ def _measure(
         **(measured if usable else dict.fromkeys(measured)),  # overflowed weights measure nothing: null
         "minimum_detectable": quantile * measured["delta_h_se"] + noise_floor if usable else None,
         "ess": ess,
-        "ess_fraction": ess_fraction,
+        "ess_fraction": ess / N,
+        "pareto_k": k,
+        "pareto_k_threshold": k_threshold,
         "verdict": word,
         "rule": rule,
     }
