@@ -18,6 +18,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "font.size": 9,
     "legend.frameon": False,
+    "text.parse_math": False,  # a checkpoint may be called anything
     "svg.hashsalt": "entropy-probe",  # element ids would be random otherwise, and the file's digest with them
 }
 

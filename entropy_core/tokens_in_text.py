@@ -46,7 +46,7 @@ def passages(tokens: Sequence[Row], sequences: Sequence[Row], column: str) -> li
     for token in [*lowering, *raising]:
         whole, sequence = by_sequence[token["sequence_id"]], of_sequence[token["sequence_id"]]
         start, stop = _window(whole, token["position"])
-        prompt = _visible(sequence["prompt"])[-40:]
+        prompt = _visible(sequence["prompt"][-40:])
         title = f"{prompt}   reward {sequence['reward']:g}, A {sequence['advantage']:+.2f}"
         around = whole[start:stop]
         shown.append(Passage(title, tuple(_visible(t["text"]) for t in around), tuple(t[column] for t in around)))
@@ -122,4 +122,5 @@ def _window(whole: Sequence[Row], position: int) -> tuple[int, int]:
 
 
 def _visible(text: str) -> str:
-    return text.replace("\n", "↵").replace("\t", "→").replace("\r", "") or "∅"
+    text = text.replace("\n", "↵").replace("\t", "→").replace("\r", "")[:LONGEST_LINE] or "∅"
+    return "".join(character if character.isprintable() else "·" for character in text)

@@ -11,6 +11,7 @@ from entropy_core.numerics.adamw import (
     AdamHyperparameters,
     AdamState,
     clip_factor,
+    coupled_update_direction,
     dot,
     global_norm,
     pull_back,
@@ -69,7 +70,9 @@ def a_state(amsgrad: bool, maximize: bool, steps: int = 3) -> tuple[dict[str, Te
         for name, g in gradients_at(named, step).items():
             named[name].grad = g
         optimizer.step()
-    return {n: p.detach().clone() for n, p in named.items()}, {n: state_of(optimizer.state[p]) for n, p in named.items()}
+    return {n: p.detach().clone() for n, p in named.items()}, {
+        n: state_of(optimizer.state[p]) for n, p in named.items()
+    }
 
 
 @VARIANTS
@@ -113,10 +116,35 @@ def test_the_parts_are_what_each_cause_would_do_alone():
         torch.testing.assert_close(undecayed.direction, parts.momentum + parts.gradient, rtol=1e-15, atol=0)
         fresh = states[name]._replace(exp_avg=still)
         assert torch.equal(update_direction(g, named[name], fresh, h).momentum, still)
+        torch.testing.assert_close(parts.preconditioner * g, parts.gradient, rtol=1e-14, atol=0)
         # against the gradient, towards zero, along the old mean
         assert (parts.gradient * g <= 0).all()
         assert (parts.decay * named[name] <= 0).all()
         assert (parts.momentum * states[name].exp_avg <= 0).all()
+
+
+@VARIANTS
+@DIRECTIONS
+def test_decay_through_the_gradient_is_that_of_torchs_adam(amsgrad: bool, maximize: bool):
+    named = parameters()
+    groups = [{"params": [p], "maximize": maximize} | GROUPS[name] for name, p in named.items()]
+    optimizer = torch.optim.Adam(groups, amsgrad=amsgrad, foreach=False)
+    for step in range(4):
+        for name, g in gradients_at(named, step).items():
+            named[name].grad = g
+        before = {name: p.detach().clone() for name, p in named.items()}
+        states = {name: state_of(optimizer.state[p]) for name, p in named.items() if optimizer.state[p]}
+        optimizer.step()
+        for name, state in states.items():
+            h = hyperparameters_of(GROUPS[name] | {"maximize": maximize})
+            g, moved = gradients_at(named, step)[name], named[name].detach() - before[name]
+            parts = coupled_update_direction(g, before[name], state, h)
+            torch.testing.assert_close(NOMINAL * parts.direction, moved, rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(parts.preconditioner * g, parts.gradient, rtol=1e-14, atol=0)
+            bare = coupled_update_direction(g, torch.zeros_like(g), state, h)
+            assert (bare.decay == 0).all()
+            if not h.weight_decay:
+                assert torch.equal(parts.direction, update_direction(g, before[name], state, h).direction)
 
 
 def torch_step(
@@ -175,9 +203,7 @@ def test_pull_back_is_autograd_through_clipping_and_step(max_norm: float, amsgra
     plain = {name: g.detach() for name, g in gradient.items()}
     factor = clip_factor(global_norm(plain), max_norm)
     assert (factor < 1) == (max_norm == 0.5)
-    parts = {
-        n: update_direction(factor * plain[n], named[n], states[n], hyperparameters_of(GROUPS[n])) for n in named
-    }
+    parts = {n: update_direction(factor * plain[n], named[n], states[n], hyperparameters_of(GROUPS[n])) for n in named}
     pulled = pull_back(covector, {n: part.jacobian for n, part in parts.items()}, plain, max_norm)
     for name in named:
         torch.testing.assert_close(pulled[name], expected[name], rtol=1e-11, atol=1e-12)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_core.numerics.advantages import Loss, group_advantages, loss_coefficients
+from entropy_core.numerics.advantages import Loss, group_advantages, loss_coefficients, through_shared_length
 
-LOSSES: list[Loss] = ["grpo", "dr_grpo", "rloo"]
+CENTRED: list[Loss] = ["grpo", "dr_grpo", "dapo", "rloo"]
+LOSSES: list[Loss] = [*CENTRED, "reinforce"]
 
 
 def rewards(P: int = 4, G: int = 5) -> Tensor:
@@ -21,6 +22,8 @@ def test_by_hand():
         "dr_grpo": [0.75, -0.25, -0.25, -0.25],
         "rloo": [1.0, -1 / 3, -1 / 3, -1 / 3],
         "grpo": [0.75 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001],
+        "dapo": [0.75 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001],
+        "reinforce": [1.0, 0.0, 0.0, 0.0],
     }.items():
         torch.testing.assert_close(
             group_advantages(rewards_PG, loss), torch.tensor([expected], dtype=torch.float64), rtol=1e-14, atol=1e-16
@@ -48,7 +51,7 @@ def test_leave_one_out():
     )
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", CENTRED)
 def test_a_group_knows_nothing_of_the_others_and_its_advantages_cancel(loss: Loss):
     rewards_PG = rewards()
     together_PG = group_advantages(rewards_PG, loss)
@@ -57,7 +60,7 @@ def test_a_group_knows_nothing_of_the_others_and_its_advantages_cancel(loss: Los
     torch.testing.assert_close(group_advantages(rewards_PG + 7.0, loss), together_PG, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", CENTRED)
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, -1e6 / 7])
 @pytest.mark.parametrize("G", [2, 3, 7, 10])
 def test_equal_rewards_give_exactly_zero(loss: Loss, reward: float, G: int):
@@ -85,6 +88,8 @@ def test_coefficients_are_the_derivative_of_the_loss_as_trainers_write_it(loss: 
     per_token_NL = -(logprob_NL - logprob_NL.detach()).exp() * advantages_N[:, None]  # on policy: the ratio is 1
     if loss == "grpo":
         value = ((per_token_NL * mask_NL).sum(-1) / mask_NL.sum(-1)).mean()
+    elif loss == "dapo":
+        value = (per_token_NL * mask_NL).sum() / mask_NL.sum()
     elif loss == "dr_grpo":
         value = (per_token_NL * mask_NL).sum() / (len(mask_NL) * longest)
     else:  # the ratio of the whole response
@@ -93,3 +98,26 @@ def test_coefficients_are_the_derivative_of_the_loss_as_trainers_write_it(loss: 
     (gradient_NL,) = torch.autograd.grad(value, logprob_NL)
     coefficients_N = loss_coefficients(advantages_N, lengths_N, loss, longest)
     torch.testing.assert_close(coefficients_N[:, None] * mask_NL, gradient_NL, rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_one_more_copy_of_a_response_does_to_the_gradient(loss: Loss):
+    """Advantages as they are; under `dapo` a copy also changes the number of tokens that everything is divided by."""
+    N, copies = 6, 300
+    lengths_N, advantages_N, along_N = torch.randint(1, 9, (N,)), *torch.randn(2, N, dtype=torch.float64)
+
+    def inner_product(index: list[int]) -> float:
+        """⟨w, g⟩, where `along` is the derivative of Σ_k ℓ_k along w."""
+        coefficients = loss_coefficients(advantages_N[index], lengths_N[index], loss, 9)
+        return float((coefficients * along_N[index]).sum())
+
+    everyone = list(range(N)) * copies
+    moves_N = torch.tensor(
+        [(inner_product([*everyone, i]) - inner_product(everyone[:i] + everyone[i + 1 :])) / 2 for i in range(N)]
+    )
+    terms_N = loss_coefficients(advantages_N, lengths_N, loss, 9) * along_N
+    influence_N = through_shared_length(terms_N, lengths_N, loss)
+    centred_N = influence_N - influence_N.mean()
+    torch.testing.assert_close(
+        centred_N, moves_N.double() * copies, rtol=1e-3, atol=1e-3 * float(centred_N.abs().max())
+    )

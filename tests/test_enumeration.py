@@ -5,7 +5,7 @@ Shannon's entropy of the law of whole responses, differentiated in reverse mode;
 through padded micro-batches and forward mode.
 """
 
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from math import factorial, prod
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from entropy_core.numerics.first_order import (
     returns_to_go,
     score_coefficients,
     time_loo_baseline,
+    weighted_columns,
 )
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.policy import Coefficients
@@ -42,6 +43,8 @@ class Everything(NamedTuple):
     sequences: BatchedSequences
     probability_N: Tensor
     tokens: TokenDerivatives
+    part_of: "Everything | None" = None
+    chosen_N: Tensor | None = None  # which of them
 
     @property
     def offsets_N1(self) -> Tensor:
@@ -53,36 +56,48 @@ class Everything(NamedTuple):
     def columns(self, baseline: Baseline) -> FirstOrderColumns:
         return first_order_columns(*self.tokens[1:], self.offsets_N1, baseline)
 
+    def base(self, baseline: Baseline) -> ReturnsToGo:
+        returns = returns_to_go(self.tokens.entropies_K, self.offsets_N1)
+        return baselines(returns, self.offsets_N1, baseline, self.tokens.dlogprobs_K)
+
     def at(self, eta: float) -> tuple[importance.PrefixWeights, Tensor]:
         """Weights and h' at θ + ηv."""
+        if self.part_of is not None and self.chosen_N is not None:
+            weights, moved_K = self.part_of.at(eta)
+            pick_K, _ = self.part_of.tokens_of(self.chosen_N)
+            before_K, after_K = weights.before_K[pick_K], weights.after_K[pick_K]
+            return importance.PrefixWeights(before_K, after_K, weights.sequence_N[self.chosen_N]), moved_K[pick_K]
         with self.world.policy.moved(self.v, eta):
             moved, _ = processor_of(self.world).score(self.sequences)
-        weights = importance.prefix_weights(self.tokens.logprobs_K, moved.logprobs_K, self.offsets_N1)
-        return weights, moved.entropies_K
+        return importance.prefix_weights(self.tokens.logprobs_K, moved.logprobs_K, self.offsets_N1), moved.entropies_K
 
     def drawn(self, count: int, seed: int = 1) -> "Everything":
         """The same of a batch of sequences drawn from the law; their probability is 1/count."""
         generator = torch.Generator().manual_seed(seed)
-        chosen_N = torch.multinomial(self.probability_N, count, replacement=True, generator=generator)
-        return self.subset(chosen_N.tolist())
+        return self.subset(torch.multinomial(self.probability_N, count, replacement=True, generator=generator))
 
-    def subset(self, chosen: list[int]) -> "Everything":
-        old = self.sequences
-        pick_K = torch.cat([torch.arange(int(self.offsets_N1[i]), int(self.offsets_N1[i + 1])) for i in chosen])
-        lengths_N = ragged.lengths(self.offsets_N1)[chosen]
+    def tokens_of(self, chosen_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the tokens of some sequences are, one sequence after the other, and their offsets."""
+        lengths_N = ragged.lengths(self.offsets_N1)[chosen_N]
+        offsets_N1 = ragged.offsets_from_lengths(lengths_N)
+        start_K = torch.repeat_interleave(self.offsets_N1[chosen_N], lengths_N)
+        return start_K + ragged.position_index(offsets_N1), offsets_N1
+
+    def subset(self, chosen_N: Tensor) -> "Everything":
+        old, (pick_K, offsets_N1) = self.sequences, self.tokens_of(chosen_N)
         sequences = BatchedSequences(
-            torch.arange(len(chosen)),
-            old.prompt_ids_N[chosen],
-            torch.zeros(len(chosen), dtype=torch.long),
-            torch.cat([old.prompt(i) for i in chosen]),
-            ragged.offsets_from_lengths(ragged.lengths(old.prompt_offsets_N1)[chosen]),
+            torch.arange(len(chosen_N)),
+            old.prompt_ids_N[chosen_N],
+            torch.zeros_like(chosen_N),
+            torch.cat([old.prompt(i) for i in chosen_N.tolist()]),
+            ragged.offsets_from_lengths(ragged.lengths(old.prompt_offsets_N1)[chosen_N]),
             old.response_tokens_K[pick_K],
-            ragged.offsets_from_lengths(lengths_N),
-            ("length",) * len(chosen),
+            offsets_N1,
+            ("length",) * len(chosen_N),
         )
-        even_N = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64)
+        even_N = torch.full((len(chosen_N),), 1 / len(chosen_N), dtype=torch.float64)
         columns = TokenDerivatives(*(column_K[pick_K] for column_K in self.tokens))
-        return Everything(self.world, self.v, sequences, even_N, columns)
+        return Everything(self.world, self.v, sequences, even_N, columns, self, chosen_N)
 
 
 def processor_of(world: World) -> SequenceProcessor:
@@ -182,14 +197,15 @@ def few() -> Everything:
     return enumerate_world(world, random_direction(world.policy))
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_time_loo_is_unbiased_over_every_batch(few: Everything, size: int):
+@pytest.mark.parametrize(("baseline", "size"), [("time_loo", 2), ("time_loo", 3), ("time_loo_weighted", 3)])
+def test_leaving_one_out_is_unbiased_over_every_batch(few: Everything, baseline: Baseline, size: int):
     """Σ over all batches of their probability times the batch's mean term."""
     X = Y = total = 0.0
     for chosen in combinations_with_replacement(range(len(few.sequences)), size):
         orders = factorial(size) // prod(factorial(chosen.count(i)) for i in set(chosen))
         probability = orders * float(few.probability_N[list(chosen)].prod())
-        columns = few.subset(list(chosen)).columns("time_loo")
+        pick_K, offsets_N1 = few.tokens_of(torch.tensor(chosen))
+        columns = first_order_columns(*(column_K[pick_K] for column_K in few.tokens[1:]), offsets_N1, baseline)
         X += probability * float(columns.x_N.mean())
         Y += probability * float(columns.y_N.mean())
         total += probability
@@ -216,13 +232,45 @@ def test_time_loo_is_the_mean_of_the_others_alive_and_blind_to_its_own_sequence(
         torch.testing.assert_close(time_loo_baseline(changed_K, offsets_N1)[mine], baseline_K[mine], rtol=0, atol=1e-9)
 
 
-def test_time_loo_has_less_noise(everything: Everything):
-    batch = everything.drawn(400)
-    with_none, with_loo = (
-        uncertainty.standard_error(uncertainty.entropy_derivative(batch.columns(b), "per_sequence").influence_N)
-        for b in ("none", "time_loo")
+def test_weighted_time_loo_is_the_weighted_mean_of_the_others_and_blind_to_its_own_sequence():
+    lists = [[1.0, 2.0, 3.0], [5.0], [7.0, 11.0, 13.0, 17.0], [19.0, 23.0], [29.0, 31.0, 37.0]]
+    weights = [[0.5, 0.0, 2.0], [0.1], [0.0, 3.0, 0.0, 1.0], [0.7, 1.1], [1e-3, 5.0, 0.0]]
+    offsets_N1 = ragged.offsets_from_lengths(torch.tensor([len(values) for values in lists]))
+    values_K, weights_K = (
+        torch.tensor([x for row in rows for x in row], dtype=torch.float64) for rows in (lists, weights)
     )
-    assert with_loo < 0.95 * with_none
+    expected = []
+    for i, values in enumerate(lists):
+        for k in range(len(values)):
+            others = [j for j, other in enumerate(lists) if j != i and k < len(other)]
+            weight = sum(weights[j][k] for j in others)
+            if weight:
+                expected.append(sum(weights[j][k] * lists[j][k] for j in others) / weight)
+            else:  # no weight: the plain mean, and nothing where nobody is left
+                expected.append(sum(lists[j][k] for j in others) / max(len(others), 1))
+    baseline_K = time_loo_baseline(values_K, offsets_N1, weights_K)
+    torch.testing.assert_close(baseline_K, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    for i in range(len(lists)):
+        mine = slice(int(offsets_N1[i]), int(offsets_N1[i + 1]))
+        changed_K, changed_weights_K = values_K.clone(), weights_K.clone()
+        changed_K[mine] *= 3.0
+        changed_weights_K[mine] = 10 * torch.rand(len(lists[i])).double()
+        found_K = time_loo_baseline(changed_K, offsets_N1, changed_weights_K)
+        torch.testing.assert_close(found_K[mine], baseline_K[mine], rtol=1e-9, atol=0)
+
+
+def test_leaving_one_out_leaves_less_noise(everything: Everything):
+    batch = everything.drawn(400)
+    none, plain, weighted = (
+        uncertainty.standard_error(uncertainty.entropy_derivative(batch.columns(b), "per_sequence").influence_N)
+        for b in ("none", "time_loo", "time_loo_weighted")
+    )
+    assert plain < 0.95 * none and weighted < 0.95 * none
+
+
+def test_the_weighted_baseline_needs_the_weights(everything: Everything):
+    with pytest.raises(ValueError, match="needs the derivatives"):
+        score_coefficients(everything.tokens.entropies_K, everything.offsets_N1, "time_loo_weighted")
 
 
 # --- at θ + ηv -------------------------------------------------------------------------------------------------------
@@ -244,16 +292,14 @@ def test_per_decision_with_leave_one_out_baselines_is_exact_over_every_pair(few:
     weights, moved_K = few.at(0.7)
     exact = few.world.exact_at(few.v, 0.7)
     S = T = 0.0
-    start = few.offsets_N1.tolist()
     for i in range(len(few.sequences)):
         for j in range(len(few.sequences)):
-            pair = few.subset([i, j])
-            pick_K = torch.cat([torch.arange(start[m], start[m + 1]) for m in (i, j)])
-            base = baselines(returns_to_go(pair.tokens.entropies_K, pair.offsets_N1), pair.offsets_N1, "time_loo")
+            pick_K, offsets_N1 = few.tokens_of(torch.tensor([i, j]))
+            base = baselines(returns_to_go(few.tokens.entropies_K[pick_K], offsets_N1), offsets_N1, "time_loo")
             of_pair = importance.PrefixWeights(
                 weights.before_K[pick_K], weights.after_K[pick_K], weights.sequence_N[[i, j]]
             )
-            columns = importance.per_decision_columns(of_pair, moved_K[pick_K], base, pair.offsets_N1)
+            columns = importance.per_decision_columns(of_pair, moved_K[pick_K], base, offsets_N1)
             probability = float(few.probability_N[i] * few.probability_N[j])
             S += probability * float(columns.S_N.mean())
             T += probability * float(columns.T_N.mean())
@@ -277,8 +323,10 @@ def test_nothing_moves_at_eta_zero(everything: Everything):
     logprobs_K = batch.tokens.logprobs_K
     weights = importance.prefix_weights(logprobs_K, logprobs_K, batch.offsets_N1)
     columns = batch.columns("time_loo")
-    base = baselines(returns_to_go(batch.tokens.entropies_K, batch.offsets_N1), batch.offsets_N1, "time_loo")
-    moved = importance.per_decision_columns(weights, batch.tokens.entropies_K, base, batch.offsets_N1)
+    moved = importance.per_decision_columns(weights, batch.tokens.entropies_K, batch.base("time_loo"), batch.offsets_N1)
+    normalised = importance.weighted_per_decision_columns(weights, batch.tokens.entropies_K, batch.offsets_N1)
+    torch.testing.assert_close(normalised.T_N, columns.T_N, rtol=1e-12, atol=0)
+    torch.testing.assert_close(normalised.S_N, columns.S_N, rtol=1e-12, atol=0)
     for normalization in ("per_token", "per_sequence"):
         at_theta = uncertainty.entropy(columns.S_N, columns.T_N, normalization)
         change = uncertainty.moved_entropy(moved, normalization).minus(at_theta)
@@ -288,16 +336,77 @@ def test_nothing_moves_at_eta_zero(everything: Everything):
     torch.testing.assert_close(moved_K, batch.tokens.entropies_K, rtol=1e-12, atol=1e-14)
 
 
+def weighted_by_hand(batch: Everything, weights: importance.PrefixWeights, moved_K: Tensor) -> tuple[float, float]:
+    """Σ_k A_k/W_k for entropy and length, by loops: a finished sequence keeps its weight, and has no entropy left."""
+    S = T = 0.0
+    start, (before, _, whole) = batch.offsets_N1.tolist(), (w.tolist() for w in weights)
+    for k in range(4):
+        alive = [first + k for first, stop in pairwise(start) if first + k < stop]
+        finished = [w for w, (first, stop) in zip(whole, pairwise(start), strict=True) if first + k >= stop]
+        weight = sum(before[j] for j in alive) + sum(finished)
+        S += sum(before[j] * moved_K[j].item() for j in alive) / weight
+        T += sum(before[j] for j in alive) / weight
+    return S, T
+
+
+@pytest.mark.parametrize("eta", ETAS)
+def test_weights_normalised_by_position(everything: Everything, eta: float):
+    batch = everything.drawn(4000)
+    (weights, moved_K), exact = batch.at(eta), everything.world.exact_at(everything.v, eta)
+    columns = importance.weighted_per_decision_columns(weights, moved_K, batch.offsets_N1)
+    S, T = weighted_by_hand(batch, weights, moved_K)
+    assert columns.S_N.mean().item() == pytest.approx(S, rel=1e-10)
+    assert columns.T_N.mean().item() == pytest.approx(T, rel=1e-10)
+    # consistent: with the bias of order 1/N far below the standard error
+    found = {
+        "H_seq": uncertainty.moved_entropy(columns, "per_sequence"),
+        "L": uncertainty.entropy(columns.T_N, columns.T_N, "per_sequence"),
+        "H_tok": uncertainty.moved_entropy(columns, "per_token"),
+    }
+    for name, estimate in found.items():
+        error = estimate.value - getattr(exact, name).item()
+        assert abs(error) < 4 * uncertainty.standard_error(estimate.influence_N), name
+
+
+@pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
+@pytest.mark.parametrize("what", ["per_decision", "weighted", "derivative of weighted"])
+def test_influences_through_the_tokens(everything: Everything, what: str, normalization: uncertainty.Normalization):
+    """What one copy more and one less of a sequence does to an estimate that all sequences normalise together."""
+    batch, copies = everything.drawn(12, seed=4), 60
+    weights, moved_K = batch.at(1.0)
+
+    def estimate(chosen: list[int]) -> uncertainty.Estimate:
+        pick_K, offsets_N1 = batch.tokens_of(torch.tensor(chosen))
+        tokens = [column_K[pick_K] for column_K in batch.tokens[1:]]
+        if what == "derivative of weighted":
+            return uncertainty.entropy_derivative(weighted_columns(*tokens, offsets_N1), normalization)
+        of_part = importance.PrefixWeights(
+            weights.before_K[pick_K], weights.after_K[pick_K], weights.sequence_N[chosen]
+        )
+        if what == "weighted":
+            columns = importance.weighted_per_decision_columns(of_part, moved_K[pick_K], offsets_N1)
+        else:
+            none = baselines(returns_to_go(tokens[0], offsets_N1), offsets_N1, "none")
+            columns = importance.per_decision_columns(of_part, moved_K[pick_K], none, offsets_N1)
+        return uncertainty.moved_entropy(columns, normalization)
+
+    everyone = list(range(12)) * copies
+    found = estimate(list(range(12)))
+    assert found.value == pytest.approx(estimate(everyone).value, rel=1e-10)
+    for i in range(12):
+        more, less = estimate([*everyone, i]).value, estimate(everyone[:i] + everyone[i + 1 :]).value
+        expected = (more - less) / 2 * 12 * copies
+        assert found.influence_N[i].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
 # --- between the two ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("baseline", ["none", "time_loo"])
+@pytest.mark.parametrize("baseline", ["none", "time_loo", "time_loo_weighted"])
 def test_per_decision_grows_as_first_order_says_sequence_by_sequence(everything: Everything, baseline: Baseline):
     batch, step = everything.drawn(60), 1e-5
-    base = baselines(returns_to_go(batch.tokens.entropies_K, batch.offsets_N1), batch.offsets_N1, baseline)
-    above, below = (
-        importance.per_decision_columns(*batch.at(eta), base, batch.offsets_N1) for eta in (step, -step)
-    )
+    base = batch.base(baseline)
+    above, below = (importance.per_decision_columns(*batch.at(eta), base, batch.offsets_N1) for eta in (step, -step))
     columns = batch.columns(baseline)
     for slope_N, (a_N, b_N) in zip((columns.x_N, columns.y_N), zip(above, below, strict=True), strict=True):
         torch.testing.assert_close((a_N - b_N) / (2 * step), slope_N, rtol=1e-6, atol=1e-8)
@@ -306,6 +415,26 @@ def test_per_decision_grows_as_first_order_says_sequence_by_sequence(everything:
         derivative = uncertainty.entropy_derivative(columns, normalization)
         assert rise.value / (2 * step) == pytest.approx(derivative.value, rel=1e-6)
         torch.testing.assert_close(rise.influence_N / (2 * step), derivative.influence_N, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
+def test_weighted_per_decision_grows_as_its_derivative_says(
+    everything: Everything, normalization: uncertainty.Normalization
+):
+    batch, step = everything.drawn(60), 1e-5
+    above, below = (
+        uncertainty.moved_entropy(
+            importance.weighted_per_decision_columns(*batch.at(eta), batch.offsets_N1), normalization
+        )
+        for eta in (step, -step)
+    )
+    columns = weighted_columns(*batch.tokens[1:], batch.offsets_N1)
+    derivative, rise = uncertainty.entropy_derivative(columns, normalization), above.minus(below)
+    assert rise.value / (2 * step) == pytest.approx(derivative.value, rel=1e-6)
+    torch.testing.assert_close(rise.influence_N / (2 * step), derivative.influence_N, rtol=1e-5, atol=1e-7)
+    others = batch.columns("time_loo")
+    for name in ("S_N", "T_N", "x_local_N"):
+        assert torch.equal(getattr(columns, name), getattr(others, name))
 
 
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
@@ -391,9 +520,7 @@ def test_backward_and_forward_mode_agree_on_a_batch(everything: Everything, base
         ],
     )
     columns = batch.columns(baseline)
-    X, Y = (
-        sum(float((g[name] * t).sum()) for name, t in batch.v.items()) for g in (entropy_gradient, length_gradient)
-    )
+    X, Y = (sum(float((g[name] * t).sum()) for name, t in batch.v.items()) for g in (entropy_gradient, length_gradient))
     H, L = float(columns.S_N.sum() / columns.T_N.sum()), float(columns.T_N.mean())
     assert uncertainty.entropy_derivative(columns, "per_sequence").value == pytest.approx(X, rel=1e-10)
     assert uncertainty.entropy_derivative(columns, "per_token").value == pytest.approx((X - H * Y) / L, rel=1e-10)

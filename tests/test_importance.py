@@ -45,7 +45,9 @@ def test_an_unmoved_policy_has_weights_of_exactly_one():
     moved_K = logprobs_K.clone()
     moved_K[:3] += 0.1  # the first sequence only: the others keep their weight, exactly
     weights = prefix_weights(logprobs_K, moved_K, OFFSETS)
-    assert (weights.before_K[3:] == 1).all() and (weights.after_K[3:] == 1).all() and (weights.sequence_N[1:] == 1).all()
+    assert (
+        (weights.before_K[3:] == 1).all() and (weights.after_K[3:] == 1).all() and (weights.sequence_N[1:] == 1).all()
+    )
 
 
 def test_columns_are_those_of_a_loop():

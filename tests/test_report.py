@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 
-from entropy_core import figures as drawing, report
+from entropy_core import figures, report, tokens_in_text
 from entropy_core.tables import RESULTS
 
 ETAS = (0.0, 0.01, 0.3, 1.0, 3.0)
@@ -109,6 +109,12 @@ def test_every_sweep_can_be_drawn(rows):
         figure.draw_without_rendering()
 
 
+def test_a_checkpoint_may_have_any_name():
+    rows = [row | {"checkpoint": "$\\frac{_^$ & <b>"} for row in SWEEPS["one row"]]
+    for figure in figures.figures(rows).values():
+        figure.draw_without_rendering()
+
+
 def test_equal_rows_give_equal_files(tmp_path):
     rows = sweep(etas=(0.0, 1.0))
 
@@ -200,7 +206,7 @@ def test_a_long_response_is_cut_around_its_token():
     ids=["usual", "markup", "control", "long", "letters"],
 )
 def test_every_token_can_be_drawn(texts, tmp_path):
-    figure = figures.token_figure(*tokens_of(texts), SWEEPS["one row"], "checkpoint_$6_a$")
+    figure = figures.token_figure(*tokens_of(texts), SWEEPS["one row"], "$\\frac$")
     files = written({"tokens": figure}, tmp_path / "figures")
     ElementTree.fromstring(files["tokens.svg"])
 

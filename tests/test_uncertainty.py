@@ -15,7 +15,7 @@ from scipy import stats
 from test_enumeration import Everything, enumerate_world, processor_of
 from torch import Tensor
 
-from entropy_core.numerics import adamw, ragged
+from entropy_core.numerics import adamw
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
 from entropy_core.numerics.advantages import group_advantages, loss_coefficients
 from entropy_core.numerics.first_order import FirstOrderColumns, first_order_columns, score_coefficients
@@ -192,6 +192,21 @@ def test_clusters_of_one_are_no_clusters_and_copies_bring_nothing():
     assert standard_error(fourfold_N) < 0.51 * alone
 
 
+@both
+def test_the_jackknife_deletes_whole_clusters(normalization: Normalization):
+    data, clusters_N = made_up(60), torch.randint(7, (60,)) * 11
+    values = []
+    for cluster in clusters_N.unique():
+        rest = data.take((clusters_N != cluster).nonzero().squeeze(1))
+        values.append(entropy_derivative(rest.columns, normalization).value)
+    C, without_C = len(values), torch.tensor(values, dtype=torch.float64)
+    expected = math.sqrt((C - 1) / C * float(((without_C - without_C.mean()) ** 2).sum()))
+    found = jackknife_standard_error(data.columns, normalization, clusters_N)
+    assert found == pytest.approx(expected, rel=1e-12)
+    alone = jackknife_standard_error(data.columns, normalization)
+    assert jackknife_standard_error(data.columns, normalization, torch.randperm(60)) == pytest.approx(alone, rel=1e-12)
+
+
 def test_too_few_units_have_no_standard_error():
     one_N = torch.zeros(1, dtype=torch.float64)
     assert math.isnan(standard_error(one_N))
@@ -199,6 +214,7 @@ def test_too_few_units_have_no_standard_error():
     assert math.isnan(clustered_sum_standard_error(torch.randn(1, 5).double()))
     single = FirstOrderColumns(*(one_N + 1 for _ in range(5)))
     assert math.isnan(jackknife_standard_error(single, "per_token"))
+    assert math.isnan(jackknife_standard_error(made_up(5).columns, "per_token", torch.zeros(5).long()))
 
 
 def test_clustered_standard_errors_have_the_right_mean():
@@ -301,13 +317,11 @@ def test_coverage_over_e_on_the_enumerated_policy(world: World, v: dict[str, Ten
     everything = enumerate_world(world, v)
     N, replications = 200, 2000
     truths = [world.derivative(lambda e: e.H_tok, v), world.derivative(lambda e: e.H_seq, v)]
-    lengths_R, start_R = ragged.lengths(everything.offsets_N1), everything.offsets_N1[:-1]
     generator = torch.Generator().manual_seed(0)
     found: list[list[Estimate]] = [[], []]
     for _ in range(replications):
         chosen_N = torch.multinomial(everything.probability_N, N, replacement=True, generator=generator)
-        offsets_N1 = ragged.offsets_from_lengths(lengths_R[chosen_N])
-        pick_K = torch.repeat_interleave(start_R[chosen_N], lengths_R[chosen_N]) + ragged.position_index(offsets_N1)
+        pick_K, offsets_N1 = everything.tokens_of(chosen_N)
         tokens = [column_K[pick_K] for column_K in everything.tokens[1:]]
         columns = first_order_columns(*tokens, offsets_N1, "time_loo")
         for estimates, normalization in zip(found, NORMALIZATIONS, strict=True):
@@ -335,7 +349,7 @@ def small() -> tuple[Everything, Gradients]:
     everything = enumerate_world(world, zero)
     rows = []
     for i in range(len(everything.sequences)):
-        one = everything.subset([i])
+        one = everything.subset(torch.tensor([i]))
         score = score_coefficients(one.tokens.entropies_K, one.offsets_N1, "none")
         ones_K = torch.ones_like(score.entropy_K)
         found = [world.policy.new_accumulator() for _ in range(3)]

@@ -14,7 +14,9 @@ CLEAR: dict[str, Any] = {
     "delta_h_se": 0.002,
     "curvature": -0.0009,
     "curvature_se": 0.0001,
-    "ess_fraction": 0.9,
+    "ess_fraction": 0.8,
+    "pareto_k": 0.3,
+    "pareto_k_threshold": 0.65,
     "noise_floor": 1e-6,
     "quantile": 1.96,
 }
@@ -32,6 +34,12 @@ NAN = float("nan")
         ("resolved", {"ess_fraction": 0.1}),
         ("weights-unreliable", {"ess_fraction": NAN}),
         ("weights-unreliable", {"delta_h": NAN}),
+        ("weights-unreliable", {"pareto_k": 0.66}),
+        ("resolved", {"pareto_k": 0.64}),
+        ("resolved", {"pareto_k": 0.66, "pareto_k_threshold": 0.7}),
+        ("resolved", {"pareto_k": 0.66, "ess_fraction": 0.95}),  # a tail of weights that are all nearly 1
+        ("resolved", {"pareto_k": None}),
+        ("reference", {"eta": 0.0, "pareto_k": 5.0}),
         ("noise-limited", {"delta_h": 0.0039}),
         ("resolved", {"delta_h": 0.0040}),
         ("noise-limited", {"delta_h": 0.0040, "noise_floor": 1e-3}),
@@ -56,5 +64,6 @@ def test_the_first_rule_that_applies_wins():
 
 def test_a_rule_names_its_numbers():
     assert verdict(**CLEAR | {"ess_fraction": 0.01}).rule == "ESS/N < 0.1"
-    assert "1.64 SE" in verdict(**CLEAR | {"quantile": 1.645, "delta_h": 0.0}).rule
+    assert "Pareto k > 0.65" in verdict(**CLEAR | {"pareto_k": 0.7}).rule
+    assert "1.64 SE" in verdict(**CLEAR | {"quantile": 1.6449, "delta_h": 0.0}).rule
     assert "10%" in verdict(**CLEAR | {"curvature": 0.0011}).rule
