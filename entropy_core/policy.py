@@ -8,8 +8,8 @@ The only importer of transformers' model and tokenizer classes besides the demo 
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,25 +188,49 @@ class Policy:
         """A float64 zero for every parameter."""
         return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.named_parameters().items()}
 
-    @contextmanager
-    def moved(self, direction: Mapping[str, Tensor], eta: float) -> Iterator[None]:
-        """Within the context the parameters are θ + η·v, computed in float64; afterwards θ again, bit for bit.
+    def moved(self, direction: Mapping[str, Tensor], eta: float) -> AbstractContextManager[None]:
+        """Within the context the parameters are θ + η·v, computed in float64 and rounded; afterwards θ, bit for bit.
 
         Args:
             direction: v by parameter name, float64.
             eta: η.
         """
+
+        def displaced(name: str, theta: Tensor) -> Tensor:
+            return theta.double() + eta * direction[name].to(theta.device).double()
+
+        return self._replaced(direction, displaced)
+
+    def jittered(self, seed: int) -> AbstractContextManager[None]:
+        """Within the context every parameter is the next number above or below it, at random; afterwards θ again.
+
+        Nothing has changed but the rounding errors of everything that is computed.
+
+        Args:
+            seed: of the signs.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def neighbour(_: str, theta: Tensor) -> Tensor:
+            up = torch.randint(0, 2, theta.shape, generator=generator, dtype=torch.bool).to(theta.device)
+            infinity = torch.full_like(theta, torch.inf)
+            return torch.nextafter(theta, torch.where(up, infinity, -infinity))
+
+        return self._replaced(self.named_parameters(), neighbour)
+
+    @contextmanager
+    def _replaced(self, names: Iterable[str], value: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
         parameters = self.named_parameters()
-        saved = {name: parameters[name].detach().clone() for name in direction}
+        saved = {name: parameters[name].detach().clone() for name in names}
         try:
             with torch.no_grad():
-                for name, v in direction.items():
-                    parameters[name].copy_(displaced(saved[name], v, eta))
+                for name, theta in saved.items():
+                    parameters[name].copy_(value(name, theta))
             yield
         finally:
             with torch.no_grad():
-                for name, value in saved.items():
-                    parameters[name].copy_(value)
+                for name, theta in saved.items():
+                    parameters[name].copy_(theta)
 
     def next_logits(self, input_ids_BL: Tensor, attention_mask_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Logits after the last position, with a key-value cache; prompts are padded on the left.
@@ -247,11 +271,6 @@ class Policy:
             expected = self.model(input_ids=input_ids, use_cache=False).logits
             got = self._head(self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
         return bool((got - expected).abs().max() <= HEAD_TOLERANCE * expected.abs().max())
-
-
-def displaced(parameter: Tensor, v: Tensor, eta: float) -> Tensor:
-    """θ + η·v, computed in float64 and rounded to the dtype of the parameter."""
-    return (parameter.double() + eta * v.to(parameter.device).double()).to(parameter.dtype)
 
 
 def _jvp_module(

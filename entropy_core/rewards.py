@@ -51,9 +51,11 @@ def source_file(name: str) -> Path | None:
     """
     if name in REWARDS:
         return None
-    load_reward(name)
     module_name = name.rpartition(":")[0]
-    file = module_name if module_name.endswith(".py") else getattr(sys.modules[module_name], "__file__", None)
+    if Path(module_name).is_file():  # not imported, which may take long
+        return Path(module_name)
+    load_reward(name)
+    file = getattr(sys.modules[module_name], "__file__", None)
     if not file or not file.endswith(".py"):
         raise ConfigError(
             f"reward {name!r} has no source file, so results cannot be keyed by its code",

@@ -52,7 +52,7 @@ ESTIMATES = pa.schema(
             "noise_floor",
             _REAL,
             _H,
-            "what floating point alone does to delta_h: rounding of theta + eta * v, and of the scores",
+            "twice the rms of the change that rounding alone makes to delta_h",
         ),
         _field("verdict", _TEXT, "", "reference, resolved, noise-limited, nonlinear or weights-unreliable"),
         _field("rule", _TEXT, "", "the rule that gave the verdict"),

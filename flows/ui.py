@@ -15,7 +15,7 @@ from prefect.artifacts import (
 from entropy_core.artifact import Artifact
 from entropy_core.config import ProbeConfig
 from entropy_core.stages import catalogue
-from entropy_core.stages.pipeline import Inputs, Runner, SweepResult
+from entropy_core.stages.pipeline import NOISE_DRAWS, Inputs, Runner, SweepResult
 from entropy_core.stages.preflight import splits
 from entropy_core.store import Stage
 from flows.results import headline, inline_figures
@@ -40,10 +40,9 @@ def stage_runs(config: ProbeConfig, checkpoints: int) -> Counter[str]:
     per_checkpoint = {
         catalogue.SAMPLE_E: e_shards,
         catalogue.SCORE_E: e_shards,
-        catalogue.RESCORE_E: e_shards,
+        catalogue.RESCORE_E: NOISE_DRAWS,
         catalogue.SAMPLE_U: u_shards,
         catalogue.FIRST_ORDER_E: e_shards,
-        catalogue.DISPLACEMENT: moves,
         catalogue.IMPORTANCE: moves * e_shards,
     }
     runs = Counter({stage.name: checkpoints * per_checkpoint.get(stage, 1) for stage in catalogue.STAGES})

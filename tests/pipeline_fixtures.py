@@ -20,7 +20,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from entropy_core import figures
 from entropy_core.arithmetic import problems
 from entropy_core.artifact import Artifact
-from entropy_core.artifact import Artifact
 from entropy_core.config import ProbeConfig, parse_config
 from entropy_core.demo import DemoSettings, build_model, build_tokenizer
 from entropy_core.stages.pipeline import Inputs, SweepResult, direct_runner, execution_for, sweep
@@ -84,7 +83,8 @@ def make_gpt2(directory: Path, **changes: Any) -> Path:
     """A checkpoint after three steps."""
     shape = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": len(build_tokenizer())}
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**shape | {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0} | changes))
+    tokens = {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**shape | tokens | changes))
     *_, (step, optimizer) = train(model, 3)
     return save_checkpoint(directory, model, optimizer, step)
 

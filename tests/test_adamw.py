@@ -1,4 +1,4 @@
-"""The step, its parts and its derivative, against torch.optim.AdamW itself: stepping, and differentiated by autograd."""
+"""The step, its parts and its derivative, against torch.optim.AdamW itself: stepping, and going through autograd."""
 
 import math
 from typing import Any
@@ -70,9 +70,8 @@ def a_state(amsgrad: bool, maximize: bool, steps: int = 3) -> tuple[dict[str, Te
         for name, g in gradients_at(named, step).items():
             named[name].grad = g
         optimizer.step()
-    return {n: p.detach().clone() for n, p in named.items()}, {
-        n: state_of(optimizer.state[p]) for n, p in named.items()
-    }
+    states = {name: state_of(optimizer.state[p]) for name, p in named.items()}
+    return {name: p.detach().clone() for name, p in named.items()}, states
 
 
 @VARIANTS

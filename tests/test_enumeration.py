@@ -147,7 +147,8 @@ def test_first_order_is_exact_on_average(everything: Everything):
     assert pytest.approx(world.derivative(lambda exact: exact.H_seq, v), abs=EXACT) == X
     assert pytest.approx(world.derivative(lambda exact: exact.L, v), abs=EXACT) == Y
     H, L = everything.mean(columns.S_N) / everything.mean(columns.T_N), everything.mean(columns.T_N)
-    assert (X - H * Y) / L == pytest.approx(world.derivative(lambda exact: exact.H_tok, v), abs=EXACT)
+    per_token = (X - H * Y) / L
+    assert per_token == pytest.approx(world.derivative(lambda exact: exact.H_tok, v), abs=EXACT)
     # every part of it matters here
     future = X - everything.mean(columns.x_local_N)
     assert min(abs(future), abs(X - future), abs(H * Y)) > 0.02
@@ -187,7 +188,7 @@ def test_a_policy_with_float32_norms_agrees_to_float32():
     assert everything.mean(moved.T_N) == pytest.approx(there.L.item(), abs=2e-6)
 
 
-# --- the leave-one-out baseline ----------------------------------------------------------------------------------------
+# --- the leave-one-out baseline --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +400,7 @@ def test_influences_through_the_tokens(everything: Everything, what: str, normal
         assert found.influence_N[i].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-# --- between the two ----------------------------------------------------------------------------------------------------
+# --- between the two -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("baseline", ["none", "time_loo", "time_loo_weighted"])
@@ -477,7 +478,7 @@ def test_what_first_order_leaves_out_is_of_second_order(everything: Everything, 
     assert float(fitted) == pytest.approx(2.0, abs=0.05)
 
 
-# --- backward mode ------------------------------------------------------------------------------------------------------
+# --- backward mode ---------------------------------------------------------------------------------------------------
 
 
 def gradients_of(batch: Everything, weights: list[Coefficients]) -> list[Direction]:

@@ -118,7 +118,8 @@ def test_the_errors_know_nothing():
 def test_each_library_has_its_own_door():
     assert importers("transformers") == core("policy", "checkpoints", "demo")
     assert importers("trl", "datasets", "tokenizers", "huggingface_hub") == core("demo")
-    assert importers("matplotlib") == core("report")
+    assert importers("matplotlib") == core("figures", "tokens_in_text")
+    assert importers("arviz_stats", "numpy") == core("pareto")
     assert importers("scipy") == core("stages.variance")
     assert importers("safetensors") == core("artifact", "checkpoint_files")
     assert importers("pyarrow.parquet") == core("artifact", "manifest") | {"flows.local"}
@@ -129,10 +130,12 @@ def test_each_library_has_its_own_door():
 
 def test_nothing_is_imported_that_is_not_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = [re.match(r"[\w-]+", one)[0] for one in project["dependencies"] + project["optional-dependencies"]["trl"]]
-    known = {"yaml" if name == "pyyaml" else name for name in declared} | {"tokenizers", "huggingface_hub"}
+    declared = [
+        re.match(r"[\w-]+", one)[0] for one in project["dependencies"] + project["optional-dependencies"]["trl"]
+    ]
+    known = {"yaml" if name == "pyyaml" else name.replace("-", "_") for name in declared}
     used = {other.partition(".")[0] for found in FOREIGN.values() for other in found}
-    assert used <= known  # the last two come with transformers
+    assert used - known <= {"numpy", "tokenizers", "huggingface_hub"}  # which come with scipy and transformers
 
 
 @pytest.mark.parametrize("stage", ["variance", "report"])
@@ -145,32 +148,29 @@ def test_the_statistics_reach_no_policy(stage):
     }
 
 
-def test_only_the_stages_that_handle_sequences_reach_the_policy():
+def test_what_handles_no_sequence_does_not_reach_the_policy():
+    """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
     stages = [name for name in FILES if name.startswith("entropy_core.stages.")]
-    reach = {name.rpartition(".")[2] for name in stages if "entropy_core.policy" in module_digests(name)}
-    assert reach == {
-        *("sample", "score", "rescore", "update", "gradient", "first_order", "importance"),
-        *("sequences", "preflight", "catalogue", "pipeline"),
-    }
+    without = {name.rpartition(".")[2] for name in stages if "entropy_core.policy" not in module_digests(name)}
+    assert without == {"load", "reward", "files", "columns", "variance", "report"}
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Top-level names in sys.modules after a statement, in a process of its own."""
-    script = f"{statement}\nimport sys; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+def test_what_a_process_loads():
+    """The statistics load no model library, and all of the core no orchestration; in a process of its own."""
+    script = """
+import sys
+def loaded(): print(*sorted({name.partition(".")[0] for name in sys.modules}))
+import entropy_core.stages.variance, entropy_core.stages.report
+loaded()
+import entropy_core.stages.pipeline, entropy_core.demo
+loaded()
+"""
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
-
-
-def test_the_core_runs_without_prefect():
-    loaded = loaded_by("import entropy_core.stages.pipeline, entropy_core.demo")
-    assert {"torch", "transformers"} <= loaded
-    assert not loaded & {"prefect", "flows", "tasks", "trl", "datasets"}
-
-
-def test_the_statistics_load_no_model_library():
-    loaded = loaded_by("import entropy_core.stages.variance, entropy_core.stages.report")
-    assert {"torch", "matplotlib"} <= loaded
-    assert not loaded & {"transformers", "tokenizers", "prefect", "flows", "tasks"}
+    statistics, core_modules = (set(line.split()) for line in result.stdout.splitlines())
+    assert {"torch", "matplotlib"} <= statistics
+    assert not statistics & {"transformers", "tokenizers", "prefect", "flows", "tasks"}
+    assert {"torch", "transformers"} <= core_modules
+    assert not core_modules & {"prefect", "flows", "tasks", "trl", "datasets"}
 
 
 def test_no_file_is_too_long_to_read():

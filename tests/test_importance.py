@@ -74,6 +74,8 @@ def test_effective_sample_size_counts_the_weights_that_count():
     assert effective_sample_size(torch.full((7,), 0.3, dtype=torch.float64)) == pytest.approx(7.0, rel=1e-14)
     assert effective_sample_size(torch.tensor([2.0, 2.0, 0.0, 2.0, 0.0])) == pytest.approx(3.0)
     assert effective_sample_size(torch.tensor([1.0, 1e-9, 1e-9])) == pytest.approx(1.0)
+    huge_N = torch.tensor([1e200, 1e200, 1e-200], dtype=torch.float64)  # the square of a usable weight may overflow
+    assert effective_sample_size(huge_N) == pytest.approx(2.0)
     # log-normal weights: N/(1 + cv²), cv² = e^{σ²} − 1
     w_N = (0.5 * torch.randn(100_000, dtype=torch.float64)).exp()
     assert effective_sample_size(w_N) / 100_000 == pytest.approx(math.exp(-0.25), rel=0.02)

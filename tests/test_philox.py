@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
+from entropy_core.numerics import philox
 from entropy_core.numerics.philox import (
     Purpose,
     draw_with_replacement,
@@ -60,11 +61,19 @@ def test_a_seed_out_of_range_is_refused(seed: int):
         uniforms(seed, E, torch.arange(3))
 
 
+@pytest.mark.parametrize(("word", "side"), [(0, "above 0"), (2**32 - 1, "below 1")])
+def test_no_draw_is_zero_or_one(monkeypatch: pytest.MonkeyPatch, word: int, side: str):
+    monkeypatch.setattr(philox, "philox4x32", lambda counter, key: (torch.tensor([word]),) * 4)
+    (u,) = uniforms(0, E, torch.tensor([0])).tolist()
+    assert 0 < u < 1, f"not {side}"
+    assert min(u, 1 - u) < 1e-15
+
+
 def test_draws_are_uniform_and_neighbours_independent():
     n = 200_000
     u_N = uniforms(11, E, torch.arange(n))
     assert u_N.dtype == torch.float64
-    assert 0 < u_N.min() and u_N.max() < 1
+    assert u_N.min() > 0 and u_N.max() < 1
     counts = torch.bincount((u_N * 100).long(), minlength=100)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-4
     neighbours = {

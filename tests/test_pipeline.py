@@ -3,13 +3,13 @@
 import copy
 import json
 import shutil
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from pipeline_fixtures import (
     NAMES,
     Counting,
@@ -22,19 +22,22 @@ from pipeline_fixtures import (
     values,
     write_reward,
 )
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from entropy_core.artifact import Artifact
 from entropy_core.config import VarianceRequest, load_config, parse_config
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
 from entropy_core.execution import Execution
+from entropy_core.numerics.importance import Estimator
 from entropy_core.stages import catalogue, pipeline, sequences
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
 from entropy_core.tables import RESULTS
 
 ETAS = [0, 0.01, 0.02, 1]
-BATCH = {"E_total_sequences": 16, "B_U": 8, "G": 4}
+ESTIMATORS = list(get_args(Estimator))
+P, G = 8, 4
+BATCH = {"E_total_sequences": 16, "B_U": P, "G": G}
 
 
 def config_of(folder: Path, **sections: Any) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def config_of(folder: Path, **sections: Any) -> dict[str, Any]:
     own = {
         "batch_config": BATCH,
         "update": {"reward": f"{folder / 'reward.py'}:share_of_low_digits"},
-        "importance": {"etas": ETAS},
+        "importance": {"etas": ETAS, "estimators": ESTIMATORS},
     }
     for name, section in sections.items():
         own[name] = own[name] | section if name in own else section
@@ -115,7 +118,7 @@ def test_the_result_table_has_the_schema_with_its_units(first):
     assert pq.read_schema(path).equals(RESULTS, check_metadata=True)
     assert pq.read_schema(path).field("H").metadata[b"unit"].startswith(b"nats")
     rows = first.rows
-    assert len(rows) == len(NAMES) * len(ETAS) * 4
+    assert len(rows) == len(NAMES) * len(ETAS) * 2 * len(ESTIMATORS)
     assert {(row["checkpoint"], row["step"]) for row in rows} == {("checkpoint-3", 3), ("checkpoint-5", 5)}
     assert all(value == value for row in rows for value in row.values())
 
@@ -144,7 +147,7 @@ def test_every_stage_ran_once_per_shard(first):
 
 def test_without_a_step_nothing_changes(first):
     rows = [row for row in first.rows if row["eta"] == 0]
-    assert len(rows) == len(NAMES) * 4
+    assert len(rows) == len(NAMES) * 2 * len(ESTIMATORS)
     for row in rows:
         assert row["delta_h"] == row["delta_h1"] == row["curvature"] == row["paired_difference"] == 0.0
         assert row["delta_h_se"] == row["se_total"] == 0.0
@@ -183,12 +186,14 @@ def test_the_batches_are_what_was_asked_for(first):
     e_first, e_second = e_shards[:2], e_shards[2:]
     assert [shard.table("sequences.parquet").num_rows for shard in e_shards] == [8] * 4
     columns = [[shard.table("sequences.parquet") for shard in shards] for shards in (e_first, e_second)]
-    ids, prompts = ([[t[name].to_pylist() for t in tables] for tables in columns] for name in ("sequence_id", "prompt_id"))
+    ids, prompts = (
+        [[t[name].to_pylist() for t in tables] for tables in columns] for name in ("sequence_id", "prompt_id")
+    )
     assert ids[0] == ids[1] == [list(range(8)), list(range(8, 16))]
     assert prompts[0] == prompts[1]  # the same prompts at every checkpoint
     u = [row for shard in u_shards[:4] for row in shard.table("sequences.parquet").to_pylist()]
-    assert [row["draw"] for row in u] == [0, 1, 2, 3] * BATCH["B_U"]
-    assert len({row["prompt_id"] for row in u}) == BATCH["B_U"]
+    assert [row["draw"] for row in u] == list(range(G)) * P
+    assert len({row["prompt_id"] for row in u}) == P
     assert {row["finish_reason"] for row in u} == {"eos", "length"}
     assert all(row["length"] <= 8 for row in u)
 
@@ -198,11 +203,15 @@ def test_the_run_folder_has_what_people_open(first, home):
     assert directory == home / "artifacts" / "runs" / first.result.run_id
     assert {path.name for path in directory.iterdir()} == {
         *("results.parquet", "report.md", "config.yaml", "run.json"),
-        *(f"{figure}.{kind}" for figure in ("prediction", "eta_sweep", "training", "tokens") for kind in ("png", "svg")),
+        *(
+            f"{figure}.{kind}"
+            for figure in ("prediction", "eta_sweep", "training", "tokens")
+            for kind in ("png", "svg")
+        ),
     }
     assert load_config(directory / "config.yaml") == first.config
     page = (directory / "report.md").read_text(encoding="utf-8")
-    assert page.count("\n| checkpoint-3 | ") == len(ETAS) * 2 + 1
+    assert page.count("\n| checkpoint-3 | ") == len(ETAS) * len(ESTIMATORS) + 2  # and its origins, and its checks
     assert "2 checkpoint(s), E of 16 sequences, U of 8 prompts" in page
 
 
@@ -215,42 +224,48 @@ class Oracle:
     def __init__(self, exact: Probe) -> None:
         self.directory = exact.checkpoints[0].directory
         self.model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float64).eval()
-        self.names = [name for name, _ in self.model.named_parameters()]
+        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         rewards = exact.run.artifacts("reward-u-batch")[0].table("rewards.parquet")["reward"].to_pylist()
-        self.rewards_PG = torch.tensor(rewards, dtype=torch.float64).view(BATCH["B_U"], BATCH["G"])
+        self.rewards_PG = torch.tensor(rewards, dtype=torch.float64).view(P, G)
         shards = [sequences.read_sequences(shard) for shard in exact.run.artifacts("sample-u-batch")]
         responses = [(shard.prompt(i), shard.response(i)) for shard in shards for i in range(len(shard))]
-        self.responses_PG = [responses[i : i + BATCH["G"]] for i in range(0, len(responses), BATCH["G"])]
+        self.responses_PG = [responses[i : i + G] for i in range(0, len(responses), G)]
+        self.tokens_P = torch.tensor([sum(len(r) for _, r in group) for group in self.responses_PG])
 
-    def loss(self, kind: str, prompts: list[int]) -> torch.Tensor:
-        """The loss on some of the prompts; −(1/(P·G)) Σ A_i (1/Z_i) Σ_k ℓ_ik."""
-        total = torch.zeros((), dtype=torch.float64)
-        for p in prompts:
-            r = self.rewards_PG[p]
-            G = len(r)
-            for i, (prompt, response) in enumerate(self.responses_PG[p]):
+    @cache  # noqa: B019 (one oracle)
+    def terms(self, loss: str) -> torch.Tensor:
+        """Gradient of −Σ_i A_i (1/Z_i) Σ_k ℓ_ik over the responses to each prompt, [P, parameters]; Z is 1 for dapo."""
+        rows = []
+        for r, group in zip(self.rewards_PG, self.responses_PG, strict=True):
+            total = torch.zeros((), dtype=torch.float64)
+            for i, (prompt, response) in enumerate(group):
                 logits = self.model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
                 logp = torch.log_softmax(logits, -1).gather(-1, response[:, None]).sum()
-                if kind == "grpo":
-                    weight = (r[i] - r.mean()) / (r.std() + 1e-4) / len(response)
-                elif kind == "dr_grpo":
-                    weight = (r[i] - r.mean()) / 8  # max_new_tokens
-                else:
-                    weight = r[i] - (r.sum() - r[i]) / (G - 1)
-                total = total - weight * logp / (len(prompts) * G)
-        return total
+                standardised = (r[i] - r.mean()) / (r.std() + 1e-4)
+                weight = {
+                    "grpo": standardised / len(response),
+                    "dapo": standardised,
+                    "dr_grpo": (r[i] - r.mean()) / 8,  # max_new_tokens
+                    "rloo": r[i] - (r.sum() - r[i]) / (G - 1),
+                    "reinforce": r[i],
+                }[loss]
+                total = total - weight * logp
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, list(self.model.parameters()))]))
+        return torch.stack(rows)
 
-    def gradient(self, kind: str, prompts: list[int]) -> list[torch.Tensor]:
-        """Of the loss on some of the prompts."""
-        return list(torch.autograd.grad(self.loss(kind, prompts), list(self.model.parameters())))
+    def gradient(self, loss: str, weights_P: torch.Tensor) -> torch.Tensor:
+        """Of the loss in which prompt p counts ω_p times; all 1 for the loss itself."""
+        size = weights_P @ self.tokens_P.double() if loss == "dapo" else P * G
+        return weights_P @ self.terms(loss) / size
 
-    def step(self, gradient: list[torch.Tensor], max_norm: float) -> torch.Tensor:
+    def step(self, gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
         """(θ_after − θ_before)/lr, all parameters in one vector."""
         model = copy.deepcopy(self.model)
         optimizer = torch.optim.AdamW(trainer_groups(model))
         optimizer.load_state_dict(torch.load(self.directory / "optimizer.pt", weights_only=True))
-        for parameter, g in zip(model.parameters(), gradient, strict=True):
-            parameter.grad = g.clone()
+        parts = gradient.split([shape.numel() for shape in self.shapes.values()])
+        for parameter, part in zip(model.parameters(), parts, strict=True):
+            parameter.grad = part.view_as(parameter).clone()
         if max_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
@@ -260,8 +275,8 @@ class Oracle:
 
     def vector(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Tensors by parameter name as such a vector."""
-        assert sorted(tensors) == sorted(self.names)
-        return torch.cat([tensors[name].flatten() for name in self.names])
+        assert sorted(tensors) == sorted(self.shapes)
+        return torch.cat([tensors[name].flatten() for name in self.shapes])
 
 
 @pytest.fixture(scope="module")
@@ -269,77 +284,98 @@ def oracle(exact) -> Oracle:
     return Oracle(exact)
 
 
-def norm_of(vectors: list[torch.Tensor]) -> float:
-    return float(torch.cat([v.flatten() for v in vectors]).norm())
+def updated(exact: Probe, **settings: Any) -> tuple[Artifact, Artifact]:
+    """compute-update and first-order-u with other settings, on the same batches."""
+    run, execution = exact.run.store.run, exact.run.execution
+    update = run(catalogue.COMPUTE_UPDATE, execution, exact.run.inputs("compute-update") | settings)
+    return update, run(catalogue.FIRST_ORDER_U, execution, exact.run.inputs("first-order-u") | {"update": update})
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "rloo", "reinforce"])
 @pytest.mark.parametrize("clipping", ["off", "inactive", "active"])
-def test_v_is_the_step_that_torch_takes(exact, oracle, kind, clipping):
-    gradient = oracle.gradient(kind, list(range(BATCH["B_U"])))
-    norm = norm_of(gradient)
+def test_v_is_the_step_that_torch_takes(exact, oracle, loss, clipping):
+    gradient = oracle.gradient(loss, torch.ones(P, dtype=torch.float64))
+    norm = float(gradient.norm())
     max_norm = {"off": 0.0, "inactive": 2 * norm, "active": norm / 3}[clipping]
-    inputs = exact.run.inputs("compute-update") | {"loss": kind, "max_grad_norm": max_norm}
+    inputs = exact.run.inputs("compute-update") | {"loss": loss, "max_grad_norm": max_norm}
     update = exact.run.store.run(catalogue.COMPUTE_UPDATE, exact.run.execution, inputs)
 
     expected = oracle.step(gradient, max_norm)
     v = oracle.vector(update.tensors("direction.safetensors"))
     assert v.dtype == torch.float64
     assert (v - expected).norm() <= 1e-12 * expected.norm()
-    assert (oracle.vector(update.tensors("gradient.safetensors")) - norm_vector(gradient)).norm() <= 1e-12 * norm
-    parts = [update.tensors(f"{name}.safetensors") for name in ("momentum", "decay", "gradient_part")]
-    assert (sum(oracle.vector(part) for part in parts) - v).norm() <= 1e-14 * v.norm()
+    assert (oracle.vector(update.tensors("gradient.safetensors")) - gradient).norm() <= 1e-12 * norm
+    parts = [oracle.vector(update.tensors(f"{name}.safetensors")) for name in ("momentum", "decay", "gradient_part")]
+    assert (sum(parts) - v).norm() <= 1e-14 * v.norm()
+    assert float(parts[2].norm()) > 0.01 * float(v.norm())  # the gradient matters to this test
+    preconditioner = oracle.vector(update.tensors("preconditioner.safetensors"))
+    assert (preconditioner * gradient - parts[2]).norm() <= 1e-12 * parts[2].norm()
     assert update.summary["gradient_norm"] == pytest.approx(norm, rel=1e-12)
     assert update.summary["clip_factor"] == pytest.approx(1 / 3 if clipping == "active" else 1.0, rel=1e-4)
-    assert float(oracle.vector(parts[2]).norm()) > 0.01 * float(v.norm())  # the gradient matters to this test
-
-
-def norm_vector(gradient: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([g.flatten() for g in gradient])
 
 
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
-@pytest.mark.parametrize("clipping", ["off", "active"])
-def test_the_contributions_of_u_are_its_influence(exact, oracle, normalization, clipping):
-    """Each prompt's share by central differences of torch's step; the standard error by deleting prompts one by one."""
-    P = BATCH["B_U"]
-    per_prompt = [norm_vector(oracle.gradient("grpo", [p])) / P for p in range(P)]
-    g = sum(per_prompt)
-    max_norm = 0.0 if clipping == "off" else float(g.norm()) / 3
-    run, execution = exact.run.store.run, exact.run.execution
-    update = run(catalogue.COMPUTE_UPDATE, execution, exact.run.inputs("compute-update") | {"max_grad_norm": max_norm})
-    first_order_u = run(catalogue.FIRST_ORDER_U, execution, exact.run.inputs("first-order-u") | {"update": update})
-    gradient = exact.run.artifacts("entropy-gradient")[0].tensors(f"{normalization}.safetensors")
-    dH = oracle.vector(gradient)
+@pytest.mark.parametrize(("loss", "clipping"), [("grpo", "off"), ("grpo", "active"), ("dapo", "active")])
+def test_the_influence_of_each_prompt(exact, oracle, normalization, loss, clipping):
+    """By central differences of torch's step in its weight; the standard error by leaving prompts out one by one."""
+    ones_P = torch.ones(P, dtype=torch.float64)
+    max_norm = 0.0 if clipping == "off" else float(oracle.gradient(loss, ones_P).norm()) / 3
+    _, first_order_u = updated(exact, loss=loss, max_grad_norm=max_norm)
+    dH = oracle.vector(exact.run.artifacts("entropy-gradient")[0].tensors(f"{normalization}.safetensors"))
+    table = first_order_u.table("sequences.parquet")
+    influence_P = torch.tensor(table[f"influence_{normalization}"].to_pylist(), dtype=torch.float64).view(P, G).sum(1)
 
-    def derivative(vector: torch.Tensor) -> float:
-        shapes = [p.shape for p in oracle.model.parameters()]
-        parts = vector.split([shape.numel() for shape in shapes])
-        return float(dH @ oracle.step([part.view(s) for part, s in zip(parts, shapes, strict=True)], max_norm))
+    def derivative(weights_P: torch.Tensor, scale: float = 1.0) -> float:
+        return float(dH @ oracle.step(scale * oracle.gradient(loss, weights_P), max_norm))
 
-    column = first_order_u.table("sequences.parquet")[f"influence_{normalization}"]
-    contributions_P = torch.tensor(column.to_pylist(), dtype=torch.float64).view(P, -1).sum(1)
-    eps = 1e-4
-    expected_P = [(derivative(g + eps * g_p) - derivative(g - eps * g_p)) / (2 * eps) for g_p in per_prompt]
-    torch.testing.assert_close(contributions_P, torch.tensor(expected_P, dtype=torch.float64), rtol=1e-5, atol=1e-9)
+    eps, unit_PP = 1e-4, torch.eye(P, dtype=torch.float64)
+    expected_P = [(derivative(ones_P + eps * e) - derivative(ones_P - eps * e)) / (2 * eps) for e in unit_PP]
+    torch.testing.assert_close(influence_P, torch.tensor(expected_P, dtype=torch.float64), rtol=1e-5, atol=1e-9)
 
-    linear = (P / (P - 1) * ((contributions_P - contributions_P.mean()) ** 2).sum()).sqrt()
-    deleted = torch.tensor([derivative((g - g_p) * P / (P - 1)) for g_p in per_prompt], dtype=torch.float64)
-    jackknife = ((P - 1) / P * ((deleted - deleted.mean()) ** 2).sum()).sqrt()
+    linear = (P / (P - 1) * ((influence_P - influence_P.mean()) ** 2).sum()).sqrt()
+    scale = 1.0 if loss == "dapo" else P / (P - 1)  # the loss on the other prompts is their mean
+    left_out_P = torch.tensor([derivative(ones_P - e, scale) for e in unit_PP], dtype=torch.float64)
+    jackknife = ((P - 1) / P * ((left_out_P - left_out_P.mean()) ** 2).sum()).sqrt()
     assert 0.7 < float(linear / jackknife) < 1.3
-    row = next(r for r in exact.rows if r["normalization"] == normalization and r["eta"] != 0)
-    if clipping == "off":
+    if (loss, clipping) == ("grpo", "off"):
+        row = next(r for r in exact.rows if r["normalization"] == normalization and r["eta"] != 0)
         assert row["clip_factor"] == 1.0
         assert row["se_over_u"] == pytest.approx(float(linear) * row["eta"], rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo"])
+def test_the_shares_of_the_tokens_add_up(exact, oracle, loss):
+    """With the denominators as they are, the step is a sum over U's tokens, the momentum and the decay."""
+    norm = float(oracle.gradient(loss, torch.ones(P, dtype=torch.float64)).norm())
+    update, first_order_u = updated(exact, loss=loss, max_grad_norm=norm / 3)
+    tokens, of_sequences = (first_order_u.table(f"{name}.parquet") for name in ("tokens", "sequences"))
+    preconditioner = oracle.vector(update.tensors("preconditioner.safetensors"))
+    size = float(oracle.tokens_P.sum()) if loss == "dapo" else P * G
+    for normalization in ("per_token", "per_sequence"):
+        dH = oracle.vector(exact.run.artifacts("entropy-gradient")[0].tensors(f"{normalization}.safetensors"))
+        column = f"share_{normalization}"
+        share_PG = torch.tensor(of_sequences[column].to_pylist(), dtype=torch.float64).view(P, G)
+        expected_P = oracle.terms(loss) / size @ (preconditioner * dH)
+        torch.testing.assert_close(share_PG.sum(1), expected_P, rtol=1e-8, atol=1e-14)
+        share_K = torch.tensor(tokens[column].to_pylist(), dtype=torch.float64)
+        owner_K = torch.tensor(tokens["sequence_id"].to_pylist())
+        by_owner_N = torch.zeros(P * G, dtype=torch.float64).index_add_(0, owner_K, share_K)
+        torch.testing.assert_close(by_owner_N.view(P, G), share_PG, rtol=1e-10, atol=1e-14)
+        parts = [first_order_u.summary[name][normalization] for name in ("momentum", "decay")]
+        whole = float(dH @ oracle.vector(update.tensors("direction.safetensors")))
+        assert float(share_K.sum()) + sum(parts) == pytest.approx(whole, rel=1e-8)
+        assert first_order_u.summary["closure"][normalization] <= 1e-8
+    assert tokens.num_rows == int(oracle.tokens_P.sum())
+    assert all(row["attribution_closure"] <= 1e-8 for row in exact.rows)
 
 
 # --- what is computed again ------------------------------------------------------------------------------------------
 
 
-def test_the_same_sweep_again_computes_nothing_and_loads_nothing(away, first, no_model, monkeypatch):
+def test_the_same_sweep_again_computes_nothing_and_loads_nothing(away, first, request):
     config = parse_config(config_of(away))
-    monkeypatch.setattr("entropy_core.stages.preflight._check_tokenizer", lambda *_: None)
     checkpoints = preflight(config)
+    request.getfixturevalue("no_model")
     store = Store(config.store_root)
     run = Counting(store, pipeline.execution_for(config, checkpoints))
     again = pipeline.sweep(config, checkpoints, store, run)
@@ -384,9 +420,7 @@ def test_execution_settings_are_in_no_key(redo):
 def columns_of(run: Counting, stage: str, file: str = "tokens.safetensors") -> dict[str, torch.Tensor]:
     """The flat tensors of all shards of a stage, one after the other; offsets as lengths."""
     tensors = [artifact.tensors(file) for artifact in run.artifacts(stage)]
-    return {
-        name: torch.cat([t[name].diff() if "offsets" in name else t[name] for t in tensors]) for name in tensors[0]
-    }
+    return {name: torch.cat([t[name].diff() if "offsets" in name else t[name] for t in tensors]) for name in tensors[0]}
 
 
 @pytest.fixture
@@ -456,8 +490,8 @@ def test_a_new_step_size_costs_only_itself(redo):
     }
 
 
-def test_a_step_size_less_costs_only_the_statistics(redo, no_model, monkeypatch):
-    monkeypatch.setattr("entropy_core.stages.preflight._check_tokenizer", lambda *_: None)
+def test_a_step_size_less_costs_only_the_statistics(redo, monkeypatch):
+    monkeypatch.setattr(sequences, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     assert redo(importance={"etas": [0, 1]}).run.was_computed == {"variance": len(NAMES), "report": 1}
 
 
@@ -585,6 +619,15 @@ def test_a_damaged_artifact_is_set_aside_and_named(again, first, away):
     assert len(list((away / "artifacts" / ".quarantine").iterdir())) == 1
 
 
+def test_a_run_of_another_version_is_refused_with_what_differs(again, first, away):
+    path = away / "artifacts" / "runs" / first.result.run_id / "run.json"
+    record = json.loads(path.read_text())
+    record["config"]["variance"]["bootstrap"] = 1000
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"run\.json has 1 wrong value.s.: variance\.bootstrap: unknown key"):
+        again(confidence_level=0.5)
+
+
 def test_a_run_that_was_not_recorded_is_refused_with_those_that_were(again, first, tmp_path):
     with pytest.raises(StoreError, match=f"no run 'tiny-0'.*recorded are {first.result.run_id}"):
         again(run="tiny-0")
@@ -608,10 +651,16 @@ def test_distinct_prompts(away):
     rows = distinct.rows
     assert {row["n_sequences"] for row in rows} == {16}
     assert all(value is None or value == value for row in rows for value in row.values())
-    sampled = [row for a in distinct.run.artifacts("sample-e-batch") for row in a.table("sequences.parquet").to_pylist()]
+    sampled = [
+        row for a in distinct.run.artifacts("sample-e-batch") for row in a.table("sequences.parquet").to_pylist()
+    ]
     assert [row["draw"] for row in sampled] == [0, 1, 2, 3] * 4
     assert len({row["prompt_id"] for row in sampled}) == 4
-    u = {row["prompt_id"] for a in distinct.run.artifacts("sample-u-batch") for row in a.table("sequences.parquet").to_pylist()}
+    u = {
+        row["prompt_id"]
+        for a in distinct.run.artifacts("sample-u-batch")
+        for row in a.table("sequences.parquet").to_pylist()
+    }
     assert u != {row["prompt_id"] for row in sampled}  # another stream, at the same seed
     assert not distinct.run.was_computed.keys() & {"sample-u-batch", "compute-update"}
     variance = distinct.run.inputs("variance")

@@ -57,7 +57,7 @@ def five_point(policy: Policy, v: dict[str, Tensor], step: float = 0.01) -> tupl
     return tuple((8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * step))
 
 
-# --- values -------------------------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------------------------------
 
 
 @zoo
@@ -85,8 +85,7 @@ def test_the_head_is_used_apart_only_where_it_gives_the_logits(caplog: pytest.Lo
 
 @zoo
 def test_decoding_with_a_cache_and_padding_on_the_left_gives_the_same_logits(name: str):
-    make, tolerance = MODELS[name]
-    policy = policy_of(make())
+    policy = policy_of(MODELS[name][0]().float())
     prompts, later = [[1], [2, 0, 3, 1], [0, 0]], [[2, 0], [1, 1], [3, 2]]
     ids = torch.tensor([[0] * (4 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (4 - len(p)) + [1] * len(p) for p in prompts])
@@ -95,13 +94,13 @@ def test_decoding_with_a_cache_and_padding_on_the_left_gives_the_same_logits(nam
         for step in range(3):
             seen = [p + tokens[:step] for p, tokens in zip(prompts, later, strict=True)]
             expected = torch.stack([policy.model(input_ids=torch.tensor([s])).logits[0, -1] for s in seen])
-            torch.testing.assert_close(logits, expected, rtol=tolerance / 10, atol=tolerance / 10)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
             if step < 2:
                 mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
                 logits, cache = policy.next_logits(torch.tensor([[t[step]] for t in later]), mask, cache)
 
 
-# --- derivatives --------------------------------------------------------------------------------------------------------
+# --- derivatives -----------------------------------------------------------------------------------------------------
 
 
 @zoo
@@ -179,7 +178,7 @@ def test_a_tied_parameter_appears_once_and_counts_twice():
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-12, atol=1e-14)
 
 
-# --- moving -------------------------------------------------------------------------------------------------------------
+# --- moving ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -199,7 +198,26 @@ def test_moved_adds_in_float64_and_restores_bit_for_bit(dtype: torch.dtype):
         assert all(torch.equal(p.detach(), before[name]) for name, p in policy.named_parameters().items())
 
 
-# --- small things -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_jitter_goes_to_the_next_number_and_back(dtype: torch.dtype):
+    policy = policy_of(gpt2().to(dtype))
+    before = {name: p.detach().clone() for name, p in policy.named_parameters().items()}
+    seen = []
+    for seed in (0, 1, 0):
+        with policy.jittered(seed):
+            seen.append({name: p.detach().clone() for name, p in policy.named_parameters().items()})
+        assert all(torch.equal(p.detach(), before[name]) for name, p in policy.named_parameters().items())
+    everything = [torch.cat([t.flatten() for t in named.values()]) for named in (before, *seen)]
+    theta, first, second, again = everything
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    step = first.double() - theta.double()
+    infinity = torch.full_like(theta, torch.inf)
+    up, down = theta.nextafter(infinity), theta.nextafter(-infinity)
+    assert torch.equal(first, torch.where(step > 0, up, down))
+    assert abs(float((step > 0).double().mean()) - 0.5) < 4 * 0.5 / len(theta) ** 0.5
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

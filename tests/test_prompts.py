@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 def test_names_and_splits_that_do_not_exist_are_refused(pool_of, tmp_path):
     with pytest.raises(PromptError, match=r"unknown dataset 'arithmetics'.*use one of arithmetic, or .*\.jsonl"):
         load_pool("arithmetics", "train")
-    with pytest.raises(PromptError, match="no split 'validation'.*train, test"):
+    with pytest.raises(PromptError, match=r"no split 'validation'.*train, test"):
         load_pool("arithmetic", "validation")
     pool_of(ROWS)
     with pytest.raises(PromptError, match="no split 'test'"):

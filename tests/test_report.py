@@ -17,7 +17,7 @@ MEASURED = ("delta_h", "delta_h_se", "curvature", "curvature_se", "paired_differ
 def row(checkpoint: str, step: int, multiple: float, normalization: str, estimator: str) -> dict[str, Any]:
     """A row as the variance stage makes them, with δH₁ = −0.02 at the learning rate."""
     size = -0.02 * multiple
-    values: dict[str, Any] = {name: 0.001 * multiple for name in RESULTS.names}
+    values: dict[str, Any] = dict.fromkeys(RESULTS.names, 0.001 * multiple)
     return values | {
         "checkpoint": checkpoint,
         "step": step,
@@ -75,12 +75,11 @@ def without_measurement(rows: list[dict[str, Any]], from_eta: float) -> list[dic
 SWEEPS = {
     "usual": sweep(),
     "one checkpoint": sweep(steps=(6,)),
-    "seven checkpoints": sweep(steps=tuple(range(6, 48, 6))),
+    "four checkpoints": sweep(steps=(6, 12, 18, 24), etas=(0.0, 1.0)),
     "one step size": sweep(etas=(1.0,)),
     "one row": sweep((6,), (1.0,), ("per_token",), ("snis",)),
     "only eta 0": sweep(etas=(0.0,)),
     "both directions": sweep(etas=(-1.0, 0.0, 1.0)),
-    "only backwards": sweep(etas=(-1.0,)),
     "some rows null": without_measurement(sweep(), 3.0),
     "null at the learning rate": without_measurement(sweep(), 1.0),
     "every measurement null": without_measurement(sweep(etas=(1.0, 3.0)), 1.0),
@@ -116,10 +115,10 @@ def test_a_checkpoint_may_have_any_name():
 
 
 def test_equal_rows_give_equal_files(tmp_path):
-    rows = sweep(etas=(0.0, 1.0))
+    rows = sweep(steps=(6,), etas=(0.0, 1.0))
 
     def drawn() -> dict[str, Figure]:
-        return figures.figures(rows) | {"tokens": figures.token_figure(*tokens_of(TEXTS), rows, "checkpoint-12")}
+        return figures.figures(rows) | {"tokens": figures.token_figure(*tokens_of(TEXTS[:2]), rows, "checkpoint-6")}
 
     first, second = (written(drawn(), tmp_path / name) for name in ("first", "second"))
     assert {name.partition(".")[0] for name in first} == {"prediction", "eta_sweep", "training", "tokens"}
@@ -159,7 +158,7 @@ TEXTS = [["12", "+", "7", "=", "19", "<eos>"], ["a", "$x_1$", " costs $5", "\n",
 
 
 def tokens_of(texts: list[list[str]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Tokens and sequences as first-order-u has them; the shares of a sequence are 1, −2, 3, …, those of the next twice."""
+    """Tokens and sequences as first-order-u has them; shares are 1, −2, 3, …, in the next sequence twice that."""
     tokens = [
         {"sequence_id": i, "position": k, "text": text, "share_per_token": (i + 1) * (k + 1) * (-1.0) ** k}
         for i, sequence in enumerate(texts)

@@ -46,7 +46,8 @@ def returning(value: str) -> str:
 
 
 def test_the_known_rewards():
-    assert REWARDS == {"arithmetic": arithmetic.exact_match, "exact_match": exact_match}
+    assert sorted(REWARDS) == ["arithmetic", "exact_match"]
+    assert load_reward("arithmetic") is arithmetic.exact_match and load_reward("exact_match") is exact_match
     assert compute_rewards("exact_match", PROMPTS, ["2 ", "5"], COLUMNS) == [1.0, 0.0]
     assert compute_rewards("arithmetic", PROMPTS, ["110>2;2", "2"], COLUMNS) == [1.0, 0.0]
     assert source_file("exact_match") is None
@@ -66,9 +67,12 @@ def test_a_file_is_given_what_trl_gives(file):
 
 def test_the_source_of_a_reward_is_the_file_it_is_looked_up_in(file, package, tmp_path):
     assert source_file(file(returning("[0.0] * 2"))) == tmp_path / "mine.py"
-    wrapped = "import functools\nfrom math import fsum as helper\nreward = functools.partial(lambda x, **_: [x] * 2, 1.0)\n"
+    wrapped = (
+        "import functools\nfrom math import fsum as helper\nreward = functools.partial(lambda x, **_: [x] * 2, 1.0)\n"
+    )
     assert source_file(file(wrapped)) == tmp_path / "mine.py"
     assert source_file(file("from entropy_core.rewards import exact_match as reward\n")) == tmp_path / "mine.py"
+    assert source_file(file("raise SystemExit('loads a large model')\n")) == tmp_path / "mine.py"
     assert source_file(package) == tmp_path / "lab_rewards" / "lengths.py"
 
 

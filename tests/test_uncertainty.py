@@ -87,7 +87,7 @@ ESTIMATORS: dict[str, Callable[[Data, Normalization], Estimate]] = {
 each = pytest.mark.parametrize("name", ESTIMATORS)
 
 
-# --- values and influences --------------------------------------------------------------------------------------------
+# --- values and influences -------------------------------------------------------------------------------------------
 
 
 def test_values_by_hand():
@@ -145,7 +145,7 @@ def test_scaling_and_paired_differences():
     assert standard_error(a.minus(b).influence_N) == pytest.approx(math.sqrt(variance), rel=1e-12)
 
 
-# --- standard errors --------------------------------------------------------------------------------------------------
+# --- standard errors -------------------------------------------------------------------------------------------------
 
 
 def test_the_standard_error_of_a_mean():
@@ -214,6 +214,8 @@ def test_too_few_units_have_no_standard_error():
     assert math.isnan(clustered_sum_standard_error(torch.randn(1, 5).double()))
     single = FirstOrderColumns(*(one_N + 1 for _ in range(5)))
     assert math.isnan(jackknife_standard_error(single, "per_token"))
+    for of_e, of_u in (((0.1, 30), (math.nan, 1)), ((math.nan, 1), (0.1, 30)), ((math.nan, 1), (math.nan, 1))):
+        assert all(math.isnan(number) for number in total_standard_error(*of_e, *of_u))
     assert math.isnan(jackknife_standard_error(made_up(5).columns, "per_token", torch.zeros(5).long()))
 
 
@@ -240,7 +242,7 @@ def test_the_standard_error_of_a_sum_over_prompts():
     c_PG = torch.tensor([[1.0, 2.0], [0.0, -1.0], [4.0, 0.0]], dtype=torch.float64)  # sums 3, −1, 4: variance 7
     assert clustered_sum_standard_error(c_PG) == pytest.approx(math.sqrt(3 * 7.0), rel=1e-15)
     assert clustered_sum_standard_error(10 * c_PG) == pytest.approx(10 * math.sqrt(21.0), rel=1e-15)
-    # correlated responses to a prompt: Var(Σ) = P·Var(Σ_g) = 12·(5 + 25·0.5) at 5 responses with a shock of variance 1/2
+    # 5 responses to a prompt with a common shock of variance 1/2: Var(Σ) = 12·(5 + 25/2)
     generator = torch.Generator().manual_seed(2)
     shape = (4000, 12, 5)
     draws = torch.randn(shape, generator=generator) + math.sqrt(0.5) * torch.randn(4000, 12, 1, generator=generator)
@@ -254,7 +256,7 @@ def test_the_total_adds_variances_and_counts_freedom_as_welch_does():
     total = total_standard_error(se_a, 40, se_b, 9)
     welch = stats.ttest_ind(a.numpy(), b.numpy(), equal_var=False)
     assert total.degrees_of_freedom == pytest.approx(float(welch.df), rel=1e-12)
-    assert total.standard_error == pytest.approx(abs(float((a.mean() - b.mean())) / float(welch.statistic)), rel=1e-12)
+    assert total.standard_error == pytest.approx(abs(float(a.mean() - b.mean()) / float(welch.statistic)), rel=1e-12)
     assert total_standard_error(0.0, 40, 0.0, 9) == (0.0, 39.0)
     assert total_standard_error(0.3, 40, 0.0, 9).degrees_of_freedom == pytest.approx(39.0)
 
@@ -290,7 +292,7 @@ def test_quantile_and_kurtosis():
     assert excess_kurtosis(torch.zeros(5).double()) == 0.0
 
 
-# --- coverage -----------------------------------------------------------------------------------------------------------
+# --- coverage --------------------------------------------------------------------------------------------------------
 
 
 def share_covered(truth: float, values: Sequence[float], errors: Sequence[float], freedom: Sequence[float]) -> float:
@@ -315,7 +317,7 @@ def test_coverage_of_a_ratio():
 
 def test_coverage_over_e_on_the_enumerated_policy(world: World, v: dict[str, Tensor]):
     everything = enumerate_world(world, v)
-    N, replications = 200, 2000
+    N, replications = 200, 4000
     truths = [world.derivative(lambda e: e.H_tok, v), world.derivative(lambda e: e.H_seq, v)]
     generator = torch.Generator().manual_seed(0)
     found: list[list[Estimate]] = [[], []]
@@ -378,7 +380,7 @@ def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
     true_gradient = torch.cat([g.flatten() for g in true_gradient])
     generator = torch.Generator().manual_seed(8)
     reward_R = torch.randn(len(law_R), generator=generator, dtype=torch.float64)
-    N, P, G, replications = 300, 40, 4, 2000
+    N, P, G, replications = 300, 40, 4, 4000
 
     def draw_u() -> tuple[Tensor, Tensor]:
         """Loss coefficient and score gradient of each sequence of U."""

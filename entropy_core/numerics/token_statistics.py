@@ -94,8 +94,10 @@ def chunked_statistics(
     def rows(hidden_RD: Tensor, tokens_R: Tensor) -> TokenStatistics:
         return token_statistics(head(hidden_RD), tokens_R, temperature)
 
+    several = len(tokens_K) > chunk_rows
+
     def chunk(hidden_RD: Tensor, tokens_R: Tensor) -> TokenStatistics:
-        if torch.is_grad_enabled():  # logits are recomputed in the backward pass instead of kept
+        if several and torch.is_grad_enabled():  # logits are recomputed in the backward pass instead of kept
             return checkpoint(rows, hidden_RD, tokens_R, use_reentrant=False)
         return rows(hidden_RD, tokens_R)
 

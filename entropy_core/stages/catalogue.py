@@ -1,6 +1,5 @@
 """Every stage by name."""
 
-from entropy_core.stages.displacement import displacement
 from entropy_core.stages.first_order import first_order_e, first_order_u
 from entropy_core.stages.gradient import entropy_gradient
 from entropy_core.stages.importance import importance
@@ -25,7 +24,6 @@ COMPUTE_UPDATE = Stage("compute-update", compute_update)
 ENTROPY_GRADIENT = Stage("entropy-gradient", entropy_gradient)
 FIRST_ORDER_E = Stage("first-order-e", first_order_e)
 FIRST_ORDER_U = Stage("first-order-u", first_order_u)
-DISPLACEMENT = Stage("displacement", displacement)
 IMPORTANCE = Stage("importance", importance)
 VARIANCE = Stage("variance", variance)
 REPORT = Stage("report", report)

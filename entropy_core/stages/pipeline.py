@@ -16,7 +16,7 @@ import yaml
 from entropy_core import prompts, rewards
 from entropy_core.artifact import Artifact
 from entropy_core.checkpoint_files import file_digest
-from entropy_core.config import ProbeConfig, VarianceRequest
+from entropy_core.config import ProbeConfig, VarianceRequest, parse_config
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import catalogue as stage
@@ -24,6 +24,9 @@ from entropy_core.stages.preflight import CheckpointToProbe, splits
 from entropy_core.store import Stage, Store
 
 Inputs = dict[str, Any]
+
+NOISE_DRAWS = 4
+"""Ways to round, on the first shard: enough for the size of the noise, and less work than one step size."""
 
 
 class Runner(Protocol):
@@ -109,9 +112,11 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
     Raises:
         StoreError: there is no such run, or an artifact that it needs is gone; names it.
+        ConfigError: the run was recorded by a version with other settings.
     """
     directory = find_run(store.root, request.run)
     record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    config = parse_config(record["config"], str(directory / "run.json"))
     recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
     for entry in recorded:
         for artifact in artifacts_in(entry["inputs"]):
@@ -121,7 +126,6 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
                     cause="it was deleted, or the store was moved without it",
                     way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
                 )
-    config = ProbeConfig.model_validate(record["config"])
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
     return _conclude(recorded, config, store, run)
 
@@ -209,7 +213,10 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
     e_batch = over_shards(stage.SAMPLE_E, [e_sampling | shard for shard in shards(e_total)])
     e_scored = [{"law": law, "sequences": sequences} for sequences in e_batch]
     scores = over_shards(stage.SCORE_E, e_scored)
-    rescores = over_shards(stage.RESCORE_E, e_scored)
+    rescores = [
+        run(stage.RESCORE_E, e_scored[0] | {"draw": draw}, f"{name} · draw {draw + 1}/{NOISE_DRAWS}")
+        for draw in range(NOISE_DRAWS)
+    ]
 
     loaded = {"checkpoint": checkpoint.digest, "learning_rate": update.learning_rate}
     optimizer = run(stage.LOAD_CHECKPOINT, loaded, name)
@@ -244,13 +251,8 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
     moved = []
     for multiple in config.importance.etas:
         eta, suffix = multiple * unit, f" · η={multiple * unit:.3g}"
-        if eta == 0:  # the answer is known: no pass
-            moved.append({"eta": 0.0, "shards": [], "displacement": []})
-            continue
-        step = {"law": law, "update": v, "gradient": gradient, "eta": eta}
-        displacement = run(stage.DISPLACEMENT, step, name + suffix)
-        there = over_shards(stage.IMPORTANCE, [inputs | {"eta": eta} for inputs in along_v], suffix)
-        moved.append({"eta": eta, "shards": there, "displacement": [displacement]})
+        there = [inputs | {"eta": eta} for inputs in along_v] if eta else []  # at 0 the answer is known: no pass
+        moved.append({"eta": eta, "shards": over_shards(stage.IMPORTANCE, there, suffix)})
     return {
         "learning_rate": learning_rate,
         "scores": scores,

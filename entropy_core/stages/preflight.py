@@ -1,5 +1,6 @@
 """What can be refused before any expensive work starts is refused here."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import pyarrow as pa
 
 from entropy_core import prompts, rewards
 from entropy_core.checkpoint_files import checkpoint_digest, find_checkpoints, weights_digest
-from entropy_core.checkpoints import read_checkpoint
+from entropy_core.checkpoints import Checkpoint, read_checkpoint
 from entropy_core.config import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError, PromptError, one_line
 from entropy_core.policy import load_tokenizer
@@ -62,7 +63,8 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
                 assumptions=checkpoint.assumptions,
             )
         )
-        _check_tokenizer(directory, texts, config.batch_config.add_special_tokens)
+        longest = _longest_prompt(directory, texts, config.batch_config.add_special_tokens)
+        _check_positions(checkpoint, longest, config.generation.max_new_tokens)
     return found
 
 
@@ -115,7 +117,8 @@ def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
         )
 
 
-def _check_tokenizer(directory: Path, texts: list[str], add_special_tokens: bool) -> None:
+def _longest_prompt(directory: Path, texts: list[str], add_special_tokens: bool) -> int:
+    """The number of tokens of the longest prompt, from the checkpoint's own tokenizer."""
     try:
         tokenizer = load_tokenizer(directory)
     except Exception as error:  # tokenizers of all kinds raise errors of all kinds
@@ -125,10 +128,26 @@ def _check_tokenizer(directory: Path, texts: list[str], add_special_tokens: bool
             way_out="save the tokenizer into the checkpoint directory",
         ) from error
     try:
-        tokenizer(texts, add_special_tokens=add_special_tokens)
+        encoded = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
     except Exception as error:  # and so they do here
         raise PromptError(
             f"the tokenizer of {directory} cannot encode every prompt: {one_line(error)}",
             cause="the prompts have characters that its vocabulary does not have",
             way_out="use a dataset that fits this policy",
         ) from error
+    return max(map(len, encoded))
+
+
+def _check_positions(checkpoint: Checkpoint, longest: int, max_new_tokens: int) -> None:
+    """Refuse sequences that run over a learned table of positions, in which every forward pass would fail."""
+    tables = [
+        shape[0]
+        for name, shape in checkpoint.parameter_shapes.items()
+        if len(shape) == 2 and re.search(r"(^|\.)(wpe|embed_positions|position_embeddings)\.weight$", name)
+    ]
+    if tables and longest + max_new_tokens > min(tables):
+        raise ConfigError(
+            f"prompts of up to {longest} tokens and max_new_tokens of {max_new_tokens} do not fit into the "
+            f"{min(tables)} positions of {checkpoint.directory}",
+            way_out=f"set generation.max_new_tokens to at most {min(tables) - longest}, or use shorter prompts",
+        )

@@ -1,27 +1,30 @@
-"""rescore-e-batch: ℓ and h of one shard again, by other micro-batches: what floating-point noise alone changes."""
+"""rescore-e-batch: ℓ and h of one shard with every parameter moved to the next number: floating-point noise alone."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.stages.score import score
-from entropy_core.stages.sequences import Law
+from entropy_core.stages.sequences import Law, policy_of
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
 
 
-def rescore(out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact") -> dict[str, Any]:
-    """Score one shard under another micro-batching, for the numerical-noise floor of ΔH.
+def rescore(out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact", draw: int) -> dict[str, Any]:
+    """Score one shard with other rounding errors.
+
+    A moved policy rounds differently at every operation, and on sequences of one kind these errors do not average out.
+    What they do to ΔH shows when the parameters move by no more than their own rounding.
 
     Args:
         out: as `score`.
-        execution: its micro-batch is not used, but one that differs from it.
+        execution: as `score`.
         law: the policy.
         sequences: a shard of sample-e-batch.
+        draw: which of several independent ways to round.
 
     Returns:
         As `score`.
     """
-    other = execution.tf_batch_size // 2 + 1
-    return score(out, replace(execution, tf_batch_size=other), law=law, sequences=sequences)
+    with policy_of(law, execution).jittered(seed=draw):
+        return score(out, execution, law=law, sequences=sequences)

@@ -53,7 +53,8 @@ def compute_update(
     processor = processor_of(law, execution)
     policy = processor.policy
     rewards_N = torch.tensor(rewards.table("rewards.parquet")["reward"].to_pylist(), dtype=torch.float64)
-    advantages_PG = group_advantages(rewards_N.view(-1, responses_per_prompt), loss)
+    rewards_PG = rewards_N.view(-1, responses_per_prompt)
+    advantages_PG = group_advantages(rewards_PG, loss)
     shards = [read_sequences(shard) for shard in sequences]
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
     coefficients_N = loss_coefficients(advantages_PG.flatten(), lengths_N, loss, max_new_tokens)
@@ -103,7 +104,7 @@ def compute_update(
         "update_norm": update_norm,
         "cosine_with_gradient_part": along / gradient_norm if gradient_norm else 0.0,
         "prompts": len(advantages_PG),
-        "prompts_with_equal_rewards": int((rewards_N.view_as(advantages_PG).std(dim=1) == 0).sum()),
+        "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
         "loss": loss,
         "mean_reward": float(rewards_N.mean()),
     }

@@ -39,6 +39,19 @@ class EvaluationBatch(NamedTuple):
         """Of an estimate on this batch, with the update held fixed."""
         return uncertainty.standard_error(estimate.influence_N, self.clusters_N)
 
+    def first_tokens(self, count: int) -> "EvaluationBatch":
+        """The sequences that make up the first `count` tokens."""
+        sequences = int((self.offsets_N1 <= count).sum()) - 1
+        return EvaluationBatch(
+            logprobs_K=self.logprobs_K[:count],
+            entropies_K=self.entropies_K[:count],
+            dlogprobs_K=self.dlogprobs_K[:count],
+            dentropies_K=self.dentropies_K[:count],
+            offsets_N1=self.offsets_N1[: sequences + 1],
+            base=ReturnsToGo(*(column_K[:count] for column_K in self.base)),
+            clusters_N=None if self.clusters_N is None else self.clusters_N[:sequences],
+        )
+
     @property
     def units(self) -> int:
         """Number of independent units."""
@@ -88,11 +101,11 @@ def variance(
         execution: not used.
         learning_rate: nominal, to express η in.
         scores: the shards of score-e-batch.
-        rescores: the shards of rescore-e-batch, for the numerical noise.
+        rescores: the draws of rescore-e-batch on the first shard, for the numerical noise.
         first_order_e: the shards of first-order-e.
         first_order_u: artifact of first-order-u.
         update: artifact of compute-update; only its summary is read.
-        moved: a mapping per step size: `eta`, the `shards` of importance and the `displacement` (none for η = 0).
+        moved: a mapping per step size: `eta`, and the `shards` of importance (none for η = 0).
         estimators: of ΔH.
         normalizations: of the entropy.
         baseline: of the reward-to-go.
@@ -106,14 +119,10 @@ def variance(
         NonFiniteError: a batch is too small for a standard error.
     """
     batch, of_sequences = _read_batch(scores, first_order_e, baseline, units)
-    rescored, _ = read_columns(rescores, "logprobs", "entropies")
+    rescored = [read_columns([draw], "logprobs", "entropies")[0] for draw in rescores]
     at_theta = {"logprobs": batch.logprobs_K, "entropies": batch.entropies_K}
     at_eta = [
-        (
-            entry["eta"],
-            read_columns(entry["shards"], "logprobs", "entropies")[0] if entry["shards"] else at_theta,
-            entry["displacement"][0].summary if entry["displacement"] else dict.fromkeys(normalizations, 0.0),
-        )
+        (entry["eta"], read_columns(entry["shards"], "logprobs", "entropies")[0] if entry["shards"] else at_theta)
         for entry in moved
     ]
     contributions = first_order_u.table("sequences.parquet")
@@ -127,10 +136,10 @@ def variance(
         inner_product = attribution["inner_product"]
         same_baseline = batch.columns(first_order_u.summary["baseline"])
         backward_check = uncertainty.entropy_derivative(same_baseline, normalization).value
-        rescoring = abs(_change(batch, rescored, "per_decision", normalization)[0].value)
+        noise = _numerical_noise(batch, rescored, normalization)
         of_batch = of_sequences | _describe_batch(batch, normalization) | _describe_influence(derivative.estimate)
-        for eta, columns, rounding in at_eta:
-            noise_floor = abs(rounding[normalization]) + rescoring if eta else 0.0
+        for eta, columns in at_eta:
+            noise_floor = noise if eta else 0.0
             for estimator in estimators:
                 row = {
                     "eta": eta,
@@ -242,6 +251,15 @@ def _change(
     return there.minus(uncertainty.entropy(S_N, T_N, normalization)), weights
 
 
+def _numerical_noise(
+    batch: EvaluationBatch, rescored: Sequence[Mapping[str, Tensor]], normalization: Normalization
+) -> float:
+    """Twice the root mean square of the ΔH that rounding alone makes, on the first sequences of the batch."""
+    first = batch.first_tokens(len(rescored[0]["entropies"]))
+    changes = [_change(first, columns, "per_decision", normalization)[0].value for columns in rescored]
+    return 2.0 * (sum(change**2 for change in changes) / len(changes)) ** 0.5
+
+
 def _measure(
     batch: EvaluationBatch,
     columns: Mapping[str, Tensor],
@@ -254,6 +272,8 @@ def _measure(
 ) -> Row:
     """ΔH, its paired difference from δH₁, and what the row is worth."""
     change, weights = _change(batch, columns, estimator, normalization)
+    if eta == 0:  # nothing changes: what is left is the rounding of sums in another order
+        change = change.scaled(0.0)
     usable = importance.log_weights_are_usable(weights)
     ess = importance.effective_sample_size(weights.sequence_N) if usable else 0.0
     prediction = derivative.estimate.scaled(eta)
