@@ -129,7 +129,7 @@ def test_every_stage_ran_once_per_shard(first):
         "load-prompts": 1,
         "sample-e-batch": checkpoints * shards,
         "score-e-batch": checkpoints * shards,
-        "rescore-e-batch": checkpoints * shards,
+        "rescore-e-batch": checkpoints * pipeline.NOISE_DRAWS,
         "load-checkpoint": checkpoints,
         "sample-u-batch": checkpoints * 4,
         "reward-u-batch": checkpoints,
@@ -137,7 +137,6 @@ def test_every_stage_ran_once_per_shard(first):
         "entropy-gradient": checkpoints,
         "first-order-e": checkpoints * shards,
         "first-order-u": checkpoints,
-        "displacement": checkpoints * moves,
         "importance": checkpoints * shards * moves,
         "variance": checkpoints,
         "report": 1,
@@ -466,11 +465,9 @@ def test_more_sequences_cost_only_the_new_shards(redo, first):
     assert more.run.was_computed == {
         "sample-e-batch": new,
         "score-e-batch": new,
-        "rescore-e-batch": new,
         "entropy-gradient": new,
         "first-order-e": new,
         "first-order-u": new,
-        "displacement": new * moves,
         "importance": new * moves,
         "variance": new,
         "report": 1,
@@ -483,7 +480,6 @@ def test_more_sequences_cost_only_the_new_shards(redo, first):
 def test_a_new_step_size_costs_only_itself(redo):
     more = redo(importance={"etas": [*ETAS, -0.5]})
     assert more.run.was_computed == {
-        "displacement": len(NAMES),
         "importance": 2 * len(NAMES),
         "variance": len(NAMES),
         "report": 1,
@@ -497,9 +493,7 @@ def test_a_step_size_less_costs_only_the_statistics(redo, monkeypatch):
 
 def test_another_optimizer_setting_samples_nothing(redo):
     computed = redo(update={"max_grad_norm": 1e-3}).run.was_computed
-    assert set(computed) == {
-        *("compute-update", "first-order-e", "first-order-u", "displacement", "importance", "variance", "report")
-    }
+    assert set(computed) == {*("compute-update", "first-order-e", "first-order-u", "importance", "variance", "report")}
 
 
 def test_another_seed_of_e_leaves_u_alone(redo):
