@@ -105,6 +105,11 @@ class Policy:
         return next(self.model.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.model.parameters()).dtype
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a response, from the generation config, else from the tokenizer; sorted."""
         ids = getattr(self.model.generation_config, "eos_token_id", None)

@@ -11,6 +11,7 @@ position), so the batch size, the order, the shard and the worker do not matter.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -256,14 +257,14 @@ class SequenceProcessor:
         purpose: Purpose,
     ) -> BatchedSequences:
         prompts = [list(pool[i]) for i in prompt_ids_N.tolist()]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
-        for start in range(0, len(order), self.config.gen_batch_size):
-            chosen = order[start : start + self.config.gen_batch_size]
+        done = 0
+        for chosen in self._decoding_batches(prompts):
             decoded = self._decode([prompts[i] for i in chosen], sequence_ids_N[chosen], seed, purpose)
             for i, response in zip(chosen, decoded, strict=True):
                 responses[i] = response
-            self.progress(start + len(chosen), len(order))
+            done += len(chosen)
+            self.progress(done, len(prompts))
         eos = set(self.policy.eos_token_ids)
         return BatchedSequences(
             sequence_ids_N=sequence_ids_N,
@@ -275,6 +276,19 @@ class SequenceProcessor:
             response_offsets_N1=_offsets(responses),
             finish_reasons=tuple("eos" if response[-1] in eos else "length" for response in responses),
         )
+
+    def _decoding_batches(self, prompts: list[list[int]]) -> Iterator[list[int]]:
+        """Indices of prompts of similar length, so that there is little padding.
+
+        In float64 there is none: several architectures cast the attention mask to float32, where its most negative
+        number is −inf, and a row of padding becomes NaN.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        one_length = self.policy.dtype == torch.float64
+        for _, group in groupby(order, key=lambda i: len(prompts[i]) if one_length else 0):
+            indices = list(group)
+            for start in range(0, len(indices), self.config.gen_batch_size):
+                yield indices[start : start + self.config.gen_batch_size]
 
     @torch.no_grad()
     def _decode(self, prompts: list[list[int]], sequence_ids_B: Tensor, seed: int, purpose: Purpose) -> list[list[int]]:
@@ -289,6 +303,13 @@ class SequenceProcessor:
         columns, cache = [], None
         for position in range(self.config.max_new_tokens):
             logits_BV, cache = self.policy.next_logits(input_ids_BL, mask_BL, cache)
+            broken_B = torch.isnan(logits_BV).any(dim=-1) & alive_B
+            if broken_B.any():
+                raise NonFiniteError(
+                    f"the logits of sequence {int(sequence_ids_B[broken_B][0])} are NaN at position {position}",
+                    cause="the weights hold a NaN",
+                    way_out="check the checkpoint: the run may have diverged before it",
+                )
             uniforms_B = philox.uniforms(seed, purpose, sequence_ids_B, position)
             tokens_B = philox.inverse_cdf_tokens(logits_BV, uniforms_B, self.config.temperature)
             columns.append(tokens_B)

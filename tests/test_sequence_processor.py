@@ -1,6 +1,5 @@
 """Generating and scoring: the law that is sampled is the one that is scored, however the work is cut up."""
 
-import re
 from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace

@@ -119,7 +119,8 @@ def _normaliser(weights: PrefixWeights, offsets_N1: Tensor) -> Tensor:
 
 def effective_sample_size(weights_N: Tensor) -> float:
     """Kish's (Σw)²/Σw², between 1 and N."""
-    return float(weights_N.sum() ** 2 / (weights_N**2).sum())
+    relative_N = weights_N / weights_N.max()  # squares of large weights would overflow
+    return float(relative_N.sum() ** 2 / (relative_N**2).sum())
 
 
 def log_weights_are_usable(weights: PrefixWeights) -> bool:

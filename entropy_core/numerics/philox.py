@@ -56,7 +56,7 @@ def uniforms(seed: int, purpose: Purpose, sequence: Tensor, position: Tensor | i
         position: int64 broadcastable to it, or one integer in [0, 2³²).
 
     Returns:
-        float64, the broadcast shape; multiples of 2⁻⁵³ shifted by half a step, so neither 0 nor 1 occurs.
+        float64, the broadcast shape; multiples of 2⁻⁵² shifted by half a step, so neither 0 nor 1 occurs.
 
     Raises:
         ValueError: the seed is out of range.
@@ -66,8 +66,8 @@ def uniforms(seed: int, purpose: Purpose, sequence: Tensor, position: Tensor | i
     sequence, step = torch.broadcast_tensors(sequence, torch.as_tensor(position, device=sequence.device))
     counter = (step, sequence & _MASK32, sequence >> 32, torch.full_like(sequence, int(purpose)))
     word_0, word_1, _, _ = philox4x32(counter, (seed & _MASK32, seed >> 32))
-    mantissa = (word_0 << 21) | (word_1 >> 11)  # 53 bits
-    return (mantissa.double() + 0.5) * 2.0**-53
+    bits = (word_0 << 20) | (word_1 >> 12)  # 52 of them: half a step more must still be exact
+    return (bits.double() + 0.5) * 2.0**-52
 
 
 def draw_with_replacement(seed: int, purpose: Purpose, sequence: Tensor, pool_size: int) -> Tensor:

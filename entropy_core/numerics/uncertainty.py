@@ -207,8 +207,10 @@ def total_standard_error(se_given_u: float, n_e: int, se_over_u: float, n_u: int
         n_u: prompts of U.
 
     Returns:
-        The total and its degrees of freedom.
+        The total and its degrees of freedom; NaN for fewer than two units of either.
     """
+    if n_e < 2 or n_u < 2:
+        return Total(float("nan"), float("nan"))
     variance_e, variance_u = se_given_u**2, se_over_u**2
     total = variance_e + variance_u
     if total == 0.0:
