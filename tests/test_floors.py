@@ -77,7 +77,7 @@ def core(*names: str) -> set[str]:
 def test_every_floor_was_read():
     assert {floor(name) for name in FILES} == set(range(len(FLOORS)))
     assert {"entropy_core.policy", "entropy_core.stages.variance", "flows.entropy_probe", "tasks.stages"} <= set(FILES)
-    assert "entropy_core.numerics.ragged" in OURS["entropy_core.stages.variance"]
+    assert "entropy_core.numerics.ragged" in OURS["entropy_core.estimates"]
     assert "transformers.trainer_pt_utils" in FOREIGN["entropy_core.checkpoints"]  # imported inside a function
     assert "entropy_core.execution" in OURS["entropy_core.stages.rescore"]  # for the type checker only
 
@@ -120,7 +120,7 @@ def test_each_library_has_its_own_door():
     assert importers("trl", "datasets", "tokenizers", "huggingface_hub") == core("demo")
     assert importers("matplotlib") == core("figures", "tokens_in_text")
     assert importers("arviz_stats", "numpy") == core("pareto")
-    assert importers("scipy") == core("stages.variance")
+    assert importers("scipy") == core("estimates")
     assert importers("safetensors") == core("artifact", "checkpoint_files")
     assert importers("pyarrow.parquet") == core("artifact", "manifest") | {"flows.local"}
     assert importers("yaml") == core("config", "stages.pipeline")
