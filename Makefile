@@ -66,6 +66,7 @@ clean:
 		echo "Python 3.11 to 3.14 is needed, and $(PYTHON) is not: $$($(PYTHON) --version 2>&1). Name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "Installing into .venv (only the first time, and after a change of pyproject.toml or constraints.txt) ..."
 	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[trl,test]'
 	@touch $@
 

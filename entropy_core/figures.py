@@ -130,9 +130,9 @@ def _eta_sweep(figure: Figure, rows: Sequence[Row], unit: str) -> None:
                 label=f"ΔH {estimator}",
             )
         axes.set_title(checkpoint, fontsize=9)
+        axes.set_xlabel("η / lr", fontsize=9)
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
-    figure.supxlabel("η / lr", fontsize=9)
     figure.supylabel(f"entropy change [{unit}]", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
 
