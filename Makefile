@@ -67,7 +67,7 @@ clean:
 	@echo "Installing into .venv (only the first time, and after a change of pyproject.toml or constraints.txt) ..."
 	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[trl,test]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[trl,test]'
 	@touch $@
 
 endif

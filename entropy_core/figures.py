@@ -1,5 +1,6 @@
 """The figures of a sweep."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def token_figure(tokens: Sequence[Row], sequences: Sequence[Row], rows: Sequence
 
 def save_figure(figure: Figure, png: Path, svg: Path) -> None:
     """Write a figure in both formats, without dates, so that equal figures are equal files."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # tokens may be in any script
         figure.savefig(png, dpi=144, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
 
@@ -165,6 +167,7 @@ def _training(figure: Figure, rows: Sequence[Row], unit: str) -> None:
             capsize=2,
             linewidth=1,
         )
-        below.set(ylabel=f"δH₁ at {at_lr[0]['eta_over_lr']:g} × lr")
+        multiples = {round(row["eta_over_lr"], 9) for row in at_lr}
+        below.set(ylabel=f"δH₁ at {multiples.pop():g} × lr" if len(multiples) == 1 else "δH₁ closest to the lr")
     below.axhline(0, color="black", linewidth=0.8)
     below.set(xlabel="training step")

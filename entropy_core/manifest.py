@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+@cache
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that make the numbers; and of Prefect, if it is loaded."""
     found = {"python": platform.python_version()}

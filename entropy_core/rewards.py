@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,12 @@ def compute_rewards(
             cause="a response that the function does not expect, or a column that the pool does not have",
             way_out=f"correct the function; the pool's columns are {sorted(columns)}",
         ) from error
+    rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # arrays and tensors
     if not isinstance(rewards, Sequence) or len(rewards) != len(completions):
         got = f"{len(rewards)} values" if isinstance(rewards, Sequence) else type(rewards).__name__
         raise RewardError(f"reward {name!r} returned {got} for {len(completions)} responses", way_out="return a list")
     for i, reward in enumerate(rewards):
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= sys.float_info.max:
+        if isinstance(reward, bool) or not isinstance(reward, Real) or not abs(reward) <= sys.float_info.max:
             raise RewardError(
                 f"reward {name!r} returned {reward!r:.80} for sequence {i}, prompt {prompts[i]!r:.80}",
                 way_out="return a finite float for every response",

@@ -25,11 +25,13 @@ from pipeline_fixtures import (
 from transformers import AutoModelForCausalLM
 
 from entropy_core.artifact import Artifact
+from entropy_core.checkpoint_files import file_digest
 from entropy_core.config import VarianceRequest, load_config, parse_config
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
 from entropy_core.execution import Execution
 from entropy_core.numerics.importance import Estimator
 from entropy_core.stages import catalogue, pipeline, sequences
+from entropy_core.stages.files import user_file
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
 from entropy_core.tables import RESULTS
@@ -465,6 +467,7 @@ def test_more_sequences_cost_only_the_new_shards(redo, first):
     assert more.run.was_computed == {
         "sample-e-batch": new,
         "score-e-batch": new,
+        "rescore-e-batch": new * pipeline.NOISE_DRAWS,  # of the first 1,024 sequences, which are not all there yet
         "entropy-gradient": new,
         "first-order-e": new,
         "first-order-u": new,
@@ -689,6 +692,20 @@ def test_weights_that_change_under_the_sweep_are_noticed(away):
     with pytest.raises(CheckpointError, match="changed after the sweep had begun"):
         pipeline.sweep(config, checkpoints, store, run)
     assert not (store.root / "sample-e-batch").exists() or not list((store.root / "sample-e-batch").iterdir())
+
+
+def test_a_file_is_what_its_digest_says_or_is_not_used(tmp_path):
+    path = tmp_path / "pool.jsonl"
+    path.write_text('{"prompt": "a"}')
+    digest = file_digest(path)
+    execution = Execution(paths={digest: path})
+    assert user_file(execution, digest) == path
+    for change in (lambda: path.write_text('{"prompt": "b"}'), path.unlink):
+        change()
+        with pytest.raises(ConfigError, match=r"pool\.jsonl changed after the sweep had begun"):
+            user_file(execution, digest)
+    with pytest.raises(ConfigError, match="changed after the sweep had begun"):
+        user_file(Execution(), digest)
 
 
 def test_a_reward_that_changes_under_the_sweep_is_noticed(away):

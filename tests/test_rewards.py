@@ -145,7 +145,6 @@ def test_a_function_without_a_source_file_cannot_be_a_key():
         ("None", "returned NoneType"),
         ("1.0", "returned float"),
         ("(r for r in [1.0, 2.0])", "returned generator"),
-        ("__import__('torch').tensor([1.0, 2.0])", "returned Tensor"),
         ("'01'", "returned '0' for sequence 0"),
         ("[1.0, float('nan')]", r"returned nan for sequence 1, prompt '2\+2='"),
         ("[float('inf'), 1.0]", "returned inf for sequence 0"),
@@ -181,3 +180,9 @@ def test_the_inputs_are_copies(file):
     completions = list(COMPLETIONS)
     assert compute_rewards(name, PROMPTS, completions, {}) == [0.0, 0.0]
     assert completions == COMPLETIONS
+
+
+@pytest.mark.parametrize("value", ["__import__('torch').tensor([1.0, 0.5])", "__import__('numpy').array([1.0, 0.5])"])
+def test_arrays_and_tensors_of_numbers_are_lists_of_numbers(file, value):
+    name = file(f"def reward(prompts, completions, **_):\n    return {value}\n")
+    assert compute_rewards(name, ["a", "b"], ["c", "d"], {}) == [1.0, 0.5]

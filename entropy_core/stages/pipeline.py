@@ -25,8 +25,10 @@ from entropy_core.store import Stage, Store
 
 Inputs = dict[str, Any]
 
-NOISE_DRAWS = 4
-"""Ways to round, on the first shard: enough for the size of the noise, and less work than one step size."""
+NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
+"""Ways to round, and on how many sequences: enough for the size of the noise, and less work than one step size."""
+RECORD_FORMAT = 1
+"""Of run.json: raised when the inputs of the variance stage change."""
 
 
 class Runner(Protocol):
@@ -116,6 +118,12 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
     """
     directory = find_run(store.root, request.run)
     record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    if record.get("format") != RECORD_FORMAT:
+        raise StoreError(
+            f"run {directory.name} was recorded in format {record.get('format')}, and this is {RECORD_FORMAT}",
+            cause="another version of entropy-probe recorded it",
+            way_out=f"run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}: what is cached is reused",
+        )
     config = parse_config(record["config"], str(directory / "run.json"))
     recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
     for entry in recorded:
@@ -213,8 +221,10 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
     e_batch = over_shards(stage.SAMPLE_E, [e_sampling | shard for shard in shards(e_total)])
     e_scored = [{"law": law, "sequences": sequences} for sequences in e_batch]
     scores = over_shards(stage.SCORE_E, e_scored)
+    first = e_batch[: -(-NOISE_SEQUENCES // config.execution.shard_size)]
+    again = {"law": law, "sequences": first, "count": min(NOISE_SEQUENCES, e_total)}
     rescores = [
-        run(stage.RESCORE_E, e_scored[0] | {"draw": draw}, f"{name} · draw {draw + 1}/{NOISE_DRAWS}")
+        run(stage.RESCORE_E, again | {"draw": draw}, f"{name} · draw {draw + 1}/{NOISE_DRAWS}")
         for draw in range(NOISE_DRAWS)
     ]
 
@@ -288,6 +298,7 @@ def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Ru
     document = config.model_dump(mode="json")
     (directory / "config.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     record = {
+        "format": RECORD_FORMAT,
         "run_id": run_id,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": document,

@@ -1,30 +1,47 @@
-"""rescore-e-batch: ℓ and h of one shard with every parameter moved to the next number: floating-point noise alone."""
+"""rescore-e-batch: ℓ and h again with every parameter moved to the next number: floating-point noise alone."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.stages.score import score
-from entropy_core.stages.sequences import Law, policy_of
+import torch
+
+from entropy_core.numerics import ragged
+from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
 
 
-def rescore(out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact", draw: int) -> dict[str, Any]:
-    """Score one shard with other rounding errors.
+def rescore(
+    out: "Writer", execution: "Execution", *, law: Law, sequences: "Sequence[Artifact]", count: int, draw: int
+) -> dict[str, Any]:
+    """Score the first sequences of E with other rounding errors.
 
     A moved policy rounds differently at every operation, and on sequences of one kind these errors do not average out.
     What they do to ΔH shows when the parameters move by no more than their own rounding.
 
     Args:
-        out: as `score`.
-        execution: as `score`.
+        out: `tokens.safetensors` (logprobs, entropies, offsets).
+        execution: device and micro-batch.
         law: the policy.
-        sequences: a shard of sample-e-batch.
+        sequences: the shards of sample-e-batch that hold them.
+        count: how many sequences; fixed, so that the noise does not depend on the size of a shard.
         draw: which of several independent ways to round.
 
     Returns:
-        As `score`.
+        Number of sequences.
     """
-    with policy_of(law, execution).jittered(seed=draw):
-        return score(out, execution, law=law, sequences=sequences)
+    processor = processor_of(law, execution)
+    with processor.policy.jittered(seed=draw):
+        results = [processor.score(read_sequences(shard))[0] for shard in sequences]
+    offsets_N1 = ragged.concatenate([result.offsets_N1 for result in results])[: count + 1]
+    columns = {
+        "logprobs": torch.cat([result.logprobs_K for result in results]),
+        "entropies": torch.cat([result.entropies_K for result in results]),
+    }
+    tokens = int(offsets_N1[-1])
+    out.tensors(
+        {name: column[:tokens] for name, column in columns.items()} | {"offsets": offsets_N1}, "tokens.safetensors"
+    )
+    return {"sequences": len(offsets_N1) - 1}

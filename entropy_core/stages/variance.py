@@ -45,7 +45,7 @@ def variance(
         execution: not used.
         learning_rate: nominal, to express η in.
         scores: the shards of score-e-batch.
-        rescores: the draws of rescore-e-batch on the first shard, for the numerical noise.
+        rescores: the draws of rescore-e-batch on the first sequences, for the numerical noise.
         first_order_e: the shards of first-order-e.
         first_order_u: artifact of first-order-u.
         update: artifact of compute-update; only its summary is read.
