@@ -59,16 +59,14 @@ def rows(first: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def served(again: str) -> Iterator[str]:
     """The UI and the deployments, as `make ui` keeps them up; the URL of the API."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.local", "up", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout
-        url = next(found[1] for line in process.stdout if (found := re.search(r"PREFECT_API_URL=(\S+)", line)))
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
+    command = [sys.executable, "-m", "flows.local", "up", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            yield next(found[1] for line in process.stdout if (found := re.search(r"PREFECT_API_URL=(\S+)", line)))
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
 
 
 def test_the_sweep_prints_a_table_for_every_checkpoint_and_step_size(first, rows):
