@@ -39,7 +39,7 @@ help:
 	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"
 
 sweep: .venv/.installed
-	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
+	@case "$(CONFIG)" in configs/demo.yaml) $(BIN)/python -m entropy_core.demo --out artifacts/demo-run ;; esac
 	@$(BIN)/python -m flows.local sweep --config "$(CONFIG)"
 
 ui: .venv/.installed

@@ -80,7 +80,7 @@ class SamplingConfig(Section):
 
 
 class UpdateConfig(Section):
-    """The optimizer step whose effect is predicted. What a checkpoint does not record has the trainer's default."""
+    """The optimizer step whose effect is predicted: what a checkpoint does not record. Say what your trainer does."""
 
     loss: Loss = Field("grpo", description="Objective: its advantage and its length normalisation.")
     max_grad_norm: float = Field(1.0, ge=0, description="Global-norm gradient clipping; 0 switches it off.")
@@ -118,7 +118,7 @@ class ImportanceConfig(Section):
 class VarianceConfig(Section):
     """How the cached per-token columns are turned into estimates and intervals; needs no model."""
 
-    confidence_level: float = Field(0.95, gt=0, lt=1, description="Of every interval.")
+    confidence_level: float = Field(0.95, gt=0, le=0.999999, description="Of every interval.")
     baseline: Baseline = Field("time_loo", description="Baseline of the reward-to-go, from the other sequences.")
     cluster: Literal["auto", "prompt"] = Field(
         "auto",
@@ -202,7 +202,7 @@ def parse_config(values: Any, source: str = "the configuration") -> ProbeConfig:
     except ValidationError as error:
         raise ConfigError(
             f"{source} has {error.error_count()} wrong value(s): {_summary(error)}",
-            way_out="correct the named keys; README.md lists all of them",
+            way_out="correct the named keys; docs/configuration.md lists all of them",
         ) from None
 
 

@@ -14,6 +14,8 @@ from entropy_core.numerics.verdicts import verdict
 
 Row = dict[str, Any]
 
+POWER_QUANTILE = uncertainty.normal_quantile(0.6)  # a change of (z + 0.84) SE is detected with probability 80 %
+
 
 class EvaluationBatch(NamedTuple):
     """What is known of E at θ: per-token columns [K], baselines, and the units that count as independent."""
@@ -227,7 +229,7 @@ def measure(
     measured |= {"paired_difference": difference.value, "paired_difference_se": batch.standard_error(difference)}
     return {
         **(measured if usable else dict.fromkeys(measured)),  # overflowed weights measure nothing: null
-        "minimum_detectable": quantile * measured["delta_h_se"] + noise_floor if usable else None,
+        "minimum_detectable": (quantile + POWER_QUANTILE) * measured["delta_h_se"] + noise_floor if usable else None,
         "ess": ess,
         "ess_fraction": ess / N,
         "pareto_k": k,

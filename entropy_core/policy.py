@@ -25,7 +25,7 @@ from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatis
 
 log = logging.getLogger("entropy_probe.policy")
 
-HEAD_TOLERANCE = 1e-4  # of the largest |logit|; far above rounding, far below a forgotten softcap or scale
+HEAD_TOLERANCE = 5e-6  # of the largest |logit|; above rounding, below a softcap even where logits are small
 
 
 class TeacherForcedRows(NamedTuple):

@@ -5,6 +5,7 @@ are in `POOLS`; anything that ends in `.jsonl` is a file with one JSON object pe
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def load_pool(dataset_name: str, split: str, prompt_column: str = "prompt") -> p
             )
     prompts = [row[prompt_column] for row in rows]
     if len(set(prompts)) < len(prompts):
-        twice = next(p for p in prompts if prompts.count(p) > 1)
+        twice = next(prompt for prompt, count in Counter(prompts).items() if count > 1)
         raise PromptError(
             f"{len(prompts) - len(set(prompts))} prompts of {dataset_name!r} occur twice, for example {twice!r}",
             way_out="remove the copies: the pool is a uniform law over distinct prompts",

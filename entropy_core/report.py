@@ -77,6 +77,13 @@ def markdown(name: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
         "",
         *_checks(shown, checkpoints),
     ]
+    uninformative = max(row["equal_reward_fraction"] for row in shown)
+    if uninformative >= 0.9:
+        lines += [
+            "",
+            f"**Up to {uninformative:.0%} of the prompts of U have equal rewards** and say nothing about the spread "
+            "over U: *SE over U* and the interval are too small. Take a larger U, or prompts of another difficulty.",
+        ]
     if notes:
         lines += ["", "## Taken to be so", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"

@@ -1,11 +1,11 @@
 """Reward functions, with TRL's signature: `f(prompts, completions, **columns) -> list[float]`."""
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from entropy_core import arithmetic
@@ -16,7 +16,7 @@ RewardFunction = Callable[..., Sequence[float]]
 
 def exact_match(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
     """1 where the whole response, stripped, equals the column `answer`; else 0."""
-    return [float(c.strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
+    return [float(c.strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
 
 REWARDS: dict[str, RewardFunction] = {"arithmetic": arithmetic.exact_match, "exact_match": exact_match}
@@ -36,7 +36,7 @@ def load_reward(name: str) -> RewardFunction:
         raise ConfigError(f"unknown reward {name!r}", cause="a misspelt name", way_out=known)
     try:
         function = getattr(_import(module_name), attribute)
-    except Exception as error:  # user code may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # user code may raise anything while it is imported
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"reward {name!r} cannot be imported ({reason})", way_out=known) from error
     if not callable(function):
@@ -85,7 +85,7 @@ def compute_rewards(
     function = load_reward(name)
     try:
         rewards = function(prompts=list(prompts), completions=list(completions), **columns)
-    except Exception as error:  # user code may raise anything; nothing of it may turn into a reward
+    except (Exception, SystemExit) as error:  # user code may raise anything; nothing of it may turn into a reward
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise RewardError(
             f"reward {name!r} raised {reason} on {len(completions)} response(s), beginning with {completions[0]!r:.80}",
@@ -106,12 +106,19 @@ def compute_rewards(
 
 
 def _import(module_name: str) -> Any:
-    if not module_name.endswith(".py"):
-        return importlib.import_module(module_name)
-    spec = importlib.util.spec_from_file_location(f"user_reward_{Path(module_name).stem}", module_name)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{module_name} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    """The module as its file is now: results are keyed by that, so neither an older import nor bytecode will do."""
+    if module_name.endswith(".py"):
+        return _executed(f"user_reward_{Path(module_name).stem}", "", Path(module_name))
+    module = importlib.import_module(module_name)
+    file = getattr(module, "__file__", None) or ""
+    if not file.endswith(".py") or module_name.partition(".")[0] == __name__.partition(".")[0]:
+        return module
+    return _executed(module_name, module.__package__ or "", Path(file))
+
+
+def _executed(name: str, package: str, file: Path) -> ModuleType:
+    module = ModuleType(name)
+    module.__file__, module.__package__ = str(file), package
+    sys.modules[name] = module  # dataclasses look their module up
+    exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
     return module

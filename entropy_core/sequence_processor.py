@@ -303,10 +303,10 @@ class SequenceProcessor:
         columns, cache = [], None
         for position in range(self.config.max_new_tokens):
             logits_BV, cache = self.policy.next_logits(input_ids_BL, mask_BL, cache)
-            broken_B = torch.isnan(logits_BV).any(dim=-1) & alive_B
+            broken_B = ~torch.isfinite(logits_BV.amax(dim=-1)) & alive_B  # −inf alone is a token that cannot be
             if broken_B.any():
                 raise NonFiniteError(
-                    f"the logits of sequence {int(sequence_ids_B[broken_B][0])} are NaN at position {position}",
+                    f"the logits of sequence {int(sequence_ids_B[broken_B][0])} are not finite at position {position}",
                     cause="the weights hold a NaN",
                     way_out="check the checkpoint: the run may have diverged before it",
                 )

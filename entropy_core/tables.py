@@ -45,9 +45,7 @@ ESTIMATES = pa.schema(
         _field("ess_fraction", _REAL, "1", "ess / n_sequences"),
         _field("pareto_k", _REAL, "1", "Pareto k of the whole-sequence weights: how heavy their tail is"),
         _field("pareto_k_threshold", _REAL, "1", "largest k at which a mean of that many weights can be trusted"),
-        _field(
-            "minimum_detectable", _REAL, _H, "smallest |delta_h| that this E tells from zero at the confidence level"
-        ),
+        _field("minimum_detectable", _REAL, _H, "|delta_h| that this E tells from zero with probability 80 %"),
         _field(
             "noise_floor",
             _REAL,

@@ -180,7 +180,7 @@ def test_weights_with_a_nan_name_the_sequence(home):
     weights = load_file(path)
     weights["model.norm.weight"][3] = math.nan
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(NonFiniteError, match=r"the logits of sequence \d+ are NaN at position \d+") as raised:
+    with pytest.raises(NonFiniteError, match=r"the logits of sequence \d+ are not finite at position \d+") as raised:
         probe(config_of(home))
     one_line(raised.value)
 

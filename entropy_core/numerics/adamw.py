@@ -126,7 +126,9 @@ def pull_back(
     pulled = {name: jacobian[name].double() * covector[name].double() for name in jacobian}
     norm = global_norm(gradient)
     factor = clip_factor(norm, max_norm)
-    if factor == 1.0 or norm == 0.0:
+    if norm == 0.0:
+        return {name: factor * w for name, w in pulled.items()}
+    if factor == 1.0:
         return pulled
     along = factor / ((norm + CLIP_EPSILON) * norm) * dot(gradient, pulled)
     return {name: factor * pulled[name] - along * gradient[name].double() for name in pulled}

@@ -22,7 +22,6 @@ class Purpose(IntEnum):
     E_TOKEN = 2
     U_PROMPT = 3
     U_TOKEN = 4
-    RESAMPLING = 5
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -144,10 +145,9 @@ def find_run(root: Path, run_id: str) -> Path:
     Raises:
         StoreError: there is none.
     """
-    records = sorted((root / "runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns)
-    known = [path.parent.name for path in records]
-    if run_id == "latest" and records:
-        return records[-1].parent
+    known = [name for _, name in sorted(_recorded(root))]
+    if run_id == "latest" and known:
+        return root / "runs" / known[-1]
     if run_id in known:
         return root / "runs" / run_id
     listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
@@ -155,6 +155,13 @@ def find_run(root: Path, run_id: str) -> Path:
         f"there is no run {run_id!r} in {root / 'runs'}; {listed}",
         way_out="give one of these ids, or run entropy-probe/checkpoint-sweep first",
     )
+
+
+def _recorded(root: Path) -> Iterator[tuple[str, str]]:
+    """When each run finished, and its id."""
+    for path in (root / "runs").glob("*/run.json"):
+        with suppress(ValueError, LookupError, TypeError):  # a record that cannot be read is none
+            yield json.loads(path.read_text(encoding="utf-8"))["finished"], path.parent.name
 
 
 def artifacts_in(value: Any) -> Iterator[Artifact]:
@@ -300,7 +307,7 @@ def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Ru
     record = {
         "format": RECORD_FORMAT,
         "run_id": run_id,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(),
         "config": document,
         "report": report.to_dict(),
         "checkpoints": [entry | {"inputs": _freeze(entry["inputs"])} for entry in recorded],
@@ -317,7 +324,8 @@ def assumptions(config: ProbeConfig) -> list[str]:
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
     return [
         f"The step is that of the `{update.loss}` loss on {config.batch_config.B_U} prompts × {config.batch_config.G} "
-        f"responses with the reward `{Path(update.reward).name}`, its gradient {clipping}.",
+        f"responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; on-policy, without a "
+        "KL term, cut responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
         f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
     ]

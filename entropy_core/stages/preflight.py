@@ -12,6 +12,8 @@ from entropy_core.checkpoint_files import checkpoint_digest, find_checkpoints, w
 from entropy_core.checkpoints import Checkpoint, read_checkpoint
 from entropy_core.config import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError, PromptError, one_line
+from entropy_core.numerics import philox
+from entropy_core.numerics.philox import Purpose
 from entropy_core.policy import load_tokenizer
 
 
@@ -103,9 +105,10 @@ def _check_batches(config: ProbeConfig) -> list[str]:
             cause="B_E_values of 1 in distinct mode, or variance.cluster: prompt with a pool of one prompt",
             way_out="take more prompts, or E_sampling_mode: replacement with variance.cluster: auto",
         )
-    # One call on an empty response: a reward that cannot be called at all is found before the sampling, not after.
-    columns = {name: u_pool[name].slice(0, 1).to_pylist() for name in u_pool.column_names if name != "prompt"}
-    rewards.compute_rewards(config.update.reward, [u_pool["prompt"][0].as_py()], [""], columns)
+    # One call on empty responses: a reward that cannot be called on U is found before the sampling, not after.
+    drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
+    columns = {name: drawn[name].to_pylist() for name in drawn.column_names if name != "prompt"}
+    rewards.compute_rewards(config.update.reward, drawn["prompt"].to_pylist(), [""] * batch.B_U, columns)
     return list(dict.fromkeys(e_pool["prompt"].to_pylist() + u_pool["prompt"].to_pylist()))
 
 

@@ -48,7 +48,7 @@ def compute_update(
         max_grad_norm: of the clipping; 0 for none.
 
     Returns:
-        Norms, clip factor, cosine of v with its gradient part, and how many prompts had equal rewards.
+        Norms, clip factor, and how many prompts had equal rewards.
     """
     processor = processor_of(law, execution)
     policy = processor.policy
@@ -94,15 +94,11 @@ def compute_update(
     table = table.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
     table = table.append_column("coefficient", pa.array(coefficients_N.tolist()))
     out.table(table.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
-    update_norm = adamw.global_norm(direction)
-    along = adamw.dot(direction, by_file["gradient_part"]) / update_norm if update_norm else 0.0
-    gradient_norm = adamw.global_norm(by_file["gradient_part"])
     return {
         "gradient_norm": norm,
         "clip_factor": clip,
         "max_grad_norm": max_grad_norm,
-        "update_norm": update_norm,
-        "cosine_with_gradient_part": along / gradient_norm if gradient_norm else 0.0,
+        "update_norm": adamw.global_norm(direction),
         "prompts": len(advantages_PG),
         "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
         "loss": loss,
