@@ -259,7 +259,7 @@ def write_function(home: Path, body: str) -> None:
     ("body", "kind", "message"),
     [
         ("raise ValueError('no such answer')", RewardError, "raised ValueError: no such answer"),
-        ("return [0.0] * 3", RewardError, "returned 3 values for 1 responses"),
+        ("return [0.0] * 3", RewardError, "returned 3 values for 2 responses"),
         ("return [float('nan')] * len(completions)", RewardError, "returned nan for sequence 0"),
         ("return None", RewardError, "returned NoneType"),
         ("return columns['gold']", RewardError, r"KeyError: 'gold'.*columns are \['answer', 'solution'\]"),
@@ -280,7 +280,7 @@ def test_a_reward_that_does_not_exist(home, name):
     ("body", "message"),
     [
         ("return [{}[c] if c else 0.0 for c in completions]", "raised KeyError: "),
-        ("return [0.0] * len(set(completions))", "returned 1 values for 4 responses|returned . values for 4"),
+        ("return [0.0] * (1 if any(completions) else len(completions))", "returned 1 values for 4 responses"),
         ("return [float('nan') if c else 0.0 for c in completions]", "returned nan for sequence"),
     ],
 )

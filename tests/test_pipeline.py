@@ -168,7 +168,10 @@ def test_a_small_step_does_what_was_predicted(first, exact):
     for rows in by_eta(first.rows) + by_eta(exact.rows):
         small, twice = rows[0.01], rows[0.02]
         assert abs(small["paired_difference"]) <= 0.01 * abs(small["delta_h1"])
-        assert twice["paired_difference"] / small["paired_difference"] == pytest.approx(4, rel=0.1)
+        if abs(small["paired_difference"]) > 20 * small["noise_floor"]:
+            assert twice["paired_difference"] / small["paired_difference"] == pytest.approx(4, rel=0.1)
+    above = [rows[0.01] for rows in by_eta(exact.rows)]  # float64, where nothing is lost in the noise
+    assert all(abs(row["paired_difference"]) > 20 * row["noise_floor"] for row in above)
 
 
 def test_forward_and_backward_agree(first, exact):
