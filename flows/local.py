@@ -46,6 +46,7 @@ def sweep(config_path: Path, port: int) -> int:
     with service(port) as (api_url, started_here):
         print(f"Prefect {'started' if started_here else 'is up already'}: {api_url.removesuffix('/api')}", flush=True)
         status, run_id = _trigger(config, api_url)
+        _wait_for_records(run_id, api_url)
         state = request(f"{api_url}/flow_runs/{run_id}")["state"] if run_id else {}
         message = state.get("message") or "No run was made."
         if status == 0:
@@ -99,6 +100,17 @@ def _trigger(config: dict[str, Any], api_url: str) -> tuple[int, str]:
                 with suppress(ServiceError):
                     request(f"{api_url}/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
             raise
+
+
+def _wait_for_records(run_id: str, api_url: str) -> None:
+    """Let the server note the last states of the tasks, which it does a little after the run has ended."""
+    unsettled = {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING"]}}}
+    deadline = time.monotonic() + 20
+    while run_id and time.monotonic() < deadline:
+        tasks = {"flow_runs": {"id": {"any_": [run_id]}}, "task_runs": unsettled}
+        if request(f"{api_url}/task_runs/count", tasks) == 0:
+            return
+        time.sleep(0.5)
 
 
 def _for_reader(line: str) -> str:
