@@ -12,6 +12,7 @@ import json
 import re
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
