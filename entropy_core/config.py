@@ -34,6 +34,11 @@ class PolicyConfig(Section):
     attn_implementation: Literal["eager"] = Field(
         "eager", description="Attention kernel: one that has a forward-mode derivative."
     )
+    derivative: Literal["forward_mode", "central_difference"] = Field(
+        "forward_mode",
+        description="Derivatives of E's tokens along the step. central_difference: two forward passes in place of "
+        "about three, its width calibrated and its error measured against forward mode.",
+    )
 
 
 class BatchConfig(Section):
@@ -45,6 +50,9 @@ class BatchConfig(Section):
     )
     E_total_sequences: int = Field(4096, ge=2, le=10_000_000, description="Sequences in E (replacement mode).")
     E_batch_seed: Seed = Field(42, description="Seed of E; the same seed gives the same draws at every checkpoint.")
+    E_replicates: int = Field(
+        1, ge=1, le=100, description="Independent E batches, of seeds E_batch_seed, +1, …; those after the first for δH₁."
+    )
     B_E_values: list[Annotated[int, Field(ge=1)]] = Field(
         [512], min_length=1, max_length=1, description="Distinct prompts in E (distinct mode only)."
     )
@@ -85,9 +93,20 @@ class UpdateConfig(Section):
     loss: Loss = Field("grpo", description="Objective: its advantage and its length normalisation.")
     max_grad_norm: float = Field(1.0, ge=0, description="Global-norm gradient clipping; 0 switches it off.")
     learning_rate: float = Field(0.0, ge=0, description="Nominal learning rate; 0: the one saved in the checkpoint.")
+    kl_beta: float = Field(0.0, ge=0, description="β of a KL term to a reference policy in the loss; 0: none.")
+    reference: str = Field("", description="Directory of the reference policy; needed when kl_beta is not 0.")
     reward: str = Field(
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
     )
+
+    @model_validator(mode="after")
+    def _has_reference(self) -> Self:
+        if self.kl_beta and not self.reference:
+            raise ValueError(
+                f"kl_beta is {self.kl_beta:g}, but there is no reference policy. Set reference: the directory that "
+                "training started from"
+            )
+        return self
 
 
 class ImportanceConfig(Section):
@@ -120,6 +139,9 @@ class VarianceConfig(Section):
 
     confidence_level: float = Field(0.95, gt=0, le=0.999999, description="Of every interval.")
     baseline: Baseline = Field("time_loo", description="Baseline of the reward-to-go, from the other sequences.")
+    bootstrap_resamples: int = Field(
+        2000, ge=200, le=100_000, description="Resamples for the bootstrap intervals of δH₁ with the update held fixed."
+    )
     cluster: Literal["auto", "prompt"] = Field(
         "auto",
         description="Independent units of E. auto: sequences when prompts are drawn with replacement (target: the "

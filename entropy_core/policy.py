@@ -129,6 +129,25 @@ class Policy:
         with torch.no_grad():
             return self._statistics(rows, temperature)
 
+    def expected_discriminators(self, rows: TeacherForcedRows, temperature: float) -> Tensor:
+        """Σ_a π_a²(h + log π_a) of the step of every response token: see `token_statistics.expected_discriminator`.
+
+        Args:
+            rows: the micro-batch.
+            temperature: τ.
+
+        Returns:
+            [K], of the policy's dtype, on its device.
+        """
+        with torch.no_grad():
+            output = self._trunk(rows)
+            head = self._head or torch.nn.Identity()
+            parts = [
+                token_statistics.expected_discriminator(head(chunk), temperature)
+                for chunk in output.split(self.head_chunk_rows)
+            ]
+        return torch.cat(parts)
+
     def derivatives(
         self, rows: TeacherForcedRows, direction: Mapping[str, Tensor], temperature: float
     ) -> TokenDerivatives:

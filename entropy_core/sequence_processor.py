@@ -57,6 +57,21 @@ class BatchedSequences:
         """Response lengths T, int64, the EOS token counted."""
         return ragged.lengths(self.response_offsets_N1)
 
+    def select(self, chosen_B: Tensor) -> "BatchedSequences":
+        """Some of the sequences, in the given order."""
+        prompts, responses = ([f(i) for i in chosen_B.tolist()] for f in (self.prompt, self.response))
+        nothing = self.prompt_tokens[:0]
+        return BatchedSequences(
+            sequence_ids_N=self.sequence_ids_N[chosen_B],
+            prompt_ids_N=self.prompt_ids_N[chosen_B],
+            draws_N=self.draws_N[chosen_B],
+            prompt_tokens=torch.cat([nothing, *prompts]),
+            prompt_offsets_N1=ragged.offsets_from_lengths(ragged.lengths(self.prompt_offsets_N1)[chosen_B]),
+            response_tokens_K=torch.cat([nothing, *responses]),
+            response_offsets_N1=ragged.offsets_from_lengths(self.lengths_N[chosen_B]),
+            finish_reasons=tuple(self.finish_reasons[i] for i in chosen_B.tolist()),
+        )
+
     def prompt(self, i: int) -> Tensor:
         """Token ids of prompt i."""
         return self.prompt_tokens[self.prompt_offsets_N1[i] : self.prompt_offsets_N1[i + 1]]

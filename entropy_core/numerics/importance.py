@@ -8,6 +8,7 @@ Prefix weights ρ_k = Π_{j<k} π_θ'(a_j|s_j)/π_θ(a_j|s_j), ρ_1 = 1; w = ρ_
                    finished one keeping its w; L(θ') the same with 1 in place of h'
     snis           H_tok(θ') = Σ_i w_i S'_i / Σ_i w_i T_i
                    H_seq(θ') = Σ_i w_i S'_i / Σ_i w_i
+    path_integral  see `path_integral`
 
 `per_decision` (Precup, Sutton, Singh 2000, with a control variate) is unbiased for every η, and its derivative at
 η = 0 is, sequence by sequence, the estimator of `first_order`. `weighted_per_decision` normalises the weights at each
@@ -23,7 +24,7 @@ from torch import Tensor
 from entropy_core.numerics import ragged
 from entropy_core.numerics.first_order import ReturnsToGo
 
-Estimator = Literal["per_decision", "weighted_per_decision", "snis"]
+Estimator = Literal["per_decision", "weighted_per_decision", "snis", "path_integral"]
 
 
 class PrefixWeights(NamedTuple):

@@ -27,6 +27,10 @@ class Estimate(NamedTuple):
         """The estimate of `factor` times the quantity."""
         return Estimate(self.value * factor, self.influence_N * factor)
 
+    def plus(self, other: "Estimate") -> "Estimate":
+        """The estimate of the sum, on the same batch."""
+        return Estimate(self.value + other.value, self.influence_N + other.influence_N)
+
     def minus(self, other: "Estimate") -> "Estimate":
         """The estimate of the difference, on the same batch."""
         return Estimate(self.value - other.value, self.influence_N - other.influence_N)
@@ -187,6 +191,27 @@ def clustered_sum_standard_error(contributions_PG: Tensor) -> float:
     return float((P * per_prompt_P.var()).sqrt()) if P > 1 else float("nan")
 
 
+def interaction_variance(whole_P: Tensor, halves_2P: Tensor) -> float:
+    """The part of the variance over U that comes from not knowing ∇H exactly: the interaction of E and U.
+
+    Contributions of the prompts of U are linear in ∇H. Those along the ∇H of two independent halves of E have
+    independent errors, so that their covariance over prompts is the variance over U for a known ∇H; what the plug-in
+    variance P·Var_p(c_p) has more is the interaction.
+
+    Args:
+        whole_P: contribution of each prompt along the ∇H of all of E, float64 [P].
+        halves_2P: along the ∇H of each half, float64 [2, P].
+
+    Returns:
+        P·Var_p(whole) − P·Cov_p(half, other half), not below 0 nor above P·Var_p(whole); NaN for fewer than two prompts.
+    """
+    P = len(whole_P)
+    if P < 2:
+        return float("nan")
+    plug_in = float(P * whole_P.var())
+    return plug_in - min(max(float(P * halves_2P.cov()[0, 1]), 0.0), plug_in)
+
+
 class Total(NamedTuple):
     """Standard error over both batches, and the degrees of freedom of its t interval."""
 
@@ -194,24 +219,25 @@ class Total(NamedTuple):
     degrees_of_freedom: float
 
 
-def total_standard_error(se_given_u: float, n_e: int, se_over_u: float, n_u: int) -> Total:
-    """√(SE²_E + SE²_U), with Welch-Satterthwaite degrees of freedom.
+def total_standard_error(se_given_u: float, n_e: int, se_over_u: float, n_u: int, interaction: float = 0.0) -> Total:
+    """√(SE²_E + SE²_U − interaction), with Welch-Satterthwaite degrees of freedom.
 
-    E and U are independent, so their contributions add. Each plug-in part also holds the E×U interaction once, so
-    the sum counts it twice: the total errs on the wide side by one interaction term, of order 1/(N_E·B_U).
+    E and U are independent, so their contributions add. Each plug-in part also holds the E×U interaction once, so it is
+    taken off once.
 
     Args:
         se_given_u: standard error over E with U fixed.
         n_e: independent units of E.
         se_over_u: standard error over U with E fixed.
         n_u: prompts of U.
+        interaction: of `interaction_variance`; 0 leaves it counted twice, on the wide side.
 
     Returns:
         The total and its degrees of freedom; NaN for fewer than two units of either.
     """
     if n_e < 2 or n_u < 2:
         return Total(float("nan"), float("nan"))
-    variance_e, variance_u = se_given_u**2, se_over_u**2
+    variance_e, variance_u = se_given_u**2, se_over_u**2 - interaction
     total = variance_e + variance_u
     if total == 0.0:
         return Total(0.0, float(n_e - 1))

@@ -16,7 +16,7 @@ import yaml
 
 from entropy_core import prompts, rewards
 from entropy_core.artifact import Artifact
-from entropy_core.checkpoint_files import file_digest
+from entropy_core.checkpoint_files import file_digest, weights_digest
 from entropy_core.config import ProbeConfig, VarianceRequest, parse_config
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
@@ -28,7 +28,9 @@ Inputs = dict[str, Any]
 
 NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
 """Ways to round, and on how many sequences: enough for the size of the noise, and less work than one step size."""
-RECORD_FORMAT = 1
+CALIBRATION_SEQUENCES = 64
+"""On which a central difference is compared with forward mode."""
+RECORD_FORMAT = 2
 """Of run.json: raised when the inputs of the variance stage change."""
 
 
@@ -64,6 +66,9 @@ def execution_for(
 ) -> Execution:
     """The execution settings of a sweep."""
     paths = {c.digest: c.directory for c in checkpoints} | {c.weights: c.directory for c in checkpoints}
+    if config.update.kl_beta:
+        reference = Path(config.update.reference).resolve()
+        paths.setdefault(weights_digest(reference), reference)
     for file in (prompts.source_file(config.batch_config.dataset_name), rewards.source_file(config.update.reward)):
         if file is not None:
             paths[file_digest(file)] = file
@@ -201,12 +206,12 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
     e_pool, u_pool = (pools[split] for split in splits(config))
     sampling = {"law": law, "add_special_tokens": batch.add_special_tokens, "max_new_tokens": generation.max_new_tokens}
     replacement = batch.E_sampling_mode == "replacement"
+    together = 1 if replacement else batch.G  # responses that are not independent of each other
     e_sampling = sampling | {
         "prompts": e_pool,
         "batch": "E",
         "mode": batch.E_sampling_mode,
-        "responses_per_prompt": 1 if replacement else batch.G,
-        "seed": batch.E_batch_seed,
+        "responses_per_prompt": together,
     }
     u_sampling = sampling | {
         "prompts": u_pool,
@@ -216,20 +221,25 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
         "seed": batch.U_batch_seed,
     }
     e_total = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
+    size = config.execution.shard_size
 
     def over_shards(what: Stage, inputs: Sequence[Inputs], suffix: str = "") -> list[Artifact]:
         labels = (f"{name}{suffix} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1))
         return [run(what, shard, label) for shard, label in zip(inputs, labels, strict=True)]
 
     def shards(total: int) -> list[Inputs]:
-        size = config.execution.shard_size
         return [{"first": first, "count": min(size, total - first)} for first in range(0, total, size)]
 
-    e_batch = over_shards(stage.SAMPLE_E, [e_sampling | shard for shard in shards(e_total)])
-    e_scored = [{"law": law, "sequences": sequences} for sequences in e_batch]
-    scores = over_shards(stage.SCORE_E, e_scored)
-    first = e_batch[: -(-NOISE_SEQUENCES // config.execution.shard_size)]
-    again = {"law": law, "sequences": first, "count": min(NOISE_SEQUENCES, e_total)}
+    def scored(what: Stage, under: Inputs, batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
+        return over_shards(what, [{"law": under, "sequences": sequences} for sequences in batches], suffix)
+
+    def sampled_e(replicate: int, suffix: str) -> tuple[list[Artifact], list[Artifact]]:
+        seeded = e_sampling | {"seed": batch.E_batch_seed + replicate}
+        e_batch = over_shards(stage.SAMPLE_E, [seeded | shard for shard in shards(e_total)], suffix)
+        return e_batch, scored(stage.SCORE_E, law, e_batch, suffix)
+
+    e_batch, scores = sampled_e(0, "")
+    again = {"law": law, "sequences": e_batch[: -(-NOISE_SEQUENCES // size)], "count": min(NOISE_SEQUENCES, e_total)}
     rescores = [
         run(stage.RESCORE_E, again | {"draw": draw}, f"{name} · draw {draw + 1}/{NOISE_DRAWS}")
         for draw in range(NOISE_DRAWS)
@@ -246,11 +256,16 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
         "source": file_digest(reward_file) if reward_file else "",
     }
     rewards_u = run(stage.REWARD_U, rewarded, name)
+    scores_u = scored(stage.SCORE_U, law, u_batch)
+    reference = law | {"weights": weights_digest(Path(update.reference))} if update.kl_beta else law
     step = {
         "law": law,
         "checkpoint": optimizer,
         "sequences": u_batch,
         "rewards": rewards_u,
+        "scores": scores_u,
+        "reference": scored(stage.SCORE_REFERENCE, reference, u_batch) if update.kl_beta else [],
+        "kl_beta": update.kl_beta,
         "responses_per_prompt": batch.G,
         "loss": update.loss,
         "max_new_tokens": generation.max_new_tokens,
@@ -258,18 +273,45 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
     }
     v = run(stage.COMPUTE_UPDATE, step, name)
 
-    gradient = run(stage.ENTROPY_GRADIENT, {"law": law, "sequences": e_batch, "scores": scores}, name)
-    along_v = [{"law": law, "sequences": sequences, "update": v} for sequences in e_batch]
-    first_order_e = over_shards(stage.FIRST_ORDER_E, along_v)
+    half_width, calibration = 0.0, None
+    if config.policy.derivative == "central_difference":
+        first = {"sequences": e_batch[: -(-CALIBRATION_SEQUENCES // size)], "count": CALIBRATION_SEQUENCES}
+        calibration = run(stage.CALIBRATE, {"law": law, "update": v} | first, name)
+        half_width = calibration.summary["half_width"]
+
+    def along_v(batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
+        what = {"law": law, "update": v, "half_width": half_width}
+        return over_shards(stage.FIRST_ORDER_E, [what | {"sequences": sequences} for sequences in batches], suffix)
+
+    first_order_e = along_v(e_batch)
+    e_and_scores = {"law": law, "sequences": e_batch, "scores": scores, "responses_per_prompt": together}
+    gradient = run(stage.ENTROPY_GRADIENT, e_and_scores, name)
     over_u = {"law": law, "sequences": u_batch, "update": v, "gradient": gradient}
     first_order_u = run(stage.FIRST_ORDER_U, over_u, name)
     learning_rate = optimizer.summary["learning_rate"]
     unit = learning_rate if config.importance.eta_unit == "learning_rate" else 1.0
+    by_difference = set(config.importance.estimators) - {"path_integral"}
     moved = []
     for multiple in config.importance.etas:
         eta, suffix = multiple * unit, f" · η={multiple * unit:.3g}"
-        there = [inputs | {"eta": eta} for inputs in along_v] if eta else []  # at 0 the answer is known: no pass
-        moved.append({"eta": eta, "shards": over_shards(stage.IMPORTANCE, there, suffix)})
+        there = [{"law": law, "update": v, "sequences": shard, "eta": eta} for shard in e_batch]
+        passes = {  # at 0 the answer is known: no pass
+            "shards": there if eta and by_difference else [],
+            "path": there if eta and "path_integral" in config.importance.estimators else [],
+        }
+        moved.append(
+            {
+                "eta": eta,
+                "shards": over_shards(stage.IMPORTANCE, passes["shards"], suffix),
+                "path": over_shards(stage.PATH_INTEGRAL, passes["path"], suffix),
+            }
+        )
+    replicates = []
+    for replicate in range(1, batch.E_replicates):
+        suffix = f" · replicate {replicate + 1}/{batch.E_replicates}"
+        e_again, scores_again = sampled_e(replicate, suffix)
+        seed = batch.E_batch_seed + replicate
+        replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
     return {
         "learning_rate": learning_rate,
         "scores": scores,
@@ -277,7 +319,12 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
         "first_order_e": first_order_e,
         "first_order_u": first_order_u,
         "update": v,
+        "scores_u": scores_u,
+        "discriminators_u": run(stage.DISCRIMINATE_U, {"law": law, "sequences": u_batch}, name),
+        "calibration": calibration,
         "moved": moved,
+        "seed": batch.E_batch_seed,
+        "replicates": replicates,
         "estimators": config.importance.estimators,
     }
 
@@ -322,10 +369,11 @@ def assumptions(config: ProbeConfig) -> list[str]:
     """What a checkpoint does not record and the configuration says in its place."""
     update = config.update
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
+    kl = f"with {update.kl_beta:g} · KL to `{update.reference}`" if update.kl_beta else "without a KL term"
     return [
         f"The step is that of the `{update.loss}` loss on {config.batch_config.B_U} prompts × {config.batch_config.G} "
-        f"responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; on-policy, without a "
-        "KL term, cut responses included.",
+        f"responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; on-policy, {kl}, cut "
+        "responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
         f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
     ]
