@@ -51,7 +51,10 @@ class BatchConfig(Section):
     E_total_sequences: int = Field(4096, ge=2, le=10_000_000, description="Sequences in E (replacement mode).")
     E_batch_seed: Seed = Field(42, description="Seed of E; the same seed gives the same draws at every checkpoint.")
     E_replicates: int = Field(
-        1, ge=1, le=100, description="Independent E batches, of seeds E_batch_seed, +1, …; those after the first for δH₁."
+        1,
+        ge=1,
+        le=100,
+        description="Independent E batches, of seeds E_batch_seed, +1, …; those after the first for δH₁.",
     )
     B_E_values: list[Annotated[int, Field(ge=1)]] = Field(
         [512], min_length=1, max_length=1, description="Distinct prompts in E (distinct mode only)."

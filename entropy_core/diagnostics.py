@@ -1,7 +1,6 @@
 """What tells how far the estimates of a checkpoint can be trusted: noise, tails, linearity, replicates, predictors."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from scipy.stats import chi2
@@ -12,9 +11,7 @@ from entropy_core.numerics import importance, linearity, predictors, ragged, unc
 from entropy_core.numerics.uncertainty import Estimate, Normalization
 
 
-def numerical_noise(
-    batch: EvaluationBatch, rescored: Sequence[Moved], normalization: Normalization
-) -> float:
+def numerical_noise(batch: EvaluationBatch, rescored: Sequence[Moved], normalization: Normalization) -> float:
     """Twice the root mean square of the ΔH that rounding alone makes, on the first sequences of the batch.
 
     Args:
@@ -106,7 +103,12 @@ def linearity_rows(
             )
         }
         fits.append(
-            {"estimator": estimator, "etas": fit.points, "derivative": matching.value, "derivative_se": batch.standard_error(matching)}
+            {
+                "estimator": estimator,
+                "etas": fit.points,
+                "derivative": matching.value,
+                "derivative_se": batch.standard_error(matching),
+            }
             | {name: getattr(fit, name).value for name in errors}
             | {f"{name}_se": error for name, error in errors.items()}
         )

@@ -284,7 +284,9 @@ def measure(
         "minimum_detectable": (quantile + POWER_QUANTILE) * measured["delta_h_se"] + noise_floor if usable else None,
         "ess": ess,
         "ess_fraction": ess / N,
-        "ess_prefix": float(importance.prefix_effective_sample_sizes(weights, batch.offsets_N1).min()) if usable else 0.0,
+        "ess_prefix": float(importance.prefix_effective_sample_sizes(weights, batch.offsets_N1).min())
+        if usable
+        else 0.0,
         "pareto_k": k,
         "pareto_k_threshold": k_threshold,
         "verdict": word,

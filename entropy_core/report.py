@@ -80,7 +80,9 @@ def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]]
         *_checks(shown, checkpoints),
     ]
     for title, section in SECTIONS.items():
-        of_section = section({t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()})
+        of_section = section(
+            {t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()}
+        )
         if of_section:
             lines += ["", f"## {title}", "", *of_section]
     uninformative = max(row["equal_reward_fraction"] for row in shown)
@@ -167,7 +169,7 @@ def _checks(rows: Sequence[Row], checkpoints: Sequence[str]) -> list[str]:
             f"{noise:.1e}",
             f"{row['excess_kurtosis']:.1f}",
             f"{row['largest_influence']:.2%}",
-            f"{min(r['ess_prefix'] for r in group):.0f}",
+            f"{min((r['ess_prefix'] for r in group if r['verdict'] != 'weights-unreliable'), default=0.0):.0f}",
             f"{row['truncated_fraction']:.1%}",
             f"{row['clip_factor']:.3f}",
             f"{row['equal_reward_fraction']:.0%}",

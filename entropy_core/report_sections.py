@@ -18,34 +18,35 @@ def markdown_rows(head: Sequence[str], body: Sequence[Sequence[str]], text_colum
 
 def linearity(tables: Tables) -> list[str]:
     """How ΔH depends on the step size."""
-    head = ("checkpoint", "estimator", "∂_vH", "ΔH/η as η → 0", "difference", "SE", "coefficient of η", "SE")
-    body = [
-        (row["checkpoint"], row["estimator"])
-        + tuple(
-            f"{row[name]:+.4g}" if not name.endswith("_se") else f"{row[name]:.2g}"
-            for name in ("derivative", "intercept", "difference", "difference_se", "curvature", "curvature_se")
-        )
-        for row in tables["linearity"]
-    ]
-    if not body:
+    if not tables["linearity"]:
         return []
+    head = ("checkpoint", "estimator", "∂_vH", "ΔH/η as η → 0", "difference", "coefficient of η")
+    columns = ("derivative", "intercept", "difference", "curvature")
+    body = [(row["checkpoint"], row["estimator"], *_with_errors(row, columns)) for row in tables["linearity"]]
     lines = [
         *markdown_rows(head, body, 2),
         "",
-        "Weighted fit of ΔH/η against η, per learning-rate unit, with the covariance of the E batch that all step sizes "
-        "share: its intercept is to be the derivative of the same estimator.",
+        "Weighted fit of ΔH/η against η, per learning-rate unit, with the covariance of the E batch that all step "
+        "sizes share: its intercept is to be the derivative of the same estimator.",
     ]
-    pairs = [
-        (row["checkpoint"], row["estimator"], f"{row['eta_over_lr']:g}")
-        + tuple(
-            f"{row[name]:+.4g} ± {row[f'{name}_se']:.2g}" for name in ("odd", "odd_remainder", "even")
-        )
-        for row in tables["eta_pairs"]
-    ]
-    if pairs:
+    if tables["eta_pairs"]:
         head = ("checkpoint", "estimator", "η / lr", "odd part", "odd part − η∂_vH", "even part")
-        lines += ["", *markdown_rows(head, pairs, 2), "", "Pairs ±η: even orders cancel in the odd part, odd ones in the even."]
+        columns = ("odd", "odd_remainder", "even")
+        body = [
+            (row["checkpoint"], row["estimator"], f"{row['eta_over_lr']:g}", *_with_errors(row, columns))
+            for row in tables["eta_pairs"]
+        ]
+        lines += [
+            "",
+            *markdown_rows(head, body, 2),
+            "",
+            "Pairs ±η: even orders cancel in the odd part, odd ones in the even.",
+        ]
     return lines
+
+
+def _with_errors(row: Row, columns: Sequence[str]) -> list[str]:
+    return [f"{row[column]:+.4g} ± {row[f'{column}_se']:.2g}" for column in columns]
 
 
 def replicates(tables: Tables) -> list[str]:
@@ -74,7 +75,7 @@ def replicates(tables: Tables) -> list[str]:
 
 def predictors(tables: Tables) -> list[str]:
     """δH₁ and the predictors of the literature against ΔH, over the checkpoints."""
-    rows = at_learning_rate([row | {"learning_rate": row["eta"] / row["eta_over_lr"]} for row in tables["predictors"]])
+    rows = at_learning_rate([{**row, "learning_rate": row["eta"] / row["eta_over_lr"]} for row in tables["predictors"]])
     rows = [row for row in rows if row["delta_h"] is not None]
     names = list(dict.fromkeys(row["predictor"] for row in rows))
     body = []

@@ -20,7 +20,9 @@ ESTIMATES = pa.schema(
         _field("eta", _REAL, "learning-rate unit", "absolute step size: the policy moves to theta + eta * v"),
         _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
         _field("normalization", _TEXT, "", "per_token: E[S]/E[T]; per_sequence: E[S]"),
-        _field("estimator", _TEXT, "", "estimator of delta_h: per_decision, weighted_per_decision, snis or path_integral"),
+        _field(
+            "estimator", _TEXT, "", "estimator of delta_h: per_decision, weighted_per_decision, snis or path_integral"
+        ),
         _field("H", _REAL, _H, "entropy of the policy on E"),
         _field("H_se", _REAL, _H, "its standard error"),
         _field("mean_length", _REAL, "tokens", "mean response length on E, the EOS token counted"),
@@ -30,7 +32,9 @@ ESTIMATES = pa.schema(
         _field("se_given_u_jackknife", _REAL, _H, "the same by jackknife, one sequence (or prompt) left out at a time"),
         _field("se_over_u", _REAL, _H, "standard error of delta_h1 over the prompts of U, with E held fixed"),
         _field("se_interaction", _REAL, _H, "what both of them hold of the interaction of E and U"),
-        _field("se_total", _REAL, _H, "over E and U together: the squares added, that of the interaction taken off once"),
+        _field(
+            "se_total", _REAL, _H, "over E and U together: the squares added, that of the interaction taken off once"
+        ),
         _field("ci_low", _REAL, _H, "lower end of the interval of delta_h1 over E and U (t quantile)"),
         _field("ci_high", _REAL, _H, "upper end"),
         _field("ci_given_u_low", _REAL, _H, "lower end of the interval of delta_h1 with the update held fixed"),

@@ -81,18 +81,18 @@ def first_order_u(
         shares_K.append(along({name: preconditioner[name].double() * g for name, g in whole.items()}))
         inner_products.append(torch.tensor([adamw.dot(whole, part) for part in parts], dtype=torch.float64))
     H_tok, mean_length = entropy_and_length(halves)
-    of_all_N = by_normalization(*(of_all(halves, of_halves_N) for of_halves_N in influences_N), H_tok, mean_length)
+    of_all_N = by_normalization([of_all(halves, of_halves_N) for of_halves_N in influences_N], H_tok, mean_length)
     columns = {f"influence_{normalization}": influence_N for normalization, influence_N in of_all_N.items()}
     for half, of_half in enumerate(halves):
-        along_half_N = (of_halves_N[half] for of_halves_N in influences_N)
-        of_half_N = by_normalization(*along_half_N, of_half["H_tok"], of_half["mean_length"])
+        along_half_N = [of_halves_N[half] for of_halves_N in influences_N]
+        of_half_N = by_normalization(along_half_N, of_half["H_tok"], of_half["mean_length"])
         columns |= {f"influence_{normalization}_half_{half}": x_N for normalization, x_N in of_half_N.items()}
 
     of_sequences = update.table("sequences.parquet")
     of_tokens = _tokens(shards, offsets_N1, of_sequences, processor.policy)
     summary: dict[str, Any] = {"inner_product": {}, "momentum": {}, "decay": {}, "closure": {}}
-    products = by_normalization(*inner_products, H_tok, mean_length)
-    for normalization, share_K in by_normalization(*shares_K, H_tok, mean_length).items():
+    products = by_normalization(inner_products, H_tok, mean_length)
+    for normalization, share_K in by_normalization(shares_K, H_tok, mean_length).items():
         columns[f"share_{normalization}"] = ragged.sequence_sum(share_K, offsets_N1)
         of_tokens = of_tokens.append_column(f"share_{normalization}", pa.array(share_K.tolist()))
         inner_product, momentum, decay = products[normalization].tolist()

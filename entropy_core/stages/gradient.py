@@ -112,16 +112,16 @@ def entropy_and_length(halves: Sequence[Mapping[str, Any]]) -> tuple[float, floa
     return entropy / sum(tokens), sum(tokens) / sum(half["sequences"] for half in halves)
 
 
-def by_normalization(entropy: Tensor, length: Tensor, H_tok: float, mean_length: float) -> dict[Normalization, Tensor]:
-    """What is linear in ∇H, given its value along ∇H_seq and along ∇L: ∇H_tok = (∇H_seq − H_tok·∇L)/L.
+def by_normalization(along: Sequence[Tensor], H_tok: float, mean_length: float) -> dict[Normalization, Tensor]:
+    """What is linear in ∇H, from its values along ∇H_seq and along ∇L: ∇H_tok = (∇H_seq − H_tok·∇L)/L.
 
     Args:
-        entropy: along ∇H_seq, any shape.
-        length: along ∇L, the same shape.
+        along: the two values, in the order of `KINDS`, of any one shape.
         H_tok: nats per token.
         mean_length: L, tokens.
 
     Returns:
         One tensor per normalisation.
     """
+    entropy, length = along
     return {"per_token": (entropy - H_tok * length) / mean_length, "per_sequence": entropy}

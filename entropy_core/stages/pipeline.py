@@ -5,12 +5,13 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 
 import json
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -21,24 +22,12 @@ from entropy_core.config import ProbeConfig, VarianceRequest, parse_config
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import catalogue as stage
+from entropy_core.stages.measure import Inputs, Measurement, Runner, load_pool
 from entropy_core.stages.preflight import CheckpointToProbe, splits
 from entropy_core.store import Stage, Store
 
-Inputs = dict[str, Any]
-
-NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
-"""Ways to round, and on how many sequences: enough for the size of the noise, and less work than one step size."""
-CALIBRATION_SEQUENCES = 64
-"""On which a central difference is compared with forward mode."""
 RECORD_FORMAT = 2
 """Of run.json: raised when the inputs of the variance stage change."""
-
-
-class Runner(Protocol):
-    """Runs a stage, or finds its result."""
-
-    def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        """The artifact of this stage for these inputs; `label` is for people."""
 
 
 def direct_runner(store: Store, execution: Execution) -> Runner:
@@ -94,17 +83,36 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
-    pools = {split: _load_prompts(config, split, run) for split in dict.fromkeys(splits(config))}
-    recorded = [
-        {
-            "checkpoint": checkpoint.name,
-            "step": checkpoint.step,
-            "inputs": _measure(config, checkpoint, pools, run),
-            "notes": list(checkpoint.assumptions),
-        }
-        for checkpoint in checkpoints
-    ]
-    return _conclude(recorded, config, store, run)
+    recorded = _measured(config, checkpoints, run)
+    return _record(recorded, _reported(recorded, config, run), config, store)
+
+
+def stage_runs(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]) -> Counter[str]:
+    """How often a sweep runs each stage, found by going through it without computing anything.
+
+    Args:
+        config: what to do.
+        checkpoints: of `preflight`.
+
+    Returns:
+        Stage name → number of runs, those that are cached included.
+    """
+    runs: Counter[str] = Counter()
+
+    def count(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        runs[stage.name] += 1
+        return _Promised(stage.name, "", "", Path())
+
+    _reported(_measured(config, checkpoints, count), config, count)
+    return runs
+
+
+class _Promised(Artifact):
+    """What stands for an artifact in a sweep that is only gone through."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return defaultdict(lambda: 1.0)
 
 
 def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult:
@@ -141,7 +149,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
                     way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
                 )
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
-    return _conclude(recorded, config, store, run)
+    return _record(recorded, _reported(recorded, config, run), config, store)
 
 
 def find_run(root: Path, run_id: str) -> Path:
@@ -181,158 +189,23 @@ def artifacts_in(value: Any) -> Iterator[Artifact]:
             yield from artifacts_in(item)
 
 
-def _load_prompts(config: ProbeConfig, split: str, run: Runner) -> Artifact:
-    batch = config.batch_config
-    file = prompts.source_file(batch.dataset_name)
-    inputs = {
-        "dataset_name": "" if file else batch.dataset_name,  # a file counts by its content, wherever it lies
-        "split": split,
-        "prompt_column": batch.prompt_column,
-        "source": file_digest(file) if file else "",
-    }
-    return run(stage.LOAD_PROMPTS, inputs, f"{batch.dataset_name} {split}")
-
-
-def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[str, Artifact], run: Runner) -> Inputs:
-    """All that needs the policy, for one checkpoint; returns the inputs of the variance stage."""
-    batch, generation, update = config.batch_config, config.generation, config.update
-    law = {
-        "weights": checkpoint.weights,
-        "dtype": config.policy.dtype,
-        "attn_implementation": config.policy.attn_implementation,
-        "temperature": generation.temperature,
-    }
-    name = checkpoint.name
-    e_pool, u_pool = (pools[split] for split in splits(config))
-    sampling = {"law": law, "add_special_tokens": batch.add_special_tokens, "max_new_tokens": generation.max_new_tokens}
-    replacement = batch.E_sampling_mode == "replacement"
-    together = 1 if replacement else batch.G  # responses that are not independent of each other
-    e_sampling = sampling | {
-        "prompts": e_pool,
-        "batch": "E",
-        "mode": batch.E_sampling_mode,
-        "responses_per_prompt": together,
-    }
-    u_sampling = sampling | {
-        "prompts": u_pool,
-        "batch": "U",
-        "mode": "distinct",
-        "responses_per_prompt": batch.G,
-        "seed": batch.U_batch_seed,
-    }
-    e_total = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
-    size = config.execution.shard_size
-
-    def over_shards(what: Stage, inputs: Sequence[Inputs], suffix: str = "") -> list[Artifact]:
-        labels = (f"{name}{suffix} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1))
-        return [run(what, shard, label) for shard, label in zip(inputs, labels, strict=True)]
-
-    def shards(total: int) -> list[Inputs]:
-        return [{"first": first, "count": min(size, total - first)} for first in range(0, total, size)]
-
-    def scored(what: Stage, under: Inputs, batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
-        return over_shards(what, [{"law": under, "sequences": sequences} for sequences in batches], suffix)
-
-    def sampled_e(replicate: int, suffix: str) -> tuple[list[Artifact], list[Artifact]]:
-        seeded = e_sampling | {"seed": batch.E_batch_seed + replicate}
-        e_batch = over_shards(stage.SAMPLE_E, [seeded | shard for shard in shards(e_total)], suffix)
-        return e_batch, scored(stage.SCORE_E, law, e_batch, suffix)
-
-    e_batch, scores = sampled_e(0, "")
-    again = {"law": law, "sequences": e_batch[: -(-NOISE_SEQUENCES // size)], "count": min(NOISE_SEQUENCES, e_total)}
-    rescores = [
-        run(stage.RESCORE_E, again | {"draw": draw}, f"{name} · draw {draw + 1}/{NOISE_DRAWS}")
-        for draw in range(NOISE_DRAWS)
+def _measured(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> list[Inputs]:
+    """All that needs a policy: per checkpoint, what the variance stage is given."""
+    pools = {split: load_pool(config, split, run) for split in dict.fromkeys(splits(config))}
+    return [
+        {
+            "checkpoint": checkpoint.name,
+            "step": checkpoint.step,
+            "inputs": Measurement(config, checkpoint, pools, run).variance_inputs(),
+            "notes": list(checkpoint.assumptions),
+        }
+        for checkpoint in checkpoints
     ]
 
-    loaded = {"checkpoint": checkpoint.digest, "learning_rate": update.learning_rate}
-    optimizer = run(stage.LOAD_CHECKPOINT, loaded, name)
-    u_batch = over_shards(stage.SAMPLE_U, [u_sampling | shard for shard in shards(batch.B_U * batch.G)])
-    reward_file = rewards.source_file(update.reward)
-    rewarded = {
-        "sequences": u_batch,
-        "prompts": u_pool,
-        "reward_name": update.reward.rpartition(".py:")[2],
-        "source": file_digest(reward_file) if reward_file else "",
-    }
-    rewards_u = run(stage.REWARD_U, rewarded, name)
-    scores_u = scored(stage.SCORE_U, law, u_batch)
-    reference = law | {"weights": weights_digest(Path(update.reference))} if update.kl_beta else law
-    step = {
-        "law": law,
-        "checkpoint": optimizer,
-        "sequences": u_batch,
-        "rewards": rewards_u,
-        "scores": scores_u,
-        "reference": scored(stage.SCORE_REFERENCE, reference, u_batch) if update.kl_beta else [],
-        "kl_beta": update.kl_beta,
-        "responses_per_prompt": batch.G,
-        "loss": update.loss,
-        "max_new_tokens": generation.max_new_tokens,
-        "max_grad_norm": update.max_grad_norm,
-    }
-    v = run(stage.COMPUTE_UPDATE, step, name)
 
-    half_width, calibration = 0.0, None
-    if config.policy.derivative == "central_difference":
-        first = {"sequences": e_batch[: -(-CALIBRATION_SEQUENCES // size)], "count": CALIBRATION_SEQUENCES}
-        calibration = run(stage.CALIBRATE, {"law": law, "update": v} | first, name)
-        half_width = calibration.summary["half_width"]
-
-    def along_v(batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
-        what = {"law": law, "update": v, "half_width": half_width}
-        return over_shards(stage.FIRST_ORDER_E, [what | {"sequences": sequences} for sequences in batches], suffix)
-
-    first_order_e = along_v(e_batch)
-    e_and_scores = {"law": law, "sequences": e_batch, "scores": scores, "responses_per_prompt": together}
-    gradient = run(stage.ENTROPY_GRADIENT, e_and_scores, name)
-    over_u = {"law": law, "sequences": u_batch, "update": v, "gradient": gradient}
-    first_order_u = run(stage.FIRST_ORDER_U, over_u, name)
-    learning_rate = optimizer.summary["learning_rate"]
-    unit = learning_rate if config.importance.eta_unit == "learning_rate" else 1.0
-    by_difference = set(config.importance.estimators) - {"path_integral"}
-    moved = []
-    for multiple in config.importance.etas:
-        eta, suffix = multiple * unit, f" · η={multiple * unit:.3g}"
-        there = [{"law": law, "update": v, "sequences": shard, "eta": eta} for shard in e_batch]
-        passes = {  # at 0 the answer is known: no pass
-            "shards": there if eta and by_difference else [],
-            "path": there if eta and "path_integral" in config.importance.estimators else [],
-        }
-        moved.append(
-            {
-                "eta": eta,
-                "shards": over_shards(stage.IMPORTANCE, passes["shards"], suffix),
-                "path": over_shards(stage.PATH_INTEGRAL, passes["path"], suffix),
-            }
-        )
-    replicates = []
-    for replicate in range(1, batch.E_replicates):
-        suffix = f" · replicate {replicate + 1}/{batch.E_replicates}"
-        e_again, scores_again = sampled_e(replicate, suffix)
-        seed = batch.E_batch_seed + replicate
-        replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
-    return {
-        "learning_rate": learning_rate,
-        "scores": scores,
-        "rescores": rescores,
-        "first_order_e": first_order_e,
-        "first_order_u": first_order_u,
-        "update": v,
-        "scores_u": scores_u,
-        "discriminators_u": run(stage.DISCRIMINATE_U, {"law": law, "sequences": u_batch}, name),
-        "calibration": calibration,
-        "moved": moved,
-        "seed": batch.E_batch_seed,
-        "replicates": replicates,
-        "estimators": config.importance.estimators,
-    }
-
-
-def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Runner) -> SweepResult:
-    """Statistics of every checkpoint, the report, and the run's folder."""
-    name, chosen = config.name, config.variance.model_dump(mode="json", exclude={"cluster"})
-    chosen["units"] = config.units_of_e
+def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artifact:
+    """Statistics of every checkpoint, and the report."""
+    chosen = config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
     estimated = [
         {
             "checkpoint": entry["checkpoint"],
@@ -343,8 +216,12 @@ def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Ru
         for entry in recorded
     ]
     notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
-    report = run(stage.REPORT, {"name": name, "checkpoints": estimated, "notes": notes}, name)
-    run_id = f"{name}-{report.digest[:12]}"  # the same results are the same run
+    return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, "notes": notes}, config.name)
+
+
+def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
+    """The folder of the run."""
+    run_id = f"{config.name}-{report.digest[:12]}"  # the same results are the same run
     directory = store.root / "runs" / run_id
     directory.mkdir(parents=True, exist_ok=True)
     for file in report.manifest["files"]:

@@ -130,7 +130,7 @@ def variance(
                 row |= estimates.predict(derivative, eta, confidence_level)
                 row |= estimates.measure(batch, change, weights, derivative, eta, estimator, noise_floor, quantile)
                 rows.append(of_normalization | row)
-                if row["delta_h"] is not None:
+                if row["verdict"] != "weights-unreliable":
                     usable[eta] = (change, noise_floor)
                 if eta and estimator == estimators[0]:
                     add(normalization, predictors=diagnostics.predictor_rows(row, by_literature))
