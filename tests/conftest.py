@@ -28,6 +28,8 @@ from entropy_core.numerics import ragged
 from entropy_core.policy import Policy
 from entropy_core.sequence_processor import BatchedSequences
 
+pytest_plugins = ["proofs"]  # writes docs/validation.md when `make validate` runs
+
 COMMON = {"bos_token_id": None, "pad_token_id": None, "attn_implementation": "eager", "initializer_range": 0.6}
 SMALL = {
     "hidden_size": 8,
