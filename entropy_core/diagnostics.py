@@ -147,8 +147,13 @@ def replicate_rows(
     if len(batches) < 2:
         return []
     found = {seed: uncertainty.entropy_derivative(batch.columns, normalization) for seed, batch in batches.items()}
-    values_R = torch.tensor([estimate.value for estimate in found.values()]).double() * learning_rate
-    errors_R = torch.tensor([batches[s].standard_error(e) for s, e in found.items()]).double() * learning_rate
+    values_R, errors_R = (
+        learning_rate
+        * torch.tensor(
+            [(estimate.value, batches[seed].standard_error(estimate)) for seed, estimate in found.items()],
+            dtype=torch.float64,
+        ).T
+    )
     R, mean = len(found), float(values_R.mean())
     spread = float((((values_R - mean) / errors_R) ** 2).sum()) if bool((errors_R > 0).all()) else 0.0
     shared = {

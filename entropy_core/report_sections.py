@@ -31,9 +31,13 @@ def linearity(tables: Tables) -> list[str]:
     ]
     if tables["eta_pairs"]:
         head = ("checkpoint", "estimator", "η / lr", "odd part", "odd part − η∂_vH", "even part")
-        columns = ("odd", "odd_remainder", "even")
         body = [
-            (row["checkpoint"], row["estimator"], f"{row['eta_over_lr']:g}", *_with_errors(row, columns))
+            (
+                row["checkpoint"],
+                row["estimator"],
+                f"{row['eta_over_lr']:g}",
+                *_with_errors(row, ("odd", "odd_remainder", "even")),
+            )
             for row in tables["eta_pairs"]
         ]
         lines += [

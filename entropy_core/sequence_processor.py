@@ -257,7 +257,7 @@ class SequenceProcessor:
         prompt_lengths_N = ragged.lengths(sequences.prompt_offsets_N1)
         order_N = torch.argsort(prompt_lengths_N + sequences.lengths_N, descending=True, stable=True)
         done = 0
-        for chosen_B in order_N.split(self.config.tf_batch_size):
+        for chosen_B in order_N.split(self.config.tf_batch_size) if len(order_N) else ():
             yield _teacher_forced_rows(sequences, chosen_B.tolist(), self.policy)
             done += len(chosen_B)
             self.progress(done, len(sequences))

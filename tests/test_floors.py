@@ -120,7 +120,7 @@ def test_each_library_has_its_own_door():
     assert importers("trl", "datasets", "tokenizers", "huggingface_hub") == core("demo")
     assert importers("matplotlib") == core("figures", "tokens_in_text")
     assert importers("arviz_stats", "numpy") == core("pareto")
-    assert importers("scipy") == core("estimates")
+    assert importers("scipy") == core("estimates", "diagnostics")
     assert importers("safetensors") == core("artifact", "checkpoint_files")
     assert importers("pyarrow.parquet") == core("artifact", "manifest") | {"flows.local"}
     assert importers("yaml") == core("config", "stages.pipeline")
@@ -152,7 +152,7 @@ def test_what_handles_no_sequence_does_not_reach_the_policy():
     """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
     stages = [name for name in FILES if name.startswith("entropy_core.stages.")]
     without = {name.rpartition(".")[2] for name in stages if "entropy_core.policy" not in module_digests(name)}
-    assert without == {"load", "reward", "files", "columns", "variance", "report"}
+    assert without == {"load", "reward", "files", "columns", "halves", "variance", "report"}
 
 
 def test_what_a_process_loads():

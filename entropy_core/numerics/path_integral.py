@@ -13,7 +13,6 @@ difference of two float32 forward passes is only rounding.
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
 from entropy_core.numerics import ragged
@@ -22,10 +21,9 @@ from entropy_core.numerics.importance import PrefixWeights, per_decision_columns
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Estimate, Normalization, entropy_derivative
 
-_x, _w = np.polynomial.legendre.leggauss(3)
-NODES: tuple[float, ...] = tuple((0.5 + 0.5 * _x).tolist())
-"""s_j in (0, 1): three of them integrate ∂_vH exactly while it is a polynomial of degree five in η."""
-WEIGHTS: tuple[float, ...] = tuple((0.5 * _w).tolist())
+NODES = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5)
+"""s_j: three of them integrate ∂_vH exactly while it is a polynomial of degree five in η."""
+WEIGHTS = (5 / 18, 8 / 18, 5 / 18)
 
 
 def derivative_columns(

@@ -1,15 +1,18 @@
 """Every stage by name."""
 
-from entropy_core.stages.first_order_e import calibrate, first_order_e, path_integral
+from entropy_core.stages.calibrate import calibrate
+from entropy_core.stages.discriminate import discriminate
+from entropy_core.stages.first_order_e import first_order_e
 from entropy_core.stages.first_order_u import first_order_u
 from entropy_core.stages.gradient import entropy_gradient
 from entropy_core.stages.importance import importance
 from entropy_core.stages.load import load_checkpoint, load_prompts
+from entropy_core.stages.path_integral import path_integral
 from entropy_core.stages.report import report
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
 from entropy_core.stages.sample import sample
-from entropy_core.stages.score import discriminate, score
+from entropy_core.stages.score import score
 from entropy_core.stages.update import compute_update
 from entropy_core.stages.variance import variance
 from entropy_core.store import Stage

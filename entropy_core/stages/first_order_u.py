@@ -11,8 +11,8 @@ from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.advantages import through_shared_length
 from entropy_core.policy import Policy
 from entropy_core.sequence_processor import BatchedSequences
-from entropy_core.stages.first_order_e import forward_mode
-from entropy_core.stages.gradient import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.stages.derivatives import forward_mode
+from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:

@@ -1,14 +1,9 @@
-"""score-e-batch, score-u-batch: ℓ and h of every response token of one shard. discriminate-u: what predictors need."""
+"""score-e-batch, score-u-batch: ℓ and h of every response token of one shard."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import torch
-from torch import Tensor
 
-from entropy_core.numerics import ragged
-from entropy_core.policy import TeacherForcedRows
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
@@ -49,27 +44,3 @@ def score(out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifa
         "scores.parquet",
     )
     return {"sequences": len(batch), "entropy": float(diagnostics.sum_entropies_N.sum())}
-
-
-def discriminate(out: "Writer", execution: "Execution", *, law: Law, sequences: "Sequence[Artifact]") -> dict[str, Any]:
-    """E_π[S*] of the step of every token of U, for the predictor of arXiv:2602.03392.
-
-    Args:
-        out: `tokens.safetensors` (expected, offsets).
-        execution: device and micro-batch.
-        law: the policy.
-        sequences: the shards of sample-u-batch.
-
-    Returns:
-        Number of sequences.
-    """
-    processor = processor_of(law, execution)
-    shards = [read_sequences(shard) for shard in sequences]
-
-    def expected(rows: TeacherForcedRows) -> list[Tensor]:
-        return [processor.policy.expected_discriminators(rows, law["temperature"])]
-
-    expected_K = torch.cat([processor.map_tokens(shard, expected)[0] for shard in shards])
-    offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])
-    out.tensors({"expected": expected_K, "offsets": offsets_N1}, "tokens.safetensors")
-    return {"sequences": len(offsets_N1) - 1}
