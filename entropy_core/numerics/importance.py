@@ -124,6 +124,35 @@ def effective_sample_size(weights_N: Tensor) -> float:
     return float(relative_N.sum() ** 2 / (relative_N**2).sum())
 
 
+def prefix_effective_sample_sizes(weights: PrefixWeights, offsets_N1: Tensor) -> Tensor:
+    """Kish's (Σρ)²/Σρ² at each position, over all sequences: a finished one keeps its w.
+
+    Sums are taken as logarithms: late weights may be so large that early ones would vanish beside them.
+
+    Args:
+        weights: of `prefix_weights`.
+        offsets_N1: int64 [N + 1].
+
+    Returns:
+        Between 1 and N, float64 [T], T the length of the longest sequence; N at the first position.
+    """
+    position_K, lengths_N = ragged.position_index(offsets_N1), ragged.lengths(offsets_N1)
+    longest = int(lengths_N.max())
+
+    def log_sum(power: int) -> Tensor:
+        alive_T = _log_sum_by(power * weights.before_K.log(), position_K, longest)
+        ended_T = _log_sum_by(power * weights.sequence_N.log(), lengths_N, longest + 1).logcumsumexp(0)
+        return torch.logaddexp(alive_T, ended_T[:longest])
+
+    return (2 * log_sum(1) - log_sum(2)).exp()
+
+
+def _log_sum_by(logs: Tensor, index: Tensor, size: int) -> Tensor:
+    """log Σ exp(logs) over the entries with each index: float64 [size], −inf where there are none."""
+    largest = logs.new_full((size,), -torch.inf).scatter_reduce(0, index, logs, "amax")
+    return largest + logs.new_zeros(size).index_add(0, index, (logs - largest[index]).exp()).log()
+
+
 def log_weights_are_usable(weights: PrefixWeights) -> bool:
     """Whether no weight over- or underflowed."""
     return bool(torch.isfinite(weights.after_K).all() and (weights.sequence_N > 0).all())

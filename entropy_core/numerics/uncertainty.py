@@ -140,7 +140,7 @@ def standard_error(influence_N: Tensor, clusters_N: Tensor | None = None) -> flo
     Returns:
         √(c/(c−1)·Σ_c (Σ_{i∈c} ψ_i)²)/N over c clusters; NaN for fewer than two.
     """
-    sums_C = _cluster_sums(influence_N, clusters_N)
+    sums_C = cluster_sums(influence_N, clusters_N)
     count = len(sums_C)
     if count < 2:
         return float("nan")
@@ -160,21 +160,30 @@ def jackknife_standard_error(
     Returns:
         Nats per unit step; NaN for fewer than two clusters.
     """
-    size_C = _cluster_sums(torch.ones_like(columns.x_N), clusters_N)
+    size_C = cluster_sums(torch.ones_like(columns.x_N), clusters_N)
     C, N = len(size_C), len(columns.x_N)
     if C < 2:
         return float("nan")
     needed = (columns.x_N, columns.y_N, columns.S_N, columns.T_N)
-    x_C, y_C, S_C, T_C = ((c.sum() - _cluster_sums(c, clusters_N)) / (N - size_C) for c in needed)
+    x_C, y_C, S_C, T_C = ((c.sum() - cluster_sums(c, clusters_N)) / (N - size_C) for c in needed)
     without_C = x_C if normalization == "per_sequence" else (x_C - S_C / T_C * y_C) / T_C
     return float(((C - 1) / C * ((without_C - without_C.mean()) ** 2).sum()).sqrt())
 
 
-def _cluster_sums(values_N: Tensor, clusters_N: Tensor | None) -> Tensor:
+def cluster_sums(values_N: Tensor, clusters_N: Tensor | None) -> Tensor:
+    """Sum over the sequences of each cluster.
+
+    Args:
+        values_N: float64 [N, …].
+        clusters_N: int64 [N], cluster of each sequence; None for sequences that are clusters of their own.
+
+    Returns:
+        float64 [C, …], in the order of the cluster ids.
+    """
     if clusters_N is None:
         return values_N
     _, inverse_N = clusters_N.unique(return_inverse=True)
-    return torch.zeros(int(inverse_N.max()) + 1, dtype=torch.float64).index_add_(0, inverse_N, values_N)
+    return values_N.new_zeros(int(inverse_N.max()) + 1, *values_N.shape[1:]).index_add_(0, inverse_N, values_N)
 
 
 def clustered_sum_standard_error(contributions_PG: Tensor) -> float:
