@@ -72,7 +72,7 @@ def replicates(tables: Tables) -> list[str]:
     return [
         *markdown_rows(head, body),
         "",
-        "δH₁ at the learning rate on independent E batches, with the update held fixed; p is that of their differences, "
+        "δH₁ at the learning rate on independent E batches, with the update held fixed; p is that of their differences "
         "given their standard errors.",
     ]
 

@@ -84,7 +84,7 @@ def agreement(predicted_C: Tensor, measured_C: Tensor) -> Agreement:
         measured_C: what was measured, [C]; a case where either is not finite is left out.
 
     Returns:
-        Slope and R² of the line (None for fewer than two cases or equal predictions, R² also for equal measurements),
+        Slope and R² of the line (None for fewer than two cases or equal predictions; R² for two or equal measurements too),
         the share of cases of the same sign (None without a case), and the number of cases.
     """
     usable_C = torch.isfinite(predicted_C) & torch.isfinite(measured_C)
@@ -97,7 +97,8 @@ def agreement(predicted_C: Tensor, measured_C: Tensor) -> Agreement:
         return Agreement(None, None, same_sign, points)
     covariance, variance = _covariance(predicted_C, measured_C), _covariance(predicted_C, predicted_C)
     slope = covariance / variance
-    r_squared = None if _all_equal(measured_C) else slope * covariance / _covariance(measured_C, measured_C)
+    tells = points > 2 and not _all_equal(measured_C)  # any two points are on a line
+    r_squared = slope * covariance / _covariance(measured_C, measured_C) if tells else None
     return Agreement(slope, r_squared, same_sign, points)
 
 

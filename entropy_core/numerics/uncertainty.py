@@ -212,7 +212,7 @@ def interaction_variance(whole_P: Tensor, halves_2P: Tensor) -> float:
         halves_2P: along the ∇H of each half, float64 [2, P].
 
     Returns:
-        P·Var_p(whole) − P·Cov_p(half, other half), not below 0 nor above P·Var_p(whole); NaN for fewer than two prompts.
+        P·Var_p(whole) − P·Cov_p(half, other half), in [0, P·Var_p(whole)]; NaN for fewer than two prompts.
     """
     P = len(whole_P)
     if P < 2:

@@ -80,7 +80,7 @@ class Measurement:
 
     def variance_inputs(self) -> Inputs:
         """Everything that the variance stage is given, but for its own settings."""
-        batch, law, name = self.config.batch_config, self.law, self.checkpoint.name
+        batch, law = self.config.batch_config, self.law
         e_batch, scores = self._sample_e(batch.E_batch_seed, "")
         optimizer = self._once(
             stage.LOAD_CHECKPOINT,
