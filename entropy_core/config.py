@@ -34,6 +34,9 @@ class PolicyConfig(Section):
     attn_implementation: Literal["eager"] = Field(
         "eager", description="Attention kernel: one that has a forward-mode derivative."
     )
+    base_model: str = Field(
+        "", description="Directory of the base model under LoRA adapters; empty: the one that each adapter names."
+    )
 
 
 class BatchConfig(Section):
@@ -85,9 +88,20 @@ class UpdateConfig(Section):
     loss: Loss = Field("grpo", description="Objective: its advantage and its length normalisation.")
     max_grad_norm: float = Field(1.0, ge=0, description="Global-norm gradient clipping; 0 switches it off.")
     learning_rate: float = Field(0.0, ge=0, description="Nominal learning rate; 0: the one saved in the checkpoint.")
+    optimizer_state: Literal["checkpoint", "fresh"] = Field(
+        "checkpoint",
+        description="Adam's moments: those of `optimizer.pt`, or none yet (fresh: before the first step; needs "
+        "`learning_rate`).",
+    )
     reward: str = Field(
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
     )
+
+    @model_validator(mode="after")
+    def _rate_of_a_fresh_optimizer(self) -> Self:
+        if self.optimizer_state == "fresh" and not self.learning_rate:
+            raise ValueError("a fresh optimizer has no learning rate of its own. Set learning_rate to that of the run")
+        return self
 
 
 class ImportanceConfig(Section):

@@ -63,7 +63,7 @@ def execution_for(
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
     """The execution settings of a sweep."""
-    paths = {c.digest: c.directory for c in checkpoints} | {c.weights: c.directory for c in checkpoints}
+    paths = {digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()}
     for file in (prompts.source_file(config.batch_config.dataset_name), rewards.source_file(config.update.reward)):
         if file is not None:
             paths[file_digest(file)] = file
@@ -193,6 +193,7 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
     batch, generation, update = config.batch_config, config.generation, config.update
     law = {
         "weights": checkpoint.weights,
+        "base": checkpoint.base,
         "dtype": config.policy.dtype,
         "attn_implementation": config.policy.attn_implementation,
         "temperature": generation.temperature,
@@ -235,7 +236,12 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
         for draw in range(NOISE_DRAWS)
     ]
 
-    loaded = {"checkpoint": checkpoint.digest, "learning_rate": update.learning_rate}
+    loaded = {
+        "checkpoint": checkpoint.digest,
+        "base": checkpoint.base,
+        "learning_rate": update.learning_rate,
+        "optimizer_state": update.optimizer_state,
+    }
     optimizer = run(stage.LOAD_CHECKPOINT, loaded, name)
     u_batch = over_shards(stage.SAMPLE_U, [u_sampling | shard for shard in shards(batch.B_U * batch.G)])
     reward_file = rewards.source_file(update.reward)
