@@ -25,7 +25,6 @@ from entropy_core.policy import Coefficients
 from entropy_core.stages.preflight import preflight
 from entropy_core.stages.update import next_step
 
-
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {  # the base, and what differs from plain LoRA on some layers
     "plain": (gpt2, {"target_modules": ["c_attn"]}),
     "all layers": (llama, {"target_modules": "all-linear", "fan_in_fan_out": False}),
