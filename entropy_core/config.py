@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from entropy_core.errors import ConfigError
-from entropy_core.numerics.advantages import Loss
+from entropy_core.numerics.advantages import Loss, Scaling
 from entropy_core.numerics.first_order import Baseline
 from entropy_core.numerics.importance import Estimator
 from entropy_core.numerics.uncertainty import Normalization
@@ -86,6 +86,11 @@ class UpdateConfig(Section):
     """The optimizer step whose effect is predicted: what a checkpoint does not record. Say what your trainer does."""
 
     loss: Loss = Field("grpo", description="Objective: its advantage and its length normalisation.")
+    scale_rewards: Scaling = Field(
+        "auto",
+        description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
+        "(grpo and dapo divide). TRL's trainer divides under any loss: group.",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Global-norm gradient clipping; 0 switches it off.")
     learning_rate: float = Field(0.0, ge=0, description="Nominal learning rate; 0: the one saved in the checkpoint.")
     optimizer_state: Literal["checkpoint", "fresh"] = Field(
@@ -98,7 +103,9 @@ class UpdateConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _rate_of_a_fresh_optimizer(self) -> Self:
+    def _goes_together(self) -> Self:
+        if self.loss == "reinforce" and self.scale_rewards == "group":
+            raise ValueError("reinforce compares no responses within a group. Set scale_rewards: auto")
         if self.optimizer_state == "fresh" and not self.learning_rate:
             raise ValueError("a fresh optimizer has no learning rate of its own. Set learning_rate to that of the run")
         return self

@@ -333,6 +333,9 @@ def load_policy(
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    if base is None and (directory / "adapter_config.json").exists():
+        fact = f"{directory} holds an adapter where a whole model is needed"
+        raise CheckpointError(fact, way_out="give the directory of its base, or of the merged model")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base or directory,

@@ -259,6 +259,7 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
         "rewards": rewards_u,
         "responses_per_prompt": batch.G,
         "loss": update.loss,
+        "scale_rewards": update.scale_rewards,
         "max_new_tokens": generation.max_new_tokens,
         "max_grad_norm": update.max_grad_norm,
     }
@@ -327,10 +328,12 @@ def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Ru
 def assumptions(config: ProbeConfig) -> list[str]:
     """What a checkpoint does not record and the configuration says in its place."""
     update = config.update
+    divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
+    scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
     return [
-        f"The step is that of the `{update.loss}` loss on {config.batch_config.B_U} prompts × {config.batch_config.G} "
-        f"responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; on-policy, without a "
+        f"The step is that of the `{update.loss}` loss{scaled} on {config.batch_config.B_U} prompts "
+        f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; on-policy, without a "
         "KL term, cut responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
         f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",

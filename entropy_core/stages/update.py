@@ -9,7 +9,7 @@ import torch
 from entropy_core.errors import NonFiniteError
 from entropy_core.numerics import adamw
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, UpdateParts
-from entropy_core.numerics.advantages import Loss, group_advantages, loss_coefficients
+from entropy_core.numerics.advantages import Loss, Scaling, group_advantages, loss_coefficients
 from entropy_core.policy import Coefficients
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
@@ -28,6 +28,7 @@ def compute_update(
     rewards: "Artifact",
     responses_per_prompt: int,
     loss: Loss,
+    scale_rewards: Scaling,
     max_new_tokens: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def compute_update(
         rewards: artifact of reward-u-batch.
         responses_per_prompt: G.
         loss: the objective.
+        scale_rewards: whether advantages are divided by the standard deviation of their group.
         max_new_tokens: the constant length of `dr_grpo`.
         max_grad_norm: of the clipping; 0 for none.
 
@@ -54,7 +56,7 @@ def compute_update(
     policy = processor.policy
     rewards_N = torch.tensor(rewards.table("rewards.parquet")["reward"].to_pylist(), dtype=torch.float64)
     rewards_PG = rewards_N.view(-1, responses_per_prompt)
-    advantages_PG = group_advantages(rewards_PG, loss)
+    advantages_PG = group_advantages(rewards_PG, loss, scale_rewards)
     shards = [read_sequences(shard) for shard in sequences]
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
     coefficients_N = loss_coefficients(advantages_PG.flatten(), lengths_N, loss, max_new_tokens)
