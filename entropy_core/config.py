@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from entropy_core.errors import ConfigError
-from entropy_core.numerics.advantages import Loss
+from entropy_core.numerics.advantages import Loss, Scaling
 from entropy_core.numerics.first_order import Baseline
 from entropy_core.numerics.importance import Estimator
 from entropy_core.numerics.uncertainty import Normalization
@@ -38,6 +38,9 @@ class PolicyConfig(Section):
         "forward_mode",
         description="Derivatives of E's tokens along the step. central_difference: two forward passes in place of "
         "about three, its width calibrated and its error measured against forward mode.",
+    )
+    base_model: str = Field(
+        "", description="Directory of the base model under LoRA adapters; empty: the one that each adapter names."
     )
 
 
@@ -94,21 +97,32 @@ class UpdateConfig(Section):
     """The optimizer step whose effect is predicted: what a checkpoint does not record. Say what your trainer does."""
 
     loss: Loss = Field("grpo", description="Objective: its advantage and its length normalisation.")
+    scale_rewards: Scaling = Field(
+        "auto",
+        description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
+        "(grpo and dapo divide). TRL's trainer divides under any loss: group.",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Global-norm gradient clipping; 0 switches it off.")
     learning_rate: float = Field(0.0, ge=0, description="Nominal learning rate; 0: the one saved in the checkpoint.")
+    optimizer_state: Literal["checkpoint", "fresh"] = Field(
+        "checkpoint",
+        description="Adam's moments: those of `optimizer.pt`, or none yet (fresh: before the first step; needs "
+        "`learning_rate`).",
+    )
     kl_beta: float = Field(0.0, ge=0, description="β of a KL term to a reference policy in the loss; 0: none.")
-    reference: str = Field("", description="Directory of the reference policy; needed when kl_beta is not 0.")
+    reference: str = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
     reward: str = Field(
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
     )
 
     @model_validator(mode="after")
-    def _has_reference(self) -> Self:
-        if self.kl_beta and not self.reference:
-            raise ValueError(
-                f"kl_beta is {self.kl_beta:g}, but there is no reference policy. Set reference: the directory that "
-                "training started from"
-            )
+    def _goes_together(self) -> Self:
+        if self.reference and not self.kl_beta:
+            raise ValueError("a reference policy has no part in a loss without a KL term. Set kl_beta, or leave it out")
+        if self.loss == "reinforce" and self.scale_rewards == "group":
+            raise ValueError("reinforce compares no responses within a group. Set scale_rewards: auto")
+        if self.optimizer_state == "fresh" and not self.learning_rate:
+            raise ValueError("a fresh optimizer has no learning rate of its own. Set learning_rate to that of the run")
         return self
 
 

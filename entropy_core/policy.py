@@ -1,6 +1,7 @@
 """The policy: a causal language model that is sampled, scored and differentiated as one function.
 
-π_θ(a|s) = softmax(z_θ(s)/τ). A model is split into its trunk (everything up to the last hidden states) and its head
+π_θ(a|s) = softmax(z_θ(s)/τ). θ are the parameters that are trained: all of a model, or those of a LoRA adapter in it;
+the others are constants. A model is split into its trunk (everything up to the last hidden states) and its head
 (hidden states to logits), so that logits exist for a chunk of positions at a time. Both run through
 `torch.func.functional_call`, so that one code path gives values, gradients and forward-mode derivatives.
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from entropy_core.adapters import fill_adapter, insert_adapter
 from entropy_core.errors import CheckpointError
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
@@ -78,13 +80,13 @@ class Policy:
     """A model in evaluation mode, with its tokenizer.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; what requires a gradient in it is what is differentiated and moved.
         tokenizer: its tokenizer.
         head_chunk_rows: positions whose logits exist at one time.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
-        self.model = model.eval().requires_grad_(True)
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.head_chunk_rows = head_chunk_rows
         self._head: nn.Module | None = _Head(model)
@@ -96,8 +98,8 @@ class Policy:
             self._head, self._trunk = None, _FullLogits(model)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by name; a tied one appears once."""
-        return dict(self.model.named_parameters())
+        """Trained parameters by name; a tied one appears once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +211,7 @@ class Policy:
         return TokenStatistics(*(values_K.detach() for values_K in statistics))
 
     def new_accumulator(self) -> dict[str, Tensor]:
-        """A float64 zero for every parameter."""
+        """A float64 zero for every trained parameter."""
         return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.named_parameters().items()}
 
     def moved(self, direction: Mapping[str, Tensor], eta: float) -> AbstractContextManager[None]:
@@ -228,7 +230,8 @@ class Policy:
     def jittered(self, seed: int) -> AbstractContextManager[None]:
         """Within the context every parameter is the next number above or below it, at random; afterwards θ again.
 
-        Nothing has changed but the rounding errors of everything that is computed.
+        Nothing has changed but the rounding errors of everything that is computed; the frozen parameters, which take
+        part in all of it, are moved as well.
 
         Args:
             seed: of the signs.
@@ -240,11 +243,11 @@ class Policy:
             infinity = torch.full_like(theta, torch.inf)
             return torch.nextafter(theta, torch.where(up, infinity, -infinity))
 
-        return self._replaced(self.named_parameters(), neighbour)
+        return self._replaced(dict(self.model.named_parameters()), neighbour)
 
     @contextmanager
     def _replaced(self, names: Iterable[str], value: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-        parameters = self.named_parameters()
+        parameters = dict(self.model.named_parameters())
         saved = {name: parameters[name].detach().clone() for name in names}
         try:
             with torch.no_grad():
@@ -322,29 +325,44 @@ def resolve_device(device: str) -> torch.device:
 
 
 @lru_cache(maxsize=1)
-def load_policy(directory: Path, weights_digest: str, dtype: str, attn_implementation: str, device: str) -> Policy:
+def load_policy(
+    directory: Path,
+    weights_digest: str,
+    dtype: str,
+    attn_implementation: str,
+    device: str,
+    base: Path | None = None,
+) -> Policy:
     """Load a checkpoint's model and tokenizer from a local directory; the last one is kept.
 
     Args:
-        directory: the checkpoint.
-        weights_digest: content digest of its files, so that a changed directory is never taken for the same policy.
+        directory: of the model, or of the adapter.
+        weights_digest: content digest of its files, so that a changed directory is never taken for the same policy; of
+            an adapter, those of its base included.
         dtype: `float32` or `float64`.
         attn_implementation: `eager`.
         device: `cpu`, `cuda`, or `auto`.
+        base: directory of the model under the adapter; None for a full model.
 
     Returns:
         The policy, in evaluation mode, with TF32 switched off.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or the adapter does not fit.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    if base is None and (directory / "adapter_config.json").exists():
+        fact = f"{directory} holds an adapter where a whole model is needed"
+        raise CheckpointError(fact, way_out="give the directory of its base, or of the merged model")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, local_files_only=True
+            base or directory,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            local_files_only=True,
         )
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory, base)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -352,10 +370,14 @@ def load_policy(directory: Path, weights_digest: str, dtype: str, attn_implement
             cause="a file is missing or belongs to another model",
             way_out="check that transformers' AutoModelForCausalLM.from_pretrained loads it",
         ) from error
+    if base is not None:
+        insert_adapter(model, directory)
+        fill_adapter(model, directory)
     log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
     return Policy(model.to(resolve_device(device)), tokenizer)
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, from local files."""
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+def load_tokenizer(directory: Path, base: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or of an adapter, from local files; that of the base where an adapter has none."""
+    home = directory if base is None or any(directory.glob("tokenizer*")) else base
+    return AutoTokenizer.from_pretrained(home, local_files_only=True)

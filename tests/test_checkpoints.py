@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_core import checkpoint_files, checkpoints
+from entropy_core.architecture import NO_DECAY_PATTERNS
 from entropy_core.checkpoint_files import (
     checkpoint_digest,
     file_digest,
@@ -247,7 +248,7 @@ def test_the_decay_patterns_are_the_trainers() -> None:
         vocab_size=24, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=4
     )
     for model in (make_model(attention_bias=True), Qwen3ForCausalLM(with_head_norms)):
-        ours = get_parameter_names(model, [torch.nn.LayerNorm], list(checkpoints.NO_DECAY_PATTERNS))
+        ours = get_parameter_names(model, [torch.nn.LayerNorm], list(NO_DECAY_PATTERNS))
         assert ours == Trainer.get_decay_parameter_names(None, model)
 
 
@@ -398,7 +399,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         text("config.json", '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}'),
         "custom code is not run",
     ),
-    "adapter": (text("adapter_config.json", "{}"), "holds an adapter"),
+    "adapter": (text("adapter_config.json", "{}"), "holds both an adapter"),
     "no weights": (remove("model.safetensors"), "has no weights"),
     "truncated weights": (truncate("model.safetensors"), r"model\.safetensors cannot be opened"),
     "weights that are no safetensors": (text("model.safetensors", "version https://git-lfs"), "cannot be opened"),
@@ -437,7 +438,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a slot is missing": (
         optimizer(lambda s: s["state"].pop(1)),
-        r"covers 20 of 21 parameters; missing: model\.layers\.0\.self_attn\.q_proj\.weight\.",
+        r"covers 20 of 21 trained parameters; missing: model\.layers\.0\.self_attn\.q_proj\.weight\.",
     ),
     "many slots are missing": (optimizer(lambda s: [s["state"].pop(i) for i in range(1, 13)]), "and 4 more"),
     "a frozen parameter": (

@@ -78,7 +78,7 @@ def test_every_floor_was_read():
     assert {floor(name) for name in FILES} == set(range(len(FLOORS)))
     assert {"entropy_core.policy", "entropy_core.stages.variance", "flows.entropy_probe", "tasks.stages"} <= set(FILES)
     assert "entropy_core.numerics.ragged" in OURS["entropy_core.estimates"]
-    assert "transformers.trainer_pt_utils" in FOREIGN["entropy_core.checkpoints"]  # imported inside a function
+    assert "transformers.trainer_pt_utils" in FOREIGN["entropy_core.architecture"]  # imported inside a function
     assert "entropy_core.execution" in OURS["entropy_core.stages.rescore"]  # for the type checker only
 
 
@@ -116,7 +116,8 @@ def test_the_errors_know_nothing():
 
 
 def test_each_library_has_its_own_door():
-    assert importers("transformers") == core("policy", "checkpoints", "demo")
+    assert importers("transformers") == core("policy", "architecture", "demo")
+    assert importers("peft") == core("adapters")
     assert importers("trl", "datasets", "tokenizers", "huggingface_hub") == core("demo")
     assert importers("matplotlib") == core("figures", "tokens_in_text")
     assert importers("arviz_stats", "numpy") == core("pareto")

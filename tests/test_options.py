@@ -9,7 +9,7 @@ from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, values, wri
 from scipy import stats
 
 from entropy_core.config import parse_config
-from entropy_core.errors import ConfigError, NonFiniteError
+from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError
 from entropy_core.numerics import ragged
 from entropy_core.stages import calibrate, sequences
 from entropy_core.stages.columns import read_columns
@@ -218,6 +218,19 @@ def test_the_bootstrap_surrounds_the_estimate(plain):
             assert row[high] - row[low] == pytest.approx(width, rel=0.5)
 
 
-def test_a_kl_term_needs_a_reference():
-    with pytest.raises(ConfigError, match=r"kl_beta is 0\.1, but there is no reference policy"):
-        parse_config({"checkpoints": ["somewhere"], "update": {"kl_beta": 0.1}})
+# --- the reference of a KL term ---------------------------------------------------------------------------------------
+
+
+def test_a_kl_term_needs_a_reference(folder):
+    with pytest.raises(ConfigError, match=r"kl_beta is set, and checkpoint-3 is no adapter.*set update\.reference"):
+        probe(asked(folder, update={"kl_beta": 0.1}))
+    with pytest.raises(ConfigError, match="a reference policy has no part in a loss without a KL term"):
+        parse_config({"checkpoints": ["somewhere"], "update": {"reference": "start"}})
+
+
+def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path):
+    make_gpt2(tmp_path / "wider", vocab_size=50)
+    with pytest.raises(CheckpointError, match="has 50 tokens, and checkpoint-3 has"):
+        probe(asked(folder, update={"kl_beta": 0.1, "reference": str(tmp_path / "wider")}))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        probe(asked(folder, update={"kl_beta": 0.1, "reference": str(tmp_path / "nowhere")}))

@@ -11,6 +11,8 @@ The loss at the on-policy point (probability ratio 1, clipping inactive) is
 | dapo      | as grpo                                         | mean T of batch | arXiv:2503.14476, eq. 8 |
 | rloo      | r_i − mean of the other responses of the prompt | 1               | arXiv:2402.14740        |
 | reinforce | r_i                                             | 1               | Williams 1992           |
+
+Trainers also let the division by the standard deviation be switched by itself (TRL's `scale_rewards`), for any loss.
 """
 
 from typing import Literal
@@ -19,15 +21,17 @@ import torch
 from torch import Tensor
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce"]
+Scaling = Literal["auto", "group", "none"]
 STD_EPSILON = 1e-4  # as in TRL's GRPOTrainer
 
 
-def group_advantages(rewards_PG: Tensor, loss: Loss) -> Tensor:
+def group_advantages(rewards_PG: Tensor, loss: Loss, scaling: Scaling = "auto") -> Tensor:
     """Advantage of each response among the responses to its prompt.
 
     Args:
         rewards_PG: float64 [P, G], G ≥ 2.
         loss: which rule.
+        scaling: whether the advantages of a group are divided by std + 1e-4; `auto`: as in the table.
 
     Returns:
         float64 [P, G]; a group of equal rewards has advantages of exactly zero, but under `reinforce`.
@@ -42,15 +46,13 @@ def group_advantages(rewards_PG: Tensor, loss: Loss) -> Tensor:
     # the mean of equal numbers can miss them by a rounding error, which the standardisation would blow up
     equal_P1 = rewards_PG.amax(dim=1, keepdim=True) == rewards_PG.amin(dim=1, keepdim=True)
     centred_PG = centred_PG.masked_fill(equal_P1, 0.0)
-    if loss in ("grpo", "dapo"):
-        return centred_PG / (rewards_PG.std(dim=1, keepdim=True) + STD_EPSILON)
-    if loss == "dr_grpo":
-        return centred_PG
-    if loss == "rloo":
-        return centred_PG * (G / (G - 1))
-    if loss == "reinforce":
-        return rewards_PG
-    raise ValueError(f"unknown loss {loss!r}")
+    rule = {"grpo": centred_PG, "dapo": centred_PG, "dr_grpo": centred_PG, "rloo": centred_PG * (G / (G - 1))}
+    if loss not in rule and loss != "reinforce":
+        raise ValueError(f"unknown loss {loss!r}")
+    advantages_PG = rule.get(loss, rewards_PG)
+    if scaling == "group" or (scaling == "auto" and loss in ("grpo", "dapo")):
+        return advantages_PG / (rewards_PG.std(dim=1, keepdim=True) + STD_EPSILON)
+    return advantages_PG
 
 
 def token_weights(lengths_N: Tensor, loss: Loss, max_new_tokens: int) -> Tensor:

@@ -84,8 +84,8 @@ def agreement(predicted_C: Tensor, measured_C: Tensor) -> Agreement:
         measured_C: what was measured, [C]; a case where either is not finite is left out.
 
     Returns:
-        Slope and R² of the line (None for fewer than two cases or equal predictions; R² for two or equal measurements too),
-        the share of cases of the same sign (None without a case), and the number of cases.
+        Slope and R² of the line (None for fewer than two cases or equal predictions; R² also for two cases, or equal
+        measurements), the share of cases of the same sign (None without a case), and the number of cases.
     """
     usable_C = torch.isfinite(predicted_C) & torch.isfinite(measured_C)
     predicted_C, measured_C = predicted_C[usable_C].double(), measured_C[usable_C].double()

@@ -13,19 +13,29 @@ if TYPE_CHECKING:
     from entropy_core.execution import Execution
 
 
-def load_checkpoint(out: "Writer", execution: "Execution", *, checkpoint: str, learning_rate: float) -> dict[str, Any]:
+def load_checkpoint(
+    out: "Writer", execution: "Execution", *, checkpoint: str, base: str, learning_rate: float, optimizer_state: str
+) -> dict[str, Any]:
     """Persist Adam's moments and hyperparameters by parameter name.
 
     Args:
         out: `moments.safetensors` (exp_avg/…, exp_avg_sq/…, max_exp_avg_sq/…), `parameters.parquet`, `groups.json`.
         execution: knows where it lies.
         checkpoint: content digest of the checkpoint's files.
+        base: content digest of the base model under an adapter; empty for a full model.
         learning_rate: takes the place of the saved one; 0 keeps the saved one.
+        optimizer_state: `checkpoint`, or `fresh` before the first step.
 
     Returns:
-        Step, nominal learning rate, number of parameters, and what was assumed.
+        Step, nominal learning rate, how many tensors are trained and how many numbers they hold, how many of them have
+        their slot, and what was assumed.
     """
-    found = read_checkpoint(execution.paths[checkpoint], learning_rate or None)
+    found = read_checkpoint(
+        execution.paths[checkpoint],
+        learning_rate or None,
+        execution.paths[base] if base else "",
+        fresh=optimizer_state == "fresh",
+    )
     optimizer = found.optimizer
     slots = {
         "exp_avg": optimizer.exp_avg,
@@ -67,6 +77,8 @@ def load_checkpoint(out: "Writer", execution: "Execution", *, checkpoint: str, l
         "step": found.step,
         "learning_rate": optimizer.learning_rate,
         "parameters": sum(tensor.numel() for tensor in optimizer.exp_avg.values()),
+        "trained": len(found.parameter_shapes),
+        "matched": len(optimizer.exp_avg),
         "assumptions": list(found.assumptions),
     }
 

@@ -69,6 +69,7 @@ class Measurement:
         self.e_pool, self.u_pool = (pools[split] for split in splits(config))
         self.law = {
             "weights": checkpoint.weights,
+            "base": checkpoint.base,
             "dtype": config.policy.dtype,
             "attn_implementation": config.policy.attn_implementation,
             "temperature": config.generation.temperature,
@@ -84,7 +85,12 @@ class Measurement:
         e_batch, scores = self._sample_e(batch.E_batch_seed, "")
         optimizer = self._once(
             stage.LOAD_CHECKPOINT,
-            {"checkpoint": self.checkpoint.digest, "learning_rate": self.config.update.learning_rate},
+            {
+                "checkpoint": self.checkpoint.digest,
+                "base": self.checkpoint.base,
+                "learning_rate": self.config.update.learning_rate,
+                "optimizer_state": self.config.update.optimizer_state,
+            },
         )
         u_batch = self._sample_u()
         scores_u = self._score(stage.SCORE_U, law, u_batch)
@@ -195,7 +201,8 @@ class Measurement:
             "source": file_digest(file) if file else "",
         }
         if update.kl_beta:
-            of_reference = self.law | {"weights": weights_digest(Path(update.reference))}
+            weights = weights_digest(Path(update.reference)) if update.reference else self.checkpoint.base
+            of_reference = self.law | {"weights": weights, "base": ""}
             reference = self._score(stage.SCORE_REFERENCE, of_reference, u_batch)
         inputs = {
             "law": self.law,
@@ -207,6 +214,7 @@ class Measurement:
             "kl_beta": update.kl_beta,
             "responses_per_prompt": self.config.batch_config.G,
             "loss": update.loss,
+            "scale_rewards": update.scale_rewards,
             "max_new_tokens": self.config.generation.max_new_tokens,
             "max_grad_norm": update.max_grad_norm,
         }

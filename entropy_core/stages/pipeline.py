@@ -54,8 +54,8 @@ def execution_for(
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
     """The execution settings of a sweep."""
-    paths = {c.digest: c.directory for c in checkpoints} | {c.weights: c.directory for c in checkpoints}
-    if config.update.kl_beta:
+    paths = {digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()}
+    if config.update.reference:
         reference = Path(config.update.reference).resolve()
         paths.setdefault(weights_digest(reference), reference)
     for file in (prompts.source_file(config.batch_config.dataset_name), rewards.source_file(config.update.reward)):
@@ -245,12 +245,15 @@ def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store
 def assumptions(config: ProbeConfig) -> list[str]:
     """What a checkpoint does not record and the configuration says in its place."""
     update = config.update
+    divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
+    scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
-    kl = f"with {update.kl_beta:g} · KL to `{update.reference}`" if update.kl_beta else "without a KL term"
+    reference = f"`{update.reference}`" if update.reference else "the base without its adapter"
+    kl = f"with {update.kl_beta:g} · KL to {reference}" if update.kl_beta else "without a KL term"
     return [
-        f"The step is that of the `{update.loss}` loss on {config.batch_config.B_U} prompts × {config.batch_config.G} "
-        f"responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; on-policy, {kl}, cut "
-        "responses included.",
+        f"The step is that of the `{update.loss}` loss{scaled} on {config.batch_config.B_U} prompts "
+        f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; "
+        f"on-policy, {kl}, cut responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
         f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
     ]

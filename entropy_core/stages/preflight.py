@@ -1,14 +1,16 @@
 """What can be refused before any expensive work starts is refused here."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
 from entropy_core import prompts, rewards
-from entropy_core.checkpoint_files import checkpoint_digest, find_checkpoints, weights_digest
+from entropy_core.architecture import read_architecture
+from entropy_core.checkpoint_files import checkpoint_digest, find_checkpoints, read_json, weights_digest
+from entropy_core.checkpoint_layout import Layout, find_layout
 from entropy_core.checkpoints import Checkpoint, read_checkpoint
 from entropy_core.config import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError, PromptError, one_line
@@ -27,6 +29,8 @@ class CheckpointToProbe:
         step: of the trainer.
         digest: of all files that a result depends on.
         weights: of those that the policy depends on.
+        base: of those of the base model under an adapter; empty for a full model.
+        paths: of each of these digests.
         assumptions: what the files do not say.
     """
 
@@ -35,6 +39,8 @@ class CheckpointToProbe:
     step: int
     digest: str
     weights: str
+    base: str
+    paths: Mapping[str, Path]
     assumptions: tuple[str, ...]
 
 
@@ -54,20 +60,54 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     directories = find_checkpoints(config.checkpoints)
     found = []
     for directory, name in zip(directories, _unique_names(directories), strict=True):
-        checkpoint = read_checkpoint(directory, config.update.learning_rate or None)
+        fresh, base_model = config.update.optimizer_state == "fresh", config.policy.base_model
+        checkpoint = read_checkpoint(directory, config.update.learning_rate or None, base_model, fresh)
+        layout = checkpoint.layout
+        digest, weights = checkpoint_digest(directory), weights_digest(layout.model)
+        base = weights_digest(layout.base) if layout.base else ""
+        paths = {digest: layout.directory, weights: layout.model} | ({base: layout.base} if layout.base else {})
         found.append(
             CheckpointToProbe(
                 directory=directory.resolve(),
                 name=name,
                 step=checkpoint.step,
-                digest=checkpoint_digest(directory),
-                weights=weights_digest(directory),
+                digest=digest,
+                weights=weights,
+                base=base,
+                paths={digest: path.resolve() for digest, path in paths.items()},
                 assumptions=checkpoint.assumptions,
             )
         )
-        longest = _longest_prompt(directory, texts, config.batch_config.add_special_tokens)
+        longest = _longest_prompt(layout, texts, config.batch_config.add_special_tokens)
         _check_positions(checkpoint, longest, config.generation.max_new_tokens)
+        if config.update.kl_beta:
+            _check_reference(config.update.reference, layout, name)
+    if config.policy.base_model and not any(checkpoint.base for checkpoint in found):
+        raise ConfigError(
+            f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter",
+            way_out="leave it out, or give the directories of adapters",
+        )
     return found
+
+
+def _check_reference(reference: str, layout: Layout, name: str) -> None:
+    """Refuse a KL term to a policy that is missing, cannot be loaded, or has other tokens."""
+    if not reference:
+        if layout.base is None:
+            raise ConfigError(
+                f"update.kl_beta is set, and {name} is no adapter, whose base would be the reference policy",
+                way_out="set update.reference to the directory that training started from",
+            )
+        return
+    other = find_layout(Path(reference), fresh=True)
+    read_architecture(other)
+    theirs, ours = (read_json(of.architecture / "config.json").get("vocab_size") for of in (other, layout))
+    if theirs != ours:
+        raise CheckpointError(
+            f"the reference policy {reference} has {theirs} tokens, and {name} has {ours}",
+            cause="it is not what training started from",
+            way_out="correct update.reference",
+        )
 
 
 def splits(config: ProbeConfig) -> tuple[str, str]:
@@ -120,10 +160,11 @@ def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
         )
 
 
-def _longest_prompt(directory: Path, texts: list[str], add_special_tokens: bool) -> int:
-    """The number of tokens of the longest prompt, from the checkpoint's own tokenizer."""
+def _longest_prompt(layout: Layout, texts: list[str], add_special_tokens: bool) -> int:
+    """The number of tokens of the longest prompt, from the checkpoint's own tokenizer, or its base's."""
+    directory = layout.directory
     try:
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(layout.model, layout.base)
     except Exception as error:  # tokenizers of all kinds raise errors of all kinds
         raise CheckpointError(
             f"{directory} has no tokenizer that can be loaded ({type(error).__name__})",
@@ -145,12 +186,12 @@ def _check_positions(checkpoint: Checkpoint, longest: int, max_new_tokens: int) 
     """Refuse sequences that run over a learned table of positions, in which every forward pass would fail."""
     tables = [
         shape[0]
-        for name, shape in checkpoint.parameter_shapes.items()
+        for name, shape in checkpoint.model_shapes.items()
         if len(shape) == 2 and re.search(r"(^|\.)(wpe|embed_positions|position_embeddings)\.weight$", name)
     ]
     if tables and longest + max_new_tokens > min(tables):
         raise ConfigError(
             f"prompts of up to {longest} tokens and max_new_tokens of {max_new_tokens} do not fit into the "
-            f"{min(tables)} positions of {checkpoint.directory}",
+            f"{min(tables)} positions of {checkpoint.layout.directory}",
             way_out=f"set generation.max_new_tokens to at most {min(tables) - longest}, or use shorter prompts",
         )

@@ -1,6 +1,7 @@
 """What the stages that handle sequences share: the policy of a law, and sequences on disk."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,21 +17,29 @@ if TYPE_CHECKING:
     from entropy_core.execution import Execution
 
 Law = Mapping[str, Any]
-"""The policy as a probability law: `weights` (digest), `dtype`, `attn_implementation`, `temperature`."""
+"""The policy as a probability law: `weights` and `base` (digests; `base` is empty but under an adapter), `dtype`,
+`attn_implementation`, `temperature`."""
 
 
 def policy_of(law: Law, execution: "Execution") -> Policy:
-    """Load the policy of a law, after making sure that the directory still holds those weights."""
-    directory = execution.paths[law["weights"]]
-    if weights_digest(directory) != law["weights"]:
+    """Load the policy of a law, after making sure that its directories still hold those weights."""
+    directory = _unchanged(law["weights"], execution)
+    base = _unchanged(law["base"], execution) if law["base"] else None
+    digest = law["weights"] + law["base"]
+    policy = load_policy(directory, digest, law["dtype"], law["attn_implementation"], execution.device, base)
+    policy.head_chunk_rows = execution.head_chunk_rows
+    return policy
+
+
+def _unchanged(digest: str, execution: "Execution") -> Path:
+    directory = execution.paths[digest]
+    if weights_digest(directory) != digest:
         raise CheckpointError(
             f"the files of {directory} changed after the sweep had begun",
             cause="the trainer is still writing, or rotates its checkpoints",
             way_out="run the sweep again when the checkpoint is complete",
         )
-    policy = load_policy(directory, law["weights"], law["dtype"], law["attn_implementation"], execution.device)
-    policy.head_chunk_rows = execution.head_chunk_rows
-    return policy
+    return directory
 
 
 def processor_of(law: Law, execution: "Execution", max_new_tokens: int = 0) -> SequenceProcessor:

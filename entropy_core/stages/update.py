@@ -11,6 +11,7 @@ from entropy_core.numerics import adamw
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, UpdateParts
 from entropy_core.numerics.advantages import (
     Loss,
+    Scaling,
     group_advantages,
     kl_coefficients,
     loss_coefficients,
@@ -38,6 +39,7 @@ def compute_update(
     kl_beta: float,
     responses_per_prompt: int,
     loss: Loss,
+    scale_rewards: Scaling,
     max_new_tokens: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def compute_update(
         kl_beta: β of the KL term.
         responses_per_prompt: G.
         loss: the objective.
+        scale_rewards: whether advantages are divided by the standard deviation of their group.
         max_new_tokens: the constant length of `dr_grpo`.
         max_grad_norm: of the clipping; 0 for none.
 
@@ -68,7 +71,7 @@ def compute_update(
     policy = processor.policy
     rewards_N = torch.tensor(rewards.table("rewards.parquet")["reward"].to_pylist(), dtype=torch.float64)
     rewards_PG = rewards_N.view(-1, responses_per_prompt)
-    advantages_PG = group_advantages(rewards_PG, loss)
+    advantages_PG = group_advantages(rewards_PG, loss, scale_rewards)
     shards = [read_sequences(shard) for shard in sequences]
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
     coefficients_N = loss_coefficients(advantages_PG.flatten(), lengths_N, loss, max_new_tokens)
