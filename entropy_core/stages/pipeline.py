@@ -333,8 +333,8 @@ def assumptions(config: ProbeConfig) -> list[str]:
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
     return [
         f"The step is that of the `{update.loss}` loss{scaled} on {config.batch_config.B_U} prompts "
-        f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; on-policy, without a "
-        "KL term, cut responses included.",
+        f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient "
+        f"{clipping}; on-policy, without a KL term, cut responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
         f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
     ]
