@@ -34,8 +34,8 @@ def tables_page() -> str:
     lines = [
         "# Columns",
         "",
-        "The unit and the description are in the metadata of each Arrow field, too. A measurement whose weights overflowed",
-        "is null; nothing is ever NaN.",
+        "The unit and the description are in the metadata of each Arrow field, too. A measurement whose weights",
+        "overflowed is null; nothing is ever NaN.",
     ]
     rows_of = {"results": "A row per checkpoint × step size × normalisation × estimator of ΔH."} | {
         "linearity": "A row per checkpoint × normalisation × estimator that at least two step sizes were measured by.",

@@ -316,6 +316,19 @@ def test_the_tokenizer_is_the_bases_where_the_adapter_has_none(home: Path, tmp_p
     assert done.rows
 
 
+def test_a_base_in_shards(home: Path, tmp_path: Path):
+    """Of a narrow dtype, too: the adapter keeps its own, and the base is widened."""
+    base = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base", max_shard_size="2KB")
+    for path in (home / "base").glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "base")
+    assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 2
+    where = {"base_model": str(tmp_path / "base")}
+    done = probe(config_of(home, tmp_path / "artifacts", "plain/checkpoint-3", policy=where, importance={"etas": [0]}))
+    assert "Weights are saved as BF16 and widened" in (done.result.run_directory / "report.md").read_text()
+    assert all(row["gradient_check"] <= 1e-10 for row in done.rows)
+
+
 def test_a_base_for_no_adapter_is_refused(home: Path, tmp_path: Path):
     shutil.copytree(home / "base", tmp_path / "checkpoint-0")
     config = config_of(

@@ -303,6 +303,35 @@ def test_amsgrad_and_plain_adam(tmp_path: Path) -> None:
     assert all(g.amsgrad and g.maximize and not g.decoupled for g in checkpoint.optimizer.groups)
 
 
+@pytest.mark.parametrize("kernel", [{"foreach": True}, {"fused": True}, {"fused": True, "amsgrad": True}], ids=str)
+def test_the_variants_of_torchs_adamw_hold_the_same_state(tmp_path: Path, kernel: dict[str, bool]) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(trainer_groups(model), **HYPERPARAMETERS, **kernel)
+    train(model, optimizer)
+    directory = write(tmp_path / "c", model, optimizer)
+    checkpoint = assert_same_state(directory, by_name(model, optimizer))
+    assert bool(checkpoint.optimizer.max_exp_avg_sq) == ("amsgrad" in kernel)
+    # A capturable optimizer, which needs a GPU to make a step, saves its learning rate as a tensor, too.
+    rate = torch.tensor(3e-3)
+    edit_optimizer(directory, set_group("lr", rate, rate))
+    edit_optimizer(directory, set_group("capturable", True, True))
+    assert_same_state(directory, by_name(model, optimizer))
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_narrow_weights_are_said_and_their_moments_kept_as_saved(tmp_path: Path, moments: torch.dtype) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(trainer_groups(model), **HYPERPARAMETERS)
+    train(model, optimizer)
+    for slot in optimizer.state.values():
+        slot.update({key: slot[key].to(moments) for key in ("exp_avg", "exp_avg_sq")})
+    truth = by_name(model, optimizer)
+    directory = write(tmp_path / "c", model.to(torch.bfloat16), optimizer)
+    checkpoint = assert_same_state(directory, truth)
+    assert {m.dtype for m in checkpoint.optimizer.exp_avg.values()} == {moments}
+    assert "Weights are saved as BF16 and widened" in checkpoint.assumptions[0]
+
+
 def test_what_the_files_do_not_say_is_an_assumption(sound: Path) -> None:
     edit_optimizer(sound, lambda saved: [group.pop("decoupled_weight_decay") for group in saved["param_groups"]])
     edit_optimizer(sound, lambda saved: saved["state"][0]["step"].fill_(2))
