@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_core.errors import CheckpointError
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
+from entropy_core.tokenizer import load_tokenizer
 
 log = logging.getLogger("entropy_probe.policy")
 
@@ -335,8 +336,3 @@ def load_policy(directory: Path, weights_digest: str, dtype: str, attn_implement
         ) from error
     log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
     return Policy(model.to(resolve_device(device)), tokenizer)
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, from local files."""
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from entropy_core.errors import NonFiniteError
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
@@ -27,8 +28,13 @@ def importance(
     """
     processor = processor_of(law, execution)
     batch = read_sequences(sequences)
-    with processor.policy.moved(update.tensors("direction.safetensors"), eta):
-        results, _ = processor.score(batch)
+    try:
+        with processor.policy.moved(update.tensors("direction.safetensors"), eta):
+            results, _ = processor.score(batch)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"at the step size η = {eta:g}: {error.fact}", cause=error.cause, way_out=error.way_out
+        ) from None
     out.tensors(
         {"logprobs": results.logprobs_K, "entropies": results.entropies_K, "offsets": results.offsets_N1},
         "tokens.safetensors",

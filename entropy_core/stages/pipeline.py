@@ -16,12 +16,12 @@ import yaml
 
 from entropy_core import prompts, rewards
 from entropy_core.artifact import Artifact
-from entropy_core.checkpoint_files import file_digest
 from entropy_core.config import ProbeConfig, VarianceRequest, parse_config
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import catalogue as stage
-from entropy_core.stages.preflight import CheckpointToProbe, splits
+from entropy_core.stages.files import content_digest
+from entropy_core.stages.preflight import CheckpointToProbe, encoding, splits
 from entropy_core.store import Stage, Store
 
 Inputs = dict[str, Any]
@@ -63,10 +63,10 @@ def execution_for(
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
     """The execution settings of a sweep."""
-    paths = {c.digest: c.directory for c in checkpoints} | {c.weights: c.directory for c in checkpoints}
-    for file in (prompts.source_file(config.batch_config.dataset_name), rewards.source_file(config.update.reward)):
+    paths = {digest: c.directory for c in checkpoints for digest in (c.digest, c.weights, c.tokenizer)}
+    for file in (_dataset(config), rewards.source_file(config.update.reward)):
         if file is not None:
-            paths[file_digest(file)] = file
+            paths[content_digest(file)] = file
     return Execution(
         paths=paths,
         device=config.execution.device,
@@ -89,16 +89,24 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
-    pools = {split: _load_prompts(config, split, run) for split in dict.fromkeys(splits(config))}
-    recorded = [
-        {
-            "checkpoint": checkpoint.name,
-            "step": checkpoint.step,
-            "inputs": _measure(config, checkpoint, pools, run),
-            "notes": list(checkpoint.assumptions),
-        }
-        for checkpoint in checkpoints
-    ]
+    by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run has one, as a rule
+    recorded = []
+    for checkpoint in checkpoints:
+        if checkpoint.tokenizer not in by_tokenizer:
+            asked = dict.fromkeys(splits(config))
+            by_tokenizer[checkpoint.tokenizer] = {s: _load_prompts(config, s, checkpoint, run) for s in asked}
+        pools = by_tokenizer[checkpoint.tokenizer]
+        recorded.append(
+            {
+                "checkpoint": checkpoint.name,
+                "step": checkpoint.step,
+                "inputs": _measure(config, checkpoint, pools, run),
+                "notes": [
+                    *checkpoint.assumptions,
+                    *(note for pool in pools.values() for note in pool.summary["notes"]),
+                ],
+            }
+        )
     return _conclude(recorded, config, store, run)
 
 
@@ -176,14 +184,23 @@ def artifacts_in(value: Any) -> Iterator[Artifact]:
             yield from artifacts_in(item)
 
 
-def _load_prompts(config: ProbeConfig, split: str, run: Runner) -> Artifact:
+def _dataset(config: ProbeConfig) -> Path | None:
     batch = config.batch_config
-    file = prompts.source_file(batch.dataset_name)
+    return prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
+
+
+def _load_prompts(config: ProbeConfig, split: str, checkpoint: CheckpointToProbe, run: Runner) -> Artifact:
+    batch, source = config.batch_config, _dataset(config)
     inputs = {
-        "dataset_name": "" if file else batch.dataset_name,  # a file counts by its content, wherever it lies
+        "dataset_name": "" if batch.dataset_name.endswith(prompts.SUFFIXES) else batch.dataset_name,
+        "options": batch.dataset_options,
         "split": split,
         "prompt_column": batch.prompt_column,
-        "source": file_digest(file) if file else "",
+        "source": content_digest(source) if source else "",  # a file counts by its content, wherever it lies
+        "revision": prompts.revision(source) if source else "",
+        "library": prompts.library(batch.dataset_name),
+        "tokenizer": checkpoint.tokenizer,
+        "encoding": encoding(config),
     }
     return run(stage.LOAD_PROMPTS, inputs, f"{batch.dataset_name} {split}")
 
@@ -199,7 +216,7 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
     }
     name = checkpoint.name
     e_pool, u_pool = (pools[split] for split in splits(config))
-    sampling = {"law": law, "add_special_tokens": batch.add_special_tokens, "max_new_tokens": generation.max_new_tokens}
+    sampling = {"law": law, "max_new_tokens": generation.max_new_tokens}
     replacement = batch.E_sampling_mode == "replacement"
     e_sampling = sampling | {
         "prompts": e_pool,
@@ -243,7 +260,8 @@ def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[
         "sequences": u_batch,
         "prompts": u_pool,
         "reward_name": update.reward.rpartition(".py:")[2],
-        "source": file_digest(reward_file) if reward_file else "",
+        "source": content_digest(reward_file) if reward_file else "",
+        "library": rewards.library(update.reward),
     }
     rewards_u = run(stage.REWARD_U, rewarded, name)
     step = {
