@@ -241,14 +241,22 @@ def load_config(path: Path | str) -> ProbeConfig:
     Raises:
         ConfigError: the file is missing, is not YAML, or holds a wrong value.
     """
+    return parse_config(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path | str) -> Any:
+    """What a YAML file says, as plain values.
+
+    Raises:
+        ConfigError: the file is missing, or is not YAML.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})", way_out="give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {problem}", way_out="correct the file") from None
-    return parse_config(values, str(path))
 
 
 def _summary(error: ValidationError) -> str:

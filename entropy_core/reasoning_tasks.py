@@ -8,6 +8,7 @@ import ast
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -97,13 +98,22 @@ def _dataset(recipe: str) -> Any:
         ) from error
 
 
+def _plain(value: Any) -> Any:
+    """A value without the enumerations in it, which have no literal form and equal their values."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
 @lru_cache(maxsize=2)
 def _problems(recipe: str) -> list[dict[str, Any]]:
     dataset, rows = _dataset(recipe), []
     for number in range(len(dataset)):
         try:
             entry = dataset[number]
-            literal = repr(entry)
+            literal = repr(_plain(entry))
             unlike = ast.literal_eval(literal) != entry
         except Exception as error:
             raise PromptError(
