@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from entropy_core.errors import ConfigError
 from entropy_core.numerics.advantages import Loss, Scaling
@@ -65,12 +65,39 @@ class BatchConfig(Section):
     B_U: int = Field(64, ge=2, description="Distinct prompts in U, the batch that the optimizer step is taken on.")
     G: int = Field(8, ge=2, description="Responses per prompt in U (and in E in distinct mode).")
     U_batch_seed: Seed = Field(42, description="Seed of U.")
-    dataset_name: str = Field("arithmetic", min_length=1, description="Prompt pool: a known name, or a .jsonl file.")
+    dataset_name: str = Field(
+        "arithmetic",
+        min_length=1,
+        description="Prompt pool: `arithmetic`, `gsm8k`, `gsm8k_r1_template`, `math`, `reasoning_gym:TASK`, or the "
+        "path of a .jsonl or .parquet file.",
+    )
+    dataset_path: str = Field(
+        "", description="Folder of the local copy of `gsm8k` or `math`; empty: the hub cache of this machine."
+    )
+    allow_download: bool = Field(False, description="Fetch `gsm8k` or `math` if they are not on this machine.")
+    dataset_options: dict[str, JsonValue] = Field(
+        {}, description="Of a reasoning-gym task: `size` (512), `seed` (42), and the task's own."
+    )
     split: str = Field("train", description="Split of the pool, for E and U alike.")
     E_split: str = Field("", description="Split for E; empty: `split`.")
     U_split: str = Field("", description="Split for U; empty: `split`.")
     prompt_column: str = Field("prompt", description="Column that holds the prompt.")
     add_special_tokens: bool = Field(False, description="Let the tokenizer add its special tokens to a prompt.")
+    apply_chat_template: bool = Field(
+        False, description="Make of a prompt the user's turn in the tokenizer's chat template, and begin the answer."
+    )
+    system_prompt: str = Field("", description="System turn of the chat template; empty: none.")
+    max_prompt_length: int = Field(
+        0, ge=0, description="Leave out prompts of more tokens than this, the template's included; 0: no limit."
+    )
+
+    @model_validator(mode="after")
+    def _one_writer_of_special_tokens(self) -> Self:
+        if self.apply_chat_template and self.add_special_tokens:
+            raise ValueError("a chat template writes the special tokens: set add_special_tokens: false")
+        if self.system_prompt and not self.apply_chat_template:
+            raise ValueError("system_prompt is a part of the chat template: set apply_chat_template: true")
+        return self
 
 
 class SamplingConfig(Section):
@@ -236,6 +263,8 @@ def parse_config(values: Any, source: str = "the configuration") -> ProbeConfig:
     Raises:
         ConfigError: on an unknown key, a missing one, or a value out of range; names each of them.
     """
+    if values is None:
+        raise ConfigError(f"{source} is empty (top level)", way_out="begin with `checkpoints: [RUN/checkpoint-*]`")
     try:
         return ProbeConfig.model_validate(values)
     except ValidationError as error:
@@ -251,20 +280,33 @@ def load_config(path: Path | str) -> ProbeConfig:
     Raises:
         ConfigError: the file is missing, is not YAML, or holds a wrong value.
     """
+    return parse_config(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path | str) -> Any:
+    """What a YAML file says, as plain values.
+
+    Raises:
+        ConfigError: the file is missing, or is not YAML.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})", way_out="give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {problem}", way_out="correct the file") from None
-    return parse_config(values, str(path))
 
 
 def _summary(error: ValidationError) -> str:
     entries = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "(top level)"
-        unknown = item["type"] == "extra_forbidden"
-        entries.append(f"{where}: {'unknown key' if unknown else item['msg'].removeprefix('Value error, ')}")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key"
+        elif item["type"] in {"model_type", "model_attributes_type"}:  # pydantic would name its class
+            message = "is empty: give it keys, or leave it out" if item["input"] is None else "is not a list of keys"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+        entries.append(f"{where}: {message}")
     return "; ".join(entries)

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_core.adapters import fill_adapter, insert_adapter
 from entropy_core.errors import CheckpointError
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
+from entropy_core.tokenizer import load_tokenizer, tokenizer_directory
 
 log = logging.getLogger("entropy_probe.policy")
 
@@ -362,7 +363,7 @@ def load_policy(
             attn_implementation=attn_implementation,
             local_files_only=True,
         )
-        tokenizer = load_tokenizer(directory, base)
+        tokenizer = load_tokenizer(tokenizer_directory(directory, base))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -375,9 +376,3 @@ def load_policy(
         fill_adapter(model, directory)
     log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
     return Policy(model.to(resolve_device(device)), tokenizer)
-
-
-def load_tokenizer(directory: Path, base: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or of an adapter, from local files; that of the base where an adapter has none."""
-    home = directory if base is None or any(directory.glob("tokenizer*")) else base
-    return AutoTokenizer.from_pretrained(home, local_files_only=True)

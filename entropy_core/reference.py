@@ -83,6 +83,8 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> list[str]:
 
 def _type(field: FieldInfo) -> str:
     kind = field.annotation
+    if get_origin(kind) is dict:
+        return "keys and values"
     listed = get_origin(kind) is list
     if listed:
         kind = get_args(kind)[0]

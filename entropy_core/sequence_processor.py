@@ -112,22 +112,23 @@ class SequenceProcessor:
         self.policy, self.config = policy, config
         self.progress = progress or (lambda done, total: None)
 
-    def tokenize(self, prompts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each prompt.
+    def require_vocabulary(self, pool: Sequence[Sequence[int]]) -> None:
+        """Refuse token ids that the policy has no embedding for.
+
+        Args:
+            pool: token ids of the prompts.
 
         Raises:
-            PromptError: a prompt has no tokens, or one that the vocabulary does not have.
+            PromptError: there is one; names the prompt.
         """
-        encoded = self.policy.tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
         vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            if not ids or max(ids) >= vocabulary:
+        for i, ids in enumerate(pool):
+            if max(ids) >= vocabulary:
                 raise PromptError(
-                    f"prompt {prompt!r} becomes {len(ids)} tokens" + (f", the largest {max(ids)}" if ids else ""),
+                    f"prompt {i} becomes {len(ids)} tokens, the largest {max(ids)}, and the policy knows {vocabulary}",
                     cause="the prompts are for another tokenizer",
                     way_out="use a dataset that fits this policy",
                 )
-        return encoded
 
     def generate_with_replacement_sampling(
         self, pool: Sequence[Sequence[int]], total_sequences: int, seed: int, first: int = 0

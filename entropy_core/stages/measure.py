@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 from entropy_core import prompts, rewards
 from entropy_core.artifact import Artifact
-from entropy_core.checkpoint_files import file_digest, weights_digest
+from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig
 from entropy_core.stages import catalogue as stage
-from entropy_core.stages.preflight import CheckpointToProbe, splits
+from entropy_core.stages.files import content_digest
+from entropy_core.stages.preflight import CheckpointToProbe, encoding, splits
 from entropy_core.store import Stage
 
 Inputs = dict[str, Any]
@@ -30,24 +31,35 @@ class Runner(Protocol):
         """The artifact of this stage for these inputs; `label` is for people."""
 
 
-def load_pool(config: ProbeConfig, split: str, run: Runner) -> Artifact:
+def source_of(config: ProbeConfig) -> Path | None:
+    """The file or folder behind the prompts; None for a pool that is code."""
+    batch = config.batch_config
+    return prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
+
+
+def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> Artifact:
     """The prompts of a split.
 
     Args:
         config: names the dataset.
         split: of it.
+        tokenizer: digest of its files.
         run: runs a stage.
 
     Returns:
         Artifact of load-prompts.
     """
-    batch = config.batch_config
-    file = prompts.source_file(batch.dataset_name)
+    batch, source = config.batch_config, source_of(config)
     inputs = {
-        "dataset_name": "" if file else batch.dataset_name,  # a file counts by its content, wherever it lies
+        "dataset_name": "" if batch.dataset_name.endswith(prompts.SUFFIXES) else batch.dataset_name,
+        "options": batch.dataset_options,
         "split": split,
         "prompt_column": batch.prompt_column,
-        "source": file_digest(file) if file else "",
+        "source": content_digest(source) if source else "",  # a file counts by its content, wherever it lies
+        "revision": prompts.revision(source) if source else "",
+        "library": prompts.library(batch.dataset_name),
+        "tokenizer": tokenizer,
+        "encoding": encoding(config),
     }
     return run(stage.LOAD_PROMPTS, inputs, f"{batch.dataset_name} {split}")
 
@@ -144,7 +156,6 @@ class Measurement:
         size = self.config.execution.shard_size
         shared = inputs | {
             "law": self.law,
-            "add_special_tokens": self.config.batch_config.add_special_tokens,
             "max_new_tokens": self.config.generation.max_new_tokens,
         }
         parts = [{"first": first, "count": min(size, total - first)} for first in range(0, total, size)]
@@ -198,7 +209,8 @@ class Measurement:
             "sequences": u_batch,
             "prompts": self.u_pool,
             "reward_name": update.reward.rpartition(".py:")[2],
-            "source": file_digest(file) if file else "",
+            "source": content_digest(file) if file else "",
+            "library": rewards.library(update.reward),
         }
         if update.kl_beta:
             weights = weights_digest(Path(update.reference)) if update.reference else self.checkpoint.base

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_core.numerics.path_integral import NODES
 from entropy_core.stages.derivatives import forward_mode
-from entropy_core.stages.sequences import Law, processor_of, read_sequences
+from entropy_core.stages.sequences import Law, moved_by, processor_of, read_sequences
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer
@@ -31,7 +31,7 @@ def path_integral(
     batch, direction = read_sequences(sequences), update.tensors("direction.safetensors")
     columns = {"offsets": batch.response_offsets_N1}
     for j, node in enumerate(NODES):
-        with processor.policy.moved(direction, node * eta):
+        with moved_by(processor, update, node * eta):
             there = forward_mode(processor, batch, direction)
         columns |= {f"{name.removesuffix('_K')}_{j}": column_K for name, column_K in there._asdict().items()}
     out.tensors(columns, "tokens.safetensors")

@@ -5,7 +5,7 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 
 import json
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ from typing import Any
 
 import yaml
 
-from entropy_core import prompts, rewards
+from entropy_core import rewards
 from entropy_core.artifact import Artifact
-from entropy_core.checkpoint_files import file_digest, weights_digest
+from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig, VarianceRequest, parse_config
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import catalogue as stage
-from entropy_core.stages.measure import Inputs, Measurement, Runner, load_pool
+from entropy_core.stages.files import content_digest
+from entropy_core.stages.measure import Inputs, Measurement, Runner, load_pool, source_of
 from entropy_core.stages.preflight import CheckpointToProbe, splits
 from entropy_core.store import Stage, Store
 
@@ -58,9 +59,9 @@ def execution_for(
     if config.update.reference:
         reference = Path(config.update.reference).resolve()
         paths.setdefault(weights_digest(reference), reference)
-    for file in (prompts.source_file(config.batch_config.dataset_name), rewards.source_file(config.update.reward)):
+    for file in (source_of(config), rewards.source_file(config.update.reward)):
         if file is not None:
-            paths[file_digest(file)] = file
+            paths[content_digest(file)] = file
     return Execution(
         paths=paths,
         device=config.execution.device,
@@ -112,7 +113,7 @@ class _Promised(Artifact):
 
     @property
     def summary(self) -> dict[str, Any]:
-        return defaultdict(lambda: 1.0)
+        return {"learning_rate": 1.0, "half_width": 1.0, "notes": []}
 
 
 def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult:
@@ -191,16 +192,23 @@ def artifacts_in(value: Any) -> Iterator[Artifact]:
 
 def _measured(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> list[Inputs]:
     """All that needs a policy: per checkpoint, what the variance stage is given."""
-    pools = {split: load_pool(config, split, run) for split in dict.fromkeys(splits(config))}
-    return [
-        {
-            "checkpoint": checkpoint.name,
-            "step": checkpoint.step,
-            "inputs": Measurement(config, checkpoint, pools, run).variance_inputs(),
-            "notes": list(checkpoint.assumptions),
-        }
-        for checkpoint in checkpoints
-    ]
+    by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run has one, as a rule
+    measured = []
+    for checkpoint in checkpoints:
+        if checkpoint.tokenizer not in by_tokenizer:
+            asked = dict.fromkeys(splits(config))
+            by_tokenizer[checkpoint.tokenizer] = {s: load_pool(config, s, checkpoint.tokenizer, run) for s in asked}
+        pools = by_tokenizer[checkpoint.tokenizer]
+        of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
+        measured.append(
+            {
+                "checkpoint": checkpoint.name,
+                "step": checkpoint.step,
+                "inputs": Measurement(config, checkpoint, pools, run).variance_inputs(),
+                "notes": [*checkpoint.assumptions, *of_pools],
+            }
+        )
+    return measured
 
 
 def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artifact:
