@@ -61,7 +61,7 @@ class _Trunk(nn.Module):
 
 
 class _FullLogits(_Trunk):
-    """Trunk and head in one: for an architecture whose logits the plain head does not reproduce."""
+    """Trunk and head in one: for an architecture whose logits the head does not reproduce."""
 
     def forward(self, rows: TeacherForcedRows) -> Tensor:
         logits_BLV = self.model(input_ids=rows.input_ids_BL, use_cache=False).logits
@@ -69,12 +69,23 @@ class _FullLogits(_Trunk):
 
 
 class _Head(nn.Module):
+    """Hidden states to logits: c·tanh(s·Wh/c), with the scale s and the softcap c that the model's config names.
+
+    s is `logit_scale` (Cohere) or 1/`logits_scaling` (Granite), c `final_logit_softcapping` (Gemma); without them Wh.
+    """
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        config = model.config.get_text_config()
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden_RD)
+        logits_RV = self.model.get_output_embeddings()(hidden_RD)
+        if self.scale != 1.0:
+            logits_RV = self.scale * logits_RV
+        return self.softcap * torch.tanh(logits_RV / self.softcap) if self.softcap else logits_RV
 
 
 class Policy:
@@ -95,7 +106,7 @@ class Policy:
         head_ids = {id(p) for p in model.get_output_embeddings().parameters()}
         self._head_names = [name for name, p in self.named_parameters().items() if id(p) in head_ids]
         if not self._head_matches():
-            log.warning("the output embedding alone does not give this model's logits; using full logits (more memory)")
+            log.warning("this model's logits are not those of its head; using full logits (more memory)")
             self._head, self._trunk = None, _FullLogits(model)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
