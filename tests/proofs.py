@@ -12,6 +12,8 @@ ran: a part of them would be a page that claims less, or more, than it says.
 import ast
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE, FOLDER = Path("docs/validation.md"), Path("tests/validation")
 LIBRARIES = ("entropy-probe", "torch", "transformers", "numpy", "scipy", "arviz-stats", "pyarrow", "safetensors")
 
@@ -118,6 +121,14 @@ def proofs_in(folder: Path) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
+
+
+@pytest.fixture(scope="session")
+def demo_run() -> Path:
+    """The checkpoints of the demo run, trained where they are missing."""
+    command = [sys.executable, "-m", "entropy_core.demo", "--out", "artifacts/demo-run"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return ROOT / "artifacts/demo-run"
 
 
 FOUND = pytest.StashKey[dict[str, Proof]]()
