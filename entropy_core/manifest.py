@@ -11,10 +11,12 @@ import json
 import os
 import platform
 import resource
+import secrets
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,17 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> str:
     return digest
 
 
+@contextmanager
+def temporary_sibling(final: Path) -> Iterator[Path]:
+    """A new directory beside `final`, to be filled and given its name; what is left of it at the end is deleted."""
+    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def make_visible(temporary: Path, final: Path) -> None:
     """Bring a directory and all that is in it to the disk, and give it its name in one step."""
     for path in [*sorted(temporary.rglob("*")), temporary]:
@@ -104,7 +117,7 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
         return manifest, ""
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}, "it has no manifest"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return {}, f"its manifest was damaged or edited: {error}"
 
 

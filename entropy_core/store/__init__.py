@@ -17,7 +17,6 @@ import fcntl
 import logging
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,13 +32,13 @@ from entropy_core.artifact import Artifact, Writer, canonical, upstream
 from entropy_core.code_identity import code_digest, module_digests, name_of
 from entropy_core.errors import StoreError
 from entropy_core.manifest import (
-    MANIFEST,
     as_json,
     check_file,
     check_manifest,
     commit,
     peak_rss_bytes,
     recipe_key,
+    temporary_sibling,
     versions,
 )
 
@@ -138,7 +137,7 @@ class Store:
         key = recipe_key(recipe)
         artifact, _ = self.check(stage.name, key)
         if artifact is None:
-            with self.writing(), self.lock(stage.name, key):
+            with self.writing(), self.in_use(), self.lock(stage.name, key):
                 artifact, fault = self.check(stage.name, key)  # another process may have computed it meanwhile
                 if fault:
                     self.quarantine(stage.name, key, fault)
@@ -149,13 +148,17 @@ class Store:
 
     def ls(self) -> Iterator[Artifact]:
         """List the complete artifacts, by stage and key. Their manifests are verified, their data files are not."""
-        for path in sorted(self.root.glob(f"[!.]*/[!.]*/{MANIFEST}")):
-            stage, key = path.parts[-3:-1]
-            manifest, fault = check_manifest(path.parent, stage, key)
+        for stage, key in self.names():
+            manifest, fault = check_manifest(self.root / stage / key, stage, key)
             if fault:
                 log.warning("%s/%s is unsound: %s", stage, key, fault)
             else:
                 yield Artifact(stage, key, manifest["digest"], self.root)
+
+    def names(self) -> list[tuple[str, str]]:
+        """The stages and keys of all that takes the place of an artifact, sound or not; sorted."""
+        found = (path.parts[-2:] for path in self.root.glob("[!.]*/*") if path.is_dir())
+        return sorted((stage, key) for stage, key in found if re.fullmatch("[0-9a-f]{32}", key))
 
     def check(self, stage_name: str, key: str) -> tuple[Artifact | None, str]:
         """The artifact if it is sound, and else what is wrong with it; neither when it is not there at all."""
@@ -166,6 +169,10 @@ class Store:
         for name, entry in manifest.get("files", {}).items():
             fault = fault or check_file(directory / name, entry)
         return (None, fault) if fault else (Artifact(stage_name, key, manifest["digest"], self.root), "")
+
+    def manifest(self, stage_name: str, key: str) -> dict[str, Any]:
+        """What is known of an artifact; empty when it is not there or its manifest is unsound."""
+        return check_manifest(self.root / stage_name / key, stage_name, key)[0]
 
     def lock(self, stage_name: str, key: str, timeout: float = -1) -> FileLock:
         """The lock of one key, which the system frees if its holder dies; waits for ever unless told otherwise."""
@@ -182,7 +189,7 @@ class Store:
 
     @contextmanager
     def in_use(self, alone: bool = False) -> Iterator[None]:
-        """Within the context a sweep relies on what is there; or nobody else does, so that it may be deleted.
+        """Within the context this process relies on what is there; or nobody else does, so that it may be deleted.
 
         Args:
             alone: refuse if the store is in use by another process.
@@ -226,9 +233,7 @@ class Store:
         final.parent.mkdir(exist_ok=True)
         for stale in final.parent.glob(f".tmp-{key}-*"):  # of a process that died: the lock is ours
             shutil.rmtree(stale, ignore_errors=True)
-        temporary = final.with_name(f".tmp-{key}-{os.getpid()}-{secrets.token_hex(4)}")
-        temporary.mkdir()
-        try:
+        with temporary_sibling(final) as temporary:
             described = execution.describe() if hasattr(execution, "describe") else {}
             described = as_json(described, "what execution.describe() returned")  # fail before the work, not after
             modules = module_digests(stage.function.__module__)
@@ -255,9 +260,6 @@ class Store:
                 "created": datetime.now(UTC).isoformat(),
             }
             digest = commit(temporary, final, manifest)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         log.info("%s %s: computed in %.1f s", stage.name, key[:12], seconds)
         return Artifact(stage.name, key, digest, self.root)
 
