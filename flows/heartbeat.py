@@ -23,7 +23,7 @@ def watch_heartbeats() -> None:
         name=NAME,
         trigger=EventTrigger(
             posture=Posture.Proactive,
-            match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
+            match={"prefect.resource.id": "prefect.flow-run.*"},
             for_each={"prefect.resource.id"},
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ends)},
