@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep ui test test-sweep docs clean
-help sweep ui test test-sweep docs clean:
+.PHONY: help sweep ui test test-sweep validate docs clean
+help sweep ui test test-sweep validate docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep ui test test-sweep docs clean
+.PHONY: help sweep ui test test-sweep validate docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
@@ -34,6 +34,7 @@ help:
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT)"
 	@echo "make test    lint, check types, run the tests"
 	@echo "make test-sweep   run the README's commands on the demo run, and check what they leave (some minutes)"
+	@echo "make validate   prove the estimators, and write docs/validation.md from the run (about ten minutes)"
 	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
 	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
 	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"
@@ -53,6 +54,9 @@ test: .venv/.installed
 
 test-sweep: .venv/.installed
 	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py
+
+validate: .venv/.installed
+	$(BIN)/python -m pytest -m validate tests/validation
 
 docs: .venv/.installed
 	$(BIN)/python -m entropy_core.reference docs

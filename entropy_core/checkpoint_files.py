@@ -3,6 +3,7 @@
     find_checkpoints    glob patterns → directories, by step
     checkpoint_digest   one digest of every file that a result depends on
     weights_digest      one digest of the files that the policy depends on
+    tokenizer_digest    one digest of the files that the tokenizer is made of
     stored_tensors      the tensors of the safetensors files, from their headers
 
 Which files make a checkpoint is said in `checkpoint_layout`. `training_args.bin` is an executable pickle and is never
@@ -26,12 +27,8 @@ from entropy_core.errors import CheckpointError, one_line, some_names
 if TYPE_CHECKING:
     from torch import Tensor
 
-POLICY_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "adapter_config.json",
+TOKENIZER_FILES = (
+    "config.json",  # names the tokenizer's class where nothing else does
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -40,6 +37,13 @@ POLICY_FILES = (
     "merges.txt",
     "chat_template.*",
     "additional_chat_templates/*",
+)
+POLICY_FILES = (
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
 )
 TRAINER_FILES = ("optimizer.pt", "optimizer_param_names.json", "trainer_state.json", "training_info.json")
 RESULT_FILES = (*POLICY_FILES, *TRAINER_FILES)
@@ -177,6 +181,21 @@ def weights_digest(directory: Path) -> str:
         CheckpointError: as `file_digests` does.
     """
     return _sha256(file_digests(directory, POLICY_FILES))
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """One digest of the files that the tokenizer is made of: the checkpoints of a run have the same.
+
+    Args:
+        directory: a checkpoint directory.
+
+    Returns:
+        The SHA-256 of the canonical JSON of the digests of these files.
+
+    Raises:
+        CheckpointError: as `file_digests` does.
+    """
+    return _sha256(file_digests(directory, TOKENIZER_FILES))
 
 
 def _sha256(digests: dict[str, str]) -> str:

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_core.adapters import fill_adapter, insert_adapter
 from entropy_core.errors import CheckpointError
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
+from entropy_core.tokenizer import load_tokenizer, tokenizer_directory
 
 log = logging.getLogger("entropy_probe.policy")
 
@@ -60,7 +61,7 @@ class _Trunk(nn.Module):
 
 
 class _FullLogits(_Trunk):
-    """Trunk and head in one: for an architecture whose logits the plain head does not reproduce."""
+    """Trunk and head in one: for an architecture whose logits the head does not reproduce."""
 
     def forward(self, rows: TeacherForcedRows) -> Tensor:
         logits_BLV = self.model(input_ids=rows.input_ids_BL, use_cache=False).logits
@@ -68,12 +69,23 @@ class _FullLogits(_Trunk):
 
 
 class _Head(nn.Module):
+    """Hidden states to logits: c·tanh(s·Wh/c), with the scale s and the softcap c that the model's config names.
+
+    s is `logit_scale` (Cohere) or 1/`logits_scaling` (Granite), c `final_logit_softcapping` (Gemma); without them Wh.
+    """
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        config = model.config.get_text_config()
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden_RD)
+        logits_RV = self.model.get_output_embeddings()(hidden_RD)
+        if self.scale != 1.0:
+            logits_RV = self.scale * logits_RV
+        return self.softcap * torch.tanh(logits_RV / self.softcap) if self.softcap else logits_RV
 
 
 class Policy:
@@ -94,7 +106,7 @@ class Policy:
         head_ids = {id(p) for p in model.get_output_embeddings().parameters()}
         self._head_names = [name for name, p in self.named_parameters().items() if id(p) in head_ids]
         if not self._head_matches():
-            log.warning("the output embedding alone does not give this model's logits; using full logits (more memory)")
+            log.warning("this model's logits are not those of its head; using full logits (more memory)")
             self._head, self._trunk = None, _FullLogits(model)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -130,6 +142,25 @@ class Policy:
         """
         with torch.no_grad():
             return self._statistics(rows, temperature)
+
+    def expected_discriminators(self, rows: TeacherForcedRows, temperature: float) -> Tensor:
+        """Σ_a π_a²(h + log π_a) of the step of every response token: see `token_statistics.expected_discriminator`.
+
+        Args:
+            rows: the micro-batch.
+            temperature: τ.
+
+        Returns:
+            [K], of the policy's dtype, on its device.
+        """
+        with torch.no_grad():
+            output = self._trunk(rows)
+            head = self._head or torch.nn.Identity()
+            parts = [
+                token_statistics.expected_discriminator(head(chunk), temperature)
+                for chunk in output.split(self.head_chunk_rows)
+            ]
+        return torch.cat(parts)
 
     def derivatives(
         self, rows: TeacherForcedRows, direction: Mapping[str, Tensor], temperature: float
@@ -343,7 +374,7 @@ def load_policy(
             attn_implementation=attn_implementation,
             local_files_only=True,
         )
-        tokenizer = load_tokenizer(directory, base)
+        tokenizer = load_tokenizer(tokenizer_directory(directory, base))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -356,9 +387,3 @@ def load_policy(
         fill_adapter(model, directory)
     log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
     return Policy(model.to(resolve_device(device)), tokenizer)
-
-
-def load_tokenizer(directory: Path, base: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or of an adapter, from local files; that of the base where an adapter has none."""
-    home = directory if base is None or any(directory.glob("tokenizer*")) else base
-    return AutoTokenizer.from_pretrained(home, local_files_only=True)

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -20,10 +22,13 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.masking_utils import eager_mask
 
 from entropy_core.numerics import ragged
 from entropy_core.policy import Policy
 from entropy_core.sequence_processor import BatchedSequences
+
+pytest_plugins = ["proofs"]  # writes docs/validation.md when `make validate` runs
 
 COMMON = {"bos_token_id": None, "pad_token_id": None, "attn_implementation": "eager", "initializer_range": 0.6}
 SMALL = {
@@ -56,8 +61,54 @@ def llama(**changes) -> PreTrainedModel:
     return LlamaForCausalLM(config).double()
 
 
+class _Float64Norm(nn.Module):
+    """RMSNorm in the dtype of its input."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        return self.weight * hidden_BLD * torch.rsqrt((hidden_BLD**2).mean(-1, keepdim=True) + self.eps)
+
+
+class _Float64Rotary(nn.Module):
+    """Rotary embeddings whose angles are float64."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+    def forward(self, hidden_BLD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = (position_ids[..., None] * self.frequencies).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+
+def _float64_attention(module, query, key, value, attention_mask, scaling, **_):
+    """Eager attention whose softmax is in the dtype of the query."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    weights = torch.softmax(query @ key.transpose(2, 3) * scaling + attention_mask, dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("float64", _float64_attention)
+AttentionMaskInterface.register("float64", eager_mask)
+
+
+def llama64(**changes) -> PreTrainedModel:
+    """`llama` with its norms, rotary embeddings and softmax in float64, as everything else in it is."""
+    model = llama(attn_implementation="float64", **changes)
+    trunk = model.model
+    trunk.norm = _Float64Norm(trunk.norm)
+    for layer in trunk.layers:
+        layer.input_layernorm = _Float64Norm(layer.input_layernorm)
+        layer.post_attention_layernorm = _Float64Norm(layer.post_attention_layernorm)
+    trunk.rotary_emb = _Float64Rotary(model.config.head_dim, model.config.rope_parameters["rope_theta"])
+    return model
+
+
 def gemma2(**changes) -> PreTrainedModel:
-    """Bends its logits with a tanh, which the output embedding alone does not."""
+    """Bends its logits with a tanh, after the output embedding."""
     torch.manual_seed(3)
     bent = {"head_dim": 4, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "sliding_window": 4}
     config = Gemma2Config(**COMMON | SMALL | bent | {"vocab_size": 4, "eos_token_id": 3} | changes)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import World, gpt2, policy_of
+from enumeration import Everything, enumerate_world, token_gradients
 from scipy import stats
-from test_enumeration import Everything, enumerate_world, processor_of
 from torch import Tensor
 
-from entropy_core.numerics import adamw
+from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
 from entropy_core.numerics.advantages import group_advantages, loss_coefficients
 from entropy_core.numerics.first_order import FirstOrderColumns, first_order_columns, score_coefficients
@@ -349,21 +349,15 @@ def small() -> tuple[Everything, Gradients]:
     world = World(policy_of(gpt2(vocabulary=3)), [[1], [0, 2, 1], [0, 0]], temperature=0.8, max_new_tokens=3)
     zero = {name: torch.zeros_like(p).detach() for name, p in world.policy.named_parameters().items()}
     everything = enumerate_world(world, zero)
-    rows = []
-    for i in range(len(everything.sequences)):
-        one = everything.subset(torch.tensor([i]))
-        score = score_coefficients(one.tokens.entropies_K, one.offsets_N1, "none")
-        ones_K = torch.ones_like(score.entropy_K)
-        found = [world.policy.new_accumulator() for _ in range(3)]
-        for index_K, batch in processor_of(world).micro_batches(one.sequences):
-            coefficients = [
-                (score.entropy_K[index_K], ones_K),
-                (score.length_K[index_K], 0 * ones_K),
-                (ones_K, 0 * ones_K),
-            ]
-            world.policy.add_gradients(batch, coefficients, world.temperature, found)
-        rows.append([torch.cat([g.flatten() for g in gradient.values()]) for gradient in found])
-    return everything, Gradients(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    score_KQ, entropy_KQ = token_gradients(everything)
+    score = score_coefficients(everything.tokens.entropies_K, everything.offsets_N1, "none")
+
+    def per_response(values_KQ: Tensor) -> Tensor:
+        index_K = ragged.sequence_index(everything.offsets_N1)
+        return values_KQ.new_zeros(len(everything.sequences), values_KQ.shape[1]).index_add_(0, index_K, values_KQ)
+
+    x_KQ = entropy_KQ + score.entropy_K[:, None] * score_KQ
+    return everything, Gradients(*map(per_response, (x_KQ, score.length_K[:, None] * score_KQ, score_KQ)))
 
 
 def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):

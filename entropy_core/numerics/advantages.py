@@ -2,7 +2,7 @@
 
 The loss at the on-policy point (probability ratio 1, clipping inactive) is
 
-    −(1/(P·G)) Σ_i A_i (1/Z_i) Σ_k ℓ_ik
+    −(1/(P·G)) Σ_i A_i (1/Z_i) Σ_k ℓ_ik   [ + β (1/(P·G)) Σ_i (1/Z_i) Σ_k kl_ik ]
 
 | loss      | A_i                                             | Z_i             | source                  |
 |-----------|-------------------------------------------------|-----------------|-------------------------|
@@ -17,6 +17,7 @@ Trainers also let the division by the standard deviation be switched by itself (
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce"]
@@ -54,12 +55,11 @@ def group_advantages(rewards_PG: Tensor, loss: Loss, scaling: Scaling = "auto") 
     return advantages_PG
 
 
-def loss_coefficients(advantages_N: Tensor, lengths_N: Tensor, loss: Loss, max_new_tokens: int) -> Tensor:
-    """Coefficient of every ℓ_ik of response i in the loss: −A_i/(P·G·Z_i).
+def token_weights(lengths_N: Tensor, loss: Loss, max_new_tokens: int) -> Tensor:
+    """Weight 1/(P·G·Z_i) of every token of response i in the loss.
 
     Args:
-        advantages_N: float64 [N], N = P·G; responses with zero advantage stay in the denominator.
-        lengths_N: int64 [N], T_i ≥ 1.
+        lengths_N: int64 [N], T_i ≥ 1; responses with zero advantage stay in the denominator.
         loss: which normalisation.
         max_new_tokens: the constant length of `dr_grpo`.
 
@@ -74,7 +74,38 @@ def loss_coefficients(advantages_N: Tensor, lengths_N: Tensor, loss: Loss, max_n
         scale_N = lengths_N.new_full(lengths_N.shape, max_new_tokens).double()
     else:
         scale_N = lengths_N.new_ones(lengths_N.shape).double()
-    return -advantages_N / (len(advantages_N) * scale_N)
+    return 1.0 / (len(lengths_N) * scale_N)
+
+
+def loss_coefficients(advantages_N: Tensor, lengths_N: Tensor, loss: Loss, max_new_tokens: int) -> Tensor:
+    """Coefficient of every ℓ_ik of response i in the loss: −A_i/(P·G·Z_i).
+
+    Args:
+        advantages_N: float64 [N], N = P·G.
+        lengths_N: see `token_weights`.
+        loss: which normalisation.
+        max_new_tokens: see `token_weights`.
+
+    Returns:
+        float64 [N].
+    """
+    return -advantages_N * token_weights(lengths_N, loss, max_new_tokens)
+
+
+def kl_coefficients(logprobs_K: Tensor, reference_logprobs_K: Tensor) -> Tensor:
+    """Derivative with respect to ℓ of the per-token estimate of KL(π‖π_ref) that trainers add to the loss.
+
+    The estimate is e^(r−ℓ) − (r−ℓ) − 1, with r the reference's log-probability (k3 of Schulman, "Approximating KL
+    divergence", 2020; TRL's GRPOTrainer); its derivative is 1 − e^(r−ℓ).
+
+    Args:
+        logprobs_K: ℓ, nats, [K].
+        reference_logprobs_K: r, nats, [K].
+
+    Returns:
+        float64 [K]; to be multiplied by β and the token's weight in the loss.
+    """
+    return -torch.expm1(reference_logprobs_K.double() - logprobs_K.double())
 
 
 def through_shared_length(influence_N: Tensor, lengths_N: Tensor, loss: Loss) -> Tensor:

@@ -1,12 +1,16 @@
-"""load-checkpoint: the optimizer's state by name. load-prompts: a pool of prompts."""
+"""load-checkpoint: the optimizer's state by name. load-prompts: a pool of prompts, as tokens."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from entropy_core.checkpoint_files import tokenizer_digest
 from entropy_core.checkpoints import read_checkpoint
+from entropy_core.prompt_tokens import encode
 from entropy_core.prompts import load_pool
 from entropy_core.stages.files import user_file
+from entropy_core.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Writer
@@ -84,21 +88,42 @@ def load_checkpoint(
 
 
 def load_prompts(
-    out: "Writer", execution: "Execution", *, dataset_name: str, split: str, prompt_column: str, source: str
+    out: "Writer",
+    execution: "Execution",
+    *,
+    dataset_name: str,
+    options: Mapping[str, Any],
+    split: str,
+    prompt_column: str,
+    source: str,
+    revision: str,
+    library: str,
+    tokenizer: str,
+    encoding: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Persist one split of a dataset.
+    """Persist one split of a dataset, and its prompts as the policy reads them.
 
     Args:
-        out: `prompts.parquet`.
-        execution: knows where the file lies.
-        dataset_name: see `prompts.load_pool`.
+        out: `prompts.parquet`, and `prompt_tokens.parquet` with a row of token ids for each of them.
+        execution: knows where the files lie.
+        dataset_name: see `prompts.load_pool`; empty for a file of the user.
+        options: of a task of reasoning-gym.
         split: which split.
         prompt_column: which column holds the prompt.
-        source: digest of the file behind the dataset, empty for one that is code.
+        source: digest of the file or folder behind the dataset, empty for one that is made.
+        revision: commit of the dataset on the hub, empty where it is not known.
+        library: the one that makes the dataset, empty for one that no library makes.
+        tokenizer: digest of the tokenizer's files.
+        encoding: see `prompt_tokens.encode`.
 
     Returns:
-        The number of prompts.
+        The number of prompts, and what a reader should know of them.
     """
-    pool = load_pool(str(user_file(execution, source)) if source else dataset_name, split, prompt_column)
-    out.table(pool, "prompts.parquet")
-    return {"prompts": pool.num_rows}
+    path = user_file(execution, source) if source else None
+    pool = load_pool(dataset_name or str(path), split, prompt_column, path, options)
+    directory = user_file(execution, tokenizer, tokenizer_digest)
+    pool, token_ids = encode(pool, load_tokenizer(directory), **encoding)
+    out.table(pool.table, "prompts.parquet")
+    out.table(pa.table({"token_ids": token_ids}), "prompt_tokens.parquet")
+    origin = [revision and f"Prompts of `{dataset_name}` at revision {revision}", library and f"Prompts by {library}"]
+    return {"prompts": pool.table.num_rows, "notes": [f"{note}." for note in (*pool.notes, *origin) if note]}

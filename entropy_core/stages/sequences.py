@@ -1,6 +1,7 @@
 """What the stages that handle sequences share: the policy of a law, and sequences on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.checkpoint_files import weights_digest
-from entropy_core.errors import CheckpointError
+from entropy_core.errors import CheckpointError, NonFiniteError
 from entropy_core.policy import Policy, load_policy
 from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
 
@@ -46,6 +47,17 @@ def processor_of(law: Law, execution: "Execution", max_new_tokens: int = 0) -> S
     """A `SequenceProcessor` of a law; `max_new_tokens` matters for generating only."""
     config = GenerationConfig(law["temperature"], max_new_tokens, execution.gen_batch_size, execution.tf_batch_size)
     return SequenceProcessor(policy_of(law, execution), config, execution.progress)
+
+
+@contextmanager
+def moved_by(processor: SequenceProcessor, update: "Artifact", eta: float) -> Iterator[None]:
+    """Within the context the policy is at θ + ηv, and what it cannot compute there is said with η."""
+    try:
+        with processor.policy.moved(update.tensors("direction.safetensors"), eta):
+            yield
+    except NonFiniteError as error:
+        fact = f"at the step size η = {eta:g}: {error.fact}"
+        raise NonFiniteError(fact, cause=error.cause, way_out=error.way_out) from None
 
 
 def write_sequences(out: "Writer", sequences: BatchedSequences) -> None:

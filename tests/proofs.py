@@ -1,0 +1,161 @@
+"""`make validate`: every proof of tests/validation records its table, and docs/validation.md is written from the run.
+
+    def test_the_claim(record):
+        record("Title", claim="One sentence.", limit="what must hold", columns=("quantity", "error"))
+        record.row("H", power(error))     # before the assertion, so that a proof that fails shows its numbers
+        assert error < 1e-10
+
+A proof is a test, and the order of the page is that of the files. The page appears only when every proof of the folder
+ran: a part of them would be a page that claims less, or more, than it says.
+"""
+
+import ast
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+PAGE, FOLDER = Path("docs/validation.md"), Path("tests/validation")
+LIBRARIES = ("entropy-probe", "torch", "transformers", "numpy", "scipy", "arviz-stats", "pyarrow", "safetensors")
+
+
+@dataclass
+class Proof:
+    """What a proof says and shows, and what became of it."""
+
+    name: str
+    title: str = ""
+    claim: str = ""
+    limit: str = ""
+    columns: Sequence[str] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failure: str = ""
+    seconds: float = 0.0
+
+    def __call__(self, title: str, *, claim: str, limit: str, columns: Sequence[str]) -> None:
+        """Say what is proved."""
+        self.title, self.claim, self.limit, self.columns = title, claim, limit, columns
+
+    def row(self, *cells: object) -> None:
+        """Add a row to the table."""
+        assert len(cells) == len(self.columns), (cells, self.columns)
+        self.rows.append(tuple(text(cell) for cell in cells))
+
+    def note(self, sentence: str) -> None:
+        """Add a sentence below the table."""
+        self.notes.append(sentence)
+
+    @property
+    def outcome(self) -> str:
+        return "FAILED" if self.failure else "holds"
+
+    def section(self) -> list[str]:
+        """Of the page."""
+        lines = [f"## {self.title or self.name}", "", self.claim, ""]
+        lines += [f"Limit: {self.limit}. **{self.outcome}**, {self.seconds:.0f} s.", ""]
+        if self.failure:
+            lines += [f"> {self.failure}", ""]
+        if self.rows:
+            lines += table(self.columns, self.rows)
+        return lines + [line for note in self.notes for line in (note, "")]
+
+
+def text(cell: object) -> str:
+    """A cell of a table; write floats with `power`, `percent` or a format of their own."""
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell).replace("|", "\\|")
+
+
+def power(number: float) -> str:
+    """An error, of which the size counts: 3.1e-12."""
+    return f"{number:.1e}" if number else "0"
+
+
+def percent(share: float) -> str:
+    """94.87 %."""
+    return f"{100 * share:.2f} %"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown; the first column to the left, the others to the right."""
+    rule = "|---" + "|---:" * (len(columns) - 1) + "|"
+    return [f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def page(proofs: Sequence[Proof], versions: dict[str, str]) -> str:
+    """docs/validation.md."""
+    now = datetime.now(UTC)
+    failed = [proof for proof in proofs if proof.failure]
+    about = {
+        "run": f"{now:%Y-%m-%d %H:%M} UTC",
+        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}",
+        "time": f"{sum(proof.seconds for proof in proofs) / 60:.1f} minutes",
+        "outcome": f"{len(failed)} of {len(proofs)} FAILED" if failed else f"all {len(proofs)} hold",
+    }
+    lines = [
+        "# Validation",
+        "",
+        "Written by `make validate` from a run, which computed every number on this page.",
+        "",
+        *table(("", ""), [(name, value) for name, value in (about | versions).items()]),
+        *table(("proof", "outcome", "seconds"), [(p.title or p.name, p.outcome, f"{p.seconds:.0f}") for p in proofs]),
+    ]
+    return "\n".join(lines + [line for proof in proofs for line in proof.section()]).rstrip() + "\n"
+
+
+def proofs_in(folder: Path) -> set[str]:
+    """Names of all tests of a folder, as its files have them."""
+    return {
+        f"{path.name}::{node.name}"
+        for path in folder.glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+FOUND = pytest.StashKey[dict[str, Proof]]()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Proof:
+    """The proof that this test is."""
+    return _proof(request.node)
+
+
+def _proof(item: pytest.Item) -> Proof:
+    name = f"{item.path.name}::{item.name}"
+    return item.config.stash.setdefault(FOUND, {}).setdefault(name, Proof(name))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    if item.get_closest_marker("validate"):
+        proof = _proof(item)
+        proof.seconds += call.duration
+        if not report.passed and not proof.failure:
+            message = call.excinfo.exconly() if call.excinfo else report.outcome
+            proof.failure = f"{report.outcome} in {report.when}: {' '.join(message.split())[:600]}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Write the page, or say why not."""
+    found = config.stash.get(FOUND, {})
+    if not found:
+        return
+    missing = proofs_in(config.rootpath / FOLDER) - set(found)
+    if missing:
+        terminalreporter.write_line(f"{PAGE} is left as it is: {len(missing)} proofs did not run ({min(missing)}, …)")
+        return
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+    (config.rootpath / PAGE).write_text(page(list(found.values()), versions), encoding="utf-8")
+    failed = [proof.title for proof in found.values() if proof.failure]
+    terminalreporter.write_line(f"{PAGE} is written: {len(found)} proofs, {len(failed)} failed {failed or ''}".rstrip())
