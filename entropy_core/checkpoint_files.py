@@ -1,12 +1,13 @@
-"""The files of a checkpoint directory: which ones count, what they contain as digests, and whether all are there.
+"""The files of a checkpoint directory: which ones count, what they contain as digests, and what their headers say.
 
     find_checkpoints    glob patterns → directories, by step
     checkpoint_digest   one digest of every file that a result depends on
     weights_digest      one digest of the files that the policy depends on
-    stored_shapes       the tensors of the safetensors files, from their headers
+    tokenizer_digest    one digest of the files that the tokenizer is made of
+    stored_tensors      the tensors of the safetensors files, from their headers
 
-A checkpoint is what `transformers.Trainer` and TRL write for full fine-tuning: `config.json`, `model.safetensors` (or
-shards), `optimizer.pt`, `trainer_state.json`. `training_args.bin` is an executable pickle and is never opened.
+Which files make a checkpoint is said in `checkpoint_layout`. `training_args.bin` is an executable pickle and is never
+opened.
 """
 
 import glob
@@ -19,16 +20,15 @@ import threading
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from entropy_core.errors import CheckpointError, one_line, some_names
 
-POLICY_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "adapter_config.json",
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENIZER_FILES = (
+    "config.json",  # names the tokenizer's class where nothing else does
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -38,7 +38,15 @@ POLICY_FILES = (
     "chat_template.*",
     "additional_chat_templates/*",
 )
-RESULT_FILES = (*POLICY_FILES, "optimizer.pt", "trainer_state.json")
+POLICY_FILES = (
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+)
+TRAINER_FILES = ("optimizer.pt", "optimizer_param_names.json", "trainer_state.json", "training_info.json")
+RESULT_FILES = (*POLICY_FILES, *TRAINER_FILES)
 SAVE_AGAIN = "save the checkpoint again, or probe another one"
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -73,6 +81,15 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
         return (int(digits[0]) if digits else math.inf), str(path)
 
     return sorted(found.values(), key=by_step)
+
+
+def require_directory(directory: Path) -> None:
+    """Refuse a path that is no directory."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"There is no directory {directory} (working directory {os.getcwd()})",
+            way_out="give the path of a checkpoint directory, usually RUN/checkpoint-STEP",
+        )
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------
@@ -117,7 +134,7 @@ def file_digests(directory: Path, patterns: Sequence[str] = RESULT_FILES) -> dic
         CheckpointError: there is no such directory, or a file cannot be read.
     """
     directory = Path(directory)
-    _require_directory(directory)
+    require_directory(directory)
     candidates = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
     names = sorted(path.relative_to(directory).as_posix() for path in candidates if path.is_file())
     digests = {}
@@ -132,25 +149,30 @@ def file_digests(directory: Path, patterns: Sequence[str] = RESULT_FILES) -> dic
 
 
 def checkpoint_digest(directory: Path) -> str:
-    """One digest of all files that a result depends on, wherever the directory lies.
+    """One digest of all files that a result depends on, wherever the directory lies; a base model counts by itself.
 
     Args:
         directory: a checkpoint directory.
 
     Returns:
-        The SHA-256 of the canonical JSON of `file_digests`.
+        The SHA-256 of the canonical JSON of `file_digests`, those of `model/` included where the model lies there.
 
     Raises:
         CheckpointError: as `file_digests` does.
     """
-    return _sha256(file_digests(directory))
+    directory = Path(directory)
+    digests = file_digests(directory)
+    model = model_directory(directory)
+    if model != directory:
+        digests |= {f"model/{name}": digest for name, digest in file_digests(model, POLICY_FILES).items()}
+    return _sha256(digests)
 
 
 def weights_digest(directory: Path) -> str:
     """One digest of the files that determine the policy: not `optimizer.pt`, which is not read, nor the trainer's step.
 
     Args:
-        directory: a checkpoint directory.
+        directory: of a model or of an adapter.
 
     Returns:
         The SHA-256 of the canonical JSON of the digests of these files.
@@ -161,67 +183,33 @@ def weights_digest(directory: Path) -> str:
     return _sha256(file_digests(directory, POLICY_FILES))
 
 
-def _sha256(digests: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(digests, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-# --- what must be there ----------------------------------------------------------------------------------------------
-
-
-def require_layout(directory: Path) -> None:
-    """Refuse a directory that lacks a file of a full fine-tuning checkpoint, and say what it is instead.
+def tokenizer_digest(directory: Path) -> str:
+    """One digest of the files that the tokenizer is made of: the checkpoints of a run have the same.
 
     Args:
         directory: a checkpoint directory.
 
+    Returns:
+        The SHA-256 of the canonical JSON of the digests of these files.
+
     Raises:
-        CheckpointError: there is no such directory, or a file is missing.
+        CheckpointError: as `file_digests` does.
     """
-    _require_directory(directory)
-    has = {path.name for path in directory.iterdir()}
-    if "adapter_config.json" in has:
-        raise CheckpointError(
-            f"{directory} holds an adapter (adapter_config.json), and adapters are not read yet",
-            way_out="probe a checkpoint of full fine-tuning",
-        )
-    if "config.json" not in has:
-        inside = sorted(name for name in has if name.startswith("checkpoint-"))
-        raise CheckpointError(
-            f"{directory} has no config.json",
-            cause=f"it is a run directory, with {some_names(inside)} in it" if inside else "",
-            way_out=f"give {directory}/checkpoint-*" if inside else "give a directory that a trainer saved",
-        )
-    shards = re.compile(r"global_step\d+$|pytorch_model_fsdp|optimizer_\d+$|optimizer\.bin$")
-    sharded = sorted(filter(shards.match, has))
-    saved_by = f"saved by DeepSpeed or FSDP as {some_names(sharded)}" if sharded else ""
-    convert = "convert it to model.safetensors and optimizer.pt, or train without sharding" if sharded else ""
-    if not has & {"model.safetensors", "model.safetensors.index.json"}:
-        pickled = sorted(name for name in has if name.startswith("pytorch_model") and ".bin" in name)
-        raise CheckpointError(
-            f"{directory} has no weights: neither model.safetensors nor model.safetensors.index.json",
-            cause=saved_by,
-            way_out=f"convert {pickled[0]} to safetensors" if pickled else convert or SAVE_AGAIN,
-        )
-    if "optimizer.pt" not in has:
-        raise CheckpointError(
-            f"{directory} has no optimizer.pt",
-            cause=saved_by or "save_only_model=True",
-            way_out=convert or "save checkpoints with save_only_model=False",
-        )
-    if "trainer_state.json" not in has:
-        fact = f"{directory} has no trainer_state.json"
-        raise CheckpointError(fact, cause="the save was interrupted", way_out=SAVE_AGAIN)
+    return _sha256(file_digests(directory, TOKENIZER_FILES))
 
 
-def _require_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"There is no directory {directory} (working directory {os.getcwd()})",
-            way_out="give the path of a checkpoint directory, usually RUN/checkpoint-STEP",
-        )
+def _sha256(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # --- what they say ---------------------------------------------------------------------------------------------------
+
+
+def model_directory(directory: Path) -> Path:
+    """Where the weights of a checkpoint lie: in the directory itself, or else in its `model/`."""
+    has = {path.name for path in directory.iterdir()}
+    own = has & {"config.json", "adapter_config.json"}
+    return directory if own or not (directory / "model").is_dir() else directory / "model"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -236,41 +224,75 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read, or holds anything else.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {one_line(error)}", way_out=SAVE_AGAIN) from error
+    content = _json(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object", way_out=SAVE_AGAIN)
     return content
 
 
-def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stored tensors, from the headers of the safetensors files; no weight is read.
+def read_names(path: Path) -> list[str]:
+    """The JSON list of names in a file.
 
     Args:
-        directory: a checkpoint directory.
+        path: the file.
 
     Returns:
-        Name → shape.
+        The names.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds anything else.
+    """
+    content = _json(path)
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{path} is not a JSON list of names", way_out=SAVE_AGAIN)
+    return content
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {one_line(error)}", way_out=SAVE_AGAIN) from error
+
+
+class StoredTensor(NamedTuple):
+    """What the header of a safetensors file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it, such as F32 or BF16
+
+
+def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[str, StoredTensor]:
+    """Shapes and dtypes of the stored tensors, from the headers of the safetensors files; no weight is read.
+
+    Args:
+        directory: of a model or of an adapter.
+        single: the file that holds all of them; where it is not, the shards that its index names.
+
+    Returns:
+        By name.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is not in the shard that the index names.
     """
     from safetensors import SafetensorError, safe_open
 
+    index = f"{single}.index.json"
     expected: dict[str, str] = {}
-    shards = ["model.safetensors"]
-    if not (directory / shards[0]).exists():  # transformers prefers the single file, too
-        expected = read_json(directory / "model.safetensors.index.json").get("weight_map") or {}
+    shards = [single]
+    if not (directory / single).exists() and (directory / index).exists():  # transformers prefers the single file, too
+        expected = read_json(directory / index).get("weight_map") or {}
+        if not isinstance(expected, dict) or not expected:
+            raise CheckpointError(f"{directory / index} has no weight_map", way_out=SAVE_AGAIN)
         shards = sorted(set(expected.values()))
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, StoredTensor] = {}
     where: dict[str, str] = {}
     for shard in shards:
         try:
             with safe_open(directory / shard, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    shapes[name], where[name] = tuple(file.get_slice(name).get_shape()), shard
+                    header = file.get_slice(name)
+                    found[name], where[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype()), shard
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{directory / shard} cannot be opened as safetensors: {one_line(error)}",
@@ -279,8 +301,15 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             ) from error
     if lost := [name for name, shard in expected.items() if where.get(name) != shard]:
         raise CheckpointError(
-            f"{directory}: tensors are not in the shard that model.safetensors.index.json names: {some_names(lost)}",
+            f"{directory}: tensors are not in the shard that {index} names: {some_names(lost)}",
             cause="shards of two saves are mixed",
             way_out=SAVE_AGAIN,
         )
-    return shapes
+    return found
+
+
+def load_tensors(path: Path) -> "dict[str, Tensor]":
+    """The tensors of one safetensors file, on the CPU, in the dtype that they were saved in."""
+    from safetensors.torch import load_file
+
+    return load_file(path)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from entropy_core.errors import ConfigError
-from entropy_core.numerics.advantages import Loss
+from entropy_core.numerics.advantages import Loss, Scaling
 from entropy_core.numerics.first_order import Baseline
 from entropy_core.numerics.importance import Estimator
 from entropy_core.numerics.uncertainty import Normalization
@@ -34,6 +34,14 @@ class PolicyConfig(Section):
     attn_implementation: Literal["eager"] = Field(
         "eager", description="Attention kernel: one that has a forward-mode derivative."
     )
+    derivative: Literal["forward_mode", "central_difference"] = Field(
+        "forward_mode",
+        description="Derivatives of E's tokens along the step. central_difference: two forward passes in place of "
+        "about three, its width calibrated and its error measured against forward mode.",
+    )
+    base_model: str = Field(
+        "", description="Directory of the base model under LoRA adapters; empty: the one that each adapter names."
+    )
 
 
 class BatchConfig(Section):
@@ -45,18 +53,51 @@ class BatchConfig(Section):
     )
     E_total_sequences: int = Field(4096, ge=2, le=10_000_000, description="Sequences in E (replacement mode).")
     E_batch_seed: Seed = Field(42, description="Seed of E; the same seed gives the same draws at every checkpoint.")
+    E_replicates: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Independent E batches, of seeds E_batch_seed, +1, …; those after the first for δH₁.",
+    )
     B_E_values: list[Annotated[int, Field(ge=1)]] = Field(
         [512], min_length=1, max_length=1, description="Distinct prompts in E (distinct mode only)."
     )
     B_U: int = Field(64, ge=2, description="Distinct prompts in U, the batch that the optimizer step is taken on.")
     G: int = Field(8, ge=2, description="Responses per prompt in U (and in E in distinct mode).")
     U_batch_seed: Seed = Field(42, description="Seed of U.")
-    dataset_name: str = Field("arithmetic", min_length=1, description="Prompt pool: a known name, or a .jsonl file.")
+    dataset_name: str = Field(
+        "arithmetic",
+        min_length=1,
+        description="Prompt pool: `arithmetic`, `gsm8k`, `gsm8k_r1_template`, `math`, `reasoning_gym:TASK`, or the "
+        "path of a .jsonl or .parquet file.",
+    )
+    dataset_path: str = Field(
+        "", description="Folder of the local copy of `gsm8k` or `math`; empty: the hub cache of this machine."
+    )
+    allow_download: bool = Field(False, description="Fetch `gsm8k` or `math` if they are not on this machine.")
+    dataset_options: dict[str, JsonValue] = Field(
+        {}, description="Of a reasoning-gym task: `size` (512), `seed` (42), and the task's own."
+    )
     split: str = Field("train", description="Split of the pool, for E and U alike.")
     E_split: str = Field("", description="Split for E; empty: `split`.")
     U_split: str = Field("", description="Split for U; empty: `split`.")
     prompt_column: str = Field("prompt", description="Column that holds the prompt.")
     add_special_tokens: bool = Field(False, description="Let the tokenizer add its special tokens to a prompt.")
+    apply_chat_template: bool = Field(
+        False, description="Make of a prompt the user's turn in the tokenizer's chat template, and begin the answer."
+    )
+    system_prompt: str = Field("", description="System turn of the chat template; empty: none.")
+    max_prompt_length: int = Field(
+        0, ge=0, description="Leave out prompts of more tokens than this, the template's included; 0: no limit."
+    )
+
+    @model_validator(mode="after")
+    def _one_writer_of_special_tokens(self) -> Self:
+        if self.apply_chat_template and self.add_special_tokens:
+            raise ValueError("a chat template writes the special tokens: set add_special_tokens: false")
+        if self.system_prompt and not self.apply_chat_template:
+            raise ValueError("system_prompt is a part of the chat template: set apply_chat_template: true")
+        return self
 
 
 class SamplingConfig(Section):
@@ -83,11 +124,33 @@ class UpdateConfig(Section):
     """The optimizer step whose effect is predicted: what a checkpoint does not record. Say what your trainer does."""
 
     loss: Loss = Field("grpo", description="Objective: its advantage and its length normalisation.")
+    scale_rewards: Scaling = Field(
+        "auto",
+        description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
+        "(grpo and dapo divide). TRL's trainer divides under any loss: group.",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Global-norm gradient clipping; 0 switches it off.")
     learning_rate: float = Field(0.0, ge=0, description="Nominal learning rate; 0: the one saved in the checkpoint.")
+    optimizer_state: Literal["checkpoint", "fresh"] = Field(
+        "checkpoint",
+        description="Adam's moments: those of `optimizer.pt`, or none yet (fresh: before the first step; needs "
+        "`learning_rate`).",
+    )
+    kl_beta: float = Field(0.0, ge=0, description="β of a KL term to a reference policy in the loss; 0: none.")
+    reference: str = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
     reward: str = Field(
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
     )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.reference and not self.kl_beta:
+            raise ValueError("a reference policy has no part in a loss without a KL term. Set kl_beta, or leave it out")
+        if self.loss == "reinforce" and self.scale_rewards == "group":
+            raise ValueError("reinforce compares no responses within a group. Set scale_rewards: auto")
+        if self.optimizer_state == "fresh" and not self.learning_rate:
+            raise ValueError("a fresh optimizer has no learning rate of its own. Set learning_rate to that of the run")
+        return self
 
 
 class ImportanceConfig(Section):
@@ -120,6 +183,9 @@ class VarianceConfig(Section):
 
     confidence_level: float = Field(0.95, gt=0, le=0.999999, description="Of every interval.")
     baseline: Baseline = Field("time_loo", description="Baseline of the reward-to-go, from the other sequences.")
+    bootstrap_resamples: int = Field(
+        2000, ge=200, le=100_000, description="Resamples for the bootstrap intervals of δH₁ with the update held fixed."
+    )
     cluster: Literal["auto", "prompt"] = Field(
         "auto",
         description="Independent units of E. auto: sequences when prompts are drawn with replacement (target: the "
@@ -197,6 +263,8 @@ def parse_config(values: Any, source: str = "the configuration") -> ProbeConfig:
     Raises:
         ConfigError: on an unknown key, a missing one, or a value out of range; names each of them.
     """
+    if values is None:
+        raise ConfigError(f"{source} is empty (top level)", way_out="begin with `checkpoints: [RUN/checkpoint-*]`")
     try:
         return ProbeConfig.model_validate(values)
     except ValidationError as error:
@@ -212,20 +280,33 @@ def load_config(path: Path | str) -> ProbeConfig:
     Raises:
         ConfigError: the file is missing, is not YAML, or holds a wrong value.
     """
+    return parse_config(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path | str) -> Any:
+    """What a YAML file says, as plain values.
+
+    Raises:
+        ConfigError: the file is missing, or is not YAML.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})", way_out="give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {problem}", way_out="correct the file") from None
-    return parse_config(values, str(path))
 
 
 def _summary(error: ValidationError) -> str:
     entries = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "(top level)"
-        unknown = item["type"] == "extra_forbidden"
-        entries.append(f"{where}: {'unknown key' if unknown else item['msg'].removeprefix('Value error, ')}")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key"
+        elif item["type"] in {"model_type", "model_attributes_type"}:  # pydantic would name its class
+            message = "is empty: give it keys, or leave it out" if item["input"] is None else "is not a list of keys"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+        entries.append(f"{where}: {message}")
     return "; ".join(entries)

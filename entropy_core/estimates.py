@@ -1,14 +1,16 @@
 """Rows of the result table, from the columns of one evaluation batch: prediction, measurement, verdict."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from scipy.stats import t as student
 from torch import Tensor
 
 from entropy_core import pareto
-from entropy_core.numerics import first_order, importance, ragged, uncertainty
+from entropy_core.numerics import bootstrap, first_order, importance, path_integral, ragged, ridge, uncertainty
+from entropy_core.numerics.bootstrap import BootstrapIntervals
 from entropy_core.numerics.first_order import Baseline, FirstOrderColumns, ReturnsToGo
+from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Estimate, Normalization
 from entropy_core.numerics.verdicts import verdict
 
@@ -50,11 +52,33 @@ class EvaluationBatch(NamedTuple):
         """Number of independent units."""
         return len(self.offsets_N1) - 1 if self.clusters_N is None else len(self.clusters_N.unique())
 
-    def columns(self, baseline: Baseline) -> FirstOrderColumns:
+    def with_baseline(self, baseline: Baseline) -> "EvaluationBatch":
+        """The same batch with another baseline of the reward-to-go."""
+        returns = first_order.returns_to_go(self.entropies_K, self.offsets_N1)
+        if baseline == "ridge":
+            units_N = torch.arange(len(self.offsets_N1) - 1) if self.clusters_N is None else self.clusters_N
+            features_KF = ridge.prefix_features(self.logprobs_K, self.entropies_K, self.offsets_N1)
+            weights_K, folds_N = self.dlogprobs_K.double() ** 2, ridge.folds_of(units_N)
+            base = ReturnsToGo(
+                *(ridge.ridge_baseline(x_K, features_KF, weights_K, self.offsets_N1, folds_N) for x_K in returns)
+            )
+        else:
+            base = first_order.baselines(returns, self.offsets_N1, baseline, self.dlogprobs_K)
+        return self._replace(base=base)
+
+    @property
+    def columns(self) -> FirstOrderColumns:
         """Per-sequence terms of ∂_vH."""
-        return first_order.first_order_columns(
-            self.entropies_K, self.dlogprobs_K, self.dentropies_K, self.offsets_N1, baseline
+        return first_order.columns_given(
+            self.base, self.entropies_K, self.dlogprobs_K, self.dentropies_K, self.offsets_N1
         )
+
+
+class Contributions(NamedTuple):
+    """Influence of each U sequence on ∂_vH, float64 [P, G]: along the ∇H of all of E, and of each half, [2, P, G]."""
+
+    whole_PG: Tensor
+    halves_2PG: Tensor
 
 
 class Derivative(NamedTuple):
@@ -64,27 +88,34 @@ class Derivative(NamedTuple):
     of_estimator: dict[importance.Estimator, Estimate]  # the exact derivative of each ΔH estimator at η = 0
     local: float
     jackknife: float
+    bootstrap: BootstrapIntervals
     se_given_u: float
     se_over_u: float
+    interaction: float
     units_e: int
     prompts_u: int
 
 
 def derivative_of(
-    batch: EvaluationBatch, baseline: Baseline, normalization: Normalization, contributions_PG: Tensor
+    batch: EvaluationBatch,
+    normalization: Normalization,
+    contributions: Contributions,
+    confidence_level: float,
+    resamples: int,
 ) -> Derivative:
     """∂_vH with its standard errors over E and over U.
 
     Args:
         batch: E.
-        baseline: of the reward-to-go.
         normalization: per sequence or per token.
-        contributions_PG: influence of each U sequence on ∂_vH, float64 [P, G].
+        contributions: of U.
+        confidence_level: of the bootstrap intervals.
+        resamples: of the bootstrap.
 
     Returns:
         Everything per unit step.
     """
-    columns = batch.columns(baseline)
+    columns = batch.columns
     estimate = uncertainty.entropy_derivative(columns, normalization)
     mean_length = float(columns.T_N.mean()) if normalization == "per_token" else 1.0
     score_N = ragged.sequence_sum(batch.dlogprobs_K, batch.offsets_N1)
@@ -95,13 +126,16 @@ def derivative_of(
             "per_decision": estimate,
             "weighted_per_decision": uncertainty.entropy_derivative(weighted, normalization),
             "snis": uncertainty.snis_derivative(columns, score_N, normalization),
+            "path_integral": estimate,
         },
         local=float(columns.x_local_N.mean()) / mean_length,
         jackknife=uncertainty.jackknife_standard_error(columns, normalization, batch.clusters_N),
+        bootstrap=bootstrap.intervals(columns, normalization, confidence_level, resamples, batch.clusters_N),
         se_given_u=batch.standard_error(estimate),
-        se_over_u=uncertainty.clustered_sum_standard_error(contributions_PG),
+        se_over_u=uncertainty.clustered_sum_standard_error(contributions.whole_PG),
+        interaction=uncertainty.interaction_variance(contributions.whole_PG.sum(1), contributions.halves_2PG.sum(2)),
         units_e=batch.units,
-        prompts_u=len(contributions_PG),
+        prompts_u=len(contributions.whole_PG),
     )
 
 
@@ -117,71 +151,92 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         Columns of `tables.ESTIMATES`, in nats.
     """
     total = uncertainty.total_standard_error(
-        derivative.se_given_u, derivative.units_e, derivative.se_over_u, derivative.prompts_u
+        derivative.se_given_u, derivative.units_e, derivative.se_over_u, derivative.prompts_u, derivative.interaction
     )
     delta_h1 = derivative.estimate.value * eta
     tail = 0.5 + confidence_level / 2
     half_total = float(student.ppf(tail, total.degrees_of_freedom)) * total.standard_error * abs(eta)
     half_given_u = float(student.ppf(tail, derivative.units_e - 1)) * derivative.se_given_u * abs(eta)
+    ends = derivative.bootstrap
+    percentile, bca = (sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
     return {
         "delta_h1": delta_h1,
         "delta_h1_local": derivative.local * eta,
         "se_given_u": derivative.se_given_u * abs(eta),
         "se_given_u_jackknife": derivative.jackknife * abs(eta),
         "se_over_u": derivative.se_over_u * abs(eta),
+        "se_interaction": derivative.interaction**0.5 * abs(eta),
         "se_total": total.standard_error * abs(eta),
         "ci_low": delta_h1 - half_total,
         "ci_high": delta_h1 + half_total,
         "ci_given_u_low": delta_h1 - half_given_u,
         "ci_given_u_high": delta_h1 + half_given_u,
+        "percentile_low": percentile[0],
+        "percentile_high": percentile[1],
+        "bca_low": bca[0],
+        "bca_high": bca[1],
         "confidence_level": confidence_level,
     }
 
 
-def _change(
-    batch: EvaluationBatch, moved: Mapping[str, Tensor], estimator: importance.Estimator, normalization: Normalization
+class Moved(NamedTuple):
+    """What is known of E at θ + ηv: ℓ' and h', or the derivatives at the nodes of the path, or both."""
+
+    eta: float
+    logprobs_K: Tensor | None = None
+    entropies_K: Tensor | None = None
+    at_nodes: tuple[TokenDerivatives, ...] = ()
+
+
+def change_of(
+    batch: EvaluationBatch, moved: Moved, estimator: importance.Estimator, normalization: Normalization
 ) -> tuple[Estimate, importance.PrefixWeights]:
-    """ΔH between the columns at θ and those at θ', paired on the batch; and the weights."""
-    S_N = ragged.sequence_sum(batch.entropies_K, batch.offsets_N1)
-    T_N = ragged.lengths(batch.offsets_N1).double()
-    weights = importance.prefix_weights(batch.logprobs_K, moved["logprobs"], batch.offsets_N1)
+    """ΔH between θ and θ + ηv, paired on the batch, and the weights.
+
+    Args:
+        batch: E at θ.
+        moved: E at θ + ηv; at η = 0 the change is exactly 0.
+        estimator: of ΔH. For `path_integral` the weights are those at its last node.
+        normalization: per sequence or per token.
+
+    Returns:
+        The estimate in nats, and the weights.
+    """
+    offsets_N1 = batch.offsets_N1
+    S_N, T_N = ragged.sequence_sum(batch.entropies_K, offsets_N1), ragged.lengths(offsets_N1).double()
+    if moved.eta == 0:
+        weights = importance.prefix_weights(batch.logprobs_K, batch.logprobs_K, offsets_N1)
+        return Estimate(0.0, torch.zeros_like(S_N)), weights
+    if estimator == "path_integral":
+        at_nodes = [importance.prefix_weights(batch.logprobs_K, node.logprobs_K, offsets_N1) for node in moved.at_nodes]
+        columns = [
+            path_integral.derivative_columns(weights, node, batch.base, offsets_N1)
+            for weights, node in zip(at_nodes, moved.at_nodes, strict=True)
+        ]
+        return path_integral.entropy_change(columns, moved.eta, normalization), at_nodes[-1]
+    assert moved.logprobs_K is not None and moved.entropies_K is not None
+    weights = importance.prefix_weights(batch.logprobs_K, moved.logprobs_K, offsets_N1)
     if estimator == "per_decision":
-        columns = importance.per_decision_columns(weights, moved["entropies"], batch.base, batch.offsets_N1)
-        there = uncertainty.moved_entropy(columns, normalization)
+        there = uncertainty.moved_entropy(
+            importance.per_decision_columns(weights, moved.entropies_K, batch.base, offsets_N1), normalization
+        )
     elif estimator == "weighted_per_decision":
-        columns = importance.weighted_per_decision_columns(weights, moved["entropies"], batch.offsets_N1)
-        there = uncertainty.moved_entropy(columns, normalization)
+        there = uncertainty.moved_entropy(
+            importance.weighted_per_decision_columns(weights, moved.entropies_K, offsets_N1), normalization
+        )
     else:
-        moved_S_N = ragged.sequence_sum(moved["entropies"], batch.offsets_N1)
+        moved_S_N = ragged.sequence_sum(moved.entropies_K, offsets_N1)
         there = uncertainty.snis_entropy(weights.sequence_N, moved_S_N, T_N, normalization)
     return there.minus(uncertainty.entropy(S_N, T_N, normalization)), weights
 
 
-def numerical_noise(
-    batch: EvaluationBatch, rescored: Sequence[Mapping[str, Tensor]], normalization: Normalization
-) -> float:
-    """Twice the root mean square of the ΔH that rounding alone makes, on the first sequences of the batch.
-
-    Args:
-        batch: E.
-        rescored: `logprobs` and `entropies` of the same tokens under other rounding errors, one mapping per draw.
-        normalization: per sequence or per token.
-
-    Returns:
-        Nats.
-    """
-    first = batch.first_tokens(len(rescored[0]["entropies"]))
-    changes = [_change(first, columns, "per_decision", normalization)[0].value for columns in rescored]
-    return 2.0 * (sum(change**2 for change in changes) / len(changes)) ** 0.5
-
-
 def measure(
     batch: EvaluationBatch,
-    columns: Mapping[str, Tensor],
+    change: Estimate,
+    weights: importance.PrefixWeights,
     derivative: Derivative,
     eta: float,
     estimator: importance.Estimator,
-    normalization: Normalization,
     noise_floor: float,
     quantile: float,
 ) -> Row:
@@ -189,20 +244,17 @@ def measure(
 
     Args:
         batch: E.
-        columns: `logprobs` and `entropies` at θ + ηv.
+        change: ΔH, of `change_of`.
+        weights: that it came with.
         derivative: of `derivative_of`.
         eta: absolute step size.
         estimator: of ΔH.
-        normalization: per sequence or per token.
-        noise_floor: of `numerical_noise`.
+        noise_floor: of ΔH, nats.
         quantile: normal quantile of the confidence level.
 
     Returns:
         Columns of `tables.ESTIMATES`; the measured ones are None where weights overflowed.
     """
-    change, weights = _change(batch, columns, estimator, normalization)
-    if eta == 0:  # nothing changes: what is left is the rounding of sums in another order
-        change = change.scaled(0.0)
     usable = importance.log_weights_are_usable(weights)
     ess = importance.effective_sample_size(weights.sequence_N) if usable else 0.0
     prediction = derivative.estimate.scaled(eta)
@@ -232,49 +284,11 @@ def measure(
         "minimum_detectable": (quantile + POWER_QUANTILE) * measured["delta_h_se"] + noise_floor if usable else None,
         "ess": ess,
         "ess_fraction": ess / N,
+        "ess_prefix": float(importance.prefix_effective_sample_sizes(weights, batch.offsets_N1).min())
+        if usable
+        else 0.0,
         "pareto_k": k,
         "pareto_k_threshold": k_threshold,
         "verdict": word,
         "rule": rule,
-    }
-
-
-def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
-    """Entropy and length of E, and the z of its mean score along v, which is zero for correctly scored samples.
-
-    Args:
-        batch: E.
-        normalization: per sequence or per token.
-
-    Returns:
-        Columns of `tables.ESTIMATES`.
-    """
-    S_N = ragged.sequence_sum(batch.entropies_K, batch.offsets_N1)
-    T_N = ragged.lengths(batch.offsets_N1).double()
-    H = uncertainty.entropy(S_N, T_N, normalization)
-    score_N = ragged.sequence_sum(batch.dlogprobs_K, batch.offsets_N1)
-    score = Estimate(float(score_N.mean()), score_N - score_N.mean())
-    score_se = batch.standard_error(score)
-    return {
-        "H": H.value,
-        "H_se": batch.standard_error(H),
-        "mean_length": float(T_N.mean()),
-        "mean_score_z": score.value / score_se if score_se else 0.0,
-    }
-
-
-def describe_influence(estimate: Estimate) -> Row:
-    """How heavy the tails of an estimate's influence values are.
-
-    Args:
-        estimate: of ∂_vH.
-
-    Returns:
-        Columns of `tables.ESTIMATES`.
-    """
-    squares_N = estimate.influence_N**2
-    total = float(squares_N.sum())
-    return {
-        "excess_kurtosis": uncertainty.excess_kurtosis(estimate.influence_N),
-        "largest_influence": float(squares_N.max()) / total if total else 0.0,
     }

@@ -23,7 +23,7 @@ from entropy_core.errors import StoreError
 MANIFEST = "manifest.json"
 
 _KEYED = ("stage", "code", "inputs")
-_LIBRARIES = ("torch", "transformers", "pyarrow", "safetensors")
+_LIBRARIES = ("torch", "transformers", "peft", "pyarrow", "safetensors")
 _SETTLED_NS = 2_000_000_000  # the coarsest clock of a common file system: a younger file could change unnoticed
 
 _remembered: dict[tuple, Any] = {}

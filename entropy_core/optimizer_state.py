@@ -1,36 +1,23 @@
 """Adam's state by parameter name.
 
-    load_optimizer       what `optimizer.pt` holds, by index; no code in it is run
-    optimizer_by_name    the same by name, sound and ready for a next step
+    optimizer_by_name    what `optimizer.pt` holds, under its parameters' names: sound, and ready for a next step
+    fresh_optimizer      before the first step
 
 The names themselves are the model's to say.
 """
 
 import math
-import pickle
-import re
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from entropy_core.checkpoint_files import SAVE_AGAIN
 from entropy_core.errors import CheckpointError, some_names
+from entropy_core.optimizer_file import SAVE_NAMES, USE_ADAMW, SavedOptimizer, as_float
 
-OTHER_OPTIMIZERS = {
-    "momentum_buffer": "SGD with momentum, or Muon",
-    "square_avg": "RMSprop or Adadelta",
-    "exp_inf": "Adamax",
-    "mu_product": "NAdam",
-    "exp_avg_sq_row": "Adafactor",
-    "state1": "a bitsandbytes optimizer",
-    "sum": "Adagrad",
-}
-SAVE_NAMES = "build the optimizer from named parameters and save again"
-_USE_ADAMW = "probe a checkpoint that was trained with torch's AdamW (optim='adamw_torch' or 'adamw_torch_fused')"
 Shapes = dict[str, tuple[int, ...]]  # by parameter name
 Slots = dict[str, dict[str, Any]]  # by parameter name
 
@@ -84,82 +71,6 @@ class OptimizerState:
         return max(group.lr for group in self.groups)
 
 
-class SavedOptimizer(NamedTuple):
-    """What `optimizer.pt` holds, by the optimizer's own numbering."""
-
-    path: Path
-    slots: dict[Any, dict[str, Any]]  # index of a parameter → its state
-    groups: list[dict[str, Any]]  # hyperparameters, and the indices of the group's parameters as `params`
-
-
-def load_optimizer(path: Path) -> SavedOptimizer:
-    """Load the optimizer's state without running code from the file.
-
-    Args:
-        path: of `optimizer.pt`.
-
-    Returns:
-        Slots and groups; the tensors are on the CPU and map the file privately.
-
-    Raises:
-        CheckpointError: the file is damaged, or a pickle with code; the optimizer is not Adam or AdamW, has not made a
-            step, or lacks hyperparameters.
-    """
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} is not a complete archive of torch.save, and was not read",
-            cause="the save or the copy was interrupted, or it is a bare pickle",
-            way_out=SAVE_AGAIN,
-        )
-    try:
-        saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch's own message is not repeated: it recommends to switch the safety off
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code:
-            raise CheckpointError(
-                f"{path} holds more than tensors and numbers ({code[1]}), and was not executed",
-                cause="an optimizer that saves its own classes, or code from an untrusted source",
-                way_out=_USE_ADAMW,
-            ) from error
-        fact = f"{path} cannot be read as tensors and numbers ({type(error).__name__})"
-        raise CheckpointError(fact, cause="a damaged file", way_out=SAVE_AGAIN) from error
-    saved = saved if isinstance(saved, dict) else {}
-    slots, groups = saved.get("state"), saved.get("param_groups")
-    is_state = isinstance(slots, dict) and all(isinstance(slot, dict) for slot in slots.values())
-    is_list = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
-    if not (is_state and is_list and groups and all(isinstance(group.get("params"), list) for group in groups)):
-        fact = f"{path} is not the state_dict of a torch optimizer (`state` and `param_groups`)"
-        raise CheckpointError(fact, way_out=_USE_ADAMW)
-    _require_adam(path, slots, groups)
-    return SavedOptimizer(path, slots, groups)
-
-
-def _require_adam(path: Path, slots: dict[Any, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-    kinds = {key for slot in slots.values() for key in slot}
-    foreign = sorted(kinds - {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
-    plain_sgd = not kinds and "momentum" in groups[0]
-    if plain_sgd or foreign or (kinds and not {"exp_avg", "exp_avg_sq"} <= kinds):
-        known = (OTHER_OPTIMIZERS[key] for key in foreign if key in OTHER_OPTIMIZERS)
-        raise CheckpointError(
-            f"{path} is not the state of Adam or AdamW: its slots are {some_names(sorted(kinds)) or 'empty'}",
-            cause=f"the run used {'SGD' if plain_sgd else next(known, 'another optimizer')}",
-            way_out=_USE_ADAMW,
-        )
-    if not kinds:
-        fact = f"{path} has no slots"
-        raise CheckpointError(fact, cause="saved before the first step", way_out="probe a later checkpoint")
-    for number, group in enumerate(groups):
-        if lacking := [key for key in ("lr", "betas", "eps", "weight_decay") if group.get(key) is None]:
-            fact = f"{path} has no {', '.join(lacking)} in param group {number}"
-            raise CheckpointError(fact, cause="an optimizer other than torch's AdamW", way_out=_USE_ADAMW)
-        if "amsgrad" not in group:  # RAdam and fused third-party variants have Adam's slots and another rule
-            raise CheckpointError(
-                f"{path} has no amsgrad in param group {number}, so that it is not torch's Adam or AdamW",
-                cause="RAdam or a third-party optimizer with the same slots",
-                way_out=_USE_ADAMW,
-            )
-
-
 def optimizer_by_name(
     saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: Shapes, learning_rate: float | None
 ) -> tuple[OptimizerState, tuple[str, ...]]:
@@ -168,7 +79,7 @@ def optimizer_by_name(
     Args:
         saved: what the file holds.
         names: of the parameters, for every group in its order.
-        shapes: every parameter of the model; the state must cover them all, and nothing else.
+        shapes: every trained parameter; the state must cover them all, and nothing else.
         learning_rate: takes the place of the largest saved one; groups keep their ratios. None keeps the saved ones.
 
     Returns:
@@ -198,6 +109,28 @@ def optimizer_by_name(
     return state, said
 
 
+def fresh_optimizer(shapes: Shapes, learning_rate: float) -> tuple[OptimizerState, tuple[str, ...]]:
+    """AdamW before its first step, with the hyperparameters that the Trainer has by default.
+
+    Args:
+        shapes: every trained parameter.
+        learning_rate: of the step.
+
+    Returns:
+        The state, whose moments are float32 zeros; and what was assumed.
+    """
+    group = AdamGroup(learning_rate, 0.9, 0.999, 1e-8, 0.0, False, False, tuple(shapes), True)
+    state = OptimizerState(
+        groups=(group,),
+        step=dict.fromkeys(shapes, 0),
+        exp_avg={name: torch.zeros(shape) for name, shape in shapes.items()},
+        exp_avg_sq={name: torch.zeros(shape) for name, shape in shapes.items()},
+        max_exp_avg_sq={},
+    )
+    said = f"betas ({group.beta1:g}, {group.beta2:g}), eps {group.eps:g}, weight decay {group.weight_decay:g}"
+    return state, (f"The optimizer is taken to be AdamW before its first step, with {said}.",)
+
+
 def _slots_by_name(saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: Shapes) -> Slots:
     """One sound slot for every parameter, in the model's order; otherwise an error that names them."""
     path, slots, groups = saved
@@ -213,7 +146,8 @@ def _slots_by_name(saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: 
         raise CheckpointError(fact, cause="optimizer.pt and config.json of two different models", way_out=SAVE_AGAIN)
     if missing := [name for name in shapes if not slots.get(index_of.get(name))]:
         raise CheckpointError(
-            f"{path} covers {len(shapes) - len(missing)} of {len(shapes)} parameters; missing: {some_names(missing)}",
+            f"{path} covers {len(shapes) - len(missing)} of {len(shapes)} trained parameters; missing: "
+            f"{some_names(missing)}",
             cause="frozen parameters, or parameters that never received a gradient",
             way_out="probe a run that trains all parameters",
         )
@@ -234,7 +168,7 @@ def _require_sound_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: 
         for key in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * (name in amsgrad)
     ]
     if bad := [f"{n} ({key})" for n, key, m in moments if not isinstance(m, Tensor) or not m.is_floating_point()]:
-        raise CheckpointError(f"{path}: slots lack a moment: {some_names(bad)}", way_out=_USE_ADAMW)
+        raise CheckpointError(f"{path}: slots lack a moment: {some_names(bad)}", way_out=USE_ADAMW)
     if bad := [f"{n} ({key} {tuple(m.shape)}, model {shapes[n]})" for n, key, m in moments if m.shape != shapes[n]]:
         raise CheckpointError(
             f"{path}: slots have another shape than their parameter: {some_names(bad)}",
@@ -291,9 +225,3 @@ def _with_learning_rate(saved: SavedOptimizer, state: OptimizerState, learning_r
         rates = initial if all(0 <= r < math.inf for r in initial) and max(initial) > 0 else [1.0] * len(initial)
     pairs = zip(state.groups, rates, strict=True)
     return replace(state, groups=tuple(replace(g, lr=learning_rate * (rate / max(rates))) for g, rate in pairs))
-
-
-def as_float(value: Any) -> float:
-    """A number or a one-element tensor as a float; NaN for anything else."""
-    is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-    return float(value) if is_number else math.nan

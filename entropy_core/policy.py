@@ -1,6 +1,7 @@
 """The policy: a causal language model that is sampled, scored and differentiated as one function.
 
-π_θ(a|s) = softmax(z_θ(s)/τ). A model is split into its trunk (everything up to the last hidden states) and its head
+π_θ(a|s) = softmax(z_θ(s)/τ). θ are the parameters that are trained: all of a model, or those of a LoRA adapter in it;
+the others are constants. A model is split into its trunk (everything up to the last hidden states) and its head
 (hidden states to logits), so that logits exist for a chunk of positions at a time. Both run through
 `torch.func.functional_call`, so that one code path gives values, gradients and forward-mode derivatives.
 
@@ -17,11 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from entropy_core.adapters import fill_adapter, insert_adapter
 from entropy_core.errors import CheckpointError
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
+from entropy_core.tokenizer import load_tokenizer, tokenizer_directory
 
 log = logging.getLogger("entropy_probe.policy")
 
@@ -58,7 +61,7 @@ class _Trunk(nn.Module):
 
 
 class _FullLogits(_Trunk):
-    """Trunk and head in one: for an architecture whose logits the plain head does not reproduce."""
+    """Trunk and head in one: for an architecture whose logits the head does not reproduce."""
 
     def forward(self, rows: TeacherForcedRows) -> Tensor:
         logits_BLV = self.model(input_ids=rows.input_ids_BL, use_cache=False).logits
@@ -66,25 +69,36 @@ class _FullLogits(_Trunk):
 
 
 class _Head(nn.Module):
+    """Hidden states to logits: c·tanh(s·Wh/c), with the scale s and the softcap c that the model's config names.
+
+    s is `logit_scale` (Cohere) or 1/`logits_scaling` (Granite), c `final_logit_softcapping` (Gemma); without them Wh.
+    """
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        config = model.config.get_text_config()
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden_RD)
+        logits_RV = self.model.get_output_embeddings()(hidden_RD)
+        if self.scale != 1.0:
+            logits_RV = self.scale * logits_RV
+        return self.softcap * torch.tanh(logits_RV / self.softcap) if self.softcap else logits_RV
 
 
 class Policy:
     """A model in evaluation mode, with its tokenizer.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; what requires a gradient in it is what is differentiated and moved.
         tokenizer: its tokenizer.
         head_chunk_rows: positions whose logits exist at one time.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
-        self.model = model.eval().requires_grad_(True)
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.head_chunk_rows = head_chunk_rows
         self._head: nn.Module | None = _Head(model)
@@ -92,12 +106,12 @@ class Policy:
         head_ids = {id(p) for p in model.get_output_embeddings().parameters()}
         self._head_names = [name for name, p in self.named_parameters().items() if id(p) in head_ids]
         if not self._head_matches():
-            log.warning("the output embedding alone does not give this model's logits; using full logits (more memory)")
+            log.warning("this model's logits are not those of its head; using full logits (more memory)")
             self._head, self._trunk = None, _FullLogits(model)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by name; a tied one appears once."""
-        return dict(self.model.named_parameters())
+        """Trained parameters by name; a tied one appears once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +142,25 @@ class Policy:
         """
         with torch.no_grad():
             return self._statistics(rows, temperature)
+
+    def expected_discriminators(self, rows: TeacherForcedRows, temperature: float) -> Tensor:
+        """Σ_a π_a²(h + log π_a) of the step of every response token: see `token_statistics.expected_discriminator`.
+
+        Args:
+            rows: the micro-batch.
+            temperature: τ.
+
+        Returns:
+            [K], of the policy's dtype, on its device.
+        """
+        with torch.no_grad():
+            output = self._trunk(rows)
+            head = self._head or torch.nn.Identity()
+            parts = [
+                token_statistics.expected_discriminator(head(chunk), temperature)
+                for chunk in output.split(self.head_chunk_rows)
+            ]
+        return torch.cat(parts)
 
     def derivatives(
         self, rows: TeacherForcedRows, direction: Mapping[str, Tensor], temperature: float
@@ -190,7 +223,7 @@ class Policy:
         return TokenStatistics(*(values_K.detach() for values_K in statistics))
 
     def new_accumulator(self) -> dict[str, Tensor]:
-        """A float64 zero for every parameter."""
+        """A float64 zero for every trained parameter."""
         return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.named_parameters().items()}
 
     def moved(self, direction: Mapping[str, Tensor], eta: float) -> AbstractContextManager[None]:
@@ -209,7 +242,8 @@ class Policy:
     def jittered(self, seed: int) -> AbstractContextManager[None]:
         """Within the context every parameter is the next number above or below it, at random; afterwards θ again.
 
-        Nothing has changed but the rounding errors of everything that is computed.
+        Nothing has changed but the rounding errors of everything that is computed; the frozen parameters, which take
+        part in all of it, are moved as well.
 
         Args:
             seed: of the signs.
@@ -221,11 +255,11 @@ class Policy:
             infinity = torch.full_like(theta, torch.inf)
             return torch.nextafter(theta, torch.where(up, infinity, -infinity))
 
-        return self._replaced(self.named_parameters(), neighbour)
+        return self._replaced(dict(self.model.named_parameters()), neighbour)
 
     @contextmanager
     def _replaced(self, names: Iterable[str], value: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-        parameters = self.named_parameters()
+        parameters = dict(self.model.named_parameters())
         saved = {name: parameters[name].detach().clone() for name in names}
         try:
             with torch.no_grad():
@@ -303,29 +337,44 @@ def resolve_device(device: str) -> torch.device:
 
 
 @lru_cache(maxsize=1)
-def load_policy(directory: Path, weights_digest: str, dtype: str, attn_implementation: str, device: str) -> Policy:
+def load_policy(
+    directory: Path,
+    weights_digest: str,
+    dtype: str,
+    attn_implementation: str,
+    device: str,
+    base: Path | None = None,
+) -> Policy:
     """Load a checkpoint's model and tokenizer from a local directory; the last one is kept.
 
     Args:
-        directory: the checkpoint.
-        weights_digest: content digest of its files, so that a changed directory is never taken for the same policy.
+        directory: of the model, or of the adapter.
+        weights_digest: content digest of its files, so that a changed directory is never taken for the same policy; of
+            an adapter, those of its base included.
         dtype: `float32` or `float64`.
         attn_implementation: `eager`.
         device: `cpu`, `cuda`, or `auto`.
+        base: directory of the model under the adapter; None for a full model.
 
     Returns:
         The policy, in evaluation mode, with TF32 switched off.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or the adapter does not fit.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    if base is None and (directory / "adapter_config.json").exists():
+        fact = f"{directory} holds an adapter where a whole model is needed"
+        raise CheckpointError(fact, way_out="give the directory of its base, or of the merged model")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, local_files_only=True
+            base or directory,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            local_files_only=True,
         )
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(tokenizer_directory(directory, base))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -333,10 +382,8 @@ def load_policy(directory: Path, weights_digest: str, dtype: str, attn_implement
             cause="a file is missing or belongs to another model",
             way_out="check that transformers' AutoModelForCausalLM.from_pretrained loads it",
         ) from error
+    if base is not None:
+        insert_adapter(model, directory)
+        fill_adapter(model, directory)
     log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
     return Policy(model.to(resolve_device(device)), tokenizer)
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, from local files."""
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from entropy_core.config import ProbeConfig, VarianceRequest
-from entropy_core.tables import RESULTS
+from entropy_core.tables import RESULTS, TABLES, of_checkpoints
 
 
 def configuration_page() -> str:
@@ -30,19 +30,33 @@ def configuration_page() -> str:
 
 
 def tables_page() -> str:
-    """Every column of results.parquet with its type, unit and meaning, as markdown."""
+    """Every column of the tables of a run with its type, unit and meaning, as markdown."""
     lines = [
-        "# Columns of results.parquet",
+        "# Columns",
         "",
-        "A row per checkpoint × step size × normalisation × estimator of ΔH. The unit and the description are in the",
-        "metadata of each Arrow field, too. A measurement whose weights overflowed is null; nothing is ever NaN.",
-        "",
-        "| column | type | unit | meaning |",
-        "|---|---|---|---|",
+        "The unit and the description are in the metadata of each Arrow field, too. A measurement whose weights",
+        "overflowed is null; nothing is ever NaN.",
     ]
-    for field in RESULTS:
-        metadata = {key.decode(): value.decode() for key, value in field.metadata.items()}
-        lines.append(f"| `{field.name}` | {field.type} | {metadata['unit']} | {metadata['description']} |")
+    rows_of = {"results": "A row per checkpoint × step size × normalisation × estimator of ΔH."} | {
+        "linearity": "A row per checkpoint × normalisation × estimator that at least two step sizes were measured by.",
+        "eta_pairs": "A row per checkpoint × normalisation × estimator × step size of which the opposite was measured.",
+        "replicates": "A row per checkpoint × normalisation × E batch, where `E_replicates` is above 1.",
+        "predictors": "A row per checkpoint × normalisation × step size × predictor.",
+    }
+    schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
+    for name, schema in schemas.items():
+        lines += [
+            "",
+            f"## {name}.parquet",
+            "",
+            rows_of[name],
+            "",
+            "| column | type | unit | meaning |",
+            "|---|---|---|---|",
+        ]
+        for field in schema:
+            metadata = {key.decode(): value.decode() for key, value in field.metadata.items()}
+            lines.append(f"| `{field.name}` | {field.type} | {metadata['unit']} | {metadata['description']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -69,6 +83,8 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> list[str]:
 
 def _type(field: FieldInfo) -> str:
     kind = field.annotation
+    if get_origin(kind) is dict:
+        return "keys and values"
     listed = get_origin(kind) is list
     if listed:
         kind = get_args(kind)[0]

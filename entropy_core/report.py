@@ -1,8 +1,9 @@
 """The page of a sweep, as markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from entropy_core.report_sections import SECTIONS, markdown_rows
 from entropy_core.tables import Row, at_learning_rate, first_of_each
 
 COLUMNS = {
@@ -24,12 +25,13 @@ COLUMNS = {
 }
 
 
-def markdown(name: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
+def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]], notes: Sequence[str]) -> str:
     """The page of a sweep.
 
     Args:
         name: of the sweep.
         rows: of the result table.
+        tables: rows of the other tables, by the names of `tables.TABLES`.
         notes: what was assumed.
 
     Returns:
@@ -77,6 +79,12 @@ def markdown(name: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
         "",
         *_checks(shown, checkpoints),
     ]
+    for title, section in SECTIONS.items():
+        of_section = section(
+            {t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()}
+        )
+        if of_section:
+            lines += ["", f"## {title}", "", *of_section]
     uninformative = max(row["equal_reward_fraction"] for row in shown)
     if uninformative >= 0.9:
         lines += [
@@ -125,25 +133,32 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
 
 
 def _origins(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "| checkpoint | δH₁ | from U's gradient | from momentum | from weight decay | local on E | future on E |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = ("checkpoint", "δH₁", "from U's gradient", "from momentum", "from weight decay", "local on E", "future on E")
+    body = []
     for row in first_of_each(at_learning_rate(rows)):
         gradient = row["inner_product"] - row["delta_h1_momentum"] - row["delta_h1_decay"]
         parts = (gradient, row["delta_h1_momentum"], row["delta_h1_decay"])
         on_e = (row["delta_h1_local"], row["delta_h1"] - row["delta_h1_local"])
         cells = [f"{value:+.3g}" for value in (row["delta_h1"], *parts, *on_e)]
-        lines.append(f"| {row['checkpoint']} | {' | '.join(cells)} |")
-    return lines
+        body.append((row["checkpoint"], *cells))
+    return markdown_rows(head, body)
 
 
 def _checks(rows: Sequence[Row], checkpoints: Sequence[str]) -> list[str]:
-    lines = [
-        "| checkpoint | ⟨∇H, v⟩ against forward mode | attribution closure | mean score z | largest noise floor "
-        "| kurtosis | largest influence | cut responses | clip factor | equal rewards |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = (
+        "checkpoint",
+        "⟨∇H, v⟩ against forward mode",
+        "attribution closure",
+        "mean score z",
+        "largest noise floor",
+        "kurtosis",
+        "largest influence",
+        "smallest prefix ESS",
+        "cut responses",
+        "clip factor",
+        "equal rewards",
+    )
+    body = []
     for checkpoint in checkpoints:
         group = [row for row in rows if row["checkpoint"] == checkpoint]
         row, noise = group[0], max(row["noise_floor"] for row in group)
@@ -154,9 +169,10 @@ def _checks(rows: Sequence[Row], checkpoints: Sequence[str]) -> list[str]:
             f"{noise:.1e}",
             f"{row['excess_kurtosis']:.1f}",
             f"{row['largest_influence']:.2%}",
+            f"{min((r['ess_prefix'] for r in group if r['verdict'] != 'weights-unreliable'), default=0.0):.0f}",
             f"{row['truncated_fraction']:.1%}",
             f"{row['clip_factor']:.3f}",
             f"{row['equal_reward_fraction']:.0%}",
         )
-        lines.append(f"| {checkpoint} | {' | '.join(cells)} |")
-    return lines
+        body.append((checkpoint, *cells))
+    return markdown_rows(head, body)

@@ -1,6 +1,17 @@
-"""Reward functions, with TRL's signature: `f(prompts, completions, **columns) -> list[float]`."""
+"""Reward functions, with TRL's signature: `f(prompts, completions, **columns) -> list[float]`.
+
+    exact_match              the whole response is the column `answer`
+    arithmetic, gsm8k        the final answer of the demo's task, the number after `####`
+    boxed, answer_tag        what is in \\boxed{…} or <answer>…</answer>, compared by math-verify
+    reasoning_gym            the scorer of the task
+    PATH.py:function, package.module:function        of the user
+
+Prompts and completions are text, whether a chat template was applied or not: the prompt as the pool has it, and the
+response without special tokens.
+"""
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -8,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from entropy_core import arithmetic
-from entropy_core.errors import ConfigError, RewardError, one_line
+from entropy_core import arithmetic, math_answers, reasoning_tasks
+from entropy_core.errors import ConfigError, ProbeError, RewardError, one_line
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -19,7 +30,14 @@ def exact_match(completions: Sequence[str], answer: Sequence[str], **_: Any) -> 
     return [float(c.strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
 
-REWARDS: dict[str, RewardFunction] = {"arithmetic": arithmetic.exact_match, "exact_match": exact_match}
+REWARDS: dict[str, RewardFunction] = {
+    "answer_tag": math_answers.answer_tag,
+    "arithmetic": arithmetic.exact_match,
+    "boxed": math_answers.boxed,
+    "exact_match": exact_match,
+    "gsm8k": math_answers.gsm8k,
+    "reasoning_gym": reasoning_tasks.score,
+}
 
 
 def load_reward(name: str) -> RewardFunction:
@@ -53,8 +71,8 @@ def source_file(name: str) -> Path | None:
     if name in REWARDS:
         return None
     module_name = name.rpartition(":")[0]
-    if Path(module_name).is_file():  # not imported, which may take long
-        return Path(module_name)
+    if _file(module_name).is_file():  # not imported, which may take long
+        return _file(module_name)
     load_reward(name)
     file = getattr(sys.modules[module_name], "__file__", None)
     if not file or not file.endswith(".py"):
@@ -63,6 +81,13 @@ def source_file(name: str) -> Path | None:
             way_out="wrap it in a function of your own, in a .py file",
         )
     return Path(file)
+
+
+def library(name: str) -> str:
+    """The library that a reward leaves the decision to, with its version; empty where there is none."""
+    if name in {"answer_tag", "boxed"}:
+        return math_answers.version()
+    return reasoning_tasks.version() if name == "reasoning_gym" else ""
 
 
 def compute_rewards(
@@ -80,15 +105,26 @@ def compute_rewards(
         As many rewards as responses.
 
     Raises:
-        RewardError: it raised, returned another number of rewards, or one that is not a finite number.
+        RewardError: it raised, returned another number of rewards, or one that is not a finite number; names the
+            sequence. True and False are 1 and 0; None is refused.
     """
     function = load_reward(name)
+
+    def call(first: int, stop: int) -> Any:
+        own = {column: values[first:stop] for column, values in columns.items()}
+        return function(prompts=list(prompts[first:stop]), completions=list(completions[first:stop]), **own)
+
+    rewards: Any
     try:
-        rewards = function(prompts=list(prompts), completions=list(completions), **columns)
+        rewards = call(0, len(completions))
+    except ProbeError:
+        raise
     except (Exception, SystemExit) as error:  # user code may raise anything; nothing of it may turn into a reward
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        i = _culprit(call, len(completions))
+        whose = "" if i is None else f"sequence {i}, prompt {prompts[i]!r:.80}, response {completions[i]!r:.80}"
         raise RewardError(
-            f"reward {name!r} raised {reason} on {len(completions)} response(s), beginning with {completions[0]!r:.80}",
+            f"reward {name!r} raised {type(error).__name__}: {one_line(error)} on "
+            f"{whose or f'{len(completions)} responses together, and not on either half of them'}",
             cause="a response that the function does not expect, or a column that the pool does not have",
             way_out=f"correct the function; the pool's columns are {sorted(columns)}",
         ) from error
@@ -96,19 +132,50 @@ def compute_rewards(
     if not isinstance(rewards, Sequence) or len(rewards) != len(completions):
         got = f"{len(rewards)} values" if isinstance(rewards, Sequence) else type(rewards).__name__
         raise RewardError(f"reward {name!r} returned {got} for {len(completions)} responses", way_out="return a list")
+    rewards = [reward.item() if getattr(reward, "ndim", None) == 0 else reward for reward in rewards]
     for i, reward in enumerate(rewards):
-        if isinstance(reward, bool) or not isinstance(reward, Real) or not abs(reward) <= sys.float_info.max:
+        if not isinstance(reward, Real) or not abs(reward) <= sys.float_info.max:  # type: ignore[operator]
             raise RewardError(
                 f"reward {name!r} returned {reward!r:.80} for sequence {i}, prompt {prompts[i]!r:.80}",
+                cause="it says that the response is not its business, which TRL averages over the other rewards; here "
+                "there are none"
+                if reward is None
+                else "",
                 way_out="return a finite float for every response",
             )
     return [float(reward) for reward in rewards]
 
 
+def _culprit(call: Callable[[int, int], Any], count: int) -> int | None:
+    """A sequence on which the function raises by itself, found by halving; None where it raises on neither half."""
+
+    def raises(first: int, stop: int) -> bool:
+        try:
+            call(first, stop)
+        except (Exception, SystemExit):
+            return True
+        return False
+
+    first, stop = 0, count
+    while stop - first > 1:
+        middle = (first + stop) // 2
+        if raises(first, middle):
+            stop = middle
+        elif raises(middle, stop):
+            first = middle
+        else:
+            return None
+    return first
+
+
+def _file(module_name: str) -> Path:
+    return Path(module_name).expanduser()
+
+
 def _import(module_name: str) -> Any:
     """The module as its file is now: results are keyed by that, so neither an older import nor bytecode will do."""
     if module_name.endswith(".py"):
-        return _executed(f"user_reward_{Path(module_name).stem}", "", Path(module_name))
+        return _executed(f"user_reward_{_file(module_name).stem}", "", _file(module_name))
     module = importlib.import_module(module_name)
     file = getattr(module, "__file__", None) or ""
     if not file.endswith(".py") or module_name.partition(".")[0] == __name__.partition(".")[0]:

@@ -57,6 +57,21 @@ class BatchedSequences:
         """Response lengths T, int64, the EOS token counted."""
         return ragged.lengths(self.response_offsets_N1)
 
+    def select(self, chosen_B: Tensor) -> "BatchedSequences":
+        """Some of the sequences, in the given order."""
+        prompts, responses = ([f(i) for i in chosen_B.tolist()] for f in (self.prompt, self.response))
+        nothing = self.prompt_tokens[:0]
+        return BatchedSequences(
+            sequence_ids_N=self.sequence_ids_N[chosen_B],
+            prompt_ids_N=self.prompt_ids_N[chosen_B],
+            draws_N=self.draws_N[chosen_B],
+            prompt_tokens=torch.cat([nothing, *prompts]),
+            prompt_offsets_N1=ragged.offsets_from_lengths(ragged.lengths(self.prompt_offsets_N1)[chosen_B]),
+            response_tokens_K=torch.cat([nothing, *responses]),
+            response_offsets_N1=ragged.offsets_from_lengths(self.lengths_N[chosen_B]),
+            finish_reasons=tuple(self.finish_reasons[i] for i in chosen_B.tolist()),
+        )
+
     def prompt(self, i: int) -> Tensor:
         """Token ids of prompt i."""
         return self.prompt_tokens[self.prompt_offsets_N1[i] : self.prompt_offsets_N1[i + 1]]
@@ -97,22 +112,23 @@ class SequenceProcessor:
         self.policy, self.config = policy, config
         self.progress = progress or (lambda done, total: None)
 
-    def tokenize(self, prompts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each prompt.
+    def require_vocabulary(self, pool: Sequence[Sequence[int]]) -> None:
+        """Refuse token ids that the policy has no embedding for.
+
+        Args:
+            pool: token ids of the prompts.
 
         Raises:
-            PromptError: a prompt has no tokens, or one that the vocabulary does not have.
+            PromptError: there is one; names the prompt.
         """
-        encoded = self.policy.tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
         vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            if not ids or max(ids) >= vocabulary:
+        for i, ids in enumerate(pool):
+            if max(ids) >= vocabulary:
                 raise PromptError(
-                    f"prompt {prompt!r} becomes {len(ids)} tokens" + (f", the largest {max(ids)}" if ids else ""),
+                    f"prompt {i} becomes {len(ids)} tokens, the largest {max(ids)}, and the policy knows {vocabulary}",
                     cause="the prompts are for another tokenizer",
                     way_out="use a dataset that fits this policy",
                 )
-        return encoded
 
     def generate_with_replacement_sampling(
         self, pool: Sequence[Sequence[int]], total_sequences: int, seed: int, first: int = 0
@@ -242,7 +258,7 @@ class SequenceProcessor:
         prompt_lengths_N = ragged.lengths(sequences.prompt_offsets_N1)
         order_N = torch.argsort(prompt_lengths_N + sequences.lengths_N, descending=True, stable=True)
         done = 0
-        for chosen_B in order_N.split(self.config.tf_batch_size):
+        for chosen_B in order_N.split(self.config.tf_batch_size) if len(order_N) else ():
             yield _teacher_forced_rows(sequences, chosen_B.tolist(), self.policy)
             done += len(chosen_B)
             self.progress(done, len(sequences))

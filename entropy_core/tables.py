@@ -20,7 +20,9 @@ ESTIMATES = pa.schema(
         _field("eta", _REAL, "learning-rate unit", "absolute step size: the policy moves to theta + eta * v"),
         _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
         _field("normalization", _TEXT, "", "per_token: E[S]/E[T]; per_sequence: E[S]"),
-        _field("estimator", _TEXT, "", "estimator of delta_h: per_decision or snis"),
+        _field(
+            "estimator", _TEXT, "", "estimator of delta_h: per_decision, weighted_per_decision, snis or path_integral"
+        ),
         _field("H", _REAL, _H, "entropy of the policy on E"),
         _field("H_se", _REAL, _H, "its standard error"),
         _field("mean_length", _REAL, "tokens", "mean response length on E, the EOS token counted"),
@@ -29,11 +31,18 @@ ESTIMATES = pa.schema(
         _field("se_given_u", _REAL, _H, "standard error of delta_h1 over E, with the update held fixed"),
         _field("se_given_u_jackknife", _REAL, _H, "the same by jackknife, one sequence (or prompt) left out at a time"),
         _field("se_over_u", _REAL, _H, "standard error of delta_h1 over the prompts of U, with E held fixed"),
-        _field("se_total", _REAL, _H, "standard error over E and U together"),
+        _field("se_interaction", _REAL, _H, "what both of them hold of the interaction of E and U"),
+        _field(
+            "se_total", _REAL, _H, "over E and U together: the squares added, that of the interaction taken off once"
+        ),
         _field("ci_low", _REAL, _H, "lower end of the interval of delta_h1 over E and U (t quantile)"),
         _field("ci_high", _REAL, _H, "upper end"),
         _field("ci_given_u_low", _REAL, _H, "lower end of the interval of delta_h1 with the update held fixed"),
         _field("ci_given_u_high", _REAL, _H, "upper end"),
+        _field("percentile_low", _REAL, _H, "lower end of the bootstrap interval, update held fixed: percentiles"),
+        _field("percentile_high", _REAL, _H, "upper end"),
+        _field("bca_low", _REAL, _H, "lower end of the bootstrap interval, update held fixed: BCa"),
+        _field("bca_high", _REAL, _H, "upper end"),
         _field("confidence_level", _REAL, "1", "of every interval in this row"),
         _field("delta_h", _REAL, _H, "measured entropy change, by importance sampling on the same E"),
         _field("delta_h_se", _REAL, _H, "its standard error over E, with the update held fixed"),
@@ -43,6 +52,7 @@ ESTIMATES = pa.schema(
         _field("paired_difference_se", _REAL, _H, "its standard error; both share E, so most of the noise cancels"),
         _field("ess", _REAL, "sequences", "effective sample size of the whole-sequence weights"),
         _field("ess_fraction", _REAL, "1", "ess / n_sequences"),
+        _field("ess_prefix", _REAL, "sequences", "smallest effective sample size of the prefix weights at a position"),
         _field("pareto_k", _REAL, "1", "Pareto k of the whole-sequence weights: how heavy their tail is"),
         _field("pareto_k_threshold", _REAL, "1", "largest k at which a mean of that many weights can be trusted"),
         _field("minimum_detectable", _REAL, _H, "|delta_h| that this E tells from zero with probability 80 %"),
@@ -50,7 +60,7 @@ ESTIMATES = pa.schema(
             "noise_floor",
             _REAL,
             _H,
-            "twice the rms of the change that rounding alone makes to delta_h",
+            "twice the rms of the change that rounding alone makes to delta_h; 0 for path_integral",
         ),
         _field("verdict", _TEXT, "", "reference, resolved, noise-limited, nonlinear or weights-unreliable"),
         _field("rule", _TEXT, "", "the rule that gave the verdict"),
@@ -61,6 +71,7 @@ ESTIMATES = pa.schema(
         _field("delta_h1_decay", _REAL, _H, "part of it from weight decay; the rest is that of the U batch's gradient"),
         _field("attribution_closure", _REAL, "1", "relative miss of tokens + momentum + decay against the whole"),
         _field("gradient_check", _REAL, "1", "relative difference of the two at the baseline of the backward pass"),
+        _field("derivative_check", _REAL, "1", "of central differences from forward mode, where they are used"),
         _field(
             "mean_score_z", _REAL, "1", "z of the mean score on E along v, which is zero for correctly scored samples"
         ),
@@ -76,16 +87,80 @@ ESTIMATES = pa.schema(
     ]
 )
 
-RESULTS = pa.schema(
+_PER_STEP = "nats per learning-rate unit"
+
+LINEARITY = pa.schema(
     [
-        _field("checkpoint", _TEXT, "", "name of the checkpoint directory"),
-        _field("step", _WHOLE, "optimizer steps", "the trainer's global step"),
-        *ESTIMATES,
+        _field("normalization", _TEXT, "", "per_token or per_sequence"),
+        _field("estimator", _TEXT, "", "of delta_h"),
+        _field("etas", _WHOLE, "step sizes", "that the fit of delta_h/eta against eta has"),
+        _field("derivative", _REAL, _PER_STEP, "derivative of the estimator at eta = 0, by forward mode"),
+        _field("derivative_se", _REAL, _PER_STEP, "its standard error"),
+        _field("intercept", _REAL, _PER_STEP, "delta_h/eta as eta tends to 0"),
+        _field("intercept_se", _REAL, _PER_STEP, "its standard error"),
+        _field("difference", _REAL, _PER_STEP, "intercept minus derivative, which is zero up to rounding and fit"),
+        _field("difference_se", _REAL, _PER_STEP, "its standard error; both share E, so most of the noise cancels"),
+        _field("curvature", _REAL, "nats per squared unit", "coefficient of eta: half the second derivative"),
+        _field("curvature_se", _REAL, "nats per squared unit", "its standard error"),
     ]
 )
 
+ETA_PAIRS = pa.schema(
+    [
+        _field("normalization", _TEXT, "", "per_token or per_sequence"),
+        _field("estimator", _TEXT, "", "of delta_h"),
+        _field("eta", _REAL, "learning-rate unit", "step size measured on both sides"),
+        _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
+        _field("odd", _REAL, _H, "(delta_h(eta) - delta_h(-eta))/2: the first order, even orders cancelled"),
+        _field("odd_se", _REAL, _H, "its standard error"),
+        _field("odd_remainder", _REAL, _H, "odd minus eta times the derivative: third order"),
+        _field("odd_remainder_se", _REAL, _H, "its standard error"),
+        _field("even", _REAL, _H, "(delta_h(eta) + delta_h(-eta))/2: the second order, odd orders cancelled"),
+        _field("even_se", _REAL, _H, "its standard error"),
+    ]
+)
 
-def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
+REPLICATES = pa.schema(
+    [
+        _field("normalization", _TEXT, "", "per_token or per_sequence"),
+        _field("seed", _WHOLE, "", "of the E batch; the first is the one of the other tables"),
+        _field("delta_h1", _REAL, _H, "prediction at the learning rate from this E batch alone"),
+        _field("se_given_u", _REAL, _H, "its standard error"),
+        _field("replicates", _WHOLE, "batches", "independent E batches"),
+        _field("mean", _REAL, _H, "mean of their predictions"),
+        _field("mean_se", _REAL, _H, "its standard error, by their spread"),
+        _field("p_value", _REAL, "1", "chi-squared test that they differ no more than their standard errors say"),
+    ]
+)
+
+PREDICTORS = pa.schema(
+    [
+        _field("normalization", _TEXT, "", "per_token or per_sequence"),
+        _field("eta", _REAL, "learning-rate unit", "step size"),
+        _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
+        _field("predictor", _TEXT, "", "delta_h1, or a predictor of the literature on U"),
+        _field("predicted", _REAL, "", "eta times the predictor; those of the literature are right up to a factor"),
+        _field("delta_h", _REAL, _H, "measured, by the first estimator"),
+    ]
+)
+
+_OF_CHECKPOINT = (
+    _field("checkpoint", _TEXT, "", "name of the checkpoint directory"),
+    _field("step", _WHOLE, "optimizer steps", "the trainer's global step"),
+)
+
+
+def of_checkpoints(schema: pa.Schema) -> pa.Schema:
+    """The schema of a sweep's table, given that of one checkpoint's."""
+    return pa.schema([*_OF_CHECKPOINT, *schema])
+
+
+RESULTS = of_checkpoints(ESTIMATES)
+TABLES = {"linearity": LINEARITY, "eta_pairs": ETA_PAIRS, "replicates": REPLICATES, "predictors": PREDICTORS}
+"""The tables beside the estimates, by the name of their file."""
+
+
+def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     """Rows as a table of exactly this schema.
 
     Raises:
@@ -95,7 +170,7 @@ def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
     for row in rows:
         if set(row) != names:
             raise ValueError(f"columns {sorted(set(row) ^ names)} are not in both the row and the schema")
-    return pa.Table.from_pylist(rows, schema=schema)
+    return pa.Table.from_pylist(list(rows), schema=schema)
 
 
 def unit_of(normalization: str) -> str:

@@ -12,7 +12,7 @@ from entropy_core.execution import Execution
 from entropy_core.stages import pipeline
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
-from flows.ui import Progress, publish, stage_runs
+from flows.ui import Progress, publish
 from tasks.stages import prefect_runner
 
 
@@ -41,7 +41,7 @@ def checkpoint_sweep(config: ProbeConfig) -> State:
     """
     checkpoints = preflight(config)
     store = Store(config.store_root)
-    progress = Progress(stage_runs(config, len(checkpoints)))
+    progress = Progress(pipeline.stage_runs(config, checkpoints))
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     run = progress.watched(prefect_runner(store, execution))
     return _published(pipeline.sweep(config, checkpoints, store, run))

@@ -13,42 +13,12 @@ from prefect.artifacts import (
 )
 
 from entropy_core.artifact import Artifact
-from entropy_core.config import ProbeConfig
-from entropy_core.stages import catalogue
-from entropy_core.stages.pipeline import NOISE_DRAWS, Inputs, Runner, SweepResult
-from entropy_core.stages.preflight import splits
+from entropy_core.stages.measure import Inputs, Runner
+from entropy_core.stages.pipeline import SweepResult
 from entropy_core.store import Stage
 from flows.results import headline, inline_figures
 
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-def stage_runs(config: ProbeConfig, checkpoints: int) -> Counter[str]:
-    """Count the runs of each stage in a sweep.
-
-    Args:
-        config: of the sweep.
-        checkpoints: their number.
-
-    Returns:
-        Stage name → number of runs.
-    """
-    batch, size = config.batch_config, config.execution.shard_size
-    e_total = batch.E_total_sequences if batch.E_sampling_mode == "replacement" else batch.B_E_values[0] * batch.G
-    e_shards, u_shards = -(-e_total // size), -(-batch.B_U * batch.G // size)
-    moves = sum(eta != 0 for eta in config.importance.etas)
-    per_checkpoint = {
-        catalogue.SAMPLE_E: e_shards,
-        catalogue.SCORE_E: e_shards,
-        catalogue.RESCORE_E: NOISE_DRAWS,
-        catalogue.SAMPLE_U: u_shards,
-        catalogue.FIRST_ORDER_E: e_shards,
-        catalogue.IMPORTANCE: moves * e_shards,
-    }
-    runs = Counter({stage.name: checkpoints * per_checkpoint.get(stage, 1) for stage in catalogue.STAGES})
-    runs[catalogue.LOAD_PROMPTS.name] = len(set(splits(config)))
-    runs[catalogue.REPORT.name] = 1
-    return runs
 
 
 class Progress:

@@ -6,7 +6,7 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 
 from entropy_core.artifact import Artifact
-from entropy_core.stages.pipeline import Inputs, Runner
+from entropy_core.stages.measure import Inputs, Runner
 from entropy_core.store import Stage, Store
 from tasks.artifact_cache import StoreStorage, cache_policy
 

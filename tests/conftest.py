@@ -108,7 +108,7 @@ def llama64(**changes) -> PreTrainedModel:
 
 
 def gemma2(**changes) -> PreTrainedModel:
-    """Bends its logits with a tanh, which the output embedding alone does not."""
+    """Bends its logits with a tanh, after the output embedding."""
     torch.manual_seed(3)
     bent = {"head_dim": 4, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "sliding_window": 4}
     config = Gemma2Config(**COMMON | SMALL | bent | {"vocab_size": 4, "eos_token_id": 3} | changes)

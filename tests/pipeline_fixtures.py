@@ -41,7 +41,8 @@ def share_of_low_digits(completions, **_):
 
 def trainer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """The Trainer's two groups: everything but norms and biases decays."""
-    named = [(p, "norm" in n or "ln_" in n or n.endswith("bias")) for n, p in model.named_parameters()]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(p, "norm" in n or "ln_" in n or n.endswith("bias")) for n, p in trained]
     return [
         {"params": [p for p, plain in named if not plain], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p, plain in named if plain], "weight_decay": 0.0},
@@ -57,10 +58,10 @@ def save_checkpoint(directory: Path, model: Any, optimizer: torch.optim.Optimize
     return directory
 
 
-def train(model: Any, steps: int) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+def train(model: Any, steps: int, groups: Any = None) -> Iterator[tuple[int, torch.optim.Optimizer]]:
     """AdamW steps on worked solutions, with torch's own optimizer; yields after each of them."""
     tokenizer = build_tokenizer()
-    optimizer = torch.optim.AdamW(trainer_groups(model), lr=LEARNING_RATE, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups or trainer_groups(model), lr=LEARNING_RATE, betas=(0.9, 0.99))
     examples = [tokenizer(row["prompt"] + row["solution"])["input_ids"] for row in problems("train", 8)]
     for step in range(1, steps + 1):
         optimizer.zero_grad()

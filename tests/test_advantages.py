@@ -30,6 +30,19 @@ def test_by_hand():
         )
 
 
+def test_the_division_by_the_deviation_can_be_switched_by_itself():
+    rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    for loss, scaling, first in (
+        ("dr_grpo", "group", 0.75 / 0.5001),
+        ("rloo", "group", 1.0 / 0.5001),
+        ("grpo", "none", 0.75),
+        ("dapo", "none", 0.75),
+        ("grpo", "group", 0.75 / 0.5001),
+        ("dr_grpo", "none", 0.75),
+    ):
+        assert group_advantages(rewards_PG, loss, scaling)[0, 0] == pytest.approx(first, rel=1e-14)
+
+
 def test_standardised_within_the_group_by_its_sample_deviation():
     rewards_PG = rewards()
     expected = [

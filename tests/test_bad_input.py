@@ -70,7 +70,7 @@ def finite(done: Probe) -> list[dict[str, Any]]:
     """The rows, in which no number is missing, infinite or NaN; of so few weights no tail can be fitted."""
     for row in done.rows:
         for name, value in row.items():
-            missing = value is None and name != "pareto_k"
+            missing = value is None and name not in ("pareto_k", "derivative_check")
             assert not missing and (not isinstance(value, float) or math.isfinite(value)), (name, value)
     return done.rows
 
@@ -116,7 +116,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "optimizer cut off": (lambda d: cut(d / "optimizer.pt", 1000), r"optimizer\.pt is not a complete archive"),
     "partial coverage": (
         lambda d: change_optimizer(d, lambda saved: saved["state"].pop(4)),
-        r"covers 11 of 12 parameters; missing: model\.layers\.0\..*trains all parameters",
+        r"covers 11 of 12 trained parameters; missing: model\.layers\.0\..*trains all parameters",
     ),
     "learning rate 0": (
         lambda d: change_optimizer(d, lambda saved: set_rates(saved, 0.0)),
@@ -137,7 +137,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config cut off": (lambda d: cut(d / "config.json", 40), r"config\.json is not readable JSON"),
     "no tokenizer": (forget_tokenizer, "no tokenizer that can be loaded.*save the tokenizer"),
     "no trainer state": (lambda d: (d / "trainer_state.json").unlink(), r"no trainer_state\.json"),
-    "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "adapters are not read yet"),
+    "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds both an adapter"),
 }
 
 
@@ -191,7 +191,7 @@ def test_weights_with_a_nan_name_the_sequence(home):
 @pytest.mark.parametrize(
     ("batch", "kind", "message"),
     [
-        ({"dataset_name": "gsm8k"}, PromptError, "unknown dataset 'gsm8k'.*arithmetic"),
+        ({"dataset_name": "gsm9k"}, PromptError, "unknown dataset 'gsm9k'.*arithmetic, gsm8k"),
         ({"dataset_name": "/no/such/pool.jsonl"}, PromptError, "cannot be read"),
         ({"split": "validation"}, PromptError, "no split 'validation'.*train, test"),
         ({"U_split": "dev"}, PromptError, "no split 'dev'"),
@@ -262,6 +262,7 @@ def write_function(home: Path, body: str) -> None:
         ("return [0.0] * 3", RewardError, "returned 3 values for 2 responses"),
         ("return [float('nan')] * len(completions)", RewardError, "returned nan for sequence 0"),
         ("return None", RewardError, "returned NoneType"),
+        ("return [None] * len(completions)", RewardError, "returned None for sequence 0.*which TRL averages over"),
         ("return columns['gold']", RewardError, r"KeyError: 'gold'.*columns are \['answer', 'solution'\]"),
         ("return [", ConfigError, "SyntaxError"),
     ],
@@ -417,7 +418,8 @@ def test_a_step_far_too_large_measures_nothing_and_says_so(home):
         assert (row["verdict"] == "weights-unreliable") == (abs(row["eta_over_lr"]) > 2)
         assert (row["delta_h"] is None) == (row["minimum_detectable"] is None) == (abs(row["eta_over_lr"]) > 2e3)
         assert (row["ess"] == 0) == (row["delta_h"] is None)
-    with pytest.raises(NonFiniteError, match="smaller step sizes") as raised:
+    message = r"at the step size η = 2e\+297: .* token value.*smaller step sizes"  # the learning rate is 2e-3
+    with pytest.raises(NonFiniteError, match=message) as raised:
         probe(config_of(home, importance={"etas": [0, 1e300]}))
     one_line(raised.value)
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_core import checkpoint_files, checkpoints
+from entropy_core.architecture import NO_DECAY_PATTERNS
 from entropy_core.checkpoint_files import (
     checkpoint_digest,
     file_digest,
@@ -247,7 +248,7 @@ def test_the_decay_patterns_are_the_trainers() -> None:
         vocab_size=24, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=4
     )
     for model in (make_model(attention_bias=True), Qwen3ForCausalLM(with_head_norms)):
-        ours = get_parameter_names(model, [torch.nn.LayerNorm], list(checkpoints.NO_DECAY_PATTERNS))
+        ours = get_parameter_names(model, [torch.nn.LayerNorm], list(NO_DECAY_PATTERNS))
         assert ours == Trainer.get_decay_parameter_names(None, model)
 
 
@@ -300,6 +301,35 @@ def test_amsgrad_and_plain_adam(tmp_path: Path) -> None:
     for name, slot in by_name(model, optimizer).items():
         torch.testing.assert_close(checkpoint.optimizer.max_exp_avg_sq[name], slot["max_exp_avg_sq"], rtol=0, atol=0)
     assert all(g.amsgrad and g.maximize and not g.decoupled for g in checkpoint.optimizer.groups)
+
+
+@pytest.mark.parametrize("kernel", [{"foreach": True}, {"fused": True}, {"fused": True, "amsgrad": True}], ids=str)
+def test_the_variants_of_torchs_adamw_hold_the_same_state(tmp_path: Path, kernel: dict[str, bool]) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(trainer_groups(model), **HYPERPARAMETERS, **kernel)
+    train(model, optimizer)
+    directory = write(tmp_path / "c", model, optimizer)
+    checkpoint = assert_same_state(directory, by_name(model, optimizer))
+    assert bool(checkpoint.optimizer.max_exp_avg_sq) == ("amsgrad" in kernel)
+    # A capturable optimizer, which needs a GPU to make a step, saves its learning rate as a tensor, too.
+    rate = torch.tensor(3e-3)
+    edit_optimizer(directory, set_group("lr", rate, rate))
+    edit_optimizer(directory, set_group("capturable", True, True))
+    assert_same_state(directory, by_name(model, optimizer))
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_narrow_weights_are_said_and_their_moments_kept_as_saved(tmp_path: Path, moments: torch.dtype) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(trainer_groups(model), **HYPERPARAMETERS)
+    train(model, optimizer)
+    for slot in optimizer.state.values():
+        slot.update({key: slot[key].to(moments) for key in ("exp_avg", "exp_avg_sq")})
+    truth = by_name(model, optimizer)
+    directory = write(tmp_path / "c", model.to(torch.bfloat16), optimizer)
+    checkpoint = assert_same_state(directory, truth)
+    assert {m.dtype for m in checkpoint.optimizer.exp_avg.values()} == {moments}
+    assert "Weights are saved as BF16 and widened" in checkpoint.assumptions[0]
 
 
 def test_what_the_files_do_not_say_is_an_assumption(sound: Path) -> None:
@@ -398,7 +428,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         text("config.json", '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}'),
         "custom code is not run",
     ),
-    "adapter": (text("adapter_config.json", "{}"), "holds an adapter"),
+    "adapter": (text("adapter_config.json", "{}"), "holds both an adapter"),
     "no weights": (remove("model.safetensors"), "has no weights"),
     "truncated weights": (truncate("model.safetensors"), r"model\.safetensors cannot be opened"),
     "weights that are no safetensors": (text("model.safetensors", "version https://git-lfs"), "cannot be opened"),
@@ -437,7 +467,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a slot is missing": (
         optimizer(lambda s: s["state"].pop(1)),
-        r"covers 20 of 21 parameters; missing: model\.layers\.0\.self_attn\.q_proj\.weight\.",
+        r"covers 20 of 21 trained parameters; missing: model\.layers\.0\.self_attn\.q_proj\.weight\.",
     ),
     "many slots are missing": (optimizer(lambda s: [s["state"].pop(i) for i in range(1, 13)]), "and 4 more"),
     "a frozen parameter": (

@@ -1,6 +1,7 @@
 """The configuration: nothing is accepted that is not understood, and an error names every key that is wrong."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,9 @@ def test_an_unknown_key_is_named(dotted, value):
         ("batch_config.B_U", 1),
         ("batch_config.G", 1),
         ("batch_config.dataset_name", ""),
+        ("batch_config.dataset_options", [512]),
+        ("batch_config.dataset_options", {"size": float("nan")}),
+        ("batch_config.max_prompt_length", -1),
         ("generation.temperature", 0),
         ("generation.temperature", float("nan")),
         ("generation.temperature", float("inf")),
@@ -162,6 +166,15 @@ def test_a_cut_off_law_is_refused_with_the_reason():
         parse_config(with_value("generation.top_p", 0.9))
 
 
+def test_a_prompt_has_one_writer_of_special_tokens():
+    both = {"apply_chat_template": True, "add_special_tokens": True}
+    with pytest.raises(ConfigError, match="batch_config: a chat template writes the special tokens"):
+        parse_config(LEAST | {"batch_config": both})
+    with pytest.raises(ConfigError, match="batch_config: system_prompt is a part of the chat template"):
+        parse_config(with_value("batch_config.system_prompt", "Be brief."))
+    assert parse_config(with_value("batch_config.apply_chat_template", True)).batch_config.system_prompt == ""
+
+
 def test_every_wrong_key_is_named_at_once():
     values = LEAST | {"batch_config": {"B_U": 0, "g": 8}, "generation": {"max_new_tokens": "many"}}
     with pytest.raises(ConfigError) as raised:
@@ -185,10 +198,13 @@ def test_what_is_no_mapping_is_refused(values):
         (b"name: caf\xe9", "is not valid YAML"),
         (b"\x80\x02}q\x00.", "is not valid YAML"),
         (b"name: !!python/object/apply:os.getcwd []", "is not valid YAML"),
-        (b"", r"\(top level\)"),
+        (b"", r"is empty \(top level\).*checkpoints: \["),
+        (b"# nothing yet\n", r"is empty \(top level\)"),
+        (b"checkpoints: [a]\nbatch_config:\n", r"batch_config: is empty: give it keys, or leave it out\."),
+        (b"checkpoints: [a]\ngeneration: 3\n", r"generation: is not a list of keys\."),
         (b"- name: demo", r"\(top level\)"),
     ],
-    ids=["open bracket", "tab", "zero byte", "latin-1", "pickle", "code", "empty", "list"],
+    ids=["open bracket", "tab", "zero byte", "latin-1", "pickle", "code", "empty", "comment", "section", "3", "list"],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path, content, message):
     path = tmp_path / "probe.yaml"
@@ -197,6 +213,7 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, content, message):
         load_config(path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert not re.search(r"Config\b|instance of", str(raised.value))  # no class of pydantic's or of ours
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

@@ -78,7 +78,7 @@ def test_every_floor_was_read():
     assert {floor(name) for name in FILES} == set(range(len(FLOORS)))
     assert {"entropy_core.policy", "entropy_core.stages.variance", "flows.entropy_probe", "tasks.stages"} <= set(FILES)
     assert "entropy_core.numerics.ragged" in OURS["entropy_core.estimates"]
-    assert "transformers.trainer_pt_utils" in FOREIGN["entropy_core.checkpoints"]  # imported inside a function
+    assert "transformers.trainer_pt_utils" in FOREIGN["entropy_core.architecture"]  # imported inside a function
     assert "entropy_core.execution" in OURS["entropy_core.stages.rescore"]  # for the type checker only
 
 
@@ -116,23 +116,27 @@ def test_the_errors_know_nothing():
 
 
 def test_each_library_has_its_own_door():
-    assert importers("transformers") == core("policy", "checkpoints", "demo")
-    assert importers("trl", "datasets", "tokenizers", "huggingface_hub") == core("demo")
+    assert importers("transformers") == core("policy", "tokenizer", "architecture", "demo")
+    assert importers("peft") == core("adapters")
+    assert importers("trl", "tokenizers") == core("demo")
+    assert importers("datasets") == core("hub_datasets", "demo")
+    assert importers("huggingface_hub") == core("hub_datasets", "demo")
+    assert importers("reasoning_gym") == core("reasoning_tasks")
+    assert importers("math_verify") == core("math_answers")
     assert importers("matplotlib") == core("figures", "tokens_in_text")
     assert importers("arviz_stats", "numpy") == core("pareto")
-    assert importers("scipy") == core("estimates")
+    assert importers("scipy") == core("estimates", "diagnostics")
     assert importers("safetensors") == core("artifact", "checkpoint_files")
-    assert importers("pyarrow.parquet") == core("artifact", "manifest") | {"flows.local"}
-    assert importers("yaml") == core("config", "stages.pipeline")
+    assert importers("pyarrow.parquet") == core("artifact", "manifest", "prompt_files") | {"flows.local"}
+    assert importers("yaml") == core("config", "stages.pipeline", "legacy")
     assert importers("prefect") == {name for name in importers("prefect") if floor(name) >= FLOORS.index("tasks")}
     assert importers("prefect") >= {"flows.entropy_probe", "tasks.stages", "tasks.artifact_cache"}
 
 
 def test_nothing_is_imported_that_is_not_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = [
-        re.match(r"[\w-]+", one)[0] for one in project["dependencies"] + project["optional-dependencies"]["trl"]
-    ]
+    extras = [one for name in ("trl", "math", "reasoning-gym") for one in project["optional-dependencies"][name]]
+    declared = [re.match(r"[\w-]+", one)[0] for one in project["dependencies"] + extras]
     known = {"yaml" if name == "pyyaml" else name.replace("-", "_") for name in declared}
     used = {other.partition(".")[0] for found in FOREIGN.values() for other in found}
     assert used - known <= {"numpy", "tokenizers", "huggingface_hub"}  # which come with scipy and transformers
@@ -152,7 +156,7 @@ def test_what_handles_no_sequence_does_not_reach_the_policy():
     """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
     stages = [name for name in FILES if name.startswith("entropy_core.stages.")]
     without = {name.rpartition(".")[2] for name in stages if "entropy_core.policy" not in module_digests(name)}
-    assert without == {"load", "reward", "files", "columns", "variance", "report"}
+    assert without == {"load", "reward", "files", "columns", "halves", "variance", "report", "preflight"}
 
 
 def test_what_a_process_loads():
@@ -170,7 +174,7 @@ loaded()
     assert {"torch", "matplotlib"} <= statistics
     assert not statistics & {"transformers", "tokenizers", "prefect", "flows", "tasks"}
     assert {"torch", "transformers"} <= core_modules
-    assert not core_modules & {"prefect", "flows", "tasks", "trl", "datasets"}
+    assert not core_modules & {"prefect", "flows", "tasks", "trl", "datasets", "math_verify", "reasoning_gym"}
 
 
 def test_no_file_is_too_long_to_read():

@@ -12,6 +12,7 @@ from entropy_core.numerics.importance import (
     effective_sample_size,
     log_weights_are_usable,
     per_decision_columns,
+    prefix_effective_sample_sizes,
     prefix_weights,
 )
 
@@ -79,6 +80,29 @@ def test_effective_sample_size_counts_the_weights_that_count():
     # log-normal weights: N/(1 + cv²), cv² = e^{σ²} − 1
     w_N = (0.5 * torch.randn(100_000, dtype=torch.float64)).exp()
     assert effective_sample_size(w_N) / 100_000 == pytest.approx(math.exp(-0.25), rel=0.02)
+
+
+def test_effective_sample_sizes_by_position():
+    """Three sequences of 1, 3 and 2 tokens: at each position the weights of all three, finished or not."""
+    ratios = [[2.0], [0.5, 4.0, 3.0], [1.0, 0.25]]
+    offsets_N1 = torch.tensor([0, 1, 4, 6])
+    moved_K = torch.tensor([math.log(r) for row in ratios for r in row], dtype=torch.float64)
+    weights = prefix_weights(torch.zeros(6), moved_K, offsets_N1)
+    at_each = [[1.0, 1.0, 1.0], [2.0, 0.5, 1.0], [2.0, 2.0, 0.25]]
+    expected = [sum(w) ** 2 / sum(x**2 for x in w) for w in at_each]
+    found_T = prefix_effective_sample_sizes(weights, offsets_N1)
+    assert found_T.dtype == torch.float64
+    assert found_T.tolist() == pytest.approx(expected, rel=1e-13)
+    assert found_T.tolist() == pytest.approx([effective_sample_size(torch.tensor(w)) for w in at_each], rel=1e-6)
+
+
+def test_late_weights_of_any_size_leave_the_early_sample_sizes_alone():
+    zero_K, moved_K = torch.zeros(K, dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
+    moved_K[1], moved_K[5] = -400.0, 500.0  # sequences of 3 and 4 tokens, at their second
+    found_T = prefix_effective_sample_sizes(prefix_weights(zero_K, moved_K, OFFSETS), OFFSETS)
+    assert found_T.tolist() == pytest.approx([4.0, 4.0, 1.0, 1.0], rel=1e-12)
+    unmoved = prefix_weights(zero_K, zero_K, OFFSETS)
+    assert prefix_effective_sample_sizes(unmoved, OFFSETS).tolist() == pytest.approx([4.0] * 4, rel=1e-14)
 
 
 def test_weights_that_overflow_or_underflow_are_not_usable():

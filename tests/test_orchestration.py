@@ -25,11 +25,12 @@ from prefect.testing.utilities import prefect_test_harness
 from entropy_core.artifact import Artifact
 from entropy_core.config import VarianceRequest, parse_config
 from entropy_core.errors import ConfigError
+from entropy_core.stages.pipeline import stage_runs
+from entropy_core.stages.preflight import preflight
 from entropy_core.store import Stage, Store
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.results import HEADLINE, inline_figures, terminal_table
 from flows.service import FLOW
-from flows.ui import stage_runs
 from tasks import stages
 
 CALLS: list[str] = []
@@ -198,7 +199,7 @@ def test_a_sweep_runs_as_many_stages_as_announced_and_shows_its_results(tmp_path
     result = state.result()
     assert state.message == f"Results in {result.run_directory}"
 
-    expected = stage_runs(config, checkpoints=2)
+    expected = stage_runs(config, preflight(config))
     runs = completed_task_runs(state.state_details.flow_run_id, expected.total())
     assert Counter(run.name.partition(" ")[0] for run in runs) == expected
     assert {run.state.name for run in runs} == {"Completed"}

@@ -1,9 +1,7 @@
 """The whole sweep, by the direct runner: what comes out, what is computed again when something changes, what is not."""
 
-import copy
 import json
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,13 +16,10 @@ from pipeline_fixtures import (
     make_run,
     probe,
     skip_figures,
-    trainer_groups,
     values,
     write_reward,
 )
-from transformers import AutoModelForCausalLM
 
-from entropy_core.artifact import Artifact
 from entropy_core.checkpoint_files import file_digest
 from entropy_core.config import VarianceRequest, load_config, parse_config
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
@@ -32,9 +27,10 @@ from entropy_core.execution import Execution
 from entropy_core.numerics.importance import Estimator
 from entropy_core.stages import catalogue, pipeline, sequences
 from entropy_core.stages.files import user_file
+from entropy_core.stages.measure import NOISE_DRAWS
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
-from entropy_core.tables import RESULTS
+from entropy_core.tables import RESULTS, TABLES
 
 ETAS = [0, 0.01, 0.02, 1]
 ESTIMATORS = list(get_args(Estimator))
@@ -131,19 +127,23 @@ def test_every_stage_ran_once_per_shard(first):
         "load-prompts": 1,
         "sample-e-batch": checkpoints * shards,
         "score-e-batch": checkpoints * shards,
-        "rescore-e-batch": checkpoints * pipeline.NOISE_DRAWS,
+        "rescore-e-batch": checkpoints * NOISE_DRAWS,
         "load-checkpoint": checkpoints,
         "sample-u-batch": checkpoints * 4,
         "reward-u-batch": checkpoints,
+        "score-u-batch": checkpoints * 4,
+        "discriminate-u": checkpoints,
         "compute-update": checkpoints,
         "entropy-gradient": checkpoints,
         "first-order-e": checkpoints * shards,
         "first-order-u": checkpoints,
         "importance": checkpoints * shards * moves,
+        "path-integral": checkpoints * shards * moves,
         "variance": checkpoints,
         "report": 1,
     }
-    assert set(first.run.computed) == {stage.name for stage in catalogue.STAGES}
+    unasked = {"calibrate", "score-u-reference"}  # central differences, a KL term
+    assert set(first.run.computed) == {stage.name for stage in catalogue.STAGES} - unasked
 
 
 def test_without_a_step_nothing_changes(first):
@@ -206,6 +206,7 @@ def test_the_run_folder_has_what_people_open(first, home):
     assert directory == home / "artifacts" / "runs" / first.result.run_id
     assert {path.name for path in directory.iterdir()} == {
         *("results.parquet", "report.md", "config.yaml", "run.json"),
+        *(f"{table}.parquet" for table in TABLES),
         *(
             f"{figure}.{kind}"
             for figure in ("prediction", "eta_sweep", "training", "tokens")
@@ -216,160 +217,6 @@ def test_the_run_folder_has_what_people_open(first, home):
     page = (directory / "report.md").read_text(encoding="utf-8")
     assert page.count("\n| checkpoint-3 | ") == len(ETAS) * len(ESTIMATORS) + 2  # and its origins, and its checks
     assert "2 checkpoint(s), E of 16 sequences, U of 8 prompts" in page
-
-
-# --- the step --------------------------------------------------------------------------------------------------------
-
-
-class Oracle:
-    """The trainer's next step: the model as transformers loads it, the loss as it is written, torch's own AdamW."""
-
-    def __init__(self, exact: Probe) -> None:
-        self.directory = exact.checkpoints[0].directory
-        self.model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float64).eval()
-        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        rewards = exact.run.artifacts("reward-u-batch")[0].table("rewards.parquet")["reward"].to_pylist()
-        self.rewards_PG = torch.tensor(rewards, dtype=torch.float64).view(P, G)
-        shards = [sequences.read_sequences(shard) for shard in exact.run.artifacts("sample-u-batch")]
-        responses = [(shard.prompt(i), shard.response(i)) for shard in shards for i in range(len(shard))]
-        self.responses_PG = [responses[i : i + G] for i in range(0, len(responses), G)]
-        self.tokens_P = torch.tensor([sum(len(r) for _, r in group) for group in self.responses_PG])
-
-    @cache  # noqa: B019 (one oracle)
-    def terms(self, loss: str) -> torch.Tensor:
-        """Gradient of −Σ_i A_i (1/Z_i) Σ_k ℓ_ik over the responses to each prompt, [P, parameters]; Z is 1 for dapo."""
-        rows = []
-        for r, group in zip(self.rewards_PG, self.responses_PG, strict=True):
-            total = torch.zeros((), dtype=torch.float64)
-            for i, (prompt, response) in enumerate(group):
-                logits = self.model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
-                logp = torch.log_softmax(logits, -1).gather(-1, response[:, None]).sum()
-                standardised = (r[i] - r.mean()) / (r.std() + 1e-4)
-                weight = {
-                    "grpo": standardised / len(response),
-                    "dapo": standardised,
-                    "dr_grpo": (r[i] - r.mean()) / 8,  # max_new_tokens
-                    "rloo": r[i] - (r.sum() - r[i]) / (G - 1),
-                    "reinforce": r[i],
-                }[loss]
-                total = total - weight * logp
-            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, list(self.model.parameters()))]))
-        return torch.stack(rows)
-
-    def gradient(self, loss: str, weights_P: torch.Tensor) -> torch.Tensor:
-        """Of the loss in which prompt p counts ω_p times; all 1 for the loss itself."""
-        size = weights_P @ self.tokens_P.double() if loss == "dapo" else P * G
-        return weights_P @ self.terms(loss) / size
-
-    def step(self, gradient: torch.Tensor, max_norm: float) -> torch.Tensor:
-        """(θ_after − θ_before)/lr, all parameters in one vector."""
-        model = copy.deepcopy(self.model)
-        optimizer = torch.optim.AdamW(trainer_groups(model))
-        optimizer.load_state_dict(torch.load(self.directory / "optimizer.pt", weights_only=True))
-        parts = gradient.split([shape.numel() for shape in self.shapes.values()])
-        for parameter, part in zip(model.parameters(), parts, strict=True):
-            parameter.grad = part.view_as(parameter).clone()
-        if max_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        optimizer.step()
-        after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-        return (after - before) / optimizer.param_groups[0]["lr"]
-
-    def vector(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Tensors by parameter name as such a vector."""
-        assert sorted(tensors) == sorted(self.shapes)
-        return torch.cat([tensors[name].flatten() for name in self.shapes])
-
-
-@pytest.fixture(scope="module")
-def oracle(exact) -> Oracle:
-    return Oracle(exact)
-
-
-def updated(exact: Probe, **settings: Any) -> tuple[Artifact, Artifact]:
-    """compute-update and first-order-u with other settings, on the same batches."""
-    run, execution = exact.run.store.run, exact.run.execution
-    update = run(catalogue.COMPUTE_UPDATE, execution, exact.run.inputs("compute-update") | settings)
-    return update, run(catalogue.FIRST_ORDER_U, execution, exact.run.inputs("first-order-u") | {"update": update})
-
-
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "rloo", "reinforce"])
-@pytest.mark.parametrize("clipping", ["off", "inactive", "active"])
-def test_v_is_the_step_that_torch_takes(exact, oracle, loss, clipping):
-    gradient = oracle.gradient(loss, torch.ones(P, dtype=torch.float64))
-    norm = float(gradient.norm())
-    max_norm = {"off": 0.0, "inactive": 2 * norm, "active": norm / 3}[clipping]
-    inputs = exact.run.inputs("compute-update") | {"loss": loss, "max_grad_norm": max_norm}
-    update = exact.run.store.run(catalogue.COMPUTE_UPDATE, exact.run.execution, inputs)
-
-    expected = oracle.step(gradient, max_norm)
-    v = oracle.vector(update.tensors("direction.safetensors"))
-    assert v.dtype == torch.float64
-    assert (v - expected).norm() <= 1e-12 * expected.norm()
-    assert (oracle.vector(update.tensors("gradient.safetensors")) - gradient).norm() <= 1e-12 * norm
-    parts = [oracle.vector(update.tensors(f"{name}.safetensors")) for name in ("momentum", "decay", "gradient_part")]
-    assert (sum(parts) - v).norm() <= 1e-14 * v.norm()
-    assert float(parts[2].norm()) > 0.01 * float(v.norm())  # the gradient matters to this test
-    preconditioner = oracle.vector(update.tensors("preconditioner.safetensors"))
-    assert (preconditioner * gradient - parts[2]).norm() <= 1e-12 * parts[2].norm()
-    assert update.summary["gradient_norm"] == pytest.approx(norm, rel=1e-12)
-    assert update.summary["clip_factor"] == pytest.approx(1 / 3 if clipping == "active" else 1.0, rel=1e-4)
-
-
-@pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
-@pytest.mark.parametrize(("loss", "clipping"), [("grpo", "off"), ("grpo", "active"), ("dapo", "active")])
-def test_the_influence_of_each_prompt(exact, oracle, normalization, loss, clipping):
-    """By central differences of torch's step in its weight; the standard error by leaving prompts out one by one."""
-    ones_P = torch.ones(P, dtype=torch.float64)
-    max_norm = 0.0 if clipping == "off" else float(oracle.gradient(loss, ones_P).norm()) / 3
-    _, first_order_u = updated(exact, loss=loss, max_grad_norm=max_norm)
-    dH = oracle.vector(exact.run.artifacts("entropy-gradient")[0].tensors(f"{normalization}.safetensors"))
-    table = first_order_u.table("sequences.parquet")
-    influence_P = torch.tensor(table[f"influence_{normalization}"].to_pylist(), dtype=torch.float64).view(P, G).sum(1)
-
-    def derivative(weights_P: torch.Tensor, scale: float = 1.0) -> float:
-        return float(dH @ oracle.step(scale * oracle.gradient(loss, weights_P), max_norm))
-
-    eps, unit_PP = 1e-4, torch.eye(P, dtype=torch.float64)
-    expected_P = [(derivative(ones_P + eps * e) - derivative(ones_P - eps * e)) / (2 * eps) for e in unit_PP]
-    torch.testing.assert_close(influence_P, torch.tensor(expected_P, dtype=torch.float64), rtol=1e-5, atol=1e-9)
-
-    linear = (P / (P - 1) * ((influence_P - influence_P.mean()) ** 2).sum()).sqrt()
-    scale = 1.0 if loss == "dapo" else P / (P - 1)  # the loss on the other prompts is their mean
-    left_out_P = torch.tensor([derivative(ones_P - e, scale) for e in unit_PP], dtype=torch.float64)
-    jackknife = ((P - 1) / P * ((left_out_P - left_out_P.mean()) ** 2).sum()).sqrt()
-    assert 0.7 < float(linear / jackknife) < 1.3
-    if (loss, clipping) == ("grpo", "off"):
-        row = next(r for r in exact.rows if r["normalization"] == normalization and r["eta"] != 0)
-        assert row["clip_factor"] == 1.0
-        assert row["se_over_u"] == pytest.approx(float(linear) * row["eta"], rel=1e-9)
-
-
-@pytest.mark.parametrize("loss", ["grpo", "dapo"])
-def test_the_shares_of_the_tokens_add_up(exact, oracle, loss):
-    """With the denominators as they are, the step is a sum over U's tokens, the momentum and the decay."""
-    norm = float(oracle.gradient(loss, torch.ones(P, dtype=torch.float64)).norm())
-    update, first_order_u = updated(exact, loss=loss, max_grad_norm=norm / 3)
-    tokens, of_sequences = (first_order_u.table(f"{name}.parquet") for name in ("tokens", "sequences"))
-    preconditioner = oracle.vector(update.tensors("preconditioner.safetensors"))
-    size = float(oracle.tokens_P.sum()) if loss == "dapo" else P * G
-    for normalization in ("per_token", "per_sequence"):
-        dH = oracle.vector(exact.run.artifacts("entropy-gradient")[0].tensors(f"{normalization}.safetensors"))
-        column = f"share_{normalization}"
-        share_PG = torch.tensor(of_sequences[column].to_pylist(), dtype=torch.float64).view(P, G)
-        expected_P = oracle.terms(loss) / size @ (preconditioner * dH)
-        torch.testing.assert_close(share_PG.sum(1), expected_P, rtol=1e-8, atol=1e-14)
-        share_K = torch.tensor(tokens[column].to_pylist(), dtype=torch.float64)
-        owner_K = torch.tensor(tokens["sequence_id"].to_pylist())
-        by_owner_N = torch.zeros(P * G, dtype=torch.float64).index_add_(0, owner_K, share_K)
-        torch.testing.assert_close(by_owner_N.view(P, G), share_PG, rtol=1e-10, atol=1e-14)
-        parts = [first_order_u.summary[name][normalization] for name in ("momentum", "decay")]
-        whole = float(dH @ oracle.vector(update.tensors("direction.safetensors")))
-        assert float(share_K.sum()) + sum(parts) == pytest.approx(whole, rel=1e-8)
-        assert first_order_u.summary["closure"][normalization] <= 1e-8
-    assert tokens.num_rows == int(oracle.tokens_P.sum())
-    assert all(row["attribution_closure"] <= 1e-8 for row in exact.rows)
 
 
 # --- what is computed again ------------------------------------------------------------------------------------------
@@ -469,11 +316,12 @@ def test_more_sequences_cost_only_the_new_shards(redo, first):
     assert more.run.was_computed == {
         "sample-e-batch": new,
         "score-e-batch": new,
-        "rescore-e-batch": new * pipeline.NOISE_DRAWS,  # of the first 1,024 sequences, which are not all there yet
+        "rescore-e-batch": new * NOISE_DRAWS,  # of the first 1,024 sequences, which are not all there yet
         "entropy-gradient": new,
         "first-order-e": new,
         "first-order-u": new,
         "importance": new * moves,
+        "path-integral": new * moves,
         "variance": new,
         "report": 1,
     }
@@ -486,6 +334,7 @@ def test_a_new_step_size_costs_only_itself(redo):
     more = redo(importance={"etas": [*ETAS, -0.5]})
     assert more.run.was_computed == {
         "importance": 2 * len(NAMES),
+        "path-integral": 2 * len(NAMES),
         "variance": len(NAMES),
         "report": 1,
     }
@@ -498,7 +347,8 @@ def test_a_step_size_less_costs_only_the_statistics(redo, monkeypatch):
 
 def test_another_optimizer_setting_samples_nothing(redo):
     computed = redo(update={"max_grad_norm": 1e-3}).run.was_computed
-    assert set(computed) == {*("compute-update", "first-order-e", "first-order-u", "importance", "variance", "report")}
+    on_e = {"first-order-e", "importance", "path-integral"}
+    assert set(computed) == on_e | {"compute-update", "first-order-u", "variance", "report"}
 
 
 def test_another_seed_of_e_leaves_u_alone(redo):

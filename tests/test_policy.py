@@ -73,14 +73,19 @@ def test_statistics_are_those_of_the_models_own_logits(name: str, head_chunk_row
 
 
 def test_the_head_is_used_apart_only_where_it_gives_the_logits(caplog: pytest.LogCaptureFixture):
+    def bent(c: float) -> PreTrainedModel:
+        """A llama whose logits something bends that its config does not name."""
+        model = llama()
+        model.register_forward_hook(lambda module, inputs, output: output | {"logits": c * (output.logits / c).tanh()})
+        return model
+
     with caplog.at_level(logging.WARNING):
-        assert policy_of(gpt2())._head is not None and policy_of(llama())._head is not None
+        assert all(policy_of(model)._head is not None for model in (gpt2(), llama(), gemma2()))
+        assert policy_of(gemma2(final_logit_softcapping=None))._head is not None
         assert not caplog.records
-        assert policy_of(gemma2())._head is None
+        assert policy_of(bent(2.0))._head is None
     assert "using full logits" in caplog.text
-    # a bend that small logits hardly feel
-    assert policy_of(gemma2(final_logit_softcapping=30.0))._head is None
-    assert policy_of(gemma2(final_logit_softcapping=None))._head is not None
+    assert policy_of(bent(30.0))._head is None  # which small logits hardly feel
 
 
 @zoo

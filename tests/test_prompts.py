@@ -4,10 +4,11 @@ import json
 
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from entropy_core import arithmetic
-from entropy_core.errors import PromptError
-from entropy_core.prompts import load_pool, source_file
+from entropy_core.errors import ConfigError, PromptError
+from entropy_core.prompts import load_pool, locate
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 
@@ -20,7 +21,7 @@ def pool_of(tmp_path):
         path = tmp_path / "pool.jsonl"
         text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
         path.write_text(text, encoding="utf-8")
-        return load_pool(str(path), "train", **options)
+        return load_pool(str(path), "train", **options).table
 
     return load
 
@@ -28,15 +29,16 @@ def pool_of(tmp_path):
 @pytest.mark.parametrize("split", arithmetic.SPLITS)
 def test_a_known_name_is_code(split):
     pool = load_pool("arithmetic", split)
-    assert pool.to_pylist() == arithmetic.problems(split)
-    assert source_file("arithmetic") is None
+    assert pool.notes == ()
+    assert pool.table.to_pylist() == arithmetic.problems(split)
+    assert locate("arithmetic") is None
 
 
 def test_a_file_is_a_row_per_line(pool_of, tmp_path):
     pool = pool_of(ROWS)
     assert pool.to_pylist() == ROWS
     assert pool.column_names == ["prompt", "answer"]
-    assert source_file(str(tmp_path / "pool.jsonl")) == tmp_path / "pool.jsonl"
+    assert locate(str(tmp_path / "pool.jsonl")) == tmp_path / "pool.jsonl"
 
 
 def test_lines_may_be_blank_and_end_in_any_way(pool_of):
@@ -48,6 +50,46 @@ def test_only_a_newline_ends_a_line(pool_of, character):
     """Python's splitlines() cuts at all of these, and JSON allows some of them in a text as they are."""
     text = json.dumps({"prompt": f"a{character}b"}, ensure_ascii=False)
     assert pool_of(text + "\n")["prompt"].to_pylist() == [f"a{character}b"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(pool_of):
+    assert pool_of('\ufeff{"prompt": "a"}\n{"prompt": "b"}')["prompt"].to_pylist() == ["a", "b"]
+
+
+def test_a_file_in_the_home_folder(pool_of, tmp_path, monkeypatch):
+    pool_of(ROWS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_pool("~/pool.jsonl", "train").table.to_pylist() == ROWS
+    assert locate("~/pool.jsonl") == tmp_path / "pool.jsonl"
+
+
+def test_a_parquet_file_is_a_row_per_row(tmp_path):
+    path = tmp_path / "pool.parquet"
+    rows = [
+        {"question": "1+1=", "answer": 2, "tests": [{"in": "1"}], "level": "low"},
+        {"question": "2+2=", "answer": None, "tests": [], "level": "low"},
+    ]
+    table = pa.Table.from_pylist(rows)
+    parquet.write_table(table.set_column(3, "level", table["level"].dictionary_encode()), path)
+    assert load_pool(str(path), "train", "question").table.to_pylist() == [
+        {"prompt": row["question"], **{k: v for k, v in row.items() if k != "question"}} for row in rows
+    ]
+    with pytest.raises(PromptError, match=r"no text in column 'prompt'; it has \['answer', 'level', 'question'"):
+        load_pool(str(path), "train")
+    with pytest.raises(PromptError, match="no split 'test'"):
+        load_pool(str(path), "test", "question")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(PromptError, match=r"pool\.parquet cannot be read.*Parquet file"):
+        load_pool(str(path), "train", "question")
+    with pytest.raises(PromptError, match=r"missing\.parquet cannot be read"):
+        load_pool(str(tmp_path / "missing.parquet"), "train")
+
+
+def test_what_belongs_to_another_kind_of_pool_is_refused(pool_of, tmp_path):
+    with pytest.raises(ConfigError, match="dataset_path is given, and dataset 'arithmetic' has no local copy"):
+        locate("arithmetic", str(tmp_path))
+    with pytest.raises(ConfigError, match="dataset_options are given, and dataset 'arithmetic' has none"):
+        load_pool("arithmetic", "train", options={"size": 3})
 
 
 def test_the_prompt_may_be_in_another_column(pool_of):
@@ -82,14 +124,16 @@ def test_equal_files_are_equal_pools(pool_of):
         ('{"prompt": "a"}\n{"prompt": "b"', r"pool\.jsonl:2 is not JSON"),
         ('{"prompt": "a"} {"prompt": "b"}', r"pool\.jsonl:1 is not JSON"),
         ("prompt\na\n", r"pool\.jsonl:1 is not JSON"),
-        ('\ufeff{"prompt": "a"}', r"pool\.jsonl:1 is not JSON"),
         ('{"prompt": "a", "n": ' + "9" * 5000 + "}", r"pool\.jsonl:1 is not JSON"),
         ('{"prompt": "a"}\n["b"]', r"pool\.jsonl:2 is not a JSON object"),
         ('{"prompt": "a"}\nnull', r"pool\.jsonl:2 is not a JSON object"),
         ('{"question": "a"}', r"row 0 of .* has no text in column 'prompt'; it has \['question'\].*prompt_column"),
         ('{"prompt": "a"}\n{"prompt": ""}', "row 1 of .* has no text"),
         ('{"prompt": "a"}\n{"prompt": null}', "row 1 of .* has no text"),
-        ('{"prompt": [{"role": "user", "content": "a"}]}', "row 0 of .* has no text"),
+        (
+            '{"prompt": [{"role": "user", "content": "a"}]}',
+            "row 0 of .* has no text.*conversations.*apply_chat_template",
+        ),
         ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}', "1 prompts of .* occur twice, for example 'a'"),
         ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "one"}', "cannot be made a table"),
         ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": [1]}', "cannot be made a table"),
@@ -116,7 +160,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_names_and_splits_that_do_not_exist_are_refused(pool_of, tmp_path):
-    with pytest.raises(PromptError, match=r"unknown dataset 'arithmetics'.*use one of arithmetic, or .*\.jsonl"):
+    with pytest.raises(
+        PromptError, match=r"unknown dataset 'arithmetics'.*arithmetic, gsm8k, .*math, reasoning_gym:TASK, or .*\.jsonl"
+    ):
         load_pool("arithmetics", "train")
     with pytest.raises(PromptError, match=r"no split 'validation'.*train, test"):
         load_pool("arithmetic", "validation")

@@ -8,8 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from entropy_core import figures, report, tokens_in_text
-from entropy_core.tables import RESULTS
+from entropy_core.tables import RESULTS, TABLES
 
+NOTHING: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
 ETAS = (0.0, 0.01, 0.3, 1.0, 3.0)
 MEASURED = ("delta_h", "delta_h_se", "curvature", "curvature_se", "paired_difference", "paired_difference_se")
 
@@ -228,7 +229,7 @@ def table_of(page: str, heading: str) -> list[list[str]]:
 
 
 def test_the_page_has_every_row_of_its_normalization():
-    page = report.markdown("demo", sweep(), ["Something was assumed."])
+    page = report.markdown("demo", sweep(), NOTHING, ["Something was assumed."])
     head, *body = table_of(page, "Results")
     assert head == list(report.COLUMNS.values())
     assert len(body) == 2 * len(ETAS) * 2
@@ -256,7 +257,7 @@ def test_the_page_has_every_row_of_its_normalization():
 
 
 def test_the_page_says_it_first_and_in_a_sentence():
-    page = report.markdown("demo", sweep(), [])
+    page = report.markdown("demo", sweep(), NOTHING, [])
     assert "- **checkpoint-12**: H = 1.1300; a step of 1 × lr changes it by δH₁ = -0.02 [-0.025, -0.015], " in page
     assert "measured -0.018 ± 0.002 (resolved)" in page
     assert page.index("**checkpoint-12**") < page.index("## Results")
@@ -265,12 +266,12 @@ def test_the_page_says_it_first_and_in_a_sentence():
 
 def test_the_page_links_the_figures_by_file_name():
     rows = sweep()
-    linked = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", report.markdown("demo", rows, []))
+    linked = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", report.markdown("demo", rows, NOTHING, []))
     assert sorted(linked) == sorted(f"{name}.png" for name in (*figures.figures(rows), "tokens"))
 
 
 def test_every_sweep_has_a_page(rows):
-    page = report.markdown("demo", rows, [])
+    page = report.markdown("demo", rows, NOTHING, [])
     shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
     assert len(table_of(page, "Results")) == 1 + len(shown)
     assert len(table_of(page + "\n", "Checks")) == 1 + len({row["checkpoint"] for row in rows})
@@ -278,13 +279,13 @@ def test_every_sweep_has_a_page(rows):
 
 
 def test_the_page_says_what_could_not_be_measured():
-    page = report.markdown("demo", SWEEPS["every measurement null"], [])
+    page = report.markdown("demo", SWEEPS["every measurement null"], NOTHING, [])
     assert "measured not measurable (weights-unreliable)" in page
     assert table_of(page, "Results")[1][-6:-2] == ["–", "–", "–", "–"]
 
 
 def test_the_largest_noise_floor_is_shown():
-    checks = table_of(report.markdown("demo", sweep(), []) + "\n", "Checks")
+    checks = table_of(report.markdown("demo", sweep(), NOTHING, []) + "\n", "Checks")
     assert dict(zip(*checks[:2], strict=True))["largest noise floor"] == "6.0e-08"
 
 

@@ -46,7 +46,7 @@ def returning(value: str) -> str:
 
 
 def test_the_known_rewards():
-    assert sorted(REWARDS) == ["arithmetic", "exact_match"]
+    assert sorted(REWARDS) == ["answer_tag", "arithmetic", "boxed", "exact_match", "gsm8k", "reasoning_gym"]
     assert load_reward("arithmetic") is arithmetic.exact_match and load_reward("exact_match") is exact_match
     assert compute_rewards("exact_match", PROMPTS, ["2 ", "5"], COLUMNS) == [1.0, 0.0]
     assert compute_rewards("arithmetic", PROMPTS, ["110>2;2", "2"], COLUMNS) == [1.0, 0.0]
@@ -97,7 +97,7 @@ def test_a_file_may_define_classes_as_any_module_does(file):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("exact", r"unknown reward 'exact'.*use one of arithmetic, exact_match, package\.module:function"),
+        ("exact", r"unknown reward 'exact'.*use one of answer_tag, .*reasoning_gym, package\.module:function"),
         ("", "unknown reward"),
         ("no.such.module:reward", "cannot be imported .ModuleNotFoundError: No module named 'no'"),
         ("/no/such/file.py:reward", "cannot be imported .FileNotFoundError"),
@@ -148,11 +148,12 @@ def test_a_function_without_a_source_file_cannot_be_a_key():
         ("'01'", "returned '0' for sequence 0"),
         ("[1.0, float('nan')]", r"returned nan for sequence 1, prompt '2\+2='"),
         ("[float('inf'), 1.0]", "returned inf for sequence 0"),
-        ("[1.0, None]", "returned None for sequence 1"),
+        ("[1.0, None]", "returned None for sequence 1.*TRL averages over the other rewards"),
         ("[1.0, '1']", "returned '1' for sequence 1"),
-        ("[True, 1.0]", "returned True for sequence 0"),
         ("[1.0, 10**400]", "for sequence 1"),
-        ("[1 / 0]", "raised ZeroDivisionError: division by zero on 2 response"),
+        ("[1 / 0]", r"raised ZeroDivisionError: division by zero on sequence 0, prompt '1\+1=', response '2'"),
+        ("[{'2': 1.0}[c] for c in completions]", r"KeyError: ' 5 ' on sequence 1, prompt '2\+2=', response ' 5 '"),
+        ("[1.0] * 2 if len(prompts) < 2 else 1 / 0", "on 2 responses together, and not on either half of them"),
         ("columns['solution']", "raised KeyError: 'solution'.*the pool's columns are .'answer', 'level'."),
     ],
 )
@@ -180,6 +181,34 @@ def test_the_inputs_are_copies(file):
     completions = list(COMPLETIONS)
     assert compute_rewards(name, PROMPTS, completions, {}) == [0.0, 0.0]
     assert completions == COMPLETIONS
+
+
+def test_the_sequence_on_which_a_reward_raises_is_found(file):
+    """By halving, with the columns that belong to it."""
+    name = file(
+        "calls = []\n"
+        "def reward(prompts, completions, answer):\n"
+        "    calls.append(len(prompts))\n"
+        "    return [1.0 / (c == a) for c, a in zip(completions, answer, strict=True)]\n"
+    )
+    texts = [str(i) for i in range(100)]
+    wrong = [*texts[:77], "x", *texts[78:]]
+    with pytest.raises(RewardError, match=r"ZeroDivisionError.* on sequence 77, prompt '77', response '77'"):
+        compute_rewards(name, texts, texts, {"answer": wrong})
+    assert len(sys.modules["user_reward_mine"].calls) < 16
+
+
+def test_true_is_1_and_false_is_0(file):
+    assert compute_rewards(file(returning("[True, False]")), PROMPTS, COMPLETIONS, {}) == [1.0, 0.0]
+    values = "[__import__('numpy').True_, __import__('torch').tensor(0.25)]"
+    assert compute_rewards(file(returning(values)), PROMPTS, COMPLETIONS, {}) == [1.0, 0.25]
+
+
+def test_a_file_in_the_home_folder(file, tmp_path, monkeypatch):
+    file(returning("[0.5, 0.25]"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert compute_rewards("~/mine.py:reward", PROMPTS, COMPLETIONS, {}) == [0.5, 0.25]
+    assert source_file("~/mine.py:reward") == tmp_path / "mine.py"
 
 
 @pytest.mark.parametrize("value", ["__import__('torch').tensor([1.0, 0.5])", "__import__('numpy').array([1.0, 0.5])"])

@@ -307,23 +307,11 @@ def test_a_policy_of_nans_cannot_be_sampled():
         processor(policy).generate_with_replacement_sampling(POOL, 4, seed=15)
 
 
-def test_prompts_become_tokens_or_are_refused():
-    ids = {"ab": [0, 1], "": [], "z": [2, 9]}
-    policy = policy_of(gpt2())
-    asked = []
-
-    def tokenizer(prompts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
-        asked.append(add_special_tokens)
-        return {"input_ids": [ids[prompt] for prompt in prompts]}
-
-    policy.tokenizer = tokenizer  # type: ignore[assignment]
-    maker = processor(policy)
-    assert maker.tokenize(["ab", "ab"], add_special_tokens=False) == [[0, 1], [0, 1]]
-    assert asked == [False]
-    with pytest.raises(PromptError, match="'' becomes 0 tokens"):
-        maker.tokenize(["ab", ""], add_special_tokens=True)
-    with pytest.raises(PromptError, match="'z' becomes 2 tokens, the largest 9"):
-        maker.tokenize(["z"], add_special_tokens=True)
+def test_tokens_that_the_policy_does_not_know_are_refused():
+    maker = processor(policy_of(gpt2()))
+    maker.require_vocabulary([[0, 1], [3]])
+    with pytest.raises(PromptError, match="prompt 1 becomes 2 tokens, the largest 9, and the policy knows 4"):
+        maker.require_vocabulary([[0], [2, 9], [3]])
 
 
 def test_a_policy_without_an_eos_runs_to_the_end():

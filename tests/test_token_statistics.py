@@ -9,6 +9,7 @@ from torch import Tensor
 from entropy_core.numerics.token_statistics import (
     chunked_derivatives,
     chunked_statistics,
+    expected_discriminator,
     token_derivatives,
     token_statistics,
 )
@@ -119,6 +120,23 @@ def test_a_certain_token_is_finite_in_value_and_in_gradient():
     assert torch.isfinite(gradient_RV).all()
     derivatives = token_derivatives(logits_RV.detach(), torch.ones(2, 3), torch.tensor([0, 0]), 1.0)
     assert all(torch.isfinite(column).all() for column in derivatives)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_expected_discriminator_is_a_mean_over_tokens(temperature: float):
+    logits_RV, _, _ = rows()
+    expected = []
+    for z in logits_RV.tolist():
+        possible = [token for token in range(VOCABULARY) if z[token] > -math.inf]
+        logp, h = zip(*(by_hand(z, token, temperature) for token in possible), strict=True)
+        expected.append(math.fsum(math.exp(x) * math.exp(x) * (h[0] + x) for x in logp))
+    found_R = expected_discriminator(logits_RV, temperature)
+    torch.testing.assert_close(found_R, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-14)
+
+
+def test_the_expected_discriminator_vanishes_where_all_or_one_is_certain():
+    certain_RV = torch.tensor([[0.0, -math.inf, -math.inf], [0.0, -1e4, -1e4], [1.0, 1.0, -math.inf], [2.0, 2.0, 2.0]])
+    torch.testing.assert_close(expected_discriminator(certain_RV, 1.0), torch.zeros(4), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

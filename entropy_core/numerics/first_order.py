@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_core.numerics import ragged
 
-Baseline = Literal["none", "time_loo", "time_loo_weighted"]
+Baseline = Literal["none", "time_loo", "time_loo_weighted", "ridge"]
 
 
 class ReturnsToGo(NamedTuple):
@@ -87,15 +87,18 @@ def baselines(
         returns: of every token.
         offsets_N1: int64 [N + 1].
         baseline: `none`; `time_loo`, the mean over the other sequences alive at the same step; `time_loo_weighted`, the
-            mean weighted by their ℓ̇², which has the least variance among means for this direction.
+            mean weighted by their ℓ̇², which has the least variance among means for this direction. (`ridge` looks at
+            the prefixes, and has a module of its own.)
         dlogprobs_K: ℓ̇, [K]; for `time_loo_weighted` only.
 
     Returns:
         Two float64 tensors [K].
 
     Raises:
-        ValueError: the weighted baseline without ℓ̇.
+        ValueError: the weighted baseline without ℓ̇, or `ridge`.
     """
+    if baseline == "ridge":
+        raise ValueError("the ridge baseline needs the prefixes: see ridge.baselines")
     if baseline == "none":
         return ReturnsToGo(torch.zeros_like(returns.entropy_K), torch.zeros_like(returns.length_K))
     if baseline == "time_loo":
@@ -140,12 +143,30 @@ def first_order_columns(
     Returns:
         Columns, float64 [N].
     """
-    coefficients = score_coefficients(entropies_K, offsets_N1, baseline, dlogprobs_K)
-    local_N = ragged.sequence_sum(dentropies_K, offsets_N1)
-    score_K = dlogprobs_K.double()
+    base = baselines(returns_to_go(entropies_K, offsets_N1), offsets_N1, baseline, dlogprobs_K)
+    return columns_given(base, entropies_K, dlogprobs_K, dentropies_K, offsets_N1)
+
+
+def columns_given(
+    base: ReturnsToGo, entropies_K: Tensor, dlogprobs_K: Tensor, dentropies_K: Tensor, offsets_N1: Tensor
+) -> FirstOrderColumns:
+    """`first_order_columns` with baselines that are already there.
+
+    Args:
+        base: b_k and c_k, each [K].
+        entropies_K: h, nats, [K].
+        dlogprobs_K: ℓ̇, nats per unit step, [K].
+        dentropies_K: ḣ, nats per unit step, [K].
+        offsets_N1: int64 [N + 1].
+
+    Returns:
+        Columns, float64 [N].
+    """
+    returns = returns_to_go(entropies_K, offsets_N1)
+    local_N, score_K = ragged.sequence_sum(dentropies_K, offsets_N1), dlogprobs_K.double()
     return FirstOrderColumns(
-        x_N=local_N + ragged.sequence_sum(coefficients.entropy_K * score_K, offsets_N1),
-        y_N=ragged.sequence_sum(coefficients.length_K * score_K, offsets_N1),
+        x_N=local_N + ragged.sequence_sum((returns.entropy_K - base.entropy_K) * score_K, offsets_N1),
+        y_N=ragged.sequence_sum((returns.length_K - base.length_K) * score_K, offsets_N1),
         x_local_N=local_N,
         S_N=ragged.sequence_sum(entropies_K, offsets_N1),
         T_N=ragged.lengths(offsets_N1).double(),

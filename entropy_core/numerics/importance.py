@@ -8,6 +8,7 @@ Prefix weights ρ_k = Π_{j<k} π_θ'(a_j|s_j)/π_θ(a_j|s_j), ρ_1 = 1; w = ρ_
                    finished one keeping its w; L(θ') the same with 1 in place of h'
     snis           H_tok(θ') = Σ_i w_i S'_i / Σ_i w_i T_i
                    H_seq(θ') = Σ_i w_i S'_i / Σ_i w_i
+    path_integral  see `path_integral`
 
 `per_decision` (Precup, Sutton, Singh 2000, with a control variate) is unbiased for every η, and its derivative at
 η = 0 is, sequence by sequence, the estimator of `first_order`. `weighted_per_decision` normalises the weights at each
@@ -23,7 +24,7 @@ from torch import Tensor
 from entropy_core.numerics import ragged
 from entropy_core.numerics.first_order import ReturnsToGo
 
-Estimator = Literal["per_decision", "weighted_per_decision", "snis"]
+Estimator = Literal["per_decision", "weighted_per_decision", "snis", "path_integral"]
 
 
 class PrefixWeights(NamedTuple):
@@ -121,6 +122,35 @@ def effective_sample_size(weights_N: Tensor) -> float:
     """Kish's (Σw)²/Σw², between 1 and N."""
     relative_N = weights_N / weights_N.max()  # squares of large weights would overflow
     return float(relative_N.sum() ** 2 / (relative_N**2).sum())
+
+
+def prefix_effective_sample_sizes(weights: PrefixWeights, offsets_N1: Tensor) -> Tensor:
+    """Kish's (Σρ)²/Σρ² at each position, over all sequences: a finished one keeps its w.
+
+    Sums are taken as logarithms: late weights may be so large that early ones would vanish beside them.
+
+    Args:
+        weights: of `prefix_weights`.
+        offsets_N1: int64 [N + 1].
+
+    Returns:
+        Between 1 and N, float64 [T], T the length of the longest sequence; N at the first position.
+    """
+    position_K, lengths_N = ragged.position_index(offsets_N1), ragged.lengths(offsets_N1)
+    longest = int(lengths_N.max())
+
+    def log_sum(power: int) -> Tensor:
+        alive_T = _log_sum_by(power * weights.before_K.log(), position_K, longest)
+        ended_T = _log_sum_by(power * weights.sequence_N.log(), lengths_N, longest + 1).logcumsumexp(0)
+        return torch.logaddexp(alive_T, ended_T[:longest])
+
+    return (2 * log_sum(1) - log_sum(2)).exp()
+
+
+def _log_sum_by(logs: Tensor, index: Tensor, size: int) -> Tensor:
+    """log Σ exp(logs) over the entries with each index: float64 [size], −inf where there are none."""
+    largest = logs.new_full((size,), -torch.inf).scatter_reduce(0, index, logs, "amax")
+    return largest + logs.new_zeros(size).index_add(0, index, (logs - largest[index]).exp()).log()
 
 
 def log_weights_are_usable(weights: PrefixWeights) -> bool:

@@ -75,6 +75,22 @@ def token_derivatives(logits_RV: Tensor, dlogits_RV: Tensor, tokens_R: Tensor, t
     return TokenDerivatives(logprobs_R, entropies_R, dlogprobs_R, dentropies_R)
 
 
+def expected_discriminator(logits_RV: Tensor, temperature: float) -> Tensor:
+    """E_π[S*] = Σ_a π_a²(h + log π_a) of each row: what `predictors.discriminator` subtracts.
+
+    Args:
+        logits_RV: [R, V], before the temperature.
+        temperature: τ > 0.
+
+    Returns:
+        Nats, [R], of the dtype of the logits.
+    """
+    logp_RV = _log_softmax(logits_RV, temperature)
+    p_RV = logp_RV.exp()
+    entropies_R1 = -(p_RV * logp_RV).sum(-1, keepdim=True)
+    return (p_RV**2 * (entropies_R1 + logp_RV)).sum(-1)
+
+
 def chunked_statistics(
     head: Head, hidden_KD: Tensor, tokens_K: Tensor, temperature: float, chunk_rows: int
 ) -> TokenStatistics:

@@ -27,6 +27,10 @@ class Estimate(NamedTuple):
         """The estimate of `factor` times the quantity."""
         return Estimate(self.value * factor, self.influence_N * factor)
 
+    def plus(self, other: "Estimate") -> "Estimate":
+        """The estimate of the sum, on the same batch."""
+        return Estimate(self.value + other.value, self.influence_N + other.influence_N)
+
     def minus(self, other: "Estimate") -> "Estimate":
         """The estimate of the difference, on the same batch."""
         return Estimate(self.value - other.value, self.influence_N - other.influence_N)
@@ -136,7 +140,7 @@ def standard_error(influence_N: Tensor, clusters_N: Tensor | None = None) -> flo
     Returns:
         √(c/(c−1)·Σ_c (Σ_{i∈c} ψ_i)²)/N over c clusters; NaN for fewer than two.
     """
-    sums_C = _cluster_sums(influence_N, clusters_N)
+    sums_C = cluster_sums(influence_N, clusters_N)
     count = len(sums_C)
     if count < 2:
         return float("nan")
@@ -156,21 +160,30 @@ def jackknife_standard_error(
     Returns:
         Nats per unit step; NaN for fewer than two clusters.
     """
-    size_C = _cluster_sums(torch.ones_like(columns.x_N), clusters_N)
+    size_C = cluster_sums(torch.ones_like(columns.x_N), clusters_N)
     C, N = len(size_C), len(columns.x_N)
     if C < 2:
         return float("nan")
     needed = (columns.x_N, columns.y_N, columns.S_N, columns.T_N)
-    x_C, y_C, S_C, T_C = ((c.sum() - _cluster_sums(c, clusters_N)) / (N - size_C) for c in needed)
+    x_C, y_C, S_C, T_C = ((c.sum() - cluster_sums(c, clusters_N)) / (N - size_C) for c in needed)
     without_C = x_C if normalization == "per_sequence" else (x_C - S_C / T_C * y_C) / T_C
     return float(((C - 1) / C * ((without_C - without_C.mean()) ** 2).sum()).sqrt())
 
 
-def _cluster_sums(values_N: Tensor, clusters_N: Tensor | None) -> Tensor:
+def cluster_sums(values_N: Tensor, clusters_N: Tensor | None) -> Tensor:
+    """Sum over the sequences of each cluster.
+
+    Args:
+        values_N: float64 [N, …].
+        clusters_N: int64 [N], cluster of each sequence; None for sequences that are clusters of their own.
+
+    Returns:
+        float64 [C, …], in the order of the cluster ids.
+    """
     if clusters_N is None:
         return values_N
     _, inverse_N = clusters_N.unique(return_inverse=True)
-    return torch.zeros(int(inverse_N.max()) + 1, dtype=torch.float64).index_add_(0, inverse_N, values_N)
+    return values_N.new_zeros(int(inverse_N.max()) + 1, *values_N.shape[1:]).index_add_(0, inverse_N, values_N)
 
 
 def clustered_sum_standard_error(contributions_PG: Tensor) -> float:
@@ -187,6 +200,27 @@ def clustered_sum_standard_error(contributions_PG: Tensor) -> float:
     return float((P * per_prompt_P.var()).sqrt()) if P > 1 else float("nan")
 
 
+def interaction_variance(whole_P: Tensor, halves_2P: Tensor) -> float:
+    """The part of the variance over U that comes from not knowing ∇H exactly: the interaction of E and U.
+
+    Contributions of the prompts of U are linear in ∇H. Those along the ∇H of two independent halves of E have
+    independent errors, so that their covariance over prompts is the variance over U for a known ∇H; what the plug-in
+    variance P·Var_p(c_p) has more is the interaction.
+
+    Args:
+        whole_P: contribution of each prompt along the ∇H of all of E, float64 [P].
+        halves_2P: along the ∇H of each half, float64 [2, P].
+
+    Returns:
+        P·Var_p(whole) − P·Cov_p(half, other half), in [0, P·Var_p(whole)]; NaN for fewer than two prompts.
+    """
+    P = len(whole_P)
+    if P < 2:
+        return float("nan")
+    plug_in = float(P * whole_P.var())
+    return plug_in - min(max(float(P * halves_2P.cov()[0, 1]), 0.0), plug_in)
+
+
 class Total(NamedTuple):
     """Standard error over both batches, and the degrees of freedom of its t interval."""
 
@@ -194,24 +228,25 @@ class Total(NamedTuple):
     degrees_of_freedom: float
 
 
-def total_standard_error(se_given_u: float, n_e: int, se_over_u: float, n_u: int) -> Total:
-    """√(SE²_E + SE²_U), with Welch-Satterthwaite degrees of freedom.
+def total_standard_error(se_given_u: float, n_e: int, se_over_u: float, n_u: int, interaction: float = 0.0) -> Total:
+    """√(SE²_E + SE²_U − interaction), with Welch-Satterthwaite degrees of freedom.
 
-    E and U are independent, so their contributions add. Each plug-in part also holds the E×U interaction once, so
-    the sum counts it twice: the total errs on the wide side by one interaction term, of order 1/(N_E·B_U).
+    E and U are independent, so their contributions add. Each plug-in part also holds the E×U interaction once, so it is
+    taken off once.
 
     Args:
         se_given_u: standard error over E with U fixed.
         n_e: independent units of E.
         se_over_u: standard error over U with E fixed.
         n_u: prompts of U.
+        interaction: of `interaction_variance`; 0 leaves it counted twice, on the wide side.
 
     Returns:
         The total and its degrees of freedom; NaN for fewer than two units of either.
     """
     if n_e < 2 or n_u < 2:
         return Total(float("nan"), float("nan"))
-    variance_e, variance_u = se_given_u**2, se_over_u**2
+    variance_e, variance_u = se_given_u**2, se_over_u**2 - interaction
     total = variance_e + variance_u
     if total == 0.0:
         return Total(0.0, float(n_e - 1))

@@ -1,9 +1,13 @@
 """Every stage by name."""
 
-from entropy_core.stages.first_order import first_order_e, first_order_u
+from entropy_core.stages.calibrate import calibrate
+from entropy_core.stages.discriminate import discriminate
+from entropy_core.stages.first_order_e import first_order_e
+from entropy_core.stages.first_order_u import first_order_u
 from entropy_core.stages.gradient import entropy_gradient
 from entropy_core.stages.importance import importance
 from entropy_core.stages.load import load_checkpoint, load_prompts
+from entropy_core.stages.path_integral import path_integral
 from entropy_core.stages.report import report
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
@@ -19,12 +23,17 @@ SAMPLE_E = Stage("sample-e-batch", sample)
 SAMPLE_U = Stage("sample-u-batch", sample)
 SCORE_E = Stage("score-e-batch", score)
 RESCORE_E = Stage("rescore-e-batch", rescore)
+SCORE_U = Stage("score-u-batch", score)
+SCORE_REFERENCE = Stage("score-u-reference", score)
+DISCRIMINATE_U = Stage("discriminate-u", discriminate)
 REWARD_U = Stage("reward-u-batch", reward)
 COMPUTE_UPDATE = Stage("compute-update", compute_update)
 ENTROPY_GRADIENT = Stage("entropy-gradient", entropy_gradient)
+CALIBRATE = Stage("calibrate", calibrate)
 FIRST_ORDER_E = Stage("first-order-e", first_order_e)
 FIRST_ORDER_U = Stage("first-order-u", first_order_u)
 IMPORTANCE = Stage("importance", importance)
+PATH_INTEGRAL = Stage("path-integral", path_integral)
 VARIANCE = Stage("variance", variance)
 REPORT = Stage("report", report)
 

@@ -1,4 +1,4 @@
-"""entropy-gradient: ∇H of E by one backward pass, for both normalisations."""
+"""entropy-gradient: ∇H_seq and ∇L of each half of E, by one backward pass over it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from entropy_core.numerics import ragged
 from entropy_core.numerics.first_order import Baseline, score_coefficients
 from entropy_core.policy import Coefficients
 from entropy_core.stages.columns import read_columns
+from entropy_core.stages.halves import HALVES, KINDS
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
@@ -20,49 +21,61 @@ BASELINE: Baseline = "time_loo"
 
 
 def entropy_gradient(
-    out: "Writer", execution: "Execution", *, law: Law, sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]"
+    out: "Writer",
+    execution: "Execution",
+    *,
+    law: Law,
+    sequences: "Sequence[Artifact]",
+    scores: "Sequence[Artifact]",
+    responses_per_prompt: int,
 ) -> dict[str, Any]:
-    """Gradient of the estimated entropy.
+    """Gradients of the estimated entropy and length.
 
         ∇H_seq = (1/N) Σ_i Σ_k [∇h_k + (R_k − b_k)∇ℓ_k],  ∇L = (1/N) Σ_i Σ_k (T − k − c_k)∇ℓ_k
-        ∇H_tok = (∇H_seq − H_tok·∇L)/L
+
+    Two independent halves are kept apart, because their errors are independent: that tells what the variance over U is
+    for a known ∇H.
 
     Args:
-        out: `per_token.safetensors` and `per_sequence.safetensors`, by parameter name.
+        out: `entropy_0.safetensors`, `length_0.safetensors` and the same of half 1, by parameter name.
         execution: device and micro-batch.
         law: the policy.
         sequences: the shards of sample-e-batch.
         scores: the shards of score-e-batch, in the same order.
+        responses_per_prompt: sequences of one prompt that stay in one half; 1 where prompts are drawn with replacement.
 
     Returns:
-        Norms of the two gradients, and the baseline.
+        Of each half: its number of sequences, entropy per token and mean length; and the baseline.
     """
     processor = processor_of(law, execution)
-    policy = processor.policy
+    policy, dtype = processor.policy, getattr(torch, law["dtype"])
     columns, offsets_N1 = read_columns(scores, "entropies")
     score = score_coefficients(columns["entropies"], offsets_N1, BASELINE)
-    N, length = len(offsets_N1) - 1, float(ragged.lengths(offsets_N1).double().mean())
-    H_tok = float(columns["entropies"].double().sum()) / (N * length)
-
-    entropy_gradient, length_gradient = policy.new_accumulator(), policy.new_accumulator()
-    start = 0
-    for artifact in sequences:
-        shard = read_sequences(artifact)
-        stop = start + len(shard.response_tokens_K)
-        entropy_K, length_K = score.entropy_K[start:stop] / N, score.length_K[start:stop] / N
-        for index_K, rows in processor.micro_batches(shard):
-            ones_K = torch.full((len(index_K),), 1.0 / N, dtype=torch.float64)
-            weights = [
-                Coefficients(entropy_K[index_K], ones_K),
-                Coefficients(length_K[index_K], torch.zeros_like(ones_K)),
-            ]
-            policy.add_gradients(rows, weights, law["temperature"], [entropy_gradient, length_gradient])
-        start = stop
-    per_sequence = entropy_gradient
-    per_token = {name: (g - H_tok * length_gradient[name]) / length for name, g in entropy_gradient.items()}
-    dtype = getattr(torch, law["dtype"])
-    norms = {}
-    for normalization, gradient in (("per_token", per_token), ("per_sequence", per_sequence)):
-        out.tensors({name: g.to(dtype).cpu() for name, g in gradient.items()}, f"{normalization}.safetensors")
-        norms[normalization] = float(torch.stack([(g**2).sum() for g in gradient.values()]).sum().sqrt())
-    return {"norm": norms, "baseline": BASELINE}
+    batches = [read_sequences(artifact) for artifact in sequences]
+    half_N = torch.cat([batch.sequence_ids_N for batch in batches]) // responses_per_prompt % 2
+    S_N, T_N = ragged.sequence_sum(columns["entropies"], offsets_N1), ragged.lengths(offsets_N1).double()
+    summary = []
+    for half in HALVES:
+        mine_N = half_N == half
+        count = int(mine_N.sum())
+        gradients = [policy.new_accumulator(), policy.new_accumulator()]
+        start_token = start = 0
+        for batch in batches:
+            here_N = mine_N[start : start + len(batch)]
+            here_K = torch.repeat_interleave(here_N, batch.lengths_N)
+            stop_token = start_token + len(here_K)
+            entropy_K = score.entropy_K[start_token:stop_token][here_K] / count
+            length_K = score.length_K[start_token:stop_token][here_K] / count
+            start, start_token = start + len(batch), stop_token
+            for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
+                ones_K = torch.full((len(index_K),), 1.0 / count, dtype=torch.float64)
+                weights = [
+                    Coefficients(entropy_K[index_K], ones_K),
+                    Coefficients(length_K[index_K], torch.zeros_like(ones_K)),
+                ]
+                policy.add_gradients(rows, weights, law["temperature"], gradients)
+        for kind, gradient in zip(KINDS, gradients, strict=True):
+            out.tensors({name: g.to(dtype).cpu() for name, g in gradient.items()}, f"{kind}_{half}.safetensors")
+        H_tok = float(S_N[mine_N].sum() / T_N[mine_N].sum())
+        summary.append({"sequences": count, "H_tok": H_tok, "mean_length": float(T_N[mine_N].mean())})
+    return {"halves": summary, "baseline": BASELINE}

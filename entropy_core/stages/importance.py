@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.stages.sequences import Law, processor_of, read_sequences
+from entropy_core.stages.sequences import Law, moved_by, processor_of, read_sequences
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer
@@ -27,7 +27,7 @@ def importance(
     """
     processor = processor_of(law, execution)
     batch = read_sequences(sequences)
-    with processor.policy.moved(update.tensors("direction.safetensors"), eta):
+    with moved_by(processor, update, eta):
         results, _ = processor.score(batch)
     out.tensors(
         {"logprobs": results.logprobs_K, "entropies": results.entropies_K, "offsets": results.offsets_N1},

@@ -1,31 +1,45 @@
-"""load-checkpoint: the optimizer's state by name. load-prompts: a pool of prompts."""
+"""load-checkpoint: the optimizer's state by name. load-prompts: a pool of prompts, as tokens."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from entropy_core.checkpoint_files import tokenizer_digest
 from entropy_core.checkpoints import read_checkpoint
+from entropy_core.prompt_tokens import encode
 from entropy_core.prompts import load_pool
 from entropy_core.stages.files import user_file
+from entropy_core.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Writer
     from entropy_core.execution import Execution
 
 
-def load_checkpoint(out: "Writer", execution: "Execution", *, checkpoint: str, learning_rate: float) -> dict[str, Any]:
+def load_checkpoint(
+    out: "Writer", execution: "Execution", *, checkpoint: str, base: str, learning_rate: float, optimizer_state: str
+) -> dict[str, Any]:
     """Persist Adam's moments and hyperparameters by parameter name.
 
     Args:
         out: `moments.safetensors` (exp_avg/…, exp_avg_sq/…, max_exp_avg_sq/…), `parameters.parquet`, `groups.json`.
         execution: knows where it lies.
         checkpoint: content digest of the checkpoint's files.
+        base: content digest of the base model under an adapter; empty for a full model.
         learning_rate: takes the place of the saved one; 0 keeps the saved one.
+        optimizer_state: `checkpoint`, or `fresh` before the first step.
 
     Returns:
-        Step, nominal learning rate, number of parameters, and what was assumed.
+        Step, nominal learning rate, how many tensors are trained and how many numbers they hold, how many of them have
+        their slot, and what was assumed.
     """
-    found = read_checkpoint(execution.paths[checkpoint], learning_rate or None)
+    found = read_checkpoint(
+        execution.paths[checkpoint],
+        learning_rate or None,
+        execution.paths[base] if base else "",
+        fresh=optimizer_state == "fresh",
+    )
     optimizer = found.optimizer
     slots = {
         "exp_avg": optimizer.exp_avg,
@@ -67,26 +81,49 @@ def load_checkpoint(out: "Writer", execution: "Execution", *, checkpoint: str, l
         "step": found.step,
         "learning_rate": optimizer.learning_rate,
         "parameters": sum(tensor.numel() for tensor in optimizer.exp_avg.values()),
+        "trained": len(found.parameter_shapes),
+        "matched": len(optimizer.exp_avg),
         "assumptions": list(found.assumptions),
     }
 
 
 def load_prompts(
-    out: "Writer", execution: "Execution", *, dataset_name: str, split: str, prompt_column: str, source: str
+    out: "Writer",
+    execution: "Execution",
+    *,
+    dataset_name: str,
+    options: Mapping[str, Any],
+    split: str,
+    prompt_column: str,
+    source: str,
+    revision: str,
+    library: str,
+    tokenizer: str,
+    encoding: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Persist one split of a dataset.
+    """Persist one split of a dataset, and its prompts as the policy reads them.
 
     Args:
-        out: `prompts.parquet`.
-        execution: knows where the file lies.
-        dataset_name: see `prompts.load_pool`.
+        out: `prompts.parquet`, and `prompt_tokens.parquet` with a row of token ids for each of them.
+        execution: knows where the files lie.
+        dataset_name: see `prompts.load_pool`; empty for a file of the user.
+        options: of a task of reasoning-gym.
         split: which split.
         prompt_column: which column holds the prompt.
-        source: digest of the file behind the dataset, empty for one that is code.
+        source: digest of the file or folder behind the dataset, empty for one that is made.
+        revision: commit of the dataset on the hub, empty where it is not known.
+        library: the one that makes the dataset, empty for one that no library makes.
+        tokenizer: digest of the tokenizer's files.
+        encoding: see `prompt_tokens.encode`.
 
     Returns:
-        The number of prompts.
+        The number of prompts, and what a reader should know of them.
     """
-    pool = load_pool(str(user_file(execution, source)) if source else dataset_name, split, prompt_column)
-    out.table(pool, "prompts.parquet")
-    return {"prompts": pool.num_rows}
+    path = user_file(execution, source) if source else None
+    pool = load_pool(dataset_name or str(path), split, prompt_column, path, options)
+    directory = user_file(execution, tokenizer, tokenizer_digest)
+    pool, token_ids = encode(pool, load_tokenizer(directory), **encoding)
+    out.table(pool.table, "prompts.parquet")
+    out.table(pa.table({"token_ids": token_ids}), "prompt_tokens.parquet")
+    origin = [revision and f"Prompts of `{dataset_name}` at revision {revision}", library and f"Prompts by {library}"]
+    return {"prompts": pool.table.num_rows, "notes": [f"{note}." for note in (*pool.notes, *origin) if note]}

@@ -5,38 +5,30 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
-from entropy_core import prompts, rewards
+from entropy_core import rewards
 from entropy_core.artifact import Artifact
-from entropy_core.checkpoint_files import file_digest
+from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig, VarianceRequest, parse_config
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import catalogue as stage
+from entropy_core.stages.files import content_digest
+from entropy_core.stages.measure import Inputs, Measurement, Runner, load_pool, source_of
 from entropy_core.stages.preflight import CheckpointToProbe, splits
 from entropy_core.store import Stage, Store
 
-Inputs = dict[str, Any]
-
-NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
-"""Ways to round, and on how many sequences: enough for the size of the noise, and less work than one step size."""
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 """Of run.json: raised when the inputs of the variance stage change."""
-
-
-class Runner(Protocol):
-    """Runs a stage, or finds its result."""
-
-    def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        """The artifact of this stage for these inputs; `label` is for people."""
 
 
 def direct_runner(store: Store, execution: Execution) -> Runner:
@@ -63,10 +55,13 @@ def execution_for(
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
     """The execution settings of a sweep."""
-    paths = {c.digest: c.directory for c in checkpoints} | {c.weights: c.directory for c in checkpoints}
-    for file in (prompts.source_file(config.batch_config.dataset_name), rewards.source_file(config.update.reward)):
+    paths = {digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()}
+    if config.update.reference:
+        reference = Path(config.update.reference).resolve()
+        paths.setdefault(weights_digest(reference), reference)
+    for file in (source_of(config), rewards.source_file(config.update.reward)):
         if file is not None:
-            paths[file_digest(file)] = file
+            paths[content_digest(file)] = file
     return Execution(
         paths=paths,
         device=config.execution.device,
@@ -89,17 +84,36 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
-    pools = {split: _load_prompts(config, split, run) for split in dict.fromkeys(splits(config))}
-    recorded = [
-        {
-            "checkpoint": checkpoint.name,
-            "step": checkpoint.step,
-            "inputs": _measure(config, checkpoint, pools, run),
-            "notes": list(checkpoint.assumptions),
-        }
-        for checkpoint in checkpoints
-    ]
-    return _conclude(recorded, config, store, run)
+    recorded = _measured(config, checkpoints, run)
+    return _record(recorded, _reported(recorded, config, run), config, store)
+
+
+def stage_runs(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]) -> Counter[str]:
+    """How often a sweep runs each stage, found by going through it without computing anything.
+
+    Args:
+        config: what to do.
+        checkpoints: of `preflight`.
+
+    Returns:
+        Stage name → number of runs, those that are cached included.
+    """
+    runs: Counter[str] = Counter()
+
+    def count(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        runs[stage.name] += 1
+        return _Promised(stage.name, "", "", Path())
+
+    _reported(_measured(config, checkpoints, count), config, count)
+    return runs
+
+
+class _Promised(Artifact):
+    """What stands for an artifact in a sweep that is only gone through."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {"learning_rate": 1.0, "half_width": 1.0, "notes": []}
 
 
 def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult:
@@ -136,7 +150,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
                     way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
                 )
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
-    return _conclude(recorded, config, store, run)
+    return _record(recorded, _reported(recorded, config, run), config, store)
 
 
 def find_run(root: Path, run_id: str) -> Path:
@@ -176,116 +190,30 @@ def artifacts_in(value: Any) -> Iterator[Artifact]:
             yield from artifacts_in(item)
 
 
-def _load_prompts(config: ProbeConfig, split: str, run: Runner) -> Artifact:
-    batch = config.batch_config
-    file = prompts.source_file(batch.dataset_name)
-    inputs = {
-        "dataset_name": "" if file else batch.dataset_name,  # a file counts by its content, wherever it lies
-        "split": split,
-        "prompt_column": batch.prompt_column,
-        "source": file_digest(file) if file else "",
-    }
-    return run(stage.LOAD_PROMPTS, inputs, f"{batch.dataset_name} {split}")
+def _measured(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> list[Inputs]:
+    """All that needs a policy: per checkpoint, what the variance stage is given."""
+    by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run has one, as a rule
+    measured = []
+    for checkpoint in checkpoints:
+        if checkpoint.tokenizer not in by_tokenizer:
+            asked = dict.fromkeys(splits(config))
+            by_tokenizer[checkpoint.tokenizer] = {s: load_pool(config, s, checkpoint.tokenizer, run) for s in asked}
+        pools = by_tokenizer[checkpoint.tokenizer]
+        of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
+        measured.append(
+            {
+                "checkpoint": checkpoint.name,
+                "step": checkpoint.step,
+                "inputs": Measurement(config, checkpoint, pools, run).variance_inputs(),
+                "notes": [*checkpoint.assumptions, *of_pools],
+            }
+        )
+    return measured
 
 
-def _measure(config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[str, Artifact], run: Runner) -> Inputs:
-    """All that needs the policy, for one checkpoint; returns the inputs of the variance stage."""
-    batch, generation, update = config.batch_config, config.generation, config.update
-    law = {
-        "weights": checkpoint.weights,
-        "dtype": config.policy.dtype,
-        "attn_implementation": config.policy.attn_implementation,
-        "temperature": generation.temperature,
-    }
-    name = checkpoint.name
-    e_pool, u_pool = (pools[split] for split in splits(config))
-    sampling = {"law": law, "add_special_tokens": batch.add_special_tokens, "max_new_tokens": generation.max_new_tokens}
-    replacement = batch.E_sampling_mode == "replacement"
-    e_sampling = sampling | {
-        "prompts": e_pool,
-        "batch": "E",
-        "mode": batch.E_sampling_mode,
-        "responses_per_prompt": 1 if replacement else batch.G,
-        "seed": batch.E_batch_seed,
-    }
-    u_sampling = sampling | {
-        "prompts": u_pool,
-        "batch": "U",
-        "mode": "distinct",
-        "responses_per_prompt": batch.G,
-        "seed": batch.U_batch_seed,
-    }
-    e_total = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
-
-    def over_shards(what: Stage, inputs: Sequence[Inputs], suffix: str = "") -> list[Artifact]:
-        labels = (f"{name}{suffix} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1))
-        return [run(what, shard, label) for shard, label in zip(inputs, labels, strict=True)]
-
-    def shards(total: int) -> list[Inputs]:
-        size = config.execution.shard_size
-        return [{"first": first, "count": min(size, total - first)} for first in range(0, total, size)]
-
-    e_batch = over_shards(stage.SAMPLE_E, [e_sampling | shard for shard in shards(e_total)])
-    e_scored = [{"law": law, "sequences": sequences} for sequences in e_batch]
-    scores = over_shards(stage.SCORE_E, e_scored)
-    first = e_batch[: -(-NOISE_SEQUENCES // config.execution.shard_size)]
-    again = {"law": law, "sequences": first, "count": min(NOISE_SEQUENCES, e_total)}
-    rescores = [
-        run(stage.RESCORE_E, again | {"draw": draw}, f"{name} · draw {draw + 1}/{NOISE_DRAWS}")
-        for draw in range(NOISE_DRAWS)
-    ]
-
-    loaded = {"checkpoint": checkpoint.digest, "learning_rate": update.learning_rate}
-    optimizer = run(stage.LOAD_CHECKPOINT, loaded, name)
-    u_batch = over_shards(stage.SAMPLE_U, [u_sampling | shard for shard in shards(batch.B_U * batch.G)])
-    reward_file = rewards.source_file(update.reward)
-    rewarded = {
-        "sequences": u_batch,
-        "prompts": u_pool,
-        "reward_name": update.reward.rpartition(".py:")[2],
-        "source": file_digest(reward_file) if reward_file else "",
-    }
-    rewards_u = run(stage.REWARD_U, rewarded, name)
-    step = {
-        "law": law,
-        "checkpoint": optimizer,
-        "sequences": u_batch,
-        "rewards": rewards_u,
-        "responses_per_prompt": batch.G,
-        "loss": update.loss,
-        "max_new_tokens": generation.max_new_tokens,
-        "max_grad_norm": update.max_grad_norm,
-    }
-    v = run(stage.COMPUTE_UPDATE, step, name)
-
-    gradient = run(stage.ENTROPY_GRADIENT, {"law": law, "sequences": e_batch, "scores": scores}, name)
-    along_v = [{"law": law, "sequences": sequences, "update": v} for sequences in e_batch]
-    first_order_e = over_shards(stage.FIRST_ORDER_E, along_v)
-    over_u = {"law": law, "sequences": u_batch, "update": v, "gradient": gradient}
-    first_order_u = run(stage.FIRST_ORDER_U, over_u, name)
-    learning_rate = optimizer.summary["learning_rate"]
-    unit = learning_rate if config.importance.eta_unit == "learning_rate" else 1.0
-    moved = []
-    for multiple in config.importance.etas:
-        eta, suffix = multiple * unit, f" · η={multiple * unit:.3g}"
-        there = [inputs | {"eta": eta} for inputs in along_v] if eta else []  # at 0 the answer is known: no pass
-        moved.append({"eta": eta, "shards": over_shards(stage.IMPORTANCE, there, suffix)})
-    return {
-        "learning_rate": learning_rate,
-        "scores": scores,
-        "rescores": rescores,
-        "first_order_e": first_order_e,
-        "first_order_u": first_order_u,
-        "update": v,
-        "moved": moved,
-        "estimators": config.importance.estimators,
-    }
-
-
-def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Runner) -> SweepResult:
-    """Statistics of every checkpoint, the report, and the run's folder."""
-    name, chosen = config.name, config.variance.model_dump(mode="json", exclude={"cluster"})
-    chosen["units"] = config.units_of_e
+def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artifact:
+    """Statistics of every checkpoint, and the report."""
+    chosen = config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
     estimated = [
         {
             "checkpoint": entry["checkpoint"],
@@ -296,8 +224,12 @@ def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Ru
         for entry in recorded
     ]
     notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
-    report = run(stage.REPORT, {"name": name, "checkpoints": estimated, "notes": notes}, name)
-    run_id = f"{name}-{report.digest[:12]}"  # the same results are the same run
+    return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, "notes": notes}, config.name)
+
+
+def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
+    """The folder of the run."""
+    run_id = f"{config.name}-{report.digest[:12]}"  # the same results are the same run
     directory = store.root / "runs" / run_id
     directory.mkdir(parents=True, exist_ok=True)
     for file in report.manifest["files"]:
@@ -321,11 +253,15 @@ def _conclude(recorded: list[Inputs], config: ProbeConfig, store: Store, run: Ru
 def assumptions(config: ProbeConfig) -> list[str]:
     """What a checkpoint does not record and the configuration says in its place."""
     update = config.update
+    divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
+    scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
+    reference = f"`{update.reference}`" if update.reference else "the base without its adapter"
+    kl = f"with {update.kl_beta:g} · KL to {reference}" if update.kl_beta else "without a KL term"
     return [
-        f"The step is that of the `{update.loss}` loss on {config.batch_config.B_U} prompts × {config.batch_config.G} "
-        f"responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; on-policy, without a "
-        "KL term, cut responses included.",
+        f"The step is that of the `{update.loss}` loss{scaled} on {config.batch_config.B_U} prompts "
+        f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; "
+        f"on-policy, {kl}, cut responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
         f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
     ]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_core import figures
 from entropy_core import report as pages
-from entropy_core.tables import RESULTS, to_table
+from entropy_core.tables import RESULTS, TABLES, Row, of_checkpoints, to_table
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Writer
@@ -23,7 +23,8 @@ def report(
     """Gather the estimates of all checkpoints.
 
     Args:
-        out: `results.parquet` (schema `tables.RESULTS`), `report.md`, and the figures as PNG and SVG.
+        out: `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with the checkpoint of each row,
+            `report.md`, and the figures as PNG and SVG.
         execution: not used.
         name: of the sweep.
         checkpoints: a mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
@@ -33,16 +34,23 @@ def report(
     Returns:
         Numbers of rows and checkpoints.
     """
-    rows = [
-        {"checkpoint": entry["checkpoint"], "step": entry["step"]} | row
-        for entry in checkpoints
-        for row in entry["estimates"].table("estimates.parquet").to_pylist()
-    ]
+    rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")
+    others = {table: _gathered(checkpoints, table) for table in TABLES}
+    for table, schema in TABLES.items():
+        out.table(to_table(others[table], of_checkpoints(schema)), f"{table}.parquet")
     last = checkpoints[-1]
     tokens, sequences = (last["attribution"].table(f"{table}.parquet").to_pylist() for table in ("tokens", "sequences"))
     drawn = figures.figures(rows) | {"tokens": figures.token_figure(tokens, sequences, rows, last["checkpoint"])}
     for figure_name, figure in drawn.items():
         figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
-    out.path("report.md").write_text(pages.markdown(name, rows, notes), encoding="utf-8")
+    out.path("report.md").write_text(pages.markdown(name, rows, others, notes), encoding="utf-8")
     return {"rows": len(rows), "checkpoints": len(checkpoints)}
+
+
+def _gathered(checkpoints: "Sequence[Mapping[str, Any]]", table: str) -> list[Row]:
+    return [
+        {"checkpoint": entry["checkpoint"], "step": entry["step"]} | row
+        for entry in checkpoints
+        for row in entry["estimates"].table(f"{table}.parquet").to_pylist()
+    ]

@@ -21,6 +21,7 @@ def reward(
     prompts: "Artifact",
     reward_name: str,
     source: str,
+    library: str,
 ) -> dict[str, Any]:
     """Score the responses of U.
 
@@ -31,6 +32,7 @@ def reward(
         prompts: artifact of load-prompts; its further columns are handed to the reward.
         reward_name: see `rewards.load_reward`; of `file.py:function`, the function alone.
         source: digest of the file that defines the reward, empty for a built-in one.
+        library: the one that decides, empty where there is none; part of the key.
 
     Returns:
         Mean and number of rewards.

@@ -17,7 +17,6 @@ def sample(
     *,
     law: Law,
     prompts: "Artifact",
-    add_special_tokens: bool,
     batch: Literal["E", "U"],
     mode: Literal["replacement", "distinct"],
     responses_per_prompt: int,
@@ -33,7 +32,6 @@ def sample(
         execution: device and decoding batch.
         law: the policy.
         prompts: artifact of load-prompts.
-        add_special_tokens: whether the tokenizer adds its special tokens to a prompt.
         batch: E and U draw from independent streams.
         mode: prompts with replacement and one response each, or distinct prompts.
         responses_per_prompt: G of the distinct mode; 1 otherwise.
@@ -47,7 +45,8 @@ def sample(
     """
     table = prompts.table("prompts.parquet")
     processor = processor_of(law, execution, max_new_tokens)
-    pool = processor.tokenize(table["prompt"].to_pylist(), add_special_tokens)
+    pool = prompts.table("prompt_tokens.parquet")["token_ids"].to_pylist()
+    processor.require_vocabulary(pool)
     if mode == "replacement":
         sequences = processor.generate_with_replacement_sampling(pool, count, seed, first)
     else:

@@ -1,4 +1,4 @@
-"""score-e-batch: ℓ and h of every response token of one shard."""
+"""score-e-batch, score-u-batch: ℓ and h of every response token of one shard."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,13 +1,15 @@
 """What the stages that handle sequences share: the policy of a law, and sequences on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from entropy_core.checkpoint_files import weights_digest
-from entropy_core.errors import CheckpointError
+from entropy_core.errors import CheckpointError, NonFiniteError
 from entropy_core.policy import Policy, load_policy
 from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
 
@@ -16,27 +18,46 @@ if TYPE_CHECKING:
     from entropy_core.execution import Execution
 
 Law = Mapping[str, Any]
-"""The policy as a probability law: `weights` (digest), `dtype`, `attn_implementation`, `temperature`."""
+"""The policy as a probability law: `weights` and `base` (digests; `base` is empty but under an adapter), `dtype`,
+`attn_implementation`, `temperature`."""
 
 
 def policy_of(law: Law, execution: "Execution") -> Policy:
-    """Load the policy of a law, after making sure that the directory still holds those weights."""
-    directory = execution.paths[law["weights"]]
-    if weights_digest(directory) != law["weights"]:
+    """Load the policy of a law, after making sure that its directories still hold those weights."""
+    directory = _unchanged(law["weights"], execution)
+    base = _unchanged(law["base"], execution) if law["base"] else None
+    digest = law["weights"] + law["base"]
+    policy = load_policy(directory, digest, law["dtype"], law["attn_implementation"], execution.device, base)
+    policy.head_chunk_rows = execution.head_chunk_rows
+    return policy
+
+
+def _unchanged(digest: str, execution: "Execution") -> Path:
+    directory = execution.paths[digest]
+    if weights_digest(directory) != digest:
         raise CheckpointError(
             f"the files of {directory} changed after the sweep had begun",
             cause="the trainer is still writing, or rotates its checkpoints",
             way_out="run the sweep again when the checkpoint is complete",
         )
-    policy = load_policy(directory, law["weights"], law["dtype"], law["attn_implementation"], execution.device)
-    policy.head_chunk_rows = execution.head_chunk_rows
-    return policy
+    return directory
 
 
 def processor_of(law: Law, execution: "Execution", max_new_tokens: int = 0) -> SequenceProcessor:
     """A `SequenceProcessor` of a law; `max_new_tokens` matters for generating only."""
     config = GenerationConfig(law["temperature"], max_new_tokens, execution.gen_batch_size, execution.tf_batch_size)
     return SequenceProcessor(policy_of(law, execution), config, execution.progress)
+
+
+@contextmanager
+def moved_by(processor: SequenceProcessor, update: "Artifact", eta: float) -> Iterator[None]:
+    """Within the context the policy is at θ + ηv, and what it cannot compute there is said with η."""
+    try:
+        with processor.policy.moved(update.tensors("direction.safetensors"), eta):
+            yield
+    except NonFiniteError as error:
+        fact = f"at the step size η = {eta:g}: {error.fact}"
+        raise NonFiniteError(fact, cause=error.cause, way_out=error.way_out) from None
 
 
 def write_sequences(out: "Writer", sequences: BatchedSequences) -> None:

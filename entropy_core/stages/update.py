@@ -9,8 +9,16 @@ import torch
 from entropy_core.errors import NonFiniteError
 from entropy_core.numerics import adamw
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, UpdateParts
-from entropy_core.numerics.advantages import Loss, group_advantages, loss_coefficients
+from entropy_core.numerics.advantages import (
+    Loss,
+    Scaling,
+    group_advantages,
+    kl_coefficients,
+    loss_coefficients,
+    token_weights,
+)
 from entropy_core.policy import Coefficients
+from entropy_core.stages.columns import read_columns
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
@@ -26,24 +34,33 @@ def compute_update(
     checkpoint: "Artifact",
     sequences: "Sequence[Artifact]",
     rewards: "Artifact",
+    scores: "Sequence[Artifact]",
+    reference: "Sequence[Artifact]",
+    kl_beta: float,
     responses_per_prompt: int,
     loss: Loss,
+    scale_rewards: Scaling,
     max_new_tokens: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
     """Gradient of the loss on U, then the next AdamW step per unit of learning rate.
 
     Args:
-        out: `direction.safetensors` (v), its parts `momentum`, `decay` and `gradient_part`, the diagonal `jacobian`,
-            `preconditioner` (P, with gradient_part = P∘g for the unclipped g) and that `gradient`, by parameter name;
-            `sequences.parquet` (reward, advantage, coefficient).
+        out: `direction.safetensors` (v), its parts `momentum` and `decay`, the diagonal `jacobian`, `preconditioner`
+            (P, with v = momentum + decay + P∘g for the unclipped g) and that `gradient`, by parameter name;
+            `coefficients.safetensors` (the weight of each token's ℓ in the loss, at the on-policy point);
+            `sequences.parquet` (reward, advantage).
         execution: device and micro-batch.
         law: the policy.
         checkpoint: artifact of load-checkpoint.
         sequences: the shards of sample-u-batch.
         rewards: artifact of reward-u-batch.
+        scores: the shards of score-u-batch.
+        reference: the shards of score-u-reference; none without a KL term.
+        kl_beta: β of the KL term.
         responses_per_prompt: G.
         loss: the objective.
+        scale_rewards: whether advantages are divided by the standard deviation of their group.
         max_new_tokens: the constant length of `dr_grpo`.
         max_grad_norm: of the clipping; 0 for none.
 
@@ -54,19 +71,24 @@ def compute_update(
     policy = processor.policy
     rewards_N = torch.tensor(rewards.table("rewards.parquet")["reward"].to_pylist(), dtype=torch.float64)
     rewards_PG = rewards_N.view(-1, responses_per_prompt)
-    advantages_PG = group_advantages(rewards_PG, loss)
+    advantages_PG = group_advantages(rewards_PG, loss, scale_rewards)
     shards = [read_sequences(shard) for shard in sequences]
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
     coefficients_N = loss_coefficients(advantages_PG.flatten(), lengths_N, loss, max_new_tokens)
+    coefficients_K = torch.repeat_interleave(coefficients_N, lengths_N)
+    if reference:
+        weights_K = torch.repeat_interleave(token_weights(lengths_N, loss, max_new_tokens), lengths_N)
+        logprobs_K, reference_K = (read_columns(s, "logprobs")[0]["logprobs"] for s in (scores, reference))
+        coefficients_K = coefficients_K + kl_beta * weights_K * kl_coefficients(logprobs_K, reference_K)
 
     gradient = policy.new_accumulator()
     start = 0
     for shard in shards:
-        per_token_K = torch.repeat_interleave(coefficients_N[start : start + len(shard)], shard.lengths_N)
-        start += len(shard)
+        stop = start + len(shard.response_tokens_K)
         for index_K, rows in processor.micro_batches(shard):
-            weights = Coefficients(per_token_K[index_K], torch.zeros(len(index_K), dtype=torch.float64))
+            weights = Coefficients(coefficients_K[start:stop][index_K], torch.zeros(len(index_K), dtype=torch.float64))
             policy.add_gradients(rows, [weights], law["temperature"], [gradient])
+        start = stop
     norm = adamw.global_norm(gradient)
     if not torch.isfinite(torch.tensor(norm)):
         raise NonFiniteError(
@@ -82,7 +104,6 @@ def compute_update(
         "direction": direction,
         "momentum": {name: part.momentum for name, part in parts.items()},
         "decay": {name: part.decay for name, part in parts.items()},
-        "gradient_part": {name: part.gradient for name, part in parts.items()},
         "preconditioner": {name: clip * part.preconditioner for name, part in parts.items()},
         "jacobian": {name: part.jacobian for name, part in parts.items()},
         "gradient": {name: gradient[name] for name in parts},
@@ -90,9 +111,9 @@ def compute_update(
     dtype = getattr(torch, law["dtype"])
     for file, by_name in by_file.items():
         out.tensors({name: tensor.to(dtype) for name, tensor in by_name.items()}, f"{file}.safetensors")
+    out.tensors({"coefficients": coefficients_K}, "coefficients.safetensors")
     table = rewards.table("rewards.parquet")
     table = table.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
-    table = table.append_column("coefficient", pa.array(coefficients_N.tolist()))
     out.table(table.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
     return {
         "gradient_norm": norm,
@@ -102,6 +123,7 @@ def compute_update(
         "prompts": len(advantages_PG),
         "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
         "loss": loss,
+        "kl_beta": kl_beta,
         "mean_reward": float(rewards_N.mean()),
     }
 

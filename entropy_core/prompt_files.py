@@ -1,0 +1,54 @@
+"""Prompt files of the user: one JSON object per line, or the rows of a Parquet file."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from entropy_core.errors import PromptError, one_line
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file.
+
+    Args:
+        path: of a `.jsonl` or a `.parquet` file.
+
+    Returns:
+        One dictionary per row.
+
+    Raises:
+        PromptError: it cannot be read; names the line.
+    """
+    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+
+
+def _read_parquet(path: Path) -> list[dict]:
+    try:
+        return parquet.ParquetFile(path).read().to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise PromptError(
+            f"{path} cannot be read: {one_line(error)}", way_out="give the path of a Parquet file"
+        ) from None
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut texts at U+2028, too
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read: {error}", way_out="give the path of a UTF-8 .jsonl file") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise PromptError(f"{path}:{number} is not JSON: {one_line(error)}", way_out="correct the line") from None
+        if not isinstance(row, dict):
+            raise PromptError(f"{path}:{number} is not a JSON object", way_out="write one object per line")
+        rows.append(row)
+    return rows

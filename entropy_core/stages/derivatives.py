@@ -1,0 +1,32 @@
+"""ℓ̇ and ḣ of every token along a direction: by forward mode, or by two forward passes."""
+
+from torch import Tensor
+
+from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.policy import TeacherForcedRows
+from entropy_core.sequence_processor import BatchedSequences, SequenceProcessor
+from entropy_core.stages.sequences import as_tangent
+
+
+def forward_mode(
+    processor: SequenceProcessor, batch: BatchedSequences, direction: dict[str, Tensor]
+) -> TokenDerivatives:
+    """ℓ, h, ℓ̇ and ḣ of every token along `direction`, each [K], by one forward-mode pass."""
+    tangent = as_tangent(direction, processor.policy)
+
+    def derivatives(rows: TeacherForcedRows) -> TokenDerivatives:
+        return processor.policy.derivatives(rows, tangent, processor.config.temperature)
+
+    return TokenDerivatives(*processor.map_tokens(batch, derivatives))
+
+
+def central_difference(
+    processor: SequenceProcessor, batch: BatchedSequences, direction: dict[str, Tensor], half_width: float
+) -> tuple[Tensor, Tensor]:
+    """ℓ̇ and ḣ of every token, float64 [K], as (f(θ + εv) − f(θ − εv))/2ε: two forward passes."""
+    with processor.policy.moved(direction, half_width):
+        above, _ = processor.score(batch)
+    with processor.policy.moved(direction, -half_width):
+        below, _ = processor.score(batch)
+    dlogprobs_K = (above.logprobs_K.double() - below.logprobs_K.double()) / (2 * half_width)
+    return dlogprobs_K, (above.entropies_K.double() - below.entropies_K.double()) / (2 * half_width)

@@ -1,0 +1,39 @@
+"""discriminate-u: what the predictors of the literature need of U beside ℓ and h."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from entropy_core.numerics import ragged
+from entropy_core.policy import TeacherForcedRows
+from entropy_core.stages.sequences import Law, processor_of, read_sequences
+
+if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
+    from entropy_core.execution import Execution
+
+
+def discriminate(out: "Writer", execution: "Execution", *, law: Law, sequences: "Sequence[Artifact]") -> dict[str, Any]:
+    """E_π[S*] of the step of every token of U, for the predictor of arXiv:2602.03392.
+
+    Args:
+        out: `tokens.safetensors` (expected, offsets).
+        execution: device and micro-batch.
+        law: the policy.
+        sequences: the shards of sample-u-batch.
+
+    Returns:
+        Number of sequences.
+    """
+    processor = processor_of(law, execution)
+    shards = [read_sequences(shard) for shard in sequences]
+
+    def expected(rows: TeacherForcedRows) -> list[Tensor]:
+        return [processor.policy.expected_discriminators(rows, law["temperature"])]
+
+    expected_K = torch.cat([processor.map_tokens(shard, expected)[0] for shard in shards])
+    offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])
+    out.tensors({"expected": expected_K, "offsets": offsets_N1}, "tokens.safetensors")
+    return {"sequences": len(offsets_N1) - 1}

@@ -1,0 +1,37 @@
+"""first-order-e: ℓ̇ and ḣ of E along v."""
+
+from typing import TYPE_CHECKING, Any
+
+from entropy_core.stages.derivatives import central_difference, forward_mode
+from entropy_core.stages.sequences import Law, processor_of, read_sequences
+
+if TYPE_CHECKING:
+    from entropy_core.artifact import Artifact, Writer
+    from entropy_core.execution import Execution
+
+
+def first_order_e(
+    out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact", update: "Artifact", half_width: float
+) -> dict[str, Any]:
+    """Derivatives of ℓ and h along v for every token of one shard.
+
+    Args:
+        out: `tokens.safetensors`: dlogprobs, dentropies, offsets.
+        execution: device and micro-batch.
+        law: the policy.
+        sequences: a shard of sample-e-batch.
+        update: artifact of compute-update.
+        half_width: ε of the central difference; 0 for forward mode.
+
+    Returns:
+        Number of sequences.
+    """
+    processor = processor_of(law, execution)
+    batch, direction = read_sequences(sequences), update.tensors("direction.safetensors")
+    if half_width:
+        dlogprobs_K, dentropies_K = central_difference(processor, batch, direction, half_width)
+    else:
+        _, _, dlogprobs_K, dentropies_K = forward_mode(processor, batch, direction)
+    columns = {"dlogprobs": dlogprobs_K, "dentropies": dentropies_K, "offsets": batch.response_offsets_N1}
+    out.tensors(columns, "tokens.safetensors")
+    return {"sequences": len(batch)}

@@ -1,0 +1,28 @@
+"""The tokenizer of a checkpoint."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from entropy_core.errors import CheckpointError
+
+
+def tokenizer_directory(model: Path, base: Path | None) -> Path:
+    """Where the tokenizer of a model lies, or that of an adapter: the base's, where the adapter has none."""
+    return model if base is None or any(model.glob("tokenizer*")) else base
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, from local files.
+
+    Raises:
+        CheckpointError: there is none, or none that can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # tokenizers of all kinds raise errors of all kinds
+        raise CheckpointError(
+            f"{directory} has no tokenizer that can be loaded ({type(error).__name__})",
+            cause="the trainer was not given the tokenizer, and did not save it",
+            way_out="save the tokenizer into the checkpoint directory",
+        ) from error

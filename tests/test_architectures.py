@@ -1,0 +1,148 @@
+"""The architectures that people train, small and random: sampled, scored and differentiated as the model computes them.
+
+The oracle is the model itself, one whole sequence at a time: its full logits, without padding, cache, chunks or head.
+Forward mode runs in float32, as in a sweep; the central differences that it is held to are taken in float64.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import COMMON, policy_of, random_direction
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from entropy_core.policy import Policy
+from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
+
+V, EOS, TAU, LONGEST = 11, 10, 0.8, 8
+POOL = [[1], [2, 0], [3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8, 1, 8, 2], [0, 0, 0], [EOS, 4]]  # 0 is the padding, too
+TOLERANCE = 1e-3  # of the derivatives, relative; the values are held to a hundredth of it
+
+PLAIN = {"vocab_size": V, "eos_token_id": EOS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+GATED = PLAIN | {"intermediate_size": 24, "num_key_value_heads": 2, "max_position_embeddings": 32, "head_dim": 4}
+LOCAL = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 4}
+ARCHITECTURES = {
+    "llama": GATED,
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "gemma2": GATED | LOCAL | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+    "gemma3_text": GATED | LOCAL | {"initializer_range": 0.2},
+    "gpt2": {"vocab_size": V, "eos_token_id": EOS, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    "gpt_neox": PLAIN | {"intermediate_size": 24, "max_position_embeddings": 32},
+    "phi3": GATED,
+    "mistral": GATED | {"sliding_window": 3},
+    "opt": PLAIN | {"ffn_dim": 24, "word_embed_proj_dim": 12, "max_position_embeddings": 32, "init_std": 0.4},
+    "cohere": GATED | {"logit_scale": 0.5},
+    "granite": GATED | {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.7},
+    "hyperclovax": GATED | {"logits_scaling": 0.4},  # multiplies where granite divides: not what the head expects
+}
+matrix = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def model_of(name: str) -> PreTrainedModel:
+    torch.manual_seed(1)
+    config = CONFIG_MAPPING[name](**COMMON | {"initializer_range": 0.5} | ARCHITECTURES[name])
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+
+
+def processor(policy: Policy, **sizes: int) -> SequenceProcessor:
+    return SequenceProcessor(policy, GenerationConfig(TAU, LONGEST, **sizes))
+
+
+def sampled(policy: Policy) -> BatchedSequences:
+    """Responses to prompts of 1 to 9 tokens, decoded together: with padding on the left."""
+    return processor(policy).generate_with_logprobs(POOL, 4, seed=1)[0]
+
+
+def own_logits(model: PreTrainedModel, sequences: BatchedSequences) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each sequence its response, and the model's own logits [T, V] that predict it."""
+    for i in range(len(sequences)):
+        prompt, response = sequences.prompt(i), sequences.response(i)
+        logits_LV = model(input_ids=torch.cat([prompt, response])[None]).logits[0]
+        yield response, logits_LV[len(prompt) - 1 : -1]
+
+
+def plain(model: PreTrainedModel, sequences: BatchedSequences) -> tuple[Tensor, Tensor]:
+    """ℓ and h of all response tokens from these logits."""
+    logprobs, entropies = [], []
+    for response, logits_TV in own_logits(model, sequences):
+        logp_TV = torch.log_softmax(logits_TV / TAU, dim=-1)
+        logprobs.append(logp_TV.gather(1, response[:, None])[:, 0])
+        entropies.append(-(logp_TV.exp() * logp_TV).sum(dim=-1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+class Float64(TorchFunctionMode):
+    """Where an architecture goes down to float32 by name, for norms, attention weights and angles, it does not."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        function = Tensor.double if function is Tensor.float else function
+        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def slopes(model: PreTrainedModel, v: dict[str, Tensor], sequences: BatchedSequences) -> Tensor:
+    """Central differences of `plain` along v, in float64; their step is so short that no ReLU turns within it."""
+    policy, step = policy_of(copy.deepcopy(model).double()), 1e-7
+    values = []
+    with torch.no_grad(), Float64():
+        for sign in (1, -1):
+            with policy.moved(v, sign * step):
+                values.append(torch.stack(plain(policy.model, sequences)))
+    return (values[0] - values[1]) / (2 * step)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """|found − expected| / |expected|, in the Euclidean norm."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@matrix
+def test_every_architecture_is_one_function(
+    name: str, record_property: Callable[[str, object], None], caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING):
+        policy = policy_of(model_of(name), head_chunk_rows=7)
+    known = name != "hyperclovax"
+    assert (policy._head is not None) == known and ("using full logits" in caplog.text) != known
+
+    seen: list[Tensor] = []
+    next_logits = policy.next_logits
+
+    def recorded(*arguments):
+        logits_BV, cache = next_logits(*arguments)
+        seen.append(logits_BV)
+        return logits_BV, cache
+
+    policy.next_logits = recorded  # type: ignore[method-assign]
+    sequences = sampled(policy)
+    order = torch.argsort(sequences.prompt_offsets_N1.diff(), stable=True).tolist()  # in which they were decoded
+    decoded_NTV = torch.stack(seen, dim=1)[torch.tensor(order).argsort()]
+    assert len(sequences.lengths_N.unique()) > 2 and set(sequences.finish_reasons) == {"eos", "length"}
+
+    with torch.no_grad():
+        own = [logits_TV for _, logits_TV in own_logits(policy.model, sequences)]
+        values = plain(policy.model, sequences)
+    decoded = torch.cat([decoded_TV[: len(o)] for decoded_TV, o in zip(decoded_NTV, own, strict=True)])
+    scored, _ = processor(policy, tf_batch_size=5).score(sequences)
+
+    v = random_direction(policy)
+    expected = slopes(policy.model, v, sequences)
+    columns = processor(policy, tf_batch_size=5).map_tokens(sequences, lambda rows: policy.derivatives(rows, v, TAU))
+    measured = {
+        "decoding": difference(decoded, torch.cat(own)),
+        "ℓ": difference(scored.logprobs_K, values[0]),
+        "h": difference(scored.entropies_K, values[1]),
+        "ℓ̇": difference(columns[2], expected[0]),
+        "ḣ": difference(columns[3], expected[1]),
+    }
+    row = f"{name:12}" + "".join(f"  {what} {value:.1e}" for what, value in measured.items())
+    print(row)
+    record_property("relative differences", row)
+    assert max(measured["ℓ̇"], measured["ḣ"]) < TOLERANCE, row
+    assert max(measured["decoding"], measured["ℓ"], measured["h"]) < TOLERANCE / 100, row
