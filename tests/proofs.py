@@ -12,6 +12,7 @@ ran: a part of them would be a page that claims less, or more, than it says.
 import ast
 import os
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -84,8 +85,9 @@ def percent(share: float) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown; the first column to the left, the others to the right."""
-    rule = "|---" + "|---:" * (len(columns) - 1) + "|"
+    """Markdown; the first column to the left, the others to the right where they hold numbers."""
+    numbers = [all(re.fullmatch(r"[-0-9.,e]*( %)?", row[i]) for row in rows) for i in range(1, len(columns))]
+    rule = "|---" + "".join("|---:" if number else "|---" for number in numbers) + "|"
     return [f"| {' | '.join(map(text, columns))} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
