@@ -1,24 +1,25 @@
 """What the estimators give on average, as a finite sum over every response; and what the first order leaves out."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
 import torch
 from conftest import World, gpt2, llama, llama64, policy_of, random_direction
-from enumeration import Everything, by_position, enumerate_world, every_batch
+from enumeration import Everything, by_position, enumerate_world, evaluation_batch, every_batch
 from proofs import Proof, power
 from torch import Tensor
 
 from entropy_core.numerics import importance, ragged
-from entropy_core.numerics.first_order import Baseline, ReturnsToGo, baselines, first_order_columns, returns_to_go
+from entropy_core.numerics.first_order import Baseline, ReturnsToGo
+from entropy_core.numerics.token_statistics import TokenDerivatives
 
 pytestmark = pytest.mark.validate
 
 EXACT = 1e-10
 CASTS = 1e-6  # what norms, rotary embeddings and softmax in float32 may cost
 ETAS = (-0.5, 0.02, 0.3, 2.0)
-BASELINES: tuple[Baseline, ...] = ("time_loo", "time_loo_weighted")
+BASELINES = tuple(baseline for baseline in get_args(Baseline) if baseline != "none")
 MODELS = {"GPT-2": gpt2, "Llama": llama64, "Llama as it comes": llama}
 
 
@@ -74,32 +75,22 @@ def at_eta(everything: Everything) -> Iterator[Mean]:
 def over_batches(few: Everything) -> Iterator[Mean]:
     """A baseline from the other sequences of the batch: the mean is over batches, not over sequences."""
     world, v, eta = few.world, few.v, 0.7
-    derivative = world.derivative(lambda at: at.H_seq, v), world.derivative(lambda at: at.L, v)
+    dH_seq, dL = (world.derivative(lambda at, name=name: getattr(at, name), v) for name in ("H_seq", "L"))
     (weights, moved_K), there = few.at(eta), world.exact_at(v, eta)
     for baseline in BASELINES:
-        X, Y = (sum(column) for column in zip(*_terms(few, baseline, 3), strict=True))
-        yield Mean(f"∂_vH_seq, {baseline}, every batch of 3", X, derivative[0])
-        yield Mean(f"∂_vL, {baseline}, every batch of 3", Y, derivative[1])
-    for baseline in BASELINES:
-        S = T = 0.0
-        for chosen_N, probability in every_batch(few, 2):
+        X = Y = S = T = 0.0
+        for chosen_N, probability in every_batch(few, 3):
             pick_K, offsets_N1 = few.tokens_of(chosen_N)
-            returns = returns_to_go(few.tokens.entropies_K[pick_K], offsets_N1)
-            base = baselines(returns, offsets_N1, baseline, few.tokens.dlogprobs_K[pick_K])
+            batch = evaluation_batch(TokenDerivatives(*(x_K[pick_K] for x_K in few.tokens)), offsets_N1, baseline)
             of_batch = importance.PrefixWeights(*(w[pick_K] for w in weights[:2]), weights.sequence_N[chosen_N])
-            columns = importance.per_decision_columns(of_batch, moved_K[pick_K], base, offsets_N1)
-            S += probability * float(columns.S_N.mean())
-            T += probability * float(columns.T_N.mean())
-        label = f"per_decision, η = {eta:g}, {baseline}, every batch of 2"
-        yield Mean(f"{label}: H_seq(θ + ηv)", S, there.H_seq.item())
-        yield Mean(f"{label}: L(θ + ηv)", T, there.L.item())
-
-
-def _terms(few: Everything, baseline: Baseline, size: int) -> Iterator[tuple[float, float]]:
-    for chosen_N, probability in every_batch(few, size):
-        pick_K, offsets_N1 = few.tokens_of(chosen_N)
-        columns = first_order_columns(*(column_K[pick_K] for column_K in few.tokens[1:]), offsets_N1, baseline)
-        yield probability * float(columns.x_N.mean()), probability * float(columns.y_N.mean())
+            moved = importance.per_decision_columns(of_batch, moved_K[pick_K], batch.base, offsets_N1)
+            columns = batch.columns
+            X, Y = X + probability * float(columns.x_N.mean()), Y + probability * float(columns.y_N.mean())
+            S, T = S + probability * float(moved.S_N.mean()), T + probability * float(moved.T_N.mean())
+        yield Mean(f"{baseline}, every batch of 3: ∂_vH_seq", X, dH_seq)
+        yield Mean(f"{baseline}, every batch of 3: ∂_vL", Y, dL)
+        yield Mean(f"{baseline}, every batch of 3, per_decision, η = {eta:g}: H_seq(θ + ηv)", S, there.H_seq.item())
+        yield Mean(f"{baseline}, every batch of 3, per_decision, η = {eta:g}: L(θ + ηv)", T, there.L.item())
 
 
 def test_every_unbiased_estimator_has_the_exact_mean(record: Proof):
