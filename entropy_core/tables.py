@@ -102,7 +102,7 @@ LINEARITY = pa.schema(
             "difference",
             _REAL,
             _PER_STEP,
-            "intercept minus derivative: what the fit leaves out, small against the derivative's standard error",
+            "intercept minus derivative: what the fit leaves out",
         ),
         _field("difference_se", _REAL, _PER_STEP, "its standard error; both share E, so most of the noise cancels"),
         _field("curvature", _REAL, "nats per squared unit", "coefficient of eta: half the second derivative"),
