@@ -72,6 +72,8 @@ clean:
 	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[trl,test]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[reasoning-gym]' || \
+		echo "reasoning-gym cannot be built here (a part of it needs a C compiler); its tests will be skipped." >&2
 	@touch $@
 
 endif
