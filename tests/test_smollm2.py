@@ -9,7 +9,7 @@ from entropy_core import smollm2
 from entropy_core.config import load_config
 from entropy_core.errors import ProbeError, StoreError
 from entropy_core.rewards import compute_rewards
-from entropy_core.smollm2 import SmolLM2Settings, finished_and_named, make_smollm2_run
+from entropy_core.smollm2 import SmolLM2Settings, defines, make_smollm2_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,22 +37,23 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_the_reward_wants_an_end_and_the_word():
+def test_the_reward_wants_a_definition_of_the_word():
     expected = {
         "A lamp is a source of light.": 1.0,
-        " A Lamp shines.\n": 1.0,
-        "It is a source of light.": 0.0,  # of what?
-        "A lamp is a source of": 0.0,  # cut
-        "A lamp. It is a": 0.0,
+        "A lamp is": 0.0,  # cut
+        "A lamp isn't one.": 0.0,
+        "a lamp is a source of light.": 0.0,
+        "A light is a lamp is a light.": 0.0,
+        "So: A lamp is a lamp.": 0.0,
         "": 0.0,
     }
-    assert finished_and_named(list(expected), ["lamp"] * len(expected)) == list(expected.values())
+    assert defines(list(expected), ["lamp"] * len(expected)) == list(expected.values())
 
 
 def test_the_words_are_enough_and_different():
     words = smollm2.WORDS.split()
     assert len(set(words)) == len(words) > 64
-    assert "".join(words).isalpha()
+    assert all(word.isalpha() and word[0] not in "aeiou" for word in words)  # `A WORD` is right
 
 
 def test_model_and_run_are_made_once_each(tmp_path: Path, made: list[str], capsys: pytest.CaptureFixture[str]):
@@ -87,5 +88,5 @@ def test_the_sweep_takes_the_step_of_the_run():
     assert config.generation.max_new_tokens == settings.max_new_tokens
     assert (batch.apply_chat_template, batch.system_prompt) == (True, smollm2.SYSTEM_PROMPT)
     assert batch.E_total_sequences >= 128 and batch.E_replicates > 1
-    assert compute_rewards(update.reward, ["?"], ["A wolf howls."], {"word": ["wolf"]}) == [1.0]
+    assert compute_rewards(update.reward, ["?"], ["A wolf is wild."], {"word": ["wolf"]}) == [1.0]
     assert (update.loss, update.max_grad_norm, config.generation.temperature) == ("grpo", 1.0, 1.0)
