@@ -13,6 +13,8 @@ import ast
 import os
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE, FOLDER = Path("docs/validation.md"), Path("tests/validation")
 LIBRARIES = ("entropy-probe", "torch", "transformers", "numpy", "scipy", "arviz-stats", "pyarrow", "safetensors")
 
@@ -120,6 +123,14 @@ def proofs_in(folder: Path) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
+
+
+@pytest.fixture(scope="session")
+def demo_run() -> Path:
+    """The checkpoints of the demo run, trained where they are missing."""
+    command = [sys.executable, "-m", "entropy_core.demo", "--out", "artifacts/demo-run"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return ROOT / "artifacts/demo-run"
 
 
 FOUND = pytest.StashKey[dict[str, Proof]]()
