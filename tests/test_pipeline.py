@@ -96,8 +96,8 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(sequences, "load_policy", refuse)
-    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.setattr(f"entropy_core.policy.{name}.from_pretrained", refuse)
+    for name in ("policy.AutoModelForCausalLM", "tokenizer.AutoTokenizer"):
+        monkeypatch.setattr(f"entropy_core.{name}.from_pretrained", refuse)
 
 
 def main_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
