@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from entropy_core.config import load_config
 from entropy_core.errors import ProbeError
-from flows.results import terminal_table
+from flows.results import agreement_table, terminal_table
 from flows.service import DEPLOYMENTS, FLOW, HOME, ROOT, ServiceError, child, request, service
 
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
@@ -129,8 +129,13 @@ def _for_reader(line: str) -> str:
 def _print_results(run_directory: Path) -> None:
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(run_directory / "results.parquet").to_pylist()
-    print(f"\n{terminal_table(rows)}\n\n{run_directory}/")
+    rows, replicates = (
+        pyarrow.parquet.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates")
+    )
+    print(f"\n{terminal_table(rows)}")
+    if agreement := agreement_table(rows, replicates):
+        print(f"\n{agreement}")
+    print(f"\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
 

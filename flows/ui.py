@@ -1,5 +1,7 @@
 """What Prefect's UI shows of a run beside its states: how far it is, the table of results, the report with figures."""
 
+import resource
+import sys
 import time
 from collections import Counter
 from uuid import UUID
@@ -68,7 +70,7 @@ class Progress:
     def _pace(self) -> str:
         elapsed = time.monotonic() - self._started
         if not self._left:
-            return f"in {_duration(elapsed)}"
+            return f"in {_duration(elapsed)}, with at most {_peak_gigabytes():.1f} GB of memory"
         per_minute = 60 * self._done / elapsed
         typical = sum(self._latest.values()) / len(self._latest)
         seconds = sum(count * self._latest.get(name, typical) for name, count in self._left.items())
@@ -86,6 +88,12 @@ def publish(result: SweepResult) -> None:
     create_table_artifact(rows, key="results", description=f"All columns: `{result.run_directory}/results.parquet`")
     page = inline_figures(report.path("report.md").read_text(encoding="utf-8"), report.path)
     create_markdown_artifact(f"{page}\n\nFiles: `{result.run_directory}`\n", key="report")
+
+
+def _peak_gigabytes() -> float:
+    """The most memory that this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e9 / 1024)  # in bytes there, in KiB elsewhere
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import gpt2, llama, policy_of, random_direction
 from lora_fixtures import make_base, make_lora, save_adapter, trained, with_adapter, write_json
 from pipeline_fixtures import LEARNING_RATE, Probe, probe, skip_figures, trainer_groups, values
@@ -340,6 +342,19 @@ def test_a_base_for_no_adapter_is_refused(home: Path, tmp_path: Path):
     )
     with pytest.raises(ConfigError, match="no checkpoint is an adapter"):
         preflight(parse_config(config))
+
+
+def test_the_configurations_of_the_page(original: Path, tmp_path: Path, monkeypatch):
+    """As they are printed, in a folder that has what they name."""
+    page = (Path(__file__).parents[1] / "docs" / "bring-your-checkpoint.md").read_text()
+    lora, fresh = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    shutil.copytree(original / "base", tmp_path / "models" / "base")
+    shutil.copytree(original / "plain" / "checkpoint-3", tmp_path / "runs" / "lora" / "checkpoint-3")
+    monkeypatch.chdir(tmp_path)
+    (adapter,) = preflight(parse_config(lora))
+    assert adapter.base and adapter.paths[adapter.base] == tmp_path / "models" / "base"
+    (model,) = preflight(parse_config(lora | fresh | {"update": lora["update"] | fresh["update"], "policy": {}}))
+    assert (model.step, model.base) == (0, "")
 
 
 # --- a fresh optimizer -----------------------------------------------------------------------------------------------
