@@ -276,9 +276,9 @@ def test_coverage_over_u_and_both(record: Proof):
         "Coverage over U, and over both batches",
         claim=f"E (300 sequences unless the row says otherwise) and U (64 prompts, {G} responses to each) are drawn "
         "anew in each replication, U takes an AdamW step in the middle of a run (β₂ = 0.999), and t intervals are "
-        "drawn around δH₁. `E given U` is for the exact ∂_vH of that step, `over U` for the mean over U of ⟨∇Ĥ, v⟩ with "
-        "∇Ĥ from the E at hand, `total` for the mean over U of the exact ∂_vH; 4,000 replications where there is a "
-        "limit, else 2,000.",
+        "drawn around δH₁. `E given U` is for the exact ∂_vH of that step, `over U` for the mean over U of ⟨∇Ĥ, v⟩ "
+        "with ∇Ĥ from the E at hand, `total` for the mean over U of the exact ∂_vH; 4,000 replications where there is "
+        "a limit, else 2,000.",
         limit="first rows: over U and total 93 to 97 % at 95 %, 88 to 92 % at 90 %. The rows below show what few "
         "prompts do and how far the linearisation of the step carries, and have no limit",
         columns=(
