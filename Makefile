@@ -51,11 +51,12 @@ sweep-smollm2: .venv/.smollm2
 ui: .venv/.installed
 	@$(BIN)/python -m flows.local up --port $(PORT)
 
+# A process for each core: the tests' tensors are too small for threads.
 test: .venv/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-sweep: .venv/.installed
 	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py

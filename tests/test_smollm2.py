@@ -9,7 +9,7 @@ from entropy_core import smollm2
 from entropy_core.config import load_config
 from entropy_core.errors import ProbeError, StoreError
 from entropy_core.rewards import compute_rewards
-from entropy_core.smollm2 import SmolLM2Settings, make_smollm2_run, one_short_sentence
+from entropy_core.smollm2 import SmolLM2Settings, finished_and_named, make_smollm2_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def train(base: Path, run: Path, settings: SmolLM2Settings) -> dict:
         calls.append("train")
         assert (base / "model.safetensors").is_file()
-        (run / "checkpoint-3").mkdir()
+        (run / "checkpoint-2").mkdir()
         (run / "prompts.jsonl").touch()
         return {"checkpoints": []}
 
@@ -37,21 +37,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_the_reward_wants_one_short_sentence_about_the_word():
-    long = "A lamp is " + " ".join(["very"] * 17) + " bright."
+def test_the_reward_wants_an_end_and_the_word():
     expected = {
         "A lamp is a source of light.": 1.0,
         " A Lamp shines.\n": 1.0,
-        long: 0.0,
-        long.replace("very ", "", 1): 1.0,
         "It is a source of light.": 0.0,  # of what?
         "A lamp is a source of": 0.0,  # cut
-        "A lamp is a thing. It shines.": 0.0,
-        "A lamp shines?": 0.0,
+        "A lamp. It is a": 0.0,
         "": 0.0,
     }
-    assert len(long.split()) == smollm2.MOST_WORDS + 1
-    assert one_short_sentence(list(expected), ["lamp"] * len(expected)) == list(expected.values())
+    assert finished_and_named(list(expected), ["lamp"] * len(expected)) == list(expected.values())
 
 
 def test_the_words_are_enough_and_different():
@@ -67,7 +62,7 @@ def test_model_and_run_are_made_once_each(tmp_path: Path, made: list[str], capsy
     assert capsys.readouterr().out.count("nothing to do") == 2
     (run / "prompts.jsonl").unlink()
     assert make_smollm2_run(tmp_path) == run and made == ["widen", "train", "train"]
-    with pytest.raises(StoreError, match="made with steps 6 and not 7"):
+    with pytest.raises(StoreError, match="made with steps 4 and not 7"):
         make_smollm2_run(tmp_path, SmolLM2Settings(steps=7))
     (tmp_path / "model" / "thesis.tex").touch()
     with pytest.raises(StoreError, match="is no copy of SmolLM2"):

@@ -538,7 +538,7 @@ STAGES = """
 
     SLOW = Stage("slow", slow)
 
-    if __name__ != "__main__" and sys.argv[0] == "-c":
+    if sys.argv[0] == "-c" and len(sys.argv) == 3:
         print(Store(sys.argv[1]).run(SLOW, float(sys.argv[2]), {"n": 1}).digest)
 """
 
