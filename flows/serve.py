@@ -9,12 +9,14 @@ from prefect.flows import EntrypointType
 
 from entropy_core.config import load_config
 from flows.entropy_probe import checkpoint_sweep, variance
+from flows.heartbeat import watch_heartbeats
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 
 
 def main() -> None:
     """Register the deployments and run what is asked for, one at a time, until interrupted."""
+    watch_heartbeats()
     demo = load_config(DEMO).model_dump(mode="json")
     deployments = [
         checkpoint_sweep.to_deployment(
