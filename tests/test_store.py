@@ -612,7 +612,7 @@ def test_of_four_racing_processes_one_computes(store, processes):
 def test_looking_does_not_wait_for_a_writer_nor_disturb_it(store, processes, caplog):
     made = store.run(processes.stage, 0, {"n": 1})
     (made.directory / "rest.json").unlink()
-    lock = store._lock("slow", made.key)
+    lock = store.lock("slow", made.key)
     with lock:
         assert store.find("slow", made.key) is None
     assert "left where it is" in caplog.text and quarantined(store) == []
