@@ -10,9 +10,10 @@ from entropy_core.config import ProbeConfig, VarianceRequest
 from entropy_core.errors import ProbeError
 from entropy_core.execution import Execution
 from entropy_core.stages import pipeline
+from entropy_core.stages.plan import plan, typical_costs
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
-from flows.ui import Progress, publish
+from flows.ui import Progress, publish, publish_plan
 from tasks.stages import prefect_runner
 
 
@@ -41,7 +42,9 @@ def checkpoint_sweep(config: ProbeConfig) -> State:
     """
     checkpoints = preflight(config)
     store = Store(config.store_root)
-    progress = Progress(pipeline.stage_runs(config, checkpoints))
+    steps, costs = plan(config, checkpoints, store), typical_costs(store)
+    publish_plan(steps, costs)
+    progress = Progress(steps, costs)
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     run = progress.watched(prefect_runner(store, execution))
     return _published(pipeline.sweep(config, checkpoints, store, run))
