@@ -105,7 +105,7 @@ def test_the_configuration_is_good_but_for_the_change(home):
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_the_command_line_refuses_it_on_one_line(home, bad, tmp_path, monkeypatch, capsys):
-    """`make sweep` reads its file before it starts anything; what only other files show, the plan says as a run would."""
+    """`make sweep` reads its file before it starts anything; what other files show, the plan says as a run would."""
     monkeypatch.setattr(local, "service", lambda *_: pytest.fail("Prefect was started"))
     monkeypatch.setattr("signal.signal", lambda *_: None)
     path = tmp_path / "bad.yaml"
