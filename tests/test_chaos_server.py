@@ -1,4 +1,4 @@
-"""A real server, a real runner, and kill -9: of the flow, of the server, of the runner; and Cancel and Retry as in the UI.
+"""A real server, a real runner, and kill -9: of the flow, of the server, of the runner; Cancel and Retry as in the UI.
 
 What the UI's buttons do is one request each, and these requests are made here. Part of `make chaos`.
 """
@@ -172,7 +172,7 @@ def test_a_runner_that_is_killed_with_its_flow_is_missed_within_minutes(prefect,
 
 def test_a_server_that_is_killed_costs_a_shard_at_most(prefect, home):
     """Back at its place, the same command goes on; or even the run itself, if the server was not missed."""
-    run, flow = under_way(prefect, home, "server", 12)
+    run, _ = under_way(prefect, home, "server", 12)
     os.killpg(prefect.server.pid, signal.SIGKILL)
     time.sleep(3)
     before = complete(home / "server")
