@@ -150,13 +150,8 @@ def report(lost: list[tuple[str, float]], sweeps: int, artifacts: int) -> None:
         "",
         f"Written by `make chaos`: {len(lost)} times `kill -9` at a random moment of a sweep of {artifacts} artifacts",
         "over two tiny checkpoints, each followed by the same command; when a sweep was finished, the next was begun",
-<<<<<<< HEAD
-        f"in an empty store, {sweeps} in all. Every one ended with the digests of a sweep that nobody disturbed. What",
-        "was finished was never computed again: a kill costs the stage in hand, a shard at most.",
-=======
         f"in an empty store, {sweeps} in all. Every one ended with the digests of an undisturbed sweep, and nothing",
         "that was finished was computed again: what a kill costs is the stage in hand, a shard at most.",
->>>>>>> storecli
         "",
         *table(("killed in", "kills", "stages computed again", "their seconds until then", "the longest"), rows),
     ]
