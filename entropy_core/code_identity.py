@@ -54,6 +54,11 @@ def code_digest(function: Callable[..., Any]) -> str:
     return _sha256([function.__module__, function.__qualname__, module_digests(function.__module__)])
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """What a manifest calls a function: `package.module:function`."""
+    return f"{function.__module__}:{function.__qualname__}"
+
+
 def module_digests(module_name: str) -> dict[str, str]:
     """Digest a module and every project module that it imports, directly or not.
 

@@ -6,7 +6,8 @@
     ├── PromptError        a dataset or a prompt file cannot be read
     ├── RewardError        a reward function raised, or returned something that is not a list of finite numbers
     ├── StoreError         an artifact is missing, or the store cannot be written
-    └── NonFiniteError     a NaN or an infinity appeared; names the sequence
+    ├── NonFiniteError     a NaN or an infinity appeared; names the sequence
+    └── MemoryShortageError    one sequence at a time is too much for the device
 
 Every message says the fact, the usual cause, and the way out, on one line.
 """
@@ -62,6 +63,10 @@ class StoreError(ProbeError):
 
 class NonFiniteError(ProbeError):
     """A NaN or an infinity appeared in a computation."""
+
+
+class MemoryShortageError(ProbeError):
+    """A stage does not fit into memory, however small its micro-batches."""
 
 
 def some_names(names: Iterable[str]) -> str:

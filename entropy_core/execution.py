@@ -1,7 +1,7 @@
 """How a stage is executed: device, micro-batches, where files lie. Nothing here is part of a key or of a result."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Execution:
         tf_batch_size: sequences per teacher-forced pass.
         head_chunk_rows: positions whose logits exist at one time.
         progress: called with (done, total) as a stage advances.
+        within_memory: stage name → the smaller settings with which it no longer ran out of memory; see `halved`.
     """
 
     paths: Mapping[str, Path] = field(default_factory=dict)
@@ -29,6 +30,12 @@ class Execution:
     tf_batch_size: int = 256
     head_chunk_rows: int = 4096
     progress: Callable[[int, int], None] = _silent
+    within_memory: "dict[str, Execution]" = field(default_factory=dict, compare=False, repr=False)
+
+    def halved(self) -> "Execution":
+        """The same with half the sequences at a time, one at least, and half the logits."""
+        sizes = ("gen_batch_size", "tf_batch_size", "head_chunk_rows")
+        return replace(self, **{name: max(1, getattr(self, name) // 2) for name in sizes})
 
     def describe(self) -> dict[str, Any]:
         """What the manifest records."""

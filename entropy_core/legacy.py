@@ -104,7 +104,7 @@ def _checkpoint(c: Converter) -> None:
 
 def _batches(c: Converter) -> None:
     for key in SAME:
-        if key in c.old and key != "batch_config.B_E_values":
+        if key in c.old:
             c.moved(key, key)
     both = c.old.get("batch_config.B")
     if key := c.first("batch_config.B_E", "batch_config.B_E_values", "batch_config.B"):

@@ -1,7 +1,8 @@
 """What an artifact's manifest says, and how an artifact is verified against it.
 
 The manifest is written last, when every data file is on the disk, so a directory that has one is complete. It holds
-what the key is made of, the SHA-256 of every data file, the stage's summary, and how the result came about.
+what the key is made of, the SHA-256 of every data file, the stage's summary, and how the result came about; and a seal,
+the SHA-256 of all the rest, so that not a byte of it changes unnoticed.
 """
 
 import hashlib
@@ -10,10 +11,12 @@ import json
 import os
 import platform
 import resource
+import secrets
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,14 +72,29 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> str:
     paths = sorted(temporary.rglob("*"))
     files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths if path.is_file()}
     digest = content_digest(files, manifest["summary"])
-    text = json_text({**manifest, "files": files, "digest": digest})
-    (temporary / MANIFEST).write_text(text, encoding="utf-8")
-    for path in [*paths, temporary / MANIFEST, temporary]:
+    (temporary / MANIFEST).write_bytes(_sealed({**manifest, "files": files, "digest": digest}))
+    make_visible(temporary, final)
+    return digest
+
+
+@contextmanager
+def temporary_sibling(final: Path) -> Iterator[Path]:
+    """A new directory beside `final`, to be filled and given its name; what is left of it at the end is deleted."""
+    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_visible(temporary: Path, final: Path) -> None:
+    """Bring a directory and all that is in it to the disk, and give it its name in one step."""
+    for path in [*sorted(temporary.rglob("*")), temporary]:
         _fsync(path)
     os.rename(temporary, final)
     _fsync(final.parent)
     _fsync(final.parent.parent)
-    return digest
 
 
 def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str, Any], str]:
@@ -97,10 +115,10 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
         if recipe_key(manifest) != key or content_digest(manifest["files"], manifest["summary"]) != manifest["digest"]:
             return {}, "its manifest was edited"
         return manifest, ""
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}, "it has no manifest"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return {}, f"its manifest cannot be understood: {error!r}"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return {}, f"its manifest was damaged or edited: {error}"
 
 
 def check_file(path: Path, entry: Mapping[str, Any]) -> str:
@@ -205,5 +223,16 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it is written."""
+    seal = hashlib.sha256(json_text(manifest).encode()).hexdigest()
+    return json_text({**manifest, "seal": seal}).encode()
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes())
+    """Raises ValueError if it is not, byte for byte, what was written."""
+    content = path.read_bytes()
+    manifest = json.loads(content)
+    if _sealed({name: value for name, value in manifest.items() if name != "seal"}) != content:
+        raise ValueError("it is not as it was written")
+    return manifest

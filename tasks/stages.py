@@ -6,9 +6,12 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 
 from entropy_core.artifact import Artifact
+from entropy_core.errors import MemoryShortageError
 from entropy_core.stages.measure import Inputs, Runner
+from entropy_core.stages.memory import run_within_memory
 from entropy_core.store import Stage, Store
 from tasks.artifact_cache import StoreStorage, cache_policy
+from tasks.device import device_name, device_slot
 
 RETRY_DELAYS = [5.0, 30.0]  # seconds: time for another process to leave the device, for a file server to come back
 
@@ -22,12 +25,10 @@ def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> 
         state: the failed state, with the exception as its data.
 
     Returns:
-        True for want of memory and for errors of the operating system, else False: a `ProbeError` says what the user
-        has to do, and trying again would only put that off.
+        True for want of memory and for errors of the operating system, else False: any other `ProbeError` says what
+        the user has to do, and trying again would only put that off.
     """
-    from torch import OutOfMemoryError  # not needed to read this module, and slow to import
-
-    return isinstance(state.data, (OSError, MemoryError, OutOfMemoryError))
+    return isinstance(state.data, (OSError, MemoryError, MemoryShortageError))
 
 
 def stage_task(stage: Stage, store: Store, execution: Any) -> Task[..., Artifact]:
@@ -44,7 +45,8 @@ def stage_task(stage: Stage, store: Store, execution: Any) -> Task[..., Artifact
     """
 
     def run_stage(inputs: Inputs, label: str) -> Artifact:
-        return store.run(stage, execution, inputs)
+        with device_slot(device_name(execution.device) if "law" in inputs else ""):  # given a policy, it computes there
+            return run_within_memory(store, stage, execution, inputs)
 
     run_stage.__name__ = run_stage.__qualname__ = stage.name
     task = Task(

@@ -89,7 +89,7 @@ def percent(share: float) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Markdown; the first column to the left, the others to the right where they hold numbers."""
-    numbers = [all(re.fullmatch(r"[-0-9.,e]*( %)?", row[i]) for row in rows) for i in range(1, len(columns))]
+    numbers = [all(re.fullmatch(r"[-+0-9.,e]*( %)?", row[i]) for row in rows) for i in range(1, len(columns))]
     rule = "|---" + "".join("|---:" if number else "|---" for number in numbers) + "|"
     return [f"| {' | '.join(map(text, columns))} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
 

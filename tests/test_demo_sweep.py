@@ -213,6 +213,7 @@ def test_the_documentation_has_no_command_of_a_kind_that_is_not_run_here():
         "make sweep",
         "make test",
         "prefect deployment run entropy-probe/",
+        "python -m entropy_core.store ",  # in test_store_commands.py
         "export PREFECT_API_URL=",
         "make ui",
         "python -m entropy_core.legacy",

@@ -1,5 +1,6 @@
 """Prompts and rewards of the user, from the file to the report: the example of the documentation, chat, and lengths."""
 
+import importlib.metadata
 import json
 import re
 from itertools import pairwise
@@ -99,10 +100,10 @@ def test_long_prompts_are_left_out_and_the_report_says_how_many(home, caplog):
     done = swept(home, "checkpoint-*", max_prompt_length=5)
     assert tokens_of_prompts(done) == set(PROMPTS[:2])
     note = "1 of 3 prompts are longer than 5 tokens and were left out"
-    assert f"{note}." in report(done)
+    assert f"Split `train`: {note}." in report(done)
     assert note in caplog.text
     (pool,) = done.run.artifacts("load-prompts")  # one tokenizer, one pool
-    assert pool.summary == {"prompts": 2, "notes": [f"{note}."]}
+    assert pool.summary == {"prompts": 2, "notes": [f"Split `train`: {note}."]}
     assert pool.table("prompts.parquet")["id"].to_pylist() == ["1", "3"]
     assert "left out" not in report(swept(home, max_prompt_length=6))
 
@@ -201,10 +202,20 @@ def test_a_dataset_of_the_hub_and_its_revision_are_in_the_report(home):
     rows = [{"question": text, "answer": f"so\n#### {i}"} for i, text in enumerate([*PROMPTS, PROMPTS[0]])]
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
     done = swept(home, dataset_name="gsm8k", dataset_path=str(folder.parent))
-    assert "Prompts of `gsm8k` at revision 0123abc." in report(done)
-    assert "1 of 4 prompts of gsm8k (train) are copies and were left out." in report(done)
+    assert "Prompts of `gsm8k`: revision 0123abc." in report(done)
+    assert "1 of 4 prompts of gsm8k are copies and were left out." in report(done)
     again = swept(home, dataset_name="gsm8k", dataset_path=str(folder.parent))
     assert again.run.was_computed == {}
     rows[0]["answer"] = "#### 7"
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
     assert swept(home, dataset_name="gsm8k", dataset_path=str(folder.parent)).run.was_computed["load-prompts"] == 1
+
+
+def test_the_library_that_decides_is_part_of_the_key(home):
+    """Of a library the version counts, as its judgement may change with it."""
+    config = {"checkpoints": [str(home / "runs" / "grpo" / "checkpoint-3")], "update": {"reward": "answer_tag"}}
+    batch = {"E_total_sequences": 4, "B_U": 2, "G": 2}
+    done = probe(values(home / "runs" / "grpo", home / "artifacts", batch_config=batch, **config))
+    (rewards,) = done.run.artifacts("reward-u-batch")
+    assert rewards.manifest["inputs"]["library"] == f"math-verify {importlib.metadata.version('math-verify')}"
+    assert rewards.table("rewards.parquet")["reward"].to_pylist() == [0.0] * 4  # no tag in any response

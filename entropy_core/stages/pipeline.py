@@ -5,9 +5,7 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +22,9 @@ from entropy_core.execution import Execution
 from entropy_core.stages import catalogue as stage
 from entropy_core.stages.files import content_digest
 from entropy_core.stages.measure import Inputs, Measurement, Runner, load_pool, source_of
+from entropy_core.stages.memory import run_within_memory
 from entropy_core.stages.preflight import CheckpointToProbe, splits
-from entropy_core.store import Stage, Store
+from entropy_core.store import Stage, Store, runs
 
 RECORD_FORMAT = 2
 """Of run.json: raised when the inputs of the variance stage change."""
@@ -35,7 +34,7 @@ def direct_runner(store: Store, execution: Execution) -> Runner:
     """A runner that calls the stages in this process."""
 
     def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        return store.run(stage, execution, inputs)
+        return run_within_memory(store, stage, execution, inputs)
 
     return run
 
@@ -84,35 +83,22 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
-    recorded = _measured(config, checkpoints, run)
-    return _record(recorded, _reported(recorded, config, run), config, store)
+    with store.in_use():
+        recorded = _measured(config, checkpoints, run)
+        return _record(recorded, _reported(recorded, config, run), config, store)
 
 
-def stage_runs(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]) -> Counter[str]:
-    """How often a sweep runs each stage, found by going through it without computing anything.
-
-    Args:
-        config: what to do.
-        checkpoints: of `preflight`.
-
-    Returns:
-        Stage name → number of runs, those that are cached included.
-    """
-    runs: Counter[str] = Counter()
-
-    def count(stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        runs[stage.name] += 1
-        return _Promised(stage.name, "", "", Path())
-
-    _reported(_measured(config, checkpoints, count), config, count)
-    return runs
+def go_through(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> None:
+    """Ask for every stage of a sweep, in order, and record nothing; `run` may return what is `Promised`."""
+    _reported(_measured(config, checkpoints, run), config, run)
 
 
-class _Promised(Artifact):
+class Promised(Artifact):
     """What stands for an artifact in a sweep that is only gone through."""
 
     @property
     def summary(self) -> dict[str, Any]:
+        """Values that lead through every stage; they are in no key, as what depends on them is promised, too."""
         return {"learning_rate": 1.0, "half_width": 1.0, "notes": []}
 
 
@@ -131,51 +117,27 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         StoreError: there is no such run, or an artifact that it needs is gone; names it.
         ConfigError: the run was recorded by a version with other settings.
     """
-    directory = find_run(store.root, request.run)
-    record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    directory = runs.find(store.root, request.run)
+    record = json.loads((directory / runs.RECORD).read_text(encoding="utf-8"))
     if record.get("format") != RECORD_FORMAT:
         raise StoreError(
             f"run {directory.name} was recorded in format {record.get('format')}, and this is {RECORD_FORMAT}",
             cause="another version of entropy-probe recorded it",
             way_out=f"run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}: what is cached is reused",
         )
-    config = parse_config(record["config"], str(directory / "run.json"))
+    config = parse_config(record["config"], str(directory / runs.RECORD))
     recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
-    for entry in recorded:
-        for artifact in artifacts_in(entry["inputs"]):
-            if store.find(artifact.stage, artifact.key) is None:
-                raise StoreError(
-                    f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
-                    cause="it was deleted, or the store was moved without it",
-                    way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
-                )
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
-    return _record(recorded, _reported(recorded, config, run), config, store)
-
-
-def find_run(root: Path, run_id: str) -> Path:
-    """The folder of a recorded run.
-
-    Raises:
-        StoreError: there is none.
-    """
-    known = [name for _, name in sorted(_recorded(root))]
-    if run_id == "latest" and known:
-        return root / "runs" / known[-1]
-    if run_id in known:
-        return root / "runs" / run_id
-    listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
-    raise StoreError(
-        f"there is no run {run_id!r} in {root / 'runs'}; {listed}",
-        way_out="give one of these ids, or run entropy-probe/checkpoint-sweep first",
-    )
-
-
-def _recorded(root: Path) -> Iterator[tuple[str, str]]:
-    """When each run finished, and its id."""
-    for path in (root / "runs").glob("*/run.json"):
-        with suppress(ValueError, LookupError, TypeError):  # a record that cannot be read is none
-            yield json.loads(path.read_text(encoding="utf-8"))["finished"], path.parent.name
+    with store.in_use():
+        for entry in recorded:
+            for artifact in artifacts_in(entry["inputs"]):
+                if store.find(artifact.stage, artifact.key) is None:
+                    raise StoreError(
+                        f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
+                        cause="it was deleted, or the store was moved without it",
+                        way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
+                    )
+        return _record(recorded, _reported(recorded, config, run), config, store)
 
 
 def artifacts_in(value: Any) -> Iterator[Artifact]:
@@ -230,12 +192,7 @@ def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artif
 def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
     """The folder of the run."""
     run_id = f"{config.name}-{report.digest[:12]}"  # the same results are the same run
-    directory = store.root / "runs" / run_id
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in report.manifest["files"]:
-        shutil.copyfile(report.path(file), directory / file)
     document = config.model_dump(mode="json")
-    (directory / "config.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     record = {
         "format": RECORD_FORMAT,
         "run_id": run_id,
@@ -244,10 +201,12 @@ def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store
         "report": report.to_dict(),
         "checkpoints": [entry | {"inputs": _freeze(entry["inputs"])} for entry in recorded],
     }
-    temporary = directory / "run.json.tmp"
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
-    temporary.replace(directory / "run.json")  # written last: a folder without it is not a recorded run
-    return SweepResult(run_id, directory, report)
+    with runs.writing(store, run_id) as folder:
+        for file in report.manifest["files"]:
+            shutil.copyfile(report.path(file), folder / file)
+        (folder / "config.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        (folder / runs.RECORD).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+    return SweepResult(run_id, runs.folder(store.root, run_id), report)
 
 
 def assumptions(config: ProbeConfig) -> list[str]:

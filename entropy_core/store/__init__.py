@@ -8,17 +8,19 @@
 A result is found again when the stage's code and its result-affecting inputs are the same; how it was executed (device,
 micro-batches, runner) is recorded in the manifest and is no part of the key. Reading checks every file against the
 manifest and never writes, so a store on read-only media serves for analysis.
+
+`python -m entropy_core.store` lists, verifies, explains, prunes, exports and imports what is there.
 """
 
 import errno
+import fcntl
 import logging
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,22 +29,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from entropy_core.artifact import Artifact, Writer, canonical, upstream
-from entropy_core.code_identity import code_digest, module_digests
+from entropy_core.code_identity import code_digest, module_digests, name_of
 from entropy_core.errors import StoreError
 from entropy_core.manifest import (
-    MANIFEST,
     as_json,
     check_file,
     check_manifest,
     commit,
     peak_rss_bytes,
     recipe_key,
+    temporary_sibling,
     versions,
 )
 
 log = logging.getLogger("entropy_probe.store")
 
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_FULL, _READ_ONLY = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,13 @@ class Store:
         Raises:
             OSError: a file is there but could not be read. It may well be sound, and is left alone.
         """
-        artifact, fault = self._check(stage_name, key)
+        artifact, fault = self.check(stage_name, key)
         if fault:
             try:
-                with self._lock(stage_name, key, timeout=0):  # or else we might move away what another just repaired
-                    artifact, fault = self._check(stage_name, key)
+                with self.lock(stage_name, key, timeout=0):  # or else we might move away what another just repaired
+                    artifact, fault = self.check(stage_name, key)
                     if fault:
-                        self._quarantine(stage_name, key, fault)
+                        self.quarantine(stage_name, key, fault)
             except (OSError, Timeout) as error:
                 log.warning("%s/%s is unsound and left where it is: %s (%s)", stage_name, key, fault, error)
         return artifact
@@ -133,12 +135,12 @@ class Store:
         """
         recipe = _recipe(stage, inputs)
         key = recipe_key(recipe)
-        artifact, _ = self._check(stage.name, key)
+        artifact, _ = self.check(stage.name, key)
         if artifact is None:
-            with self._writing(), self._lock(stage.name, key):
-                artifact, fault = self._check(stage.name, key)  # another process may have computed it meanwhile
+            with self.writing(), self.in_use(), self.lock(stage.name, key):
+                artifact, fault = self.check(stage.name, key)  # another process may have computed it meanwhile
                 if fault:
-                    self._quarantine(stage.name, key, fault)
+                    self.quarantine(stage.name, key, fault)
                 if artifact is None:
                     return self._compute(stage, key, recipe, execution, inputs)
         log.debug("%s %s: reused", stage.name, key[:12])
@@ -146,15 +148,19 @@ class Store:
 
     def ls(self) -> Iterator[Artifact]:
         """List the complete artifacts, by stage and key. Their manifests are verified, their data files are not."""
-        for path in sorted(self.root.glob(f"[!.]*/[!.]*/{MANIFEST}")):
-            stage, key = path.parts[-3:-1]
-            manifest, fault = check_manifest(path.parent, stage, key)
+        for stage, key in self.names():
+            manifest, fault = check_manifest(self.root / stage / key, stage, key)
             if fault:
                 log.warning("%s/%s is unsound: %s", stage, key, fault)
             else:
                 yield Artifact(stage, key, manifest["digest"], self.root)
 
-    def _check(self, stage_name: str, key: str) -> tuple[Artifact | None, str]:
+    def names(self) -> list[tuple[str, str]]:
+        """The stages and keys of all that takes the place of an artifact, sound or not; sorted."""
+        found = (path.parts[-2:] for path in self.root.glob("[!.]*/*") if path.is_dir())
+        return sorted((stage, key) for stage, key in found if re.fullmatch("[0-9a-f]{32}", key))
+
+    def check(self, stage_name: str, key: str) -> tuple[Artifact | None, str]:
         """The artifact if it is sound, and else what is wrong with it; neither when it is not there at all."""
         directory = self.root / stage_name / key
         if not directory.exists():
@@ -164,20 +170,45 @@ class Store:
             fault = fault or check_file(directory / name, entry)
         return (None, fault) if fault else (Artifact(stage_name, key, manifest["digest"], self.root), "")
 
-    def _lock(self, stage_name: str, key: str, timeout: float = -1) -> FileLock:
+    def manifest(self, stage_name: str, key: str) -> dict[str, Any]:
+        """What is known of an artifact; empty when it is not there or its manifest is unsound."""
+        return check_manifest(self.root / stage_name / key, stage_name, key)[0]
+
+    def lock(self, stage_name: str, key: str, timeout: float = -1) -> FileLock:
         """The lock of one key, which the system frees if its holder dies; waits for ever unless told otherwise."""
         path = self.root / ".locks" / f"{stage_name}-{key}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path, timeout=timeout)
 
-    def _quarantine(self, stage_name: str, key: str, fault: str) -> None:
+    def quarantine(self, stage_name: str, key: str, fault: str) -> None:
+        """Move an unsound artifact out of the way, and say so; its lock is held."""
         target = self.root / ".quarantine" / f"{stage_name}-{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(self.root / stage_name / key, target)
         log.warning("%s/%s is unsound and will not be used: %s; moved to %s", stage_name, key, fault, target)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def in_use(self, alone: bool = False) -> Iterator[None]:
+        """Within the context this process relies on what is there; or nobody else does, so that it may be deleted.
+
+        Args:
+            alone: refuse if the store is in use by another process.
+
+        Raises:
+            StoreError: it is.
+        """
+        path = self.root / ".locks" / "in-use"
+        with ExitStack() as stack:
+            with suppress(OSError):  # where nothing can be written, nothing can be deleted either
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+                stack.callback(os.close, descriptor)
+                if not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH):
+                    raise StoreError(f"a sweep is under way in {self.root}", way_out="try again when it has ended")
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
         """Explain the errors of a store that cannot be written; others pass through."""
         try:
             yield
@@ -185,13 +216,15 @@ class Store:
             code = getattr(error, "errno", None)
             ours = str(getattr(error, "filename", None) or "").startswith(str(self.root))
             refused = ours and isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
-            full = f"os error {errno.ENOSPC}" in str(error)  # how safetensors says it
-            if not (code in _UNWRITABLE or refused or full):
+            full = code in _FULL or f"os error {errno.ENOSPC}" in str(error)  # how safetensors says it
+            if not (full or code in _READ_ONLY or refused):
                 raise
             raise StoreError(
                 f"the store at {self.root} cannot be written: {error}",
-                cause="the disk or the quota is full, or the store is read-only",
-                way_out="make room or choose another store, and run again: what is finished is reused",
+                cause="the disk or the quota is full" if full else "the store is read-only for you",
+                way_out="make room or choose another store, and run again: what is finished is reused"
+                if full
+                else f"choose another store; `cp -rs {self.root} NEW` makes one that reads what is finished from there",
             ) from error
 
     def _compute(self, stage: Stage, key: str, recipe: dict, execution: Any, inputs: Mapping[str, Any]) -> Artifact:
@@ -200,9 +233,7 @@ class Store:
         final.parent.mkdir(exist_ok=True)
         for stale in final.parent.glob(f".tmp-{key}-*"):  # of a process that died: the lock is ours
             shutil.rmtree(stale, ignore_errors=True)
-        temporary = final.with_name(f".tmp-{key}-{os.getpid()}-{secrets.token_hex(4)}")
-        temporary.mkdir()
-        try:
+        with temporary_sibling(final) as temporary:
             described = execution.describe() if hasattr(execution, "describe") else {}
             described = as_json(described, "what execution.describe() returned")  # fail before the work, not after
             modules = module_digests(stage.function.__module__)
@@ -218,6 +249,7 @@ class Store:
             manifest = {
                 **recipe,
                 "key": key,
+                "function": name_of(stage.function),
                 "modules": modules,
                 "upstream": list(upstream(inputs)),
                 "summary": as_json(summary, f"the summary of stage {stage.name}"),
@@ -228,12 +260,18 @@ class Store:
                 "created": datetime.now(UTC).isoformat(),
             }
             digest = commit(temporary, final, manifest)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         log.info("%s %s: computed in %.1f s", stage.name, key[:12], seconds)
         return Artifact(stage.name, key, digest, self.root)
 
 
 def _recipe(stage: Stage, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {"stage": stage.name, "code": code_digest(stage.function), "inputs": canonical(dict(inputs))}
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    """Lock an open file; False if it is locked by another process and waiting was not asked for."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,206 @@
+"""The store from the command line: `python -m entropy_core.store ls | verify | explain | prune | export | import`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from entropy_core.errors import ProbeError, StoreError
+from entropy_core.store import Store, archive, runs
+from entropy_core.store.explain import differences, nearest, of_this_code, resolve
+from entropy_core.store.pruning import needs, waste
+
+
+def ls(store: Store) -> int:
+    """List the artifacts: stage, key, size, when, seconds, and the runs that need it."""
+    needed = needs(store, runs.recorded(store.root))
+    rows = []
+    total = 0
+    for artifact in store.ls():
+        manifest = artifact.manifest
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        total += size
+        when = f"{manifest['created'][:16]}Z"
+        of = ", ".join(needed.get((artifact.stage, artifact.key), ["–"]))
+        rows.append((artifact.stage, artifact.key, in_words(size), when, f"{manifest['wall_seconds']:.1f}", of))
+    print_table(("stage", "key", "size", "made", "seconds", "needed by"), rows)
+    print(f"{len(rows)} artifacts, {in_words(total)}")
+    return 0
+
+
+def verify(store: Store) -> int:
+    """Check every file against its manifest, and every run against what it needs; name what is unsound."""
+    faults = []
+    names = store.names()
+    for stage, key in names:
+        _, fault = store.check(stage, key)
+        if fault:
+            faults.append(f"{stage}/{key}: {fault}")
+    recorded = runs.recorded(store.root)
+    for run_id in recorded:
+        for stage, key in sorted(runs.named(store.root, run_id) - set(names)):
+            faults.append(f"{stage}/{key}: it is missing, and the run {run_id} needs it")
+    for fault in faults:
+        print(fault)
+    sound = "all sound" if not faults else f"{len(faults)} unsound; run the sweep again: they are computed anew"
+    print(f"{len(names)} artifacts of {len(recorded)} recorded runs: {sound}")
+    return 1 if faults else 0
+
+
+def explain(store: Store, what: Sequence[str]) -> int:
+    """Say why two artifacts have different keys, or why a stage would run again."""
+    if len(what) == 2:
+        return explain_two(store, what[0], what[1])
+    if Path(what[0]).suffix in (".yaml", ".yml", ".json"):
+        return explain_config(store, Path(what[0]))
+    return explain_one(store, what[0])
+
+
+def explain_two(store: Store, a: str, b: str) -> int:
+    """Why two artifacts of a stage have different keys."""
+    first, second = resolve(store, a), resolve(store, b)
+    if first[0] != second[0]:
+        raise StoreError(f"{'/'.join(first)} and {'/'.join(second)} are not of one stage")
+    print(f"From {'/'.join(first)} to {'/'.join(second)}:")
+    print_reasons(differences(store, _manifest(store, first), _manifest(store, second)))
+    return 0
+
+
+def explain_one(store: Store, a: str) -> int:
+    """Which edits would make an artifact run again, and what the nearest other one differs in."""
+    name = resolve(store, a)
+    manifest = _manifest(store, name)
+    edited: dict[str, list[str]] = {}
+    for stage, key in sorted(runs.with_upstream(store, {name})):
+        if made := store.manifest(stage, key):
+            for difference in differences(store, made, of_this_code(made)):
+                edited.setdefault(difference.field, []).append(f"{stage}/{key[:12]}")
+    print(f"{'/'.join(name)} was made at {manifest['created'][:19]}Z in {manifest['wall_seconds']:.1f} s.")
+    if not edited:
+        print("The code that made it, and all that it was made from, is the code that is here.")
+    for field, stages in edited.items():
+        print(f"{field} is another one now, so these would run again: {', '.join(stages)}")
+    if found := nearest(store, manifest, name[1]):
+        print(f"From the nearest other one, {'/'.join(found[0])}, to this:")
+        print_reasons(found[1])
+    else:
+        print("There is no other one of its stage.")
+    return 0
+
+
+def explain_config(store: Store, path: Path) -> int:
+    """What a sweep would compute, and why."""
+    from entropy_core.config import load_config
+    from entropy_core.stages.plan import plan, summarize
+    from entropy_core.stages.preflight import preflight
+
+    config = load_config(path)
+    print("\n".join(summarize(plan(config, preflight(config), store))))
+    return 0
+
+
+def prune(store: Store, keep_runs: int | None, yes: bool) -> int:
+    """List, or delete, what no run needs."""
+    with store.in_use(alone=True):
+        found = waste(store, keep_runs)
+        rows = [(str(each.path.relative_to(store.root)), in_words(each.bytes), each.why) for each in found]
+        total = sum(each.bytes for each in found)
+        print_table(("what may go", "size", "why"), rows)
+        if yes:
+            with store.writing():
+                for each in found:
+                    each.delete()
+    done = "deleted" if yes else "may go; --yes deletes them. The work of a sweep that has not ended is among them"
+    print(f"{len(found)} things, {in_words(total)}: {done if found else 'nothing to do'}")
+    return 0
+
+
+def export(store: Store, run_id: str, file: Path, everything: bool) -> int:
+    """Write one run into an archive."""
+    names = archive.export(store, run_id, file, everything)
+    print(f"{file}: {len(names)} artifacts, {in_words(file.stat().st_size)}")
+    return 0
+
+
+def load(store: Store, file: Path) -> int:
+    """Bring an archive into the store."""
+    names, run_ids = archive.load(store, file)
+    print(f"{store.root}: {len(names)} artifacts of the run {', '.join(run_ids)}, all verified")
+    return 0
+
+
+def in_words(size: float) -> str:
+    """A size in bytes as people read it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns to the left, as wide as they must be; nothing when there are no rows."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in [head, *rows] if rows else []:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_reasons(reasons: Sequence[object]) -> None:
+    """One to a line."""
+    for reason in reasons:
+        print(f"    {reason}")
+    if not reasons:
+        print("    nothing differs")
+
+
+def _manifest(store: Store, name: runs.Name) -> dict:
+    if manifest := store.manifest(*name):
+        return manifest
+    raise StoreError(f"{'/'.join(name)} is unsound", way_out="`python -m entropy_core.store verify` says why")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m entropy_core.store", description="What was computed, and why.")
+    parser.add_argument("--root", type=Path, default=Path("artifacts"), help="the store (default: artifacts)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("ls", help="what is there: size, time, which runs need it")
+    commands.add_parser("verify", help="check every file; exit with 1 and name what is unsound")
+    command = commands.add_parser("explain", help="why two keys differ, or why a stage would run again")
+    command.add_argument("what", nargs="+", metavar="KEY | CONFIG", help="two keys, one key, or a configuration")
+    command = commands.add_parser("prune", help="what no recorded run needs; deletes nothing without --yes")
+    command.add_argument("--keep-runs", type=int, metavar="N", help="keep the latest N runs only (default: all)")
+    command.add_argument("--yes", action="store_true", help="delete it")
+    command = commands.add_parser("export", help="one run as an archive for another machine")
+    command.add_argument("run", help="its id, or latest")
+    command.add_argument("file", type=Path, help="the archive to write")
+    command.add_argument("--all", action="store_true", help="with all that it was made from")
+    command = commands.add_parser("import", help="bring an archive in, verified")
+    command.add_argument("file", type=Path, help="the archive")
+    options = parser.parse_args(arguments)
+    if options.command == "explain" and len(options.what) > 2:
+        parser.error("explain takes one key, two keys, or one configuration")
+    if options.command == "prune" and options.keep_runs is not None and options.keep_runs < 0:
+        parser.error("--keep-runs takes a number from 0 up")
+    store = Store(options.root)
+    try:
+        match options.command:
+            case "ls":
+                return ls(store)
+            case "verify":
+                return verify(store)
+            case "explain":
+                return explain(store, options.what)
+            case "prune":
+                return prune(store, options.keep_runs, options.yes)
+            case "export":
+                return export(store, options.run, options.file, options.all)
+            case _:
+                return load(store, options.file)
+    except ProbeError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

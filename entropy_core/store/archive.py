@@ -1,0 +1,147 @@
+"""One run as a single file, for another machine: a tar archive that is laid out as a store.
+
+An archive may come from anywhere, so nothing in it is trusted: only plain files under names that a store has are read,
+and nothing becomes visible before all of it is verified.
+"""
+
+import re
+import shutil
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from entropy_core.errors import StoreError
+from entropy_core.manifest import MANIFEST, make_visible, temporary_sibling
+from entropy_core.store import Store, runs
+
+_ARTIFACT = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*/[0-9a-f]{32}/[^/].*")
+_RUN = re.compile(r"runs/[^./][^/]*/[^./][^/]*")
+
+
+def export(store: Store, run_id: str, file: Path, everything: bool = False) -> list[runs.Name]:
+    """Write a run and the artifacts that its statistics need into an archive.
+
+    Args:
+        store: where the run is.
+        run_id: of the run, or `latest`.
+        file: the archive; appears when it is complete.
+        everything: also what these artifacts were made from, so that the run can be extended elsewhere.
+
+    Returns:
+        The artifacts in it.
+
+    Raises:
+        StoreError: there is no such run, one of its artifacts is missing or unsound, or the file cannot be written.
+    """
+    directory = runs.find(store.root, run_id)
+    wanted = runs.named(store.root, directory.name)
+    upstream = runs.with_upstream(store, wanted)
+    wanted = upstream if everything else wanted | {name for name in upstream if name[0] == "variance"}
+    for stage, key in sorted(wanted):
+        artifact, fault = store.check(stage, key)
+        if artifact is None:
+            raise StoreError(
+                f"the artifact {stage}/{key} of the run {directory.name} is {fault or 'missing'}",
+                cause="it was deleted or damaged, or the store was moved without it",
+                way_out=f"run the sweep of {directory / 'config.yaml'} again",
+            )
+    folders = [store.root.joinpath(*name) for name in sorted(wanted)] + [directory]
+    members = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    try:
+        with temporary_sibling(file.absolute()) as temporary:  # a name of its own until it is complete
+            with tarfile.open(temporary / file.name, "w", dereference=True) as archive:
+                for path in members:
+                    archive.add(path, path.relative_to(store.root).as_posix(), filter=_anonymous)
+            (temporary / file.name).replace(file)
+    except OSError as error:
+        raise StoreError(f"{file} cannot be written: {error}", way_out="choose another place") from None
+    return sorted(wanted)
+
+
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The same content makes the same archive, whoever writes it."""
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    return member
+
+
+def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
+    """Bring an archive into a store. What is there already and sound stays as it is.
+
+    Args:
+        store: may be empty.
+        file: made by `export`.
+
+    Returns:
+        The artifacts and the ids of the runs that were in it.
+
+    Raises:
+        StoreError: the archive is damaged, incomplete or not of this kind, or the store cannot be written. No artifact
+            of an archive that was refused is visible.
+    """
+    with store.writing(), store.in_use():
+        store.root.mkdir(parents=True, exist_ok=True)
+        with temporary_sibling(store.root / "import") as temporary:
+            arrived = Store(temporary)
+            _unpack(file, temporary)
+            names, run_ids = arrived.names(), runs.recorded(temporary)
+            _verify(file, arrived, store, names, run_ids)
+            for stage, key in names:
+                with store.lock(stage, key):
+                    _, fault = found = store.check(stage, key)
+                    if fault:
+                        store.quarantine(stage, key, fault)
+                    if found[0] is None:
+                        (store.root / stage).mkdir(exist_ok=True)
+                        make_visible(temporary / stage / key, store.root / stage / key)
+            for run_id in run_ids:
+                with runs.writing(store, run_id) as folder:
+                    for path in runs.folder(temporary, run_id).iterdir():
+                        path.replace(folder / path.name)
+    return names, run_ids
+
+
+def _unpack(file: Path, into: Path) -> None:
+    try:
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                plain = str(path) == member.name and ".." not in path.parts and max(map(len, path.parts)) < 200
+                if not (member.isreg() and plain and (_ARTIFACT.fullmatch(str(path)) or _RUN.fullmatch(str(path)))):
+                    raise _refused(file, f"it has a member {member.name!r} that no store has")
+                target = into / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None  # it is a regular file
+                with content, target.open("xb") as out:
+                    shutil.copyfileobj(content, out)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise _refused(file, f"it cannot be read: {error}") from None
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _refused(file, f"two of its members have one name: {Path(error.filename).relative_to(into)}") from None
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no file {error.filename}") from None
+
+
+def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name], run_ids: Iterable[str]) -> None:
+    for stage, key in names:
+        artifact, fault = arrived.check(stage, key)
+        if artifact is None:
+            raise _refused(file, f"{stage}/{key} is unsound: {fault}")
+        folder = artifact.directory
+        inside = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        if extra := inside - {MANIFEST, *artifact.manifest["files"]}:
+            raise _refused(file, f"{stage}/{key} has files that its manifest does not name: {', '.join(sorted(extra))}")
+    present = set(names)
+    for run_id in run_ids:
+        for stage, key in sorted(runs.named(arrived.root, run_id) - present):
+            if store.check(stage, key)[0] is None:
+                raise _refused(file, f"the run {run_id} needs {stage}/{key}, which is neither in it nor in the store")
+
+
+def _refused(file: Path, fault: str) -> StoreError:
+    return StoreError(
+        f"{file} is refused: {fault}",
+        cause="it was cut short, altered, or not made by `python -m entropy_core.store export`",
+        way_out="export the run again",
+    )

@@ -1,0 +1,124 @@
+"""Recorded runs: root/runs/<run id>/ with the files that people open, and run.json, which says what made them.
+
+Artifacts are named in run.json as {"artifact": {"stage", "key", "digest"}}. They and all that they were made from are
+what a run needs; nothing else keeps an artifact.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from entropy_core.errors import StoreError
+from entropy_core.manifest import temporary_sibling
+from entropy_core.store import Store
+
+RECORD = "run.json"
+"""Written last: a folder without it is not a recorded run."""
+
+Name = tuple[str, str]
+"""Of an artifact: stage and key."""
+
+
+def folder(root: Path, run_id: str) -> Path:
+    """Where the files of a run are."""
+    return root / "runs" / run_id
+
+
+def recorded(root: Path) -> list[str]:
+    """The ids of the recorded runs, in the order in which they finished."""
+    found = []
+    for path in (root / "runs").glob(f"[!.]*/{RECORD}"):
+        with suppress(ValueError, LookupError, TypeError):  # a record that cannot be read is none
+            found.append((json.loads(path.read_text(encoding="utf-8"))["finished"], path.parent.name))
+    return [run_id for _, run_id in sorted(found)]
+
+
+def find(root: Path, run_id: str) -> Path:
+    """The folder of a recorded run.
+
+    Args:
+        root: of the store.
+        run_id: of the run; `latest` is the one that finished last.
+
+    Raises:
+        StoreError: there is none.
+    """
+    known = recorded(root)
+    if run_id == "latest" and known:
+        return folder(root, known[-1])
+    if run_id in known:
+        return folder(root, run_id)
+    listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
+    raise StoreError(
+        f"there is no run {run_id!r} in {root / 'runs'}; {listed}",
+        way_out="give one of these ids, or run entropy-probe/checkpoint-sweep first",
+    )
+
+
+@contextmanager
+def writing(store: Store, run_id: str) -> Iterator[Path]:
+    """A folder to write the files of a run into; they take their places at the end, each in one step.
+
+    Args:
+        store: where the run is recorded.
+        run_id: of the run; the files of an earlier run of this id are replaced.
+
+    Yields:
+        A temporary folder.
+
+    Raises:
+        StoreError: the store cannot be written; the record is what it was.
+    """
+    final = folder(store.root, run_id)
+    with store.writing():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_sibling(final) as temporary:
+            yield temporary
+            final.mkdir(exist_ok=True)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == RECORD):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                path.replace(final / path.name)
+
+
+def references(value: Any) -> Iterator[Mapping[str, str]]:
+    """The artifacts that a record names, at any depth; see `Artifact.to_dict`."""
+    if isinstance(value, Mapping) and set(value) == {"artifact"}:
+        yield value["artifact"]
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from references(item)
+
+
+def named(root: Path, run_id: str) -> set[Name]:
+    """What the record of a run names: the inputs of its variance stage, and its report.
+
+    Raises:
+        StoreError: the record cannot be understood.
+    """
+    path = folder(root, run_id) / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = [*references(record["checkpoints"]), record["report"]]
+        return {(reference["stage"], reference["key"]) for reference in found}
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(
+            f"{path} does not say what the run needs: {error!r}",
+            cause="it was edited, damaged, or written by another version",
+            way_out="run the sweep again, or delete the folder",
+        ) from None
+
+
+def with_upstream(store: Store, names: set[Name]) -> set[Name]:
+    """Artifacts, and all that they were made from as far as it is there and its manifests can be read."""
+    found: set[Name] = set()
+    ahead = set(names)
+    while ahead:
+        name = ahead.pop()
+        found.add(name)
+        manifest = store.manifest(*name)
+        ahead |= {(one["stage"], one["key"]) for one in manifest.get("upstream", ())} - found
+    return found
