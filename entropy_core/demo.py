@@ -14,34 +14,22 @@ Nothing is read from or sent to the network. Finding a finished run imports neit
 """
 
 import argparse
-import contextlib
-import importlib.metadata
-import json
-import os
-import shutil
 import sys
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
-
-from filelock import FileLock
 
 from entropy_core.arithmetic import CHARACTERS, exact_match, problems
-from entropy_core.errors import ConfigError, ProbeError, StoreError
+from entropy_core.errors import ConfigError, ProbeError
+from entropy_core.training_run import grpo, make_once, quiet, versions
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, EOS = "<pad>", "<eos>"
 MANIFEST = "demo.json"
-
-_LOGGED = ("step", "reward", "entropy", "frac_reward_zero_std", "completions/mean_length", "grad_norm")
-_COLUMNS = ("step", "reward", "entropy", "zero_variance_groups", "mean_length", "grad_norm")  # our names of these
 
 
 @dataclass(frozen=True)
@@ -137,66 +125,48 @@ def build_model(settings: DemoSettings) -> "LlamaForCausalLM":
 def make_demo_run(out: Path, settings: DemoSettings = DemoSettings()) -> Path:
     """Makes the demo run at `out`, or finds it made; returns the absolute path.
 
-    The run appears whole or not at all: it is made in a sibling directory and renamed. What happens is printed. The
-    trainer seeds the global generators of Python and NumPy; torch's are left as they were.
+    What happens is printed. The trainer seeds the global generators of Python and NumPy; torch's are left as they were.
 
     Raises:
         ProbeError: trl is not installed.
         StoreError: `out` holds a run made otherwise or something that is no demo run, or cannot be written.
     """
-    out = Path(os.path.abspath(out))
-    identity = {"settings": asdict(settings), "versions": _versions()}
-    if _is_complete(out, identity):
-        print(f"{out} already holds this demo run: nothing to do")
-        return out
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(out.with_name(f".{out.name}.lock")):
-            if not _is_complete(out, identity):  # another process may have made it meanwhile
-                _replace(out, settings, identity)
-    except OSError as error:
-        raise StoreError(
-            f"{out} cannot be written: {error}",
-            cause="a full disk, missing permissions, or a file in the way",
-            way_out="free that path or choose another one",
-        ) from error
-    print(f"{out} is ready")
-    return out
+    libraries = versions("demo run", ("torch", "transformers", "trl"), "pip install -e '.[trl]'")
+    identity = {"settings": asdict(settings), "versions": libraries}
+    return make_once(out, "demo run", MANIFEST, "checkpoint-.*", identity, lambda run: _train(run, settings))
 
 
-def _replace(out: Path, settings: DemoSettings, identity: dict[str, Any]) -> None:
-    """Makes the run beside `out`, then puts it in the place of what is there: nothing, or an incomplete run."""
-    unfinished = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
-    unfinished.mkdir()
-    try:
-        _train(unfinished, settings, identity)
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _train(run: Path, settings: DemoSettings, identity: dict[str, Any]) -> None:
-    """Fills `run` with the checkpoints and, last, the manifest."""
+def _train(run: Path, settings: DemoSettings) -> dict[str, Any]:
+    """Fills `run` with the checkpoints; returns what the manifest says of them."""
     import torch
 
     started, say = time.monotonic(), partial(print, flush=True)
     tokenizer, model = build_tokenizer(), build_model(settings)
     size = sum(p.numel() for p in model.parameters())
     say(f"a policy of {size:,} parameters, {len(tokenizer)} tokens; {settings.warm_steps} supervised steps")
-    with torch.random.fork_rng(devices=[]), _quiet():
+    # sums do not depend on the number of cores; a policy this small gains nothing from more
+    with torch.random.fork_rng(devices=[]), quiet(threads=1):
         loss = _warm_start(model, tokenizer, settings)
         say(f"loss {loss:.3f} nats per token after {time.monotonic() - started:.0f} s; {settings.steps} GRPO steps")
-        log = _grpo(model, tokenizer, run, settings)
-    saved = range(settings.save_every, settings.steps + 1, settings.save_every)
-    rows = [dict(zip(_COLUMNS, (log[step - 1][name] for name in _LOGGED), strict=True)) for step in saved]
-    print("each row: the responses drawn for that step, before its update; the checkpoint is what came out of it")
-    for row in rows:
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    manifest = {**identity, "parameters": size, "checkpoints": rows, "files": _sizes(run)}
-    (run / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        rows = [{name: p[name] for name in ("prompt", "answer")} for p in problems("train", settings.prompts)]
+        saved = grpo(
+            model,
+            tokenizer,
+            exact_match,
+            rows,
+            run,
+            seed=settings.seed,
+            max_steps=settings.steps,
+            save_steps=settings.save_every,
+            per_device_train_batch_size=settings.prompts_per_step * settings.generations,
+            steps_per_generation=1,
+            num_generations=settings.generations,
+            max_completion_length=settings.max_new_tokens,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        )
     print(f"{time.monotonic() - started:.0f} s in all")
+    return {"parameters": size, "checkpoints": saved}
 
 
 def _warm_start(model: Any, tokenizer: Any, settings: DemoSettings) -> float:
@@ -223,114 +193,6 @@ def _warm_start(model: Any, tokenizer: Any, settings: DemoSettings) -> float:
         schedule.step()
         optimizer.zero_grad()
     return loss.item()
-
-
-def _grpo(model: Any, tokenizer: Any, run: Path, settings: DemoSettings) -> list[dict[str, float]]:
-    """TRL's trainer on the exact-match reward; returns what it logged, one entry per step."""
-    import huggingface_hub.constants
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    config = GRPOConfig(
-        output_dir=str(run),
-        seed=settings.seed,
-        max_steps=settings.steps,
-        save_steps=settings.save_every,
-        # one optimizer step per batch of fresh responses: nothing is off-policy, no ratio is ever clipped
-        per_device_train_batch_size=settings.prompts_per_step * settings.generations,
-        steps_per_generation=1,
-        num_iterations=1,
-        num_generations=settings.generations,
-        max_completion_length=settings.max_new_tokens,
-        # the whole vocabulary, unscaled: the law that is sampled is the policy itself
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        loss_type="grpo",
-        scale_rewards="group",
-        beta=0.0,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant",
-        weight_decay=settings.weight_decay,
-        optim="adamw_torch",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,  # trl's default is True
-        dataloader_pin_memory=False,
-        logging_steps=1,
-        disable_tqdm=True,
-        report_to=[],
-    )
-    dataset = Dataset.from_list(problems("train", settings.prompts)).select_columns(["prompt", "answer"])
-    with mock.patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True):  # trl reports each run
-        trainer = GRPOTrainer(model, exact_match, config, train_dataset=dataset, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    (run / "README.md").unlink(missing_ok=True)  # trl's model card
-    return trainer.state.log_history
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """One thread, no progress bars, and not the warnings that trl 1.16 causes by transformers' older names."""
-    import torch
-    from transformers.utils import logging
-
-    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
-    torch.set_num_threads(1)  # sums do not depend on the number of cores; a policy this small gains nothing from more
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _sizes(run: Path) -> dict[str, int]:
-    return {str(p.relative_to(run)): p.stat().st_size for p in sorted(run.rglob("*")) if p.is_file()}
-
-
-def _versions() -> dict[str, str]:
-    try:
-        libraries = {library: importlib.metadata.version(library) for library in ("torch", "transformers", "trl")}
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ProbeError(
-            f"The demo run needs {error.name}, which is not installed",
-            cause="entropy-probe was installed without its trl extra",
-            way_out="pip install -e '.[trl]'",
-        ) from None
-    return {"python": ".".join(map(str, sys.version_info[:2])), **libraries}
-
-
-def _is_complete(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether `out` is this run, whole; False too where there is nothing, or a demo run with a file missing or short.
-
-    Raises StoreError for a run made otherwise and for what is no demo run, so that neither is ever deleted.
-    """
-    if not out.exists():
-        return False
-    if not out.is_dir() or any(p.name != MANIFEST and not p.name.startswith("checkpoint-") for p in out.iterdir()):
-        cause = "the path belongs to something else"
-        raise StoreError(f"{out} exists and is no demo run", cause=cause, way_out="choose another --out")
-    try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        was = {**manifest["settings"], **manifest["versions"]}
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # the manifest is written last: without a sound one the run is incomplete
-    now = {**identity["settings"], **identity["versions"]}
-    if was != now:
-        differing = (f"{k} {was.get(k)} and not {now.get(k)}" for k in {**now, **was} if was.get(k) != now.get(k))
-        raise StoreError(
-            f"{out} holds a demo run made with {', '.join(differing)}",
-            cause="other settings, or a library upgraded since",
-            way_out="choose another --out, or delete that directory",
-        )
-    return files.items() <= _sizes(out).items()
 
 
 def main(arguments: list[str] | None = None) -> int:

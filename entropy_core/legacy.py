@@ -51,7 +51,7 @@ class Converter:
 
     def first(self, *keys: str) -> str:
         """The first of these old keys that is there and says something, or an empty string."""
-        return next((key for key in keys if self.old.get(key) not in (None, "", "none", [])), "")
+        return next((key for key in keys if self.old.get(key) not in (None, "", [])), "")
 
 
 def convert(old: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
@@ -104,7 +104,7 @@ def _checkpoint(c: Converter) -> None:
 
 def _batches(c: Converter) -> None:
     for key in SAME:
-        if key in c.old and key != "batch_config.B_E_values":
+        if key in c.old:
             c.moved(key, key)
     both = c.old.get("batch_config.B")
     if key := c.first("batch_config.B_E", "batch_config.B_E_values", "batch_config.B"):
@@ -124,8 +124,8 @@ def _batches(c: Converter) -> None:
         c.moved(key, "batch_config.B_U", asked[0], "one sweep has one U")
     if both:
         c.assumed("batch_config.B_U", both, "there was one size for both batches")
-    if key := c.first("probe_rework.master_seed", "computation_options.master_seed"):
-        seed = c.old[key]
+    key = c.first("probe_rework.master_seed", "computation_options.master_seed")
+    if key and (seed := c.old[key]) != "none":
         c.moved(key, "batch_config.E_batch_seed", why="and U_batch_seed: E and U draw from streams of their own")
         c.new["batch_config.U_batch_seed"] = seed
     if (key := c.first("batch_config.rollout_batch_size")) and "generation.gen_batch_size" not in c.new:

@@ -2,7 +2,7 @@
 
 SAME = (
     *(f"batch_config.{key}" for key in ("dataset_name", "split", "E_split", "U_split", "B_U", "G", "E_sampling_mode")),
-    *(f"batch_config.{key}" for key in ("E_total_sequences", "E_batch_seed", "U_batch_seed", "B_E_values")),
+    *(f"batch_config.{key}" for key in ("E_total_sequences", "E_batch_seed", "U_batch_seed")),
     *(f"generation.{key}" for key in ("temperature", "top_p", "max_new_tokens", "do_sample")),
     *(f"generation.{key}" for key in ("gen_batch_size", "tf_batch_size")),
 )

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
-from pyarrow import parquet
+import pyarrow.parquet as pq
 
 from entropy_core.errors import PromptError, one_line
 
@@ -28,7 +28,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def _read_parquet(path: Path) -> list[dict]:
     try:
-        return parquet.ParquetFile(path).read().to_pylist()
+        return pq.ParquetFile(path).read().to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise PromptError(
             f"{path} cannot be read: {one_line(error)}", way_out="give the path of a Parquet file"

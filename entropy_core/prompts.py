@@ -113,7 +113,7 @@ def load_pool(
                 f"{copies} prompts of {dataset_name!r} occur twice, for example {twice!r:.80}",
                 way_out="remove the copies: the pool is a uniform law over distinct prompts",
             )
-        notes = (f"{copies} of {len(rows)} prompts of {dataset_name} ({split}) are copies and were left out",)
+        notes = (f"{copies} of {len(rows)} prompts of {dataset_name} are copies and were left out",)
         first: dict[str, dict] = {}
         for row in rows:
             first.setdefault(row[prompt_column], row)

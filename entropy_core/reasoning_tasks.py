@@ -99,9 +99,11 @@ def _dataset(recipe: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value without the enumerations in it, which have no literal form and equal their values."""
+    """A value without what has no literal form but equals one that has: enumerations, and NumPy's texts and numbers."""
     if isinstance(value, Enum):
         return value.value
+    if hasattr(value, "item"):
+        return value.item()
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value

@@ -27,7 +27,8 @@ def linearity(tables: Tables) -> list[str]:
         *markdown_rows(head, body, 2),
         "",
         "Weighted fit of ΔH/η against η, per learning-rate unit, with the covariance of the E batch that all step "
-        "sizes share: its intercept is to be the derivative of the same estimator.",
+        "sizes share: its intercept is to be the derivative of the same estimator. The noise of the batch cancels in "
+        "their difference; what is left are the orders that the fit leaves out, to be held against the error of ∂_vH.",
     ]
     if tables["eta_pairs"]:
         head = ("checkpoint", "estimator", "η / lr", "odd part", "odd part − η∂_vH", "even part")

@@ -98,7 +98,12 @@ LINEARITY = pa.schema(
         _field("derivative_se", _REAL, _PER_STEP, "its standard error"),
         _field("intercept", _REAL, _PER_STEP, "delta_h/eta as eta tends to 0"),
         _field("intercept_se", _REAL, _PER_STEP, "its standard error"),
-        _field("difference", _REAL, _PER_STEP, "intercept minus derivative, which is zero up to rounding and fit"),
+        _field(
+            "difference",
+            _REAL,
+            _PER_STEP,
+            "intercept minus derivative: what the fit leaves out",
+        ),
         _field("difference_se", _REAL, _PER_STEP, "its standard error; both share E, so most of the noise cancels"),
         _field("curvature", _REAL, "nats per squared unit", "coefficient of eta: half the second derivative"),
         _field("curvature_se", _REAL, "nats per squared unit", "its standard error"),

@@ -1,24 +1,28 @@
-"""The two flows. What happens in which order is the pipeline's business; this is what Prefect makes of it."""
+"""The two flows. What happens in which order is the pipeline's business; this is what Prefect makes of it.
+
+The types of the parameters make the forms, and what a form cannot know is found here: a flow that validates for itself
+says what is wrong on one line, and Prefect would on several.
+"""
 
 import logging
 
 from prefect import flow
-from prefect.exceptions import ParameterTypeError
 from prefect.states import Completed, State
 
-from entropy_core.config import ProbeConfig, VarianceRequest
+from entropy_core.config import ProbeConfig, VarianceRequest, parse_config, parse_request
 from entropy_core.errors import ProbeError
 from entropy_core.execution import Execution
 from entropy_core.stages import pipeline
+from entropy_core.stages.plan import plan, typical_costs
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
-from flows.ui import Progress, publish
+from flows.ui import Progress, publish, publish_plan
 from tasks.stages import prefect_runner
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Let an error of the request into the log without its traceback: the message says it all."""
-    if record.exc_info and isinstance(record.exc_info[1], ProbeError | ParameterTypeError):
+    if record.exc_info and isinstance(record.exc_info[1], ProbeError):
         record.exc_info = None
     return True
 
@@ -26,7 +30,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 logging.getLogger("prefect.flow_runs").addFilter(_without_traceback)
 
 
-@flow(name="entropy-probe")
+@flow(name="entropy-probe", validate_parameters=False)
 def checkpoint_sweep(config: ProbeConfig) -> State:
     """Predict what the next optimizer step does to the entropy of each checkpoint's policy, and measure it.
 
@@ -39,15 +43,18 @@ def checkpoint_sweep(config: ProbeConfig) -> State:
     Raises:
         ProbeError: the request cannot be met; the message says why, and what to do.
     """
+    config = parse_config(config)
     checkpoints = preflight(config)
     store = Store(config.store_root)
-    progress = Progress(pipeline.stage_runs(config, checkpoints))
+    steps, costs = plan(config, checkpoints, store), typical_costs(store)
+    publish_plan(steps, costs)
+    progress = Progress(steps, costs)
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     run = progress.watched(prefect_runner(store, execution))
     return _published(pipeline.sweep(config, checkpoints, store, run))
 
 
-@flow(name="entropy-probe")
+@flow(name="entropy-probe", validate_parameters=False)
 def variance(request: VarianceRequest = VarianceRequest()) -> State:  # noqa: B008 (frozen)
     """Compute the statistics of a recorded sweep with other settings; needs neither checkpoints nor a device.
 
@@ -60,6 +67,7 @@ def variance(request: VarianceRequest = VarianceRequest()) -> State:  # noqa: B0
     Raises:
         ProbeError: there is no such sweep, or a part of it is gone.
     """
+    request = parse_request(request)
     store = Store(request.artifacts)
     return _published(pipeline.variance(request, store, prefect_runner(store, Execution())))
 

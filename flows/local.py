@@ -1,7 +1,7 @@
 """A sweep on this machine, or the UI, with nothing to set up: `make sweep` and `make ui`.
 
     python -m flows.local sweep [--config configs/demo.yaml] [--port 0]
-    python -m flows.local up [--port 4200]
+    python -m flows.local up [--config configs/demo.yaml] [--port 4200]
 
 Both start a Prefect server and the process that serves the deployments, unless this folder's are up already, and stop
 what they started. `sweep` then triggers the deployment, as anybody would, and prints its results.
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from entropy_core.config import load_config
 from entropy_core.errors import ProbeError
-from flows.results import terminal_table
+from flows.results import agreement_table, terminal_table
 from flows.service import DEPLOYMENTS, FLOW, HOME, ROOT, ServiceError, child, request, service
 
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
@@ -58,17 +58,20 @@ def sweep(config_path: Path, port: int) -> int:
     return status
 
 
-def up(port: int) -> NoReturn:
+def up(config_path: Path, port: int) -> NoReturn:
     """Keep Prefect's UI and the deployments up until interrupted.
 
     Args:
+        config_path: a YAML file, with which the form of the sweep begins.
         port: of the server.
 
     Raises:
+        ConfigError: the configuration is wrong.
         ServiceError: Prefect does not start, is up already, or ends by itself.
     """
+    load_config(config_path)
     print("Starting Prefect …", flush=True)
-    with service(port) as (api_url, started_here):
+    with service(port, config_path) as (api_url, started_here):
         url = api_url.removesuffix("/api")
         if not started_here:
             raise ServiceError(f"this folder's Prefect is up already, at {url}", way_out="use that one")
@@ -129,8 +132,13 @@ def _for_reader(line: str) -> str:
 def _print_results(run_directory: Path) -> None:
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(run_directory / "results.parquet").to_pylist()
-    print(f"\n{terminal_table(rows)}\n\n{run_directory}/")
+    rows, replicates = (
+        pyarrow.parquet.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates")
+    )
+    print(f"\n{terminal_table(rows)}")
+    if agreement := agreement_table(rows, replicates):
+        print(f"\n{agreement}")
+    print(f"\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
 
@@ -148,15 +156,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.local", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sweep_parser = commands.add_parser("sweep", help="run one sweep and print its results")
-    sweep_parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="a YAML file")
+    demo = ROOT / "configs" / "demo.yaml"
+    sweep_parser.add_argument("--config", type=Path, default=demo, help="a YAML file")
     sweep_parser.add_argument("--port", type=int, default=0, help="of the server; 0: any free one")
     up_parser = commands.add_parser("up", help="keep the UI and the deployments up until Ctrl-C")
+    up_parser.add_argument("--config", type=Path, default=demo, help="a YAML file: what the form begins with")
     up_parser.add_argument("--port", type=int, default=4200, help="of the server")
     options = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupted)
     try:
-        return sweep(options.config, options.port) if options.command == "sweep" else up(options.port)
+        return sweep(options.config, options.port) if options.command == "sweep" else up(options.config, options.port)
     except ProbeError as error:
         print(error, file=sys.stderr)
         return 2

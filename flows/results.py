@@ -3,9 +3,11 @@
 import base64
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from entropy_core.agreement import independent
 
 HEADLINE = (
     "checkpoint",
@@ -49,9 +51,35 @@ def terminal_table(rows: list[dict[str, Any]]) -> str:
     shown = [row for row in headline(rows) if all(row[name] == value for name, value in choice.items())]
     columns = [name for name in HEADLINE if name not in choice]
     lines = [columns, *([_text(row[name]) for name in columns] for row in shown)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*table, f"({', '.join(choice.values())}; {len(shown)} of {len(rows)} rows)"])
+    return "\n".join([*aligned(lines), f"({', '.join(choice.values())}; {len(shown)} of {len(rows)} rows)"])
+
+
+def agreement_table(rows: list[dict[str, Any]], replicates: list[dict[str, Any]]) -> str:
+    """Lay out what each further E batch predicts beside what the first one measures.
+
+    Args:
+        rows: of results.parquet, at least one.
+        replicates: of replicates.parquet.
+
+    Returns:
+        A table of the first normalisation with a line below it on all of them; nothing where there is one E batch.
+    """
+    found = list(independent(rows, replicates))
+    if not found:
+        return ""
+    shown = [row for row in found if row["normalization"] == rows[0]["normalization"]]
+    columns = [name for name in shown[0] if name not in ("normalization", "agrees")]
+    lines = [columns, *([_text(row[name]) for name in columns] for row in shown)]
+    apart = sum(not row["agrees"] for row in found)
+    score_z = max((row["mean_score_z"] for row in rows), key=abs)
+    return "\n".join(
+        [
+            *aligned(lines),
+            "(snis on the first E batch against the prediction on further ones: "
+            + (f"{apart} of {len(found)} disagree" if apart else "all agree or are nonlinear")
+            + f"; largest z of a mean score {score_z:.2f})",
+        ]
+    )
 
 
 def inline_figures(markdown: str, locate: Callable[[str], Path]) -> str:
@@ -70,6 +98,25 @@ def inline_figures(markdown: str, locate: Callable[[str], Path]) -> str:
         return f"![{link[1]}](data:image/png;base64,{data})"
 
     return re.sub(r"!\[([^\]]*)\]\(([^()\s:]+\.png)\)", embed, markdown)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text whose columns end at the same places, from lines of cells."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
+
+
+def duration(seconds: float) -> str:
+    """A time in a unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.{0 if seconds >= 10 or not seconds else 1}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """A number of bytes in a unit that suits it."""
+    unit = next((unit for unit in (1e9, 1e6) if count >= unit), 1e3)
+    return f"{count / unit:.3g} {({1e9: 'GB', 1e6: 'MB', 1e3: 'kB'})[unit]}"
 
 
 def _rounded(value: Any) -> Any:

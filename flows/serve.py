@@ -1,7 +1,11 @@
-"""Serve the two deployments: `python -m flows.serve`, with a Prefect server at PREFECT_API_URL."""
+"""Serve the two deployments: `python -m flows.serve`, with a Prefect server at PREFECT_API_URL.
 
+With `--work-pool NAME` they are registered there instead, for the workers of that pool to run.
+"""
+
+import argparse
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
@@ -11,27 +15,56 @@ from entropy_core.config import load_config
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.heartbeat import watch_heartbeats
 
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "configs" / "demo.yaml"
 
 
-def main() -> None:
-    """Register the deployments and run what is asked for, one at a time, until interrupted."""
-    watch_heartbeats()
-    demo = load_config(DEMO).model_dump(mode="json")
-    deployments = [
+def deployments(config: Path, **where: Any) -> list[RunnerDeployment]:
+    """Describe both deployments to Prefect.
+
+    Args:
+        config: a YAML file, with which the form of the sweep begins.
+        where: of `Flow.to_deployment`: the work pool, if there is one.
+
+    Returns:
+        `checkpoint-sweep` and `variance`.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+    made = [
         checkpoint_sweep.to_deployment(
             "checkpoint-sweep",
             description="Predict and measure what the next optimizer step does to the entropy, per checkpoint.",
-            parameters={"config": demo},
+            parameters={"config": load_config(config).model_dump(mode="json")},
             entrypoint_type=EntrypointType.MODULE_PATH,
+            **where,
         ),
         variance.to_deployment(
             "variance",
             description="The statistics of a recorded sweep with other settings, from its cached batches alone.",
+            parameters={"request": {"artifacts": load_config(config).execution.artifacts}},
             entrypoint_type=EntrypointType.MODULE_PATH,
+            **where,
         ),
     ]
-    serve(*cast("list[RunnerDeployment]", deployments), limit=1, pause_on_shutdown=False)
+    return cast("list[RunnerDeployment]", made)
+
+
+def main() -> None:
+    """Register the deployments and run what is asked for, one at a time, until interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m flows.serve", description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("--config", type=Path, default=DEMO, help="a YAML file: what the form begins with")
+    parser.add_argument("--work-pool", default="", help="register the deployments for a pool of workers, and end")
+    options = parser.parse_args()
+    watch_heartbeats()
+    if options.work_pool:
+        here = {"working_dir": str(ROOT), "env": {"PYTHONPATH": str(ROOT)}}
+        for deployment in deployments(options.config, work_pool_name=options.work_pool, job_variables=here):
+            deployment.apply()
+            print(f"{deployment.flow_name}/{deployment.name} is run by the workers of {options.work_pool}.")
+    else:
+        serve(*deployments(options.config), limit=1, pause_on_shutdown=False)
 
 
 if __name__ == "__main__":

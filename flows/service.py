@@ -95,11 +95,12 @@ def request(url: str, body: Any = None) -> Any:
 
 
 @contextmanager
-def service(port: int = 0) -> Iterator[tuple[str, bool]]:
+def service(port: int = 0, config: Path | None = None) -> Iterator[tuple[str, bool]]:
     """Hold this folder's Prefect: the one that is up, or one that is started here and stopped at the end.
 
     Args:
         port: of the server, if it must be started; 0: any free one.
+        config: a YAML file with which the form of the sweep begins; None: the demo's.
 
     Yields:
         The URL of its API, and whether it was started here. Both deployments are ready to run.
@@ -119,7 +120,7 @@ def service(port: int = 0) -> Iterator[tuple[str, bool]]:
             time.sleep(0.5)
         address.unlink(missing_ok=True)
         api_url = f"http://127.0.0.1:{port or _free_port()}/api"
-        _start(stack, api_url)
+        _start(stack, api_url, ["--config", str(config.resolve())] if config else [])
         address.write_text(api_url)
         stack.callback(address.unlink, missing_ok=True)
         yield api_url, True
@@ -128,7 +129,7 @@ def service(port: int = 0) -> Iterator[tuple[str, bool]]:
             _lock(users, fcntl.LOCK_EX)
 
 
-def _start(stack: ExitStack, api_url: str) -> None:
+def _start(stack: ExitStack, api_url: str, options: list[str]) -> None:
     """Start the server, then the process that serves the deployments; `stack` stops them in reverse order."""
     port = api_url.split(":")[2].removesuffix("/api")
     start = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
@@ -136,7 +137,7 @@ def _start(stack: ExitStack, api_url: str) -> None:
     _wait(lambda: request(f"{api_url}/health"), server, "the Prefect server", HOME / "server.log")
     _end_orphans(api_url)
     started = datetime.now(UTC)
-    serving = stack.enter_context(child(["-m", "flows.serve"], api_url, HOME / "serve.log"))
+    serving = stack.enter_context(child(["-m", "flows.serve", *options], api_url, HOME / "serve.log"))
     stack.callback(_end_orphans, api_url)
 
     def ready() -> bool:

@@ -1,10 +1,15 @@
-"""What Prefect's UI shows of a run beside its states: how far it is, the table of results, the report with figures."""
+"""What Prefect's UI shows of a run beside its states: its plan, how far it is, tables of results, the report."""
 
+import re
+import resource
+import sys
 import time
-from collections import Counter
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import mean
 from uuid import UUID
 
-from prefect import get_run_logger
+from prefect import get_run_logger, runtime
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -15,8 +20,10 @@ from prefect.artifacts import (
 from entropy_core.artifact import Artifact
 from entropy_core.stages.measure import Inputs, Runner
 from entropy_core.stages.pipeline import SweepResult
+from entropy_core.stages.plan import Cost, Step
 from entropy_core.store import Stage
-from flows.results import headline, inline_figures
+from flows.plan import plan_table, plan_total
+from flows.results import duration, headline, inline_figures
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -25,13 +32,14 @@ class Progress:
     """Keeps a progress artifact up to date, and says in the log now and then how far a run is.
 
     Args:
-        expected: stage name → number of runs.
+        steps: of the plan, which the sweep takes in this order.
+        costs: by stage, of earlier runs.
     """
 
-    def __init__(self, expected: Counter[str]) -> None:
-        self._left = expected.copy()
-        self._total, self._done = expected.total(), 0
-        self._latest: dict[str, float] = {}  # seconds that the last run of each stage took
+    def __init__(self, steps: Sequence[Step], costs: Mapping[str, Cost]) -> None:
+        self._left = deque(steps)
+        self._total, self._done = len(steps), 0
+        self._seconds = {stage: cost.seconds for stage, cost in costs.items()}  # then what the last run of each took
         self._current = ""
         self._started = self._said = time.monotonic()
         artifact = create_progress_artifact(0.0, key="progress", description=f"0 of {self._total} stages")
@@ -45,8 +53,8 @@ class Progress:
             self._current = f"{stage.name} · {label}"
             started = time.monotonic()
             artifact = run(stage, inputs, label)
-            self._latest[stage.name] = time.monotonic() - started
-            self._left -= Counter({stage.name: 1})
+            if not self._left.popleft().cached:
+                self._seconds[stage.name] = time.monotonic() - started
             self._done += 1
             self._say(f"{self._done} of {self._total} stages, {self._pace()}")
             return artifact
@@ -68,27 +76,51 @@ class Progress:
     def _pace(self) -> str:
         elapsed = time.monotonic() - self._started
         if not self._left:
-            return f"in {_duration(elapsed)}"
+            return f"in {duration(elapsed)}, with at most {_peak_gigabytes():.1f} GB of memory"
         per_minute = 60 * self._done / elapsed
-        typical = sum(self._latest.values()) / len(self._latest)
-        seconds = sum(count * self._latest.get(name, typical) for name, count in self._left.items())
-        return f"{per_minute:.{0 if per_minute > 10 else 1}f} a minute, about {_duration(seconds)} left"
+        to_run = [step.stage for step in self._left if not step.cached]
+        typical = mean(self._seconds.values()) if self._seconds else elapsed / self._done
+        seconds = sum(self._seconds.get(stage, typical) for stage in to_run)
+        return f"{per_minute:.{0 if per_minute > 10 else 1}f} a minute, about {duration(seconds)} left"
+
+
+def publish_plan(steps: Sequence[Step], costs: Mapping[str, Cost]) -> None:
+    """Show in the UI what a sweep is about to compute, and why.
+
+    Args:
+        steps: of the plan.
+        costs: by stage, of earlier runs.
+    """
+    line = plan_total(steps, costs)
+    get_run_logger().info(line)
+    create_table_artifact(plan_table(steps, costs), key="plan", description=line)
 
 
 def publish(result: SweepResult) -> None:
-    """Show a sweep's results in the UI.
+    """Show a sweep's results in the UI: a table for each checkpoint, and the report with its figures.
+
+    The run is known by its folder, and the folder by its run: `flow-run.txt` in it has the address.
 
     Args:
         result: of the pipeline.
     """
-    report = result.report
+    report, folder = result.report, result.run_directory
     rows = headline(report.table("results.parquet").to_pylist())
-    create_table_artifact(rows, key="results", description=f"All columns: `{result.run_directory}/results.parquet`")
+    for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows):
+        of_checkpoint = [row for row in rows if row["checkpoint"] == checkpoint]
+        about = f"{checkpoint}. All columns: `{folder}/results.parquet`"
+        create_table_artifact(of_checkpoint, key=f"results-{_slug(checkpoint)}", description=about)
     page = inline_figures(report.path("report.md").read_text(encoding="utf-8"), report.path)
-    create_markdown_artifact(f"{page}\n\nFiles: `{result.run_directory}`\n", key="report")
+    create_markdown_artifact(f"{page}\n\nFiles: `{folder}`\n", key="report", description=f"Files: `{folder}`")
+    (folder / "flow-run.txt").write_text(f"{runtime.flow_run.ui_url}\n", encoding="utf-8")
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _slug(name: str) -> str:
+    """A name as the keys of Prefect's artifacts may be: lower-case letters, digits and dashes."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _peak_gigabytes() -> float:
+    """The most memory that this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e9 / 1024)  # in bytes there, in KiB elsewhere

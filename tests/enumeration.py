@@ -9,6 +9,7 @@ import torch
 from conftest import World
 from torch import Tensor
 
+from entropy_core.estimates import EvaluationBatch
 from entropy_core.numerics import importance, ragged
 from entropy_core.numerics.first_order import (
     Baseline,
@@ -107,6 +108,12 @@ def by_position(sequences: Everything) -> ReturnsToGo:
     position_K = ragged.position_index(sequences.offsets_N1)
     b_T, c_T = torch.tensor([[1.7, -0.9, 0.4, 2.2], [-3.0, 1.1, 0.8, 5.0]], dtype=torch.float64)
     return ReturnsToGo(b_T[position_K], c_T[position_K])
+
+
+def evaluation_batch(tokens: TokenDerivatives, offsets_N1: Tensor, baseline: Baseline) -> EvaluationBatch:
+    """Columns of independent sequences as the statistics take them."""
+    nothing_K = torch.zeros_like(tokens.entropies_K, dtype=torch.float64)
+    return EvaluationBatch(*tokens, offsets_N1, ReturnsToGo(nothing_K, nothing_K), None).with_baseline(baseline)
 
 
 def every_batch(everything: Everything, size: int) -> Iterator[tuple[Tensor, float]]:

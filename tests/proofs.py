@@ -12,6 +12,7 @@ ran: a part of them would be a page that claims less, or more, than it says.
 import ast
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -87,9 +88,10 @@ def percent(share: float) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown; the first column to the left, the others to the right."""
-    rule = "|---" + "|---:" * (len(columns) - 1) + "|"
-    return [f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
+    """Markdown; the first column to the left, the others to the right where they hold numbers."""
+    numbers = [all(re.fullmatch(r"[-+0-9.,e]*( %)?", row[i]) for row in rows) for i in range(1, len(columns))]
+    rule = "|---" + "".join("|---:" if number else "|---" for number in numbers) + "|"
+    return [f"| {' | '.join(map(text, columns))} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def page(proofs: Sequence[Proof], versions: dict[str, str]) -> str:
@@ -164,6 +166,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     missing = proofs_in(config.rootpath / FOLDER) - set(found)
     if missing:
+        terminalreporter.write("\n".join(line for proof in found.values() for line in proof.section()) + "\n")
         terminalreporter.write_line(f"{PAGE} is left as it is: {len(missing)} proofs did not run ({min(missing)}, …)")
         return
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}

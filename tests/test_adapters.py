@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import gpt2, llama, policy_of, random_direction
 from lora_fixtures import make_base, make_lora, save_adapter, trained, with_adapter, write_json
 from pipeline_fixtures import LEARNING_RATE, Probe, probe, skip_figures, trainer_groups, values
@@ -230,6 +232,20 @@ def test_the_other_layout_gives_the_same_names(home: Path, caplog):
         assert torch.equal(checkpoint.optimizer.exp_avg[name], slots[index]["exp_avg"])
 
 
+def test_the_reference_of_a_kl_term_is_the_base_without_its_adapter(home: Path, tmp_path: Path):
+    plain = {"update": {"kl_beta": 0.3}}
+    done = probe(config_of(home, tmp_path / "artifacts", "folder/step-*", **plain))
+    told = {"update": {"kl_beta": 0.3, "reference": str(home / "base")}}
+    again = probe(config_of(home, tmp_path / "artifacts", "folder/step-*", **told))
+    assert again.run.was_computed == {"report": 1}  # which says what was meant
+    reference, scores = (
+        torch.cat([shard.tensors("tokens.safetensors")["logprobs"] for shard in done.run.artifacts(name)])
+        for name in ("score-u-reference", "score-u-batch")
+    )
+    assert (reference - scores).abs().max() > 1e-6
+    assert "KL to the base without its adapter" in done.result.report.path("report.md").read_text(encoding="utf-8")
+
+
 def test_a_sweep_over_the_other_layout(home: Path, tmp_path: Path):
     done = probe(config_of(home, tmp_path / "artifacts", "folder/step-*"))
     assert {(row["checkpoint"], row["step"], row["learning_rate"]) for row in done.rows} == {
@@ -340,6 +356,19 @@ def test_a_base_for_no_adapter_is_refused(home: Path, tmp_path: Path):
     )
     with pytest.raises(ConfigError, match="no checkpoint is an adapter"):
         preflight(parse_config(config))
+
+
+def test_the_configurations_of_the_page(original: Path, tmp_path: Path, monkeypatch):
+    """As they are printed, in a folder that has what they name."""
+    page = (Path(__file__).parents[1] / "docs" / "bring-your-checkpoint.md").read_text()
+    lora, fresh = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    shutil.copytree(original / "base", tmp_path / "models" / "base")
+    shutil.copytree(original / "plain" / "checkpoint-3", tmp_path / "runs" / "lora" / "checkpoint-3")
+    monkeypatch.chdir(tmp_path)
+    (adapter,) = preflight(parse_config(lora))
+    assert adapter.base and adapter.paths[adapter.base] == tmp_path / "models" / "base"
+    (model,) = preflight(parse_config(lora | fresh | {"update": lora["update"] | fresh["update"], "policy": {}}))
+    assert (model.step, model.base) == (0, "")
 
 
 # --- a fresh optimizer -----------------------------------------------------------------------------------------------

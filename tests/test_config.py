@@ -76,10 +76,24 @@ def test_every_section_is_closed_and_every_value_is_described(model):
         model.model_validate({"no_such_key": 1})
 
 
-def test_the_forms_of_the_user_interface_can_be_made():
-    for model in (ProbeConfig, VarianceRequest):
-        schema = model.model_json_schema()
-        assert json.loads(json.dumps(schema))["additionalProperties"] is False
+@pytest.mark.parametrize("model", [ProbeConfig, VarianceRequest])
+def test_the_forms_of_the_user_interface_are_plain(model):
+    """No toggles between a value and none; a choice is a drop-down; every number is bounded but for the step sizes."""
+    schema = model.model_json_schema()
+    assert json.loads(json.dumps(schema))["additionalProperties"] is False
+    leaves = 0
+    for section in (schema, *schema.get("$defs", {}).values()):
+        for name, field in section.get("properties", {}).items():
+            if "$ref" in field:
+                continue
+            leaves += 1
+            assert field["description"], name
+            for value in (field, field.get("items", {})):
+                assert not {"anyOf", "oneOf", "allOf"} & set(value), name
+                if value.get("type") in ("integer", "number") and name != "etas":
+                    assert {"minimum", "exclusiveMinimum"} & set(value), name
+                    assert {"maximum", "exclusiveMaximum"} & set(value), name
+    assert leaves >= len(model.model_fields) - 7
 
 
 @pytest.mark.parametrize(

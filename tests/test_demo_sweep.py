@@ -216,9 +216,23 @@ def test_the_documentation_has_no_command_of_a_kind_that_is_not_run_here():
         "python -m entropy_core.store ",  # in test_store_commands.py
         "export PREFECT_API_URL=",
         "make ui",
+        "python -m entropy_core.legacy",
     )
     for command in readme_commands():
         assert command.startswith(run_here), command
+
+
+@pytest.mark.parametrize("era", ["seed_era", "final_era"])
+def test_an_old_configuration_runs_on_the_demo_run(first, era, tmp_path):
+    """Converted and swept by the two commands of docs/from-the-old-config.md."""
+    new = tmp_path / f"{era}.yaml"
+    new.write_text(run([sys.executable, "-m", "entropy_core.legacy", f"tests/legacy/{era}.yaml"]))
+    rows = pq.read_table(run_directory(run(["make", "sweep", f"CONFIG={new}"])) / "results.parquet").to_pylist()
+    assert {row["n_sequences"] for row in rows} == {8 * 4}  # distinct mode, B_E_values × G
+    assert {row["n_prompts_u"] for row in rows} == {8}
+    expected = {"seed_era": [0.0, 2e-4], "final_era": [0.0, 8e-7, 1.6e-6, 1.28e-5]}[era]
+    assert sorted({row["eta"] for row in rows}) == pytest.approx(expected)
+    assert {row["checkpoint"] for row in rows} == {"checkpoint-12" if era == "seed_era" else "checkpoint-24"}
 
 
 def groups(rows: list[dict], *names: str) -> list[list[dict]]:

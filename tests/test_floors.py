@@ -118,11 +118,12 @@ def test_the_errors_know_nothing():
 
 
 def test_each_library_has_its_own_door():
-    assert importers("transformers") == core("policy", "tokenizer", "architecture", "demo")
-    assert importers("peft") == core("adapters")
-    assert importers("trl", "tokenizers") == core("demo")
-    assert importers("datasets") == core("hub_datasets", "demo")
-    assert importers("huggingface_hub") == core("hub_datasets", "demo")
+    assert importers("transformers") == core("policy", "tokenizer", "architecture", "demo", "smollm2", "training_run")
+    assert importers("peft") == core("adapters", "smollm2")
+    assert importers("trl") == core("training_run")
+    assert importers("tokenizers") == core("demo")
+    assert importers("datasets") == core("hub_datasets", "training_run")
+    assert importers("huggingface_hub") == core("hub_datasets", "training_run")
     assert importers("reasoning_gym") == core("reasoning_tasks")
     assert importers("math_verify") == core("math_answers")
     assert importers("matplotlib") == core("figures", "tokens_in_text")

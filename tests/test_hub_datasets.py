@@ -180,7 +180,7 @@ def test_copies_of_a_problem_are_left_out_and_counted(tmp_path):
     write_parquet(tmp_path / "main", {"train": twice})
     pool = load_pool("gsm8k", "train", path=tmp_path)
     assert pool.table["answer"].to_pylist() == [row["answer"] for row in GSM8K["train"]]
-    assert pool.notes == ("1 of 3 prompts of gsm8k (train) are copies and were left out",)
+    assert pool.notes == ("1 of 3 prompts of gsm8k are copies and were left out",)
 
 
 def test_every_dataset_has_its_question_in_its_template():

@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from pipeline_fixtures import make_run, values
+from pipeline_fixtures import NAMES, make_run, values
 from prefect import flow, get_client, runtime
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
@@ -25,13 +25,16 @@ from prefect.testing.utilities import prefect_test_harness
 from entropy_core.artifact import Artifact
 from entropy_core.config import VarianceRequest, parse_config
 from entropy_core.errors import ConfigError
-from entropy_core.stages.pipeline import stage_runs
+from entropy_core.execution import Execution
+from entropy_core.stages.plan import plan
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Stage, Store
 from flows.entropy_probe import checkpoint_sweep, variance
+from flows.plan import plan_table
 from flows.results import HEADLINE, inline_figures, terminal_table
 from flows.service import FLOW
 from tasks import stages
+from tasks.device import device_slot
 
 CALLS: list[str] = []
 
@@ -60,6 +63,11 @@ def stumble(out, execution):
     if len(CALLS) == 1:
         raise ConnectionResetError("the file server went away")
     return {}
+
+
+def weigh(out, execution, *, law):
+    CALLS.append(f"weigh {law['weights']}")
+    return law
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,6 +110,27 @@ def test_an_artifact_is_computed_once_and_then_cached(store):
 def test_what_was_computed_without_prefect_is_cached(store):
     store.run(Stage("draw", draw), None, {"seed": 1})
     assert draw_and_add(store) == {"draw": "Cached", "add": "Completed"}
+
+
+def test_what_is_cached_does_not_wait_for_the_device(store, tmp_path, monkeypatch):
+    """Another run holds the GPU all the while."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(stages, "device_name", lambda device: "a-gpu")
+    held: list[Artifact] = []
+    with ThreadPoolExecutor(1) as pool, device_slot("a-gpu"):
+        store.run(Stage("weigh", weigh), Execution(), {"law": {"weights": "a"}})
+
+        @flow
+        def weighing(weights: str):
+            return stages.prefect_runner(store, Execution())(
+                Stage("weigh", weigh), {"law": {"weights": weights}}, "one"
+            )
+
+        held.append(weighing("a"))
+        other = pool.submit(weighing, "b")
+        time.sleep(2)
+        assert CALLS == ["weigh a"] and not other.done()
+    assert other.result(timeout=30) != held[0] and CALLS == ["weigh a", "weigh b"]
 
 
 def _truncate(path: Path) -> None:
@@ -195,25 +224,30 @@ def test_task_runs_are_named_after_stage_and_label_and_linked(store):
 
 def test_a_sweep_runs_as_many_stages_as_announced_and_shows_its_results(tmp_path):
     config = parse_config(values(make_run(tmp_path / "run"), tmp_path / "artifacts"))
+    steps = plan(config, preflight(config), Store(config.store_root))
     state = checkpoint_sweep(config, return_state=True)
     result = state.result()
     assert state.message == f"Results in {result.run_directory}"
 
-    expected = stage_runs(config, preflight(config))
-    runs = completed_task_runs(state.state_details.flow_run_id, expected.total())
-    assert Counter(run.name.partition(" ")[0] for run in runs) == expected
+    runs = completed_task_runs(state.state_details.flow_run_id, len(steps))
+    assert Counter(run.name for run in runs) == Counter(f"{step.stage} · {step.label}" for step in steps)
     assert {run.state.name for run in runs} == {"Completed"}
 
     of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
     shown = {
-        a.key: a.data for a in eventually(lambda client: client.read_artifacts(artifact_filter=of_run), 3) if a.key
+        a.key: a.data for a in eventually(lambda client: client.read_artifacts(artifact_filter=of_run), 5) if a.key
     }
     assert shown["progress"] == 100
-    assert [row["checkpoint"] for row in json.loads(shown["results"])] == [
-        row["checkpoint"] for row in result.report.table("results.parquet").to_pylist()
-    ]
+    assert [row["stage"] for row in json.loads(shown["plan"])] == [row["stage"] for row in plan_table(steps, {})]
+    results = result.report.table("results.parquet").to_pylist()
+    for name in NAMES:
+        etas = [row["eta_over_lr"] for row in results if row["checkpoint"] == name]
+        assert [row["eta_over_lr"] for row in json.loads(shown[f"results-{name}"])] == etas != []
     assert "](data:image/png;base64," in shown["report"]
     assert ".png)" not in shown["report"]
+    assert str(result.run_directory) in shown["report"]
+    address = (result.run_directory / "flow-run.txt").read_text()
+    assert address.strip().endswith(f"/flow-run/{state.state_details.flow_run_id}")
 
     again = variance(VarianceRequest(run=result.run_id, artifacts=str(tmp_path / "artifacts"), confidence_level=0.5))
     rows = again.report.table("results.parquet").to_pylist()

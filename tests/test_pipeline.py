@@ -92,8 +92,8 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(sequences, "load_policy", refuse)
-    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.setattr(f"entropy_core.policy.{name}.from_pretrained", refuse)
+    for name in ("policy.AutoModelForCausalLM", "tokenizer.AutoTokenizer"):
+        monkeypatch.setattr(f"entropy_core.{name}.from_pretrained", refuse)
 
 
 def main_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -215,7 +215,9 @@ def test_the_run_folder_has_what_people_open(first, home):
     }
     assert load_config(directory / "config.yaml") == first.config
     page = (directory / "report.md").read_text(encoding="utf-8")
-    assert page.count("\n| checkpoint-3 | ") == len(ETAS) * len(ESTIMATORS) + 2  # and its origins, and its checks
+    assert page.count("\n| checkpoint-3 | ") == len(ETAS) * len(ESTIMATORS) + 2 + len(
+        ESTIMATORS
+    )  # origins, checks, linearity
     assert "2 checkpoint(s), E of 16 sequences, U of 8 prompts" in page
 
 

@@ -90,7 +90,7 @@ def test_copies_are_left_out_and_counted():
     pool = load_pool("reasoning_gym:coin_flip", "train", options={"size": 40, "min_trials": 3, "max_trials": 4})
     assert pool.table.num_rows < 40 and len(set(pool.table["prompt"].to_pylist())) == pool.table.num_rows
     assert pool.notes == (
-        f"{40 - pool.table.num_rows} of 40 prompts of reasoning_gym:coin_flip (train) are copies and were left out",
+        f"{40 - pool.table.num_rows} of 40 prompts of reasoning_gym:coin_flip are copies and were left out",
     )
 
 

@@ -256,7 +256,6 @@ def test_the_summary_is_part_of_the_content():
         (Settings(rate=math.nan), "inputs.x.rate"),
         (DRAW, "inputs.x"),
     ],
-    ids=repr,
 )
 def test_an_input_without_an_exact_form_is_refused_by_name(store, value, where):
     with pytest.raises(StoreError) as caught:
@@ -539,7 +538,7 @@ STAGES = """
 
     SLOW = Stage("slow", slow)
 
-    if __name__ != "__main__" and sys.argv[0] == "-c":
+    if sys.argv[0] == "-c" and len(sys.argv) == 3:
         print(Store(sys.argv[1]).run(SLOW, float(sys.argv[2]), {"n": 1}).digest)
 """
 

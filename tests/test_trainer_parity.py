@@ -20,13 +20,14 @@ from entropy_core.adapters import PEFT_PREFIX
 from entropy_core.arithmetic import problems
 from entropy_core.artifact import Artifact, Writer
 from entropy_core.config import parse_config
-from entropy_core.demo import _quiet, build_model, build_tokenizer
+from entropy_core.demo import build_model, build_tokenizer
 from entropy_core.numerics import ragged
 from entropy_core.sequence_processor import BatchedSequences
 from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
 from entropy_core.stages.preflight import preflight
 from entropy_core.stages.sequences import write_sequences
 from entropy_core.store import Stage, Store
+from entropy_core.training_run import quiet
 
 trl = pytest.importorskip("trl")
 
@@ -87,7 +88,12 @@ def train(run: Path, model: Any, peft_config: Any = None, **settings: Any) -> li
         "seed": 3,
     }
     dataset = Dataset.from_list(problems("train", 64)).select_columns(["prompt"])
-    with torch.random.fork_rng(devices=[]), _quiet(), warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+    with (
+        torch.random.fork_rng(devices=[]),
+        quiet(threads=1),
+        warnings.catch_warnings(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         warnings.simplefilter("ignore")  # PEFT's and TRL's advice
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
         config = trl.GRPOConfig(output_dir=str(run), **own | settings)

@@ -125,5 +125,7 @@ def load_prompts(
     pool, token_ids = encode(pool, load_tokenizer(directory), **encoding)
     out.table(pool.table, "prompts.parquet")
     out.table(pa.table({"token_ids": token_ids}), "prompt_tokens.parquet")
-    origin = [revision and f"Prompts of `{dataset_name}` at revision {revision}", library and f"Prompts by {library}"]
-    return {"prompts": pool.table.num_rows, "notes": [f"{note}." for note in (*pool.notes, *origin) if note]}
+    notes = [f"Split `{split}`: {note}." for note in pool.notes]
+    if revision or library:
+        notes.append(f"Prompts of `{dataset_name}`: {library or f'revision {revision}'}.")
+    return {"prompts": pool.table.num_rows, "notes": notes}

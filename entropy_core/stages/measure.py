@@ -241,12 +241,12 @@ class Measurement:
             "path": stage.PATH_INTEGRAL if "path_integral" in asked.estimators else None,
         }
         moved = []
-        for eta in (multiple * unit for multiple in asked.etas):
+        for multiple in asked.etas:
+            eta, step = multiple * unit, f" · η={multiple:g}{' lr' if asked.eta_unit == 'learning_rate' else ''}"
             shared = {"law": self.law, "update": update, "eta": eta}
             there = [shared | {"sequences": sequences} for sequences in e_batch]
             found = {
-                name: self._over_shards(what, there, f" · η={eta:.3g}") if what and eta else []
-                for name, what in passes.items()
+                name: self._over_shards(what, there, step) if what and eta else [] for name, what in passes.items()
             }
             moved.append({"eta": eta, **found})
         return moved

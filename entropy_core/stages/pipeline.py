@@ -5,7 +5,6 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -87,26 +86,6 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     with store.in_use():
         recorded = _measured(config, checkpoints, run)
         return _record(recorded, _reported(recorded, config, run), config, store)
-
-
-def stage_runs(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]) -> Counter[str]:
-    """How often a sweep runs each stage, found by going through it without computing anything.
-
-    Args:
-        config: what to do.
-        checkpoints: of `preflight`.
-
-    Returns:
-        Stage name → number of runs, those that are cached included.
-    """
-    found: Counter[str] = Counter()
-
-    def count(stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        found[stage.name] += 1
-        return Promised(stage.name, "", "", Path())
-
-    go_through(config, checkpoints, count)
-    return found
 
 
 def go_through(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> None:

@@ -1,7 +1,8 @@
-"""What a sweep would compute, and why, found by going through it without computing anything."""
+"""What a sweep would compute, why, and what that takes, found by going through it without computing anything."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from entropy_core.artifact import Artifact, upstream
@@ -39,7 +40,7 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
         awaited = dict.fromkeys(one["stage"] for one in upstream(inputs) if not one["digest"])
         key = "" if awaited else store.key(stage, inputs)
         manifest = store.manifest(stage.name, key) if key else {}
-        reasons = [f"what comes before it would run: {', '.join(awaited)}"] if awaited else []
+        reasons = [f"{', '.join(awaited)} would run"] if awaited else []
         if key and not manifest:
             reasons = _reasons(store, stage, key, inputs)
         steps.append(Step(stage.name, label, bool(manifest), tuple(reasons)))
@@ -48,6 +49,23 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
 
     go_through(config, checkpoints, look)
     return steps
+
+
+class Cost(NamedTuple):
+    """What one run of a stage takes."""
+
+    seconds: float
+    bytes: float
+
+
+def typical_costs(store: Store) -> dict[str, Cost]:
+    """Medians over the artifacts of each stage that are in the store, by stage."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for artifact in store.ls():
+        manifest = artifact.manifest
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        found.setdefault(artifact.stage, []).append((manifest["wall_seconds"], size))
+    return {stage: Cost(*map(median, zip(*of_stage, strict=True))) for stage, of_stage in found.items()}
 
 
 def _reasons(store: Store, stage: Stage, key: str, inputs: Inputs) -> list[str]:

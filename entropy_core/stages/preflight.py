@@ -204,7 +204,7 @@ def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: P
         kept[split], token_ids = encode(pool, tokenizer, **encoding(config))
         longest = max(longest, *map(len, token_ids))
         for note in kept[split].notes:
-            log.warning("%s", note)
+            log.warning("split %s: %s", split, note)
     if config.batch_config.max_prompt_length:
         _check_batches(config, kept)
     return longest

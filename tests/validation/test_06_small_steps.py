@@ -68,7 +68,7 @@ def test_the_path_integral_at_the_smallest_steps(record: Proof):
     record(
         "Path integral in float32",
         claim="ΔH at η = 1e-9 by every response of a tiny policy whose passes are float32, against the enumerated "
-        "value, η·∂_vH, from which the exact ΔH differs by a part in 1e-8 only. The plain difference of two passes is noise.",
+        "value, η·∂_vH, from which the exact ΔH differs by a part in 1e-8. The plain difference of passes is noise.",
         limit=f"path_integral within {RELATIVE:g} relative; the plain difference is not",
         columns=("policy", "exact ΔH", "path_integral", "relative error", "plain difference", "relative error"),
     )

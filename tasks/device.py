@@ -1,0 +1,52 @@
+"""One slot for each GPU: of several runs that want to compute on it at the same time, one does and the others wait."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger("entropy_probe.device")
+
+
+def device_name(device: str) -> str:
+    """Tell which GPU a stage computes on.
+
+    Args:
+        device: `cpu`, `cuda` or `auto`, as the configuration has it.
+
+    Returns:
+        The GPU's own identity, whatever number it has in this process; empty for the CPU, which has no slots.
+    """
+    if device == "cpu":
+        return ""
+    import torch  # not needed to read this module, and slow to import
+
+    return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else ""
+
+
+@contextmanager
+def device_slot(name: str) -> Iterator[None]:
+    """Hold the slot of a device; the system frees it if the process dies.
+
+    It is taken inside a task, after Prefect has asked the store, so that what is cached does not queue.
+
+    Args:
+        name: of `device_name`; empty: there is nothing to wait for.
+    """
+    if not name:
+        yield
+        return
+    lock = FileLock(Path(tempfile.gettempdir()) / f"entropy-probe-{os.getuid()}-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waits for the GPU %s: another run computes on it", name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,150 @@
+"""Forty bad configurations, by the command line and by what the form posts: refused before a run exists, or failed.
+
+What the form's schema can say is refused by the server and makes no run. The rest makes a run that fails before any
+stage, and its state, which the UI shows, gives the reason on one line.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from pipeline_fixtures import NAMES, make_run, values
+from prefect import get_client
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.flow_engine import run_flow
+from prefect.testing.utilities import prefect_test_harness
+
+from entropy_core.config import parse_config
+from entropy_core.errors import ProbeError
+from entropy_core.stages.preflight import preflight
+from flows import local, plan
+from flows.entropy_probe import checkpoint_sweep
+from flows.serve import DEMO, deployments
+
+
+class Bad(NamedTuple):
+    """A change of a good configuration, and words of what is said about it."""
+
+    change: dict[str, Any]
+    said: str
+
+
+REFUSED = {
+    "an unknown section": Bad({"colour": "red"}, "colour"),
+    "an unknown key": Bad({"batch_config": {"B_V": 4}}, "B_V"),
+    "code of the hub": Bad({"policy": {"trust_remote_code": True}}, "trust_remote_code"),
+    "no checkpoints": Bad({"checkpoints": []}, "checkpoints"),
+    "checkpoints that are no list": Bad({"checkpoints": "run/checkpoint-3"}, "checkpoints"),
+    "a name with a space": Bad({"name": "my run"}, "name"),
+    "a section that is a list": Bad({"generation": [64]}, "generation"),
+    "a precision without derivatives": Bad({"policy": {"dtype": "bfloat16"}}, "policy.dtype"),
+    "another attention": Bad({"policy": {"attn_implementation": "sdpa"}}, "policy.attn_implementation"),
+    "another mode": Bad({"batch_config": {"E_sampling_mode": "greedy"}}, "batch_config.E_sampling_mode"),
+    "one sequence": Bad({"batch_config": {"E_total_sequences": 1}}, "batch_config.E_total_sequences"),
+    "half a sequence": Bad({"batch_config": {"E_total_sequences": 16.5}}, "batch_config.E_total_sequences"),
+    "a number in words": Bad({"batch_config": {"B_U": "many"}}, "batch_config.B_U"),
+    "groups of a billion": Bad({"batch_config": {"G": 10**9}}, "batch_config.G"),
+    "two sizes": Bad({"batch_config": {"B_E_values": [4, 8]}}, "batch_config.B_E_values"),
+    "a negative seed": Bad({"batch_config": {"E_batch_seed": -1}}, "batch_config.E_batch_seed"),
+    "temperature zero": Bad({"generation": {"temperature": 0}}, "generation.temperature"),
+    "a nucleus": Bad({"generation": {"top_p": 0.95}}, "top_p"),
+    "greedy": Bad({"generation": {"do_sample": False}}, "generation.do_sample"),
+    "an unknown loss": Bad({"update": {"loss": "ppo"}}, "update.loss"),
+    "a negative norm": Bad({"update": {"max_grad_norm": -1}}, "update.max_grad_norm"),
+    "a step size twice": Bad({"importance": {"etas": [0, 1, 1]}}, "etas|importance"),
+    "an unknown estimator": Bad({"importance": {"estimators": ["is"]}}, "importance.estimators"),
+    "95 for 0.95": Bad({"variance": {"confidence_level": 95}}, "variance.confidence_level"),
+    "empty shards": Bad({"execution": {"shard_size": 0}}, "execution.shard_size"),
+}
+FAILED = {
+    "no such checkpoint": Bad({"checkpoints": ["RUN/checkpoint-9*"]}, "No directory matches .*checkpoint-9"),
+    "a run for a checkpoint": Bad({"checkpoints": ["RUN"]}, r"has no config\.json"),
+    "an unknown dataset": Bad({"batch_config": {"dataset_name": "gsm9k"}}, "unknown dataset 'gsm9k'"),
+    "a missing file": Bad({"batch_config": {"dataset_name": "/no/such/pool.jsonl"}}, "cannot be read"),
+    "a missing split": Bad({"batch_config": {"U_split": "dev"}}, "no split 'dev'"),
+    "a missing column": Bad({"batch_config": {"prompt_column": "question"}}, "no text in column 'question'"),
+    "a pool that is too small": Bad({"batch_config": {"B_U": 513}}, "B_U asks for 513 distinct prompts"),
+    "one prompt": Bad(
+        {"batch_config": {"E_sampling_mode": "distinct", "B_E_values": [1]}}, "a standard error needs two"
+    ),
+    "two writers": Bad({"batch_config": {"apply_chat_template": True, "add_special_tokens": True}}, "special tokens"),
+    "an unknown reward": Bad({"update": {"reward": "no.such:reward"}}, r"no\.such:reward"),
+    "a reference without KL": Bad({"update": {"reference": "base"}}, "Set kl_beta"),
+    "KL to nobody": Bad({"update": {"kl_beta": 0.1}}, r"set update\.reference"),
+    "a scale without groups": Bad({"update": {"loss": "reinforce", "scale_rewards": "group"}}, "scale_rewards: auto"),
+    "a fresh optimizer without a rate": Bad({"update": {"optimizer_state": "fresh"}}, "Set learning_rate"),
+    "a base without adapters": Bad({"policy": {"base_model": "base"}}, "no checkpoint is an adapter"),
+}
+BAD = REFUSED | FAILED
+
+
+def test_there_are_forty():
+    assert len(BAD) == 40
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    make_run(folder / "run")
+    return folder
+
+
+def config_of(home: Path, change: dict[str, Any]) -> dict[str, Any]:
+    run = home / "run"
+    if isinstance(patterns := change.get("checkpoints"), list):
+        change = {"checkpoints": [pattern.replace("RUN", str(run)) for pattern in patterns]}
+    return values(run, home / "artifacts", **{"checkpoints": [str(run / NAMES[0])]} | change)
+
+
+def test_the_configuration_is_good_but_for_the_change(home):
+    assert len(preflight(parse_config(config_of(home, {})))) == 1
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_the_command_line_refuses_it_on_one_line(home, bad, tmp_path, monkeypatch, capsys):
+    """`make sweep` reads its file before it starts anything; what other files show, the plan says as a run would."""
+    monkeypatch.setattr(local, "service", lambda *_: pytest.fail("Prefect was started"))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(config_of(home, bad.change)))
+    if bad in REFUSED.values():
+        assert local.main(["sweep", "--config", str(path)]) == 2
+    else:
+        assert plan.main([str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(bad.said, line) and line.endswith(".")
+    assert not (home / "artifacts").exists()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def test_what_the_form_posts_is_refused_or_fails_with_the_reason(home, server, caplog):
+    with get_client(sync_client=True) as client:
+        deployment_id = deployments(DEMO)[0].apply()
+        for name, bad in BAD.items():
+            parameters = {"config": config_of(home, bad.change)}
+            if name in REFUSED:
+                with pytest.raises(PrefectHTTPStatusError) as refused:
+                    client.create_flow_run_from_deployment(deployment_id, parameters=parameters)
+                assert refused.value.response.status_code in (409, 422), name
+                assert re.search(bad.said, refused.value.response.json()["detail"]), name
+                continue
+            flow_run = client.create_flow_run_from_deployment(deployment_id, parameters=parameters)
+            run_flow(checkpoint_sweep, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
+            state = client.read_flow_run(flow_run.id).state
+            assert state and state.is_failed(), name
+            assert re.search(bad.said, state.message) and "\n" not in state.message, name
+            with pytest.raises(ProbeError) as raised:
+                preflight(parse_config(parameters["config"]))
+            assert state.message.endswith(str(raised.value)), name
+        assert len(client.read_flow_runs()) == len(FAILED)
+        assert client.read_task_runs() == []
+    assert "Traceback" not in caplog.text
+    assert not (home / "artifacts").exists()

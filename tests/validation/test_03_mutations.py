@@ -1,0 +1,226 @@
+"""Whether the tests would notice: known mistakes, put into a copy of the code one at a time."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from proofs import Proof
+
+pytestmark = pytest.mark.validate
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("entropy_core", "tests", "pyproject.toml")
+
+
+class Mutation(NamedTuple):
+    """A mistake, as an edit of one module of entropy_core that must match once; and the tests that should notice."""
+
+    mistake: str
+    module: str
+    text: str
+    instead: str
+    tests: str
+
+
+MUTATIONS = (
+    Mutation(
+        "tokens scored one step late",
+        "sequence_processor",
+        "torch.arange(p - 1, p - 1 + t)",
+        "torch.arange(p, p + t) % input_ids_BL.shape[1]",
+        "test_enumeration",
+    ),
+    Mutation(
+        "padding on the left attended to",
+        "policy",
+        '"attention_mask": attention_mask_BL,',
+        '"attention_mask": torch.ones_like(attention_mask_BL),',
+        "test_sequence_processor",
+    ),
+    Mutation(
+        "padding on the left counted as positions",
+        "policy",
+        "(attention_mask_BL.cumsum(-1) - 1).clamp_min(0)[",
+        "(torch.ones_like(attention_mask_BL).cumsum(-1) - 1).clamp_min(0)[",
+        "test_sequence_processor",
+    ),
+    Mutation(
+        "EOS sampled, but not scored",
+        "sequence_processor",
+        "            lengths_B += alive_B\n            alive_B = alive_B & ~torch.isin(tokens_B, eos_E)",
+        "            alive_B = alive_B & ~torch.isin(tokens_B, eos_E)\n            lengths_B += alive_B",
+        "test_sequence_processor",
+    ),
+    Mutation(
+        "τ applied after the softmax",
+        "numerics/token_statistics",
+        "torch.log_softmax(logits_RV / temperature, dim=-1)",
+        "(torch.log_softmax(logits_RV, dim=-1) / temperature)",
+        "test_token_statistics",
+    ),
+    Mutation(
+        "bias correction dropped",
+        "numerics/adamw",
+        "correction1, correction2 = 1.0 - beta1**t, 1.0 - beta2**t",
+        "correction1, correction2 = 1.0, 1.0",
+        "test_adamw",
+    ),
+    Mutation(
+        "step count off by one",
+        "numerics/adamw",
+        "t = state.step + 1",
+        "t = max(state.step, 1)",
+        "test_adamw",
+    ),
+    Mutation(
+        "sign of the step flipped",
+        "numerics/adamw",
+        "sign = -1.0 if maximize else 1.0",
+        "sign = 1.0 if maximize else -1.0",
+        "test_adamw",
+    ),
+    Mutation(
+        "the second moment's derivative left out of J",
+        "numerics/adamw",
+        "jacobian = sign * (frozen - (momentum + gradient_part) * slope / denominator)",
+        "jacobian = sign * frozen",
+        "test_adamw",
+    ),
+    Mutation(
+        "clip factor left out of J",
+        "numerics/adamw",
+        "return {name: factor * pulled[name] - along * gradient[name].double() for name in pulled}",
+        "return pulled",
+        "test_adamw",
+    ),
+    Mutation(
+        "sign of the loss flipped",
+        "numerics/advantages",
+        "return -advantages_N * ",
+        "return advantages_N * ",
+        "test_advantages",
+    ),
+    Mutation(
+        "1/B_U dropped",
+        "numerics/advantages",
+        "return 1.0 / (len(lengths_N) * scale_N)",
+        "return 1.0 / scale_N",
+        "test_advantages",
+    ),
+    Mutation(
+        "length term of ∂_vH_tok dropped",
+        "numerics/uncertainty",
+        "Estimate(x.value - H.value * y.value, ",
+        "Estimate(x.value, ",
+        "test_uncertainty",
+    ),
+    Mutation(
+        "length left out of the influence",
+        "numerics/uncertainty",
+        "(numerator.influence_N - value * denominator.influence_N) / denominator.value",
+        "numerator.influence_N / denominator.value",
+        "test_uncertainty",
+    ),
+    Mutation(
+        "clusters ignored",
+        "numerics/uncertainty",
+        "sums_C = cluster_sums(influence_N, clusters_N)",
+        "sums_C = influence_N",
+        "test_uncertainty",
+    ),
+    Mutation(
+        "standard error of a sum in place of a mean",
+        "numerics/uncertainty",
+        "(sums_C**2).sum()).sqrt()) / len(influence_N)",
+        "(sums_C**2).sum()).sqrt())",
+        "test_uncertainty",
+    ),
+    Mutation(
+        "the step's own entropy in the reward to go",
+        "numerics/first_order",
+        "return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1), remaining_K)",
+        "return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1) + entropies_K.double(), remaining_K)",
+        "test_enumeration",
+    ),
+    Mutation(
+        "a baseline that includes its own sequence",
+        "numerics/first_order",
+        "return total_T[position_K] - x_K",
+        "return total_T[position_K]",
+        "test_enumeration",
+    ),
+    Mutation(
+        "prefix weights one step late",
+        "numerics/importance",
+        "return PrefixWeights(log_before_K.exp(), ",
+        "return PrefixWeights((log_before_K + log_ratio_K).exp(), ",
+        "test_importance",
+    ),
+    Mutation(
+        "the entropy's derivative not centred",
+        "numerics/token_statistics",
+        "(dz_RV - mean_dz_R.unsqueeze(-1))",
+        "dz_RV",
+        "test_token_statistics",
+    ),
+)
+
+
+def run_tests(copy: Path, tests: str) -> tuple[int, list[str], str]:
+    """Exit status, the tests that failed, and the output; with the copy's own package."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    files = [f"tests/{name}.py" for name in tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    failed = re.findall(r"^FAILED tests/(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return done.returncode, failed, done.stdout + done.stderr
+
+
+def mutate(mutation: Mutation | None, copy: Path) -> tuple[int, list[str], str]:
+    """Run the tests in a copy of the code with one mistake in it; None: all of them, without."""
+    copy.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "validation"))
+        else:
+            shutil.copyfile(source, copy / name)
+    if mutation is None:
+        return run_tests(copy, " ".join(dict.fromkeys(name for one in MUTATIONS for name in one.tests.split())))
+    path = copy / "entropy_core" / f"{mutation.module}.py"
+    code = path.read_text(encoding="utf-8")
+    if code.count(mutation.text) != 1:
+        raise ValueError(f"{mutation.text!r} is {code.count(mutation.text)} times in {path.name}")
+    path.write_text(code.replace(mutation.text, mutation.instead), encoding="utf-8")
+    return run_tests(copy, mutation.tests)
+
+
+def test_every_mistake_is_noticed(record: Proof, tmp_path: Path):
+    record(
+        "Mutations",
+        claim="Each of these mistakes, put into a copy of the code, makes a test fail; without one they pass.",
+        limit="a test fails for every mistake, and none without one",
+        columns=("mistake", "module", "first test that fails"),
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        runs = [
+            workers.submit(mutate, mutation, tmp_path / str(number))
+            for number, mutation in enumerate((None, *MUTATIONS))
+        ]
+    _, *outcomes = [run.exception() or run.result() for run in runs]
+    for mutation, outcome in zip(MUTATIONS, outcomes, strict=True):
+        name = f"error: {outcome}" if isinstance(outcome, BaseException) else next(iter(outcome[1]), "none")
+        record.row(mutation.mistake, f"`{mutation.module}`", f"`{name}`")
+    status, failed, output = runs[0].result()
+    record.note(f"Without a mistake: {output.strip().splitlines()[-1]}")
+    assert (status, failed) == (0, []), output[-2000:]
+    for mutation, run in zip(MUTATIONS, runs[1:], strict=True):
+        status, failed, output = run.result()
+        assert status == 1 and failed, f"{mutation.mistake}: {output[-2000:]}"
