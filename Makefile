@@ -35,7 +35,7 @@ help:
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT)"
 	@echo "make test    lint, check types, run the tests"
 	@echo "make test-sweep   run the README's commands on the demo run, and check what they leave (some minutes)"
-	@echo "make validate   prove the estimators, and write docs/validation.md from the run (about ten minutes)"
+	@echo "make validate   prove the estimators, and write docs/validation.md from the run (about a quarter of an hour)"
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, fill the disk; writes docs/chaos.md (ten minutes)"
 	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
 	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
