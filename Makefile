@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate docs clean
-help sweep sweep-smollm2 ui test test-sweep test-ui validate docs clean:
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos docs clean
+help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate docs clean
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
@@ -37,6 +37,7 @@ help:
 	@echo "make test-sweep   run the README's commands on the demo run, and check what they leave (some minutes)"
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run (about ten minutes)"
+	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, fill the disk; writes docs/chaos.md (ten minutes)"
 	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
 	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
 	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"
@@ -68,6 +69,9 @@ test-ui: .venv/.ui
 
 validate: .venv/.installed
 	$(BIN)/python -m pytest -m validate tests/validation
+
+chaos: .venv/.installed
+	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py
 
 docs: .venv/.installed
 	$(BIN)/python -m entropy_core.reference docs

@@ -21,7 +21,7 @@ from torch.func import functional_call, jvp
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_core.adapters import fill_adapter, insert_adapter
-from entropy_core.errors import CheckpointError
+from entropy_core.errors import CheckpointError, one_line
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
 from entropy_core.tokenizer import load_tokenizer, tokenizer_directory
@@ -328,7 +328,17 @@ def _jvp_module(
 
     with_argument = dargument is not None
     primals, tangents = ((primal, argument), (tangent, dargument)) if with_argument else ((primal,), (tangent,))
-    return jvp(call, primals, tangents)[:2]
+    try:
+        return jvp(call, primals, tangents)[:2]
+    except RuntimeError as error:
+        if "forward AD" not in str(error) and "functorch" not in str(error):
+            raise
+        architecture = type(module.model).__name__
+        raise CheckpointError(
+            f"{architecture} has no forward-mode derivative: {one_line(error)}",
+            cause="an operation that brings its own gradient, and no derivative in the forward direction",
+            way_out="probe an architecture that is made of torch's own operations; most are",
+        ) from error
 
 
 def resolve_device(device: str) -> torch.device:

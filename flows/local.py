@@ -108,11 +108,12 @@ def _trigger(config: dict[str, Any], api_url: str) -> tuple[int, str]:
 
 def _wait_for_records(run_id: str, api_url: str) -> None:
     """Let the server note the last states of the tasks, which it does a little after the run has ended."""
-    unsettled = {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING"]}}}
-    deadline = time.monotonic() + 20
+    of_run = {"flow_runs": {"id": {"any_": [run_id]}}}
+    settled = {"task_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}}}
+    deadline = time.monotonic() + 60
     while run_id and time.monotonic() < deadline:
-        tasks = {"flow_runs": {"id": {"any_": [run_id]}}, "task_runs": unsettled}
-        if request(f"{api_url}/task_runs/count", tasks) == 0:
+        # one that has no state yet is not settled either
+        if request(f"{api_url}/task_runs/count", of_run) == request(f"{api_url}/task_runs/count", of_run | settled):
             return
         time.sleep(0.5)
 

@@ -13,6 +13,7 @@ from prefect.flows import EntrypointType
 
 from entropy_core.config import load_config
 from flows.entropy_probe import checkpoint_sweep, variance
+from flows.heartbeat import watch_heartbeats
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=DEMO, help="a YAML file: what the form begins with")
     parser.add_argument("--work-pool", default="", help="register the deployments for a pool of workers, and end")
     options = parser.parse_args()
+    watch_heartbeats()
     if options.work_pool:
         here = {"working_dir": str(ROOT), "env": {"PYTHONPATH": str(ROOT)}}
         for deployment in deployments(options.config, work_pool_name=options.work_pool, job_variables=here):

@@ -232,6 +232,20 @@ def test_the_other_layout_gives_the_same_names(home: Path, caplog):
         assert torch.equal(checkpoint.optimizer.exp_avg[name], slots[index]["exp_avg"])
 
 
+def test_the_reference_of_a_kl_term_is_the_base_without_its_adapter(home: Path, tmp_path: Path):
+    plain = {"update": {"kl_beta": 0.3}}
+    done = probe(config_of(home, tmp_path / "artifacts", "folder/step-*", **plain))
+    told = {"update": {"kl_beta": 0.3, "reference": str(home / "base")}}
+    again = probe(config_of(home, tmp_path / "artifacts", "folder/step-*", **told))
+    assert again.run.was_computed == {"report": 1}  # which says what was meant
+    reference, scores = (
+        torch.cat([shard.tensors("tokens.safetensors")["logprobs"] for shard in done.run.artifacts(name)])
+        for name in ("score-u-reference", "score-u-batch")
+    )
+    assert (reference - scores).abs().max() > 1e-6
+    assert "KL to the base without its adapter" in done.result.report.path("report.md").read_text(encoding="utf-8")
+
+
 def test_a_sweep_over_the_other_layout(home: Path, tmp_path: Path):
     done = probe(config_of(home, tmp_path / "artifacts", "folder/step-*"))
     assert {(row["checkpoint"], row["step"], row["learning_rate"]) for row in done.rows} == {

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from entropy_core.errors import CheckpointError
 from entropy_core.policy import Policy
 from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
 
@@ -146,3 +147,12 @@ def test_every_architecture_is_one_function(
     record_property("relative differences", row)
     assert max(measured["ℓ̇"], measured["ḣ"]) < TOLERANCE, row
     assert max(measured["decoding"], measured["ℓ"], measured["h"]) < TOLERANCE / 100, row
+
+
+def test_an_operation_without_a_forward_derivative_is_refused_by_name():
+    config = CONFIG_MAPPING["bloom"](vocab_size=V, hidden_size=16, n_layer=1, n_head=2, eos_token_id=EOS)
+    policy = policy_of(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    sequences = sampled(policy)
+    with pytest.raises(CheckpointError, match="BloomForCausalLM has no forward-mode derivative"):
+        v = random_direction(policy)
+        processor(policy).map_tokens(sequences, lambda rows: policy.derivatives(rows, v, TAU))

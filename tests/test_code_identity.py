@@ -11,6 +11,7 @@ import pytest
 
 from entropy_core.code_identity import code_digest, module_digests
 from entropy_core.errors import StoreError
+from entropy_core.store import Stage, Store
 
 SOURCES = {
     "__init__.py": '"""A package."""\n',
@@ -206,3 +207,38 @@ def test_a_function_without_a_file_is_refused():
     exec("def f(): ...", namespace)
     with pytest.raises(StoreError, match="__console__ has no source file"):
         code_digest(namespace["f"])
+
+
+def test_a_stage_runs_again_after_an_edit_that_counts_and_after_no_other(package, tmp_path):
+    """Executions counted, each edit in a process that loads the code afresh."""
+    package.edit("stage.py", "def inner", "execution.append(x)\n    def inner")
+    log: list[int] = []
+
+    def executions() -> int:
+        package.forget()
+        Store(tmp_path / "store").run(Stage("edited", package.function()), log, {"x": 1})
+        return len(log)
+
+    assert executions() == 1
+    for path, old, new in [
+        ("stage.py", "Say something.", "Say something else."),  # a docstring
+        ("helper.py", "FACTOR = 2", "# why\nFACTOR = 2"),  # a comment
+        ("helper.py", "return FACTOR * x", "return (\n        FACTOR * x\n    )"),  # formatting
+        ("unrelated.py", "X = 1", "X = 2"),
+    ]:
+        package.edit(path, old, new)
+        assert executions() == 1, (path, old)
+    for count, (path, old, new) in enumerate(
+        [
+            ("helper.py", "FACTOR * x", "x * FACTOR"),  # a helper
+            ("helper.py", "FACTOR = 2", "FACTOR = 3"),  # a constant
+            ("deep/last.py", "VALUE = 1", "VALUE = 2"),  # a constant that is imported far down
+        ],
+        start=2,
+    ):
+        package.edit(path, old, new)
+        assert executions() == count, (path, old)
+    package.edit("helper.py", "FACTOR = 3", "FACTOR = 2")
+    package.edit("deep/last.py", "VALUE = 2", "VALUE = 1")
+    package.edit("helper.py", "x * FACTOR", "FACTOR * x")
+    assert executions() == 4, "taken back, and so found again"

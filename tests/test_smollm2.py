@@ -9,7 +9,7 @@ from entropy_core import smollm2
 from entropy_core.config import load_config
 from entropy_core.errors import ProbeError, StoreError
 from entropy_core.rewards import compute_rewards
-from entropy_core.smollm2 import SmolLM2Settings, make_smollm2_run, one_short_sentence
+from entropy_core.smollm2 import SmolLM2Settings, defines, make_smollm2_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def train(base: Path, run: Path, settings: SmolLM2Settings) -> dict:
         calls.append("train")
         assert (base / "model.safetensors").is_file()
-        (run / "checkpoint-3").mkdir()
+        (run / "checkpoint-2").mkdir()
         (run / "prompts.jsonl").touch()
         return {"checkpoints": []}
 
@@ -37,27 +37,23 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_the_reward_wants_one_short_sentence_about_the_word():
-    long = "A lamp is " + " ".join(["very"] * 17) + " bright."
+def test_the_reward_wants_a_definition_of_the_word():
     expected = {
         "A lamp is a source of light.": 1.0,
-        " A Lamp shines.\n": 1.0,
-        long: 0.0,
-        long.replace("very ", "", 1): 1.0,
-        "It is a source of light.": 0.0,  # of what?
-        "A lamp is a source of": 0.0,  # cut
-        "A lamp is a thing. It shines.": 0.0,
-        "A lamp shines?": 0.0,
+        "A lamp is": 0.0,  # cut
+        "A lamp isn't one.": 0.0,
+        "a lamp is a source of light.": 0.0,
+        "A light is a lamp is a light.": 0.0,
+        "So: A lamp is a lamp.": 0.0,
         "": 0.0,
     }
-    assert len(long.split()) == smollm2.MOST_WORDS + 1
-    assert one_short_sentence(list(expected), ["lamp"] * len(expected)) == list(expected.values())
+    assert defines(list(expected), ["lamp"] * len(expected)) == list(expected.values())
 
 
 def test_the_words_are_enough_and_different():
     words = smollm2.WORDS.split()
     assert len(set(words)) == len(words) > 64
-    assert "".join(words).isalpha()
+    assert all(word.isalpha() and word[0] not in "aeiou" for word in words)  # `A WORD` is right
 
 
 def test_model_and_run_are_made_once_each(tmp_path: Path, made: list[str], capsys: pytest.CaptureFixture[str]):
@@ -67,7 +63,7 @@ def test_model_and_run_are_made_once_each(tmp_path: Path, made: list[str], capsy
     assert capsys.readouterr().out.count("nothing to do") == 2
     (run / "prompts.jsonl").unlink()
     assert make_smollm2_run(tmp_path) == run and made == ["widen", "train", "train"]
-    with pytest.raises(StoreError, match="made with steps 6 and not 7"):
+    with pytest.raises(StoreError, match="made with steps 4 and not 7"):
         make_smollm2_run(tmp_path, SmolLM2Settings(steps=7))
     (tmp_path / "model" / "thesis.tex").touch()
     with pytest.raises(StoreError, match="is no copy of SmolLM2"):
@@ -92,5 +88,5 @@ def test_the_sweep_takes_the_step_of_the_run():
     assert config.generation.max_new_tokens == settings.max_new_tokens
     assert (batch.apply_chat_template, batch.system_prompt) == (True, smollm2.SYSTEM_PROMPT)
     assert batch.E_total_sequences >= 128 and batch.E_replicates > 1
-    assert compute_rewards(update.reward, ["?"], ["A wolf howls."], {"word": ["wolf"]}) == [1.0]
+    assert compute_rewards(update.reward, ["?"], ["A wolf is wild."], {"word": ["wolf"]}) == [1.0]
     assert (update.loss, update.max_grad_norm, config.generation.temperature) == ("grpo", 1.0, 1.0)

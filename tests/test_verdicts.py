@@ -12,8 +12,8 @@ CLEAR: dict[str, Any] = {
     "delta_h1": -0.010,
     "delta_h": -0.011,
     "delta_h_se": 0.002,
-    "curvature": -0.0009,
-    "curvature_se": 0.0001,
+    "curvature": -0.00045,
+    "curvature_se": 0.00005,
     "ess_fraction": 0.8,
     "pareto_k": 0.3,
     "pareto_k_threshold": 0.65,
@@ -44,11 +44,11 @@ NAN = float("nan")
         ("resolved", {"delta_h": 0.0040}),
         ("noise-limited", {"delta_h": 0.0040, "noise_floor": 1e-3}),
         ("noise-limited", {"delta_h": -0.0039}),
-        ("nonlinear", {"curvature": 0.0011}),
-        ("nonlinear", {"curvature": -0.0011}),
-        ("resolved", {"curvature": 0.0011, "curvature_se": 0.0006}),  # material, but it may be noise
-        ("resolved", {"curvature": 0.0011, "noise_floor": 1e-3, "delta_h": 0.02}),
-        ("noise-limited", {"curvature": 0.0011, "curvature_se": 0.0006, "delta_h_se": 0.006}),
+        ("nonlinear", {"curvature": 0.00055}),
+        ("nonlinear", {"curvature": -0.00055}),
+        ("resolved", {"curvature": 0.00055, "curvature_se": 0.0003}),  # material, but it may be noise
+        ("resolved", {"curvature": 0.00055, "noise_floor": 1e-3, "delta_h": 0.02}),
+        ("noise-limited", {"curvature": 0.00055, "curvature_se": 0.0003, "delta_h_se": 0.006}),
     ],
 )
 def test_words(word: str, changes: dict[str, float]):
@@ -66,4 +66,4 @@ def test_a_rule_names_its_numbers():
     assert verdict(**CLEAR | {"ess_fraction": 0.01}).rule == "ESS/N < 0.1"
     assert "Pareto k > 0.65" in verdict(**CLEAR | {"pareto_k": 0.7}).rule
     assert "1.64 SE" in verdict(**CLEAR | {"quantile": 1.6449, "delta_h": 0.0}).rule
-    assert "10%" in verdict(**CLEAR | {"curvature": 0.0011}).rule
+    assert "5%" in verdict(**CLEAR | {"curvature": 0.00055}).rule

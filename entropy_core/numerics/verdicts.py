@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 Word = Literal["reference", "resolved", "noise-limited", "nonlinear", "weights-unreliable"]
 
 MINIMUM_ESS_FRACTION = 0.1
-MATERIAL_CURVATURE = 0.1
+MATERIAL_CURVATURE = 0.05  # so that what is not nonlinear has a log-log slope of 1 to half a per cent
 EVEN_ESS_FRACTION = 0.9  # above it the weights are nearly equal, and the shape of their tail is of no consequence
 
 

@@ -102,15 +102,15 @@ MUTATIONS = (
     Mutation(
         "sign of the loss flipped",
         "numerics/advantages",
-        "return -advantages_N / (",
-        "return advantages_N / (",
+        "return -advantages_N * ",
+        "return advantages_N * ",
         "test_advantages",
     ),
     Mutation(
         "1/B_U dropped",
         "numerics/advantages",
-        "(len(advantages_N) * scale_N)",
-        "scale_N",
+        "return 1.0 / (len(lengths_N) * scale_N)",
+        "return 1.0 / scale_N",
         "test_advantages",
     ),
     Mutation(
@@ -130,7 +130,7 @@ MUTATIONS = (
     Mutation(
         "clusters ignored",
         "numerics/uncertainty",
-        "sums_C = _cluster_sums(influence_N, clusters_N)",
+        "sums_C = cluster_sums(influence_N, clusters_N)",
         "sums_C = influence_N",
         "test_uncertainty",
     ),
@@ -196,7 +196,8 @@ def mutate(mutation: Mutation | None, copy: Path) -> tuple[int, list[str], str]:
         return run_tests(copy, " ".join(dict.fromkeys(name for one in MUTATIONS for name in one.tests.split())))
     path = copy / "entropy_core" / f"{mutation.module}.py"
     code = path.read_text(encoding="utf-8")
-    assert code.count(mutation.text) == 1, f"{mutation.text!r} is {code.count(mutation.text)} times in {path.name}"
+    if code.count(mutation.text) != 1:
+        raise ValueError(f"{mutation.text!r} is {code.count(mutation.text)} times in {path.name}")
     path.write_text(code.replace(mutation.text, mutation.instead), encoding="utf-8")
     return run_tests(copy, mutation.tests)
 
