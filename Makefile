@@ -31,7 +31,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
 	@echo "             CONFIG=$(CONFIG): which sweep"
-	@echo "make sweep-smollm2   the same for a LoRA run of SmolLM2-135M-Instruct (about 20 minutes)"
+	@echo "make sweep-smollm2   the same for a LoRA run of SmolLM2-135M-Instruct"
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT), CONFIG: what the form begins with"
 	@echo "make test    lint, check types, run the tests"
 	@echo "make test-sweep   run the README's commands on the demo run, and check what they leave (some minutes)"
