@@ -120,6 +120,11 @@ class SamplingConfig(Section):
         json_schema_extra={"minimum": 1},
     )
     max_new_tokens: int = Field(64, ge=1, le=1_000_000, description="A response is cut here if no EOS came.")
+    stop_strings: list[str] = Field(
+        default_factory=list,
+        max_length=20,
+        description="A response also ends with the token whose text completes one of these, as your trainer's may.",
+    )
     do_sample: Literal[True] = Field(True, description="Entropy of a greedy policy is not estimated.")
     gen_batch_size: int = Field(
         512, ge=1, le=1_000_000, description="Sequences decoded together; does not change the result."
@@ -238,7 +243,9 @@ class ExecutionConfig(Section):
     shard_size: int = Field(
         1024, ge=1, le=10_000_000, description="Sequences per shard, the unit of caching and of resuming."
     )
-    head_chunk_rows: int = Field(4096, ge=1, le=100_000_000, description="Positions whose logits exist at one time.")
+    head_chunk_megabytes: float = Field(
+        64, gt=0, le=1_000_000, description="Memory of the logits that exist at one time; does not change the result."
+    )
     artifacts: str = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
 
 

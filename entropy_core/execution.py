@@ -19,7 +19,7 @@ class Execution:
         device: `auto`, `cpu` or `cuda`.
         gen_batch_size: sequences decoded together.
         tf_batch_size: sequences per teacher-forced pass.
-        head_chunk_rows: positions whose logits exist at one time.
+        head_chunk_megabytes: memory of the logits that exist at one time.
         progress: called with (done, total) as a stage advances.
         within_memory: stage name → the smaller settings with which it no longer ran out of memory; see `halved`.
     """
@@ -28,14 +28,14 @@ class Execution:
     device: str = "auto"
     gen_batch_size: int = 512
     tf_batch_size: int = 256
-    head_chunk_rows: int = 4096
+    head_chunk_megabytes: float = 64.0
     progress: Callable[[int, int], None] = _silent
     within_memory: "dict[str, Execution]" = field(default_factory=dict, compare=False, repr=False)
 
     def halved(self) -> "Execution":
         """The same with half the sequences at a time, one at least, and half the logits."""
-        sizes = ("gen_batch_size", "tf_batch_size", "head_chunk_rows")
-        return replace(self, **{name: max(1, getattr(self, name) // 2) for name in sizes})
+        sizes = {name: max(1, getattr(self, name) // 2) for name in ("gen_batch_size", "tf_batch_size")}
+        return replace(self, **sizes, head_chunk_megabytes=self.head_chunk_megabytes / 2)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest records."""
@@ -43,5 +43,5 @@ class Execution:
             "device": self.device,
             "gen_batch_size": self.gen_batch_size,
             "tf_batch_size": self.tf_batch_size,
-            "head_chunk_rows": self.head_chunk_rows,
+            "head_chunk_megabytes": self.head_chunk_megabytes,
         }

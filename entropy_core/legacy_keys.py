@@ -16,7 +16,7 @@ REWARD_OF = {
 }
 
 ALWAYS_FLOAT32 = "weights are widened, and every pass is computed in policy.dtype, without autocast"
-NO_EFFECT = "it said how the work was split; now generation.*_batch_size and execution.head_chunk_rows do"
+NO_EFFECT = "it said how the work was split; now generation.*_batch_size and execution.head_chunk_megabytes do"
 DROPPED = {
     "batch_config.runs_per_batch": "one sweep is one draw; for another give other seeds",
     "batch_config.rollout_batch_size": "generation.gen_batch_size says it already, in sequences",

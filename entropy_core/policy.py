@@ -1,9 +1,7 @@
 """The policy: a causal language model that is sampled, scored and differentiated as one function.
 
 π_θ(a|s) = softmax(z_θ(s)/τ). θ are the parameters that are trained: all of a model, or those of a LoRA adapter in it;
-the others are constants. A model is split into its trunk (everything up to the last hidden states) and its head
-(hidden states to logits), so that logits exist for a chunk of positions at a time. Both run through
-`torch.func.functional_call`, so that one code path gives values, gradients and forward-mode derivatives.
+the others are constants. One code path, `Scorer`, gives values, gradients and forward-mode derivatives.
 
 The only importer of transformers' model and tokenizer classes besides the demo run.
 """
@@ -24,23 +22,12 @@ from entropy_core.adapters import fill_adapter, insert_adapter
 from entropy_core.errors import CheckpointError, one_line
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
+from entropy_core.scorer import Scorer, TeacherForcedRows
 from entropy_core.tokenizer import load_tokenizer, tokenizer_directory
 
+BLOCK = 2**20  # numbers that are held in float64 at one time
+
 log = logging.getLogger("entropy_probe.policy")
-
-HEAD_TOLERANCE = 5e-6  # of the largest |logit|; above rounding, below a softcap even where logits are small
-
-
-class TeacherForcedRows(NamedTuple):
-    """A micro-batch of whole sequences, padded on the right, and which positions predict which response tokens.
-
-    With padding on the right, causal attention alone keeps real positions from seeing it: no mask is needed.
-    """
-
-    input_ids_BL: Tensor
-    row_K: Tensor  # which row of the batch
-    position_K: Tensor  # the position *before* the token: its logits predict it
-    tokens_K: Tensor
 
 
 class Coefficients(NamedTuple):
@@ -48,44 +35,6 @@ class Coefficients(NamedTuple):
 
     logprob_K: Tensor
     entropy_K: Tensor
-
-
-class _Trunk(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, rows: TeacherForcedRows) -> Tensor:
-        hidden_BLD = self.model.base_model(input_ids=rows.input_ids_BL, use_cache=False).last_hidden_state
-        return hidden_BLD[rows.row_K, rows.position_K]
-
-
-class _FullLogits(_Trunk):
-    """Trunk and head in one: for an architecture whose logits the head does not reproduce."""
-
-    def forward(self, rows: TeacherForcedRows) -> Tensor:
-        logits_BLV = self.model(input_ids=rows.input_ids_BL, use_cache=False).logits
-        return logits_BLV[rows.row_K, rows.position_K]
-
-
-class _Head(nn.Module):
-    """Hidden states to logits: c·tanh(s·Wh/c), with the scale s and the softcap c that the model's config names.
-
-    s is `logit_scale` (Cohere) or 1/`logits_scaling` (Granite), c `final_logit_softcapping` (Gemma); without them Wh.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        config = model.config.get_text_config()
-        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-
-    def forward(self, hidden_RD: Tensor) -> Tensor:
-        logits_RV = self.model.get_output_embeddings()(hidden_RD)
-        if self.scale != 1.0:
-            logits_RV = self.scale * logits_RV
-        return self.softcap * torch.tanh(logits_RV / self.softcap) if self.softcap else logits_RV
 
 
 class Policy:
@@ -100,14 +49,9 @@ class Policy:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.head_chunk_rows = head_chunk_rows
-        self._head: nn.Module | None = _Head(model)
-        self._trunk: nn.Module = _Trunk(model)
-        head_ids = {id(p) for p in model.get_output_embeddings().parameters()}
-        self._head_names = [name for name, p in self.named_parameters().items() if id(p) in head_ids]
-        if not self._head_matches():
+        self.scorer = Scorer(self.model, head_chunk_rows)
+        if not self.scorer.head_is_known:
             log.warning("this model's logits are not those of its head; using full logits (more memory)")
-            self._head, self._trunk = None, _FullLogits(model)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name; a tied one appears once."""
@@ -130,6 +74,15 @@ class Policy:
         ids = self.tokenizer.eos_token_id if ids is None else ids
         return tuple(sorted([ids] if isinstance(ids, int) else ids or []))
 
+    def limit_logits(self, megabytes: float) -> None:
+        """From now on no more than these megabytes of logits exist at one time, but one position at least.
+
+        Args:
+            megabytes: of 2²⁰ bytes.
+        """
+        row = self.model.get_output_embeddings().weight.shape[0] * self.dtype.itemsize
+        self.scorer.head_chunk_rows = max(1, int(megabytes * 2**20 / row))
+
     def statistics(self, rows: TeacherForcedRows, temperature: float) -> TokenStatistics:
         """ℓ and h of every response token of a micro-batch.
 
@@ -141,7 +94,7 @@ class Policy:
             Two tensors [K] of the policy's dtype, on its device.
         """
         with torch.no_grad():
-            return self._statistics(rows, temperature)
+            return self.scorer(rows, temperature)
 
     def expected_discriminators(self, rows: TeacherForcedRows, temperature: float) -> Tensor:
         """Σ_a π_a²(h + log π_a) of the step of every response token: see `token_statistics.expected_discriminator`.
@@ -153,13 +106,12 @@ class Policy:
         Returns:
             [K], of the policy's dtype, on its device.
         """
+        scorer = self.scorer
         with torch.no_grad():
-            output = self._trunk(rows)
-            head = self._head or torch.nn.Identity()
-            parts = [
-                token_statistics.expected_discriminator(head(chunk), temperature)
-                for chunk in output.split(self.head_chunk_rows)
-            ]
+            if not scorer.head_is_known:
+                return token_statistics.expected_discriminator(scorer.all_logits(rows), temperature)
+            chunks = scorer.hidden(rows).split(scorer.head_chunk_rows)
+            parts = [token_statistics.expected_discriminator(scorer.head(chunk), temperature) for chunk in chunks]
         return torch.cat(parts)
 
     def derivatives(
@@ -175,20 +127,25 @@ class Policy:
         Returns:
             `TokenDerivatives`, each [K].
         """
+        parameters = self.named_parameters()
+        primal = {f"model.{name}": parameters[name].detach() for name in direction}  # the others are constants
+        tangent = {f"model.{name}": v for name, v in direction.items()}
+
+        def statistics(parameters: dict[str, Tensor]) -> TokenStatistics:
+            return functional_call(self.scorer, parameters, (rows, temperature))
+
         with torch.no_grad():
-            parameters = self.named_parameters()
-            primal = {name: parameters[name].detach() for name in direction}  # the others are constants
-            output, doutput = _jvp_module(self._trunk, primal, direction, rows)
-            if self._head is None:
-                return token_statistics.token_derivatives(output, doutput, rows.tokens_K, temperature)
-            head, head_primal = self._head, {n: primal[n] for n in self._head_names if n in primal}
-
-            def head_jvp(hidden_RD: Tensor, dhidden_RD: Tensor) -> tuple[Tensor, Tensor]:
-                return _jvp_module(head, head_primal, direction, hidden_RD, dhidden_RD)
-
-            return token_statistics.chunked_derivatives(
-                head_jvp, output, doutput, rows.tokens_K, temperature, self.head_chunk_rows
-            )
+            try:
+                values, derivatives = jvp(statistics, (primal,), (tangent,))[:2]
+            except RuntimeError as error:
+                if "forward AD" not in str(error) and "functorch" not in str(error):
+                    raise
+                raise CheckpointError(
+                    f"{type(self.model).__name__} has no forward-mode derivative: {one_line(error)}",
+                    cause="an operation that brings its own gradient, and no derivative in the forward direction",
+                    way_out="probe an architecture that is made of torch's own operations; most are",
+                ) from error
+        return TokenDerivatives(*values, *derivatives)
 
     def add_gradients(
         self,
@@ -210,7 +167,7 @@ class Policy:
         """
         parameters = self.named_parameters()
         names = list(into[0])
-        statistics = self._statistics(rows, temperature)
+        statistics = self.scorer(rows, temperature)
         for index, (weights, gradients) in enumerate(zip(coefficients, into, strict=True)):
             terms = [w_K.to(self.device) * x_K.double() for w_K, x_K in zip(weights, statistics, strict=True)]
             scalar = torch.stack(terms).sum()
@@ -235,7 +192,11 @@ class Policy:
         """
 
         def displaced(name: str, theta: Tensor) -> Tensor:
-            return theta.double() + eta * direction[name].to(theta.device).double()
+            moved = torch.empty_like(theta, memory_format=torch.contiguous_format)
+            flat = (tensor.reshape(-1).split(BLOCK) for tensor in (moved, theta, direction[name].to(theta.device)))
+            for to, start, v in zip(*flat, strict=True):
+                to.copy_(start.double() + eta * v.double())
+            return moved
 
         return self._replaced(direction, displaced)
 
@@ -256,6 +217,24 @@ class Policy:
             return torch.nextafter(theta, torch.where(up, infinity, -infinity))
 
         return self._replaced(dict(self.model.named_parameters()), neighbour)
+
+    @contextmanager
+    def fused_attention(self) -> Iterator[None]:
+        """Within the context attention is torch's fused kernel, for passes without a derivative, where there is one.
+
+        An architecture without it keeps its own; so does one with a softcap in attention, which the kernel lacks.
+        """
+        config = self.model.config.get_text_config()
+        own = self.model.config._attn_implementation
+        fused = self.model._supports_sdpa and self.model._can_set_attn_implementation()
+        fused = fused and not getattr(config, "attn_logit_softcapping", None)
+        if fused:
+            self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            if fused:
+                self.model.set_attn_implementation(own)
 
     @contextmanager
     def _replaced(self, names: Iterable[str], value: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
@@ -290,55 +269,11 @@ class Policy:
             "past_key_values": cache,
             "use_cache": True,
         }
-        if self._head is None:
+        if not self.scorer.head_is_known:
             output = self.model(**arguments)
             return output.logits[:, -1], output.past_key_values
         output = self.model.base_model(**arguments)
-        return self._head(output.last_hidden_state[:, -1]), output.past_key_values
-
-    def _statistics(self, rows: TeacherForcedRows, temperature: float) -> TokenStatistics:
-        output = self._trunk(rows)
-        if self._head is None:
-            return token_statistics.token_statistics(output, rows.tokens_K, temperature)
-        return token_statistics.chunked_statistics(self._head, output, rows.tokens_K, temperature, self.head_chunk_rows)
-
-    def _head_matches(self) -> bool:
-        assert self._head is not None
-        count = min(8, self.model.get_output_embeddings().weight.shape[0])
-        input_ids = torch.arange(count, device=self.device).unsqueeze(0)
-        with torch.no_grad():
-            expected = self.model(input_ids=input_ids, use_cache=False).logits
-            got = self._head(self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
-        return bool((got - expected).abs().max() <= HEAD_TOLERANCE * expected.abs().max())
-
-
-def _jvp_module(
-    module: nn.Module,
-    primal: Mapping[str, Tensor],
-    direction: Mapping[str, Tensor],
-    argument: Any,
-    dargument: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """Value and directional derivative of a module that wraps the model as `.model`, in its parameters and argument."""
-    tangent = {f"model.{name}": direction[name] for name in primal}
-    primal = {f"model.{name}": value for name, value in primal.items()}
-
-    def call(parameters: dict[str, Tensor], a: Any = argument) -> Tensor:
-        return functional_call(module, parameters, (a,))
-
-    with_argument = dargument is not None
-    primals, tangents = ((primal, argument), (tangent, dargument)) if with_argument else ((primal,), (tangent,))
-    try:
-        return jvp(call, primals, tangents)[:2]
-    except RuntimeError as error:
-        if "forward AD" not in str(error) and "functorch" not in str(error):
-            raise
-        architecture = type(module.model).__name__
-        raise CheckpointError(
-            f"{architecture} has no forward-mode derivative: {one_line(error)}",
-            cause="an operation that brings its own gradient, and no derivative in the forward direction",
-            way_out="probe an architecture that is made of torch's own operations; most are",
-        ) from error
+        return self.scorer.head(output.last_hidden_state[:, -1]), output.past_key_values
 
 
 def resolve_device(device: str) -> torch.device:

@@ -11,18 +11,17 @@ position), so the batch size, the order, the shard and the worker do not matter.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from entropy_core.decoding import Decoding, DecodingRequest, FinishReason
 from entropy_core.errors import NonFiniteError, PromptError
 from entropy_core.numerics import philox, ragged
 from entropy_core.numerics.philox import Purpose
 from entropy_core.policy import Policy, TeacherForcedRows
 
-FinishReason = Literal["eos", "length"]
 Progress = Callable[[int, int], None]
 
 
@@ -34,6 +33,7 @@ class GenerationConfig:
     max_new_tokens: int
     gen_batch_size: int = 512
     tf_batch_size: int = 256
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -272,71 +272,23 @@ class SequenceProcessor:
         seed: int,
         purpose: Purpose,
     ) -> BatchedSequences:
-        prompts = [list(pool[i]) for i in prompt_ids_N.tolist()]
-        responses: list[list[int]] = [[] for _ in prompts]
-        done = 0
-        for chosen in self._decoding_batches(prompts):
-            decoded = self._decode([prompts[i] for i in chosen], sequence_ids_N[chosen], seed, purpose)
-            for i, response in zip(chosen, decoded, strict=True):
-                responses[i] = response
-            done += len(chosen)
-            self.progress(done, len(prompts))
-        eos = set(self.policy.eos_token_ids)
+        prompts = [pool[i] for i in prompt_ids_N.tolist()]
+        law = self.config
+        request = DecodingRequest(
+            prompts, sequence_ids_N, seed, purpose, law.temperature, law.max_new_tokens, law.stop_strings
+        )
+        responses = Decoding(self.policy, request, law.gen_batch_size, self.progress).run()
+        tokens = [response.tokens for response in responses]
         return BatchedSequences(
             sequence_ids_N=sequence_ids_N,
             prompt_ids_N=prompt_ids_N,
             draws_N=draws_N,
             prompt_tokens=_flat(prompts),
             prompt_offsets_N1=_offsets(prompts),
-            response_tokens_K=_flat(responses),
-            response_offsets_N1=_offsets(responses),
-            finish_reasons=tuple("eos" if response[-1] in eos else "length" for response in responses),
+            response_tokens_K=_flat(tokens),
+            response_offsets_N1=_offsets(tokens),
+            finish_reasons=tuple(response.finish_reason for response in responses),
         )
-
-    def _decoding_batches(self, prompts: list[list[int]]) -> Iterator[list[int]]:
-        """Indices of prompts of similar length, so that there is little padding.
-
-        In float64 there is none: several architectures cast the attention mask to float32, where its most negative
-        number is −inf, and a row of padding becomes NaN.
-        """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        one_length = self.policy.dtype == torch.float64
-        for _, group in groupby(order, key=lambda i: len(prompts[i]) if one_length else 0):
-            indices = list(group)
-            for start in range(0, len(indices), self.config.gen_batch_size):
-                yield indices[start : start + self.config.gen_batch_size]
-
-    @torch.no_grad()
-    def _decode(self, prompts: list[list[int]], sequence_ids_B: Tensor, seed: int, purpose: Purpose) -> list[list[int]]:
-        device = self.policy.device
-        eos_E = torch.tensor(self.policy.eos_token_ids, device=device)
-        longest = max(map(len, prompts))
-        input_ids_BL = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        sequence_ids_B = sequence_ids_B.to(device)
-        alive_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=device)
-        columns, cache = [], None
-        for position in range(self.config.max_new_tokens):
-            logits_BV, cache = self.policy.next_logits(input_ids_BL, mask_BL, cache)
-            broken_B = ~torch.isfinite(logits_BV.amax(dim=-1)) & alive_B  # −inf alone is a token that cannot be
-            if broken_B.any():
-                raise NonFiniteError(
-                    f"the logits of sequence {int(sequence_ids_B[broken_B][0])} are not finite at position {position}",
-                    cause="the weights hold a NaN",
-                    way_out="check the checkpoint: the run may have diverged before it",
-                )
-            uniforms_B = philox.uniforms(seed, purpose, sequence_ids_B, position)
-            tokens_B = philox.inverse_cdf_tokens(logits_BV, uniforms_B, self.config.temperature)
-            columns.append(tokens_B)
-            lengths_B += alive_B
-            alive_B = alive_B & ~torch.isin(tokens_B, eos_E)  # the EOS itself was sampled: it counts and is scored
-            if not alive_B.any():
-                break
-            input_ids_BL = tokens_B.unsqueeze(1)
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), 1)], dim=1)
-        tokens_BT = torch.stack(columns, dim=1).cpu()
-        return [row[:length].tolist() for row, length in zip(tokens_BT, lengths_B.tolist(), strict=True)]
 
 
 def require_finite(values_K: Tensor, sequences: BatchedSequences) -> None:
@@ -381,9 +333,9 @@ def _draws(drawn_N: Tensor) -> Tensor:
     return result_N
 
 
-def _flat(lists: list[list[int]]) -> Tensor:
+def _flat(lists: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([token for tokens in lists for token in tokens], dtype=torch.long)
 
 
-def _offsets(lists: list[list[int]]) -> Tensor:
+def _offsets(lists: Sequence[Sequence[int]]) -> Tensor:
     return ragged.offsets_from_lengths(torch.tensor([len(tokens) for tokens in lists], dtype=torch.long))

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from entropy_core.decoding import Decoding
 from entropy_core.errors import CheckpointError
 from entropy_core.policy import Policy
 from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
@@ -56,8 +57,8 @@ def processor(policy: Policy, **sizes: int) -> SequenceProcessor:
 
 
 def sampled(policy: Policy) -> BatchedSequences:
-    """Responses to prompts of 1 to 9 tokens, decoded together: with padding on the left."""
-    return processor(policy).generate_with_logprobs(POOL, 4, seed=1)[0]
+    """Responses to prompts of 1 to 9 tokens, decoded together: with padding on the left, and rows that are refilled."""
+    return processor(policy, gen_batch_size=9).generate_with_logprobs(POOL, 4, seed=1)[0]
 
 
 def own_logits(model: PreTrainedModel, sequences: BatchedSequences) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,31 +106,32 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 @matrix
 def test_every_architecture_is_one_function(
-    name: str, record_property: Callable[[str, object], None], caplog: pytest.LogCaptureFixture
+    name: str,
+    record_property: Callable[[str, object], None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     with caplog.at_level(logging.WARNING):
         policy = policy_of(model_of(name), head_chunk_rows=7)
     known = name != "hyperclovax"
-    assert (policy._head is not None) == known and ("using full logits" in caplog.text) != known
+    assert policy.scorer.head_is_known == known and ("using full logits" in caplog.text) != known
 
-    seen: list[Tensor] = []
-    next_logits = policy.next_logits
+    seen: dict[tuple[int, int], Tensor] = {}
+    draw = Decoding._draw
 
-    def recorded(*arguments):
-        logits_BV, cache = next_logits(*arguments)
-        seen.append(logits_BV)
-        return logits_BV, cache
+    def recorded(decoding: Decoding, rows_R: Tensor, logits_RV: Tensor) -> None:
+        at = zip(decoding.batch.sequence_B[rows_R].tolist(), decoding.batch.lengths_B[rows_R].tolist(), strict=True)
+        seen.update(zip(at, logits_RV, strict=True))
+        draw(decoding, rows_R, logits_RV)
 
-    policy.next_logits = recorded  # type: ignore[method-assign]
+    monkeypatch.setattr(Decoding, "_draw", recorded)
     sequences = sampled(policy)
-    order = torch.argsort(sequences.prompt_offsets_N1.diff(), stable=True).tolist()  # in which they were decoded
-    decoded_NTV = torch.stack(seen, dim=1)[torch.tensor(order).argsort()]
     assert len(sequences.lengths_N.unique()) > 2 and set(sequences.finish_reasons) == {"eos", "length"}
 
     with torch.no_grad():
         own = [logits_TV for _, logits_TV in own_logits(policy.model, sequences)]
         values = plain(policy.model, sequences)
-    decoded = torch.cat([decoded_TV[: len(o)] for decoded_TV, o in zip(decoded_NTV, own, strict=True)])
+    decoded = torch.stack([seen[i, k] for i, logits_TV in enumerate(own) for k in range(len(logits_TV))])
     scored, _ = processor(policy, tf_batch_size=5).score(sequences)
 
     v = random_direction(policy)

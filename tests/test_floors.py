@@ -118,7 +118,9 @@ def test_the_errors_know_nothing():
 
 
 def test_each_library_has_its_own_door():
-    assert importers("transformers") == core("policy", "tokenizer", "architecture", "demo", "smollm2", "training_run")
+    of_models = core("policy", "scorer", "decoding", "tokenizer", "architecture", "demo", "smollm2", "training_run")
+    assert importers("transformers") == of_models
+    assert importers("psutil") == core("decoding")
     assert importers("peft") == core("adapters", "smollm2")
     assert importers("trl") == core("training_run")
     assert importers("tokenizers") == core("demo")

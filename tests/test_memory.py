@@ -19,7 +19,7 @@ ROOM = 3
 
 
 def hungry(out, execution, how):
-    TRIED.append((execution.gen_batch_size, execution.tf_batch_size, execution.head_chunk_rows))
+    TRIED.append((execution.gen_batch_size, execution.tf_batch_size, execution.head_chunk_megabytes))
     out.json("half", "half.json")
     if execution.tf_batch_size > ROOM:
         if how == "torch":
@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.mark.parametrize("how", ["torch", "python", "allocator"])
 def test_a_stage_is_tried_with_half_the_micro_batches_until_it_fits(store, caplog, how):
-    execution = Execution(gen_batch_size=6, tf_batch_size=8, head_chunk_rows=100)
+    execution = Execution(gen_batch_size=6, tf_batch_size=8, head_chunk_megabytes=100)
     made = run_within_memory(store, HUNGRY, execution, {"how": how})
     assert TRIED == [(6, 8, 100), (3, 4, 50), (1, 2, 25)]
     assert made.key == store.key(HUNGRY, {"how": how})
@@ -90,7 +90,7 @@ def test_a_sweep_in_little_memory_has_the_same_results(tmp_path, monkeypatch):
     small: dict[str, Any] = {"checkpoints": one, "batch_config": {"E_total_sequences": 8, "B_U": 2, "G": 4}}
     usual = probe(values(tmp_path / "run", tmp_path / "usual", **small))
     refused = []
-    for name, size in (("_decoding_batches", "gen_batch_size"), ("micro_batches", "tf_batch_size")):
+    for name, size in (("_generate", "gen_batch_size"), ("micro_batches", "tf_batch_size")):
         limit(monkeypatch, name, size, refused)
     little = probe(values(tmp_path / "run", tmp_path / "little", **small))
     assert set(refused) == {("gen_batch_size", 16), ("gen_batch_size", 8), ("gen_batch_size", 4)} | {

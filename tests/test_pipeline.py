@@ -264,7 +264,7 @@ def redo(away):
 
 
 def test_execution_settings_are_in_no_key(redo):
-    again = redo(generation={"gen_batch_size": 5, "tf_batch_size": 3}, execution={"head_chunk_rows": 7})
+    again = redo(generation={"gen_batch_size": 5, "tf_batch_size": 3}, execution={"head_chunk_megabytes": 1e-3})
     assert again.run.was_computed == {}
     assert again.run.execution.tf_batch_size == 3
 
@@ -303,7 +303,7 @@ def agree(usual: Probe, other: Probe) -> None:
 
 def test_the_micro_batches_do_not_change_the_numbers(elsewhere):
     """To the rounding of the norms, which are float32."""
-    agree(*elsewhere(generation={"gen_batch_size": 5, "tf_batch_size": 3}, execution={"head_chunk_rows": 7}))
+    agree(*elsewhere(generation={"gen_batch_size": 5, "tf_batch_size": 3}, execution={"head_chunk_megabytes": 1e-3}))
 
 
 def test_the_shards_do_not_change_the_numbers(elsewhere):

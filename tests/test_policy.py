@@ -80,12 +80,12 @@ def test_the_head_is_used_apart_only_where_it_gives_the_logits(caplog: pytest.Lo
         return model
 
     with caplog.at_level(logging.WARNING):
-        assert all(policy_of(model)._head is not None for model in (gpt2(), llama(), gemma2()))
-        assert policy_of(gemma2(final_logit_softcapping=None))._head is not None
+        assert all(policy_of(model).scorer.head_is_known for model in (gpt2(), llama(), gemma2()))
+        assert policy_of(gemma2(final_logit_softcapping=None)).scorer.head_is_known
         assert not caplog.records
-        assert policy_of(bent(2.0))._head is None
+        assert not policy_of(bent(2.0)).scorer.head_is_known
     assert "using full logits" in caplog.text
-    assert policy_of(bent(30.0))._head is None  # which small logits hardly feel
+    assert not policy_of(bent(30.0)).scorer.head_is_known  # which small logits hardly feel
 
 
 @zoo

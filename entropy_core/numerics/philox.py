@@ -109,9 +109,9 @@ def inverse_cdf_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float
     Returns:
         int64 [B]; a token of probability zero is never drawn.
     """
-    probabilities_BV = torch.softmax(logits_BV.double() / temperature, dim=-1)
-    cdf_BV = probabilities_BV.cumsum(dim=-1)
+    cdf_BV = torch.softmax(logits_BV.double() / temperature, dim=-1).cumsum_(dim=-1)
     target_B1 = (uniforms_B * cdf_BV[:, -1]).unsqueeze(1)  # the last entry is 1 only up to rounding
-    tokens_B = torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(1)
-    last_possible_B = probabilities_BV.shape[1] - 1 - (probabilities_BV.flip(1) > 0).to(torch.uint8).argmax(dim=1)
-    return torch.minimum(tokens_B, last_possible_B)
+    tokens_B1 = torch.searchsorted(cdf_BV, target_B1, right=True)
+    # a product that was rounded up to the last entry belongs to the first token that reaches it
+    last_possible_B1 = torch.searchsorted(cdf_BV, cdf_BV[:, -1:].contiguous())
+    return torch.minimum(tokens_B1, last_possible_B1).squeeze(1)

@@ -4,14 +4,20 @@ z = logits/τ,  logp = z − logsumexp z,  ℓ = logp[token],  h = −Σ p·logp
 ℓ̇ = dz[token] − Σ p·dz,                ḣ = −Σ p·logp·dz − h·Σ p·dz
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
+
+LOWEST = -1e4
+"""Of a log-probability where it multiplies its probability, which is 0 in every dtype: 0·log 0 is 0, and so said."""
+
+
+BLOCK_BYTES = 2**22
 
 
 class TokenStatistics(NamedTuple):
@@ -30,49 +36,97 @@ class TokenDerivatives(NamedTuple):
     dentropies_K: Tensor
 
 
-def _log_softmax(logits_RV: Tensor, temperature: float) -> Tensor:
-    # The clamp owns the case 0·log 0: a logit of −inf gives p = 0 and p·logp = 0, in value and in gradient.
-    return torch.log_softmax(logits_RV / temperature, dim=-1).clamp_min(torch.finfo(logits_RV.dtype).min)
-
-
 def token_statistics(logits_RV: Tensor, tokens_R: Tensor, temperature: float) -> TokenStatistics:
-    """ℓ and h of each row; differentiable.
+    """ℓ and h of each row; differentiable once, in both modes.
 
     Args:
-        logits_RV: [R, V], before the temperature.
+        logits_RV: [R, V], before the temperature; −inf is a token that cannot be.
         tokens_R: int64 [R].
         temperature: τ > 0, applied before the softmax.
 
     Returns:
         Two tensors [R] of the dtype of the logits.
     """
-    logp_RV = _log_softmax(logits_RV, temperature)
-    logprobs_R = logp_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1)
-    return TokenStatistics(logprobs_R, -(logp_RV.exp() * logp_RV).sum(-1))
+    logprobs_R, entropies_R, *_ = _TokenStatistics.apply(logits_RV, tokens_R, temperature)
+    return TokenStatistics(logprobs_R, entropies_R)
 
 
-def token_derivatives(logits_RV: Tensor, dlogits_RV: Tensor, tokens_R: Tensor, temperature: float) -> TokenDerivatives:
-    """ℓ, h, ℓ̇ and ḣ of each row, given the logits and their derivative along a direction.
+class _TokenStatistics(torch.autograd.Function):
+    """What is kept for the derivatives are the logits and a number per row; probabilities are made again from them."""
 
-    Args:
-        logits_RV: [R, V], before the temperature.
-        dlogits_RV: [R, V], their derivative.
-        tokens_R: int64 [R].
-        temperature: τ > 0.
+    @staticmethod
+    def forward(logits_RV: Tensor, tokens_R: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        pairs = _blocks(logits_RV, tokens_R)
+        blocks = [_TokenStatistics._of_rows(z_RV, own_R, temperature) for z_RV, own_R in pairs]
+        return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
-    Returns:
-        Four tensors [R] of the dtype of the logits.
-    """
-    logp_RV = _log_softmax(logits_RV, temperature)
-    p_RV = logp_RV.exp()
-    dz_RV = dlogits_RV / temperature
-    mean_dz_R = (p_RV * dz_RV).sum(-1)
-    logprobs_R = logp_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1)
-    entropies_R = -(p_RV * logp_RV).sum(-1)
-    dlogprobs_R = dz_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1) - mean_dz_R
-    # −Σ p·logp·dz − h·Σ p·dz, with dz centred first: a large common shift of dz would cancel only up to rounding
-    dentropies_R = -(p_RV * logp_RV * (dz_RV - mean_dz_R.unsqueeze(-1))).sum(-1)
-    return TokenDerivatives(logprobs_R, entropies_R, dlogprobs_R, dentropies_R)
+    @staticmethod
+    def _of_rows(logits_RV: Tensor, tokens_R: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        highest_R1 = logits_RV.amax(-1, keepdim=True)
+        z_RV = logits_RV - highest_R1
+        if temperature != 1.0:
+            z_RV /= temperature
+        own_R = z_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1)
+        z_RV.clamp_min_(LOWEST)
+        weights_RV = z_RV.exp()
+        total_R = weights_RV.sum(-1)
+        normaliser_R = total_R.log()
+        entropies_R = normaliser_R - z_RV.mul_(weights_RV).sum(-1) / total_R  # two terms that are not negative
+        return own_R - normaliser_R, entropies_R, highest_R1, normaliser_R.unsqueeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, ...]) -> None:
+        logits_RV, tokens_R, ctx.temperature = inputs
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept[1:])
+        ctx.save_for_backward(logits_RV, tokens_R, *kept)
+        ctx.save_for_forward(logits_RV, tokens_R, *kept)
+
+    @staticmethod
+    def backward(ctx: Any, dlogprobs_R: Tensor, dentropies_R: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+        logits_RV, tokens_R, entropies_R, *of_rows = ctx.saved_tensors
+        logp_RV, p_RV = _log_probabilities(ctx.temperature, logits_RV, *of_rows)
+        # ∂ℓ/∂z = 1[token] − p,  ∂h/∂z = −p·(logp + h)
+        factor_R = entropies_R * dentropies_R + dlogprobs_R
+        gradient_RV = logp_RV.mul_(dentropies_R.unsqueeze(-1)).add_(factor_R.unsqueeze(-1)).mul_(p_RV).neg_()
+        gradient_RV.scatter_add_(-1, tokens_R.unsqueeze(-1), dlogprobs_R.unsqueeze(-1))
+        return gradient_RV.div_(ctx.temperature), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dlogits_RV: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        logits_RV, tokens_R, _entropies_R, *of_rows = ctx.saved_tensors
+        blocks = [
+            _TokenStatistics._jvp_of_rows(dz_RV, own_R, ctx.temperature, *kept)
+            for dz_RV, own_R, *kept in _blocks(dlogits_RV, tokens_R, logits_RV, *of_rows)
+        ]
+        return *(torch.cat(column) for column in zip(*blocks, strict=True)), None, None
+
+    @staticmethod
+    def _jvp_of_rows(dlogits_RV: Tensor, tokens_R: Tensor, temperature: float, *kept: Tensor) -> tuple[Tensor, Tensor]:
+        logp_RV, p_RV = _log_probabilities(temperature, *kept)
+        dz_RV = dlogits_RV / temperature
+        mean_dz_R = (p_RV * dz_RV).sum(-1)
+        dlogprobs_R = dz_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1) - mean_dz_R
+        # −Σ p·logp·dz − h·Σ p·dz, with dz centred first: a large common shift of dz would cancel only up to rounding
+        dentropies_R = -logp_RV.mul_(p_RV).mul_(dz_RV.sub_(mean_dz_R.unsqueeze(-1))).sum(-1)
+        return dlogprobs_R, dentropies_R
+
+
+def _blocks(first_RV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows at a time on a CPU, where what is made on the way then stays in the cache; all on a GPU."""
+    rows = max(1, BLOCK_BYTES // (first_RV.shape[-1] * first_RV.itemsize)) if first_RV.is_cpu else len(first_RV)
+    return zip(*(tensor.split(max(1, rows)) for tensor in (first_RV, *others)), strict=True)
+
+
+def _log_probabilities(
+    temperature: float, logits_RV: Tensor, highest_R1: Tensor, normaliser_R1: Tensor
+) -> tuple[Tensor, Tensor]:
+    logp_RV = logits_RV - highest_R1
+    if temperature != 1.0:
+        logp_RV /= temperature
+    logp_RV -= normaliser_R1
+    logp_RV.clamp_min_(LOWEST)
+    return logp_RV, logp_RV.exp()
 
 
 def expected_discriminator(logits_RV: Tensor, temperature: float) -> Tensor:
@@ -85,7 +139,7 @@ def expected_discriminator(logits_RV: Tensor, temperature: float) -> Tensor:
     Returns:
         Nats, [R], of the dtype of the logits.
     """
-    logp_RV = _log_softmax(logits_RV, temperature)
+    logp_RV = torch.log_softmax(logits_RV / temperature, dim=-1).clamp_min(LOWEST)
     p_RV = logp_RV.exp()
     entropies_R1 = -(p_RV * logp_RV).sum(-1, keepdim=True)
     return (p_RV**2 * (entropies_R1 + logp_RV)).sum(-1)
@@ -94,7 +148,7 @@ def expected_discriminator(logits_RV: Tensor, temperature: float) -> Tensor:
 def chunked_statistics(
     head: Head, hidden_KD: Tensor, tokens_K: Tensor, temperature: float, chunk_rows: int
 ) -> TokenStatistics:
-    """ℓ and h from hidden states; logits exist for `chunk_rows` rows at a time, in the backward pass too.
+    """ℓ and h from hidden states; logits exist for `chunk_rows` rows at a time, in derivatives of either mode too.
 
     Args:
         head: maps hidden states [R, D] to logits [R, V].
@@ -119,29 +173,3 @@ def chunked_statistics(
 
     parts = [chunk(*pair) for pair in zip(hidden_KD.split(chunk_rows), tokens_K.split(chunk_rows), strict=True)]
     return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def chunked_derivatives(
-    head_jvp: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    hidden_KD: Tensor,
-    dhidden_KD: Tensor,
-    tokens_K: Tensor,
-    temperature: float,
-    chunk_rows: int,
-) -> TokenDerivatives:
-    """ℓ, h, ℓ̇ and ḣ from hidden states and their derivative, `chunk_rows` rows of logits at a time.
-
-    Args:
-        head_jvp: maps hidden states and their derivative, both [R, D], to logits and theirs, both [R, V].
-        hidden_KD: [K, D].
-        dhidden_KD: [K, D].
-        tokens_K: int64 [K].
-        temperature: τ > 0.
-        chunk_rows: rows per chunk; does not change the result.
-
-    Returns:
-        Four tensors [K].
-    """
-    chunks = zip(*(t.split(chunk_rows) for t in (hidden_KD, dhidden_KD, tokens_K)), strict=True)
-    parts = [token_derivatives(*head_jvp(a, da), tokens, temperature) for a, da, tokens in chunks]
-    return TokenDerivatives(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -157,6 +157,7 @@ class Measurement:
         shared = inputs | {
             "law": self.law,
             "max_new_tokens": self.config.generation.max_new_tokens,
+            "stop_strings": self.config.generation.stop_strings,
         }
         parts = [{"first": first, "count": min(size, total - first)} for first in range(0, total, size)]
         return self._over_shards(what, [shared | part for part in parts], suffix)

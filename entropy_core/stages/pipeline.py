@@ -66,7 +66,7 @@ def execution_for(
         device=config.execution.device,
         gen_batch_size=config.generation.gen_batch_size,
         tf_batch_size=config.generation.tf_batch_size,
-        head_chunk_rows=config.execution.head_chunk_rows,
+        head_chunk_megabytes=config.execution.head_chunk_megabytes,
         progress=progress,
     )
 

@@ -1,5 +1,6 @@
 """sample-e-batch and sample-u-batch: responses of the policy to prompts of the pool, one shard at a time."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ def sample(
     first: int,
     count: int,
     max_new_tokens: int,
+    stop_strings: Sequence[str],
 ) -> dict[str, Any]:
     """Sample the sequences `first`, …, `first + count − 1` of a batch.
 
@@ -39,12 +41,13 @@ def sample(
         first: id of the first sequence.
         count: how many.
         max_new_tokens: where a response is cut.
+        stop_strings: a response ends with the token that completes one of them.
 
     Returns:
         Number of sequences and of tokens, and how many responses were cut.
     """
     table = prompts.table("prompts.parquet")
-    processor = processor_of(law, execution, max_new_tokens)
+    processor = processor_of(law, execution, max_new_tokens, stop_strings)
     pool = prompts.table("prompt_tokens.parquet")["token_ids"].to_pylist()
     processor.require_vocabulary(pool)
     if mode == "replacement":

@@ -1,6 +1,6 @@
 """What the stages that handle sequences share: the policy of a law, and sequences on disk."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ def policy_of(law: Law, execution: "Execution") -> Policy:
     base = _unchanged(law["base"], execution) if law["base"] else None
     digest = law["weights"] + law["base"]
     policy = load_policy(directory, digest, law["dtype"], law["attn_implementation"], execution.device, base)
-    policy.head_chunk_rows = execution.head_chunk_rows
+    policy.limit_logits(execution.head_chunk_megabytes)
     return policy
 
 
@@ -43,9 +43,13 @@ def _unchanged(digest: str, execution: "Execution") -> Path:
     return directory
 
 
-def processor_of(law: Law, execution: "Execution", max_new_tokens: int = 0) -> SequenceProcessor:
-    """A `SequenceProcessor` of a law; `max_new_tokens` matters for generating only."""
-    config = GenerationConfig(law["temperature"], max_new_tokens, execution.gen_batch_size, execution.tf_batch_size)
+def processor_of(
+    law: Law, execution: "Execution", max_new_tokens: int = 0, stop_strings: Sequence[str] = ()
+) -> SequenceProcessor:
+    """A `SequenceProcessor` of a law; `max_new_tokens` and `stop_strings` matter for generating only."""
+    config = GenerationConfig(
+        law["temperature"], max_new_tokens, execution.gen_batch_size, execution.tf_batch_size, tuple(stop_strings)
+    )
     return SequenceProcessor(policy_of(law, execution), config, execution.progress)
 
 

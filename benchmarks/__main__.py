@@ -1,0 +1,105 @@
+"""Every ratio of docs/benchmarks.md, measured side by side: `make bench`, or `python -m benchmarks [GROUP ...]`."""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from benchmarks import passes, sampling, scale, smollm2_shape, time_to_error
+from benchmarks.common import Row
+
+GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
+    "sampling": sampling.sampling,
+    "scoring": passes.scoring,
+    "derivatives": passes.derivatives,
+    "step_sizes": passes.step_sizes,
+    "padding": passes.padding,
+    "scale": scale.scale,
+    "orchestration": scale.orchestration,
+    "time_to_error": time_to_error.time_to_error,
+}
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def main() -> None:
+    """Measure the groups that are asked for, and write both files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"all of {', '.join(GROUPS)} unless told")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of benchmarks.json and benchmarks.md")
+    options = parser.parse_args()
+    if unknown := set(options.groups) - GROUPS.keys():
+        parser.error(f"no group {', '.join(sorted(unknown))}: there are {', '.join(GROUPS)}")
+    path = options.out / "benchmarks.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    for group in options.groups or GROUPS:
+        print(f"{group} …", flush=True)
+        rows = []
+        for row in GROUPS[group]():
+            rows.append({"group": group, "date": time.strftime("%Y-%m-%d"), **asdict(row), "holds": row.holds})
+            print(
+                f"  {row.name}: {row.ours} against {row.against}: {row.ratio:.3g} {_verdict(row.mark, row.holds)}",
+                flush=True,
+            )
+        kept = [row for row in found["rows"] if row["group"] != group]
+        found = {"setting": _setting(), "rows": sorted(kept + rows, key=lambda row: list(GROUPS).index(row["group"]))}
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (options.out / "benchmarks.md").write_text(page(found), encoding="utf-8")
+
+
+def _setting() -> dict[str, str]:
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    )
+    return {
+        "device": device,
+        "model": smollm2_shape.name(),
+        "dtype": "float32, TF32 off",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _verdict(mark: str, holds: bool | None) -> str:
+    return "" if holds is None else f"({mark}: {'holds' if holds else 'missed'})"
+
+
+def page(found: dict) -> str:
+    """docs/benchmarks.md."""
+    setting = ", ".join(f"{name} {value}" for name, value in found["setting"].items())
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench`. The two columns of a row were measured in one process or in processes that took",
+        "turns; the ratio is the median of the ratios within a round.",
+        "",
+        f"{setting}.",
+        "",
+        "| what | measured | against | ratio | mark | holds |",
+        "|---|---|---|---:|---|---|",
+    ]
+    for row in found["rows"]:
+        holds = {None: "", True: "yes", False: "**no**"}[row["holds"]]
+        lines.append(
+            f"| {row['name']} | {row['ours']} | {row['against']} | {row['ratio']:.3g} | {row['mark']} | {holds} |"
+        )
+    reasons = [f"- {row['name']}: {row['reason']}" for row in found["rows"] if row["reason"]]
+    if reasons:
+        lines += ["", "## Why a mark is missed", "", *reasons]
+    dates = sorted({row["date"] for row in found["rows"]})
+    return "\n".join([*lines, "", f"Measured {' and '.join(dates)}.", ""])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What the benchmarks share: rows of the table, runs that take turns, peak memory in a process of its own."""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what ours takes, what it is measured against, and the mark that the ratio is held to.
+
+    Args:
+        name: what is done.
+        ours: measured, with its unit.
+        against: the same of the other way, and which it is.
+        ratio: ours over the other, or the other over ours where more is better.
+        mark: such as "≤ 1.15"; empty where the row is for comparison only.
+        reason: why a mark is missed.
+    """
+
+    name: str
+    ours: str
+    against: str
+    ratio: float
+    mark: str = ""
+    reason: str = ""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the ratio is within its mark; None where there is none."""
+        if not self.mark:
+            return None
+        sign, _, bound = self.mark.partition(" ")
+        return self.ratio <= float(bound) if sign == "≤" else self.ratio >= float(bound)
+
+
+def seconds(run: Run) -> float:
+    """Wall time of one call; on a GPU until it has done everything."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def take_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, round by round: all run once in every round, so that what slows the machine slows all.
+
+    Args:
+        runs: by name; the first is run once before, unmeasured.
+        rounds: how many.
+
+    Returns:
+        Name → seconds, one per round.
+    """
+    next(iter(runs.values()))()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            taken[name].append(seconds(run))
+    return taken
+
+
+def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(ours, others, strict=True))
+
+
+def peak_megabytes(function: Callable[..., Run], *arguments: Any) -> float:
+    """What a run needs beyond what is there before it: peak minus resident memory, in a process of its own.
+
+    Args:
+        function: makes the run in that process (loads the model, for one); the run is called once on its own before.
+        arguments: of it.
+
+    Returns:
+        2²⁰ bytes; of the GPU where there is one.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_measure, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise RuntimeError(f"the process that measures the memory of {function.__name__} came to nothing") from None
+    finally:
+        process.join()
+
+
+def _measure(pipe: Any, function: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
+    run = function(*arguments)
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        pipe.send((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    before_kb = status_kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
+    run()
+    pipe.send((status_kilobytes("VmHWM") - before_kb) / 1024)
+
+
+def status_kilobytes(name: str) -> int:
+    """A line of /proc/self/status, such as `VmHWM`, the peak of the resident memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -1,0 +1,203 @@
+"""The passes over given sequences: scoring, derivatives, step sizes; each against the bare forward pass."""
+
+import statistics
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp
+
+from benchmarks.common import Row, Run, median_ratio, peak_megabytes, take_turns
+from benchmarks.smollm2_shape import make_policy, make_processor, make_sequences
+from entropy_core.policy import Coefficients, Policy
+from entropy_core.sequence_processor import BatchedSequences, SequenceProcessor
+from entropy_core.stages.derivatives import central_difference, forward_mode
+
+LENGTH, MICRO_BATCH = 128, 16
+TOKENS = 8192
+ROUNDS = 3
+
+
+def scoring() -> Iterator[Row]:
+    """ℓ and h of 8,192 tokens."""
+    policy = make_policy()
+    processor, batch = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * (TOKENS // LENGTH))
+    runs: dict[str, Run] = {
+        "score": lambda: processor.score(batch),
+        "bare": lambda: bare_forward(processor, batch),
+        "fused": lambda: _fused(processor, batch),
+        "full": lambda: full_logits(processor, batch),
+    }
+    taken = take_turns(runs, ROUNDS)
+    said = {name: f"{statistics.median(times):.2f} s" for name, times in taken.items()}
+    name = f"log-probabilities and entropies, {TOKENS:,} tokens"
+    for other, what, mark in (
+        ("bare", "bare forward that returns logits, same micro-batches", "≤ 1.15"),
+        ("fused", "the same forward with torch's fused attention", ""),
+        ("full", "full logits, log_softmax, entropy, same micro-batches", ""),
+    ):
+        yield Row(name, said["score"], f"{said[other]}, {what}", median_ratio(taken["score"], taken[other]), mark)
+    memory = {
+        (what, tokens): peak_megabytes(_memory_of_scoring, what, tokens)
+        for what in ("score", "full")
+        for tokens in (TOKENS, 2 * TOKENS)
+    }
+    for tokens in (TOKENS, 2 * TOKENS):
+        ours, full = memory["score", tokens], memory["full", tokens]
+        against = f"{full:,.0f} MiB, full logits of all tokens at once"
+        yield Row(f"peak memory of it, {tokens:,} tokens", f"{ours:,.0f} MiB", against, ours / full, "≤ 0.05")
+    ours, half = memory["score", 2 * TOKENS], memory["score", TOKENS]
+    yield Row("peak memory, twice the tokens", f"{ours:,.0f} MiB", f"{half:,.0f} MiB", ours / half, "≤ 1.05")
+
+
+def derivatives() -> Iterator[Row]:
+    """ℓ̇ and ḣ of every token along a direction."""
+    policy = make_policy()
+    batch = make_sequences([LENGTH] * MICRO_BATCH)
+    processor, v = make_processor(policy, MICRO_BATCH), random_direction(policy)
+    runs: dict[str, Run] = {
+        "bare": lambda: bare_forward(processor, batch),
+        "forward mode": lambda: forward_mode(processor, batch, v),
+        "fast path": lambda: central_difference(processor, batch, v, 1e-3),
+        "full-logit forward mode": lambda: full_logit_forward_mode(processor, batch, v),
+        "batched forward and backward": lambda: forward_backward(processor, batch),
+        "a backward per sequence": lambda: backward_per_sequence(processor, batch, v),
+    }
+    taken = take_turns(runs, ROUNDS)
+    bare = f"{statistics.median(taken['bare']):.2f} s, bare forward"
+    marks = {"forward mode": "≤ 3.2", "fast path": "≤ 2.2"}
+    for name, times in taken.items():
+        if name != "bare":
+            gives = "ℓ̇ and ḣ" if "forward mode" in name or name in marks else "sums in place of ℓ̇ and ḣ"
+            ratio = median_ratio(times, taken["bare"])
+            yield Row(f"{gives}, {name}", f"{statistics.median(times):.2f} s", bare, ratio, marks.get(name, ""))
+    ours = peak_megabytes(_memory_of_derivatives, "forward mode")
+    for other in ("full-logit forward mode", "batched forward and backward"):
+        there = peak_megabytes(_memory_of_derivatives, other)
+        mark = "≤ 0.2" if "backward" in other else ""
+        against = f"{there:,.0f} MiB, {other}, full logits" if mark else f"{there:,.0f} MiB, {other}"
+        yield Row("peak memory of forward mode", f"{ours:,.0f} MiB", against, ours / there, mark)
+
+
+def step_sizes() -> Iterator[Row]:
+    """E at θ and at five moved policies."""
+    policy = make_policy()
+    batch = make_sequences([LENGTH] * 64)
+    processor, v = make_processor(policy, MICRO_BATCH), random_direction(policy)
+
+    def sweep() -> None:
+        processor.score(batch)
+        for eta in (0.25, 0.5, 1.0, 1.5, 2.0):
+            with policy.moved(v, 1e-3 * eta):
+                processor.score(batch)
+
+    def six() -> None:
+        for _ in range(6):
+            processor.score(batch)
+
+    taken = take_turns({"sweep": sweep, "six": six}, ROUNDS)
+    ours, six_passes = (statistics.median(taken[name]) for name in ("sweep", "six"))
+    name = f"η sweep of 5 points over {batch.response_offsets_N1[-1]:,} tokens"
+    against = f"{six_passes:.1f} s, 6 passes at θ"
+    yield Row(name, f"{ours:.1f} s", against, median_ratio(taken["sweep"], taken["six"]), "≤ 1.05")
+
+
+def padding() -> Iterator[Row]:
+    """Tokens that are computed for nothing, with responses of 8 to 128 tokens in shards of 1,024."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(8, LENGTH + 1, (1024,), generator=generator).tolist()
+    batch = make_sequences(lengths, prompt_length=16)
+    policy = make_policy()
+    shapes = [rows.input_ids_BL.numel() for _, rows in make_processor(policy, MICRO_BATCH).micro_batches(batch)]
+    real = len(batch.prompt_tokens) + len(batch.response_tokens_K)
+    in_order = sum(MICRO_BATCH * (16 + max(lengths[i : i + MICRO_BATCH])) for i in range(0, len(lengths), MICRO_BATCH))
+    ours, theirs = 1 - real / sum(shapes), 1 - real / in_order
+    yield Row("padding, share of the tokens", f"{ours:.1%}", f"{theirs:.1%}, in the order drawn", ours, "≤ 0.05")
+
+
+def bare_forward(processor: SequenceProcessor, batch: BatchedSequences) -> None:
+    """The model's own forward pass over the same micro-batches."""
+    with torch.no_grad():
+        for _, rows in processor.micro_batches(batch):
+            _ = processor.policy.model(input_ids=rows.input_ids_BL, use_cache=False).logits
+
+
+def full_logits(processor: SequenceProcessor, batch: BatchedSequences) -> None:
+    """ℓ and h the way that they are written first."""
+    with torch.no_grad():
+        for _, rows in processor.micro_batches(batch):
+            logp_BLV = processor.policy.model(input_ids=rows.input_ids_BL, use_cache=False).logits.log_softmax(-1)
+            _ = (
+                -(logp_BLV.exp() * logp_BLV).sum(-1),
+                logp_BLV[rows.row_K, rows.position_K].gather(-1, rows.tokens_K[:, None]),
+            )
+
+
+def full_logit_forward_mode(processor: SequenceProcessor, batch: BatchedSequences, v: dict[str, Tensor]) -> None:
+    """Forward mode through all logits and the plain formulas."""
+    model = processor.policy.model
+    for _, rows in processor.micro_batches(batch):
+
+        def plain(parameters: dict[str, Tensor], rows=rows) -> tuple[Tensor, Tensor]:
+            logits_BLV = functional_call(model, parameters, (rows.input_ids_BL,), {"use_cache": False}).logits
+            logp_KV = logits_BLV[rows.row_K, rows.position_K].log_softmax(-1)
+            return logp_KV.gather(1, rows.tokens_K[:, None])[:, 0], -(logp_KV.exp() * logp_KV).sum(-1)
+
+        with torch.no_grad():
+            jvp(plain, ({name: p.detach() for name, p in processor.policy.named_parameters().items()},), (v,))
+
+
+def forward_backward(processor: SequenceProcessor, batch: BatchedSequences) -> None:
+    """One gradient of the whole batch through full logits: a sum, where the probe wants every token."""
+    parameters = list(processor.policy.named_parameters().values())
+    for _, rows in processor.micro_batches(batch):
+        logits_BLV = processor.policy.model(input_ids=rows.input_ids_BL, use_cache=False).logits
+        logp_KV = logits_BLV[rows.row_K, rows.position_K].log_softmax(-1)
+        torch.autograd.grad(-(logp_KV.exp() * logp_KV).sum(), parameters)
+
+
+def backward_per_sequence(processor: SequenceProcessor, batch: BatchedSequences, v: dict[str, Tensor]) -> None:
+    """⟨gradient, v⟩ of each sequence, by a backward pass each: sums over a sequence, where the probe wants tokens."""
+    policy = processor.policy
+    for i in range(len(batch)):
+        for _, rows in processor.micro_batches(batch.select(torch.tensor([i]))):
+            statistics_K = policy.scorer(rows, 1.0)
+            ones_K = torch.ones(len(rows.tokens_K), dtype=torch.float64)
+            weights = Coefficients(ones_K, ones_K)
+            scalar = sum((w_K * x_K).sum() for w_K, x_K in zip(weights, statistics_K, strict=True))
+            parameters = policy.named_parameters()
+            found = torch.autograd.grad(scalar, list(parameters.values()))
+            sum(float((g * v[name]).sum()) for name, g in zip(parameters, found, strict=True))
+
+
+def random_direction(policy: Policy) -> dict[str, Tensor]:
+    """A direction of about unit effect."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(p.shape, generator=generator).to(p) / p.numel() ** 0.5
+        for name, p in policy.named_parameters().items()
+    }
+
+
+def _fused(processor: SequenceProcessor, batch: BatchedSequences) -> None:
+    with processor.policy.fused_attention():
+        bare_forward(processor, batch)
+
+
+def _memory_of_scoring(what: str, tokens: int) -> Run:
+    policy = make_policy()
+    batch = make_sequences([LENGTH] * (tokens // LENGTH))
+    if what == "full":
+        return lambda: full_logits(make_processor(policy, len(batch)), batch)
+    return lambda: make_processor(policy, MICRO_BATCH).score(batch)
+
+
+def _memory_of_derivatives(what: str) -> Run:
+    policy = make_policy()
+    processor, batch, v = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * MICRO_BATCH), None
+    v = random_direction(policy)
+    return {
+        "forward mode": lambda: forward_mode(processor, batch, v),
+        "full-logit forward mode": lambda: full_logit_forward_mode(processor, batch, v),
+        "batched forward and backward": lambda: forward_backward(processor, batch),
+    }[what]

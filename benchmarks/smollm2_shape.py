@@ -1,0 +1,67 @@
+"""The model of the benchmarks: SmolLM2-135M-Instruct, or a random model of its shape where it is not installed."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from entropy_core.numerics import ragged
+from entropy_core.policy import Policy, resolve_device
+from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
+
+INSTALLED = Path("artifacts/smollm2/model")
+SHAPE = {
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+EOS = 2
+HEAD_MEGABYTES = 64.0  # the default of execution.head_chunk_megabytes
+
+
+def name() -> str:
+    """Which model it is."""
+    return "SmolLM2-135M-Instruct" if INSTALLED.exists() else "a random model of the shape of SmolLM2-135M"
+
+
+def make_policy(dtype: torch.dtype = torch.float32) -> Policy:
+    """The policy, on the GPU where there is one, with the attention that the probe uses."""
+    torch.manual_seed(0)
+    if INSTALLED.exists():
+        model = AutoModelForCausalLM.from_pretrained(INSTALLED, dtype=dtype, attn_implementation="eager")
+    else:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=dtype, attn_implementation="eager")
+    model.generation_config.eos_token_id = EOS
+    policy = Policy(model.to(resolve_device("auto")), SimpleNamespace(eos_token_id=EOS))
+    policy.limit_logits(HEAD_MEGABYTES)
+    return policy
+
+
+def make_sequences(lengths: list[int], prompt_length: int = 1) -> BatchedSequences:
+    """Random token ids: a prompt and a response of each of the lengths."""
+    generator = torch.Generator().manual_seed(0)
+    N, K = len(lengths), sum(lengths)
+    lengths_N = torch.tensor(lengths)
+    return BatchedSequences(
+        sequence_ids_N=torch.arange(N),
+        prompt_ids_N=torch.arange(N),
+        draws_N=torch.zeros(N, dtype=torch.long),
+        prompt_tokens=torch.randint(3, SHAPE["vocab_size"], (N * prompt_length,), generator=generator),
+        prompt_offsets_N1=torch.arange(N + 1) * prompt_length,
+        response_tokens_K=torch.randint(3, SHAPE["vocab_size"], (K,), generator=generator),
+        response_offsets_N1=ragged.offsets_from_lengths(lengths_N),
+        finish_reasons=("length",) * N,
+    )
+
+
+def make_processor(
+    policy: Policy, micro_batch: int = 16, max_new_tokens: int = 128, gen_batch_size: int = 64
+) -> SequenceProcessor:
+    """A processor of the law that the policy is."""
+    return SequenceProcessor(policy, GenerationConfig(1.0, max_new_tokens, gen_batch_size, micro_batch))

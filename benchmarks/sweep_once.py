@@ -1,0 +1,63 @@
+"""One checkpoint of the demo run, probed once in a process of its own; prints seconds and peak memory as JSON.
+
+python -m benchmarks.sweep_once --sequences 4096 --store FOLDER [--through-prefect]
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.common import status_kilobytes
+from entropy_core.config import parse_config
+from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
+from entropy_core.stages.preflight import preflight
+from entropy_core.store import Store
+
+RUN = Path("artifacts/demo-run")
+
+
+def main() -> None:
+    """Probe, and say what it took. Importing is not counted: it is the same in both ways."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sequences", type=int, required=True)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--through-prefect", action="store_true")
+    options = parser.parse_args()
+    config = {
+        "name": "benchmark",
+        "checkpoints": [str(max(RUN.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])))],
+        "artifacts": str(options.store),
+        "batch_config": {
+            "E_total_sequences": options.sequences,
+            "B_U": 64,
+            "G": 8,
+            "dataset_name": "arithmetic",
+        },
+        "generation": {"max_new_tokens": 32},
+        "update": {"reward": "arithmetic"},
+        "importance": {"etas": [0, 0.1, 0.3, 1, 3], "estimators": ["per_decision", "snis"]},
+    }
+    if options.through_prefect:
+        from flows.entropy_probe import checkpoint_sweep
+    import entropy_core.policy  # noqa: F401  (what a stage would import)
+
+    started = time.perf_counter()
+    if options.through_prefect:
+        checkpoint_sweep(config)
+    else:
+        parsed = parse_config(config)
+        checkpoints, store = preflight(parsed), Store(parsed.store_root)
+        sweep(parsed, checkpoints, store, direct_runner(store, execution_for(parsed, checkpoints)))
+    taken = time.perf_counter() - started
+    peak = status_kilobytes("VmHWM") / 1024
+    print(json.dumps({"seconds": taken, "megabytes": peak}), file=sys.__stdout__, flush=True)
+    sys.stdout.flush()
+    if not options.through_prefect:
+        os._exit(0)  # nothing is left to do
+
+
+if __name__ == "__main__":
+    main()

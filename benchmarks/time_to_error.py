@@ -1,0 +1,127 @@
+"""SE² times seconds, for δH₁ and for ΔH at five step sizes on one E batch: our defaults against the predecessor's."""
+
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import predecessor
+from benchmarks.common import Row, Run, take_turns
+from entropy_core import estimates
+from entropy_core.artifact import Artifact
+from entropy_core.config import parse_config
+from entropy_core.demo import main as make_demo_run
+from entropy_core.estimates import EvaluationBatch, Moved
+from entropy_core.numerics.first_order import ReturnsToGo
+from entropy_core.numerics.uncertainty import entropy_derivative
+from entropy_core.sequence_processor import LogprobResults
+from entropy_core.stages.derivatives import forward_mode
+from entropy_core.stages.measure import Measurement, load_pool
+from entropy_core.stages.pipeline import direct_runner, execution_for
+from entropy_core.stages.preflight import preflight, splits
+from entropy_core.stages.sequences import processor_of, read_sequences
+from entropy_core.store import Store
+
+ETAS = (0.25, 0.5, 1.0, 2.0, 3.0)
+DEMO: dict[str, Any] = {
+    "name": "benchmark",
+    "checkpoints": ["artifacts/demo-run/checkpoint-*"],
+    "batch_config": {"E_total_sequences": 1024, "B_U": 64, "G": 8, "dataset_name": "arithmetic"},
+    "generation": {"max_new_tokens": 32},
+    "update": {"reward": "arithmetic"},
+}
+SMOLLM2 = Path("artifacts/smollm2/run")
+
+
+def time_to_error() -> Iterator[Row]:
+    """The demo run, and SmolLM2's where it is there."""
+    make_demo_run(["--out", "artifacts/demo-run"])
+    yield from _compared("demo run, 1,024 sequences", DEMO, rounds=3)
+    if SMOLLM2.exists():
+        import yaml
+
+        config = yaml.safe_load(Path("configs/smollm2.yaml").read_text(encoding="utf-8"))
+        config["batch_config"]["E_replicates"] = 1
+        yield from _compared("SmolLM2 LoRA run, 128 sequences", config, rounds=1)
+
+
+def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as store:
+        values = values | {"artifacts": store, "importance": {"etas": [1], "estimators": ["snis"]}}
+        found, law, execution = _artifacts(values)
+        processor = processor_of(law, execution)
+        policy, batch = processor.policy, read_sequences(found["sample-e-batch"][0])
+        learning_rate = found["load-checkpoint"][0].summary["learning_rate"]
+        v = found["compute-update"][0].tensors("direction.safetensors")
+        of_ours: dict[str, Any] = {}
+
+        def ours() -> None:
+            of_ours["base"], _ = processor.score(batch)
+            of_ours["derivatives"] = forward_mode(processor, batch, v)
+            for eta in ETAS:
+                with policy.moved(v, eta * learning_rate):
+                    of_ours[eta], _ = processor.score(batch)
+
+        def theirs() -> None:
+            base_N = torch.zeros(len(batch), dtype=torch.float64)
+            predecessor.entropy_gradient(policy, batch, base_N)
+            for eta in ETAS:
+                predecessor.scored(policy, batch)
+                with policy.moved(v, eta * learning_rate):
+                    predecessor.scored(policy, batch)
+
+        runs: dict[str, Run] = {"ours": ours, "theirs": theirs}
+        taken = take_turns(runs, rounds)
+    seconds = {who: statistics.median(times) for who, times in taken.items()}
+    mine, against = f"{seconds['ours']:.1f} s", f"{seconds['theirs']:.1f} s, the predecessor's recipe"
+    yield Row(f"{name}: seconds for δH₁ and {len(ETAS)} η", mine, against, seconds["ours"] / seconds["theirs"])
+    for what, mine, other in _errors(of_ours, learning_rate):
+        cost, other_cost = mine**2 * seconds["ours"], other**2 * seconds["theirs"]
+        yield Row(
+            f"{name}: SE² × seconds of {what}",
+            f"{cost:.3g} (SE {mine:.3g})",
+            f"{other_cost:.3g} (SE {other:.3g}), the predecessor's recipe",
+            other_cost / cost,
+            "≥ 10",
+        )
+
+
+def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], dict[str, Any], Any]:
+    """Every artifact of one checkpoint by stage, its law, and how it is executed."""
+    config = parse_config(values)
+    checkpoint = preflight(config)[-1]
+    execution = execution_for(config, [checkpoint])
+    plain, found = direct_runner(Store(config.store_root), execution), defaultdict(list)
+
+    def run(stage: Any, inputs: Any, label: str) -> Artifact:
+        artifact = plain(stage, inputs, label)
+        found[stage.name].append(artifact)
+        return artifact
+
+    pools = {split: load_pool(config, split, checkpoint.tokenizer, run) for split in set(splits(config))}
+    measurement = Measurement(config, checkpoint, pools, run)
+    measurement.variance_inputs()
+    return found, measurement.law, execution
+
+
+def _errors(found: dict[str, Any], learning_rate: float) -> Iterator[tuple[str, float, float]]:
+    """Standard errors given U, per token, of both ways on the same batch."""
+    base: LogprobResults = found["base"]
+    _, _, dlogprobs_K, dentropies_K = found["derivatives"]
+    nothing_K = torch.zeros_like(base.entropies_K, dtype=torch.float64)
+    columns = base.logprobs_K, base.entropies_K, dlogprobs_K, dentropies_K, base.offsets_N1
+    batch = EvaluationBatch(*columns, ReturnsToGo(nothing_K, nothing_K), None).with_baseline("time_loo")
+    theirs = predecessor.derivative(base.entropies_K, dlogprobs_K, dentropies_K, base.offsets_N1, "per_token")
+    ours = entropy_derivative(batch.columns, "per_token")
+    yield "δH₁ at the learning rate", *(learning_rate * batch.standard_error(x) for x in (ours, theirs))
+    for eta in ETAS:
+        moved = Moved(eta * learning_rate, found[eta].logprobs_K, found[eta].entropies_K)
+        errors = [
+            batch.standard_error(estimates.change_of(batch, moved, estimator, "per_token")[0])
+            for estimator in ("per_decision", "snis")
+        ]
+        yield f"ΔH at η = {eta:g} lr", *errors

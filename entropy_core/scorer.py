@@ -1,0 +1,81 @@
+"""A causal language model as one function of its parameters: ℓ and h of the response tokens of a micro-batch.
+
+The model is split into its trunk (everything up to the last hidden states) and its head (hidden states to logits), so
+that logits exist for a chunk of positions at a time.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from entropy_core.numerics import token_statistics
+from entropy_core.numerics.token_statistics import TokenStatistics
+
+HEAD_TOLERANCE = 5e-6  # of the largest |logit|; above rounding, below a softcap even where logits are small
+
+
+class TeacherForcedRows(NamedTuple):
+    """A micro-batch of whole sequences, padded on the right, and which positions predict which response tokens.
+
+    With padding on the right, causal attention alone keeps real positions from seeing it: no mask is needed.
+    """
+
+    input_ids_BL: Tensor
+    row_K: Tensor  # which row of the batch
+    position_K: Tensor  # the position *before* the token: its logits predict it
+    tokens_K: Tensor
+
+
+class Scorer(nn.Module):
+    """ℓ and h of a micro-batch; a module, so that `functional_call` can put other parameters in the model's place.
+
+    The logits are c·tanh(s·Wh/c) with the scale s and the softcap c that the model's config names: s is `logit_scale`
+    (Cohere) or 1/`logits_scaling` (Granite), c `final_logit_softcapping` (Gemma); without them Wh. Where the logits of
+    the model are others, it is asked for all of them.
+
+    Args:
+        model: a causal language model.
+        head_chunk_rows: positions whose logits exist at one time.
+    """
+
+    def __init__(self, model: PreTrainedModel, head_chunk_rows: int) -> None:
+        super().__init__()
+        self.model, self.head_chunk_rows = model, head_chunk_rows
+        config = model.config.get_text_config()
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.head_is_known = self._head_matches()
+
+    def forward(self, rows: TeacherForcedRows, temperature: float) -> TokenStatistics:
+        """ℓ and h, each [K]."""
+        if not self.head_is_known:
+            return token_statistics.token_statistics(self.all_logits(rows), rows.tokens_K, temperature)
+        return token_statistics.chunked_statistics(
+            self.head, self.hidden(rows), rows.tokens_K, temperature, self.head_chunk_rows
+        )
+
+    def all_logits(self, rows: TeacherForcedRows) -> Tensor:
+        """The model's own logits [K, V]; those of all positions exist for a moment."""
+        return self.model(input_ids=rows.input_ids_BL, use_cache=False).logits[rows.row_K, rows.position_K]
+
+    def hidden(self, rows: TeacherForcedRows) -> Tensor:
+        """Last hidden states [K, D]."""
+        hidden_BLD = self.model.base_model(input_ids=rows.input_ids_BL, use_cache=False).last_hidden_state
+        return hidden_BLD[rows.row_K, rows.position_K]
+
+    def head(self, hidden_RD: Tensor) -> Tensor:
+        """Logits [R, V] of hidden states."""
+        logits_RV = self.model.get_output_embeddings()(hidden_RD)
+        if self.scale != 1.0:
+            logits_RV = self.scale * logits_RV
+        return self.softcap * torch.tanh(logits_RV / self.softcap) if self.softcap else logits_RV
+
+    def _head_matches(self) -> bool:
+        count = min(8, self.model.get_output_embeddings().weight.shape[0])
+        input_ids = torch.arange(count, device=self.model.device).unsqueeze(0)
+        with torch.no_grad():
+            expected = self.model(input_ids=input_ids, use_cache=False).logits
+            got = self.head(self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+        return bool((got - expected).abs().max() <= HEAD_TOLERANCE * expected.abs().max())
