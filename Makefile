@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos docs clean
-help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos docs clean:
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench docs clean
+help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos docs clean
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
@@ -38,6 +38,7 @@ help:
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run (about a quarter of an hour)"
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, fill the disk; writes docs/chaos.md (ten minutes)"
+	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (an hour)"
 	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
 	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
 	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"
@@ -72,6 +73,10 @@ validate: .venv/.installed
 
 chaos: .venv/.installed
 	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py
+
+# With SmolLM2's weights and LoRA run where make sweep-smollm2 has left them, else with random weights of its shape.
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks
 
 docs: .venv/.installed
 	$(BIN)/python -m entropy_core.reference docs

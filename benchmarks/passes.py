@@ -9,8 +9,9 @@ from torch.func import functional_call, jvp
 
 from benchmarks.common import Row, Run, median_ratio, peak_megabytes, take_turns
 from benchmarks.smollm2_shape import make_policy, make_processor, make_sequences
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.policy import Coefficients, Policy
-from entropy_core.sequence_processor import BatchedSequences, SequenceProcessor
+from entropy_core.sequence_processor import SequenceProcessor
 from entropy_core.stages.derivatives import central_difference, forward_mode
 
 LENGTH, MICRO_BATCH = 128, 16

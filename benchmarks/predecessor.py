@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged, uncertainty
 from entropy_core.numerics.first_order import FirstOrderColumns
 from entropy_core.numerics.uncertainty import Estimate, Normalization
 from entropy_core.policy import Policy
-from entropy_core.sequence_processor import BatchedSequences
 
 MICRO_BATCH = 8
 

@@ -12,10 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from benchmarks.common import Row, seconds
 from benchmarks.smollm2_shape import EOS, make_policy, make_processor
 from entropy_core import decoding
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
 from entropy_core.policy import Policy
-from entropy_core.sequence_processor import BatchedSequences
 
 BATCH, PROMPT, SHORTEST, LONGEST = 64, 32, 8, 128
 HAZARD = 1 / 60  # of the EOS, from the shortest length on: mean length about 59, a seventh are cut

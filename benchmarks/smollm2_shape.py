@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged
-from entropy_core.policy import Policy, resolve_device
-from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
+from entropy_core.policy import Policy
+from entropy_core.pretrained import resolve_device
+from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 INSTALLED = Path("artifacts/smollm2/model")
 SHAPE = {

@@ -2,28 +2,22 @@
 
 π_θ(a|s) = softmax(z_θ(s)/τ). θ are the parameters that are trained: all of a model, or those of a LoRA adapter in it;
 the others are constants. One code path, `Scorer`, gives values, gradients and forward-mode derivatives.
-
-The only importer of transformers' model and tokenizer classes besides the demo run.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entropy_core.adapters import fill_adapter, insert_adapter
 from entropy_core.errors import CheckpointError, one_line
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
 from entropy_core.scorer import Scorer, TeacherForcedRows
-from entropy_core.tokenizer import load_tokenizer, tokenizer_directory
 
 BLOCK = 2**20  # numbers that are held in float64 at one time
 
@@ -274,61 +268,3 @@ class Policy:
             return output.logits[:, -1], output.past_key_values
         output = self.model.base_model(**arguments)
         return self.scorer.head(output.last_hidden_state[:, -1]), output.past_key_values
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-
-
-@lru_cache(maxsize=1)
-def load_policy(
-    directory: Path,
-    weights_digest: str,
-    dtype: str,
-    attn_implementation: str,
-    device: str,
-    base: Path | None = None,
-) -> Policy:
-    """Load a checkpoint's model and tokenizer from a local directory; the last one is kept.
-
-    Args:
-        directory: of the model, or of the adapter.
-        weights_digest: content digest of its files, so that a changed directory is never taken for the same policy; of
-            an adapter, those of its base included.
-        dtype: `float32` or `float64`.
-        attn_implementation: `eager`.
-        device: `cpu`, `cuda`, or `auto`.
-        base: directory of the model under the adapter; None for a full model.
-
-    Returns:
-        The policy, in evaluation mode, with TF32 switched off.
-
-    Raises:
-        CheckpointError: transformers cannot load it, or the adapter does not fit.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    if base is None and (directory / "adapter_config.json").exists():
-        fact = f"{directory} holds an adapter where a whole model is needed"
-        raise CheckpointError(fact, way_out="give the directory of its base, or of the merged model")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base or directory,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            local_files_only=True,
-        )
-        tokenizer = load_tokenizer(tokenizer_directory(directory, base))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{directory} cannot be loaded as a causal language model: {first_line}",
-            cause="a file is missing or belongs to another model",
-            way_out="check that transformers' AutoModelForCausalLM.from_pretrained loads it",
-        ) from error
-    if base is not None:
-        insert_adapter(model, directory)
-        fill_adapter(model, directory)
-    log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
-    return Policy(model.to(resolve_device(device)), tokenizer)

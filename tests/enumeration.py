@@ -9,6 +9,7 @@ import torch
 from conftest import World
 from torch import Tensor
 
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.estimates import EvaluationBatch
 from entropy_core.numerics import importance, ragged
 from entropy_core.numerics.first_order import (
@@ -21,7 +22,7 @@ from entropy_core.numerics.first_order import (
 )
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.policy import Coefficients
-from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
+from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 Direction = dict[str, Tensor]
 

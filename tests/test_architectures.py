@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.decoding import Decoding
 from entropy_core.errors import CheckpointError
 from entropy_core.policy import Policy
-from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
+from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 V, EOS, TAU, LONGEST = 11, 10, 0.8, 8
 POOL = [[1], [2, 0], [3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8, 1, 8, 2], [0, 0, 0], [EOS, 4]]  # 0 is the padding, too

@@ -92,7 +92,7 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(sequences, "load_policy", refuse)
-    for name in ("policy.AutoModelForCausalLM", "tokenizer.AutoTokenizer"):
+    for name in ("pretrained.AutoModelForCausalLM", "tokenizer.AutoTokenizer"):
         monkeypatch.setattr(f"entropy_core.{name}.from_pretrained", refuse)
 
 

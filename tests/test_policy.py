@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from entropy_core.errors import CheckpointError
-from entropy_core.policy import Coefficients, Policy, TeacherForcedRows, load_policy, resolve_device
+from entropy_core.policy import Coefficients, Policy, TeacherForcedRows
+from entropy_core.pretrained import load_policy, resolve_device
 
 TAU = 0.7
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], float]] = {  # and what their float32 parts leave of the digits

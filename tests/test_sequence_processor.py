@@ -12,10 +12,11 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.errors import NonFiniteError, PromptError
 from entropy_core.numerics import ragged
 from entropy_core.policy import Policy
-from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
+from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 POOL = [[1], [2, 0], [3, 1, 0, 2], [0, 0, 0], [2], [1, 3, 3]]  # some hold the token that ends a response
 EOS, LONGEST, TAU = 3, 4, 0.7

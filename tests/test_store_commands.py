@@ -213,7 +213,7 @@ def test_explain_names_the_module_that_was_edited(tmp_path, store, monkeypatch):
 
 
 def test_explain_a_configuration_says_what_would_run_and_why(away, first, store, monkeypatch):
-    monkeypatch.setattr("entropy_core.policy.load_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("entropy_core.pretrained.load_policy", lambda *_: pytest.fail("a model was loaded"))
     config = away / "config.yaml"
     config.write_text(json.dumps(settings(away)))
     status, said = store(away / "artifacts", "explain", config)

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.policy import TeacherForcedRows
-from entropy_core.sequence_processor import BatchedSequences, SequenceProcessor
+from entropy_core.sequence_processor import SequenceProcessor
 from entropy_core.stages.sequences import as_tangent
 
 

@@ -7,10 +7,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.advantages import through_shared_length
 from entropy_core.policy import Policy
-from entropy_core.sequence_processor import BatchedSequences
 from entropy_core.stages.derivatives import forward_mode
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.stages.sequences import Law, processor_of, read_sequences

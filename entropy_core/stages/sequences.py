@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.errors import CheckpointError, NonFiniteError
-from entropy_core.policy import Policy, load_policy
-from entropy_core.sequence_processor import BatchedSequences, GenerationConfig, SequenceProcessor
+from entropy_core.policy import Policy
+from entropy_core.pretrained import load_policy
+from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer

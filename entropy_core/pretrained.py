@@ -1,0 +1,73 @@
+"""The policy of a checkpoint's directory."""
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from entropy_core.adapters import fill_adapter, insert_adapter
+from entropy_core.errors import CheckpointError
+from entropy_core.policy import Policy
+from entropy_core.tokenizer import load_tokenizer, tokenizer_directory
+
+log = logging.getLogger("entropy_probe.policy")
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+@lru_cache(maxsize=1)
+def load_policy(
+    directory: Path,
+    weights_digest: str,
+    dtype: str,
+    attn_implementation: str,
+    device: str,
+    base: Path | None = None,
+) -> Policy:
+    """Load a checkpoint's model and tokenizer from a local directory; the last one is kept.
+
+    Args:
+        directory: of the model, or of the adapter.
+        weights_digest: content digest of its files, so that a changed directory is never taken for the same policy; of
+            an adapter, those of its base included.
+        dtype: `float32` or `float64`.
+        attn_implementation: `eager`.
+        device: `cpu`, `cuda`, or `auto`.
+        base: directory of the model under the adapter; None for a full model.
+
+    Returns:
+        The policy, in evaluation mode, with TF32 switched off.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or the adapter does not fit.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if base is None and (directory / "adapter_config.json").exists():
+        fact = f"{directory} holds an adapter where a whole model is needed"
+        raise CheckpointError(fact, way_out="give the directory of its base, or of the merged model")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base or directory,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            local_files_only=True,
+        )
+        tokenizer = load_tokenizer(tokenizer_directory(directory, base))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{directory} cannot be loaded as a causal language model: {first_line}",
+            cause="a file is missing or belongs to another model",
+            way_out="check that transformers' AutoModelForCausalLM.from_pretrained loads it",
+        ) from error
+    if base is not None:
+        insert_adapter(model, directory)
+        fill_adapter(model, directory)
+    log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
+    return Policy(model.to(resolve_device(device)), tokenizer)
