@@ -4,6 +4,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def time_to_error() -> Iterator[Row]:
         yield from _compared("SmolLM2 LoRA run, 128 sequences", config, rounds=1)
 
 
+class _Enough(Exception):
+    """The rest of the stages is not needed."""
+
+
 def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as store:
         values = values | {"artifacts": store, "importance": {"etas": [1], "estimators": ["snis"]}}
@@ -91,7 +96,7 @@ def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
 
 
 def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], dict[str, Any], Any]:
-    """Every artifact of one checkpoint by stage, its law, and how it is executed."""
+    """The artifacts of the last checkpoint up to the update, by stage; its law, and how it is executed."""
     config = parse_config(values)
     checkpoint = preflight(config)[-1]
     execution = execution_for(config, [checkpoint])
@@ -100,11 +105,14 @@ def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], dict[
     def run(stage: Any, inputs: Any, label: str) -> Artifact:
         artifact = plain(stage, inputs, label)
         found[stage.name].append(artifact)
+        if stage.name == "compute-update":
+            raise _Enough
         return artifact
 
     pools = {split: load_pool(config, split, checkpoint.tokenizer, run) for split in set(splits(config))}
     measurement = Measurement(config, checkpoint, pools, run)
-    measurement.variance_inputs()
+    with suppress(_Enough):
+        measurement.variance_inputs()
     return found, measurement.law, execution
 
 

@@ -242,6 +242,7 @@ def test_a_run_that_fails_says_why_in_the_ui(browser, api):
     reason = browser.page.get_by_text("unknown dataset 'gsm9k'")
     browser.page.locator(".page-heading-flow-run__meta .state-badge").get_by_text("Failed").wait_for(timeout=120_000)
     browser.tab("Details")
+    browser.page.get_by_text("See More").first.click()  # the message is one line, and longer than its place
     reason.first.wait_for()
 
 
