@@ -20,6 +20,7 @@ class Execution:
         gen_batch_size: sequences decoded together.
         tf_batch_size: sequences per teacher-forced pass.
         head_chunk_megabytes: memory of the logits that exist at one time.
+        recompute_activations: in a backward pass, rather than keep those within a layer.
         progress: called with (done, total) as a stage advances.
         within_memory: stage name → the smaller settings with which it no longer ran out of memory; see `halved`.
     """
@@ -29,13 +30,15 @@ class Execution:
     gen_batch_size: int = 512
     tf_batch_size: int = 256
     head_chunk_megabytes: float = 64.0
+    recompute_activations: bool = False
     progress: Callable[[int, int], None] = _silent
     within_memory: "dict[str, Execution]" = field(default_factory=dict, compare=False, repr=False)
 
     def halved(self) -> "Execution":
-        """The same with half the sequences at a time, one at least, and half the logits."""
+        """The same with half the sequences at a time, one at least, half the logits, and activations recomputed."""
         sizes = {name: max(1, getattr(self, name) // 2) for name in ("gen_batch_size", "tf_batch_size")}
-        return replace(self, **sizes, head_chunk_megabytes=self.head_chunk_megabytes / 2)
+        logits = self.head_chunk_megabytes / 2
+        return replace(self, **sizes, head_chunk_megabytes=logits, recompute_activations=True)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest records."""
@@ -44,4 +47,5 @@ class Execution:
             "gen_batch_size": self.gen_batch_size,
             "tf_batch_size": self.tf_batch_size,
             "head_chunk_megabytes": self.head_chunk_megabytes,
+            "recompute_activations": self.recompute_activations,
         }

@@ -6,13 +6,16 @@ the others are constants. One code path, `Scorer`, gives values, gradients and f
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_core.errors import CheckpointError, one_line
 from entropy_core.numerics import token_statistics
@@ -38,12 +41,15 @@ class Policy:
         model: a causal language model; what requires a gradient in it is what is differentiated and moved.
         tokenizer: its tokenizer.
         head_chunk_rows: positions whose logits exist at one time.
+
+    With `recompute_activations` a backward pass keeps only the inputs of the layers, and computes the rest again.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.scorer = Scorer(self.model, head_chunk_rows)
+        self.recompute_activations = False
         if not self.scorer.head_is_known:
             log.warning("this model's logits are not those of its head; using full logits (more memory)")
 
@@ -161,7 +167,8 @@ class Policy:
         """
         parameters = self.named_parameters()
         names = list(into[0])
-        statistics = self.scorer(rows, temperature)
+        with self._recomputing() if self.recompute_activations else nullcontext():
+            statistics = self.scorer(rows, temperature)
         for index, (weights, gradients) in enumerate(zip(coefficients, into, strict=True)):
             terms = [w_K.to(self.device) * x_K.double() for w_K, x_K in zip(weights, statistics, strict=True)]
             scalar = torch.stack(terms).sum()
@@ -211,6 +218,17 @@ class Policy:
             return torch.nextafter(theta, torch.where(up, infinity, -infinity))
 
         return self._replaced(dict(self.model.named_parameters()), neighbour)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward  # what its class says is in force again
 
     @contextmanager
     def fused_attention(self) -> Iterator[None]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import gemma2, gpt2, llama, policy_of, random_direction
 from tokenizers import Tokenizer, models
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_core.errors import CheckpointError
 from entropy_core.policy import Coefficients, Policy, TeacherForcedRows
@@ -141,6 +142,26 @@ def test_gradients_are_those_of_plain_autograd(name: str):
             torch.testing.assert_close(gradient - 1.0, g, rtol=tolerance, atol=tolerance, msg=parameter)
     assert not any(column_K.requires_grad for column_K in statistics)
     torch.testing.assert_close(tuple(statistics), tuple(policy.statistics(rows(), TAU)))
+
+
+@zoo
+def test_recomputed_activations_give_the_same_gradients(name: str):
+    policy = policy_of(MODELS[name][0](), head_chunk_rows=3)
+    weights = [Coefficients(*pair) for pair in torch.randn(2, 2, 7, dtype=torch.float64)]
+    (layer, *_) = (m for m in policy.model.modules() if isinstance(m, GradientCheckpointingLayer))
+    calls, found = [], []
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+    inner = next(m for m in layer.modules() if isinstance(m, nn.LayerNorm) or "Norm" in type(m).__name__)
+    inner.register_forward_hook(lambda *_: calls.append("inner"))
+    for policy.recompute_activations in (False, True):
+        calls.clear()
+        gradients = [policy.new_accumulator(), policy.new_accumulator()]
+        statistics = policy.add_gradients(rows(), weights, TAU, gradients)
+        found.append((tuple(statistics), gradients))
+        assert "forward" not in vars(layer)
+        assert calls.count("forward") == 1
+        assert (calls.count("inner") > 1) == policy.recompute_activations
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "gemma2-softcap"])

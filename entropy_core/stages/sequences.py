@@ -31,6 +31,7 @@ def policy_of(law: Law, execution: "Execution") -> Policy:
     digest = law["weights"] + law["base"]
     policy = load_policy(directory, digest, law["dtype"], law["attn_implementation"], execution.device, base)
     policy.limit_logits(execution.head_chunk_megabytes)
+    policy.recompute_activations = execution.recompute_activations
     return policy
 
 
