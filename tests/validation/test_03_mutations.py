@@ -31,7 +31,7 @@ class Mutation(NamedTuple):
 MUTATIONS = (
     Mutation(
         "tokens scored one step late",
-        "sequence_processor",
+        "batched_sequences",
         "torch.arange(p - 1, p - 1 + t)",
         "torch.arange(p, p + t) % input_ids_BL.shape[1]",
         "test_enumeration",
@@ -52,16 +52,30 @@ MUTATIONS = (
     ),
     Mutation(
         "EOS sampled, but not scored",
-        "sequence_processor",
-        "            lengths_B += alive_B\n            alive_B = alive_B & ~torch.isin(tokens_B, eos_E)",
-        "            alive_B = alive_B & ~torch.isin(tokens_B, eos_E)\n            lengths_B += alive_B",
+        "decoding",
+        "batch.lengths_B[rows_R] += 1",
+        "batch.lengths_B[rows_R] += ~torch.isin(tokens_R, self.eos_E)",
         "test_sequence_processor",
+    ),
+    Mutation(
+        "a row that was given away keeps the columns of the sequence before",
+        "decoding",
+        "self.batch.mask_BL[rows_R] = 0",
+        "pass",
+        "test_decoding",
+    ),
+    Mutation(
+        "the entropy left out of its own gradient",
+        "numerics/token_statistics",
+        "factor_R = entropies_R * dentropies_R + dlogprobs_R",
+        "factor_R = dlogprobs_R",
+        "test_token_statistics",
     ),
     Mutation(
         "τ applied after the softmax",
         "numerics/token_statistics",
-        "torch.log_softmax(logits_RV / temperature, dim=-1)",
-        "(torch.log_softmax(logits_RV, dim=-1) / temperature)",
+        "return own_R - normaliser_R,",
+        "return logits_RV.log_softmax(-1).gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1) / temperature,",
         "test_token_statistics",
     ),
     Mutation(
@@ -165,7 +179,7 @@ MUTATIONS = (
     Mutation(
         "the entropy's derivative not centred",
         "numerics/token_statistics",
-        "(dz_RV - mean_dz_R.unsqueeze(-1))",
+        "dz_RV.sub_(mean_dz_R.unsqueeze(-1))",
         "dz_RV",
         "test_token_statistics",
     ),
