@@ -39,7 +39,7 @@ help:
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, race for a key (docs/chaos.md is written from it);"
 	@echo "             fill the disk, kill servers and runners (ten minutes)"
-	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (an hour)"
+	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (long)"
 	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
 	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
 	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"

@@ -10,7 +10,7 @@ from torch.func import functional_call, jvp
 from benchmarks.common import Row, Run, median_ratio, peak_megabytes, take_turns
 from benchmarks.smollm2_shape import make_policy, make_processor, make_sequences
 from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.policy import Coefficients, Policy
+from entropy_core.policy import Policy
 from entropy_core.sequence_processor import SequenceProcessor
 from entropy_core.stages.derivatives import central_difference, forward_mode
 
@@ -162,12 +162,9 @@ def backward_per_sequence(processor: SequenceProcessor, batch: BatchedSequences,
     policy = processor.policy
     for i in range(len(batch)):
         for _, rows in processor.micro_batches(batch.select(torch.tensor([i]))):
-            statistics_K = policy.scorer(rows, 1.0)
-            ones_K = torch.ones(len(rows.tokens_K), dtype=torch.float64)
-            weights = Coefficients(ones_K, ones_K)
-            scalar = sum((w_K * x_K).sum() for w_K, x_K in zip(weights, statistics_K, strict=True))
             parameters = policy.named_parameters()
-            found = torch.autograd.grad(scalar, list(parameters.values()))
+            logprobs_K, entropies_K = policy.scorer(rows, 1.0)
+            found = torch.autograd.grad((logprobs_K + entropies_K).sum(), list(parameters.values()))
             sum(float((g * v[name]).sum()) for name, g in zip(parameters, found, strict=True))
 
 
@@ -195,7 +192,7 @@ def _memory_of_scoring(what: str, tokens: int) -> Run:
 
 def _memory_of_derivatives(what: str) -> Run:
     policy = make_policy()
-    processor, batch, v = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * MICRO_BATCH), None
+    processor, batch = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * MICRO_BATCH)
     v = random_direction(policy)
     return {
         "forward mode": lambda: forward_mode(processor, batch, v),

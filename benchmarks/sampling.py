@@ -1,9 +1,9 @@
 """Tokens per second of the sampler beside `model.generate`, and what the batch size does to the tokens."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.common import Row, seconds
 from benchmarks.smollm2_shape import EOS, make_policy, make_processor
-from entropy_core import decoding
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
@@ -51,17 +50,18 @@ def sampling() -> Iterator[Row]:
     ):
         ends = _Ends(hazard)
         with _ending(policy, ends):
-            mine = _rate(lambda: _ours(policy, prompts[:count], longest))  # noqa: B023
-        theirs = _rate(lambda: _generate(policy, prompts[:count], longest, ends))  # noqa: B023
+            mine = _rate(_ours, policy, prompts[:count], longest)
+        theirs = _rate(_generate, policy, prompts[:count], longest, ends)
         against = f"{theirs:.0f} tokens/s, model.generate"
         what = f"{name}, {count} sequences, batch {BATCH}"
         yield Row(what, f"{mine:.0f} tokens/s", against, mine / theirs, mark)
     yield from _match(policy, prompts)
 
 
-def _rate(run: Any) -> float:
+def _rate(run: Callable[..., int], *arguments: Any) -> float:
+    """Tokens per second."""
     tokens: list[int] = []
-    taken = seconds(lambda: tokens.append(run()))
+    taken = seconds(lambda: tokens.append(run(*arguments)))
     return tokens[0] / taken
 
 
@@ -101,9 +101,9 @@ def _match(policy: Policy, prompts: Tensor) -> Iterator[Row]:
     """The same 32 sequences in batches of 1, 8 and 32."""
     count, longest, found, drawn = 32, 32, {}, {}
     for batch in (1, 8, 32):
-        with _recorded() as uniforms:
+        drawn[batch] = {}
+        with _recorded(drawn[batch]):
             found[batch] = _sampled(policy, prompts[:count], longest, batch)
-        drawn[batch] = uniforms
     for batch in (1, 8):
         same = total = 0
         for i in range(count):
@@ -117,37 +117,25 @@ def _match(policy: Policy, prompts: Tensor) -> Iterator[Row]:
         yield Row(what, f"{same} of {total}", against, same / total)
 
 
-@contextmanager
-def _ending(policy: Policy, ends: _Ends) -> Iterator[None]:
+def _ending(policy: Policy, ends: _Ends) -> Any:
+    """Within the context the policy's own logits end responses by the same law."""
     plain = policy.next_logits
 
     def with_ends(input_ids_BL: Tensor, mask_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
         logits_BV, cache = plain(input_ids_BL, mask_BL, cache)
         return ends.with_ends(logits_BV, mask_BL.sum(1) - PROMPT), cache
 
-    policy.next_logits = with_ends  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        policy.next_logits = plain  # type: ignore[method-assign]
+    return mock.patch.object(policy, "next_logits", with_ends)
 
 
-@contextmanager
-def _recorded() -> Iterator[dict[tuple[int, int], float]]:
-    """The uniform of every (sequence, position) that is drawn."""
-    seen: dict[tuple[int, int], float] = {}
+def _recorded(seen: dict[tuple[int, int], float]) -> Any:
+    """Within the context the uniform of every (sequence, position) that is drawn is noted."""
+    plain = philox.uniforms
 
-    class Recording:
-        inverse_cdf_tokens = staticmethod(philox.inverse_cdf_tokens)
-
-        @staticmethod
-        def uniforms(seed: int, purpose: Purpose, sequence: Tensor, position: Tensor) -> Tensor:
-            values = philox.uniforms(seed, purpose, sequence, position)
+    def recording(seed: int, purpose: Purpose, sequence: Tensor, position: Tensor | int = 0) -> Tensor:
+        values = plain(seed, purpose, sequence, position)
+        if isinstance(position, Tensor):  # a token; a prompt is drawn without one
             seen.update(zip(zip(sequence.tolist(), position.tolist(), strict=True), values.tolist(), strict=True))
-            return values
+        return values
 
-    decoding.philox = Recording  # type: ignore[misc, assignment]
-    try:
-        yield seen
-    finally:
-        decoding.philox = philox  # type: ignore[misc]
+    return mock.patch.object(philox, "uniforms", recording)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged
 from entropy_core.policy import Policy
-from entropy_core.pretrained import resolve_device
+from entropy_core.pretrained import load_policy, resolve_device
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 INSTALLED = Path("artifacts/smollm2/model")
@@ -32,15 +32,15 @@ def name() -> str:
     return "SmolLM2-135M-Instruct" if INSTALLED.exists() else "a random model of the shape of SmolLM2-135M"
 
 
-def make_policy(dtype: torch.dtype = torch.float32) -> Policy:
+def make_policy() -> Policy:
     """The policy, on the GPU where there is one, with the attention that the probe uses."""
     torch.manual_seed(0)
     if INSTALLED.exists():
-        model = AutoModelForCausalLM.from_pretrained(INSTALLED, dtype=dtype, attn_implementation="eager")
+        policy = load_policy(INSTALLED, "", "float32", "eager", "auto")
     else:
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=dtype, attn_implementation="eager")
-    model.generation_config.eos_token_id = EOS
-    policy = Policy(model.to(resolve_device("auto")), SimpleNamespace(eos_token_id=EOS))
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.float32, attn_implementation="eager")
+        policy = Policy(model.to(resolve_device("auto")), SimpleNamespace(eos_token_id=EOS))
+    policy.model.generation_config.eos_token_id = EOS
     policy.limit_logits(HEAD_MEGABYTES)
     return policy
 

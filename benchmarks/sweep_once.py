@@ -5,8 +5,6 @@ python -m benchmarks.sweep_once --sequences 4096 --store FOLDER [--through-prefe
 
 import argparse
 import json
-import os
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +27,6 @@ def main() -> None:
     config = {
         "name": "benchmark",
         "checkpoints": [str(max(RUN.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])))],
-        "artifacts": str(options.store),
         "batch_config": {
             "E_total_sequences": options.sequences,
             "B_U": 64,
@@ -39,6 +36,7 @@ def main() -> None:
         "generation": {"max_new_tokens": 32},
         "update": {"reward": "arithmetic"},
         "importance": {"etas": [0, 0.1, 0.3, 1, 3], "estimators": ["per_decision", "snis"]},
+        "execution": {"artifacts": str(options.store)},
     }
     if options.through_prefect:
         from flows.entropy_probe import checkpoint_sweep
@@ -53,10 +51,7 @@ def main() -> None:
         sweep(parsed, checkpoints, store, direct_runner(store, execution_for(parsed, checkpoints)))
     taken = time.perf_counter() - started
     peak = status_kilobytes("VmHWM") / 1024
-    print(json.dumps({"seconds": taken, "megabytes": peak}), file=sys.__stdout__, flush=True)
-    sys.stdout.flush()
-    if not options.through_prefect:
-        os._exit(0)  # nothing is left to do
+    print(json.dumps({"seconds": taken, "megabytes": peak}), flush=True)
 
 
 if __name__ == "__main__":

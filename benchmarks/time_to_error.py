@@ -18,6 +18,7 @@ from entropy_core.batched_sequences import LogprobResults
 from entropy_core.config import parse_config
 from entropy_core.demo import main as make_demo_run
 from entropy_core.estimates import EvaluationBatch, Moved
+from entropy_core.numerics import ragged
 from entropy_core.numerics.first_order import ReturnsToGo
 from entropy_core.numerics.uncertainty import entropy_derivative
 from entropy_core.stages.derivatives import forward_mode
@@ -56,7 +57,7 @@ class _Enough(Exception):
 
 def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as store:
-        values = values | {"artifacts": store, "importance": {"etas": [1], "estimators": ["snis"]}}
+        values = values | {"execution": {"artifacts": store}, "importance": {"etas": [1], "estimators": ["snis"]}}
         found, law, execution = _artifacts(values)
         processor = processor_of(law, execution)
         policy, batch = processor.policy, read_sequences(found["sample-e-batch"][0])
@@ -72,8 +73,9 @@ def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
                     of_ours[eta], _ = processor.score(batch)
 
         def theirs() -> None:
-            base_N = torch.zeros(len(batch), dtype=torch.float64)
-            predecessor.entropy_gradient(policy, batch, base_N)
+            base = of_ours["base"]
+            sums_N = ragged.sequence_sum(base.entropies_K, base.offsets_N1)  # which its sampler had left behind
+            predecessor.entropy_gradient(policy, batch, sums_N)
             for eta in ETAS:
                 predecessor.scored(policy, batch)
                 with policy.moved(v, eta * learning_rate):

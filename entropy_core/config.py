@@ -120,7 +120,7 @@ class SamplingConfig(Section):
         json_schema_extra={"minimum": 1},
     )
     max_new_tokens: int = Field(64, ge=1, le=1_000_000, description="A response is cut here if no EOS came.")
-    stop_strings: list[str] = Field(
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         max_length=20,
         description="A response also ends with the token whose text completes one of these, as your trainer's may.",

@@ -230,23 +230,29 @@ class Policy:
             for layer in layers:
                 del layer.forward  # what its class says is in force again
 
-    @contextmanager
-    def fused_attention(self) -> Iterator[None]:
-        """Within the context attention is torch's fused kernel, for passes without a derivative, where there is one.
+    @property
+    def attention_without_derivative(self) -> str:
+        """`sdpa`, torch's fused kernel, where the architecture has it; else the policy's own.
 
-        An architecture without it keeps its own; so does one with a softcap in attention, which the kernel lacks.
+        The kernel lacks a softcap in attention, so an architecture with one keeps its own.
         """
         config = self.model.config.get_text_config()
-        own = self.model.config._attn_implementation
         fused = self.model._supports_sdpa and self.model._can_set_attn_implementation()
         fused = fused and not getattr(config, "attn_logit_softcapping", None)
-        if fused:
-            self.model.set_attn_implementation("sdpa")
+        return "sdpa" if fused else self.model.config._attn_implementation
+
+    @contextmanager
+    def fused_attention(self) -> Iterator[None]:
+        """Within the context attention is `attention_without_derivative`."""
+        own, asked = self.model.config._attn_implementation, self.attention_without_derivative
+        if asked == own:
+            yield
+            return
+        self.model.set_attn_implementation(asked)
         try:
             yield
         finally:
-            if fused:
-                self.model.set_attn_implementation(own)
+            self.model.set_attn_implementation(own)
 
     @contextmanager
     def _replaced(self, names: Iterable[str], value: Callable[[str, Tensor], Tensor]) -> Iterator[None]:

@@ -1,8 +1,6 @@
 """What Prefect's UI shows of a run beside its states: its plan, how far it is, tables of results, the report."""
 
 import re
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from prefect.artifacts import (
 )
 
 from entropy_core.artifact import Artifact
+from entropy_core.manifest import peak_rss_bytes
 from entropy_core.stages.measure import Inputs, Runner
 from entropy_core.stages.pipeline import SweepResult
 from entropy_core.stages.plan import Cost, Step
@@ -76,7 +75,7 @@ class Progress:
     def _pace(self) -> str:
         elapsed = time.monotonic() - self._started
         if not self._left:
-            return f"in {duration(elapsed)}, with at most {_peak_gigabytes():.1f} GB of memory"
+            return f"in {duration(elapsed)}, with at most {peak_rss_bytes() / 1e9:.1f} GB of memory"
         per_minute = 60 * self._done / elapsed
         to_run = [step.stage for step in self._left if not step.cached]
         typical = mean(self._seconds.values()) if self._seconds else elapsed / self._done
@@ -118,9 +117,3 @@ def publish(result: SweepResult) -> None:
 def _slug(name: str) -> str:
     """A name as the keys of Prefect's artifacts may be: lower-case letters, digits and dashes."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _peak_gigabytes() -> float:
-    """The most memory that this process ever had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e9 / 1024)  # in bytes there, in KiB elsewhere

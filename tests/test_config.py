@@ -141,6 +141,7 @@ def test_an_unknown_key_is_named(dotted, value):
         ("generation.temperature", float("nan")),
         ("generation.temperature", float("inf")),
         ("generation.max_new_tokens", 0),
+        ("generation.stop_strings", [""]),
         ("generation.do_sample", False),
         ("generation.gen_batch_size", 0),
         ("update.loss", "ppo"),

@@ -185,6 +185,8 @@ def test_the_scores_have_mean_zero(first, exact):
 
 
 def test_the_batches_are_what_was_asked_for(first):
+    sampled = first.run.artifacts("sample-e-batch") + first.run.artifacts("sample-u-batch")
+    assert {shard.summary["attention"] for shard in sampled} == {"sdpa"}  # not what the law is differentiated with
     e_shards, u_shards = (first.run.artifacts(name) for name in ("sample-e-batch", "sample-u-batch"))
     e_first, e_second = e_shards[:2], e_shards[2:]
     assert [shard.table("sequences.parquet").num_rows for shard in e_shards] == [8] * 4

@@ -114,7 +114,7 @@ class _TokenStatistics(torch.autograd.Function):
 
 def _blocks(first_RV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """A few rows at a time on a CPU, where what is made on the way then stays in the cache; all on a GPU."""
-    rows = max(1, BLOCK_BYTES // (first_RV.shape[-1] * first_RV.itemsize)) if first_RV.is_cpu else len(first_RV)
+    rows = BLOCK_BYTES // (first_RV.shape[-1] * first_RV.itemsize) if first_RV.is_cpu else len(first_RV)
     return zip(*(tensor.split(max(1, rows)) for tensor in (first_RV, *others)), strict=True)
 
 

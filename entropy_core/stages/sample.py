@@ -44,7 +44,7 @@ def sample(
         stop_strings: a response ends with the token that completes one of them.
 
     Returns:
-        Number of sequences and of tokens, and how many responses were cut.
+        Number of sequences and of tokens, how many responses were cut, and the attention kernel that sampled them.
     """
     table = prompts.table("prompts.parquet")
     processor = processor_of(law, execution, max_new_tokens, stop_strings)
@@ -74,4 +74,5 @@ def sample(
         "sequences": len(sequences),
         "tokens": len(sequences.response_tokens_K),
         "cut": sequences.finish_reasons.count("length"),
+        "attention": processor.policy.attention_without_derivative,
     }
