@@ -56,19 +56,21 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(logits_RV: Tensor, tokens_R: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        pairs = _blocks(logits_RV, tokens_R)
-        blocks = [_TokenStatistics._of_rows(z_RV, own_R, temperature) for z_RV, own_R in pairs]
+        scratch = _Scratch(logits_RV, 2)
+        blocks = [
+            _TokenStatistics._of_rows(scratch, temperature, *rows) for rows in scratch.blocks(logits_RV, tokens_R)
+        ]
         return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
     @staticmethod
-    def _of_rows(logits_RV: Tensor, tokens_R: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    def _of_rows(scratch: "_Scratch", temperature: float, logits_RV: Tensor, tokens_R: Tensor) -> tuple[Tensor, ...]:
+        z_RV, weights_RV = scratch.of(logits_RV)
         highest_R1 = logits_RV.amax(-1, keepdim=True)
-        z_RV = logits_RV - highest_R1
+        torch.sub(logits_RV, highest_R1, out=z_RV)
         if temperature != 1.0:
             z_RV /= temperature
         own_R = z_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1)
-        z_RV.clamp_min_(LOWEST)
-        weights_RV = z_RV.exp()
+        torch.exp(z_RV.clamp_min_(LOWEST), out=weights_RV)
         total_R = weights_RV.sum(-1)
         normaliser_R = total_R.log()
         entropies_R = normaliser_R - z_RV.mul_(weights_RV).sum(-1) / total_R  # two terms that are not negative
@@ -85,7 +87,8 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogprobs_R: Tensor, dentropies_R: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         logits_RV, tokens_R, entropies_R, *of_rows = ctx.saved_tensors
-        logp_RV, p_RV = _log_probabilities(ctx.temperature, logits_RV, *of_rows)
+        logp_RV, p_RV = torch.empty_like(logits_RV), torch.empty_like(logits_RV)
+        _log_probabilities((logp_RV, p_RV), ctx.temperature, logits_RV, *of_rows)
         # ∂ℓ/∂z = 1[token] − p,  ∂h/∂z = −p·(logp + h)
         factor_R = entropies_R * dentropies_R + dlogprobs_R
         gradient_RV = logp_RV.mul_(dentropies_R.unsqueeze(-1)).add_(factor_R.unsqueeze(-1)).mul_(p_RV).neg_()
@@ -95,38 +98,52 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dlogits_RV: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         logits_RV, tokens_R, _entropies_R, *of_rows = ctx.saved_tensors
-        blocks = [
-            _TokenStatistics._jvp_of_rows(dz_RV, own_R, ctx.temperature, *kept)
-            for dz_RV, own_R, *kept in _blocks(dlogits_RV, tokens_R, logits_RV, *of_rows)
-        ]
+        scratch = _Scratch(logits_RV, 3)
+        rows_by_block = scratch.blocks(dlogits_RV, tokens_R, logits_RV, *of_rows)
+        blocks = [_TokenStatistics._jvp_of_rows(scratch, ctx.temperature, *rows) for rows in rows_by_block]
         return *(torch.cat(column) for column in zip(*blocks, strict=True)), None, None
 
     @staticmethod
-    def _jvp_of_rows(dlogits_RV: Tensor, tokens_R: Tensor, temperature: float, *kept: Tensor) -> tuple[Tensor, Tensor]:
-        logp_RV, p_RV = _log_probabilities(temperature, *kept)
-        dz_RV = dlogits_RV / temperature
-        mean_dz_R = (p_RV * dz_RV).sum(-1)
+    def _jvp_of_rows(
+        scratch: "_Scratch", temperature: float, dlogits_RV: Tensor, tokens_R: Tensor, *kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logp_RV, p_RV, product_RV = scratch.of(dlogits_RV)
+        _log_probabilities((logp_RV, p_RV), temperature, *kept)
+        dz_RV = dlogits_RV if temperature == 1.0 else dlogits_RV / temperature
+        mean_dz_R = torch.mul(p_RV, dz_RV, out=product_RV).sum(-1)
         dlogprobs_R = dz_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1) - mean_dz_R
         # −Σ p·logp·dz − h·Σ p·dz, with dz centred first: a large common shift of dz would cancel only up to rounding
-        dentropies_R = -logp_RV.mul_(p_RV).mul_(dz_RV.sub_(mean_dz_R.unsqueeze(-1))).sum(-1)
-        return dlogprobs_R, dentropies_R
+        centred_RV = torch.sub(dz_RV, mean_dz_R.unsqueeze(-1), out=product_RV)
+        return dlogprobs_R, -logp_RV.mul_(p_RV).mul_(centred_RV).sum(-1)
 
 
-def _blocks(first_RV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A few rows at a time on a CPU, where what is made on the way then stays in the cache; all on a GPU."""
-    rows = BLOCK_BYTES // (first_RV.shape[-1] * first_RV.itemsize) if first_RV.is_cpu else len(first_RV)
-    return zip(*(tensor.split(max(1, rows)) for tensor in (first_RV, *others)), strict=True)
+class _Scratch:
+    """Room for what is made on the way, used again for every block of rows: new memory costs more than the arithmetic.
+
+    A block is a few rows on a CPU, so that it stays in the cache, and all of them on a GPU.
+    """
+
+    def __init__(self, like_RV: Tensor, count: int) -> None:
+        rows = BLOCK_BYTES // (like_RV.shape[-1] * like_RV.itemsize) if like_RV.is_cpu else len(like_RV)
+        self.rows = max(1, min(rows, len(like_RV)))
+        self.room = [like_RV.new_empty(self.rows, like_RV.shape[-1]) for _ in range(count)]
+
+    def blocks(self, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(column.split(self.rows) for column in columns), strict=True)
+
+    def of(self, block_RV: Tensor) -> list[Tensor]:
+        return [room_RV[: len(block_RV)] for room_RV in self.room]
 
 
 def _log_probabilities(
-    temperature: float, logits_RV: Tensor, highest_R1: Tensor, normaliser_R1: Tensor
-) -> tuple[Tensor, Tensor]:
-    logp_RV = logits_RV - highest_R1
+    into: tuple[Tensor, Tensor], temperature: float, logits_RV: Tensor, highest_R1: Tensor, normaliser_R1: Tensor
+) -> None:
+    logp_RV, p_RV = into
+    torch.sub(logits_RV, highest_R1, out=logp_RV)
     if temperature != 1.0:
         logp_RV /= temperature
     logp_RV -= normaliser_R1
-    logp_RV.clamp_min_(LOWEST)
-    return logp_RV, logp_RV.exp()
+    torch.exp(logp_RV.clamp_min_(LOWEST), out=p_RV)
 
 
 def expected_discriminator(logits_RV: Tensor, temperature: float) -> Tensor:
@@ -155,7 +172,8 @@ def chunked_statistics(
         hidden_KD: [K, D].
         tokens_K: int64 [K].
         temperature: τ > 0.
-        chunk_rows: rows per chunk; does not change the result.
+        chunk_rows: rows per chunk, at most: they are alike, a short one would cost nearly as much as a long one; does
+            not change the result.
 
     Returns:
         Two tensors [K].
@@ -164,12 +182,12 @@ def chunked_statistics(
     def rows(hidden_RD: Tensor, tokens_R: Tensor) -> TokenStatistics:
         return token_statistics(head(hidden_RD), tokens_R, temperature)
 
-    several = len(tokens_K) > chunk_rows
+    count = max(1, -(-len(tokens_K) // chunk_rows))
 
     def chunk(hidden_RD: Tensor, tokens_R: Tensor) -> TokenStatistics:
-        if several and torch.is_grad_enabled():  # logits are recomputed in the backward pass instead of kept
+        if count > 1 and torch.is_grad_enabled():  # logits are recomputed in the backward pass instead of kept
             return checkpoint(rows, hidden_RD, tokens_R, use_reentrant=False)
         return rows(hidden_RD, tokens_R)
 
-    parts = [chunk(*pair) for pair in zip(hidden_KD.split(chunk_rows), tokens_K.split(chunk_rows), strict=True)]
+    parts = [chunk(*pair) for pair in zip(hidden_KD.tensor_split(count), tokens_K.tensor_split(count), strict=True)]
     return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))

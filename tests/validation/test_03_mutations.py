@@ -179,7 +179,7 @@ MUTATIONS = (
     Mutation(
         "the entropy's derivative not centred",
         "numerics/token_statistics",
-        "dz_RV.sub_(mean_dz_R.unsqueeze(-1))",
+        "torch.sub(dz_RV, mean_dz_R.unsqueeze(-1), out=product_RV)",
         "dz_RV",
         "test_token_statistics",
     ),
