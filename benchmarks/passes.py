@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 
 from benchmarks.common import Row, Run, median_ratio, peak_megabytes, take_turns
-from benchmarks.smollm2_shape import make_policy, make_processor, make_sequences
+from benchmarks.model_shape import make_policy, make_processor, make_sequences
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.policy import Policy
 from entropy_core.sequence_processor import SequenceProcessor
@@ -52,26 +52,22 @@ def scoring() -> Iterator[Row]:
 
 
 def derivatives() -> Iterator[Row]:
-    """ℓ̇ and ḣ of every token along a direction."""
+    """ℓ̇ and ḣ of every token along a direction: our two ways on 8,192 tokens; beside the others on one micro-batch."""
     policy = make_policy()
-    batch = make_sequences([LENGTH] * MICRO_BATCH)
-    processor, v = make_processor(policy, MICRO_BATCH), random_direction(policy)
-    runs: dict[str, Run] = {
-        "bare": lambda: bare_forward(processor, batch),
-        "forward mode": lambda: forward_mode(processor, batch, v),
-        "fast path": lambda: central_difference(processor, batch, v, 1e-3),
-        "full-logit forward mode": lambda: full_logit_forward_mode(processor, batch, v),
-        "batched forward and backward": lambda: forward_backward(processor, batch),
-        "a backward per sequence": lambda: backward_per_sequence(processor, batch, v),
-    }
-    taken = take_turns(runs, ROUNDS)
-    bare = f"{statistics.median(taken['bare']):.2f} s, bare forward"
+    v = random_direction(policy)
     marks = {"forward mode": "≤ 3.2", "fast path": "≤ 2.2"}
-    for name, times in taken.items():
-        if name != "bare":
+    for tokens in (TOKENS, MICRO_BATCH * LENGTH):
+        processor, batch = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * (tokens // LENGTH))
+        ways = ways_of_derivatives(processor, batch, v)
+        chosen = ["bare", *marks] if tokens == TOKENS else [name for name in ways if name != "fast path"]
+        taken = take_turns({name: ways[name] for name in chosen}, ROUNDS)
+        bare = f"{statistics.median(taken['bare']):.2f} s, bare forward"
+        for name in chosen[1:]:
             gives = "ℓ̇ and ḣ" if "forward mode" in name or name in marks else "sums in place of ℓ̇ and ḣ"
-            ratio = median_ratio(times, taken["bare"])
-            yield Row(f"{gives}, {name}", f"{statistics.median(times):.2f} s", bare, ratio, marks.get(name, ""))
+            what = f"{gives}, {name}, {tokens:,} tokens"
+            mark = marks.get(name, "") if tokens == TOKENS else ""
+            ratio = median_ratio(taken[name], taken["bare"])
+            yield Row(what, f"{statistics.median(taken[name]):.2f} s", bare, ratio, mark)
     ours = peak_megabytes(_memory_of_derivatives, "forward mode")
     for other in ("full-logit forward mode", "batched forward and backward"):
         there = peak_megabytes(_memory_of_derivatives, other)
@@ -114,6 +110,18 @@ def padding() -> Iterator[Row]:
     in_order = sum(MICRO_BATCH * (16 + max(lengths[i : i + MICRO_BATCH])) for i in range(0, len(lengths), MICRO_BATCH))
     ours, theirs = 1 - real / sum(shapes), 1 - real / in_order
     yield Row("padding, share of the tokens", f"{ours:.1%}", f"{theirs:.1%}, in the order drawn", ours, "≤ 0.05")
+
+
+def ways_of_derivatives(processor: SequenceProcessor, batch: BatchedSequences, v: dict[str, Tensor]) -> dict[str, Run]:
+    """The bare forward pass, and every way there is to what a sequence does to ∂_vH."""
+    return {
+        "bare": lambda: bare_forward(processor, batch),
+        "forward mode": lambda: forward_mode(processor, batch, v),
+        "fast path": lambda: central_difference(processor, batch, v, 1e-3),
+        "full-logit forward mode": lambda: full_logit_forward_mode(processor, batch, v),
+        "batched forward and backward": lambda: forward_backward(processor, batch),
+        "a backward per sequence": lambda: backward_per_sequence(processor, batch, v),
+    }
 
 
 def bare_forward(processor: SequenceProcessor, batch: BatchedSequences) -> None:
@@ -193,9 +201,4 @@ def _memory_of_scoring(what: str, tokens: int) -> Run:
 def _memory_of_derivatives(what: str) -> Run:
     policy = make_policy()
     processor, batch = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * MICRO_BATCH)
-    v = random_direction(policy)
-    return {
-        "forward mode": lambda: forward_mode(processor, batch, v),
-        "full-logit forward mode": lambda: full_logit_forward_mode(processor, batch, v),
-        "batched forward and backward": lambda: forward_backward(processor, batch),
-    }[what]
+    return ways_of_derivatives(processor, batch, random_direction(policy))[what]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.common import Row, seconds
-from benchmarks.smollm2_shape import EOS, make_policy, make_processor
+from benchmarks.model_shape import EOS, make_policy, make_processor
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose

@@ -1,4 +1,7 @@
-"""The model of the benchmarks: SmolLM2-135M-Instruct, or a random model of its shape where it is not installed."""
+"""The model of the benchmarks: SmolLM2-135M-Instruct, or random weights in its shape where it is not installed.
+
+Where there is a GPU it is a random model of the shape of Qwen2.5-0.5B: the small one would leave it idle.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,32 +16,45 @@ from entropy_core.pretrained import load_policy, resolve_device
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 INSTALLED = Path("artifacts/smollm2/model")
-SHAPE = {
+SMOLLM2_135M = {
     "hidden_size": 576,
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "intermediate_size": 1536,
     "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
+}
+QWEN25_05B = {
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151936,
 }
 EOS = 2
+VOCABULARY = SMOLLM2_135M["vocab_size"]  # of the tokens in the sequences
 HEAD_MEGABYTES = 64.0  # the default of execution.head_chunk_megabytes
 
 
 def name() -> str:
     """Which model it is."""
-    return "SmolLM2-135M-Instruct" if INSTALLED.exists() else "a random model of the shape of SmolLM2-135M"
+    if torch.cuda.is_available():
+        return "random weights in the shape of Qwen2.5-0.5B"
+    return "SmolLM2-135M-Instruct" if INSTALLED.exists() else "random weights in the shape of SmolLM2-135M"
 
 
 def make_policy() -> Policy:
     """The policy, on the GPU where there is one, with the attention that the probe uses."""
     torch.manual_seed(0)
-    if INSTALLED.exists():
+    on_gpu = torch.cuda.is_available()
+    if INSTALLED.exists() and not on_gpu:
         policy = load_policy(INSTALLED, "", "float32", "eager", "auto")
     else:
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.float32, attn_implementation="eager")
+        config = LlamaConfig(
+            **(QWEN25_05B if on_gpu else SMOLLM2_135M), tie_word_embeddings=True, max_position_embeddings=8192
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         policy = Policy(model.to(resolve_device("auto")), SimpleNamespace(eos_token_id=EOS))
     policy.model.generation_config.eos_token_id = EOS
     policy.limit_logits(HEAD_MEGABYTES)
@@ -54,9 +70,9 @@ def make_sequences(lengths: list[int], prompt_length: int = 1) -> BatchedSequenc
         sequence_ids_N=torch.arange(N),
         prompt_ids_N=torch.arange(N),
         draws_N=torch.zeros(N, dtype=torch.long),
-        prompt_tokens=torch.randint(3, SHAPE["vocab_size"], (N * prompt_length,), generator=generator),
+        prompt_tokens=torch.randint(3, VOCABULARY, (N * prompt_length,), generator=generator),
         prompt_offsets_N1=torch.arange(N + 1) * prompt_length,
-        response_tokens_K=torch.randint(3, SHAPE["vocab_size"], (K,), generator=generator),
+        response_tokens_K=torch.randint(3, VOCABULARY, (K,), generator=generator),
         response_offsets_N1=ragged.offsets_from_lengths(lengths_N),
         finish_reasons=("length",) * N,
     )
