@@ -1,6 +1,6 @@
 """One checkpoint of the demo run, probed once in a process of its own; prints seconds and peak memory as JSON.
 
-python -m benchmarks.sweep_once --sequences 4096 --store FOLDER [--through-prefect]
+python -m benchmarks.sweep_once --sequences 4096 --store FOLDER [--shard-size 1024] [--through-prefect]
 """
 
 import argparse
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from benchmarks.common import status_kilobytes
-from entropy_core.config import parse_config
+from entropy_core.read_config import parse_config
 from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sequences", type=int, required=True)
     parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--shard-size", type=int, default=1024)
     parser.add_argument("--through-prefect", action="store_true")
     options = parser.parse_args()
     config = {
@@ -36,7 +37,7 @@ def main() -> None:
         "generation": {"max_new_tokens": 32},
         "update": {"reward": "arithmetic"},
         "importance": {"etas": [0, 0.1, 0.3, 1, 3], "estimators": ["per_decision", "snis"]},
-        "execution": {"artifacts": str(options.store)},
+        "execution": {"artifacts": str(options.store), "shard_size": options.shard_size},
     }
     if options.through_prefect:
         from flows.entropy_probe import checkpoint_sweep

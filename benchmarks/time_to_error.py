@@ -15,12 +15,12 @@ from benchmarks.common import Row, Run, take_turns
 from entropy_core import estimates
 from entropy_core.artifact import Artifact
 from entropy_core.batched_sequences import LogprobResults
-from entropy_core.config import parse_config
 from entropy_core.demo import main as make_demo_run
 from entropy_core.estimates import EvaluationBatch, Moved
 from entropy_core.numerics import ragged
 from entropy_core.numerics.first_order import ReturnsToGo
 from entropy_core.numerics.uncertainty import entropy_derivative
+from entropy_core.read_config import parse_config
 from entropy_core.stages.derivatives import forward_mode
 from entropy_core.stages.measure import Measurement, load_pool
 from entropy_core.stages.pipeline import direct_runner, execution_for

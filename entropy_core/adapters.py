@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from entropy_core.checkpoint_files import SAVE_AGAIN, StoredTensor, load_tensors, read_json, stored_tensors
+from entropy_core.checkpoint_content import SAVE_AGAIN, StoredTensor, load_tensors, read_json, stored_tensors
 from entropy_core.errors import CheckpointError, one_line, some_names
 
 if TYPE_CHECKING:

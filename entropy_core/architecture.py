@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from entropy_core.adapters import PEFT_PREFIX, adapter_tensors, check_adapter, insert_adapter
-from entropy_core.checkpoint_files import SAVE_AGAIN, StoredTensor, read_json, stored_tensors
+from entropy_core.checkpoint_content import SAVE_AGAIN, StoredTensor, read_json, stored_tensors
 from entropy_core.checkpoint_layout import Layout
 from entropy_core.errors import CheckpointError, one_line, some_names
 

@@ -1,10 +1,9 @@
-"""The files of a checkpoint directory: which ones count, what they contain as digests, and what their headers say.
+"""The files of a checkpoint directory: which ones count, and digests of what they contain.
 
     find_checkpoints    glob patterns → directories, by step
     checkpoint_digest   one digest of every file that a result depends on
     weights_digest      one digest of the files that the policy depends on
     tokenizer_digest    one digest of the files that the tokenizer is made of
-    stored_tensors      the tensors of the safetensors files, from their headers
 
 Which files make a checkpoint is said in `checkpoint_layout`. `training_args.bin` is an executable pickle and is never
 opened.
@@ -20,12 +19,9 @@ import threading
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-from entropy_core.errors import CheckpointError, one_line, some_names
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from entropy_core.checkpoint_content import SAVE_AGAIN
+from entropy_core.errors import CheckpointError, one_line
 
 TOKENIZER_FILES = (
     "config.json",  # names the tokenizer's class where nothing else does
@@ -47,7 +43,6 @@ POLICY_FILES = (
 )
 TRAINER_FILES = ("optimizer.pt", "optimizer_param_names.json", "trainer_state.json", "training_info.json")
 RESULT_FILES = (*POLICY_FILES, *TRAINER_FILES)
-SAVE_AGAIN = "save the checkpoint again, or probe another one"
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 
@@ -202,114 +197,8 @@ def _sha256(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-# --- what they say ---------------------------------------------------------------------------------------------------
-
-
 def model_directory(directory: Path) -> Path:
     """Where the weights of a checkpoint lie: in the directory itself, or else in its `model/`."""
     has = {path.name for path in directory.iterdir()}
     own = has & {"config.json", "adapter_config.json"}
     return directory if own or not (directory / "model").is_dir() else directory / "model"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds anything else.
-    """
-    content = _json(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object", way_out=SAVE_AGAIN)
-    return content
-
-
-def read_names(path: Path) -> list[str]:
-    """The JSON list of names in a file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The names.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds anything else.
-    """
-    content = _json(path)
-    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{path} is not a JSON list of names", way_out=SAVE_AGAIN)
-    return content
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {one_line(error)}", way_out=SAVE_AGAIN) from error
-
-
-class StoredTensor(NamedTuple):
-    """What the header of a safetensors file says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors names it, such as F32 or BF16
-
-
-def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[str, StoredTensor]:
-    """Shapes and dtypes of the stored tensors, from the headers of the safetensors files; no weight is read.
-
-    Args:
-        directory: of a model or of an adapter.
-        single: the file that holds all of them; where it is not, the shards that its index names.
-
-    Returns:
-        By name.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or a tensor is not in the shard that the index names.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = f"{single}.index.json"
-    expected: dict[str, str] = {}
-    shards = [single]
-    if not (directory / single).exists() and (directory / index).exists():  # transformers prefers the single file, too
-        expected = read_json(directory / index).get("weight_map") or {}
-        if not isinstance(expected, dict) or not expected:
-            raise CheckpointError(f"{directory / index} has no weight_map", way_out=SAVE_AGAIN)
-        shards = sorted(set(expected.values()))
-    found: dict[str, StoredTensor] = {}
-    where: dict[str, str] = {}
-    for shard in shards:
-        try:
-            with safe_open(directory / shard, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    header = file.get_slice(name)
-                    found[name], where[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype()), shard
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{directory / shard} cannot be opened as safetensors: {one_line(error)}",
-                cause="the save or the copy was interrupted",
-                way_out=SAVE_AGAIN,
-            ) from error
-    if lost := [name for name, shard in expected.items() if where.get(name) != shard]:
-        raise CheckpointError(
-            f"{directory}: tensors are not in the shard that {index} names: {some_names(lost)}",
-            cause="shards of two saves are mixed",
-            way_out=SAVE_AGAIN,
-        )
-    return found
-
-
-def load_tensors(path: Path) -> "dict[str, Tensor]":
-    """The tensors of one safetensors file, on the CPU, in the dtype that they were saved in."""
-    from safetensors.torch import load_file
-
-    return load_file(path)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_core.adapters import ADAPTER_WEIGHTS, adapter_base
-from entropy_core.checkpoint_files import SAVE_AGAIN, model_directory, require_directory
+from entropy_core.checkpoint_content import SAVE_AGAIN
+from entropy_core.checkpoint_files import model_directory, require_directory
 from entropy_core.errors import CheckpointError, some_names
 
 PROGRESS_FILES = ("trainer_state.json", "training_info.json")

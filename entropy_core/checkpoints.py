@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_core.architecture import Architecture, Shapes, read_architecture
-from entropy_core.checkpoint_files import read_json
+from entropy_core.checkpoint_content import read_json
 from entropy_core.checkpoint_layout import Layout, find_layout
 from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.optimizer_file import as_float, load_optimizer

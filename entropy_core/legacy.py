@@ -14,10 +14,10 @@ from typing import Any, get_args
 
 import yaml
 
-from entropy_core.config import parse_config, read_yaml
 from entropy_core.errors import ConfigError, ProbeError
 from entropy_core.legacy_keys import DROPPED, REWARD_OF, SAME
 from entropy_core.numerics.advantages import Loss
+from entropy_core.read_config import parse_config, read_yaml
 
 Flat = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoint_files import SAVE_AGAIN
+from entropy_core.checkpoint_content import SAVE_AGAIN
 from entropy_core.errors import CheckpointError, some_names
 
 OTHER_OPTIMIZERS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from entropy_core.architecture import Architecture
-from entropy_core.checkpoint_files import SAVE_AGAIN, read_names
+from entropy_core.checkpoint_content import SAVE_AGAIN, read_names
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.optimizer_file import SAVE_NAMES, SavedOptimizer, as_float
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoint_files import SAVE_AGAIN
+from entropy_core.checkpoint_content import SAVE_AGAIN
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.optimizer_file import SAVE_NAMES, USE_ADAMW, SavedOptimizer, as_float
 

@@ -9,9 +9,10 @@ import logging
 from prefect import flow
 from prefect.states import Completed, State
 
-from entropy_core.config import ProbeConfig, VarianceRequest, parse_config, parse_request
+from entropy_core.config import ProbeConfig, VarianceRequest
 from entropy_core.errors import ProbeError
 from entropy_core.execution import Execution
+from entropy_core.read_config import parse_config, parse_request
 from entropy_core.stages import pipeline
 from entropy_core.stages.plan import plan, typical_costs
 from entropy_core.stages.preflight import preflight

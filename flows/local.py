@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from entropy_core.config import load_config
 from entropy_core.errors import ProbeError
+from entropy_core.read_config import load_config
 from flows.results import agreement_table, terminal_table
 from flows.service import DEPLOYMENTS, FLOW, HOME, ROOT, ServiceError, child, request, service
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entropy_core.config import load_config
 from entropy_core.errors import ProbeError
+from entropy_core.read_config import load_config
 from entropy_core.stages.plan import Cost, Step, plan, typical_costs
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store

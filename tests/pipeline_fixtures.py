@@ -20,8 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from entropy_core import figures
 from entropy_core.arithmetic import problems
 from entropy_core.artifact import Artifact
-from entropy_core.config import ProbeConfig, parse_config
+from entropy_core.config import ProbeConfig
 from entropy_core.demo import DemoSettings, build_model, build_tokenizer
+from entropy_core.read_config import parse_config
 from entropy_core.stages.pipeline import Inputs, SweepResult, direct_runner, execution_for, sweep
 from entropy_core.stages.preflight import CheckpointToProbe, preflight
 from entropy_core.store import Stage, Store

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from entropy_core.adapters import PEFT_PREFIX, check_adapter, fill_adapter, insert_adapter
 from entropy_core.checkpoints import read_checkpoint
-from entropy_core.config import parse_config
 from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.policy import Coefficients
+from entropy_core.read_config import parse_config
 from entropy_core.stages.preflight import preflight
 from entropy_core.stages.update import next_step
 

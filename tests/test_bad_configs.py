@@ -17,8 +17,8 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
 from prefect.testing.utilities import prefect_test_harness
 
-from entropy_core.config import parse_config
 from entropy_core.errors import ProbeError
+from entropy_core.read_config import parse_config
 from entropy_core.stages.preflight import preflight
 from flows import local, plan
 from flows.entropy_probe import checkpoint_sweep

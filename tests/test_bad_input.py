@@ -12,9 +12,9 @@ import torch
 from pipeline_fixtures import LEARNING_RATE, Probe, make_gpt2, make_run, probe, skip_figures, values, write_reward
 from safetensors.torch import load_file, save_file
 
-from entropy_core.config import load_config
 from entropy_core.demo import build_tokenizer
 from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError, ProbeError, PromptError, RewardError
+from entropy_core.read_config import load_config
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
 

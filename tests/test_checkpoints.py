@@ -23,13 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_core import checkpoint_files, checkpoints
 from entropy_core.architecture import NO_DECAY_PATTERNS
-from entropy_core.checkpoint_files import (
-    checkpoint_digest,
-    file_digest,
-    file_digests,
-    find_checkpoints,
-    weights_digest,
-)
+from entropy_core.checkpoint_files import checkpoint_digest, file_digest, file_digests, find_checkpoints, weights_digest
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.errors import CheckpointError, ConfigError
 
@@ -681,7 +675,8 @@ def test_an_unreadable_file_is_named(sound: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_files_are_digested_without_torch() -> None:
-    code = "import sys, entropy_core.checkpoint_files; assert not {'torch', 'transformers'} & set(sys.modules)"
+    modules = "entropy_core.checkpoint_content, entropy_core.checkpoint_files"
+    code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

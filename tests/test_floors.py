@@ -131,9 +131,9 @@ def test_each_library_has_its_own_door():
     assert importers("matplotlib") == core("figures", "tokens_in_text")
     assert importers("arviz_stats", "numpy") == core("pareto")
     assert importers("scipy") == core("estimates", "diagnostics")
-    assert importers("safetensors") == core("artifact", "checkpoint_files")
+    assert importers("safetensors") == core("artifact", "checkpoint_content")
     assert importers("pyarrow.parquet") == core("artifact", "manifest", "prompt_files") | {"flows.local"}
-    assert importers("yaml") == core("config", "stages.pipeline", "legacy")
+    assert importers("yaml") == core("read_config", "stages.pipeline", "legacy")
     assert importers("prefect") == {name for name in importers("prefect") if floor(name) >= FLOORS.index("tasks")}
     assert importers("prefect") >= {"flows.entropy_probe", "tasks.stages", "tasks.artifact_cache"}
 

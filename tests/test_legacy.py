@@ -7,9 +7,9 @@ import pytest
 import yaml
 from pipeline_fixtures import make_run, probe, skip_figures
 
-from entropy_core.config import parse_config
 from entropy_core.errors import ConfigError
 from entropy_core.legacy import convert, main
+from entropy_core.read_config import parse_config
 
 ERAS = {path.stem: path for path in sorted((Path(__file__).parent / "legacy").glob("*.yaml"))}
 LEAST = {"checkpoint": {"checkpoint_path": "runs/step_40"}}

@@ -8,9 +8,9 @@ import torch
 from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, values, write_reward
 from scipy import stats
 
-from entropy_core.config import parse_config
 from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError
 from entropy_core.numerics import ragged
+from entropy_core.read_config import parse_config
 from entropy_core.stages import calibrate, sequences
 from entropy_core.stages.columns import read_columns
 

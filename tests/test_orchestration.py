@@ -23,9 +23,10 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
 from entropy_core.artifact import Artifact
-from entropy_core.config import VarianceRequest, parse_config
+from entropy_core.config import VarianceRequest
 from entropy_core.errors import ConfigError
 from entropy_core.execution import Execution
+from entropy_core.read_config import parse_config
 from entropy_core.stages.plan import plan
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Stage, Store

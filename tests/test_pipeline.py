@@ -21,10 +21,11 @@ from pipeline_fixtures import (
 )
 
 from entropy_core.checkpoint_files import file_digest
-from entropy_core.config import VarianceRequest, load_config, parse_config
+from entropy_core.config import VarianceRequest
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
 from entropy_core.execution import Execution
 from entropy_core.numerics.importance import Estimator
+from entropy_core.read_config import load_config, parse_config
 from entropy_core.stages import catalogue, pipeline, sequences
 from entropy_core.stages.files import user_file
 from entropy_core.stages.measure import NOISE_DRAWS

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pipeline_fixtures import NAMES, make_run, probe, skip_figures, values, write_reward
 
-from entropy_core.config import parse_config
+from entropy_core.read_config import parse_config
 from entropy_core.stages.plan import Cost, Step, plan, typical_costs
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Stage, Store

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from entropy_core import smollm2
-from entropy_core.config import load_config
 from entropy_core.errors import ProbeError, StoreError
+from entropy_core.read_config import load_config
 from entropy_core.rewards import compute_rewards
 from entropy_core.smollm2 import SmolLM2Settings, defines, make_smollm2_run
 

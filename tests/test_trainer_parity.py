@@ -20,9 +20,9 @@ from entropy_core.adapters import PEFT_PREFIX
 from entropy_core.arithmetic import problems
 from entropy_core.artifact import Artifact, Writer
 from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.config import parse_config
 from entropy_core.demo import build_model, build_tokenizer
 from entropy_core.numerics import ragged
+from entropy_core.read_config import parse_config
 from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
 from entropy_core.stages.preflight import preflight
 from entropy_core.stages.sequences import write_sequences

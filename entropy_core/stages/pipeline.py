@@ -16,9 +16,10 @@ import yaml
 from entropy_core import rewards
 from entropy_core.artifact import Artifact
 from entropy_core.checkpoint_files import weights_digest
-from entropy_core.config import ProbeConfig, VarianceRequest, parse_config
+from entropy_core.config import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
+from entropy_core.read_config import parse_config
 from entropy_core.stages import catalogue as stage
 from entropy_core.stages.files import content_digest
 from entropy_core.stages.measure import Inputs, Measurement, Runner, load_pool, source_of

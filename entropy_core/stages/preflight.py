@@ -11,13 +11,8 @@ import pyarrow as pa
 
 from entropy_core import prompts, rewards
 from entropy_core.architecture import read_architecture
-from entropy_core.checkpoint_files import (
-    checkpoint_digest,
-    find_checkpoints,
-    read_json,
-    tokenizer_digest,
-    weights_digest,
-)
+from entropy_core.checkpoint_content import read_json
+from entropy_core.checkpoint_files import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
 from entropy_core.checkpoint_layout import Layout, find_layout
 from entropy_core.checkpoints import Checkpoint, read_checkpoint
 from entropy_core.config import ProbeConfig

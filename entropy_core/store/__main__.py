@@ -90,7 +90,7 @@ def explain_one(store: Store, a: str) -> int:
 
 def explain_config(store: Store, path: Path) -> int:
     """What a sweep would compute, and why."""
-    from entropy_core.config import load_config
+    from entropy_core.read_config import load_config
     from entropy_core.stages.plan import plan, summarize
     from entropy_core.stages.preflight import preflight
 

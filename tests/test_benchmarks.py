@@ -1,0 +1,62 @@
+"""The committed table of the benchmarks: it is what its numbers say, and a missed mark has its reason."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import GROUPS, page
+from benchmarks.common import Row, median_ratio, take_turns
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+FOUND = json.loads((DOCS / "benchmarks.json").read_text(encoding="utf-8"))
+
+
+def test_the_page_is_made_of_the_numbers():
+    assert (DOCS / "benchmarks.md").read_text(encoding="utf-8") == page(FOUND)
+
+
+def test_every_group_was_measured():
+    assert {row["group"] for row in FOUND["rows"]} == GROUPS.keys()
+
+
+@pytest.mark.parametrize("row", FOUND["rows"], ids=lambda row: row["name"])
+def test_a_mark_is_held_to_and_what_misses_it_says_why(row):
+    measured = Row(*(row[name] for name in ("name", "ours", "against", "ratio", "mark", "reason")))
+    assert measured.holds == row["holds"]
+    assert row["holds"] is not False or len(row["reason"]) > 40, "a mark is missed without a reason"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "mark", "holds"),
+    [(1.1, "≤ 1.15", True), (1.2, "≤ 1.15", False), (1.6, "≥ 1.5", True), (1.4, "≥ 1.5", False), (9.0, "", None)],
+)
+def test_a_mark_is_a_bound(ratio: float, mark: str, holds: bool | None):
+    assert Row("x", "1 s", "1 s", ratio, mark).holds is holds
+
+
+def test_runs_take_turns():
+    order: list[str] = []
+    taken = take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "a", "b", "a", "b"] and {len(times) for times in taken.values()} == {2}
+    assert median_ratio([2.0, 9.0, 3.0], [1.0, 3.0, 3.0]) == 2.0
+
+
+def test_the_command_writes_both_files_and_keeps_other_groups(tmp_path: Path):
+    (tmp_path / "benchmarks.json").write_text(json.dumps(FOUND), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks", "padding", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))
+    assert [(row["group"], row["name"]) for row in found["rows"]] == [(r["group"], r["name"]) for r in FOUND["rows"]]
+    padding = next(row for row in found["rows"] if row["group"] == "padding")
+    assert padding["holds"] is True and 0 < padding["ratio"] < 0.05
+    assert (tmp_path / "benchmarks.md").read_text(encoding="utf-8") == page(found)
+
+
+def test_an_unknown_group_is_refused(tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks", "everything", "--out", str(tmp_path)]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "no group everything" in refused.stderr and not list(tmp_path.iterdir())
