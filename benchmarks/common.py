@@ -23,7 +23,6 @@ class Row:
         against: the same of the other way, and which it is.
         ratio: ours over the other, or the other over ours where more is better.
         mark: such as "≤ 1.15"; empty where the row is for comparison only.
-        reason: why the mark is missed, where it is: what profiling has found.
     """
 
     name: str
@@ -31,7 +30,6 @@ class Row:
     against: str
     ratio: float
     mark: str = ""
-    reason: str = ""
 
     @property
     def holds(self) -> bool | None:

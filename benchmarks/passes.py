@@ -80,7 +80,7 @@ def derivatives() -> Iterator[Row]:
 def step_sizes() -> Iterator[Row]:
     """E at θ and at five moved policies."""
     policy = make_policy()
-    batch = make_sequences([LENGTH] * (TOKENS // LENGTH))
+    batch = make_sequences([LENGTH] * 2 * MICRO_BATCH)
     processor, v = make_processor(policy, MICRO_BATCH), random_direction(policy)
 
     def sweep() -> None:

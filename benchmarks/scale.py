@@ -12,7 +12,7 @@ from entropy_core.demo import main as make_demo_run
 from flows.service import environment, service
 
 SIZES = (1024, 4096, 16384, 32768)
-ORCHESTRATED, SHARD = 32768, 16384  # stages of some seconds, as those of a real model have at least
+ORCHESTRATED, SHARD = 20480, 10240  # stages of some seconds, as those of a real model have at least
 ROUNDS = 2
 
 
