@@ -23,7 +23,7 @@ from entropy_core.numerics.softmax import DirectSoftmaxDerivative
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
 from entropy_core.scorer import Scorer, TeacherForcedRows
 
-BLOCK = 2**20  # numbers that are held in float64 at one time
+BLOCK = 2**18  # numbers that are held in float64 at one time
 
 log = logging.getLogger("entropy_probe.policy")
 
@@ -193,11 +193,13 @@ class Policy:
             eta: η.
         """
 
+        room = torch.empty(BLOCK, dtype=torch.float64, device=self.device)
+
         def displaced(name: str, theta: Tensor) -> Tensor:
             moved = torch.empty_like(theta, memory_format=torch.contiguous_format)
             flat = (tensor.reshape(-1).split(BLOCK) for tensor in (moved, theta, direction[name].to(theta.device)))
             for to, start, v in zip(*flat, strict=True):
-                to.copy_(start.double() + eta * v.double())
+                to.copy_(room[: len(v)].copy_(v).mul_(eta).add_(start))
             return moved
 
         return self._replaced(direction, displaced)
