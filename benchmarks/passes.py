@@ -30,7 +30,7 @@ def scoring() -> Iterator[Row]:
     }
     for what, (other, rounds, mark) in ways.items():
         ours, theirs = take_turns({"ours": lambda: processor.score(batch), what: other}, rounds).values()
-        said = f"{statistics.median(theirs):.2f} s, {what}, {rounds} rounds"
+        said = f"{statistics.median(theirs):.2f} s, {what}, median of {rounds}"
         name = f"log-probabilities and entropies, {TOKENS:,} tokens"
         yield Row(name, f"{statistics.median(ours):.2f} s", said, median_ratio(ours, theirs), mark)
     memory = {
