@@ -87,6 +87,13 @@ def require_directory(directory: Path) -> None:
         )
 
 
+def model_directory(directory: Path) -> Path:
+    """Where the weights of a checkpoint lie: in the directory itself, or else in its `model/`."""
+    has = {path.name for path in directory.iterdir()}
+    own = has & {"config.json", "adapter_config.json"}
+    return directory if own or not (directory / "model").is_dir() else directory / "model"
+
+
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 _digests: dict[tuple[int, int, int, int], str] = {}
@@ -195,10 +202,3 @@ def tokenizer_digest(directory: Path) -> str:
 
 def _sha256(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def model_directory(directory: Path) -> Path:
-    """Where the weights of a checkpoint lie: in the directory itself, or else in its `model/`."""
-    has = {path.name for path in directory.iterdir()}
-    own = has & {"config.json", "adapter_config.json"}
-    return directory if own or not (directory / "model").is_dir() else directory / "model"

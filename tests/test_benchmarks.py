@@ -56,6 +56,13 @@ def test_the_command_writes_both_files_and_keeps_other_groups(tmp_path: Path):
     assert (tmp_path / "benchmarks.md").read_text(encoding="utf-8") == page(found)
 
 
+def test_a_reason_that_is_written_into_the_numbers_gets_onto_the_page(tmp_path: Path):
+    rows = [{**row, "reason": f"because of {row['name']}"} for row in FOUND["rows"][:1]]
+    (tmp_path / "benchmarks.json").write_text(json.dumps(FOUND | {"rows": rows}), encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "benchmarks", "--page", "--out", str(tmp_path)], cwd=ROOT, check=True)
+    assert f": because of {rows[0]['name']}\n" in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+
+
 def test_an_unknown_group_is_refused(tmp_path: Path):
     command = [sys.executable, "-m", "benchmarks", "everything", "--out", str(tmp_path)]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
