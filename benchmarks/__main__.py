@@ -92,9 +92,9 @@ def page(found: dict) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`; why a mark is missed is put into `benchmarks.json` by hand. Passes were run in rounds,",
-        "every way once in each, and their ratio is the median of the ratios within a round. Sampling and whole sweeps",
-        "were run once, or as often as their row says.",
+        "Written by `make bench`; why a mark is missed is put into `benchmarks.json` by hand. Passes were run in",
+        "rounds, every way once in each; their ratio is the median of the ratios within a round. Sampling and whole",
+        "sweeps were run once, or as often as their row says.",
         "",
         f"{setting}.",
         "",
