@@ -17,6 +17,7 @@ from entropy_core.stages.derivatives import central_difference, forward_mode
 LENGTH, MICRO_BATCH = 128, 16
 TOKENS = 8192
 ROUNDS = 3
+FUSED = "bare forward with torch's fused attention"
 
 
 def scoring() -> Iterator[Row]:
@@ -47,23 +48,29 @@ def scoring() -> Iterator[Row]:
 
 
 def derivatives() -> Iterator[Row]:
-    """ℓ̇ and ḣ of every token along a direction: our two ways on two micro-batches; beside the others on one."""
+    """ℓ̇ and ḣ of every token along a direction: our two ways on 8,192 tokens; beside the others on one micro-batch."""
     policy = make_policy()
     v = random_direction(policy)
     marks = {"forward mode": "≤ 3.2", "fast path": "≤ 2.2"}
-    for tokens in (2 * MICRO_BATCH * LENGTH, MICRO_BATCH * LENGTH):
+    for tokens in (TOKENS, MICRO_BATCH * LENGTH):
         processor, batch = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * (tokens // LENGTH))
         ways = ways_of_derivatives(processor, batch, v)
-        marked = tokens > MICRO_BATCH * LENGTH
-        chosen = ["bare", *marks] if marked else [name for name in ways if name != "fast path"]
+        marked = tokens == TOKENS
+        chosen = (
+            ["bare forward", *marks, FUSED] if marked else [name for name in ways if name not in ("fast path", FUSED)]
+        )
         taken = take_turns({name: ways[name] for name in chosen}, ROUNDS)
-        bare = f"{statistics.median(taken['bare']):.2f} s, bare forward"
-        for name in chosen[1:]:
+        pairs = [(name, "bare forward") for name in chosen[1:] if name != FUSED]
+        for name, other in [*pairs, ("fast path", FUSED)] if marked else pairs:
             gives = "ℓ̇ and ḣ" if "forward mode" in name or name in marks else "sums in place of ℓ̇ and ḣ"
-            what = f"{gives}, {name}, {tokens:,} tokens"
-            mark = marks.get(name, "") if marked else ""
-            ratio = median_ratio(taken[name], taken["bare"])
-            yield Row(what, f"{statistics.median(taken[name]):.2f} s", bare, ratio, mark)
+            ours, theirs = taken[name], taken[other]
+            yield Row(
+                f"{gives}, {name}, {tokens:,} tokens",
+                f"{statistics.median(ours):.2f} s",
+                f"{statistics.median(theirs):.2f} s, {other}",
+                median_ratio(ours, theirs),
+                marks.get(name, "") if marked and other != FUSED else "",
+            )
     ours = peak_megabytes(_memory_of_derivatives, "forward mode")
     for other in ("full-logit forward mode", "batched forward and backward"):
         there = peak_megabytes(_memory_of_derivatives, other)
@@ -75,7 +82,7 @@ def derivatives() -> Iterator[Row]:
 def step_sizes() -> Iterator[Row]:
     """E at θ and at five moved policies."""
     policy = make_policy()
-    batch = make_sequences([LENGTH] * 2 * MICRO_BATCH)
+    batch = make_sequences([LENGTH] * (TOKENS // LENGTH))
     processor, v = make_processor(policy, MICRO_BATCH), random_direction(policy)
 
     def sweep() -> None:
@@ -88,7 +95,7 @@ def step_sizes() -> Iterator[Row]:
         for _ in range(6):
             processor.score(batch)
 
-    taken = take_turns({"one": lambda: processor.score(batch), "sweep": sweep, "six": six}, ROUNDS - 1)
+    taken = take_turns({"sweep": sweep, "six": six}, ROUNDS - 1)
     ours, six_passes = (statistics.median(taken[name]) for name in ("sweep", "six"))
     name = f"η sweep of 5 points over {batch.response_offsets_N1[-1]:,} tokens"
     against = f"{six_passes:.1f} s, 6 passes at θ"
@@ -111,7 +118,8 @@ def padding() -> Iterator[Row]:
 def ways_of_derivatives(processor: SequenceProcessor, batch: BatchedSequences, v: dict[str, Tensor]) -> dict[str, Run]:
     """The bare forward pass, and every way there is to what a sequence does to ∂_vH."""
     return {
-        "bare": lambda: bare_forward(processor, batch),
+        "bare forward": lambda: bare_forward(processor, batch),
+        FUSED: lambda: _fused(processor, batch),
         "forward mode": lambda: forward_mode(processor, batch, v),
         "fast path": lambda: central_difference(processor, batch, v, 1e-3),
         "full-logit forward mode": lambda: full_logit_forward_mode(processor, batch, v),

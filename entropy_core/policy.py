@@ -23,7 +23,7 @@ from entropy_core.numerics.softmax import DirectSoftmaxDerivative
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
 from entropy_core.scorer import Scorer, TeacherForcedRows
 
-BLOCK = 2**18  # numbers that are held in float64 at one time
+BLOCK = 2**20  # numbers that are held in float64 at one time
 
 log = logging.getLogger("entropy_probe.policy")
 
@@ -51,6 +51,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.scorer = Scorer(self.model, head_chunk_rows)
         self.recompute_activations = False
+        self._place: dict[str, Tensor] = {}  # where the parameters of the last move were
         if not self.scorer.head_is_known:
             log.warning("this model's logits are not those of its head; using full logits (more memory)")
 
@@ -185,24 +186,31 @@ class Policy:
         """A float64 zero for every trained parameter."""
         return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.named_parameters().items()}
 
-    def moved(self, direction: Mapping[str, Tensor], eta: float) -> AbstractContextManager[None]:
+    @contextmanager
+    def moved(self, direction: Mapping[str, Tensor], eta: float) -> Iterator[None]:
         """Within the context the parameters are θ + η·v, computed in float64 and rounded; afterwards θ, bit for bit.
+
+        On a CPU the memory of θ + η·v is kept for the next move: new memory takes several times what the sum takes.
 
         Args:
             direction: v by parameter name, float64.
             eta: η.
         """
-
         room = torch.empty(BLOCK, dtype=torch.float64, device=self.device)
+        place, self._place = self._place, {}  # a move within this one takes memory of its own
 
         def displaced(name: str, theta: Tensor) -> Tensor:
-            moved = torch.empty_like(theta, memory_format=torch.contiguous_format)
-            flat = (tensor.reshape(-1).split(BLOCK) for tensor in (moved, theta, direction[name].to(theta.device)))
-            for to, start, v in zip(*flat, strict=True):
+            if name not in place:
+                place[name] = torch.empty_like(theta, memory_format=torch.contiguous_format)
+            tensors = place[name], theta, direction[name].to(theta.device)
+            for to, start, v in zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True):
                 to.copy_(room[: len(v)].copy_(v).mul_(eta).add_(start))
-            return moved
+            return place[name]
 
-        return self._replaced(direction, displaced)
+        with self._replaced(direction, displaced):
+            yield
+        if self.device.type == "cpu":
+            self._place = place
 
     def jittered(self, seed: int) -> AbstractContextManager[None]:
         """Within the context every parameter is the next number above or below it, at random; afterwards θ again.
@@ -260,16 +268,15 @@ class Policy:
     @contextmanager
     def _replaced(self, names: Iterable[str], value: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
         parameters = dict(self.model.named_parameters())
-        saved = {name: parameters[name].detach().clone() for name in names}
+        own = {name: parameters[name].data for name in names}
         try:
             with torch.no_grad():
-                for name, theta in saved.items():
-                    parameters[name].copy_(value(name, theta))
+                for name, theta in own.items():
+                    parameters[name].data = value(name, theta)
             yield
         finally:
-            with torch.no_grad():
-                for name, theta in saved.items():
-                    parameters[name].copy_(theta)
+            for name, theta in own.items():
+                parameters[name].data = theta
 
     def next_logits(self, input_ids_BL: Tensor, attention_mask_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Logits after the last position, with a key-value cache; prompts are padded on the left.

@@ -49,11 +49,10 @@ def stage_task(stage: Stage, store: Store, execution: Any) -> Task[..., Artifact
             return run_within_memory(store, stage, execution, inputs)
 
     run_stage.__name__ = run_stage.__qualname__ = stage.name
-    task = Task(
+    task = Task(  # without tags: for those Prefect asks the server for a slot before every run, a quarter of a second
         run_stage,
         name=stage.name,
         task_run_name=stage.name + " · {label}",
-        tags=["stage"],
         retries=len(RETRY_DELAYS),
         retry_delay_seconds=RETRY_DELAYS,
         retry_condition_fn=is_transient,

@@ -24,10 +24,14 @@ def forward_mode(
 def central_difference(
     processor: SequenceProcessor, batch: BatchedSequences, direction: dict[str, Tensor], half_width: float
 ) -> tuple[Tensor, Tensor]:
-    """ℓ̇ and ḣ of every token, float64 [K], as (f(θ + εv) − f(θ − εv))/2ε: two forward passes."""
-    with processor.policy.moved(direction, half_width):
-        above, _ = processor.score(batch)
-    with processor.policy.moved(direction, -half_width):
-        below, _ = processor.score(batch)
+    """ℓ̇ and ḣ of every token, float64 [K], as (f(θ + εv) − f(θ − εv))/2ε: two forward passes.
+
+    Both with the faster attention that has no forward-mode derivative: f is then the same function on both sides.
+    """
+    with processor.policy.fused_attention():
+        with processor.policy.moved(direction, half_width):
+            above, _ = processor.score(batch)
+        with processor.policy.moved(direction, -half_width):
+            below, _ = processor.score(batch)
     dlogprobs_K = (above.logprobs_K.double() - below.logprobs_K.double()) / (2 * half_width)
     return dlogprobs_K, (above.entropies_K.double() - below.entropies_K.double()) / (2 * half_width)

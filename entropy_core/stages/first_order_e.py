@@ -24,14 +24,16 @@ def first_order_e(
         half_width: ε of the central difference; 0 for forward mode.
 
     Returns:
-        Number of sequences.
+        Number of sequences, and the attention kernel that computed the derivatives.
     """
     processor = processor_of(law, execution)
     batch, direction = read_sequences(sequences), update.tensors("direction.safetensors")
     if half_width:
+        attention = processor.policy.attention_without_derivative
         dlogprobs_K, dentropies_K = central_difference(processor, batch, direction, half_width)
     else:
+        attention = law["attn_implementation"]
         _, _, dlogprobs_K, dentropies_K = forward_mode(processor, batch, direction)
     columns = {"dlogprobs": dlogprobs_K, "dentropies": dentropies_K, "offsets": batch.response_offsets_N1}
     out.tensors(columns, "tokens.safetensors")
-    return {"sequences": len(batch)}
+    return {"sequences": len(batch), "attention": attention}
