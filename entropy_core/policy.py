@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_core.errors import CheckpointError, one_line
 from entropy_core.numerics import token_statistics
-from entropy_core.numerics.softmax import DirectSoftmaxDerivative
+from entropy_core.numerics.direct_derivatives import DirectDerivatives
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
 from entropy_core.scorer import Scorer, TeacherForcedRows
 
@@ -136,7 +136,7 @@ class Policy:
         def statistics(parameters: dict[str, Tensor]) -> TokenStatistics:
             return functional_call(self.scorer, parameters, (rows, temperature))
 
-        with torch.no_grad(), DirectSoftmaxDerivative():
+        with torch.no_grad(), DirectDerivatives():
             try:
                 values, derivatives = jvp(statistics, (primal,), (tangent,))[:2]
             except RuntimeError as error:

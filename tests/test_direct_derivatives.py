@@ -1,0 +1,83 @@
+"""The functions with forward-mode derivatives of their own: torch's values, to rounding, and in use."""
+
+from unittest import mock
+
+import pytest
+import torch
+from conftest import llama, policy_of, random_direction
+from torch.func import jvp
+from torch.nn import functional
+
+from entropy_core.numerics import direct_derivatives
+from entropy_core.numerics.direct_derivatives import DirectDerivatives
+from entropy_core.policy import TeacherForcedRows
+
+
+def scores(lowest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, dx = torch.randn(2, 3, 5, 5, dtype=torch.float64, generator=generator).unbind(0)
+    return x.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), lowest), dx
+
+
+@pytest.mark.parametrize(
+    ("lowest", "dim"), [(-torch.inf, -1), (torch.finfo(torch.float64).min, -1), (-3.0, -1), (-3.0, 0)]
+)
+def test_value_and_derivative_of_softmax_are_those_of_torch(lowest: float, dim: int):
+    x, dx = scores(lowest)
+    expected = jvp(lambda x: functional.softmax(x, dim), (x,), (dx,))
+    with DirectDerivatives():
+        found = jvp(lambda x: functional.softmax(x, dim=dim), (x,), (dx,))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_the_arguments_of_softmax_are_those_of_torch():
+    x, _ = scores(-3.0)
+    with DirectDerivatives():
+        widened, guessed = functional.softmax(x.float(), -1, dtype=torch.float64), functional.softmax(x[0])
+    assert widened.dtype == torch.float64
+    torch.testing.assert_close(widened, x.float().double().softmax(-1))
+    torch.testing.assert_close(guessed, x[0].softmax(1))
+
+
+def test_the_attention_of_a_policy_goes_through_it():
+    policy = policy_of(llama())
+    input_ids_BL = torch.tensor([[1, 0, 2, 2]])
+    where_K = torch.zeros(1, dtype=torch.long)
+    rows = TeacherForcedRows(input_ids_BL, where_K, where_K + 2, input_ids_BL[:, 3])
+    with mock.patch.object(direct_derivatives._Softmax, "jvp", wraps=direct_derivatives._Softmax.jvp) as called:
+        policy.derivatives(rows, random_direction(policy), 1.0)
+    assert called.call_count == policy.model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("moving", [["x"], ["weight"], ["bias"], ["x", "weight"], ["x", "weight", "bias"]])
+def test_value_and_derivative_of_a_linear_layer_are_those_of_torch(moving: list[str]):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 3, 4), "weight": (5, 4), "bias": (5,)}
+    values, tangents = (
+        {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+
+    def layer(moved: dict[str, torch.Tensor]) -> torch.Tensor:
+        of = values | moved
+        return functional.linear(of["x"], of["weight"], of["bias"])
+
+    primal, tangent = ({name: all_of[name] for name in moving} for all_of in (values, tangents))
+    expected = jvp(layer, (primal,), (tangent,))
+    with DirectDerivatives():
+        found = jvp(layer, (primal,), (tangent,))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
+def test_what_is_constant_costs_no_product():
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    with (
+        DirectDerivatives(),
+        mock.patch.object(direct_derivatives._Linear, "jvp", wraps=direct_derivatives._Linear.jvp) as called,
+    ):
+        jvp(lambda x: functional.linear(x, weight), (x,), (x,))
+    _, dx, dweight, dbias = called.call_args.args
+    assert dx is not None
+    assert dweight is None
+    assert dbias is None
