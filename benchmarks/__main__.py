@@ -45,17 +45,30 @@ def main() -> None:
         print(f"{group} …", flush=True)
         rows = []
         for row in GROUPS[group]():
-            rows.append(
-                {"group": group, "date": time.strftime("%Y-%m-%d"), **asdict(row), "holds": row.holds, "reason": ""}
-            )
+            rows.append(row)
             print(
                 f"  {row.name}: {row.ours} against {row.against}: {row.ratio:.3g} {_verdict(row.mark, row.holds)}",
                 flush=True,
             )
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-        kept = [row for row in found["rows"] if row["group"] != group]
-        ordered = sorted(kept + rows, key=lambda row: list(GROUPS).index(row["group"]))
-        write({"setting": _setting(), "rows": ordered}, options.out)
+        write({"setting": _setting(), "rows": measured_anew(found["rows"], group, rows)}, options.out)
+
+
+def measured_anew(found: list[dict], group: str, rows: list[Row]) -> list[dict]:
+    """All rows, those of a group replaced; a mark that is missed again is missed for the reason that was found."""
+    reasons = {(row["name"], row["mark"]): row["reason"] for row in found if row["group"] == group}
+    new = [
+        {
+            "group": group,
+            "date": time.strftime("%Y-%m-%d"),
+            **asdict(row),
+            "holds": row.holds,
+            "reason": reasons.get((row.name, row.mark), "") if row.holds is False else "",
+        }
+        for row in rows
+    ]
+    kept = [row for row in found if row["group"] != group]
+    return sorted(kept + new, key=lambda row: list(GROUPS).index(row["group"]))
 
 
 def write(found: dict, folder: Path) -> None:
@@ -92,9 +105,9 @@ def page(found: dict) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`; why a mark is missed is put into `benchmarks.json` by hand. Passes were run in",
-        "rounds, every way once in each; their ratio is the median of the ratios within a round. Sampling and whole",
-        "sweeps were run once, or as often as their row says.",
+        "Written by `make bench`; why a mark is missed is put into `benchmarks.json` by hand, and stays there while it",
+        "is missed. Passes were run in rounds, every way once in each; their ratio is the median of the ratios within",
+        "a round. Sampling and whole sweeps were run once, or as often as their row says.",
         "",
         f"{setting}.",
         "",
@@ -106,9 +119,13 @@ def page(found: dict) -> str:
         lines.append(
             f"| {row['name']} | {row['ours']} | {row['against']} | {row['ratio']:.3g} | {row['mark']} | {holds} |"
         )
-    reasons = [f"- {row['name']}: {row['reason']}" for row in found["rows"] if row["reason"]]
-    if reasons:
-        lines += ["", "## Why a mark is missed", "", *reasons]
+    missed: dict[str, list[str]] = {}  # names by reason: rows of one measurement share theirs
+    for row in found["rows"]:
+        if row["reason"]:
+            missed.setdefault(row["reason"], []).append(row["name"])
+    if missed:
+        lines += ["", "## Why a mark is missed", ""]
+        lines += [f"- {'; '.join(names)}: {reason}" for reason, names in missed.items()]
     dates = sorted({row["date"] for row in found["rows"]})
     return "\n".join([*lines, "", f"Measured {' and '.join(dates)}.", ""])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import GROUPS, page
+from benchmarks.__main__ import GROUPS, measured_anew, page
 from benchmarks.common import Row, median_ratio, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +61,15 @@ def test_a_reason_that_is_written_into_the_numbers_gets_onto_the_page(tmp_path: 
     (tmp_path / "benchmarks.json").write_text(json.dumps(FOUND | {"rows": rows}), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "benchmarks", "--page", "--out", str(tmp_path)], cwd=ROOT, check=True)
     assert f": because of {rows[0]['name']}\n" in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("ratio", "reason"), [(3.5, "the floor is 3"), (3.1, "")])
+def test_a_reason_stays_while_its_mark_is_missed(ratio: float, reason: str):
+    before = measured_anew([], "padding", [Row("x", "1 s", "1 s", 3.3, "≤ 3.2"), Row("x", "1 s", "2 s", 0.5)])
+    assert [row["reason"] for row in before] == ["", ""]
+    before[0]["reason"] = "the floor is 3"
+    after = measured_anew(before, "padding", [Row("x", "1 s", "1 s", ratio, "≤ 3.2"), Row("x", "1 s", "2 s", 0.5)])
+    assert [(row["ratio"], row["reason"]) for row in after] == [(ratio, reason), (0.5, "")]
 
 
 def test_an_unknown_group_is_refused(tmp_path: Path):
