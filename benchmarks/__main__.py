@@ -87,7 +87,7 @@ def _setting() -> dict[str, str]:
     return {
         "device": device,
         "model": model_shape.name(),
-        "dtype": "float32, TF32 off",
+        "dtype": f"{' and '.join(passes.DTYPES)}, TF32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

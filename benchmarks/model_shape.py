@@ -44,17 +44,17 @@ def name() -> str:
     return "SmolLM2-135M-Instruct" if INSTALLED.exists() else "random weights in the shape of SmolLM2-135M"
 
 
-def make_policy() -> Policy:
+def make_policy(dtype: str = "float32") -> Policy:
     """The policy, on the GPU where there is one, with the attention that the probe uses."""
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     if INSTALLED.exists() and not on_gpu:
-        policy = load_policy(INSTALLED, "", "float32", "eager", "auto")
+        policy = load_policy(INSTALLED, "", dtype, "eager", "auto")
     else:
         config = LlamaConfig(
             **(QWEN25_05B if on_gpu else SMOLLM2_135M), tie_word_embeddings=True, max_position_embeddings=8192
         )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager")
         policy = Policy(model.to(resolve_device("auto")), SimpleNamespace(eos_token_id=EOS))
     policy.model.generation_config.eos_token_id = EOS
     policy.limit_logits(HEAD_MEGABYTES)

@@ -1,7 +1,8 @@
 """The passes over given sequences: scoring, derivatives, step sizes; each against the bare forward pass."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,12 +18,34 @@ from entropy_core.stages.derivatives import central_difference, forward_mode
 LENGTH, MICRO_BATCH = 128, 16
 TOKENS = 8192
 ROUNDS = 3
+DTYPES = ("float32", "bfloat16") if torch.cuda.is_available() else ("float32",)
 FUSED = "bare forward with torch's fused attention"
 
 
 def scoring() -> Iterator[Row]:
-    """ℓ and h of 8,192 tokens."""
-    policy = make_policy()
+    """ℓ and h of 8,192 tokens; on a GPU in bfloat16 as well."""
+    yield from in_each_dtype(_scoring)
+
+
+def derivatives() -> Iterator[Row]:
+    """ℓ̇ and ḣ of every token along a direction: our two ways on 8,192 tokens; beside the others on one micro-batch."""
+    yield from in_each_dtype(_derivatives)
+
+
+def step_sizes() -> Iterator[Row]:
+    """E at θ and at five moved policies."""
+    yield from in_each_dtype(_step_sizes)
+
+
+def in_each_dtype(group: Callable[[str], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of a group in float32; on a GPU in bfloat16 too, without marks: the probe never computes in it."""
+    for dtype in DTYPES:
+        for row in group(dtype):
+            yield row if dtype == "float32" else replace(row, name=f"{row.name}, {dtype}", mark="")
+
+
+def _scoring(dtype: str) -> Iterator[Row]:
+    policy = make_policy(dtype)
     processor, batch = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * (TOKENS // LENGTH))
     ways: dict[str, tuple[Run, int, str]] = {
         "bare forward that returns logits, same micro-batches": (lambda: bare_forward(processor, batch), 5, "≤ 1.15"),
@@ -35,7 +58,7 @@ def scoring() -> Iterator[Row]:
         name = f"log-probabilities and entropies, {TOKENS:,} tokens"
         yield Row(name, f"{statistics.median(ours):.2f} s", said, median_ratio(ours, theirs), mark)
     memory = {
-        (what, tokens): peak_megabytes(_memory_of_scoring, what, tokens)
+        (what, tokens): peak_megabytes(_memory_of_scoring, what, tokens, dtype)
         for what in ("score", "full")
         for tokens in (TOKENS, 2 * TOKENS)
     }
@@ -47,9 +70,8 @@ def scoring() -> Iterator[Row]:
     yield Row("peak memory, twice the tokens", f"{ours:,.0f} MiB", f"{half:,.0f} MiB", ours / half, "≤ 1.05")
 
 
-def derivatives() -> Iterator[Row]:
-    """ℓ̇ and ḣ of every token along a direction: our two ways on 8,192 tokens; beside the others on one micro-batch."""
-    policy = make_policy()
+def _derivatives(dtype: str) -> Iterator[Row]:
+    policy = make_policy(dtype)
     v = random_direction(policy)
     marks = {"forward mode": "≤ 3.2", "fast path": "≤ 2.2"}
     for tokens in (TOKENS, MICRO_BATCH * LENGTH):
@@ -71,17 +93,16 @@ def derivatives() -> Iterator[Row]:
                 median_ratio(ours, theirs),
                 marks.get(name, "") if marked and other != FUSED else "",
             )
-    ours = peak_megabytes(_memory_of_derivatives, "forward mode")
+    ours = peak_megabytes(_memory_of_derivatives, "forward mode", dtype)
     for other in ("full-logit forward mode", "batched forward and backward"):
-        there = peak_megabytes(_memory_of_derivatives, other)
+        there = peak_megabytes(_memory_of_derivatives, other, dtype)
         mark = "≤ 0.2" if "backward" in other else ""
         against = f"{there:,.0f} MiB, {other}, full logits" if mark else f"{there:,.0f} MiB, {other}"
         yield Row("peak memory of forward mode", f"{ours:,.0f} MiB", against, ours / there, mark)
 
 
-def step_sizes() -> Iterator[Row]:
-    """E at θ and at five moved policies."""
-    policy = make_policy()
+def _step_sizes(dtype: str) -> Iterator[Row]:
+    policy = make_policy(dtype)
     batch = make_sequences([LENGTH] * (TOKENS // LENGTH))
     processor, v = make_processor(policy, MICRO_BATCH), random_direction(policy)
 
@@ -194,15 +215,15 @@ def _fused(processor: SequenceProcessor, batch: BatchedSequences) -> None:
         bare_forward(processor, batch)
 
 
-def _memory_of_scoring(what: str, tokens: int) -> Run:
-    policy = make_policy()
+def _memory_of_scoring(what: str, tokens: int, dtype: str) -> Run:
+    policy = make_policy(dtype)
     batch = make_sequences([LENGTH] * (tokens // LENGTH))
     if what == "full":
         return lambda: full_logits(make_processor(policy, len(batch)), batch)
     return lambda: make_processor(policy, MICRO_BATCH).score(batch)
 
 
-def _memory_of_derivatives(what: str) -> Run:
-    policy = make_policy()
+def _memory_of_derivatives(what: str, dtype: str) -> Run:
+    policy = make_policy(dtype)
     processor, batch = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * MICRO_BATCH)
     return ways_of_derivatives(processor, batch, random_direction(policy))[what]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import model_shape, passes
 from benchmarks.__main__ import GROUPS, measured_anew, page
 from benchmarks.common import Row, median_ratio, take_turns
 
@@ -36,6 +37,35 @@ def test_a_mark_is_held_to_and_what_misses_it_says_why(row):
 )
 def test_a_mark_is_a_bound(ratio: float, mark: str, holds: bool | None):
     assert Row("x", "1 s", "1 s", ratio, mark).holds is holds
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_way_of_a_pass_runs_in_the_dtypes_of_a_gpu(monkeypatch: pytest.MonkeyPatch, dtype: str):
+    tiny = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    for shape in ("SMOLLM2_135M", "QWEN25_05B"):
+        monkeypatch.setattr(model_shape, shape, tiny | {"vocab_size": 64})
+    monkeypatch.setattr(model_shape, "VOCABULARY", 64)
+    monkeypatch.setattr(model_shape, "INSTALLED", Path("nowhere"))
+    policy = model_shape.make_policy(dtype)
+    assert str(policy.dtype) == f"torch.{dtype}" and policy.scorer.head_is_known
+    processor, batch = model_shape.make_processor(policy, 2), model_shape.make_sequences([5, 3, 4])
+    v = passes.random_direction(policy)
+    for way in (passes.bare_forward, passes.full_logits):
+        way(processor, batch)
+    for way in passes.ways_of_derivatives(processor, batch, v).values():
+        way()
+    before, _ = processor.score(batch)
+    with policy.moved(v, 0.5):
+        assert not processor.score(batch)[0].logprobs_K.equal(before.logprobs_K)
+
+
+def test_marks_are_those_of_float32(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(passes, "DTYPES", ("float32", "bfloat16"))
+    rows = list(passes.in_each_dtype(lambda dtype: iter([Row("pass", dtype, "1 s", 1.1, "≤ 1.15")])))
+    assert [(row.name, row.ours, row.mark) for row in rows] == [
+        ("pass", "float32", "≤ 1.15"),
+        ("pass, bfloat16", "bfloat16", ""),
+    ]
 
 
 def test_runs_take_turns():
