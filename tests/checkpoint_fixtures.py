@@ -1,6 +1,7 @@
 """A small Llama's checkpoint, as the Trainer groups its parameters, and edits of its files."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline_fixtures import trainer_groups
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,14 +34,6 @@ def make_model(tie_word_embeddings: bool = False, **changes) -> LlamaForCausalLM
         **changes,
     )
     return LlamaForCausalLM(config)
-
-
-def trainer_groups(model: torch.nn.Module, named: bool = False, decay: float = 0.1) -> list[dict]:
-    """The Trainer's grouping of a Llama, written out: everything but the RMS norms decays."""
-    norms = [(n, p) for n, p in model.named_parameters() if "norm" in n]
-    others = [(n, p) for n, p in model.named_parameters() if "norm" not in n]
-    pick: Callable[[list], list] = (lambda pairs: pairs) if named else (lambda pairs: [p for _, p in pairs])
-    return [{"params": pick(others), "weight_decay": decay}, {"params": pick(norms), "weight_decay": 0.0}]
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS) -> None:
@@ -109,6 +103,24 @@ def set_group(key: str, *values: object) -> Callable[[dict], None]:
     return change
 
 
+class RunsCode:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.witness),)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+def truncate(name: str) -> Callable[[Path], None]:
+    return lambda directory: os.truncate(directory / name, (directory / name).stat().st_size // 2)
+
+
 def text(name: str, content: str) -> Callable[[Path], object]:
     return lambda directory: (directory / name).write_text(content)
 
@@ -118,9 +130,13 @@ def optimizer(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    return tensors_of("model.safetensors", change)
+
+
+def tensors_of(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def edit(directory: Path) -> None:
-        state = load_file(directory / "model.safetensors")
+        state = {key: tensor.clone() for key, tensor in load_file(directory / name).items()}
         change(state)
-        save_file({k: v.clone() for k, v in state.items()}, directory / "model.safetensors", {"format": "pt"})
+        save_file(state, directory / name, {"format": "pt"})
 
     return edit

@@ -40,14 +40,15 @@ def share_of_low_digits(completions, **_):
 '''
 
 
-def trainer_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """The Trainer's two groups: everything but norms and biases decays."""
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    named = [(p, "norm" in n or "ln_" in n or n.endswith("bias")) for n, p in trained]
-    return [
-        {"params": [p for p, plain in named if not plain], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p, plain in named if plain], "weight_decay": 0.0},
-    ]
+def trainer_groups(model: torch.nn.Module, named: bool = False, decay: float = WEIGHT_DECAY) -> list[dict[str, Any]]:
+    """The Trainer's two groups, written out: everything but norms and biases decays."""
+
+    def group(plain: bool, decay: float) -> dict[str, Any]:
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        pairs = [(n, p) for n, p in trained if ("norm" in n or "ln_" in n or n.endswith("bias")) is plain]
+        return {"params": pairs if named else [p for _, p in pairs], "weight_decay": decay}
+
+    return [group(False, decay), group(True, 0.0)]
 
 
 def save_checkpoint(directory: Path, model: Any, optimizer: torch.optim.Optimizer, step: int) -> Path:

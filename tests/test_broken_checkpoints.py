@@ -6,7 +6,6 @@ errors is printed at the end; `-s` shows it.
 
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -16,66 +15,26 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_fixtures import RunsCode, optimizer, remove, tensors, tensors_of, text, truncate
 from lora_fixtures import make_base, make_lora, write_json
 from pipeline_fixtures import make_gpt2, probe, skip_figures, values
-from safetensors.torch import load_file, save_file
 
 from entropy_core.errors import ProbeError
 
 Spoil = Callable[[Path], Any]
 
 
-class RunsCode:
-    """Unpickled, it makes a directory."""
-
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.witness),)
-
-
 def witness(directory: Path) -> Path:
     return directory.parent / "executed"
-
-
-def remove(name: str) -> Spoil:
-    return lambda directory: (directory / name).unlink()
-
-
-def cut(name: str) -> Spoil:
-    return lambda directory: os.truncate(directory / name, (directory / name).stat().st_size // 2)
-
-
-def text(name: str, content: str) -> Spoil:
-    return lambda directory: (directory / name).write_text(content)
 
 
 def entries(name: str, **changes: Any) -> Spoil:
     return lambda directory: write_json(directory / name, json.loads((directory / name).read_text()) | changes)
 
 
-def optimizer(change: Callable[[dict[str, Any]], Any]) -> Spoil:
-    def spoil(directory: Path) -> None:
-        saved = torch.load(directory / "optimizer.pt", weights_only=True)
-        change(saved)
-        torch.save(saved, directory / "optimizer.pt")
-
-    return spoil
-
-
 def slots(*keys: str) -> Spoil:
     """The state of an optimizer whose slots have these names."""
     return optimizer(lambda s: s.update(state={i: {key: torch.ones(2) for key in keys} for i in s["state"]}))
-
-
-def tensors(name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
-    def spoil(directory: Path) -> None:
-        stored = {key: t.clone() for key, t in load_file(directory / name).items()}
-        change(stored)
-        save_file(stored, directory / name, metadata={"format": "pt"})
-
-    return spoil
 
 
 def archive_with_code(directory: Path) -> None:
@@ -132,7 +91,7 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
         rf"another shape than their parameter: {WTE} \(exp_avg \(3,\)",
     ),
     "a slot that is NaN": ("full", optimizer(lambda s: s["state"][0]["exp_avg"].fill_(math.nan)), "NaN.*earlier"),
-    "an optimizer cut off": ("full", cut("optimizer.pt"), "not a complete archive"),
+    "an optimizer cut off": ("full", truncate("optimizer.pt"), "not a complete archive"),
     "an archive with code": ("full", archive_with_code, r"\((posix|nt)\.mkdir\), and was not executed"),
     "a pickle with code": ("full", pickle_with_code, "was not read.*bare pickle"),
     "SGD": ("full", slots("momentum_buffer"), "the run used SGD"),
@@ -140,16 +99,16 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
     "torch's Adafactor": ("full", slots("step", "row_var", "col_var", "variance"), "the run used torch's Adafactor"),
     "8-bit AdamW": ("full", slots("step", "state1", "state2", "qmap1", "qmap2"), "bitsandbytes, such as 8-bit"),
     "Lion": ("full", slots("exp_avg"), "the run used Lion"),
-    "weights cut off": ("full", cut("model.safetensors"), r"model\.safetensors cannot be opened"),
+    "weights cut off": ("full", truncate("model.safetensors"), r"model\.safetensors cannot be opened"),
     "a shard is missing": ("full", lost_shard, r"model-00002-of-00002\.safetensors cannot be opened"),
     "weights that are NaN": (
         "full",
-        tensors("model.safetensors", lambda s: s["transformer.ln_f.weight"].fill_(math.nan)),
+        tensors(lambda s: s["transformer.ln_f.weight"].fill_(math.nan)),
         "the logits of sequence 0 are not finite at position 0.*weights hold a NaN",
     ),
     "quantised weights": (
         "full",
-        tensors("model.safetensors", lambda s: s.update({WTE: s[WTE].to(torch.int8)})),
+        tensors(lambda s: s.update({WTE: s[WTE].to(torch.int8)})),
         "stores weights as I8",
     ),
     "a quantised model": ("full", entries("config.json", quantization_config={"bits": 4}), "has a quantization_config"),
@@ -181,8 +140,8 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
         "does not fit into its base model",
     ),
     "another rank": ("lora", entries("adapter_config.json", r=3), r"lora_A\.weight \(2, 16\) \(here \(3, 16\)\)"),
-    "a factor is missing": ("lora", tensors(ADAPTER, lambda s: s.pop(FACTOR)), r"no weights for .*c_attn\.lora_A"),
-    "an adapter cut off": ("lora", cut(ADAPTER), r"adapter_model\.safetensors cannot be opened"),
+    "a factor is missing": ("lora", tensors_of(ADAPTER, lambda s: s.pop(FACTOR)), r"no weights for .*c_attn\.lora_A"),
+    "an adapter cut off": ("lora", truncate(ADAPTER), r"adapter_model\.safetensors cannot be opened"),
     "an adapter as a pickle": ("lora", adapter_with_code, r"no adapter_model\.safetensors.*which is a pickle"),
     "DoRA": ("lora", entries("adapter_config.json", use_dora=True), "uses DoRA, .*is not probed"),
     "PiSSA": ("lora", entries("adapter_config.json", init_lora_weights="pissa"), "'pissa', which changes the base"),

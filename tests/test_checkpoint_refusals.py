@@ -1,7 +1,6 @@
 """What is not a checkpoint of AdamW in every part is refused by name, and no code in it is run."""
 
 import math
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable
@@ -9,28 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_fixtures import EMBEDDING, STEPS, make_model, optimizer, set_group, tensors, text, train, trainer_groups
+from checkpoint_fixtures import (
+    EMBEDDING,
+    STEPS,
+    RunsCode,
+    make_model,
+    optimizer,
+    remove,
+    set_group,
+    tensors,
+    text,
+    train,
+    truncate,
+)
+from pipeline_fixtures import trainer_groups
 
 from entropy_core import checkpoint_files
 from entropy_core.checkpoint_files import file_digests
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.errors import CheckpointError
-
-
-class RunsCode:
-    def __init__(self, witness: Path):
-        self.witness = witness
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.witness),)
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda directory: (directory / name).unlink()
-
-
-def truncate(name: str) -> Callable[[Path], None]:
-    return lambda directory: os.truncate(directory / name, (directory / name).stat().st_size // 2)
 
 
 def each_slot(change: Callable[[dict], object]) -> Callable[[Path], None]:

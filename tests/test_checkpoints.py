@@ -18,9 +18,9 @@ from checkpoint_fixtures import (
     make_model,
     set_group,
     train,
-    trainer_groups,
     write,
 )
+from pipeline_fixtures import trainer_groups
 
 from entropy_core.architecture import NO_DECAY_PATTERNS
 from entropy_core.checkpoint_files import find_checkpoints
