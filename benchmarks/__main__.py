@@ -33,42 +33,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"all of {', '.join(GROUPS)} unless told")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of benchmarks.json and benchmarks.md")
-    parser.add_argument("--page", action="store_true", help="measure nothing; write the page from benchmarks.json")
     options = parser.parse_args()
     if unknown := set(options.groups) - GROUPS.keys():
         parser.error(f"no group {', '.join(sorted(unknown))}: there are {', '.join(GROUPS)}")
-    path = options.out / "benchmarks.json"
-    if options.page:  # after the reason of a missed mark was written into the file
-        write(json.loads(path.read_text(encoding="utf-8")), options.out)
-        return
+    path, table = options.out / "benchmarks.json", []
+    if options.groups and path.exists():  # else the table is begun anew
+        found = json.loads(path.read_text(encoding="utf-8"))
+        table = found["rows"]
+        if found["setting"] != setting():
+            parser.error(f"{path} was measured in another setting, and a table has one: measure all groups, or --out")
     for group in options.groups or GROUPS:
         print(f"{group} …", flush=True)
+        started = time.monotonic()
         rows = []
         for row in GROUPS[group]():
-            rows.append(row)
-            print(
-                f"  {row.name}: {row.ours} against {row.against}: {row.ratio:.3g} {_verdict(row.mark, row.holds)}",
-                flush=True,
-            )
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-        write({"setting": _setting(), "rows": measured_anew(found["rows"], group, rows)}, options.out)
-
-
-def measured_anew(found: list[dict], group: str, rows: list[Row]) -> list[dict]:
-    """All rows, those of a group replaced; a mark that is missed again is missed for the reason that was found."""
-    reasons = {(row["name"], row["mark"]): row["reason"] for row in found if row["group"] == group}
-    new = [
-        {
-            "group": group,
-            "date": time.strftime("%Y-%m-%d"),
-            **asdict(row),
-            "holds": row.holds,
-            "reason": reasons.get((row.name, row.mark), "") if row.holds is False else "",
-        }
-        for row in rows
-    ]
-    kept = [row for row in found if row["group"] != group]
-    return sorted(kept + new, key=lambda row: list(GROUPS).index(row["group"]))
+            rows.append({"group": group, "date": time.strftime("%Y-%m-%d"), **asdict(row), "holds": row.holds})
+            print(f"  {row.name}: {row.ours} against {row.against}: {row.ratio:.3g} {_verdict(row)}", flush=True)
+        table = [row for row in table if row["group"] != group] + rows
+        table.sort(key=lambda row: list(GROUPS).index(row["group"]))
+        write({"setting": setting(), "rows": table}, options.out)
+        print(f"  {(time.monotonic() - started) / 60:.0f} min", flush=True)
 
 
 def write(found: dict, folder: Path) -> None:
@@ -78,7 +62,8 @@ def write(found: dict, folder: Path) -> None:
     (folder / "benchmarks.md").write_text(page(found), encoding="utf-8")
 
 
-def _setting() -> dict[str, str]:
+def setting() -> dict[str, str]:
+    """What the figures hold for."""
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -95,21 +80,21 @@ def _setting() -> dict[str, str]:
     }
 
 
-def _verdict(mark: str, holds: bool | None) -> str:
-    return "" if holds is None else f"({mark}: {'holds' if holds else 'missed'})"
+def _verdict(row: Row) -> str:
+    return {None: "", True: f"({row.mark}: holds)", False: f"({row.mark}: missed; {row.reason})"}[row.holds]
 
 
 def page(found: dict) -> str:
     """docs/benchmarks.md."""
-    setting = ", ".join(f"{name} {value}" for name, value in found["setting"].items())
+    measured_in = ", ".join(f"{name} {value}" for name, value in found["setting"].items())
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`; why a mark is missed is put into `benchmarks.json` by hand, and stays there while it",
-        "is missed. Passes were run in rounds, every way once in each; their ratio is the median of the ratios within",
-        "a round. Sampling and whole sweeps were run once, or as often as their row says.",
+        "Written by `make bench`. Passes were run in rounds, every way once in each; their ratio is the median of the",
+        "ratios within a round. Sampling and whole sweeps were run once, or as often as their row says. Where a mark",
+        "was missed, both ways were run once more under a profiler, or the stages' own times were compared.",
         "",
-        f"{setting}.",
+        f"{measured_in}.",
         "",
         "| what | measured | against | ratio | mark | holds |",
         "|---|---|---|---:|---|---|",

@@ -4,7 +4,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Row:
         against: the same of the other way, and which it is.
         ratio: ours over the other, or the other over ours where more is better.
         mark: such as "≤ 1.15"; empty where the row is for comparison only.
+        reason: why the mark is missed; empty where it is not.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     against: str
     ratio: float
     mark: str = ""
+    reason: str = ""
 
     @property
     def holds(self) -> bool | None:
@@ -38,6 +40,10 @@ class Row:
             return None
         sign, _, bound = self.mark.partition(" ")
         return self.ratio <= float(bound) if sign == "≤" else self.ratio >= float(bound)
+
+    def because(self, why: Callable[[], str]) -> "Row":
+        """The row; if it misses its mark, with the reason, which is looked for only then."""
+        return replace(self, reason=why()) if self.holds is False else self
 
 
 def seconds(run: Run) -> float:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.func import functional_call, jvp
 
 from benchmarks.common import Row, Run, median_ratio, peak_megabytes, take_turns
 from benchmarks.model_shape import make_policy, make_processor, make_sequences
+from benchmarks.reasons import by_profile
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.policy import Policy
 from entropy_core.sequence_processor import SequenceProcessor
@@ -20,6 +22,7 @@ TOKENS = 8192
 ROUNDS = 3
 DTYPES = ("float32", "bfloat16") if torch.cuda.is_available() else ("float32",)
 FUSED = "bare forward with torch's fused attention"
+ONE_MICRO_BATCH = f"one micro-batch, {MICRO_BATCH * LENGTH:,} tokens"
 
 
 def scoring() -> Iterator[Row]:
@@ -52,11 +55,15 @@ def _scoring(dtype: str) -> Iterator[Row]:
         "the same forward with torch's fused attention": (lambda: _fused(processor, batch), 1, ""),
         "full logits, log_softmax, entropy, same micro-batches": (lambda: full_logits(processor, batch), 1, ""),
     }
+    few = batch.select(torch.arange(MICRO_BATCH))
     for what, (other, rounds, mark) in ways.items():
         ours, theirs = take_turns({"ours": lambda: processor.score(batch), what: other}, rounds).values()
         said = f"{statistics.median(theirs):.2f} s, {what}, median of {rounds}"
         name = f"log-probabilities and entropies, {TOKENS:,} tokens"
-        yield Row(name, f"{statistics.median(ours):.2f} s", said, median_ratio(ours, theirs), mark)
+        row = Row(name, f"{statistics.median(ours):.2f} s", said, median_ratio(ours, theirs), mark)
+        yield row.because(
+            lambda: by_profile(lambda: processor.score(few), lambda: bare_forward(processor, few), ONE_MICRO_BATCH)
+        )
     memory = {
         (what, tokens): peak_megabytes(_memory_of_scoring, what, tokens, dtype)
         for what in ("score", "full")
@@ -86,13 +93,15 @@ def _derivatives(dtype: str) -> Iterator[Row]:
         for name, other in [*pairs, ("fast path", FUSED)] if marked else pairs:
             gives = "ℓ̇ and ḣ" if "forward mode" in name or name in marks else "sums in place of ℓ̇ and ḣ"
             ours, theirs = taken[name], taken[other]
-            yield Row(
+            row = Row(
                 f"{gives}, {name}, {tokens:,} tokens",
                 f"{statistics.median(ours):.2f} s",
                 f"{statistics.median(theirs):.2f} s, {other}",
                 median_ratio(ours, theirs),
                 marks.get(name, "") if marked and other != FUSED else "",
             )
+            few = ways_of_derivatives(processor, batch.select(torch.arange(MICRO_BATCH)), v)
+            yield row.because(partial(by_profile, few[name], few[other], ONE_MICRO_BATCH))
     ours = peak_megabytes(_memory_of_derivatives, "forward mode", dtype)
     for other in ("full-logit forward mode", "batched forward and backward"):
         there = peak_megabytes(_memory_of_derivatives, other, dtype)
@@ -106,13 +115,13 @@ def _step_sizes(dtype: str) -> Iterator[Row]:
     batch = make_sequences([LENGTH] * (TOKENS // LENGTH))
     processor, v = make_processor(policy, MICRO_BATCH), random_direction(policy)
 
-    def sweep() -> None:
+    def sweep(batch: BatchedSequences = batch) -> None:
         processor.score(batch)
         for eta in (0.25, 0.5, 1.0, 1.5, 2.0):
             with policy.moved(v, 1e-3 * eta):
                 processor.score(batch)
 
-    def six() -> None:
+    def six(batch: BatchedSequences = batch) -> None:
         for _ in range(6):
             processor.score(batch)
 
@@ -120,7 +129,9 @@ def _step_sizes(dtype: str) -> Iterator[Row]:
     ours, six_passes = (statistics.median(taken[name]) for name in ("sweep", "six"))
     name = f"η sweep of 5 points over {batch.response_offsets_N1[-1]:,} tokens"
     against = f"{six_passes:.1f} s, 6 passes at θ"
-    yield Row(name, f"{ours:.1f} s", against, median_ratio(taken["sweep"], taken["six"]), "≤ 1.05")
+    row = Row(name, f"{ours:.1f} s", against, median_ratio(taken["sweep"], taken["six"]), "≤ 1.05")
+    few = batch.select(torch.arange(MICRO_BATCH))
+    yield row.because(lambda: by_profile(lambda: sweep(few), lambda: six(few), ONE_MICRO_BATCH))
 
 
 def padding() -> Iterator[Row]:

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.common import Row, seconds
 from benchmarks.model_shape import EOS, make_policy, make_processor
+from benchmarks.reasons import by_profile
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
@@ -49,12 +50,16 @@ def sampling() -> Iterator[Row]:
         (f"sampling, all of {EQUAL} tokens", 2 * BATCH, 0.0, EQUAL, "≥ 1"),
     ):
         ends = _Ends(hazard)
-        with _ending(policy, ends):
-            mine = _rate(_ours, policy, prompts[:count], longest)
+        mine = _rate(_ours, policy, prompts[:count], longest, ends)
         theirs = _rate(_generate, policy, prompts[:count], longest, ends)
         against = f"{theirs:.0f} tokens/s, model.generate"
         what = f"{name}, {count} sequences, batch {BATCH}"
-        yield Row(what, f"{mine:.0f} tokens/s", against, mine / theirs, mark)
+        few = policy, prompts[:BATCH], min(32, longest), ends
+        yield Row(what, f"{mine:.0f} tokens/s", against, mine / theirs, mark).because(
+            lambda few=few: by_profile(
+                lambda: _ours(*few), lambda: _generate(*few), f"{BATCH} sequences of up to {few[2]} tokens"
+            )
+        )
     yield from _match(policy, prompts)
 
 
@@ -65,8 +70,9 @@ def _rate(run: Callable[..., int], *arguments: Any) -> float:
     return tokens[0] / taken
 
 
-def _ours(policy: Policy, prompts: Tensor, longest: int) -> int:
-    return len(_sampled(policy, prompts, longest, BATCH).response_tokens_K)
+def _ours(policy: Policy, prompts: Tensor, longest: int, ends: _Ends) -> int:
+    with _ending(policy, ends):
+        return len(_sampled(policy, prompts, longest, BATCH).response_tokens_K)
 
 
 def _sampled(policy: Policy, prompts: Tensor, longest: int, batch: int) -> BatchedSequences:

@@ -1,4 +1,6 @@
-"""One checkpoint of the demo run, probed once in a process of its own; prints seconds and peak memory as JSON.
+"""One checkpoint of the demo run, probed once in a process of its own; prints as JSON what that took.
+
+The JSON: seconds and megabytes at the peak of all; seconds by stage, and the stage that raised the peak last.
 
 python -m benchmarks.sweep_once --sequences 4096 --store FOLDER [--shard-size 1024] [--through-prefect]
 """
@@ -6,9 +8,12 @@ python -m benchmarks.sweep_once --sequences 4096 --store FOLDER [--shard-size 10
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import status_kilobytes
+from entropy_core.manifest import MANIFEST
 from entropy_core.read_config import parse_config
 from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
 from entropy_core.stages.preflight import preflight
@@ -52,7 +57,17 @@ def main() -> None:
         sweep(parsed, checkpoints, store, direct_runner(store, execution_for(parsed, checkpoints)))
     taken = time.perf_counter() - started
     peak = status_kilobytes("VmHWM") / 1024
-    print(json.dumps({"seconds": taken, "megabytes": peak}), flush=True)
+    print(json.dumps({"seconds": taken, "megabytes": peak, **_of_stages(options.store)}), flush=True)
+
+
+def _of_stages(store: Path) -> dict[str, Any]:
+    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in store.glob(f"*/*/{MANIFEST}")]
+    stages: Counter[str] = Counter()
+    for manifest in manifests:
+        stages[manifest["stage"]] += manifest["wall_seconds"]
+    highest = max(of["peak_rss_bytes"] for of in manifests)
+    first = min((of["created"], of["stage"]) for of in manifests if of["peak_rss_bytes"] == highest)
+    return {"stages": stages, "highest": first[1]}
 
 
 if __name__ == "__main__":

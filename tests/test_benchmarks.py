@@ -1,15 +1,18 @@
 """The committed table of the benchmarks: it is what its numbers say, and a missed mark has its reason."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import model_shape, passes
-from benchmarks.__main__ import GROUPS, measured_anew, page
+from benchmarks.__main__ import GROUPS, page, setting
 from benchmarks.common import Row, median_ratio, take_turns
+from benchmarks.reasons import by_profile, by_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -75,10 +78,14 @@ def test_runs_take_turns():
     assert median_ratio([2.0, 9.0, 3.0], [1.0, 3.0, 3.0]) == 2.0
 
 
+def run_padding(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks", "padding", "--out", str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def test_the_command_writes_both_files_and_keeps_other_groups(tmp_path: Path):
-    (tmp_path / "benchmarks.json").write_text(json.dumps(FOUND), encoding="utf-8")
-    command = [sys.executable, "-m", "benchmarks", "padding", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (tmp_path / "benchmarks.json").write_text(json.dumps(FOUND | {"setting": setting()}), encoding="utf-8")
+    assert run_padding(tmp_path).returncode == 0
     found = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))
     assert [(row["group"], row["name"]) for row in found["rows"]] == [(r["group"], r["name"]) for r in FOUND["rows"]]
     padding = next(row for row in found["rows"] if row["group"] == "padding")
@@ -86,20 +93,45 @@ def test_the_command_writes_both_files_and_keeps_other_groups(tmp_path: Path):
     assert (tmp_path / "benchmarks.md").read_text(encoding="utf-8") == page(found)
 
 
-def test_a_reason_that_is_written_into_the_numbers_gets_onto_the_page(tmp_path: Path):
-    rows = [{**row, "reason": f"because of {row['name']}"} for row in FOUND["rows"][:1]]
-    (tmp_path / "benchmarks.json").write_text(json.dumps(FOUND | {"rows": rows}), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "benchmarks", "--page", "--out", str(tmp_path)], cwd=ROOT, check=True)
-    assert f": because of {rows[0]['name']}\n" in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+def test_a_table_that_was_measured_in_another_setting_is_left_alone(tmp_path: Path):
+    other = json.dumps(FOUND | {"setting": setting() | {"torch": "1.0"}})
+    (tmp_path / "benchmarks.json").write_text(other, encoding="utf-8")
+    refused = run_padding(tmp_path)
+    assert refused.returncode == 2 and "measured in another setting" in refused.stderr
+    assert (tmp_path / "benchmarks.json").read_text(encoding="utf-8") == other
 
 
-@pytest.mark.parametrize(("ratio", "reason"), [(3.5, "the floor is 3"), (3.1, "")])
-def test_a_reason_stays_while_its_mark_is_missed(ratio: float, reason: str):
-    before = measured_anew([], "padding", [Row("x", "1 s", "1 s", 3.3, "≤ 3.2"), Row("x", "1 s", "2 s", 0.5)])
-    assert [row["reason"] for row in before] == ["", ""]
-    before[0]["reason"] = "the floor is 3"
-    after = measured_anew(before, "padding", [Row("x", "1 s", "1 s", ratio, "≤ 3.2"), Row("x", "1 s", "2 s", 0.5)])
-    assert [(row["ratio"], row["reason"]) for row in after] == [(ratio, reason), (0.5, "")]
+@pytest.mark.parametrize(("ratio", "reason"), [(3.5, "two products of three"), (3.1, "")])
+def test_a_reason_is_looked_for_where_a_mark_is_missed(ratio: float, reason: str):
+    asked = []
+
+    def why() -> str:
+        asked.append(ratio)
+        return "two products of three"
+
+    row = Row("x", "1 s", "1 s", ratio, "≤ 3.2").because(why)
+    assert Row("x", "1 s", "1 s", ratio).because(why).reason == ""
+    assert (row.reason, row.ratio, len(asked)) == (reason, ratio, 1 if reason else 0)
+    text = page({"setting": {}, "rows": [{**vars(row), "holds": row.holds, "date": "2026-01-01"}]})
+    assert ("- x: two products of three" in text) is bool(reason)
+
+
+def test_a_profile_tells_products_from_all_else():
+    x = torch.randn(256, 256)
+
+    def products() -> None:
+        for _ in range(20):
+            torch.nn.functional.linear(x, x).addmm_(x, x)
+
+    found = by_profile(products, lambda: x.exp().sum(), "256 rows")
+    here, there = re.search(r"matrix products (\S+) here and (\S+) there", found).groups()
+    assert float(here) > float(there) == 0 and "of 256 rows" in found
+
+
+def test_stages_are_compared_by_what_their_manifests_say():
+    found = by_stage({"score": 3.0, "report": 1.0}, {"score": 1.5, "report": 1.0})
+    assert "4 here and 2.5 there (1.6 times)" in found
+    assert "score 3 here and 1.5 there (2 times), report" in found
 
 
 def test_an_unknown_group_is_refused(tmp_path: Path):

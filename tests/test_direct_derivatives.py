@@ -70,6 +70,47 @@ def test_value_and_derivative_of_a_linear_layer_are_those_of_torch(moving: list[
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
+OPERATIONS = {
+    "x * y": lambda x, y: x * y,
+    "torch.mul": torch.mul,
+    "y from the left": lambda x, y: y * x,
+    "of a number": lambda x, y: 3 * x + y * 2.0,
+    "x²": lambda x, y: x.pow(2) + torch.pow(y, 2) + y**2,
+    "other powers": lambda x, y: x.pow(3) + (y**2 + 1) ** 0.5 + x ** torch.tensor(2),
+    "of two dtypes": lambda x, y: x.float() * y,
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (4,), (2, 1, 1)])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_value_and_derivative_of_products_and_powers_are_those_of_torch(name: str, shape: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    primal, tangent = (
+        tuple(torch.randn(of, dtype=torch.float64, generator=generator) for of in ((2, 3, 4), shape)) for _ in range(2)
+    )
+    expected = jvp(OPERATIONS[name], primal, tangent)
+    with DirectDerivatives():
+        found = jvp(OPERATIONS[name], primal, tangent)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(("function", "operation"), [("_Product", "x * y"), ("_Square", "x²")])
+def test_products_and_squares_go_through_it(function: str, operation: str):
+    of = getattr(direct_derivatives, function)
+    x, y = torch.randn(2, 3)
+    with DirectDerivatives(), mock.patch.object(of, "jvp", wraps=of.jvp) as called:
+        jvp(OPERATIONS[operation], (x, y), (x, y))
+    assert called.call_count == (1 if function == "_Product" else 3)
+
+
+def test_a_factor_that_is_constant_has_no_derivative():
+    x, y = torch.randn(2, 3)
+    for moving, constant in ((x, y), (y, x)):
+        with DirectDerivatives():
+            found = jvp(lambda moving, constant=constant: constant * moving, (moving,), (x,))
+        torch.testing.assert_close(found, (constant * moving, constant * x))
+
+
 def test_what_is_constant_costs_no_product():
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     with (

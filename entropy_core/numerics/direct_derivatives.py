@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of attention's softmax and of linear layers that compute no more than they must."""
+"""Forward-mode derivatives of softmax, linear layers, products and squares that compute no more than they must."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +15,12 @@ class DirectDerivatives(TorchFunctionMode):
     `functional.softmax`: ẏ = y·(ẋ − Σ y·ẋ). Torch's own takes the exponential of every score a second time, which is
     slow where it underflows, as for those that are masked, and makes more tensors of the size of the scores.
 
-    `functional.linear`: ẏ = ẋWᵀ + xẆᵀ + ḃ, each term only where there is something to it. Torch's own multiplies by a
-    matrix of zeros where W is a constant, as all large ones are under an adapter.
+    `functional.linear`: ẏ = ẋWᵀ + xẆᵀ + ḃ, each term only where there is something to it, and the second product added
+    to the first as it is made. Torch's own multiplies by a matrix of zeros where W is a constant, as all large ones
+    are under an adapter.
+
+    `mul` and `pow(x, 2)`: ẋ·y + x·ẏ and 2·x·ẋ, in one new tensor each. Torch's own makes three, and to fill new memory
+    takes longer than the arithmetic.
     """
 
     def __torch_function__(
@@ -36,7 +40,29 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _Linear.apply(input, weight, bias)
 
 
-_REPLACED: dict[Any, Callable[..., Tensor]] = {functional.softmax: _softmax, functional.linear: _linear}
+def _mul(input: Any, other: Any, **kwargs: Any) -> Tensor:
+    plain = kwargs or not (_is_real(input) and _is_real(other) and input.dtype == other.dtype)
+    return torch.mul(input, other, **kwargs) if plain else _Product.apply(input, other)
+
+
+def _pow(input: Any, exponent: Any, **kwargs: Any) -> Tensor:
+    plain = kwargs or not (_is_real(input) and isinstance(exponent, int) and exponent == 2)
+    return torch.pow(input, exponent, **kwargs) if plain else _Square.apply(input)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+_REPLACED: dict[Any, Callable[..., Tensor]] = {
+    functional.softmax: _softmax,
+    functional.linear: _linear,
+    torch.mul: _mul,
+    Tensor.mul: _mul,
+    torch.pow: _pow,
+    Tensor.pow: _pow,
+    Tensor.__pow__: _pow,
+}
 
 
 class _Softmax(torch.autograd.Function):
@@ -68,11 +94,45 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_forward(x, weight)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Any) -> Tensor:
         x, weight = ctx.saved_tensors
-        terms = [functional.linear(dx, weight)] if dx is not None else []
+        shape, rows = (*x.shape[:-1], len(weight)), x.reshape(-1, x.shape[-1])
+        dy = None if dx is None else functional.linear(dx.reshape(rows.shape), weight)
         if dweight is not None:
-            terms.append(functional.linear(x, dweight))
-        if dbias is not None:
-            terms.append(dbias.expand(*x.shape[:-1], len(dbias)))
-        return sum(terms[1:], start=terms[0])
+            dy = functional.linear(rows, dweight) if dy is None else dy.addmm_(rows, dweight.t())
+        if dy is None:
+            return dbias.expand(shape)
+        return (dy if dbias is None else dy.add_(dbias)).view(shape)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dy: Tensor | None) -> Tensor:
+        x, y = ctx.saved_tensors
+        if dx is None:
+            return x * dy
+        return dx * y if dy is None else (dx * y).addcmul_(x, dy)
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.pow(2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (x * dx).mul_(2)
