@@ -72,5 +72,5 @@ def _seconds_of_operations(run: Run) -> dict[str, float]:
     with profile(activities=activities, acc_events=True) as found:
         run()
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    operations = (event for event in found.key_averages() if event.device_type is DeviceType.CPU)  # no kernels: twice
+    operations = (event for event in found.key_averages() if event.device_type == DeviceType.CPU)  # no kernels: twice
     return {event.key: getattr(event, attribute) / 1e6 for event in operations}
