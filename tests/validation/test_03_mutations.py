@@ -183,6 +183,20 @@ MUTATIONS = (
         "dz_RV",
         "test_token_statistics",
     ),
+    Mutation(
+        "half of a product's derivative dropped",
+        "numerics/direct_derivatives",
+        "(dx * y).addcmul_(x, dy)",
+        "dx * y",
+        "test_direct_derivatives",
+    ),
+    Mutation(
+        "a layer's weight taken as constant",
+        "numerics/direct_derivatives",
+        "dy.addmm_(rows, dweight.t())",
+        "dy",
+        "test_direct_derivatives",
+    ),
 )
 
 
