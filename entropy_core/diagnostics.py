@@ -131,29 +131,19 @@ def linearity_rows(
     return fits, pairs
 
 
-def replicate_rows(
-    batches: Mapping[int, EvaluationBatch], normalization: Normalization, learning_rate: float
-) -> list[Row]:
+def replicate_rows(found: Mapping[int, tuple[float, float]], learning_rate: float) -> list[Row]:
     """δH₁ at the learning rate on independent E batches, and whether they agree within their standard errors.
 
     Args:
-        batches: seed → E batch.
-        normalization: per sequence or per token.
+        found: seed → ∂_vH on that E batch, and its standard error given U.
         learning_rate: the step size.
 
     Returns:
         Rows of `tables.REPLICATES`; none for a single batch.
     """
-    if len(batches) < 2:
+    if len(found) < 2:
         return []
-    found = {seed: uncertainty.entropy_derivative(batch.columns, normalization) for seed, batch in batches.items()}
-    values_R, errors_R = (
-        learning_rate
-        * torch.tensor(
-            [(estimate.value, batches[seed].standard_error(estimate)) for seed, estimate in found.items()],
-            dtype=torch.float64,
-        ).T
-    )
+    values_R, errors_R = learning_rate * torch.tensor(list(found.values()), dtype=torch.float64).T
     R, mean = len(found), float(values_R.mean())
     spread = float((((values_R - mean) / errors_R) ** 2).sum()) if bool((errors_R > 0).all()) else 0.0
     shared = {

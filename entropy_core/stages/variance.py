@@ -1,19 +1,19 @@
 """variance: estimates with intervals, from cached per-token columns alone. No model, no parameter-sized file."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
 
 from entropy_core import diagnostics, estimates
 from entropy_core.errors import NonFiniteError
-from entropy_core.estimates import Contributions, EvaluationBatch, Moved, Row
+from entropy_core.estimates import Contributions, Derivative, EvaluationBatch, Moved, Row
 from entropy_core.numerics import importance, uncertainty
 from entropy_core.numerics.first_order import Baseline, ReturnsToGo
 from entropy_core.numerics.path_integral import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
-from entropy_core.numerics.uncertainty import Normalization
+from entropy_core.numerics.uncertainty import Estimate, Normalization
 from entropy_core.stages.columns import read_columns
 from entropy_core.tables import ESTIMATES, TABLES, to_table
 
@@ -77,71 +77,131 @@ def variance(
         NonFiniteError: a batch is too small for a standard error.
     """
     batch, of_batch = _read_batch(scores, first_order_e, baseline, units)
-    rescored = [_read_moved({"eta": 1.0, "shards": [draw], "path": []}) for draw in rescores]
-    at_eta = [_read_moved(entry) for entry in moved]
-    batches = {seed: batch}
-    for entry in replicates:
-        batches[entry["seed"]], _ = _read_batch(entry["scores"], entry["first_order_e"], baseline, units)
     of_batch |= _describe_update(update.summary)
+    of_batch |= {"learning_rate": learning_rate}
     of_batch |= {"derivative_check": calibration.summary["difference"] if calibration else None}
-    by_literature = _by_literature(scores_u, discriminators_u, update)
-    contributions = first_order_u.table("sequences.parquet")
-    of_u = first_order_u.summary
-    quantile = uncertainty.normal_quantile(confidence_level)
-    rows: list[Row] = []
+    of_u, of_sequences = first_order_u.summary, first_order_u.table("sequences.parquet")
+    rescored = [_read_moved({"eta": 1.0, "shards": [draw], "path": []}) for draw in rescores]
+    settings = _Settings(learning_rate, confidence_level, bootstrap_resamples)
+    at_theta = {
+        normalization: _at_theta(batch, rescored, of_sequences, of_u, of_batch, normalization, settings)
+        for normalization in normalizations
+    }
+    found: dict[tuple[Normalization, importance.Estimator], list[tuple[Row, Estimate]]] = {
+        (normalization, estimator): [] for normalization in normalizations for estimator in estimators
+    }
+    for entry in moved:
+        there = _read_moved(entry)  # the tokens of one step size are in memory at a time
+        for (normalization, estimator), measured in found.items():
+            measured.append(_at_step_size(batch, there, estimator, of_u, at_theta[normalization], settings))
+    by_seed = {seed: _values(batch, normalizations)}
+    for entry in replicates:
+        again, _ = _read_batch(entry["scores"], entry["first_order_e"], baseline, units)
+        by_seed[entry["seed"]] = _values(again, normalizations)
+
     tables: dict[str, list[Row]] = {name: [] for name in TABLES}
 
-    def add(normalization: Normalization, **found: list[Row]) -> None:
-        for name, of_table in found.items():
-            tables[name] += [{"normalization": normalization} | row for row in of_table]
+    def add(name: str, normalization: Normalization, rows: list[Row]) -> None:
+        tables[name] += [{"normalization": normalization} | row for row in rows]
 
-    for normalization in normalizations:
-        derivative = estimates.derivative_of(
-            batch,
-            normalization,
-            _contributions(contributions, normalization, of_batch["n_prompts_u"]),
-            confidence_level,
-            bootstrap_resamples,
-        )
-        of_normalization = of_batch | {
-            "learning_rate": learning_rate,
-            "normalization": normalization,
-            "attribution_closure": of_u["closure"][normalization],
-            "gradient_check": _gradient_check(batch, of_u, normalization),
-            **diagnostics.describe_batch(batch, normalization),
-            **diagnostics.describe_influence(derivative.estimate),
+    by_literature = _by_literature(scores_u, discriminators_u, update)
+    for (normalization, estimator), measured in found.items():
+        usable = {
+            row["eta"]: (change, row["noise_floor"])
+            for row, change in measured
+            if row["verdict"] != "weights-unreliable"
         }
-        noise = diagnostics.numerical_noise(batch, rescored, normalization)
-        for estimator in estimators:
-            usable = {}
-            for there in at_eta:
-                eta = there.eta
-                noise_floor = noise if eta and estimator != "path_integral" else 0.0
-                change, weights = estimates.change_of(batch, there, estimator, normalization)
-                row = {
-                    "eta": eta,
-                    "eta_over_lr": eta / learning_rate,
-                    "estimator": estimator,
-                    "inner_product": of_u["inner_product"][normalization] * eta,
-                    "delta_h1_momentum": of_u["momentum"][normalization] * eta,
-                    "delta_h1_decay": of_u["decay"][normalization] * eta,
-                    "noise_floor": noise_floor,
-                }
-                row |= estimates.predict(derivative, eta, confidence_level)
-                row |= estimates.measure(batch, change, weights, derivative, eta, estimator, noise_floor, quantile)
-                rows.append(of_normalization | row)
-                if row["verdict"] != "weights-unreliable":
-                    usable[eta] = (change, noise_floor)
-                if eta and estimator == estimators[0]:
-                    add(normalization, predictors=diagnostics.predictor_rows(row, by_literature))
-            fits, pairs = diagnostics.linearity_rows(batch, usable, derivative, estimator, learning_rate)
-            add(normalization, linearity=fits, eta_pairs=pairs)
-        add(normalization, replicates=diagnostics.replicate_rows(batches, normalization, learning_rate))
+        derivative = at_theta[normalization].derivative
+        fits, pairs = diagnostics.linearity_rows(batch, usable, derivative, estimator, learning_rate)
+        add("linearity", normalization, fits)
+        add("eta_pairs", normalization, pairs)
+        for row, _ in measured if estimator == estimators[0] else ():
+            if row["eta"]:
+                add("predictors", normalization, diagnostics.predictor_rows(row, by_literature))
+    for normalization in normalizations:
+        of_seed = {seed: values[normalization] for seed, values in by_seed.items()}
+        add("replicates", normalization, diagnostics.replicate_rows(of_seed, learning_rate))
+    rows = [row for measured in found.values() for row, _ in measured]
     _require_numbers(rows)
     out.table(to_table(rows, ESTIMATES), "estimates.parquet")
     for name, schema in TABLES.items():
         out.table(to_table(tables[name], schema), f"{name}.parquet")
     return {"rows": len(rows)} | {name: len(of_table) for name, of_table in tables.items()}
+
+
+class _Settings(NamedTuple):
+    learning_rate: float
+    confidence_level: float
+    bootstrap_resamples: int
+
+
+class _AtTheta(NamedTuple):
+    """What one normalisation's rows have in common."""
+
+    normalization: Normalization
+    derivative: Derivative
+    noise_floor: float
+    columns: Row
+
+
+def _at_theta(
+    batch: EvaluationBatch,
+    rescored: Sequence[Moved],
+    of_sequences: pa.Table,
+    of_u: Mapping[str, Any],
+    of_batch: Row,
+    normalization: Normalization,
+    settings: _Settings,
+) -> _AtTheta:
+    contributions = _contributions(of_sequences, normalization, of_batch["n_prompts_u"])
+    _, confidence_level, resamples = settings
+    derivative = estimates.derivative_of(batch, normalization, contributions, confidence_level, resamples)
+    columns = of_batch | {
+        "normalization": normalization,
+        "attribution_closure": of_u["closure"][normalization],
+        "gradient_check": _gradient_check(batch, of_u, normalization),
+        **diagnostics.describe_batch(batch, normalization),
+        **diagnostics.describe_influence(derivative.estimate),
+    }
+    noise_floor = diagnostics.numerical_noise(batch, rescored, normalization)
+    return _AtTheta(normalization, derivative, noise_floor, columns)
+
+
+def _at_step_size(
+    batch: EvaluationBatch,
+    there: Moved,
+    estimator: importance.Estimator,
+    of_u: Mapping[str, Any],
+    at_theta: _AtTheta,
+    settings: _Settings,
+) -> tuple[Row, Estimate]:
+    """A row of the estimates, and its ΔH."""
+    normalization, derivative, noise_floor, columns = at_theta
+    eta, level = there.eta, settings.confidence_level
+    if eta == 0 or estimator == "path_integral":  # nothing is subtracted
+        noise_floor = 0.0
+    change, weights = estimates.change_of(batch, there, estimator, normalization)
+    quantile = uncertainty.normal_quantile(level)
+    row = columns | {
+        "eta": eta,
+        "eta_over_lr": eta / settings.learning_rate,
+        "estimator": estimator,
+        "inner_product": of_u["inner_product"][normalization] * eta,
+        "delta_h1_momentum": of_u["momentum"][normalization] * eta,
+        "delta_h1_decay": of_u["decay"][normalization] * eta,
+        "noise_floor": noise_floor,
+        **estimates.predict(derivative, eta, level),
+        **estimates.measure(batch, change, weights, derivative, eta, estimator, noise_floor, quantile),
+    }
+    return row, change
+
+
+def _values(
+    batch: EvaluationBatch, normalizations: Sequence[Normalization]
+) -> dict[Normalization, tuple[float, float]]:
+    """∂_vH and its standard error given U."""
+    found = {of: uncertainty.entropy_derivative(batch.columns, of) for of in normalizations}
+    return {of: (estimate.value, batch.standard_error(estimate)) for of, estimate in found.items()}
 
 
 def _read_batch(
