@@ -18,9 +18,8 @@ from entropy_core import estimates
 from entropy_core.artifact import Artifact
 from entropy_core.batched_sequences import BatchedSequences, LogprobResults
 from entropy_core.demo import main as make_demo_run
-from entropy_core.estimates import EvaluationBatch, Moved
+from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, Tokens, measured
 from entropy_core.numerics import ragged
-from entropy_core.numerics.first_order import ReturnsToGo
 from entropy_core.numerics.uncertainty import entropy_derivative
 from entropy_core.read_config import parse_config
 from entropy_core.stages.derivatives import forward_mode
@@ -135,16 +134,15 @@ def _errors(found: dict[str, Any], learning_rate: float) -> Iterator[tuple[str, 
     """Standard errors given U, per token, of both ways on the same batch."""
     base: LogprobResults = found["base"]
     _, _, dlogprobs_K, dentropies_K = found["derivatives"]
-    nothing_K = torch.zeros_like(base.entropies_K, dtype=torch.float64)
-    columns = base.logprobs_K, base.entropies_K, dlogprobs_K, dentropies_K, base.offsets_N1
-    batch = EvaluationBatch(*columns, ReturnsToGo(nothing_K, nothing_K), None).with_baseline("time_loo")
+    tokens = Tokens(base.logprobs_K, base.entropies_K, dlogprobs_K, dentropies_K, base.offsets_N1)
+    batch = EvaluationBatch.of([lambda: tokens], None, "time_loo")
     theirs = predecessor.derivative(base.entropies_K, dlogprobs_K, dentropies_K, base.offsets_N1, "per_token")
     ours = entropy_derivative(batch.columns, "per_token")
     yield "δH₁ at the learning rate", *(learning_rate * batch.standard_error(x) for x in (ours, theirs))
     for eta in ETAS:
-        moved = Moved(eta * learning_rate, found[eta].logprobs_K, found[eta].entropies_K)
-        errors = [
-            batch.standard_error(estimates.change_of(batch, moved, estimator, "per_token")[0])
-            for estimator in ("per_decision", "snis")
-        ]
+        step, moved_tokens = eta * learning_rate, MovedTokens(found[eta].logprobs_K, found[eta].entropies_K)
+        errors = []
+        for estimator in ("per_decision", "snis"):
+            there = measured(batch, Moved(step, lambda block=moved_tokens: [block]), estimator)
+            errors.append(batch.standard_error(estimates.change_of(batch, there, step, estimator, "per_token")))
         yield f"ΔH at η = {eta:g} lr", *errors

@@ -6,25 +6,27 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from entropy_core.estimates import Derivative, EvaluationBatch, Moved, Row, change_of
+from entropy_core.estimates import Derivative, Row, change_of
+from entropy_core.evaluation import EvaluationBatch, Moved, measured
 from entropy_core.numerics import importance, linearity, predictors, ragged, uncertainty
 from entropy_core.numerics.uncertainty import Estimate, Normalization
 
 
 def numerical_noise(batch: EvaluationBatch, rescored: Sequence[Moved], normalization: Normalization) -> float:
-    """Twice the root mean square of the ΔH that rounding alone makes, on the first sequences of the batch.
+    """Twice the root mean square of the ΔH that rounding alone makes.
 
     Args:
-        batch: E.
+        batch: the sequences of E that were scored again.
         rescored: ℓ and h of the same tokens under other rounding errors, one per draw.
         normalization: per sequence or per token.
 
     Returns:
         Nats.
     """
-    assert rescored[0].entropies_K is not None
-    first = batch.first_tokens(len(rescored[0].entropies_K))
-    changes = [change_of(first, moved, "per_decision", normalization)[0].value for moved in rescored]
+    changes = [
+        change_of(batch, measured(batch, moved, "per_decision"), moved.eta, "per_decision", normalization).value
+        for moved in rescored
+    ]
     return 2.0 * (sum(change**2 for change in changes) / len(changes)) ** 0.5
 
 
@@ -38,10 +40,8 @@ def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
     Returns:
         Columns of `tables.ESTIMATES`.
     """
-    S_N = ragged.sequence_sum(batch.entropies_K, batch.offsets_N1)
-    T_N = ragged.lengths(batch.offsets_N1).double()
-    H = uncertainty.entropy(S_N, T_N, normalization)
-    score_N = ragged.sequence_sum(batch.dlogprobs_K, batch.offsets_N1)
+    T_N, score_N = batch.columns.T_N, batch.score_N
+    H = uncertainty.entropy(batch.columns.S_N, T_N, normalization)
     score = Estimate(float(score_N.mean()), score_N - score_N.mean())
     score_se = batch.standard_error(score)
     return {

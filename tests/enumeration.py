@@ -10,7 +10,7 @@ from conftest import World
 from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.estimates import EvaluationBatch
+from entropy_core.evaluation import EvaluationBatch, Tokens
 from entropy_core.numerics import importance, ragged
 from entropy_core.numerics.first_order import (
     Baseline,
@@ -113,8 +113,7 @@ def by_position(sequences: Everything) -> ReturnsToGo:
 
 def evaluation_batch(tokens: TokenDerivatives, offsets_N1: Tensor, baseline: Baseline) -> EvaluationBatch:
     """Columns of independent sequences as the statistics take them."""
-    nothing_K = torch.zeros_like(tokens.entropies_K, dtype=torch.float64)
-    return EvaluationBatch(*tokens, offsets_N1, ReturnsToGo(nothing_K, nothing_K), None).with_baseline(baseline)
+    return EvaluationBatch.of([lambda: Tokens(*tokens, offsets_N1)], None, baseline)
 
 
 def every_batch(everything: Everything, size: int) -> Iterator[tuple[Tensor, float]]:

@@ -10,6 +10,7 @@ from entropy_core.numerics.first_order import ReturnsToGo
 from entropy_core.numerics.importance import (
     PrefixWeights,
     effective_sample_size,
+    log_totals,
     log_weights_are_usable,
     per_decision_columns,
     prefix_effective_sample_sizes,
@@ -90,7 +91,7 @@ def test_effective_sample_sizes_by_position():
     weights = prefix_weights(torch.zeros(6), moved_K, offsets_N1)
     at_each = [[1.0, 1.0, 1.0], [2.0, 0.5, 1.0], [2.0, 2.0, 0.25]]
     expected = [sum(w) ** 2 / sum(x**2 for x in w) for w in at_each]
-    found_T = prefix_effective_sample_sizes(weights, offsets_N1)
+    found_T = prefix_effective_sample_sizes(log_totals(weights, offsets_N1))
     assert found_T.dtype == torch.float64
     assert found_T.tolist() == pytest.approx(expected, rel=1e-13)
     assert found_T.tolist() == pytest.approx([effective_sample_size(torch.tensor(w)) for w in at_each], rel=1e-6)
@@ -99,10 +100,10 @@ def test_effective_sample_sizes_by_position():
 def test_late_weights_of_any_size_leave_the_early_sample_sizes_alone():
     zero_K, moved_K = torch.zeros(K, dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
     moved_K[1], moved_K[5] = -400.0, 500.0  # sequences of 3 and 4 tokens, at their second
-    found_T = prefix_effective_sample_sizes(prefix_weights(zero_K, moved_K, OFFSETS), OFFSETS)
+    found_T = prefix_effective_sample_sizes(log_totals(prefix_weights(zero_K, moved_K, OFFSETS), OFFSETS))
     assert found_T.tolist() == pytest.approx([4.0, 4.0, 1.0, 1.0], rel=1e-12)
     unmoved = prefix_weights(zero_K, zero_K, OFFSETS)
-    assert prefix_effective_sample_sizes(unmoved, OFFSETS).tolist() == pytest.approx([4.0] * 4, rel=1e-14)
+    assert prefix_effective_sample_sizes(log_totals(unmoved, OFFSETS)).tolist() == pytest.approx([4.0] * 4, rel=1e-14)
 
 
 def test_weights_that_overflow_or_underflow_are_not_usable():

@@ -1,6 +1,6 @@
 """The baseline from the prefix: its regression against a joint least squares, its mean against enumeration."""
 
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, pairwise, product
 from math import factorial, prod
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entropy_core.numerics import ragged
 from entropy_core.numerics.first_order import returns_to_go, time_loo_baseline
-from entropy_core.numerics.ridge import PENALTY, folds_of, prefix_features, ridge_baseline
+from entropy_core.numerics.ridge import PENALTY, RidgeBlock, fit, folds_of, prefix_features, ridge_baseline
 
 LENGTHS = [3, 1, 4, 2, 4, 5, 3]
 OFFSETS = ragged.offsets_from_lengths(torch.tensor(LENGTHS))
@@ -23,6 +23,12 @@ K = sum(LENGTHS)
 def made_up(features: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     values_K, features_KF, weights_K = torch.randn(K), torch.randn(K, features), torch.rand(K) ** 3
     return values_K.double(), features_KF.double(), weights_K.double()
+
+
+def regressed(*columns: Tensor) -> Tensor:
+    """The baseline of sequences that are all there are."""
+    block = RidgeBlock(*columns)
+    return ridge_baseline(block, fit(lambda: [block], int(block.folds_N.max()) + 1))
 
 
 def tokens_of_fold(fold: int) -> Tensor:
@@ -77,7 +83,7 @@ def test_the_baseline_is_that_of_a_joint_least_squares():
     """One column for each position and one for each feature; only the features are penalised."""
     values_K, features_KF, weights_K = made_up()
     position = ragged.position_index(OFFSETS).numpy()
-    found_K = ridge_baseline(values_K, features_KF, weights_K, OFFSETS, FOLDS)
+    found_K = regressed(values_K, features_KF, weights_K, OFFSETS, FOLDS)
     for fold in range(3):
         own = tokens_of_fold(fold).numpy()
         y, X, w = (column[~own] for column in (values_K.numpy(), features_KF.numpy(), weights_K.numpy()))
@@ -103,30 +109,45 @@ def test_the_baseline_is_that_of_a_joint_least_squares():
 
 def test_the_baseline_is_blind_to_its_own_fold():
     values_K, features_KF, weights_K = made_up()
-    before_K = ridge_baseline(values_K, features_KF, weights_K, OFFSETS, FOLDS)
+    before_K = regressed(values_K, features_KF, weights_K, OFFSETS, FOLDS)
     for fold in range(3):
         own_K = tokens_of_fold(fold)
         changed_values_K, changed_weights_K = values_K.clone(), weights_K.clone()
         changed_values_K[own_K] += 100 * torch.randn(int(own_K.sum())).double()
         changed_weights_K[own_K] = torch.rand(int(own_K.sum())).double()
-        after_K = ridge_baseline(changed_values_K, features_KF, changed_weights_K, OFFSETS, FOLDS)
+        after_K = regressed(changed_values_K, features_KF, changed_weights_K, OFFSETS, FOLDS)
         assert torch.equal(after_K[own_K], before_K[own_K])
         reached_K = before_K != 0
         assert not torch.isclose(after_K[~own_K & reached_K], before_K[~own_K & reached_K]).any()
 
 
+def test_blocks_of_sequences_have_the_baseline_of_all_of_them():
+    values_K, features_KF, weights_K = made_up()
+    expected_K = regressed(values_K, features_KF, weights_K, OFFSETS, FOLDS)
+    ends = [0, 1, 3, 4, 7]
+    blocks = [
+        RidgeBlock(
+            *(x_K[OFFSETS[start] : OFFSETS[stop]] for x_K in (values_K, features_KF, weights_K)),
+            OFFSETS[start : stop + 1] - OFFSETS[start],
+            FOLDS[start:stop],
+        )
+        for start, stop in pairwise(ends)
+    ]
+    fits = fit(lambda: blocks, 3)
+    found_K = torch.cat([ridge_baseline(block, fits) for block in blocks])
+    torch.testing.assert_close(found_K, expected_K, rtol=1e-12, atol=1e-12)
+
+
 def test_neither_the_scale_of_the_weights_nor_of_a_feature_matters():
     values_K, features_KF, weights_K = made_up()
-    found_K = ridge_baseline(values_K, features_KF, weights_K, OFFSETS, FOLDS)
-    scaled_K = ridge_baseline(
-        3 * values_K, features_KF * torch.tensor([1e6, 1.0, 1e-6]), 1e-20 * weights_K, OFFSETS, FOLDS
-    )
+    found_K = regressed(values_K, features_KF, weights_K, OFFSETS, FOLDS)
+    scaled_K = regressed(3 * values_K, features_KF * torch.tensor([1e6, 1.0, 1e-6]), 1e-20 * weights_K, OFFSETS, FOLDS)
     torch.testing.assert_close(scaled_K, 3 * found_K, rtol=1e-9, atol=1e-12)
 
 
 def test_weights_of_zero_leave_the_plain_mean():
     values_K, features_KF, _ = made_up()
-    found_K = ridge_baseline(values_K, features_KF, torch.zeros(K), OFFSETS, torch.arange(len(LENGTHS)))
+    found_K = regressed(values_K, features_KF, torch.zeros(K), OFFSETS, torch.arange(len(LENGTHS)))
     torch.testing.assert_close(found_K, time_loo_baseline(values_K, OFFSETS), rtol=1e-12, atol=1e-12)
 
 
@@ -134,14 +155,14 @@ def test_weights_of_zero_leave_the_plain_mean():
 def test_constant_features_leave_the_weighted_mean(constant: float):
     values_K, _, weights_K = made_up()
     features_KF = torch.full((K, 2), constant, dtype=torch.float64)
-    found_K = ridge_baseline(values_K, features_KF, weights_K, OFFSETS, torch.arange(len(LENGTHS)))
+    found_K = regressed(values_K, features_KF, weights_K, OFFSETS, torch.arange(len(LENGTHS)))
     expected_K = time_loo_baseline(values_K, OFFSETS, weights_K)
     torch.testing.assert_close(found_K, expected_K, rtol=1e-9, atol=1e-9)
 
 
 def test_without_other_folds_there_is_no_baseline():
     values_K, features_KF, weights_K = made_up()
-    assert (ridge_baseline(values_K, features_KF, weights_K, OFFSETS, torch.zeros_like(FOLDS)) == 0).all()
+    assert (regressed(values_K, features_KF, weights_K, OFFSETS, torch.zeros_like(FOLDS)) == 0).all()
 
 
 # --- what it does to the estimate ------------------------------------------------------------------------------------
@@ -171,7 +192,7 @@ def estimates(batch: Everything, chosen: tuple[int, ...], folds_N: Tensor) -> tu
     weights_K = dlogprobs_K**2
     of_score = []
     for values_K in returns_to_go(entropies_K, offsets_N1):
-        left_K = values_K - ridge_baseline(values_K, features_KF, weights_K, offsets_N1, folds_N)
+        left_K = values_K - regressed(values_K, features_KF, weights_K, offsets_N1, folds_N)
         of_score.append(float((left_K * dlogprobs_K).sum()) / len(chosen))
     return float(dentropies_K.sum()) / len(chosen) + of_score[0], of_score[1]
 
@@ -218,7 +239,7 @@ def test_less_noise_where_the_return_depends_on_the_prefix():
     score_K = torch.randn(N * T, dtype=torch.float64)
     returns_K = returns_to_go(entropies_K, offsets_N1).entropy_K
     features_KF = prefix_features(torch.randn(N * T), entropies_K, offsets_N1)
-    ridge_K = ridge_baseline(returns_K, features_KF, score_K**2, offsets_N1, folds_of(torch.arange(N)))
+    ridge_K = regressed(returns_K, features_KF, score_K**2, offsets_N1, folds_of(torch.arange(N)))
 
     def noise(baseline_K: Tensor) -> float:
         return float(ragged.sequence_sum((returns_K - baseline_K) * score_K, offsets_N1).std())
@@ -226,5 +247,5 @@ def test_less_noise_where_the_return_depends_on_the_prefix():
     assert noise(ridge_K) < 0.7 * noise(time_loo_baseline(returns_K, offsets_N1))
     # and hardly more than the mean where there is nothing to be seen
     blind_KF = torch.randn(N * T, 5, dtype=torch.float64)
-    nothing_K = ridge_baseline(returns_K, blind_KF, score_K**2, offsets_N1, folds_of(torch.arange(N)))
+    nothing_K = regressed(returns_K, blind_KF, score_K**2, offsets_N1, folds_of(torch.arange(N)))
     assert noise(nothing_K) < 1.02 * noise(time_loo_baseline(returns_K, offsets_N1, score_K**2))

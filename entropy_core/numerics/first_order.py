@@ -6,6 +6,9 @@
 
 R_k starts after k because h_k does not depend on a_k. The baselines b_k, c_k may depend on the prefix and on other
 sequences only, so they leave the mean unchanged (the score ℓ̇_k has mean zero given its prefix).
+
+What a sequence needs to know of the others are sums at each position. They can be taken block by block of sequences and
+added (`plus`), and the functions here then work on a block; without such totals the block is all there is.
 """
 
 from typing import Literal, NamedTuple
@@ -49,37 +52,94 @@ def returns_to_go(entropies_K: Tensor, offsets_N1: Tensor) -> ReturnsToGo:
     return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1), remaining_K)
 
 
-def time_loo_baseline(values_K: Tensor, offsets_N1: Tensor, weights_K: Tensor | None = None) -> Tensor:
+class TimeTotals(NamedTuple):
+    """Sums at each position over all sequences, float64 [T]: of 1, of values, of weights, of weights × values."""
+
+    count_T: Tensor
+    values_T: Tensor
+    weights_T: Tensor
+    weighted_T: Tensor
+
+    def plus(self, other: "TimeTotals") -> "TimeTotals":
+        """Of the sequences of both."""
+        return TimeTotals(*map(ragged.padded_sum, self, other))
+
+
+def time_totals(values_K: Tensor, offsets_N1: Tensor, weights_K: Tensor | None = None) -> TimeTotals:
+    """What `time_loo_baseline` needs to know of a block of sequences.
+
+    Args:
+        values_K: [K].
+        offsets_N1: int64 [N + 1].
+        weights_K: [K], not negative; None for 1.
+
+    Returns:
+        The sums.
+    """
+    ones_K = torch.ones(len(values_K), dtype=torch.float64)
+    weights_K = ones_K if weights_K is None else weights_K.double()
+    columns = ones_K, values_K, weights_K, weights_K * values_K.double()
+    return TimeTotals(*(ragged.position_sum(column_K, offsets_N1) for column_K in columns))
+
+
+def time_loo_baseline(
+    values_K: Tensor, offsets_N1: Tensor, weights_K: Tensor | None = None, totals: TimeTotals | None = None
+) -> Tensor:
     """At each step, the mean of `values` over the *other* sequences that are alive at that step.
 
     Args:
         values_K: [K].
         offsets_N1: int64 [N + 1].
         weights_K: [K], not negative; None for a plain mean, which is also taken where the others' weights are all 0.
+        totals: of `time_totals`, over all sequences; None where these are all.
 
     Returns:
         float64 [K]; 0 where no other sequence is alive.
     """
     position_K = ragged.position_index(offsets_N1)
-    longest = int(position_K.max()) + 1
+    totals = totals or time_totals(values_K, offsets_N1, weights_K)
 
-    def others(x_K: Tensor) -> Tensor:
-        total_T = torch.zeros(longest, dtype=torch.float64).index_add_(0, position_K, x_K)
-        return total_T[position_K] - x_K
+    def others(total_T: Tensor, own_K: Tensor) -> Tensor:
+        return total_T[position_K] - own_K
 
     values_K = values_K.double()
-    count_K = others(torch.ones_like(values_K))
-    mean_K = torch.where(count_K > 0, others(values_K) / count_K.clamp_min(1), 0.0)
+    count_K = others(totals.count_T, torch.ones_like(values_K))
+    mean_K = torch.where(count_K > 0, others(totals.values_T, values_K) / count_K.clamp_min(1), 0.0)
     if weights_K is None:
         return mean_K
-    weight_K = others(weights_K.double())
+    weights_K = weights_K.double()
+    weight_K = others(totals.weights_T, weights_K)
     # what remains of a sum after its largest term was taken away is rounding, not weight
-    some_K = weight_K > 1e-9 * (weight_K + weights_K.double())
-    return torch.where(some_K, others(weights_K.double() * values_K) / weight_K.where(some_K, 1.0), mean_K)
+    some_K = weight_K > 1e-9 * (weight_K + weights_K)
+    weighted_K = others(totals.weighted_T, weights_K * values_K)
+    return torch.where(some_K, weighted_K / weight_K.where(some_K, 1.0), mean_K)
+
+
+class BaselineTotals(NamedTuple):
+    """What the baselines of the entropy and of the length to come need to know of all sequences."""
+
+    entropy: TimeTotals
+    length: TimeTotals
+
+    def plus(self, other: "BaselineTotals") -> "BaselineTotals":
+        """Of the sequences of both."""
+        return BaselineTotals(self.entropy.plus(other.entropy), self.length.plus(other.length))
+
+
+def baseline_totals(
+    returns: ReturnsToGo, offsets_N1: Tensor, baseline: Baseline, dlogprobs_K: Tensor | None = None
+) -> BaselineTotals:
+    """What `baselines` needs to know of a block of sequences; arguments as there."""
+    weights_K = _weights(baseline, dlogprobs_K)
+    return BaselineTotals(*(time_totals(values_K, offsets_N1, weights_K) for values_K in returns))
 
 
 def baselines(
-    returns: ReturnsToGo, offsets_N1: Tensor, baseline: Baseline, dlogprobs_K: Tensor | None = None
+    returns: ReturnsToGo,
+    offsets_N1: Tensor,
+    baseline: Baseline,
+    dlogprobs_K: Tensor | None = None,
+    totals: BaselineTotals | None = None,
 ) -> ReturnsToGo:
     """b_k (of the entropy to come) and c_k (of the length to come).
 
@@ -90,6 +150,7 @@ def baselines(
             mean weighted by their ℓ̇², which has the least variance among means for this direction. (`ridge` looks at
             the prefixes, and has a module of its own.)
         dlogprobs_K: ℓ̇, [K]; for `time_loo_weighted` only.
+        totals: of `baseline_totals`, over all sequences; None where these are all.
 
     Returns:
         Two float64 tensors [K].
@@ -101,16 +162,28 @@ def baselines(
         raise ValueError("the ridge baseline needs the prefixes: see ridge.baselines")
     if baseline == "none":
         return ReturnsToGo(torch.zeros_like(returns.entropy_K), torch.zeros_like(returns.length_K))
-    if baseline == "time_loo":
-        return ReturnsToGo(*(time_loo_baseline(values_K, offsets_N1) for values_K in returns))
+    weights_K = _weights(baseline, dlogprobs_K)
+    of_entropy, of_length = totals or (None, None)
+    return ReturnsToGo(
+        time_loo_baseline(returns.entropy_K, offsets_N1, weights_K, of_entropy),
+        time_loo_baseline(returns.length_K, offsets_N1, weights_K, of_length),
+    )
+
+
+def _weights(baseline: Baseline, dlogprobs_K: Tensor | None) -> Tensor | None:
+    if baseline != "time_loo_weighted":
+        return None
     if dlogprobs_K is None:
         raise ValueError("time_loo_weighted needs the derivatives of the log-probabilities")
-    weights_K = dlogprobs_K.double() ** 2
-    return ReturnsToGo(*(time_loo_baseline(values_K, offsets_N1, weights_K) for values_K in returns))
+    return dlogprobs_K.double() ** 2
 
 
 def score_coefficients(
-    entropies_K: Tensor, offsets_N1: Tensor, baseline: Baseline, dlogprobs_K: Tensor | None = None
+    entropies_K: Tensor,
+    offsets_N1: Tensor,
+    baseline: Baseline,
+    dlogprobs_K: Tensor | None = None,
+    totals: BaselineTotals | None = None,
 ) -> ReturnsToGo:
     """R_k − b_k and T − k − c_k: what multiplies the score ℓ̇_k.
 
@@ -119,12 +192,13 @@ def score_coefficients(
         offsets_N1: int64 [N + 1].
         baseline: see `baselines`.
         dlogprobs_K: see `baselines`.
+        totals: see `baselines`.
 
     Returns:
         Two float64 tensors [K].
     """
     returns = returns_to_go(entropies_K, offsets_N1)
-    base = baselines(returns, offsets_N1, baseline, dlogprobs_K)
+    base = baselines(returns, offsets_N1, baseline, dlogprobs_K, totals)
     return ReturnsToGo(returns.entropy_K - base.entropy_K, returns.length_K - base.length_K)
 
 
@@ -173,8 +247,35 @@ def columns_given(
     )
 
 
+class WeightedTotals(NamedTuple):
+    """Sums at each position over all sequences, float64 [T]: of 1, of h and of ℓ̇; and how many sequences, [1]."""
+
+    count_T: Tensor
+    entropy_T: Tensor
+    score_T: Tensor
+    sequences_1: Tensor
+
+    def plus(self, other: "WeightedTotals") -> "WeightedTotals":
+        """Of the sequences of both."""
+        return WeightedTotals(*map(ragged.padded_sum, self, other))
+
+
+def weighted_totals(entropies_K: Tensor, dlogprobs_K: Tensor, offsets_N1: Tensor) -> WeightedTotals:
+    """What `weighted_columns` needs to know of a block of sequences; arguments as there."""
+    return WeightedTotals(
+        ragged.position_sum(torch.ones_like(entropies_K), offsets_N1),
+        ragged.position_sum(entropies_K, offsets_N1),
+        ragged.position_sum(dlogprobs_K, offsets_N1),
+        torch.tensor([len(offsets_N1) - 1.0], dtype=torch.float64),
+    )
+
+
 def weighted_columns(
-    entropies_K: Tensor, dlogprobs_K: Tensor, dentropies_K: Tensor, offsets_N1: Tensor
+    entropies_K: Tensor,
+    dlogprobs_K: Tensor,
+    dentropies_K: Tensor,
+    offsets_N1: Tensor,
+    totals: WeightedTotals | None = None,
 ) -> FirstOrderColumns:
     """The derivative at η = 0 of the estimator with weights normalised at each position, as per-sequence terms.
 
@@ -186,29 +287,29 @@ def weighted_columns(
         dlogprobs_K: ℓ̇, nats per unit step, [K].
         dentropies_K: ḣ, nats per unit step, [K].
         offsets_N1: int64 [N + 1].
+        totals: of `weighted_totals`, over all sequences; None where these are all.
 
     Returns:
         Columns, float64 [N]: the estimate plus the influence of each sequence.
     """
-    position_K, N = ragged.position_index(offsets_N1), len(offsets_N1) - 1
-    score_K = dlogprobs_K.double()
+    totals = totals or weighted_totals(entropies_K, dlogprobs_K, offsets_N1)
+    position_K, score_K = ragged.position_index(offsets_N1), dlogprobs_K.double()
     returns = returns_to_go(entropies_K, offsets_N1)
-    longest = int(position_K.max()) + 1
     # Ẇ_k: mean score of the first k tokens, of all sequences
-    score_T = torch.zeros(longest, dtype=torch.float64).index_add_(0, position_K, score_K) / N
+    score_T = totals.score_T / totals.sequences_1
     dW_T = score_T.cumsum(0) - score_T
 
-    def column(values_K: Tensor, to_come_K: Tensor) -> Tensor:
-        A_T = torch.zeros(longest, dtype=torch.float64).index_add_(0, position_K, values_K) / N
+    def column(values_K: Tensor, to_come_K: Tensor, total_T: Tensor) -> Tensor:
+        A_T = total_T / totals.sequences_1
         A_after_T = A_T.sum() - A_T.cumsum(0)
         terms_N = ragged.sequence_sum((to_come_K - A_after_T[position_K]) * score_K, offsets_N1)
         through_A_N = ragged.sequence_sum(dW_T[position_K] * values_K, offsets_N1)
-        return terms_N - (through_A_N - through_A_N.mean())
+        return terms_N - (through_A_N - (dW_T * A_T).sum())
 
     local_N = ragged.sequence_sum(dentropies_K, offsets_N1)
     return FirstOrderColumns(
-        x_N=local_N + column(entropies_K.double(), returns.entropy_K),
-        y_N=column(torch.ones_like(score_K), returns.length_K),
+        x_N=local_N + column(entropies_K.double(), returns.entropy_K, totals.entropy_T),
+        y_N=column(torch.ones_like(score_K), returns.length_K, totals.count_T),
         x_local_N=local_N,
         S_N=ragged.sequence_sum(entropies_K, offsets_N1),
         T_N=ragged.lengths(offsets_N1).double(),

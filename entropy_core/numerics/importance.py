@@ -79,8 +79,33 @@ def per_decision_columns(
     return MovedColumns(ragged.sequence_sum(entropy_K, offsets_N1), ragged.sequence_sum(length_K, offsets_N1))
 
 
+class WeightTotals(NamedTuple):
+    """Sums over all sequences: of ρ_k and ρ_k h'_k at each position [T], of w by length [T + 1]; their number [1]."""
+
+    alive_T: Tensor
+    entropy_T: Tensor
+    ended_T1: Tensor
+    sequences_1: Tensor
+
+    def plus(self, other: "WeightTotals") -> "WeightTotals":
+        """Of the sequences of both."""
+        return WeightTotals(*map(ragged.padded_sum, self, other))
+
+
+def weight_totals(weights: PrefixWeights, moved_entropies_K: Tensor, offsets_N1: Tensor) -> WeightTotals:
+    """What `weighted_per_decision_columns` needs to know of a block of sequences; arguments as there."""
+    lengths_N = ragged.lengths(offsets_N1)
+    ended_T1 = torch.zeros(int(lengths_N.max()) + 1, dtype=torch.float64).index_add_(0, lengths_N, weights.sequence_N)
+    return WeightTotals(
+        ragged.position_sum(weights.before_K, offsets_N1),
+        ragged.position_sum(weights.before_K * moved_entropies_K.double(), offsets_N1),
+        ended_T1,
+        torch.tensor([float(len(lengths_N))], dtype=torch.float64),
+    )
+
+
 def weighted_per_decision_columns(
-    weights: PrefixWeights, moved_entropies_K: Tensor, offsets_N1: Tensor
+    weights: PrefixWeights, moved_entropies_K: Tensor, offsets_N1: Tensor, totals: WeightTotals | None = None
 ) -> MovedColumns:
     """Terms of the per-decision estimator with weights normalised at each position.
 
@@ -88,34 +113,28 @@ def weighted_per_decision_columns(
         weights: of `prefix_weights`.
         moved_entropies_K: h' at θ', nats, [K].
         offsets_N1: int64 [N + 1].
+        totals: of `weight_totals`, over all sequences; None where these are all.
 
     Returns:
         Columns, float64 [N]: the estimate plus the influence of each sequence, so that mean and spread are right.
     """
-    W_T = _normaliser(weights, offsets_N1)
+    totals = totals or weight_totals(weights, moved_entropies_K, offsets_N1)
+    position_K, lengths_N = ragged.position_index(offsets_N1), ragged.lengths(offsets_N1)
+    # W_k: mean over all sequences of the weight of their first k tokens; a finished one keeps its w
+    W_T = (totals.alive_T + totals.ended_T1.cumsum(0)[:-1]) / totals.sequences_1
 
-    def column(values_K: Tensor) -> Tensor:
-        position_K, N = ragged.position_index(offsets_N1), len(offsets_N1) - 1
-        terms_K = weights.before_K * values_K
-        A_T = torch.zeros_like(W_T).index_add_(0, position_K, terms_K) / N
+    def column(terms_K: Tensor, total_T: Tensor) -> Tensor:
+        A_T = total_T / totals.sequences_1
         # ψ_i = Σ_k ρ_ik h'_ik/W_k − Σ_k (A_k/W_k²) r_ik, where r_ik = w_i after the end of sequence i
         slope_T = A_T / W_T**2
         own_N = ragged.sequence_sum(terms_K / W_T[position_K] - slope_T[position_K] * weights.before_K, offsets_N1)
-        slope_after_N = (slope_T.sum() - torch.cat([slope_T.new_zeros(1), slope_T.cumsum(0)]))[
-            ragged.lengths(offsets_N1)
-        ]
-        return (A_T / W_T).sum() + own_N - weights.sequence_N * slope_after_N
+        slope_after_T1 = slope_T.sum() - torch.cat([slope_T.new_zeros(1), slope_T.cumsum(0)])
+        return (A_T / W_T).sum() + own_N - weights.sequence_N * slope_after_T1[lengths_N]
 
-    return MovedColumns(column(moved_entropies_K.double()), column(torch.ones_like(weights.before_K)))
-
-
-def _normaliser(weights: PrefixWeights, offsets_N1: Tensor) -> Tensor:
-    """W_k: mean over all sequences of the weight of their first k tokens, float64 [T]."""
-    position_K, lengths_N = ragged.position_index(offsets_N1), ragged.lengths(offsets_N1)
-    longest = int(lengths_N.max())
-    alive_T = torch.zeros(longest, dtype=torch.float64).index_add_(0, position_K, weights.before_K)
-    ended_T = torch.zeros(longest + 1, dtype=torch.float64).index_add_(0, lengths_N, weights.sequence_N).cumsum(0)
-    return (alive_T + ended_T[:longest]) / len(lengths_N)
+    return MovedColumns(
+        column(weights.before_K * moved_entropies_K.double(), totals.entropy_T),
+        column(weights.before_K, totals.alive_T),
+    )
 
 
 def effective_sample_size(weights_N: Tensor) -> float:
@@ -124,8 +143,21 @@ def effective_sample_size(weights_N: Tensor) -> float:
     return float(relative_N.sum() ** 2 / (relative_N**2).sum())
 
 
-def prefix_effective_sample_sizes(weights: PrefixWeights, offsets_N1: Tensor) -> Tensor:
-    """Kish's (Σρ)²/Σρ² at each position, over all sequences: a finished one keeps its w.
+class LogTotals(NamedTuple):
+    """log Σρ and log Σρ² at each position over the sequences that reach it [T], of w and w² by length [T + 1]."""
+
+    alive_T: Tensor
+    alive_squared_T: Tensor
+    ended_T1: Tensor
+    ended_squared_T1: Tensor
+
+    def plus(self, other: "LogTotals") -> "LogTotals":
+        """Of the sequences of both."""
+        return LogTotals(*map(_padded_logaddexp, self, other))
+
+
+def log_totals(weights: PrefixWeights, offsets_N1: Tensor) -> LogTotals:
+    """What `prefix_effective_sample_sizes` needs to know of a block of sequences.
 
     Sums are taken as logarithms: late weights may be so large that early ones would vanish beside them.
 
@@ -134,17 +166,38 @@ def prefix_effective_sample_sizes(weights: PrefixWeights, offsets_N1: Tensor) ->
         offsets_N1: int64 [N + 1].
 
     Returns:
-        Between 1 and N, float64 [T], T the length of the longest sequence; N at the first position.
+        Float64; −inf where there are none.
     """
     position_K, lengths_N = ragged.position_index(offsets_N1), ragged.lengths(offsets_N1)
     longest = int(lengths_N.max())
+    alive_K, ended_N = weights.before_K.log(), weights.sequence_N.log()
+    return LogTotals(
+        *(_log_sum_by(power * alive_K, position_K, longest) for power in (1, 2)),
+        *(_log_sum_by(power * ended_N, lengths_N, longest + 1) for power in (1, 2)),
+    )
 
-    def log_sum(power: int) -> Tensor:
-        alive_T = _log_sum_by(power * weights.before_K.log(), position_K, longest)
-        ended_T = _log_sum_by(power * weights.sequence_N.log(), lengths_N, longest + 1).logcumsumexp(0)
-        return torch.logaddexp(alive_T, ended_T[:longest])
 
-    return (2 * log_sum(1) - log_sum(2)).exp()
+def prefix_effective_sample_sizes(totals: LogTotals) -> Tensor:
+    """Kish's (Σρ)²/Σρ² at each position, over all sequences: a finished one keeps its w.
+
+    Args:
+        totals: of `log_totals`, over all sequences.
+
+    Returns:
+        Between 1 and N, float64 [T], T the length of the longest sequence; N at the first position.
+    """
+
+    def log_sum(alive_T: Tensor, ended_T1: Tensor) -> Tensor:
+        return torch.logaddexp(alive_T, ended_T1.logcumsumexp(0)[:-1])
+
+    of_weights_T = log_sum(totals.alive_T, totals.ended_T1)
+    of_squares_T = log_sum(totals.alive_squared_T, totals.ended_squared_T1)
+    return (2 * of_weights_T - of_squares_T).exp()
+
+
+def _padded_logaddexp(a_T: Tensor, b_T: Tensor) -> Tensor:
+    short, long = sorted((a_T, b_T), key=len)
+    return torch.logaddexp(torch.cat([short, long.new_full((len(long) - len(short),), -torch.inf)]), long)
 
 
 def _log_sum_by(logs: Tensor, index: Tensor, size: int) -> Tensor:

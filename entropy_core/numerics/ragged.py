@@ -34,6 +34,20 @@ def sequence_sum(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
     return result_N.index_add_(0, sequence_index(offsets_N1), values_K.double())
 
 
+def position_sum(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
+    """Sum at each position, over the sequences that reach it: float64 [T], T the length of the longest."""
+    longest = int(lengths(offsets_N1).max()) if len(offsets_N1) > 1 else 0
+    return torch.zeros(longest, dtype=torch.float64).index_add_(0, position_index(offsets_N1), values_K.double())
+
+
+def padded_sum(a_T: Tensor, b_T: Tensor) -> Tensor:
+    """a + b, the shorter of them (along the first dimension) followed by zeros."""
+    short, long = sorted((a_T, b_T), key=len)
+    total = long.clone()
+    total[: len(short)] += short
+    return total
+
+
 def sum_before(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
     """Σ_{j<k} values_j within the sequence, for each token k: float64 [K]."""
     total_K = values_K.double().cumsum(0) - values_K.double()

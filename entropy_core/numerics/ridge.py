@@ -6,7 +6,12 @@ m and μ are the ℓ̇²-weighted means, at position k, of what is to come and o
 ridge regression, with the same weights: to first order the noise is Σ E[(R_k − b_k)² ℓ̇_k²]. For a sequence of one fold
 all of them come from the sequences of the other folds (cross-fitting, Chernozhukov et al., arXiv:1608.00060), so b_k
 depends on the prefix and on other sequences only, and leaves the mean of the estimate unchanged.
+
+The fit reads the sequences twice, block by block: for the means, and for the slopes of what is left of them.
 """
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,58 +61,126 @@ def prefix_features(logprobs_K: Tensor, entropies_K: Tensor, offsets_N1: Tensor)
     return torch.stack(features, dim=1)
 
 
-def ridge_baseline(
-    values_K: Tensor, features_KF: Tensor, weights_K: Tensor, offsets_N1: Tensor, folds_N: Tensor
-) -> Tensor:
+class RidgeBlock(NamedTuple):
+    """Some sequences: R_k or T − k [K], `prefix_features` [K, F], ℓ̇² [K], offsets, and `folds_of` them [N]."""
+
+    values_K: Tensor
+    features_KF: Tensor
+    weights_K: Tensor
+    offsets_N1: Tensor
+    folds_N: Tensor
+
+    @property
+    def columns_KC(self) -> Tensor:
+        """The value and the features, float64."""
+        return torch.cat([self.values_K.double().unsqueeze(1), self.features_KF.double()], dim=1)
+
+    @property
+    def fold_K(self) -> Tensor:
+        """Fold of each token."""
+        return torch.repeat_interleave(self.folds_N, ragged.lengths(self.offsets_N1))
+
+
+class Fit(NamedTuple):
+    """What the other folds say: means of the value and the features at each position [T, 1 + F], and slopes [F]."""
+
+    mean_TC: Tensor
+    slopes_F: Tensor
+
+
+def fit(blocks: Callable[[], Iterable[RidgeBlock]], folds: int) -> list[Fit]:
+    """The regression for each fold, on the sequences of the others.
+
+    Args:
+        blocks: all sequences, block by block; called twice.
+        folds: their number.
+
+    Returns:
+        A fit per fold. Where the others' weights at a position are all 0, their plain mean is taken; positions that
+        they do not reach are left out.
+    """
+    sums = None
+    for block in blocks():
+        of_block = _sums_by_position(block, folds)
+        sums = of_block if sums is None else ragged.padded_sum(sums, of_block)
+    assert sums is not None
+    means = [_means(sums[:, torch.arange(folds) != fold].sum(1)) for fold in range(folds)]
+    moments = [_Moments.none(block.features_KF.shape[1])] * folds
+    for block in blocks():
+        moments = [found.plus(_moments(block, fold, means[fold])) for fold, found in enumerate(moments)]
+    return [Fit(mean_TC, _slopes(found)) for mean_TC, found in zip(means, moments, strict=True)]
+
+
+def ridge_baseline(block: RidgeBlock, fits: list[Fit]) -> Tensor:
     """b_k of every token, from the sequences of the other folds.
 
     Args:
-        values_K: R_k or T − k, [K].
-        features_KF: of `prefix_features`, [K, F].
-        weights_K: ℓ̇², [K]; where those of the others at a position are all 0, their plain mean is taken.
-        offsets_N1: int64 [N + 1].
-        folds_N: of `folds_of`, int64 [N].
+        block: some sequences.
+        fits: of `fit`, on all of them.
 
     Returns:
         float64 [K]; 0 at positions that no sequence of another fold reaches.
     """
-    position_K = ragged.position_index(offsets_N1)
-    fold_K = torch.repeat_interleave(folds_N, ragged.lengths(offsets_N1))
-    columns_KC = torch.cat([values_K.double().unsqueeze(1), features_KF.double()], dim=1)
-    weights_K, baseline_K = weights_K.double(), torch.zeros(len(values_K), dtype=torch.float64)
-    for fold in folds_N.unique():
-        own_K, others_K = fold_K == fold, fold_K != fold
-        mean_TC = _means_by_position(columns_KC[others_K], weights_K[others_K], position_K[others_K])
-        own_K &= position_K < len(mean_TC)  # sequences start together, so the positions that were seen are the first
-        others_KC = columns_KC[others_K] - mean_TC[position_K[others_K]]
-        slopes_F = _slopes(others_KC[:, 0], others_KC[:, 1:], weights_K[others_K], columns_KC[others_K, 1:])
-        own_mean_KC = mean_TC[position_K[own_K]]
-        baseline_K[own_K] = own_mean_KC[:, 0] + (columns_KC[own_K, 1:] - own_mean_KC[:, 1:]) @ slopes_F
+    position_K, fold_K, columns_KC = ragged.position_index(block.offsets_N1), block.fold_K, block.columns_KC
+    baseline_K = torch.zeros(len(columns_KC), dtype=torch.float64)
+    for fold, (mean_TC, slopes_F) in enumerate(fits):
+        own_K = (fold_K == fold) & (position_K < len(mean_TC))
+        mean_KC = mean_TC[position_K[own_K]]
+        baseline_K[own_K] = mean_KC[:, 0] + (columns_KC[own_K, 1:] - mean_KC[:, 1:]) @ slopes_F
     return baseline_K
 
 
-def _means_by_position(columns_KC: Tensor, weights_K: Tensor, position_K: Tensor) -> Tensor:
-    """Weighted means [T, C], plain where all weights are 0; T is one more than the last position."""
-    longest = int(position_K.max()) + 1 if len(position_K) else 0
-
-    def means(weights_K: Tensor) -> tuple[Tensor, Tensor]:
-        total_T = weights_K.new_zeros(longest).index_add_(0, position_K, weights_K)
-        sums_TC = columns_KC.new_zeros(longest, columns_KC.shape[1])
-        sums_TC.index_add_(0, position_K, weights_K.unsqueeze(1) * columns_KC)
-        return sums_TC / total_T.where(total_T > 0, 1.0).unsqueeze(1), total_T.unsqueeze(1)
-
-    weighted_TC, total_T1 = means(weights_K)
-    return weighted_TC.where(total_T1 > 0, means(torch.ones_like(weights_K))[0])
+def _sums_by_position(block: RidgeBlock, folds: int) -> Tensor:
+    """At each position, of each fold: plain and weighted sums of 1, the value and the features [T, folds, 2, 1 + C]."""
+    columns_KC = torch.nn.functional.pad(block.columns_KC, (1, 0), value=1.0)
+    both_K2C = torch.stack([columns_KC, block.weights_K.double().unsqueeze(1) * columns_KC], dim=1)
+    longest = int(ragged.lengths(block.offsets_N1).max())
+    index_K = ragged.position_index(block.offsets_N1) * folds + block.fold_K
+    sums = both_K2C.new_zeros(longest * folds, *both_K2C.shape[1:]).index_add_(0, index_K, both_K2C)
+    return sums.view(longest, folds, *both_K2C.shape[1:])
 
 
-def _slopes(values_K: Tensor, features_KF: Tensor, weights_K: Tensor, uncentred_KF: Tensor) -> Tensor:
+def _means(sums_T2C: Tensor) -> Tensor:
+    """Weighted means [T, C], plain where all weights are 0; sequences start together, so T are the first positions."""
+    reached_T2C = sums_T2C[: int((sums_T2C[:, 0, 0] > 0).sum())]
+    total_T21 = reached_T2C[:, :, :1]
+    plain_TC, weighted_TC = (reached_T2C[:, :, 1:] / total_T21.where(total_T21 > 0, 1.0)).unbind(1)
+    return weighted_TC.where(total_T21[:, 1] > 0, plain_TC)
+
+
+class _Moments(NamedTuple):
+    """Weighted sums over the other folds: of 1, of uncentred φ², and of centred φφᵀ and φ·value."""
+
+    weight: Tensor
+    squares_F: Tensor
+    gram_FF: Tensor
+    product_F: Tensor
+
+    @classmethod
+    def none(cls, features: int) -> "_Moments":
+        return cls(*(torch.zeros([features] * rank, dtype=torch.float64) for rank in (0, 1, 2, 1)))
+
+    def plus(self, other: "_Moments") -> "_Moments":
+        return _Moments(*map(torch.add, self, other))
+
+
+def _moments(block: RidgeBlock, fold: int, mean_TC: Tensor) -> _Moments:
+    others_K = block.fold_K != fold
+    columns_KC, weights_K = block.columns_KC[others_K], block.weights_K[others_K].double()
+    centred_KC = columns_KC - mean_TC[ragged.position_index(block.offsets_N1)[others_K]]
+    features_KF = centred_KC[:, 1:]
+    weighted_KF = weights_K.unsqueeze(1) * features_KF
+    squares_F = weights_K @ columns_KC[:, 1:] ** 2
+    return _Moments(weights_K.sum(), squares_F, weighted_KF.T @ features_KF, weighted_KF.T @ centred_KC[:, 0])
+
+
+def _slopes(of: _Moments) -> Tensor:
     """β [F] of centred values on centred features; 0 for a feature that does not vary."""
-    share_K = weights_K / weights_K.sum() if weights_K.any() else weights_K
-    variance_F = share_K @ features_KF**2
+    weight = of.weight.where(of.weight > 0, 1.0)
+    variance_F = of.gram_FF.diagonal() / weight
     # what is left of a constant after its mean was taken away is rounding, which scaling would blow up
-    varies_F = variance_F > 1e-18 * (share_K @ uncentred_KF**2)
-    scale_F = variance_F.where(varies_F, 1.0).sqrt()
-    scaled_KF = features_KF * (varies_F / scale_F)
-    weighted_KF = share_K.unsqueeze(1) * scaled_KF
-    gram_FF = weighted_KF.T @ scaled_KF + PENALTY * torch.eye(len(scale_F), dtype=torch.float64)
-    return torch.linalg.solve(gram_FF, weighted_KF.T @ values_K) / scale_F
+    varies_F = variance_F > 1e-18 * (of.squares_F / weight)
+    inverse_F = varies_F / variance_F.where(varies_F, 1.0).sqrt()
+    gram_FF = inverse_F.unsqueeze(1) * (of.gram_FF / weight) * inverse_F
+    gram_FF += PENALTY * torch.eye(len(inverse_F), dtype=torch.float64)
+    return torch.linalg.solve(gram_FF, inverse_F * (of.product_F / weight)) * inverse_F

@@ -1,12 +1,21 @@
 """entropy-gradient: ∇H_seq and ∇L of each half of E, by one backward pass over it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged
-from entropy_core.numerics.first_order import Baseline, score_coefficients
+from entropy_core.numerics.first_order import (
+    Baseline,
+    BaselineTotals,
+    baseline_totals,
+    returns_to_go,
+    score_coefficients,
+)
 from entropy_core.policy import Coefficients
 from entropy_core.stages.columns import read_columns
 from entropy_core.stages.halves import HALVES, KINDS
@@ -49,24 +58,19 @@ def entropy_gradient(
     """
     processor = processor_of(law, execution)
     policy, dtype = processor.policy, getattr(torch, law["dtype"])
-    columns, offsets_N1 = read_columns(scores, "entropies")
-    score = score_coefficients(columns["entropies"], offsets_N1, BASELINE)
-    batches = [read_sequences(artifact) for artifact in sequences]
-    half_N = torch.cat([batch.sequence_ids_N for batch in batches]) // responses_per_prompt % 2
-    S_N, T_N = ragged.sequence_sum(columns["entropies"], offsets_N1), ragged.lengths(offsets_N1).double()
+    totals, S_N, T_N = _of_all(scores)
+    ids_N = torch.cat([read_sequences(artifact).sequence_ids_N for artifact in sequences])
+    half_N = ids_N // responses_per_prompt % 2
     summary = []
     for half in HALVES:
         mine_N = half_N == half
         count = int(mine_N.sum())
         gradients = [policy.new_accumulator(), policy.new_accumulator()]
-        start_token = start = 0
-        for batch in batches:
-            here_N = mine_N[start : start + len(batch)]
+        for batch, entropies_K in _shards(sequences, scores):
+            score = score_coefficients(entropies_K, batch.response_offsets_N1, BASELINE, totals=totals)
+            here_N = batch.sequence_ids_N // responses_per_prompt % 2 == half
             here_K = torch.repeat_interleave(here_N, batch.lengths_N)
-            stop_token = start_token + len(here_K)
-            entropy_K = score.entropy_K[start_token:stop_token][here_K] / count
-            length_K = score.length_K[start_token:stop_token][here_K] / count
-            start, start_token = start + len(batch), stop_token
+            entropy_K, length_K = score.entropy_K[here_K] / count, score.length_K[here_K] / count
             for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
                 ones_K = torch.full((len(index_K),), 1.0 / count, dtype=torch.float64)
                 weights = [
@@ -79,3 +83,21 @@ def entropy_gradient(
         H_tok = float(S_N[mine_N].sum() / T_N[mine_N].sum())
         summary.append({"sequences": count, "H_tok": H_tok, "mean_length": float(T_N[mine_N].mean())})
     return {"halves": summary, "baseline": BASELINE}
+
+
+def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> Iterator[tuple[BatchedSequences, Tensor]]:
+    """Each shard with the entropies of its tokens, one in memory at a time."""
+    for of_sequences, scored in zip(sequences, scores, strict=True):
+        yield read_sequences(of_sequences), read_columns([scored], "entropies")[0]["entropies"]
+
+
+def _of_all(scores: "Sequence[Artifact]") -> tuple[BaselineTotals, Tensor, Tensor]:
+    """What the baselines need to know of all sequences, and the entropy S and the length T of each, float64 [N]."""
+    totals, S, T = [], [], []
+    for scored in scores:
+        columns, offsets_N1 = read_columns([scored], "entropies")
+        returns = returns_to_go(columns["entropies"], offsets_N1)
+        totals.append(baseline_totals(returns, offsets_N1, BASELINE))
+        S.append(ragged.sequence_sum(columns["entropies"], offsets_N1))
+        T.append(ragged.lengths(offsets_N1).double())
+    return reduce(BaselineTotals.plus, totals), torch.cat(S), torch.cat(T)

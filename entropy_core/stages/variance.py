@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pyarrow as pa
 import torch
 
-from entropy_core import diagnostics, estimates
+from entropy_core import diagnostics, estimates, evaluation
 from entropy_core.errors import NonFiniteError
-from entropy_core.estimates import Contributions, Derivative, EvaluationBatch, Moved, Row
+from entropy_core.estimates import Contributions, Derivative, Row
+from entropy_core.evaluation import EvaluationBatch, Measured
 from entropy_core.numerics import importance, uncertainty
-from entropy_core.numerics.first_order import Baseline, ReturnsToGo
-from entropy_core.numerics.path_integral import NODES
-from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.numerics.first_order import Baseline
 from entropy_core.numerics.uncertainty import Estimate, Normalization
+from entropy_core.stages.batches import evaluation_batch, moved_batch, moved_of_first
 from entropy_core.stages.columns import read_columns
 from entropy_core.tables import ESTIMATES, TABLES, to_table
 
@@ -76,28 +76,43 @@ def variance(
     Raises:
         NonFiniteError: a batch is too small for a standard error.
     """
-    batch, of_batch = _read_batch(scores, first_order_e, baseline, units)
+    batch, of_batch = evaluation_batch(scores, first_order_e, baseline, units)
     of_batch |= _describe_update(update.summary)
     of_batch |= {"learning_rate": learning_rate}
     of_batch |= {"derivative_check": calibration.summary["difference"] if calibration else None}
     of_u, of_sequences = first_order_u.summary, first_order_u.table("sequences.parquet")
-    rescored = [_read_moved({"eta": 1.0, "shards": [draw], "path": []}) for draw in rescores]
-    settings = _Settings(learning_rate, confidence_level, bootstrap_resamples)
-    at_theta = {
-        normalization: _at_theta(batch, rescored, of_sequences, of_u, of_batch, normalization, settings)
-        for normalization in normalizations
-    }
+    as_backward, _ = evaluation_batch(scores, first_order_e, of_u["baseline"], units)
+    again = batch.first(rescores[0].summary["sequences"])
+    rescored = [moved_of_first(again, draw) for draw in rescores]
+    common: dict[Normalization, _Common] = {}
+    for normalization in normalizations:
+        contributions = _contributions(of_sequences, normalization, of_batch["n_prompts_u"])
+        derivative = estimates.derivative_of(batch, normalization, contributions, confidence_level, bootstrap_resamples)
+        columns = of_batch | {
+            "normalization": normalization,
+            "attribution_closure": of_u["closure"][normalization],
+            "gradient_check": _gradient_check(as_backward, of_u, normalization),
+            **diagnostics.describe_batch(batch, normalization),
+            **diagnostics.describe_influence(derivative.estimate),
+        }
+        per_unit = {f"delta_h1_{part}": of_u[part][normalization] for part in ("momentum", "decay")}
+        per_unit |= {"inner_product": of_u["inner_product"][normalization]}
+        noise = diagnostics.numerical_noise(again, rescored, normalization)
+        common[normalization] = _Common(derivative, columns, per_unit, noise)
     found: dict[tuple[Normalization, importance.Estimator], list[tuple[Row, Estimate]]] = {
         (normalization, estimator): [] for normalization in normalizations for estimator in estimators
     }
     for entry in moved:
-        there = _read_moved(entry)  # the tokens of one step size are in memory at a time
-        for (normalization, estimator), measured in found.items():
-            measured.append(_at_step_size(batch, there, estimator, of_u, at_theta[normalization], settings))
+        for estimator in estimators:
+            there = evaluation.measured(batch, moved_batch(entry), estimator)
+            for normalization, shared in common.items():
+                change = estimates.change_of(batch, there, entry["eta"], estimator, normalization)
+                row = _row(batch, there, change, entry["eta"], estimator, shared, learning_rate, confidence_level)
+                found[normalization, estimator].append((row, change))
     by_seed = {seed: _values(batch, normalizations)}
     for entry in replicates:
-        again, _ = _read_batch(entry["scores"], entry["first_order_e"], baseline, units)
-        by_seed[entry["seed"]] = _values(again, normalizations)
+        replicate, _ = evaluation_batch(entry["scores"], entry["first_order_e"], baseline, units)
+        by_seed[entry["seed"]] = _values(replicate, normalizations)
 
     tables: dict[str, list[Row]] = {name: [] for name in TABLES}
 
@@ -105,23 +120,23 @@ def variance(
         tables[name] += [{"normalization": normalization} | row for row in rows]
 
     by_literature = _by_literature(scores_u, discriminators_u, update)
-    for (normalization, estimator), measured in found.items():
+    for (normalization, estimator), at_etas in found.items():
         usable = {
             row["eta"]: (change, row["noise_floor"])
-            for row, change in measured
+            for row, change in at_etas
             if row["verdict"] != "weights-unreliable"
         }
-        derivative = at_theta[normalization].derivative
+        derivative = common[normalization].derivative
         fits, pairs = diagnostics.linearity_rows(batch, usable, derivative, estimator, learning_rate)
         add("linearity", normalization, fits)
         add("eta_pairs", normalization, pairs)
-        for row, _ in measured if estimator == estimators[0] else ():
+        for row, _ in at_etas if estimator == estimators[0] else ():
             if row["eta"]:
                 add("predictors", normalization, diagnostics.predictor_rows(row, by_literature))
     for normalization in normalizations:
         of_seed = {seed: values[normalization] for seed, values in by_seed.items()}
         add("replicates", normalization, diagnostics.replicate_rows(of_seed, learning_rate))
-    rows = [row for measured in found.values() for row, _ in measured]
+    rows = [row for at_etas in found.values() for row, _ in at_etas]
     _require_numbers(rows)
     out.table(to_table(rows, ESTIMATES), "estimates.parquet")
     for name, schema in TABLES.items():
@@ -129,71 +144,37 @@ def variance(
     return {"rows": len(rows)} | {name: len(of_table) for name, of_table in tables.items()}
 
 
-class _Settings(NamedTuple):
-    learning_rate: float
-    confidence_level: float
-    bootstrap_resamples: int
+class _Common(NamedTuple):
+    """What the rows of one normalisation have in common; `per_unit` is multiplied by η."""
 
-
-class _AtTheta(NamedTuple):
-    """What one normalisation's rows have in common."""
-
-    normalization: Normalization
     derivative: Derivative
-    noise_floor: float
     columns: Row
+    per_unit: dict[str, float]
+    noise: float
 
 
-def _at_theta(
+def _row(
     batch: EvaluationBatch,
-    rescored: Sequence[Moved],
-    of_sequences: pa.Table,
-    of_u: Mapping[str, Any],
-    of_batch: Row,
-    normalization: Normalization,
-    settings: _Settings,
-) -> _AtTheta:
-    contributions = _contributions(of_sequences, normalization, of_batch["n_prompts_u"])
-    _, confidence_level, resamples = settings
-    derivative = estimates.derivative_of(batch, normalization, contributions, confidence_level, resamples)
-    columns = of_batch | {
-        "normalization": normalization,
-        "attribution_closure": of_u["closure"][normalization],
-        "gradient_check": _gradient_check(batch, of_u, normalization),
-        **diagnostics.describe_batch(batch, normalization),
-        **diagnostics.describe_influence(derivative.estimate),
-    }
-    noise_floor = diagnostics.numerical_noise(batch, rescored, normalization)
-    return _AtTheta(normalization, derivative, noise_floor, columns)
-
-
-def _at_step_size(
-    batch: EvaluationBatch,
-    there: Moved,
+    there: Measured,
+    change: Estimate,
+    eta: float,
     estimator: importance.Estimator,
-    of_u: Mapping[str, Any],
-    at_theta: _AtTheta,
-    settings: _Settings,
-) -> tuple[Row, Estimate]:
-    """A row of the estimates, and its ΔH."""
-    normalization, derivative, noise_floor, columns = at_theta
-    eta, level = there.eta, settings.confidence_level
-    if eta == 0 or estimator == "path_integral":  # nothing is subtracted
-        noise_floor = 0.0
-    change, weights = estimates.change_of(batch, there, estimator, normalization)
-    quantile = uncertainty.normal_quantile(level)
-    row = columns | {
+    common: _Common,
+    learning_rate: float,
+    confidence_level: float,
+) -> Row:
+    noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # which subtracts nothing
+    quantile = uncertainty.normal_quantile(confidence_level)
+    return {
+        **common.columns,
         "eta": eta,
-        "eta_over_lr": eta / settings.learning_rate,
+        "eta_over_lr": eta / learning_rate,
         "estimator": estimator,
-        "inner_product": of_u["inner_product"][normalization] * eta,
-        "delta_h1_momentum": of_u["momentum"][normalization] * eta,
-        "delta_h1_decay": of_u["decay"][normalization] * eta,
+        **{name: value * eta for name, value in common.per_unit.items()},
         "noise_floor": noise_floor,
-        **estimates.predict(derivative, eta, level),
-        **estimates.measure(batch, change, weights, derivative, eta, estimator, noise_floor, quantile),
+        **estimates.predict(common.derivative, eta, confidence_level),
+        **estimates.measure(batch, change, there, common.derivative, eta, estimator, noise_floor, quantile),
     }
-    return row, change
 
 
 def _values(
@@ -202,38 +183,6 @@ def _values(
     """∂_vH and its standard error given U."""
     found = {of: uncertainty.entropy_derivative(batch.columns, of) for of in normalizations}
     return {of: (estimate.value, batch.standard_error(estimate)) for of, estimate in found.items()}
-
-
-def _read_batch(
-    scores: "Sequence[Artifact]", derivatives: "Sequence[Artifact]", baseline: Baseline, units: str
-) -> tuple[EvaluationBatch, Row]:
-    scored, offsets_N1 = read_columns(scores, "logprobs", "entropies")
-    along_v, _ = read_columns(derivatives, "dlogprobs", "dentropies")
-    tables = [shard.table("scores.parquet") for shard in scores]
-    prompt_ids_N = torch.tensor([prompt for table in tables for prompt in table["prompt_id"].to_pylist()])
-    reasons = [reason for table in tables for reason in table["finish_reason"].to_pylist()]
-    nothing_K = torch.zeros_like(scored["entropies"], dtype=torch.float64)
-    batch = EvaluationBatch(
-        scored["logprobs"],
-        scored["entropies"],
-        along_v["dlogprobs"],
-        along_v["dentropies"],
-        offsets_N1,
-        ReturnsToGo(nothing_K, nothing_K),
-        prompt_ids_N if units == "prompt" else None,
-    )
-    described = {"n_sequences": len(reasons), "truncated_fraction": reasons.count("length") / len(reasons)}
-    return batch.with_baseline(baseline), described
-
-
-def _read_moved(entry: Mapping[str, Any]) -> Moved:
-    at_nodes = []
-    for j in range(len(NODES) if entry["path"] else 0):
-        names = [f"{name.removesuffix('_K')}_{j}" for name in TokenDerivatives._fields]
-        columns, _ = read_columns(entry["path"], *names)
-        at_nodes.append(TokenDerivatives(*columns.values()))
-    columns = read_columns(entry["shards"], "logprobs", "entropies")[0] if entry["shards"] else {}
-    return Moved(entry["eta"], columns.get("logprobs"), columns.get("entropies"), tuple(at_nodes))
 
 
 def _contributions(of_sequences: pa.Table, normalization: Normalization, prompts: int) -> Contributions:
@@ -266,7 +215,7 @@ def _describe_update(summary: Mapping[str, Any]) -> Row:
 def _gradient_check(batch: EvaluationBatch, of_u: Mapping[str, Any], normalization: Normalization) -> float:
     """⟨∇H, v⟩ of the backward pass against forward mode, at the baseline of the backward pass."""
     a = of_u["inner_product"][normalization]
-    b = uncertainty.entropy_derivative(batch.with_baseline(of_u["baseline"]).columns, normalization).value
+    b = uncertainty.entropy_derivative(batch.columns, normalization).value
     return abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0
 
 

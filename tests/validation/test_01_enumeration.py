@@ -83,7 +83,8 @@ def over_batches(few: Everything) -> Iterator[Mean]:
             pick_K, offsets_N1 = few.tokens_of(chosen_N)
             batch = evaluation_batch(TokenDerivatives(*(x_K[pick_K] for x_K in few.tokens)), offsets_N1, baseline)
             of_batch = importance.PrefixWeights(*(w[pick_K] for w in weights[:2]), weights.sequence_N[chosen_N])
-            moved = importance.per_decision_columns(of_batch, moved_K[pick_K], batch.base, offsets_N1)
+            ((_, base),) = batch.read()
+            moved = importance.per_decision_columns(of_batch, moved_K[pick_K], base, offsets_N1)
             columns = batch.columns
             X, Y = X + probability * float(columns.x_N.mean()), Y + probability * float(columns.y_N.mean())
             S, T = S + probability * float(moved.S_N.mean()), T + probability * float(moved.T_N.mean())

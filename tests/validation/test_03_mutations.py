@@ -165,7 +165,7 @@ MUTATIONS = (
     Mutation(
         "a baseline that includes its own sequence",
         "numerics/first_order",
-        "return total_T[position_K] - x_K",
+        "return total_T[position_K] - own_K",
         "return total_T[position_K]",
         "test_enumeration",
     ),
