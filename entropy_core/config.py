@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from entropy_core.numerics.advantages import Loss, Scaling
-from entropy_core.numerics.first_order import Baseline
+from entropy_core.numerics.baselines import Baseline
 from entropy_core.numerics.importance import Estimator
 from entropy_core.numerics.uncertainty import Normalization
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_core.numerics import first_order, importance, path_integral, ragged, ridge, uncertainty
-from entropy_core.numerics.first_order import Baseline, BaselineTotals, FirstOrderColumns, ReturnsToGo, WeightedTotals
+from entropy_core.numerics import baselines, first_order, importance, path_integral, ragged, ridge, uncertainty
+from entropy_core.numerics.baselines import Baseline, BaselineTotals, ReturnsToGo
+from entropy_core.numerics.first_order import FirstOrderColumns, WeightedTotals
 from entropy_core.numerics.importance import MovedColumns, PrefixWeights, WeightTotals
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Estimate
@@ -34,7 +35,7 @@ class Tokens(NamedTuple):
     @property
     def returns(self) -> ReturnsToGo:
         """Entropy and length to come."""
-        return first_order.returns_to_go(self.entropies_K, self.offsets_N1)
+        return baselines.returns_to_go(self.entropies_K, self.offsets_N1)
 
     def first(self, sequences: int) -> "Tokens":
         """The first of them."""
@@ -69,7 +70,7 @@ class EvaluationBatch:
         Args:
             blocks: each reads the tokens of some sequences.
             clusters_N: the independent unit of each sequence; None where sequences are independent.
-            baseline: see `first_order.baselines`.
+            baseline: see `baselines.baselines`.
 
         Returns:
             The batch.
@@ -239,10 +240,10 @@ BaseOf = Callable[[int, Tokens], ReturnsToGo]
 
 def _by_position(blocks: Sequence[Callable[[], Tokens]], clusters_N: Tensor | None, baseline: Baseline) -> BaseOf:
     def totals_of(tokens: Tokens) -> BaselineTotals:
-        return first_order.baseline_totals(tokens.returns, tokens.offsets_N1, baseline, tokens.dlogprobs_K)
+        return baselines.baseline_totals(tokens.returns, tokens.offsets_N1, baseline, tokens.dlogprobs_K)
 
     totals = reduce(BaselineTotals.plus, (totals_of(block()) for block in blocks))
-    return lambda _, tokens: first_order.baselines(
+    return lambda _, tokens: baselines.baselines(
         tokens.returns, tokens.offsets_N1, baseline, tokens.dlogprobs_K, totals
     )
 

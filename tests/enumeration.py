@@ -12,14 +12,8 @@ from torch import Tensor
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.evaluation import EvaluationBatch, Tokens
 from entropy_core.numerics import importance, ragged
-from entropy_core.numerics.first_order import (
-    Baseline,
-    FirstOrderColumns,
-    ReturnsToGo,
-    baselines,
-    first_order_columns,
-    returns_to_go,
-)
+from entropy_core.numerics.baselines import Baseline, ReturnsToGo, baselines, returns_to_go
+from entropy_core.numerics.first_order import FirstOrderColumns, first_order_columns
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.policy import Coefficients
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor

@@ -14,16 +14,8 @@ from enumeration import Direction, Everything, by_position, enumerate_world, eve
 from torch import Tensor
 
 from entropy_core.numerics import importance, ragged, uncertainty
-from entropy_core.numerics.first_order import (
-    Baseline,
-    ReturnsToGo,
-    baselines,
-    first_order_columns,
-    returns_to_go,
-    score_coefficients,
-    time_loo_baseline,
-    weighted_columns,
-)
+from entropy_core.numerics.baselines import Baseline, ReturnsToGo, baselines, returns_to_go, time_loo_baseline
+from entropy_core.numerics.first_order import first_order_columns, score_coefficients, weighted_columns
 from entropy_core.policy import Coefficients
 
 EXACT = 1e-10

@@ -14,7 +14,7 @@ from entropy_core import evaluation
 from entropy_core.estimates import change_of
 from entropy_core.evaluation import EvaluationBatch, Measured, Moved, MovedTokens, Tokens
 from entropy_core.numerics import first_order, ragged
-from entropy_core.numerics.first_order import Baseline
+from entropy_core.numerics.baselines import Baseline
 from entropy_core.numerics.importance import Estimator
 from entropy_core.numerics.path_integral import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives

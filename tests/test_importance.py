@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.first_order import ReturnsToGo
+from entropy_core.numerics.baselines import ReturnsToGo
 from entropy_core.numerics.importance import (
     PrefixWeights,
     effective_sample_size,

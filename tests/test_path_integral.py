@@ -8,7 +8,8 @@ from conftest import World, gpt2, policy_of
 from enumeration import Direction, Everything, by_position, enumerate_world, processor_of
 
 from entropy_core.numerics import importance, path_integral, uncertainty
-from entropy_core.numerics.first_order import FirstOrderColumns, ReturnsToGo
+from entropy_core.numerics.baselines import ReturnsToGo
+from entropy_core.numerics.first_order import FirstOrderColumns
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Normalization
 

@@ -11,7 +11,7 @@ from test_enumeration import EXACT, Everything, enumerate_world
 from torch import Tensor
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.first_order import returns_to_go, time_loo_baseline
+from entropy_core.numerics.baselines import returns_to_go, time_loo_baseline
 from entropy_core.numerics.ridge import PENALTY, RidgeBlock, fit, folds_of, prefix_features, ridge_baseline
 
 LENGTHS = [3, 1, 4, 2, 4, 5, 3]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.first_order import ReturnsToGo
+from entropy_core.numerics.baselines import ReturnsToGo
 
 Estimator = Literal["per_decision", "weighted_per_decision", "snis", "path_integral"]
 
@@ -67,7 +67,7 @@ def per_decision_columns(
     Args:
         weights: of `prefix_weights`.
         moved_entropies_K: h' at θ', nats, [K].
-        base: the baselines b_k and c_k of `first_order.baselines`, from the columns at θ.
+        base: the baselines b_k and c_k of `baselines.baselines`, from the columns at θ.
         offsets_N1: int64 [N + 1].
 
     Returns:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.first_order import FirstOrderColumns, ReturnsToGo
+from entropy_core.numerics.baselines import ReturnsToGo
+from entropy_core.numerics.first_order import FirstOrderColumns
 from entropy_core.numerics.importance import PrefixWeights, per_decision_columns
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Estimate, Normalization, entropy_derivative

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, Tokens
-from entropy_core.numerics.first_order import Baseline
+from entropy_core.numerics.baselines import Baseline
 from entropy_core.numerics.path_integral import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.stages.columns import read_columns

@@ -9,13 +9,8 @@ from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged
-from entropy_core.numerics.first_order import (
-    Baseline,
-    BaselineTotals,
-    baseline_totals,
-    returns_to_go,
-    score_coefficients,
-)
+from entropy_core.numerics.baselines import Baseline, BaselineTotals, baseline_totals, returns_to_go
+from entropy_core.numerics.first_order import score_coefficients
 from entropy_core.policy import Coefficients
 from entropy_core.stages.columns import read_columns
 from entropy_core.stages.halves import HALVES, KINDS

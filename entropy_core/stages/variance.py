@@ -11,7 +11,7 @@ from entropy_core.errors import NonFiniteError
 from entropy_core.estimates import Contributions, Derivative, Row
 from entropy_core.evaluation import EvaluationBatch, Measured
 from entropy_core.numerics import importance, uncertainty
-from entropy_core.numerics.first_order import Baseline
+from entropy_core.numerics.baselines import Baseline
 from entropy_core.numerics.uncertainty import Estimate, Normalization
 from entropy_core.stages.batches import evaluation_batch, moved_batch, moved_of_first
 from entropy_core.stages.columns import read_columns

@@ -11,7 +11,7 @@ from proofs import Proof, power
 from torch import Tensor
 
 from entropy_core.numerics import importance, ragged
-from entropy_core.numerics.first_order import Baseline, ReturnsToGo
+from entropy_core.numerics.baselines import Baseline, ReturnsToGo
 from entropy_core.numerics.token_statistics import TokenDerivatives
 
 pytestmark = pytest.mark.validate

@@ -14,7 +14,8 @@ from torch import Tensor
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
 from entropy_core.numerics.advantages import group_advantages, loss_coefficients
-from entropy_core.numerics.first_order import Baseline, score_coefficients
+from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.first_order import score_coefficients
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import (
     Normalization,

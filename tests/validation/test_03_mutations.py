@@ -157,14 +157,14 @@ MUTATIONS = (
     ),
     Mutation(
         "the step's own entropy in the reward to go",
-        "numerics/first_order",
+        "numerics/baselines",
         "return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1), remaining_K)",
         "return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1) + entropies_K.double(), remaining_K)",
         "test_enumeration",
     ),
     Mutation(
         "a baseline that includes its own sequence",
-        "numerics/first_order",
+        "numerics/baselines",
         "return total_T[position_K] - own_K",
         "return total_T[position_K]",
         "test_enumeration",

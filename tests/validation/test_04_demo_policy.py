@@ -18,7 +18,8 @@ from proofs import Proof, power
 from torch import Tensor
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.first_order import Baseline, FirstOrderColumns
+from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.first_order import FirstOrderColumns
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Normalization, entropy_derivative, snis_derivative, standard_error
 from entropy_core.stages import catalogue as stage

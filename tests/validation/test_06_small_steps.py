@@ -13,7 +13,7 @@ from pipeline_fixtures import probe, skip_figures
 from proofs import Proof, power
 
 from entropy_core.numerics import importance, path_integral
-from entropy_core.numerics.first_order import ReturnsToGo
+from entropy_core.numerics.baselines import ReturnsToGo
 from entropy_core.numerics.token_statistics import TokenDerivatives
 
 pytestmark = pytest.mark.validate
