@@ -18,6 +18,7 @@ from benchmarks.common import Row
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "sampling": sampling.sampling,
     "scoring": passes.scoring,
+    "scoring_memory": passes.scoring_memory,
     "derivatives": passes.derivatives,
     "step_sizes": passes.step_sizes,
     "padding": passes.padding,
@@ -49,7 +50,8 @@ def main() -> None:
         for row in GROUPS[group]():
             rows.append({"group": group, "date": time.strftime("%Y-%m-%d"), **asdict(row), "holds": row.holds})
             print(f"  {row.name}: {row.ours} against {row.against}: {row.ratio:.3g} {_verdict(row)}", flush=True)
-        table = [row for row in table if row["group"] != group] + rows
+        again = {row["name"] for row in rows}
+        table = [row for row in table if row["group"] != group and row["name"] not in again] + rows
         table.sort(key=lambda row: list(GROUPS).index(row["group"]))
         write({"setting": setting(), "rows": table}, options.out)
         print(f"  {(time.monotonic() - started) / 60:.0f} min", flush=True)

@@ -1,5 +1,7 @@
 """What the benchmarks share: rows of the table, runs that take turns, peak memory in a process of its own."""
 
+import ctypes
+import gc
 import multiprocessing
 import statistics
 import time
@@ -84,7 +86,7 @@ def peak_megabytes(function: Callable[..., Run], *arguments: Any) -> float:
     """What a run needs beyond what is there before it: peak minus resident memory, in a process of its own.
 
     Args:
-        function: makes the run in that process (loads the model, for one); the run is called once on its own before.
+        function: makes the run in that process (loads the model, for one); the run is called once before it counts.
         arguments: of it.
 
     Returns:
@@ -105,12 +107,15 @@ def peak_megabytes(function: Callable[..., Run], *arguments: Any) -> float:
 
 def _measure(pipe: Any, function: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
     run = function(*arguments)
+    run()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         pipe.send((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # or the run is given freed memory that counts as there before
     before_kb = status_kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
     run()

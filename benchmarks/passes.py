@@ -30,6 +30,11 @@ def scoring() -> Iterator[Row]:
     yield from in_each_dtype(_scoring)
 
 
+def scoring_memory() -> Iterator[Row]:
+    """What scoring needs at the peak, and that it does not grow with the tokens; on a GPU in bfloat16 as well."""
+    yield from in_each_dtype(_scoring_memory)
+
+
 def derivatives() -> Iterator[Row]:
     """ℓ̇ and ḣ of every token along a direction: our two ways on 8,192 tokens; beside the others on one micro-batch."""
     yield from in_each_dtype(_derivatives)
@@ -64,6 +69,9 @@ def _scoring(dtype: str) -> Iterator[Row]:
         yield row.because(
             lambda: by_profile(lambda: processor.score(few), lambda: bare_forward(processor, few), ONE_MICRO_BATCH)
         )
+
+
+def _scoring_memory(dtype: str) -> Iterator[Row]:
     memory = {
         (what, tokens): peak_megabytes(_memory_of_scoring, what, tokens, dtype)
         for what in ("score", "full")
