@@ -1,6 +1,5 @@
 """E read block by block: what all blocks come to is what one block of everything comes to, one in memory at a time."""
 
-import gc
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -132,7 +131,6 @@ def test_one_block_is_in_memory_at_a_time():
     def watched(block: Callable[[], Tokens]) -> Callable[[], Tokens]:
         def read() -> Tokens:
             nonlocal most
-            gc.collect()
             tokens = block()
             alive.append(weakref.ref(tokens.logprobs_K))
             most = max(most, sum(of() is not None for of in alive))
