@@ -7,16 +7,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
-from benchmarks.common import Row
+import torch
+
+from benchmarks.common import Row, Run, peak_megabytes
 from benchmarks.reasons import by_stage
 from entropy_core.demo import main as make_demo_run
+from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, Tokens, measured
+from entropy_core.numerics.uncertainty import entropy_derivative
 from flows.service import environment, service
 
 SIZES = (1024, 4096, 16384, 32768)
 ORCHESTRATED, SHARD = 20480, 10240  # stages of some seconds, as those of a real model have at least
 ROUNDS = 2
+LONG, SHARD_OF_LONG, ETA = 16384, 1024, 1e-4  # made-up answers, and how far they are moved
 
 
 def scale() -> Iterator[Row]:
@@ -49,6 +55,7 @@ def scale() -> Iterator[Row]:
         sum(late.values()) / sum(early.values()),
         "≤ 1.1",
     ).because(lambda: by_stage(late, early, "milliseconds per sequence"))
+    yield _long_answers()
 
 
 def orchestration() -> Iterator[Row]:
@@ -74,6 +81,39 @@ def orchestration() -> Iterator[Row]:
     yield row.because(
         lambda: f"called directly, a cached sweep takes {again_direct:.1f} s; the rest is Prefect's flow and tasks"
     )
+
+
+def _long_answers() -> Row:
+    """The statistics of made-up answers of up to 2,000 tokens: those of one shard are held at a time."""
+    ours, other = (peak_megabytes(_statistics, shards) for shards in (LONG // SHARD_OF_LONG, 1))
+    return Row(
+        f"peak memory of the statistics, {LONG:,} sequences of 1,000 tokens, shards of {SHARD_OF_LONG:,}",
+        f"{ours:,.0f} MiB",
+        f"{other:,.0f} MiB, one shard",
+        ours / other,
+    )
+
+
+def _statistics(shards: int) -> Run:
+    size = LONG // shards
+
+    def tokens(shard: int) -> Tokens:
+        generator = torch.Generator().manual_seed(shard)
+        lengths_N = torch.randint(1, 2000, (size,), generator=generator)
+        columns = torch.randn(4, int(lengths_N.sum()), generator=generator)
+        offsets_N1 = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_N.cumsum(0)])
+        return Tokens(-columns[0].abs(), columns[1].abs(), columns[2], columns[3], offsets_N1)
+
+    def moved() -> Iterator[MovedTokens]:
+        for at in map(tokens, range(shards)):
+            yield MovedTokens(at.logprobs_K + ETA * at.dlogprobs_K, at.entropies_K + ETA * at.dentropies_K)
+
+    def run() -> None:
+        batch = EvaluationBatch.of([partial(tokens, shard) for shard in range(shards)], None, "time_loo")
+        batch.standard_error(entropy_derivative(batch.columns, "per_token"))
+        measured(batch, Moved(ETA, moved), "per_decision")
+
+    return run
 
 
 def _demo_run() -> None:
