@@ -67,9 +67,7 @@ def write(found: dict, folder: Path) -> None:
 def setting() -> dict[str, str]:
     """What the figures hold for."""
     device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({_processor()})"
     )
     return {
         "device": device,
@@ -80,6 +78,14 @@ def setting() -> dict[str, str]:
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _processor() -> str:
+    """Which, where Linux says it, and what its matrix products are made with."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _verdict(row: Row) -> str:

@@ -20,22 +20,24 @@ from entropy_core.numerics.uncertainty import entropy_derivative
 from flows.service import environment, service
 
 SIZES = (1024, 4096, 16384, 32768)
-ORCHESTRATED, SHARD = 20480, 10240  # stages of some seconds, as those of a real model have at least
-ROUNDS = 2
+ORCHESTRATED, SHARD = 30720, 15360  # two minutes or more; stages of some seconds, as those of a real model have
+ROUNDS, ROUNDS_OF_SIZES = 2, 3
 LONG, SHARD_OF_LONG, ETA = 16384, 1024, 1e-4  # made-up answers, and how far they are moved
 
 
 def scale() -> Iterator[Row]:
     """1K to 32K sequences of the demo run, every stage of one checkpoint."""
     _demo_run()
-    found = []
-    for size in SIZES:
-        with tempfile.TemporaryDirectory() as store:
-            found.append(_sweep(size, store))
+    taken: dict[int, list[_Sweep]] = {size: [] for size in SIZES}
+    for _ in range(ROUNDS_OF_SIZES):
+        for size, of in taken.items():
+            with tempfile.TemporaryDirectory() as store:
+                of.append(_sweep(size, store))
+    found = [sorted(of, key=lambda run: run.seconds)[len(of) // 2] for of in taken.values()]  # those of median time
     _, small, large, largest = found
     for size, of in zip(SIZES, found, strict=True):
         yield Row(
-            f"sweep of one checkpoint, {size:,} sequences",
+            f"sweep of one checkpoint, {size:,} sequences, median of {ROUNDS_OF_SIZES}",
             f"{of.seconds:.1f} s, peak {of.megabytes:,.0f} MiB",
             f"{small.seconds:.1f} s, peak {small.megabytes:,.0f} MiB at {SIZES[1]:,}",
             of.seconds / small.seconds,
