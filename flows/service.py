@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ DEPLOYMENTS = ("checkpoint-sweep", "variance")
 
 _STARTUP_SECONDS = 180
 _GRACE_SECONDS = 15
+_BUSY_SECONDS = 30
 _FOREIGN = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE")  # of another server
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -72,7 +74,7 @@ def environment(api_url: str) -> dict[str, str]:
 
 
 def request(url: str, body: Any = None) -> Any:
-    """Ask the server something.
+    """Ask the server something, and again while it is busy: a 503 says that its database is locked at the moment.
 
     Args:
         url: address of the resource.
@@ -86,12 +88,17 @@ def request(url: str, body: Any = None) -> Any:
     """
     data = None if body is None else json.dumps(body).encode()
     question = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with _direct.open(question, timeout=30) as answer:
-            return json.load(answer)
-    except OSError as error:
-        way_out = f"read {HOME / 'server.log'}"
-        raise ServiceError(f"the Prefect server does not answer {url}: {error}", way_out=way_out) from None
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            with _direct.open(question, timeout=30) as answer:
+                return json.load(answer)
+        except OSError as error:
+            if getattr(error, "code", None) == HTTPStatus.SERVICE_UNAVAILABLE and time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            way_out = f"read {HOME / 'server.log'}"
+            raise ServiceError(f"the Prefect server does not answer {url}: {error}", way_out=way_out) from None
 
 
 @contextmanager
