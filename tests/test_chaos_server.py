@@ -153,7 +153,7 @@ def test_a_flow_that_is_cancelled_stops_and_leaves_nothing_broken(prefect, home,
     assert store_command(["--root", str(home / "cancelled"), "verify"]) == 0
     again = prefect.trigger(settings(home, "cancelled"))
     finished(prefect, home, again, "cancelled", before)
-    assert prefect.task_states(again)["Cached"] >= 12
+    until(lambda: prefect.task_states(again)["Cached"] >= 12, SOON)  # noted a little after the run has ended
 
 
 def test_a_runner_that_is_killed_with_its_flow_is_missed_within_minutes(prefect, home):
@@ -181,7 +181,7 @@ def test_a_server_that_is_killed_costs_a_shard_at_most(prefect, home):
     print(f"the run is {prefect.state(run)}")
     again = prefect.trigger(settings(home, "server"))
     finished(prefect, home, again, "server", before)
-    assert prefect.task_states(again)["Cached"] >= 12
+    until(lambda: prefect.task_states(again)["Cached"] >= 12, SOON)  # noted a little after the run has ended
 
 
 SWEEP = """
