@@ -16,6 +16,7 @@ from benchmarks.common import Row, Run, peak_megabytes
 from benchmarks.reasons import by_stage
 from entropy_core.demo import main as make_demo_run
 from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, Tokens, measured
+from entropy_core.numerics import ragged
 from entropy_core.numerics.uncertainty import entropy_derivative
 from flows.service import environment, service
 
@@ -103,8 +104,7 @@ def _statistics(shards: int) -> Run:
         generator = torch.Generator().manual_seed(shard)
         lengths_N = torch.randint(1, 2000, (size,), generator=generator)
         columns = torch.randn(4, int(lengths_N.sum()), generator=generator)
-        offsets_N1 = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_N.cumsum(0)])
-        return Tokens(-columns[0].abs(), columns[1].abs(), columns[2], columns[3], offsets_N1)
+        return Tokens(-columns[0].abs(), columns[1].abs(), *columns[2:], ragged.offsets_from_lengths(lengths_N))
 
     def moved() -> Iterator[MovedTokens]:
         for at in map(tokens, range(shards)):

@@ -10,19 +10,16 @@ import pytest
 
 from flows import service
 
-ASKED: list[str] = []
-
 
 @contextmanager
-def server(*statuses: int) -> Iterator[str]:
-    """One that answers with these, one after the other, and then with the last."""
-    left = list(statuses)
-    ASKED.clear()
+def server(*statuses: int) -> Iterator[tuple[str, list[object]]]:
+    """One that answers with these, one after the other, and then with the last; its address, and what it was asked."""
+    asked: list[object] = []
 
     class Answer(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            ASKED.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            self.send_response(left.pop(0) if len(left) > 1 else left[0])
+            self.send_response(statuses[min(len(asked), len(statuses) - 1)])
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.end_headers()
             self.wfile.write(b'{"id": 1}')
 
@@ -32,21 +29,21 @@ def server(*statuses: int) -> Iterator[str]:
         thread = threading.Thread(target=http.serve_forever, args=(0.05,))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{http.server_port}/api"
+            yield f"http://127.0.0.1:{http.server_port}/api", asked
         finally:
             http.shutdown()
             thread.join()
 
 
 def test_a_busy_server_is_asked_again():
-    with server(503, 503, 200) as url:
+    with server(503, 503, 200) as (url, asked):
         assert service.request(url, {"name": "x"}) == {"id": 1}
-    assert [json.loads(body) for body in ASKED] == [{"name": "x"}] * 3
+    assert asked == [{"name": "x"}] * 3
 
 
 @pytest.mark.parametrize(("status", "again"), [(503, True), (500, False), (404, False)])
 def test_not_for_ever_and_only_while_it_is_busy(monkeypatch: pytest.MonkeyPatch, status: int, again: bool):
     monkeypatch.setattr(service, "_BUSY_SECONDS", 2)
-    with server(status) as url, pytest.raises(service.ServiceError, match=f"does not answer {url}.*{status}"):
+    with server(status) as (url, asked), pytest.raises(service.ServiceError, match=f"does not answer {url}.*{status}"):
         service.request(url, {})
-    assert (len(ASKED) > 1) is again
+    assert (len(asked) > 1) is again
