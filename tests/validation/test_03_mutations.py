@@ -32,8 +32,8 @@ MUTATIONS = (
     Mutation(
         "tokens scored one step late",
         "batched_sequences",
-        "torch.arange(p - 1, p - 1 + t)",
-        "torch.arange(p, p + t) % input_ids_BL.shape[1]",
+        "TeacherForcedRows(input_ids_BL, row_K, column_K - 1, tokens_K)",
+        "TeacherForcedRows(input_ids_BL, row_K, column_K, tokens_K)",
         "test_enumeration",
     ),
     Mutation(
@@ -53,15 +53,15 @@ MUTATIONS = (
     Mutation(
         "EOS sampled, but not scored",
         "decoding",
-        "batch.lengths_B[rows_R] += 1",
-        "batch.lengths_B[rows_R] += ~torch.isin(tokens_R, self.eos_E)",
+        "self.responses[sequence] = Response(tokens, reason)",
+        'self.responses[sequence] = Response(tokens[:-1] if reason == "eos" else tokens, reason)',
         "test_sequence_processor",
     ),
     Mutation(
         "a row that was given away keeps the columns of the sequence before",
         "decoding",
-        "self.batch.mask_BL[rows_R] = 0",
-        "pass",
+        "(batch.mask_BL.shape[1] - mask_RL.shape[1], 0))",
+        "(batch.mask_BL.shape[1] - mask_RL.shape[1], 0), value=1)",
         "test_decoding",
     ),
     Mutation(
