@@ -116,7 +116,9 @@ class ShadowTensor(torch.Tensor):
 def _refuse_strangers(name: str, strangers: list[Tensor]) -> None:
     """As a GPU does: numbers are taken from the host, tensors of one dimension or more are not."""
     if name not in ("copy_", "_to_copy") and any(tensor.dim() for tensor in strangers):
-        raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {NAME} and cpu, in {_where()}")
+        raise RuntimeError(
+            f"{name}: expected all tensors to be on the same device, found {NAME} and cpu, in {_where()}"
+        )
 
 
 def _note(name: str, args: tuple, to: str) -> None:

@@ -12,7 +12,7 @@ from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.errors import CheckpointError, NonFiniteError
 from entropy_core.policy import Policy
-from entropy_core.pretrained import load_policy
+from entropy_core.pretrained import load_policy, use_full_precision
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ Law = Mapping[str, Any]
 
 
 def policy_of(law: Law, execution: "Execution") -> Policy:
-    """Load the policy of a law, after making sure that its directories still hold those weights."""
+    """The policy of a law in full precision, after making sure that its directories still hold those weights."""
+    use_full_precision()
     directory = _unchanged(law["weights"], execution)
     base = _unchanged(law["base"], execution) if law["base"] else None
     digest = law["weights"] + law["base"]
