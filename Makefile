@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench docs clean
-help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench docs clean:
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench check-device docs clean
+help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench check-device docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -15,6 +15,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	done; echo python3)
 CONFIG ?= configs/demo.yaml
 PORT ?= 4200
+OUT ?= artifacts/device.json
 BIN := .venv/bin
 
 # Nothing is sent to anybody, and no test finds a server that it was not told of.
@@ -26,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench docs clean
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench check-device docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
@@ -40,6 +41,8 @@ help:
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, race for a key (docs/chaos.md is written from it);"
 	@echo "             fill the disk, kill servers and runners (ten minutes)"
 	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (long)"
+	@echo "make check-device   whether the device here computes what a CPU does, how fast, and what fits (eight minutes on a GPU);"
+	@echo "             TINY=1: small models only, under a minute; OUT=$(OUT): where the JSON goes"
 	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
 	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
 	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"
@@ -78,6 +81,9 @@ chaos: .venv/.installed
 # With SmolLM2's weights and LoRA run where make sweep-smollm2 has left them, else with random weights of its shape.
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks
+
+check-device: .venv/.installed
+	@$(BIN)/python -m benchmarks.device $(if $(TINY),--tiny) --out "$(OUT)"
 
 docs: .venv/.installed
 	$(BIN)/python -m entropy_core.reference docs

@@ -4,8 +4,8 @@ Code that was written for a GPU runs on it to the last bit, data-dependent branc
 tensors nor its meta device can do: those hold no values. What a GPU would refuse is refused: an operation on tensors of
 both devices. What it would wait for is noted, with the line of the project that asked for it.
 
-It is torch's own extension point for a further device, `PrivateUse1`. Memory is handed out by three functions below, and
-every operation on a shadow tensor passes `ShadowTensor.__torch_dispatch__`.
+It is torch's own extension point for a further device, `PrivateUse1`. Memory is handed out by three functions below,
+and every operation on a shadow tensor passes `ShadowTensor.__torch_dispatch__`.
 """
 
 import sys
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "shadow"
 PACKAGE = Path(__file__).resolve().parents[1] / "entropy_core"
@@ -172,11 +172,27 @@ def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return to
 
 
+class _Module(_DummyBackendModule):
+    """What torch calls `torch.shadow`. Outside of `shadow_device` there is no such device."""
+
+    inside = 0
+
+    def is_available(self) -> bool:
+        return self.inside > 0
+
+    def device_count(self) -> int:
+        return 1 if self.inside else 0
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+_module = _Module()
 _library = torch.library.Library("aten", "IMPL")  # unregisters all when it is collected
 
 
 def _register() -> None:
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, _module)
     for operator, function in {
         "empty.memory_format": _empty,
         "empty_strided": _empty_strided,
@@ -192,5 +208,9 @@ _register()
 @contextmanager
 def shadow_device() -> Iterator[torch.device]:
     """Within the context the device is there."""
-    with _AsOnADevice():
-        yield torch.device(NAME, 0)
+    _module.inside += 1
+    try:
+        with _AsOnADevice():
+            yield torch.device(NAME, 0)
+    finally:
+        _module.inside -= 1

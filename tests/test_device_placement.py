@@ -5,29 +5,25 @@ that what is computed on it is what the CPU computes.
 """
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import llama, policy_of, random_direction
-from pipeline_fixtures import make_run, skip_figures, values, write_reward
+from pipeline_fixtures import make_run, values
 from shadow_device import Seen, Wait, shadow_device, watched
-from torch import Tensor
 
+from benchmarks.device.sweep import Difference, differences
 from entropy_core import batched_sequences, decoding, pretrained
-from entropy_core.artifact import Artifact
 from entropy_core.policy import Coefficients, Policy
 from entropy_core.read_config import parse_config
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 from entropy_core.stages import derivatives
-from entropy_core.stages.pipeline import Inputs, direct_runner, execution_for, sweep
+from entropy_core.stages.pipeline import execution_for
 from entropy_core.stages.preflight import preflight
 from entropy_core.stages.sequences import policy_of as policy_of_law
-from entropy_core.store import Stage, Store
 
-TOLERANCE = 1e-5  # between two ways to round in float32, of the largest number of a column
 ROWS, TOKENS = 8, 12
 
 
@@ -36,77 +32,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("run"))
 
 
-def swept(run: Path, store: Path, device: str) -> list[tuple[str, Artifact]]:
-    """Every artifact of a sweep of one checkpoint, in order, with the name of its stage."""
-    asked = values(
-        run,
-        store,
-        checkpoints=[str(run / "checkpoint-3")],
-        policy={"dtype": "float32"},
-        update={
-            "reward": write_reward(run),
-            "max_grad_norm": 0.1,
-            "kl_beta": 0.1,
-            "reference": str(run / "checkpoint-5"),
-        },
-        importance={"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
-    )
-    config = parse_config(asked)
-    checkpoints = preflight(config)
-    execution = replace(execution_for(config, checkpoints), device=device)
-    plain, found = direct_runner(Store(config.store_root), execution), []
-
-    def noted(stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        artifact = plain(stage, inputs, label)
-        found.append((stage.name, artifact))
-        return artifact
-
-    pretrained.load_policy.cache_clear()
-    sweep(config, checkpoints, Store(config.store_root), noted)
-    pretrained.load_policy.cache_clear()
-    return found
+def differences_on(device: str, folder: Path, run: Path) -> list[Difference]:
+    """A sweep with a KL term and every estimator of ΔH, there and on the CPU."""
+    update = {"kl_beta": 0.1, "reference": str(run / "checkpoint-5")}
+    batch = {"E_total_sequences": 16, "B_U": 4, "G": 4}
+    return list(differences(folder, device, update=update, batch_config=batch, execution={"shard_size": 8}))
 
 
-def numbers(artifact: Artifact) -> dict[str, Tensor]:
-    """Every tensor and every column of numbers."""
-    found: dict[str, Tensor] = {}
-    for name in artifact.manifest["files"]:
-        if name.endswith(".safetensors"):
-            found |= {f"{name}:{key}": tensor for key, tensor in artifact.tensors(name).items()}
-        elif name.endswith(".parquet"):
-            table = artifact.table(name)
-            for column in table.column_names:
-                cells = table[column].to_pylist()
-                if cells and all(isinstance(cell, int | float) for cell in cells):
-                    found[f"{name}:{column}"] = torch.tensor(cells, dtype=torch.float64)
-    return found
-
-
-def test_a_sweep_on_a_device_is_that_of_the_cpu(run, tmp_path, monkeypatch):
-    skip_figures(monkeypatch)
-    usual = swept(run, tmp_path / "cpu", "cpu")
-    with shadow_device():
-        there = swept(run, tmp_path / "shadow", "shadow")
-    assert [stage for stage, _ in there] == [stage for stage, _ in usual]
-    compared: Counter[str] = Counter()
-    for (stage, ours), (_, theirs) in zip(there, usual, strict=True):
-        expected, found = numbers(theirs), numbers(ours)
-        assert found.keys() == expected.keys(), stage
-        for name, column in found.items():
-            scale = float(expected[name].double().abs().max()) if column.numel() else 0.0
-            error = float((column.double() - expected[name].double()).abs().max()) if column.numel() else 0.0
-            # what is a difference of nearly equal numbers has the rounding error of these
-            differs = stage in ("variance", "report", "first-order-u", "path-integral")
-            assert error <= (1e-2 if differs else TOLERANCE) * scale + 1e-6, f"{stage} {name}: {error:g} of {scale:g}"
-            compared[stage] += column.numel()
-    assert {"sample-e-batch", "compute-update", "entropy-gradient", "first-order-e", "importance"} <= compared.keys()
+def test_a_sweep_on_a_device_is_that_of_the_cpu(run, tmp_path):
+    with shadow_device(), watched() as seen:
+        found = differences_on("shadow", tmp_path, run)
+    assert seen.float64  # it was there
+    of_policy = {"sample-e-batch", "score-e-batch", "compute-update", "entropy-gradient", "first-order-e", "importance"}
+    assert of_policy <= {most.stage for most in found}
+    assert [most for most in found if most.error > most.tolerance] == []
 
 
 def forget_to_move(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     if what == "micro-batches":
         monkeypatch.setattr(batched_sequences, "to_device", lambda tensor, device: tensor)
     elif what == "tangents":
-        monkeypatch.setattr(derivatives, "as_tangent", lambda direction, policy: dict(direction))
+        monkeypatch.setattr(
+            derivatives, "as_tangent", lambda direction, _: {name: v.float() for name, v in direction.items()}
+        )
     elif what == "uniforms":
         plain = decoding.philox.inverse_cdf_tokens
         monkeypatch.setattr(decoding.philox, "inverse_cdf_tokens", lambda logits, u, tau: plain(logits, u.cpu(), tau))
@@ -119,10 +67,9 @@ def forget_to_move(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["micro-batches", "tangents", "uniforms", "masks"])
 def test_a_tensor_on_the_wrong_device_is_noticed(run, tmp_path, monkeypatch, what):
-    skip_figures(monkeypatch)
     forget_to_move(monkeypatch, what)
     with shadow_device(), pytest.raises(Exception, match="same device"):
-        swept(run, tmp_path, "shadow")
+        differences_on("shadow", tmp_path, run)
 
 
 def processor(device: torch.device) -> SequenceProcessor:
