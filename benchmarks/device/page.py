@@ -6,9 +6,9 @@ from typing import Any
 NOTHING = [
     "## On a GPU",
     "",
-    "Nothing has been measured on a GPU yet. `make check-device` says in at most eight minutes whether the numbers of the",
-    "device at hand are right, how fast every pass is, and what fits. With `OUT=docs/device.json` on a GPU it writes what",
-    "`make bench` makes the tables of that belong here. On CPUs a small form of the check is a part of `make test`.",
+    "Nothing has been measured on a GPU yet. `make check-device` says in at most eight minutes whether the numbers of",
+    "the device at hand are right, how fast every pass is, and what fits. With `OUT=docs/device.json` it writes, on a",
+    "GPU, what `make bench` makes the tables of that belong here. A small form of the check is a part of `make test`.",
 ]
 
 
