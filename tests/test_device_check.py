@@ -69,7 +69,7 @@ def test_a_wrong_derivative_is_noticed(monkeypatch):
         return 1.01 * dlogprobs_R, dentropies_R
 
     def verdict() -> bool:
-        return next(row["holds"] for row in right.rows(CPU) if row["what"] == "forward mode against backward")
+        return next(row["holds"] for row in right.derivatives_agree(CPU) if row["what"].endswith("against backward"))
 
     assert verdict()
     monkeypatch.setattr(token_statistics._TokenStatistics, "_jvp_of_rows", wrong)
@@ -84,6 +84,19 @@ def test_what_was_found_is_on_disk_after_every_row(tmp_path):
         assert len(found["right"]) == number + 1 and not found["finished"]
     assert found["failed"] == ["check 2"]
     assert [path.name for path in tmp_path.iterdir()] == ["device.json"]
+
+
+def test_what_falls_over_is_a_row_and_the_check_goes_on(monkeypatch):
+    def falls_over(device):
+        raise RuntimeError("CUDA error: no kernel image")
+
+    table = Table(None, CPU, 60.0)
+    monkeypatch.setattr(right, "CHECKS", (falls_over, right._draws))
+    right.right(table, CPU)
+    table.write()
+    broken, draws = table.found["right"]
+    assert broken["note"] == "RuntimeError: CUDA error: no kernel image" and "falls_over" in broken["traceback"]
+    assert draws["holds"] and table.found["failed"] == ["falls over"]
 
 
 def test_no_model_is_begun_that_there_is_no_time_for(monkeypatch):

@@ -61,16 +61,20 @@ def fast(table: Table, device: torch.device, tiny: bool) -> None:
             if not tiny and table.left < ENOUGH:
                 table.add("fast", {"what": f"{shape.name}, {training}", "note": "left out: no time was left"})
                 continue
-            of = _processor(shape, device, training, sizes)
-            for row in _passes(of, shape, training, sizes, peak):
-                table.add("fast", row)
-            if training == "full":
-                for row in _sampling(of, shape, sizes, peak):
+            name = f"{shape.name}, {training}"
+            with table.attempt("fast", name):
+                of = _processor(shape, device, training, sizes)
+                for row in _passes(of, shape, training, sizes, peak):
                     table.add("fast", row)
+            if training == "full":
+                with table.attempt("fast", f"{name}: sampling"):
+                    for row in _sampling(of, shape, sizes, peak):
+                        table.add("fast", row)
                 if shape is sizes.shapes[-1]:
-                    for row in _profiles(of, shape, sizes):
-                        table.add("profile", row)
-            del of
+                    with table.attempt("fast", f"{name}: profiles"):
+                        for row in _profiles(of, shape, sizes):
+                            table.add("profile", row)
+            of = None
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -13,6 +13,7 @@ and C the numbers in a chunk of logits, which is of 64 MiB at most.
 import ctypes
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -47,11 +48,13 @@ def fits(table: Table, device: torch.device, tiny: bool) -> None:
         if table.left < (0 if tiny else ENOUGH):
             table.add("fits", {"what": name, "note": "left out: no time was left"})
             continue
-        measured, host = _peak(run, device)
-        expected = needed(shape, name, rows, length)
-        row = {"what": f"{shape.name}, {rows} × {length} positions: {name}", "device_mib": measured / 2**20}
-        row |= {"formula_mib": expected / 2**20, "ratio": measured / expected}
-        table.add("fits", row | {"host_mib": host / 2**20, "holds": BETWEEN[0] <= measured / expected <= BETWEEN[1]})
+        what = f"{shape.name}, {rows} × {length} positions: {name}"
+        with table.attempt("fits", what):
+            measured, host = _peak(run, device)
+            expected = needed(shape, name, rows, length)
+            row = {"what": what, "device_mib": measured / 2**20, "formula_mib": expected / 2**20}
+            row |= {"ratio": measured / expected, "host_mib": host / 2**20}
+            table.add("fits", row | {"holds": BETWEEN[0] <= measured / expected <= BETWEEN[1]})
     memory = (
         torch.cuda.get_device_properties(device).total_memory
         if device.type == "cuda"
@@ -121,7 +124,8 @@ def _peak(run: Callable[[], object], device: torch.device) -> tuple[float, float
     gc.collect()
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
     host_before = status_kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
+    with suppress(OSError):  # where that is not to be had, the peak is that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

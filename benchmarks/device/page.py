@@ -32,6 +32,7 @@ def section(found: Mapping[str, Any] | None) -> list[str]:
         ("Memory", [row for row in found["fits"] if "ratio" in row]),
         ("What fits, by the formulas", [row for row in found["fits"] if "largest_model" in row]),
     ):
+        rows = [{name: value for name, value in row.items() if name != "traceback"} for row in rows]
         if rows:
             lines += [f"### {title}", "", *_table(rows), ""]
     for of_pass in found.get("profile", []):

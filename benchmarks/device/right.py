@@ -4,6 +4,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from entropy_core.stages.derivatives import central_difference, forward_mode
 
 SPREAD = 0.15  # of the weights: entropies of between one and five nats
 SEQUENCES, TOKENS, TAU, ETA = 96, 24, 0.9, 1e-3
+CPU = torch.device("cpu")
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
 
 # Root mean square of the error over that of the quantity. None: told, and held to nothing.
@@ -37,19 +39,22 @@ TOLERANCES: dict[str, dict[str, float | None]] = {
 
 def right(table: Table, device: torch.device) -> None:
     """Every check of whether the numbers are right, into the group `right`."""
+    use_full_precision()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels; those of reproducibility are counted below
-        for row in rows(device):
-            table.add("right", row)
+        for check in CHECKS:
+            with table.attempt("right", check.__name__.strip("_").replace("_", " ")):
+                for row in check(device):
+                    table.add("right", row)
 
 
-def rows(device: torch.device) -> Iterator[Row]:
-    """The checks, one after the other."""
-    use_full_precision()
-    on_cpu = _processor(torch.device("cpu"))
-    sequences = _sampled(on_cpu)
+def _draws(device: torch.device) -> Iterator[Row]:
     yield _held("draws", "integer", _different_draws(device), 0.0)
-    exact = _quantities(_processor(torch.device("cpu"), torch.float64), sequences)
+
+
+def _quantity_by_quantity(device: torch.device) -> Iterator[Row]:
+    sequences = _usual_sequences()
+    exact = _quantities(_processor(CPU, torch.float64), sequences)
     for arithmetic, tolerances in TOLERANCES.items():
         if arithmetic == "TF32" and device.type != "cuda":
             yield {"what": arithmetic, "note": "this device has none"}
@@ -62,17 +67,20 @@ def rows(device: torch.device) -> Iterator[Row]:
             found = _quantities(of, sequences)
             for name, tolerance in tolerances.items():
                 yield _held(name, arithmetic, _relative(found[name], exact[name]), tolerance)
-    of = _processor(device)
-    yield from _derivatives_agree(of, sequences)
+
+
+def _optimizer(device: torch.device) -> Iterator[Row]:
     yield _held("AdamW against torch's own", "float64", _against_torchs_adamw(device), 1e-12)
-    ratio = _noise(of, sequences) / _noise(on_cpu, sequences)
-    yield {
-        "what": "noise of ℓ from rounding, over the CPU's",
-        "arithmetic": "float32",
-        "error": ratio,
-        "tolerance": 4.0,
-    } | {"holds": 0.25 <= ratio <= 4}
-    yield from _again(of, sequences)
+
+
+def _noise_of_rounding(device: torch.device) -> Iterator[Row]:
+    sequences = _usual_sequences()
+    ratio = _noise(_processor(device), sequences) / _noise(_processor(CPU), sequences)
+    row = {"what": "noise of ℓ from rounding, over the CPU's", "arithmetic": "float32", "error": ratio}
+    yield row | {"tolerance": 4.0, "holds": 0.25 <= ratio <= 4}
+
+
+def _whole_sweep(device: torch.device) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for most in differences(Path(folder), device.type):
             yield _held(f"sweep: {most.stage}, most in {most.column}", "float32", most.error, most.tolerance)
@@ -84,9 +92,15 @@ def _held(what: str, arithmetic: str, error: float, tolerance: float | None) -> 
 
 
 def _processor(device: torch.device, dtype: torch.dtype = torch.float32) -> SequenceProcessor:
-    policy = make_policy(TINY, torch.device("cpu"), spread=SPREAD)  # the same weights in every dtype
+    policy = make_policy(TINY, CPU, spread=SPREAD)  # the same weights in every dtype
     policy = Policy(policy.model.to(device, dtype), policy.tokenizer)
     return SequenceProcessor(policy, GenerationConfig(TAU, TOKENS, 32, 32))
+
+
+@cache
+def _usual_sequences() -> BatchedSequences:
+    """What the CPU samples."""
+    return _sampled(_processor(CPU))
 
 
 def _sampled(of: SequenceProcessor) -> BatchedSequences:
@@ -132,7 +146,7 @@ def _quantities(of: SequenceProcessor, sequences: BatchedSequences) -> dict[str,
 
 def _direction(policy: Policy) -> dict[str, Tensor]:
     """The same direction in every dtype, on the policy's device."""
-    plain = make_policy(TINY, torch.device("cpu"), spread=SPREAD)
+    plain = make_policy(TINY, CPU, spread=SPREAD)
     parameters = policy.named_parameters()
     return {name: t.to(parameters[name]) for name, t in random_direction(plain).items()}
 
@@ -150,8 +164,9 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def _derivatives_agree(of: SequenceProcessor, sequences: BatchedSequences) -> Iterator[Row]:
+def derivatives_agree(device: torch.device) -> Iterator[Row]:
     """Forward mode against the backward pass and against central differences, on the device."""
+    of, sequences = _processor(device), _usual_sequences()
     v, gradient = _direction(of.policy), _gradient(of, sequences)
     backward = sum(float((g.double() * v[name].double()).sum()) for name, g in gradient.items())
     derivatives = forward_mode(of, sequences, v)
@@ -200,8 +215,9 @@ def _noise(of: SequenceProcessor, sequences: BatchedSequences) -> float:
         return float((of.score(sequences)[0].logprobs_K.double() - usual_K).square().mean().sqrt())
 
 
-def _again(of: SequenceProcessor, sequences: BatchedSequences) -> Iterator[Row]:
+def _the_same_bits_again(device: torch.device) -> Iterator[Row]:
     """Whether a pass gives the same bits a second time, and which kernels torch says need not."""
+    of, sequences = _processor(device), _usual_sequences()
     v = _direction(of.policy)
     passes: Mapping[str, Callable[[], Any]] = {
         "sampling": lambda: _sampled(of).response_tokens_K,
@@ -238,3 +254,14 @@ def _computing_in(arithmetic: str) -> Iterator[None]:
         yield
     finally:
         use_full_precision()
+
+
+CHECKS = (
+    _draws,
+    _quantity_by_quantity,
+    derivatives_agree,
+    _optimizer,
+    _noise_of_rounding,
+    _the_same_bits_again,
+    _whole_sweep,
+)

@@ -4,7 +4,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,19 @@ class Table:
         self.found.setdefault(group, []).append(dict(row))
         print(f"{group:6} " + "  ".join(f"{name} {_shown(value)}" for name, value in row.items()), flush=True)
         self.write()
+
+    @contextmanager
+    def attempt(self, group: str, what: str) -> Iterator[None]:
+        """Within the context an error is a row that does not hold, and the check goes on."""
+        try:
+            yield
+        except Exception as error:
+            where = traceback.format_exc(limit=-8)
+            self.add(
+                group, {"what": what, "holds": False, "note": f"{type(error).__name__}: {error}", "traceback": where}
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def write(self) -> None:
         """The JSON as it is now."""
