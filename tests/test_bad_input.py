@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import LEARNING_RATE, Probe, make_gpt2, make_run, probe, skip_figures, values, write_reward
+from pipeline_fixtures import (
+    LEARNING_RATE,
+    Probe,
+    make_gpt2,
+    make_run,
+    parts_of,
+    probe,
+    skip_figures,
+    values,
+    write_reward,
+)
 from safetensors.torch import load_file, save_file
 
 from entropy_core.demo import build_tokenizer
@@ -353,7 +363,7 @@ def test_equal_rewards_leave_momentum_and_decay(home):
     write_function(home, "return [0.1] * len(completions)")
     done = probe(config_of(home, batch_config={"G": 3}))
     (update,) = done.run.artifacts("compute-update")
-    v, momentum, decay = (update.tensors(f"{name}.safetensors") for name in ("direction", "momentum", "decay"))
+    v, (momentum, decay) = update.vector("direction"), map(parts_of(update, done.run).get, ("momentum", "decay"))
     assert all(torch.equal(v[name], momentum[name] + decay[name]) for name in v)
     assert any(t.abs().max() > 0 for t in decay.values())
     for row in finite(done):

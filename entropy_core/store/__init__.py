@@ -32,8 +32,10 @@ from entropy_core.artifact import Artifact, Writer, canonical, upstream
 from entropy_core.code_identity import code_digest, module_digests, name_of
 from entropy_core.errors import StoreError
 from entropy_core.manifest import (
+    DROPPED,
+    VECTORS,
     as_json,
-    check_file,
+    check_files,
     check_manifest,
     commit,
     peak_rss_bytes,
@@ -56,10 +58,12 @@ class Stage:
         function: called as `function(out: Writer, execution, **inputs)`; defined at the top level of a module. It
             writes files through `out` and returns its summary: a dict of JSON values that the inputs determine, hence
             no timings, which the manifest has anyway.
+        vectors: the inputs whose `VECTORS` the function opens.
     """
 
     name: str
     function: Callable[..., dict]
+    vectors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
@@ -160,14 +164,19 @@ class Store:
         found = (path.parts[-2:] for path in self.root.glob("[!.]*/*") if path.is_dir())
         return sorted((stage, key) for stage, key in found if re.fullmatch("[0-9a-f]{32}", key))
 
-    def check(self, stage_name: str, key: str) -> tuple[Artifact | None, str]:
-        """The artifact if it is sound, and else what is wrong with it; neither when it is not there at all."""
+    def check(self, stage_name: str, key: str, vectors: bool = False) -> tuple[Artifact | None, str]:
+        """The artifact if it is sound, and else what is wrong with it; neither when it is not there at all.
+
+        Args:
+            stage_name: name of the stage.
+            key: its key.
+            vectors: check its `VECTORS` as well; nobody needs them for having the rest.
+        """
         directory = self.root / stage_name / key
         if not directory.exists():
             return None, ""
         manifest, fault = check_manifest(directory, stage_name, key)
-        for name, entry in manifest.get("files", {}).items():
-            fault = fault or check_file(directory / name, entry)
+        fault = fault or check_files(directory, manifest["files"], vectors)
         return (None, fault) if fault else (Artifact(stage_name, key, manifest["digest"], self.root), "")
 
     def manifest(self, stage_name: str, key: str) -> dict[str, Any]:
@@ -179,6 +188,35 @@ class Store:
         path = self.root / ".locks" / f"{stage_name}-{key}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path, timeout=timeout)
+
+    def drop_vectors(self, artifact: Artifact) -> None:
+        """Let the `VECTORS` of an artifact go, which stays sound without them.
+
+        A stage that needs them makes them again with all of their artifact: see `discard`.
+        """
+        if not (artifact.directory / VECTORS).exists():
+            return
+        try:
+            with self.lock(artifact.stage, artifact.key), temporary_sibling(artifact.directory) as temporary:
+                (artifact.directory / DROPPED).touch()
+                os.rename(artifact.directory / VECTORS, temporary / VECTORS)
+        except OSError as error:
+            log.warning("the vectors of %s/%s stay: %s", artifact.stage, artifact.key, error)
+
+    def without_vectors(self, artifact: Artifact) -> str:
+        """Why the `VECTORS` of an artifact cannot be read: they were dropped, lost or damaged; "" where they can."""
+        if (artifact.directory / DROPPED).exists():
+            return "its vectors were not kept"
+        return self.check(artifact.stage, artifact.key, vectors=True)[1]
+
+    def discard(self, artifact: Artifact) -> None:
+        """Delete an artifact whose `VECTORS` are wanted and gone, so that the next `run` computes all of it anew."""
+        with (
+            self.writing(),
+            self.lock(artifact.stage, artifact.key),
+            temporary_sibling(artifact.directory) as temporary,
+        ):
+            os.rename(artifact.directory, temporary / artifact.key)
 
     def quarantine(self, stage_name: str, key: str, fault: str) -> None:
         """Move an unsound artifact out of the way, and say so; its lock is held."""
