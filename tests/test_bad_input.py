@@ -132,10 +132,6 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: change_optimizer(d, lambda saved: set_rates(saved, 0.0)),
         "learning rate 0 in every param group.*set `learning_rate`",
     ),
-    "moments NaN": (
-        lambda d: change_optimizer(d, lambda saved: saved["state"][0]["exp_avg"].fill_(math.nan)),
-        "moments are NaN.*an earlier checkpoint",
-    ),
     "weights cut off": (lambda d: cut(d / "model.safetensors", 5000), r"model\.safetensors cannot be opened"),
     "weights garbled": (
         lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 64 + (d / "model.safetensors").read_bytes()[64:]),
@@ -161,6 +157,16 @@ def test_one_bad_checkpoint_stops_the_sweep_before_the_good_ones(home):
     (home / "run" / "checkpoint-5" / "optimizer.pt").unlink()
     config = config_of(home, checkpoints=[str(home / "run" / "checkpoint-*")])
     assert "checkpoint-5" in refused(CheckpointError, r"no optimizer\.pt", config)
+
+
+def test_moments_that_are_nan_stop_the_sweep_before_anything_is_sampled(home):
+    """They are read by the first stage, which is run for all checkpoints first."""
+    change_optimizer(home / "run" / "checkpoint-5", lambda saved: saved["state"][0]["exp_avg"].fill_(math.nan))
+    config = config_of(home, checkpoints=[str(home / "run" / "checkpoint-*")])
+    with pytest.raises(CheckpointError, match=r"checkpoint-5/optimizer\.pt: moments are NaN.*an earlier") as raised:
+        probe(config)
+    one_line(raised.value)
+    assert {stage for stage, _ in Store(config["execution"]["artifacts"]).names()} == {"load-checkpoint"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from entropy_core.artifact import Artifact
 from entropy_core.errors import StoreError
 from entropy_core.stages.measure import Inputs, Runner
-from entropy_core.store import Stage, Store
+from entropy_core.store import Stage, Store, vectors
 
 log = logging.getLogger("entropy_probe.store")
 
@@ -48,20 +48,18 @@ class VectorKeeper:
     def release(self, artifact: Artifact) -> None:
         """Say that the sweep is done with the vectors of an artifact."""
         if not self.keep:
-            self.store.drop_vectors(artifact)
+            vectors.drop(self.store, artifact)
 
     def _require(self, artifact: Artifact) -> None:
         """Have the vectors of an artifact in the store, sound; raises StoreError where they come out otherwise."""
-        missing = self.store.without_vectors(artifact)
-        if not missing:
+        if vectors.require(self.store, artifact):
             return
-        log.info("%s/%s is computed again: %s", artifact.stage, artifact.key[:12], missing)
-        self.store.discard(artifact)
+        log.info("%s/%s is computed again: its vectors are needed", artifact.stage, artifact.key[:12])
         stage, inputs, label = self._made[artifact]
         again = self.run(stage, inputs, label)
         if again != artifact:
             raise StoreError(
-                f"{stage.name} gives other numbers than before ({missing}), and no result may mix the two",
+                f"the vectors of {artifact.stage}/{artifact.key} were not kept, and computing them again gives others",
                 cause="another device, number of threads or micro-batch, or other library versions",
                 way_out="run the sweep again: what depends on it is computed anew, too",
             )

@@ -32,8 +32,6 @@ from entropy_core.artifact import Artifact, Writer, canonical, upstream
 from entropy_core.code_identity import code_digest, module_digests, name_of
 from entropy_core.errors import StoreError
 from entropy_core.manifest import (
-    DROPPED,
-    VECTORS,
     as_json,
     check_files,
     check_manifest,
@@ -188,35 +186,6 @@ class Store:
         path = self.root / ".locks" / f"{stage_name}-{key}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path, timeout=timeout)
-
-    def drop_vectors(self, artifact: Artifact) -> None:
-        """Let the `VECTORS` of an artifact go, which stays sound without them.
-
-        A stage that needs them makes them again with all of their artifact: see `discard`.
-        """
-        if not (artifact.directory / VECTORS).exists():
-            return
-        try:
-            with self.lock(artifact.stage, artifact.key), temporary_sibling(artifact.directory) as temporary:
-                (artifact.directory / DROPPED).touch()
-                os.rename(artifact.directory / VECTORS, temporary / VECTORS)
-        except OSError as error:
-            log.warning("the vectors of %s/%s stay: %s", artifact.stage, artifact.key, error)
-
-    def without_vectors(self, artifact: Artifact) -> str:
-        """Why the `VECTORS` of an artifact cannot be read: they were dropped, lost or damaged; "" where they can."""
-        if (artifact.directory / DROPPED).exists():
-            return "its vectors were not kept"
-        return self.check(artifact.stage, artifact.key, vectors=True)[1]
-
-    def discard(self, artifact: Artifact) -> None:
-        """Delete an artifact whose `VECTORS` are wanted and gone, so that the next `run` computes all of it anew."""
-        with (
-            self.writing(),
-            self.lock(artifact.stage, artifact.key),
-            temporary_sibling(artifact.directory) as temporary,
-        ):
-            os.rename(artifact.directory, temporary / artifact.key)
 
     def quarantine(self, stage_name: str, key: str, fault: str) -> None:
         """Move an unsound artifact out of the way, and say so; its lock is held."""
