@@ -23,7 +23,7 @@ from entropy_core.numerics import ragged
 from entropy_core.numerics.uncertainty import entropy_derivative
 from entropy_core.read_config import parse_config
 from entropy_core.stages.derivatives import forward_mode
-from entropy_core.stages.measure import Measurement, load_pool
+from entropy_core.stages.measure import Measurement, load_checkpoint, load_pool
 from entropy_core.stages.pipeline import direct_runner, execution_for
 from entropy_core.stages.preflight import preflight, splits
 from entropy_core.stages.sequences import processor_of, read_sequences
@@ -64,7 +64,7 @@ def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
         processor = processor_of(law, execution)
         policy, batch = processor.policy, read_sequences(found["sample-e-batch"][0])
         learning_rate = found["load-checkpoint"][0].summary["learning_rate"]
-        v = found["compute-update"][0].tensors("direction.safetensors")
+        v = dict(found["compute-update"][0].vector("direction"))
 
         def ours(batch: BatchedSequences) -> dict[Any, Any]:
             base, _ = processor.score(batch)
@@ -124,7 +124,7 @@ def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], dict[
         return artifact
 
     pools = {split: load_pool(config, split, checkpoint.tokenizer, run) for split in set(splits(config))}
-    measurement = Measurement(config, checkpoint, pools, run)
+    measurement = Measurement(config, checkpoint, load_checkpoint(config, checkpoint, run), pools, run)
     with suppress(_Enough):
         measurement.variance_inputs()
     return found, measurement.law, execution

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from entropy_core.errors import StoreError
-from entropy_core.manifest import MANIFEST, check_file, check_manifest, json_text
+from entropy_core.manifest import DROPPED, MANIFEST, VECTORS, check_file, check_manifest, json_text
 
 if TYPE_CHECKING:  # loaded where they are used: looking an artifact up takes neither
     import pyarrow
     import torch
+
+    from entropy_core.tensor_file import TensorFile, TensorWriter
 
 _TAGS = ({"float"}, {"artifact", "digest"})  # a dict of these names could be taken for what they stand for
 
@@ -69,6 +71,12 @@ class Artifact:
         """
         entry = self.manifest["files"].get(name)
         fault = check_file(self.directory / name, entry) if entry else f"it has no file {name}"
+        if fault and name.startswith(VECTORS) and (self.directory / DROPPED).exists():
+            raise StoreError(
+                f"{name} of artifact {self.stage}/{self.key} is not kept",
+                cause="another sweep with execution.keep_vectors: false let it go meanwhile",
+                way_out="run the sweep again: what it needs of it is computed anew",
+            )
         if fault:
             raise self._unsound(fault)
         return self.directory / name
@@ -78,6 +86,12 @@ class Artifact:
         from safetensors.torch import load_file
 
         return load_file(self.path(name))
+
+    def vector(self, name: str) -> "TensorFile":
+        """Open a file of `VECTORS`, to be read a tensor or a block at a time. Raises StoreError as `path` does."""
+        from entropy_core.tensor_file import TensorFile
+
+        return TensorFile(self.path(f"{VECTORS}{name}.safetensors"))
 
     def table(self, name: str) -> "pyarrow.Table":
         """Load a Parquet file. Raises StoreError as `path` does."""
@@ -123,7 +137,7 @@ class Writer:
         """
         path = self._directory / name
         outside = Path(name).is_absolute() or ".." in Path(name).parts
-        if outside or path in (self._directory, self._directory / MANIFEST):
+        if outside or path in (self._directory, self._directory / MANIFEST, self._directory / DROPPED):
             raise StoreError(f"{name!r} cannot name a data file", way_out=f"use a relative path other than {MANIFEST}")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -157,6 +171,18 @@ class Writer:
         save_file(plain, path, dict(metadata) if metadata else None)
         path.chmod(mode)
         _sort_metadata(path)
+
+    def vector(self, name: str, shapes: "Mapping[str, tuple[int, ...]]", dtype: "torch.dtype") -> "TensorWriter":
+        """Begin a file of `VECTORS`, to be filled a block at a time within a `with`.
+
+        Args:
+            name: without suffix.
+            shapes: of the tensors, by parameter name.
+            dtype: of all of them.
+        """
+        from entropy_core.tensor_file import TensorWriter
+
+        return TensorWriter(self.path(f"{VECTORS}{name}.safetensors"), shapes, dtype)
 
     def table(self, table: "pyarrow.Table", name: str) -> None:
         """Write a table as a Parquet file."""

@@ -27,7 +27,7 @@ class Checkpoint:
         layout: where its parts lie.
         name: the directory's own name, such as `checkpoint-100`.
         step: the trainer's `global_step`; 0 for a fresh model that says none.
-        optimizer: Adam's state by name; its tensors are read from `optimizer.pt` when they are first used.
+        optimizer: Adam's state by name; its tensors are read from `optimizer.pt` when they are used.
         parameter_shapes: every trained parameter, in `named_parameters()` order (a tied weight once).
         model_shapes: every parameter of the model without its adapter.
         assumptions: what the files do not say and was taken to be so, one sentence each.
@@ -47,6 +47,8 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read the optimizer's state by name, and verify that it belongs to the model and can make a next step.
 
+    Nothing of the size of the model is read; whether the moments are numbers, `optimizer_state.check_moments` says.
+
     Args:
         directory: a checkpoint directory; `checkpoint_layout` says which files it may have.
         learning_rate: takes the place of the largest saved one; groups keep their ratios. None keeps the saved ones.
@@ -60,8 +62,8 @@ def read_checkpoint(
     Raises:
         CheckpointError: a file is missing, corrupt, or a pickle with code; the weights do not fit the config; the
             optimizer is not Adam or AdamW, lacks hyperparameters, does not cover every trained parameter, or has
-            slots that are left over, of a wrong shape, not finite, or before their first step; every saved learning
-            rate is 0 and none is given.
+            slots that are left over, of a wrong shape, or before their first step; every saved learning rate is 0 and
+            none is given.
         ConfigError: `learning_rate` is not a positive finite number, or is missing where the optimizer is fresh.
     """
     if learning_rate is not None and not 0 < learning_rate < math.inf:

@@ -242,6 +242,11 @@ class ExecutionConfig(Section):
     head_chunk_megabytes: float = Field(
         64, gt=0, le=1_000_000, description="Memory of the logits that exist at one time; does not change the result."
     )
+    keep_vectors: bool = Field(
+        True,
+        description="Keep what is of the size of the policy in the store (24 bytes a parameter and checkpoint in "
+        "float32). false: it goes when the sweep is done with it; a later sweep that needs it computes it again.",
+    )
     artifacts: str = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
 
 

@@ -24,6 +24,10 @@ from typing import Any
 from entropy_core.errors import StoreError
 
 MANIFEST = "manifest.json"
+VECTORS = "vectors/"
+"""Where an artifact has its files of the size of the policy. Their digests count for good; they themselves may go."""
+DROPPED = "vectors.dropped"
+"""Says that they went on purpose: without it, they are lost."""
 
 _KEYED = ("stage", "code", "inputs")
 _LIBRARIES = ("torch", "transformers", "peft", "pyarrow", "safetensors")
@@ -119,6 +123,22 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
         return {}, "it has no manifest"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return {}, f"its manifest was damaged or edited: {error}"
+
+
+def check_files(directory: Path, files: Mapping[str, Mapping[str, Any]], vectors: bool) -> str:
+    """Check the data files of an artifact against their entries in the manifest.
+
+    Args:
+        directory: of the artifact.
+        files: file name → entry.
+        vectors: read those of `VECTORS` as well, unless they were dropped; they are not even looked for otherwise.
+
+    Returns:
+        What is wrong first, or "".
+    """
+    kept = vectors and not (directory / DROPPED).exists()
+    checked = (check_file(directory / name, of) for name, of in files.items() if kept or not name.startswith(VECTORS))
+    return next(filter(None, checked), "")
 
 
 def check_file(path: Path, entry: Mapping[str, Any]) -> str:

@@ -1,8 +1,11 @@
 """What `optimizer.pt` holds, by the optimizer's own numbering; no code in it is run, and only Adam is accepted."""
 
+import ctypes
 import math
+import mmap
 import pickle
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from entropy_core.checkpoint_content import SAVE_AGAIN
 from entropy_core.errors import CheckpointError, some_names
+from entropy_core.numerics.adamw import AdamState
 
 OTHER_OPTIMIZERS = {
     "momentum_buffer": "SGD with momentum, or Muon",
@@ -54,6 +58,9 @@ def load_optimizer(path: Path) -> SavedOptimizer:
             cause="the save or the copy was interrupted, or it is a bare pickle",
             way_out=SAVE_AGAIN,
         )
+    if (order := _byte_order(path)) != sys.byteorder:
+        fact = f"{path} was saved by a machine that is {order}-endian"
+        raise CheckpointError(fact, way_out="load it there and save it again from one like this")
     try:
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's own message is not repeated: it recommends to switch the safety off
@@ -102,6 +109,64 @@ def _require_adam(path: Path, slots: dict[Any, dict[str, Any]], groups: list[dic
                 cause="RAdam or a third-party optimizer with the same slots",
                 way_out=USE_ADAMW,
             )
+
+
+def _byte_order(path: Path) -> str:
+    """Of the tensors in an archive of torch.save: bytes that torch has to turn round are not those of the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [name for name in archive.namelist() if name.endswith("/byteorder")]
+            return archive.read(found[0]).decode() if found else "little"
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return sys.byteorder  # what is wrong is said by whoever reads the tensors
+
+
+class SavedMoments:
+    """The moments of an `optimizer.pt`, read a block at a time from where they are.
+
+    Args:
+        path: of the file, which was accepted by `load_optimizer` before.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._slots = list(load_optimizer(path).slots.values())
+
+    def state(self, slot: int, steps: int, amsgrad: bool, start: int, stop: int) -> AdamState:
+        """Read the state of a piece of a parameter.
+
+        Args:
+            slot: place of the parameter's slot in the file.
+            steps: taken so far.
+            amsgrad: whether the largest second moment counts.
+            start: first number of the flat parameter.
+            stop: number after the last.
+
+        Returns:
+            Flat float64 tensors.
+        """
+
+        def piece(key: str) -> Tensor:
+            moment = self._slots[slot][key]
+            part = moment.reshape(-1)[start:stop]
+            copy = part.to(torch.float64, copy=True)
+            if moment.is_contiguous():  # else the part is one of a copy
+                release(part)
+            return copy
+
+        return AdamState(steps, piece("exp_avg"), piece("exp_avg_sq"), piece("max_exp_avg_sq") if amsgrad else None)
+
+
+def release(tensor: Tensor) -> None:
+    """Take a contiguous tensor of `load_optimizer` out of memory; when it is used again, the file is read again.
+
+    Pages of a mapped file count as this process's memory from when they were touched until the file is closed. The map
+    is private and never written to, so what is dropped is what the file holds.
+    """
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise and tensor.is_contiguous():
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - start
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def as_float(value: Any) -> float:

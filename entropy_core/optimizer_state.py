@@ -1,6 +1,7 @@
 """Adam's state by parameter name.
 
-    optimizer_by_name    what `optimizer.pt` holds, under its parameters' names: sound, and ready for a next step
+    optimizer_by_name    what `optimizer.pt` holds, under its parameters' names: whole, and ready for a next step
+    check_moments        that its moments are numbers, for which they have to be read
     fresh_optimizer      before the first step
 
 The names themselves are the model's to say.
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from entropy_core.checkpoint_content import SAVE_AGAIN
 from entropy_core.errors import CheckpointError, some_names
-from entropy_core.optimizer_file import SAVE_NAMES, USE_ADAMW, SavedOptimizer, as_float
+from entropy_core.optimizer_file import SAVE_NAMES, USE_ADAMW, SavedOptimizer, as_float, release
 
 Shapes = dict[str, tuple[int, ...]]  # by parameter name
 Slots = dict[str, dict[str, Any]]  # by parameter name
@@ -55,12 +56,14 @@ class OptimizerState:
     Attributes:
         groups: the groups that hold parameters; together they hold every trainable parameter once.
         step: steps taken so far, per parameter.
+        slot: the parameter's place among the slots of the file; empty where the optimizer is fresh.
         exp_avg, exp_avg_sq: first and second moment of the gradient, without bias correction.
         max_exp_avg_sq: largest second moment so far, for the amsgrad groups only.
     """
 
     groups: tuple[AdamGroup, ...]
     step: dict[str, int]
+    slot: dict[str, int]
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
     max_exp_avg_sq: dict[str, Tensor]
@@ -76,6 +79,8 @@ def optimizer_by_name(
 ) -> tuple[OptimizerState, tuple[str, ...]]:
     """Give the slots their names, and verify that they belong to the model and can make a next step.
 
+    Nothing of the size of the model is read: `check_moments` does that.
+
     Args:
         saved: what the file holds.
         names: of the parameters, for every group in its order.
@@ -86,15 +91,17 @@ def optimizer_by_name(
         The state; and what was assumed, one sentence each.
 
     Raises:
-        CheckpointError: a slot is missing, left over, of a wrong shape, not finite, or before its first step; a
-            hyperparameter is out of range; every saved learning rate is 0 and none is given.
+        CheckpointError: a slot is missing, left over, of a wrong shape, or before its first step; a hyperparameter is
+            out of range; every saved learning rate is 0 and none is given.
     """
     slot_of = _slots_by_name(saved, names, shapes)
+    place = {id(slot): position for position, slot in enumerate(saved.slots.values())}
     named = zip(saved.groups, names, strict=True)  # the Trainer makes its second group even when nothing is in it
     groups = tuple(_adam_group(saved.path, group, members) for group, members in named if members)
     state = OptimizerState(
         groups=groups,
         step=_steps(saved.path, slot_of),
+        slot={name: place[id(slot)] for name, slot in slot_of.items()},
         exp_avg={name: slot["exp_avg"] for name, slot in slot_of.items()},
         exp_avg_sq={name: slot["exp_avg_sq"] for name, slot in slot_of.items()},
         max_exp_avg_sq={n: slot_of[n]["max_exp_avg_sq"] for group in groups if group.amsgrad for n in group.names},
@@ -107,6 +114,39 @@ def optimizer_by_name(
     if any(group.weight_decay for group in groups) and any("decoupled_weight_decay" not in g for g in saved.groups):
         said += ("optimizer.pt does not tell AdamW from Adam: taken to be AdamW, with decoupled weight decay.",)
     return state, said
+
+
+def check_moments(path: Path, state: OptimizerState) -> None:
+    """Read all moments, one at a time, and verify that they are numbers.
+
+    Args:
+        path: of `optimizer.pt`.
+        state: what it holds, by parameter name.
+
+    Raises:
+        CheckpointError: a moment is NaN or infinite, or a second one is negative; names it.
+    """
+    slots = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq, "max_exp_avg_sq": state.max_exp_avg_sq}
+    bad = [
+        f"{name} ({key})"
+        for name in state.step
+        for key, by_name in slots.items()
+        if name in by_name and not _is_sound(by_name[name], key)
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{path}: moments are NaN, infinite, or a negative square: {some_names(bad)}",
+            cause="the run diverged before this checkpoint",
+            way_out="probe an earlier checkpoint",
+        )
+
+
+def _is_sound(moment: Tensor, key: str) -> bool:
+    if not moment.numel():
+        return True
+    low, high = (float(x) for x in torch.aminmax(moment))  # NaN if any element is
+    release(moment)
+    return (low >= 0 or key == "exp_avg") and -math.inf < low <= high < math.inf
 
 
 def fresh_optimizer(shapes: Shapes, learning_rate: float) -> tuple[OptimizerState, tuple[str, ...]]:
@@ -123,6 +163,7 @@ def fresh_optimizer(shapes: Shapes, learning_rate: float) -> tuple[OptimizerStat
     state = OptimizerState(
         groups=(group,),
         step=dict.fromkeys(shapes, 0),
+        slot={},
         exp_avg={name: torch.zeros(shape) for name, shape in shapes.items()},
         exp_avg_sq={name: torch.zeros(shape) for name, shape in shapes.items()},
         max_exp_avg_sq={},
@@ -157,11 +198,11 @@ def _slots_by_name(saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: 
         raise CheckpointError(fact, cause="the optimizer of another model", way_out=SAVE_AGAIN)
     slot_of = {name: slots[index_of[name]] for name in shapes}
     amsgrad = {name for group, members in zip(groups, names, strict=True) if group["amsgrad"] for name in members}
-    _require_sound_moments(path, slot_of, shapes, amsgrad)
+    _require_moments(path, slot_of, shapes, amsgrad)
     return slot_of
 
 
-def _require_sound_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: set[str]) -> None:
+def _require_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: set[str]) -> None:
     moments: list[tuple[str, str, Any]] = [
         (name, key, slot.get(key))
         for name, slot in slot_of.items()
@@ -175,17 +216,6 @@ def _require_sound_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: 
             cause="param groups in another order than the Trainer's, or the optimizer of another model",
             way_out=SAVE_NAMES,
         )
-    if bad := [f"{n} ({key})" for n, key, m in moments if m.numel() and not _is_sound(m, key)]:
-        raise CheckpointError(
-            f"{path}: moments are NaN, infinite, or a negative square: {some_names(bad)}",
-            cause="the run diverged before this checkpoint",
-            way_out="probe an earlier checkpoint",
-        )
-
-
-def _is_sound(moment: Tensor, key: str) -> bool:
-    low, high = (float(x) for x in torch.aminmax(moment))  # NaN if any element is
-    return (low >= 0 or key == "exp_avg") and -math.inf < low <= high < math.inf
 
 
 def _steps(path: Path, slot_of: Slots) -> dict[str, int]:

@@ -158,6 +158,8 @@ class Policy:
     ) -> TokenStatistics:
         """Add ∇Σ_k (c_k·ℓ_k + d_k·h_k) to one accumulator per set of coefficients; one forward for all of them.
 
+        Each parameter's gradient is added when it is known and forgotten then: they never exist all at one time.
+
         Args:
             rows: the micro-batch.
             coefficients: sets of (c, d), float64 [K].
@@ -168,23 +170,45 @@ class Policy:
             ℓ and h of the forward pass, detached.
         """
         parameters = self.named_parameters()
-        names = list(into[0])
+        named = [parameters[name] for name in into[0]]
         with self._recomputing() if self.recompute_activations else nullcontext():
             statistics = self.scorer(rows, temperature)
         for index, (weights, gradients) in enumerate(zip(coefficients, into, strict=True)):
             terms = [w_K.to(self.device) * x_K.double() for w_K, x_K in zip(weights, statistics, strict=True)]
             scalar = torch.stack(terms).sum()
-            keep = index + 1 < len(coefficients)
-            found = torch.autograd.grad(
-                scalar, [parameters[n] for n in names], retain_graph=keep, materialize_grads=True
-            )
-            for name, gradient in zip(names, found, strict=True):
-                gradients[name] += gradient.double()
+            with self._adding_to(gradients):
+                scalar.backward(inputs=named, retain_graph=index + 1 < len(coefficients))
         return TokenStatistics(*(values_K.detach() for values_K in statistics))
 
+    @contextmanager
+    def _adding_to(self, accumulators: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context a parameter's gradient goes to its accumulator as soon as autograd has it."""
+
+        def add(total: Tensor, parameter: Tensor) -> None:
+            assert parameter.grad is not None  # which is why the hook was called
+            for to, gradient in zip(total.view(-1).split(BLOCK), parameter.grad.reshape(-1).split(BLOCK), strict=True):
+                to += gradient
+            parameter.grad = None
+
+        parameters = self.named_parameters()
+        hooks = [
+            parameters[name].register_post_accumulate_grad_hook(partial(add, total))
+            for name, total in accumulators.items()
+        ]
+        try:
+            yield
+        finally:
+            for name, hook in zip(accumulators, hooks, strict=True):
+                hook.remove()
+                parameters[name].grad = None  # where memory ran out before it was added
+
     def new_accumulator(self) -> dict[str, Tensor]:
-        """A float64 zero for every trained parameter."""
-        return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.named_parameters().items()}
+        """A float64 zero for every trained parameter; the memory that a move has left behind is given back for it."""
+        self._place = {}
+        return {
+            name: torch.zeros(p.shape, dtype=torch.float64, device=p.device)
+            for name, p in self.named_parameters().items()
+        }
 
     @contextmanager
     def moved(self, direction: Mapping[str, Tensor], eta: float) -> Iterator[None]:
@@ -193,7 +217,7 @@ class Policy:
         On a CPU the memory of θ + η·v is kept for the next move: new memory takes several times what the sum takes.
 
         Args:
-            direction: v by parameter name, float64.
+            direction: v by parameter name; each tensor is asked for once.
             eta: η.
         """
         room = torch.empty(BLOCK, dtype=torch.float64, device=self.device)
@@ -224,9 +248,11 @@ class Policy:
         generator = torch.Generator().manual_seed(seed)
 
         def neighbour(_: str, theta: Tensor) -> Tensor:
-            up = torch.randint(0, 2, theta.shape, generator=generator, dtype=torch.bool).to(theta.device)
-            infinity = torch.full_like(theta, torch.inf)
-            return torch.nextafter(theta, torch.where(up, infinity, -infinity))
+            moved = torch.empty_like(theta, memory_format=torch.contiguous_format)
+            for to, start in zip(moved.view(-1).split(BLOCK), theta.reshape(-1).split(BLOCK), strict=True):
+                up = torch.randint(0, 2, start.shape, generator=generator, dtype=torch.bool).to(theta.device)
+                torch.nextafter(start, torch.where(up, torch.inf, -torch.inf).to(start), out=to)
+            return moved
 
         return self._replaced(dict(self.model.named_parameters()), neighbour)
 

@@ -22,9 +22,12 @@ from entropy_core.arithmetic import problems
 from entropy_core.artifact import Artifact
 from entropy_core.config import ProbeConfig
 from entropy_core.demo import DemoSettings, build_model, build_tokenizer
+from entropy_core.numerics.vectors import Block, in_blocks
+from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.read_config import parse_config
 from entropy_core.stages.pipeline import Inputs, SweepResult, direct_runner, execution_for, sweep
 from entropy_core.stages.preflight import CheckpointToProbe, preflight
+from entropy_core.stages.sequences import policy_of
 from entropy_core.store import Stage, Store
 
 SHAPE = DemoSettings(hidden_size=16, layers=1, heads=2, intermediate_size=24)
@@ -167,6 +170,27 @@ class Probe:
     def rows(self) -> list[dict[str, Any]]:
         """Of results.parquet."""
         return self.result.report.table("results.parquet").to_pylist()
+
+
+def whole(vector: Mapping[Block, torch.Tensor], like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A vector that comes in blocks, as float64 tensors of the same shapes as others."""
+    found = {name: torch.empty(tensor.shape, dtype=torch.float64) for name, tensor in like.items()}
+    for block, values in vector.items():
+        found[block.name].view(-1)[block.start : block.stop] = values
+    return found
+
+
+def parts_of(update: Artifact, run: Counting) -> dict[str, dict[str, torch.Tensor]]:
+    """The parts of a step and its diagonals, computed anew from what the step left in the store."""
+    (loaded,) = [
+        artifact for artifact in run.artifacts("load-checkpoint") if artifact.to_dict() in update.manifest["upstream"]
+    ]
+    inputs = next(inputs for _, inputs, artifact in run.asked if artifact.stage == "compute-update")
+    parameters = policy_of(inputs["law"], run.execution).named_parameters()
+    gradient = in_blocks(update.vector("gradient"))
+    step = OptimizerStep(loaded, run.execution, parameters, gradient, update.summary["clip_factor"])
+    names = ("direction", "momentum", "gradient", "decay", "preconditioner", "jacobian")
+    return {name: whole(step.part(name), parameters) for name in names}
 
 
 def probe(values: Mapping[str, Any]) -> Probe:

@@ -10,13 +10,11 @@ from torch import Tensor
 from entropy_core.numerics.adamw import (
     AdamHyperparameters,
     AdamState,
+    NextStep,
     clip_factor,
-    coupled_update_direction,
-    dot,
-    global_norm,
     pull_back,
-    update_direction,
 )
+from entropy_core.numerics.vectors import dot, global_norm
 
 NOMINAL = 0.05  # learning rate of the first group
 GROUPS: dict[str, dict[str, Any]] = {
@@ -95,7 +93,7 @@ def test_the_direction_is_the_step_that_torch_takes(amsgrad: bool, maximize: boo
         optimizer.step()
         for name, p in named.items():
             group = GROUPS[name] | {"maximize": maximize}
-            parts = update_direction(gradients[name], before[name], states[name], hyperparameters_of(group))
+            parts = NextStep(gradients[name], before[name], states[name], hyperparameters_of(group))
             # θ itself is of order 1, so its rounding is what is left of a difference
             torch.testing.assert_close(
                 NOMINAL * parts.direction, p.detach() - before[name], rtol=1e-12, atol=1e-15, msg=f"{name}, step {step}"
@@ -107,14 +105,14 @@ def test_the_parts_are_what_each_cause_would_do_alone():
     named, states = a_state(amsgrad=False, maximize=False)
     for name, g in gradients_at(named, 3).items():
         h = hyperparameters_of(GROUPS[name])
-        parts = update_direction(g, named[name], states[name], h)
+        parts = NextStep(g, named[name], states[name], h)
         still = torch.zeros_like(named[name])
-        nowhere = update_direction(g, still, states[name], h)
+        nowhere = NextStep(g, still, states[name], h)
         assert torch.equal(nowhere.decay, still) and torch.equal(nowhere.gradient, parts.gradient)
-        undecayed = update_direction(g, named[name], states[name], h._replace(weight_decay=0.0))
+        undecayed = NextStep(g, named[name], states[name], h._replace(weight_decay=0.0))
         torch.testing.assert_close(undecayed.direction, parts.momentum + parts.gradient, rtol=1e-15, atol=0)
         fresh = states[name]._replace(exp_avg=still)
-        assert torch.equal(update_direction(g, named[name], fresh, h).momentum, still)
+        assert torch.equal(NextStep(g, named[name], fresh, h).momentum, still)
         torch.testing.assert_close(parts.preconditioner * g, parts.gradient, rtol=1e-14, atol=0)
         # against the gradient, towards zero, along the old mean
         assert (parts.gradient * g <= 0).all()
@@ -135,15 +133,16 @@ def test_decay_through_the_gradient_is_that_of_torchs_adam(amsgrad: bool, maximi
         states = {name: state_of(optimizer.state[p]) for name, p in named.items() if optimizer.state[p]}
         optimizer.step()
         for name, state in states.items():
-            h = hyperparameters_of(GROUPS[name] | {"maximize": maximize})
+            h = hyperparameters_of(GROUPS[name] | {"maximize": maximize})._replace(decoupled=False)
             g, moved = gradients_at(named, step)[name], named[name].detach() - before[name]
-            parts = coupled_update_direction(g, before[name], state, h)
+            parts = NextStep(g, before[name], state, h)
             torch.testing.assert_close(NOMINAL * parts.direction, moved, rtol=1e-12, atol=1e-15)
             torch.testing.assert_close(parts.preconditioner * g, parts.gradient, rtol=1e-14, atol=0)
-            bare = coupled_update_direction(g, torch.zeros_like(g), state, h)
+            bare = NextStep(g, torch.zeros_like(g), state, h)
             assert (bare.decay == 0).all()
             if not h.weight_decay:
-                assert torch.equal(parts.direction, update_direction(g, before[name], state, h).direction)
+                decoupled = NextStep(g, before[name], state, h._replace(decoupled=True))
+                assert torch.equal(parts.direction, decoupled.direction)
 
 
 def torch_step(
@@ -176,7 +175,7 @@ def test_the_jacobian_is_that_of_autograd_through_torchs_step(amsgrad: bool, max
     for name, step in steps.items():
         (expected,) = torch.autograd.grad(step.sum(), gradient[name])  # each element depends on its own gradient only
         h = hyperparameters_of(GROUPS[name] | {"maximize": maximize})
-        parts = update_direction(gradient[name].detach(), named[name], states[name], h)
+        parts = NextStep(gradient[name].detach(), named[name], states[name], h)
         torch.testing.assert_close(parts.direction, step.detach(), rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(parts.jacobian, expected, rtol=1e-11, atol=1e-13)
     if amsgrad:  # both branches of the maximum were met
@@ -202,7 +201,7 @@ def test_pull_back_is_autograd_through_clipping_and_step(max_norm: float, amsgra
     plain = {name: g.detach() for name, g in gradient.items()}
     factor = clip_factor(global_norm(plain), max_norm)
     assert (factor < 1) == (max_norm == 0.5)
-    parts = {n: update_direction(factor * plain[n], named[n], states[n], hyperparameters_of(GROUPS[n])) for n in named}
+    parts = {n: NextStep(factor * plain[n], named[n], states[n], hyperparameters_of(GROUPS[n])) for n in named}
     pulled = pull_back(covector, {n: part.jacobian for n, part in parts.items()}, plain, max_norm)
     for name in named:
         torch.testing.assert_close(pulled[name], expected[name], rtol=1e-11, atol=1e-12)
@@ -225,8 +224,8 @@ def test_clipping_is_that_of_torch():
 def test_an_untouched_parameter_stays_and_its_derivative_is_finite(amsgrad: bool):
     zero = torch.zeros(3, dtype=torch.float64)
     state = AdamState(4, zero, zero, zero if amsgrad else None)
-    parts = update_direction(zero, zero, state, AdamHyperparameters(0.9, 0.999, 1e-8, 0.1))
-    assert all(torch.equal(part.abs(), zero) for part in parts[:3])
+    parts = NextStep(zero, zero, state, AdamHyperparameters(0.9, 0.999, 1e-8, 0.1))
+    assert all(torch.equal(part.abs(), zero) for part in (parts.momentum, parts.decay, parts.gradient))
     # from there, a small gradient moves it by (1 − β₁)/(1 − β₁⁵)/ε times itself
     expected = -(1 - 0.9) / (1 - 0.9**5) / 1e-8
     torch.testing.assert_close(parts.jacobian, torch.full_like(zero, expected), rtol=1e-12, atol=0)

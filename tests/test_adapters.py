@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import gpt2, llama, policy_of, random_direction
 from lora_fixtures import make_base, make_lora, save_adapter, trained, with_adapter, write_json
-from pipeline_fixtures import LEARNING_RATE, Probe, probe, skip_figures, trainer_groups, values
+from pipeline_fixtures import LEARNING_RATE, Probe, parts_of, probe, skip_figures, trainer_groups, values, whole
 from safetensors.torch import load_file, save_file
 from test_policy import TAU, five_point, plain, rows
 from transformers import AutoModelForCausalLM
@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM
 from entropy_core.adapters import PEFT_PREFIX, check_adapter, fill_adapter, insert_adapter
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.errors import CheckpointError, ConfigError
+from entropy_core.numerics.vectors import in_blocks
+from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.policy import Coefficients
 from entropy_core.read_config import parse_config
 from entropy_core.stages.preflight import preflight
-from entropy_core.stages.update import next_step
 
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {  # the base, and what differs from plain LoRA on some layers
     "plain": (gpt2, {"target_modules": ["c_attn"]}),
@@ -207,15 +208,14 @@ def test_a_sweep_over_an_adapter(home: Path, tmp_path: Path, checkpoint: str):
 
     (update,) = done.run.artifacts("compute-update")
     (loaded,) = done.run.artifacts("load-checkpoint")
-    gradient = update.tensors("gradient.safetensors")
+    gradient = dict(update.vector("gradient"))
     expected = torch_step(home / checkpoint, home / "base", gradient)
-    direction = update.tensors("direction.safetensors")
+    direction = dict(update.vector("direction"))
     assert direction.keys() == expected.keys() and any("lora_A" in name for name in direction)
     for name, v in direction.items():
         torch.testing.assert_close(v, expected[name], rtol=1e-12, atol=1e-12 * float(expected[name].abs().max()))
     assert loaded.summary["matched"] == loaded.summary["trained"] == len(direction)
-    for file in ("momentum", "decay", "jacobian", "preconditioner"):
-        assert update.tensors(f"{file}.safetensors").keys() == direction.keys()
+    assert all(part.keys() == direction.keys() for part in parts_of(update, done.run).values())
 
 
 def test_the_other_layout_gives_the_same_names(home: Path, caplog):
@@ -382,7 +382,7 @@ def test_the_first_step_of_a_fresh_optimizer(home: Path, tmp_path: Path, kind: s
     done: Probe = probe(config_of(home, tmp_path / "artifacts", checkpoint, update=fresh))
     (update,) = done.run.artifacts("compute-update")
     clip = update.summary["clip_factor"]
-    gradient, direction = (update.tensors(f"{file}.safetensors") for file in ("gradient", "direction"))
+    gradient, direction = (dict(update.vector(name)) for name in ("gradient", "direction"))
     assert any("lora_" in name for name in direction) == (kind == "adapter")
     for name, g in gradient.items():
         torch.testing.assert_close(direction[name], -clip * g / ((clip * g).abs() + 1e-8), rtol=1e-9, atol=1e-12)
@@ -404,10 +404,14 @@ def test_next_step_reads_what_was_loaded(home: Path, tmp_path: Path):
     """The stage's artifact holds the adapter's slots and nothing else."""
     done = probe(config_of(home, tmp_path / "artifacts", "run/checkpoint-3", importance={"etas": [0]}))
     (loaded,) = done.run.artifacts("load-checkpoint")
-    shapes = read_checkpoint(home / "run" / "checkpoint-3").parameter_shapes
+    saved = read_checkpoint(home / "run" / "checkpoint-3")
+    shapes, moments = saved.parameter_shapes, saved.optimizer.exp_avg
     zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    assert next_step(loaded, zeros, zeros, 1.0).keys() == shapes.keys()
-    assert {name.partition("/")[2] for name in loaded.tensors("moments.safetensors")} == shapes.keys()
+    step = OptimizerStep(loaded, done.run.execution, zeros, in_blocks(zeros), 1.0)
+    direction = whole(step.part("direction"), zeros)
+    assert direction.keys() == shapes.keys()
+    assert all(torch.equal(v.sign(), -moments[name].double().sign()) for name, v in direction.items())
+    assert set(loaded.manifest["files"]) == {"groups.json", "parameters.parquet"}  # the moments stay where they are
     norms = {name for name in shapes if "ln_f" in name}
     decay, no_decay = loaded.json("groups.json")
     assert norms and norms <= no_decay["parameters"].keys() and not norms & decay["parameters"].keys()

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import LEARNING_RATE, Probe, make_gpt2, make_run, probe, skip_figures, values, write_reward
+from pipeline_fixtures import (
+    LEARNING_RATE,
+    Probe,
+    make_gpt2,
+    make_run,
+    parts_of,
+    probe,
+    skip_figures,
+    values,
+    write_reward,
+)
 from safetensors.torch import load_file, save_file
 
 from entropy_core.demo import build_tokenizer
@@ -122,10 +132,6 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: change_optimizer(d, lambda saved: set_rates(saved, 0.0)),
         "learning rate 0 in every param group.*set `learning_rate`",
     ),
-    "moments NaN": (
-        lambda d: change_optimizer(d, lambda saved: saved["state"][0]["exp_avg"].fill_(math.nan)),
-        "moments are NaN.*an earlier checkpoint",
-    ),
     "weights cut off": (lambda d: cut(d / "model.safetensors", 5000), r"model\.safetensors cannot be opened"),
     "weights garbled": (
         lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 64 + (d / "model.safetensors").read_bytes()[64:]),
@@ -151,6 +157,16 @@ def test_one_bad_checkpoint_stops_the_sweep_before_the_good_ones(home):
     (home / "run" / "checkpoint-5" / "optimizer.pt").unlink()
     config = config_of(home, checkpoints=[str(home / "run" / "checkpoint-*")])
     assert "checkpoint-5" in refused(CheckpointError, r"no optimizer\.pt", config)
+
+
+def test_moments_that_are_nan_stop_the_sweep_before_anything_is_sampled(home):
+    """They are read by the first stage, which is run for all checkpoints first."""
+    change_optimizer(home / "run" / "checkpoint-5", lambda saved: saved["state"][0]["exp_avg"].fill_(math.nan))
+    config = config_of(home, checkpoints=[str(home / "run" / "checkpoint-*")])
+    with pytest.raises(CheckpointError, match=r"checkpoint-5/optimizer\.pt: moments are NaN.*an earlier") as raised:
+        probe(config)
+    one_line(raised.value)
+    assert {stage for stage, _ in Store(config["execution"]["artifacts"]).names()} == {"load-checkpoint"}
 
 
 @pytest.mark.parametrize(
@@ -353,7 +369,7 @@ def test_equal_rewards_leave_momentum_and_decay(home):
     write_function(home, "return [0.1] * len(completions)")
     done = probe(config_of(home, batch_config={"G": 3}))
     (update,) = done.run.artifacts("compute-update")
-    v, momentum, decay = (update.tensors(f"{name}.safetensors") for name in ("direction", "momentum", "decay"))
+    v, (momentum, decay) = update.vector("direction"), map(parts_of(update, done.run).get, ("momentum", "decay"))
     assert all(torch.equal(v[name], momentum[name] + decay[name]) for name in v)
     assert any(t.abs().max() > 0 for t in decay.values())
     for row in finite(done):

@@ -27,6 +27,7 @@ from entropy_core import checkpoint_files
 from entropy_core.checkpoint_files import file_digests
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.errors import CheckpointError
+from entropy_core.optimizer_state import check_moments
 
 
 def each_slot(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -155,7 +156,9 @@ def test_a_broken_checkpoint_is_refused(sound: Path, case: str) -> None:
     break_it, message = BROKEN[case]
     break_it(sound)
     with pytest.raises(CheckpointError, match=message) as refusal:
-        read_checkpoint(sound)
+        checkpoint = read_checkpoint(sound)
+        assert checkpoint.layout.optimizer is not None
+        check_moments(checkpoint.layout.optimizer, checkpoint.optimizer)
     said = str(refusal.value)
     assert "\n" not in said and str(sound) in said and refusal.value.way_out
 

@@ -15,9 +15,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pipeline_fixtures import whole
 
 from entropy_core.artifact import Artifact
-from entropy_core.stages.update import next_step
+from entropy_core.execution import Execution
+from entropy_core.numerics.vectors import in_blocks
+from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.tables import RESULTS
 from flows.service import request
 
@@ -140,9 +143,10 @@ def test_v_is_the_step_of_torch_on_every_checkpoint(rows):
         update = Artifact.from_dict(entry["inputs"]["update"]["artifact"], store)
         upstream = [Artifact.from_dict(one, store) for one in update.manifest["upstream"]]
         loaded = next(one for one in upstream if one.stage == "load-checkpoint")
-        gradient = {name: g.double() for name, g in update.tensors("gradient.safetensors").items()}
+        gradient = {name: g.double() for name, g in update.vector("gradient").items()}
 
         directory = DEMO_RUN / entry["checkpoint"]
+        execution = Execution(paths={loaded.summary["optimizer"]: directory / "optimizer.pt"})
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
         decays = set(Trainer.get_decay_parameter_names(None, model))
         named = dict(model.named_parameters())
@@ -159,11 +163,9 @@ def test_v_is_the_step_of_torch_on_every_checkpoint(rows):
 
         lr = optimizer.param_groups[0]["lr"]
         assert lr > 0
-        step = next_step(loaded, gradient, before, clip)
-        missed = sum(
-            float(((p.detach() - before[n]) / lr - step[n].direction).square().sum()) for n, p in named.items()
-        )
-        size = sum(float(step[name].direction.square().sum()) for name in named)
+        step = whole(OptimizerStep(loaded, execution, before, in_blocks(gradient), clip).part("direction"), before)
+        missed = sum(float(((p.detach() - before[n]) / lr - step[n]).square().sum()) for n, p in named.items())
+        size = sum(float(step[name].square().sum()) for name in named)
         assert (missed / size) ** 0.5 <= 1e-12
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pytest
 import torch
-from pipeline_fixtures import SHAPE, Counting, skip_figures, values, write_reward
+from pipeline_fixtures import SHAPE, Counting, parts_of, skip_figures, values, write_reward
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -165,8 +165,8 @@ class Recorded(Counting):
         return artifact
 
 
-def predicted(home: Path, batch: Batch, **update: Any) -> tuple[Artifact, float]:
-    """compute-update on the trainer's batch, and the learning rate of the step."""
+def predicted(home: Path, batch: Batch, **update: Any) -> tuple[Artifact, float, dict[str, dict[str, Tensor]]]:
+    """compute-update on the trainer's batch, the learning rate of the step, and its parts."""
     temperature = update.pop("temperature", 1.0)
     config = parse_config(
         values(
@@ -187,7 +187,7 @@ def predicted(home: Path, batch: Batch, **update: Any) -> tuple[Artifact, float]
     run.batch = batch
     sweep(config, checkpoints, store, run)
     (done,), (loaded,) = run.artifacts("compute-update"), run.artifacts("load-checkpoint")
-    return done, loaded.summary["learning_rate"]
+    return done, loaded.summary["learning_rate"], parts_of(done, run)
 
 
 def compare(change: dict[str, Tensor], step: dict[str, Tensor]) -> tuple[float, float]:
@@ -255,10 +255,10 @@ def test_v_is_the_step_that_the_trainer_takes(tmp_path: Path, case: str):
     told = {"loss": settings.get("loss_type", "grpo"), "scale_rewards": "group"} | {
         k: settings[k] for k in same if k in settings
     }
-    done, lr = predicted(tmp_path, batches[-1], **told)
+    done, lr, parts = predicted(tmp_path, batches[-1], **told)
     before, after = (weights(tmp_path / "run" / f"checkpoint-{step}") for step in (STEPS - 1, STEPS))
     change = {name: after[name].double() - before[name].double() for name in before}
-    step = {as_stored(name): lr * v.double() for name, v in done.tensors("direction.safetensors").items()}
+    step = {as_stored(name): lr * v.double() for name, v in done.vector("direction").items()}
     cosine, ratio = compare(change, step)
     assert cosine > 1 - 1e-6 and abs(ratio - 1) < 1e-4
     assert (done.summary["clip_factor"] < 0.5) == ("max_grad_norm" in settings)
@@ -266,7 +266,7 @@ def test_v_is_the_step_that_the_trainer_takes(tmp_path: Path, case: str):
         assert lr == pytest.approx(1e-2 / 3)
 
     # The comparison can fail: momentum and decay alone are another step.
-    momentum, decay = (done.tensors(f"{part}.safetensors") for part in ("momentum", "decay"))
-    without_g = {as_stored(name): lr * (momentum[name] + decay[name]).double() for name in momentum}
+    momentum, decay = (parts[name] for name in ("momentum", "decay"))
+    without_g = {as_stored(name): lr * (momentum[name] + decay[name]) for name in momentum}
     assert compare(change, without_g)[0] < 1 - 1e-3
     print(f"{case}: 1 - cosine {1 - cosine:.1e}, ratio - 1 {ratio - 1:+.1e}, clip {done.summary['clip_factor']:.3f}")

@@ -391,7 +391,7 @@ def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
     for _ in range(replications):
         coefficients_N, score_NQ = draw_u()
         gradient = coefficients_N @ score_NQ
-        parts = adamw.update_direction(gradient, parameter, state, hyperparameters)
+        parts = adamw.NextStep(gradient, parameter, state, hyperparameters)
         v = parts.direction
         e_N = torch.multinomial(law_R, N, replacement=True, generator=generator)
         x_N, y_N, S_N, T_N = (c[e_N] for c in (gradients.x @ v, gradients.y @ v, columns.S_N, columns.T_N))

@@ -1,12 +1,13 @@
 """The step on U and what every part of U does to the entropy, against torch's own optimizer on the model itself."""
 
 import copy
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, trainer_groups, values, write_reward
+from pipeline_fixtures import Probe, make_gpt2, parts_of, probe, skip_figures, trainer_groups, values, write_reward
 from transformers import AutoModelForCausalLM
 
 from entropy_core.artifact import Artifact
@@ -104,7 +105,7 @@ class Oracle:
         after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
         return (after - before) / optimizer.param_groups[0]["lr"]
 
-    def vector(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    def vector(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Tensors by parameter name as such a vector."""
         assert sorted(tensors) == sorted(self.shapes)
         return torch.cat([tensors[name].flatten() for name in self.shapes])
@@ -134,7 +135,7 @@ def gradients(exact: Probe, oracle: Oracle) -> dict[str, torch.Tensor]:
     halves = artifact.summary["halves"]
     along = []
     for kind in KINDS:
-        of_halves = [oracle.vector(artifact.tensors(f"{kind}_{half}.safetensors")) for half in HALVES]
+        of_halves = [oracle.vector(artifact.vector(f"{kind}_{half}")) for half in HALVES]
         along.append(of_all(halves, of_halves))
     return by_normalization(along, *entropy_and_length(halves))
 
@@ -159,14 +160,14 @@ def test_v_is_the_step_that_torch_takes(exact, oracle, loss, kl_beta, clipping):
     update = updated(exact, loss=loss, kl_beta=kl_beta, max_grad_norm=max_norm)
 
     expected = oracle.step(gradient, max_norm)
-    v = oracle.vector(update.tensors("direction.safetensors"))
+    v = oracle.vector(update.vector("direction"))
     assert v.dtype == torch.float64
     assert (v - expected).norm() <= 1e-12 * expected.norm()
-    assert (oracle.vector(update.tensors("gradient.safetensors")) - gradient).norm() <= 1e-12 * norm
-    momentum, decay, preconditioner = (
-        oracle.vector(update.tensors(f"{name}.safetensors")) for name in ("momentum", "decay", "preconditioner")
-    )
-    of_gradient = preconditioner * gradient
+    assert (oracle.vector(update.vector("gradient")) - gradient).norm() <= 1e-12 * norm
+    parts = {name: oracle.vector(part) for name, part in parts_of(update, exact.run).items()}
+    assert torch.equal(parts["direction"], v)
+    momentum, decay = parts["momentum"], parts["decay"]
+    of_gradient = parts["preconditioner"] * update.summary["clip_factor"] * gradient
     assert (momentum + decay + of_gradient - v).norm() <= 1e-12 * v.norm()
     assert float(of_gradient.norm()) > 0.01 * float(v.norm())  # the gradient matters to this test
     assert update.summary["gradient_norm"] == pytest.approx(norm, rel=1e-12)
@@ -215,7 +216,7 @@ def test_the_shares_of_the_tokens_add_up(exact, oracle, loss, kl_beta):
     update = updated(exact, loss=loss, kl_beta=kl_beta, max_grad_norm=norm / 3)
     shares = first_order_u(exact, update)
     tokens, of_sequences = (shares.table(f"{name}.parquet") for name in ("tokens", "sequences"))
-    preconditioner = oracle.vector(update.tensors("preconditioner.safetensors"))
+    preconditioner = update.summary["clip_factor"] * oracle.vector(parts_of(update, exact.run)["preconditioner"])
     size = float(oracle.tokens_P.sum()) if loss == "dapo" else P * G
     for normalization in ("per_token", "per_sequence"):
         dH = gradients(exact, oracle)[normalization]
@@ -228,7 +229,7 @@ def test_the_shares_of_the_tokens_add_up(exact, oracle, loss, kl_beta):
         by_owner_N = torch.zeros(P * G, dtype=torch.float64).index_add_(0, owner_K, share_K)
         torch.testing.assert_close(by_owner_N.view(P, G), share_PG, rtol=1e-10, atol=1e-14)
         parts = [shares.summary[name][normalization] for name in ("momentum", "decay")]
-        whole = float(dH @ oracle.vector(update.tensors("direction.safetensors")))
+        whole = float(dH @ oracle.vector(update.vector("direction")))
         assert float(share_K.sum()) + sum(parts) == pytest.approx(whole, rel=1e-8)
         assert shares.summary["closure"][normalization] <= 1e-8
     assert tokens.num_rows == int(oracle.tokens_P.sum())

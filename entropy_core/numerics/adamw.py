@@ -3,19 +3,28 @@
     m⁺ = β₁m + (1−β₁)g,   u⁺ = β₂u + (1−β₂)g²,   d = √(u⁺/(1−β₂ᵗ)) + ε
     v  = δθ/lr = −[ m⁺/(1−β₁ᵗ)/d + λθ ]
 
-Loshchilov and Hutter, arXiv:1711.05101, in the arithmetic of `torch.optim.AdamW`. All tensors are float64.
+Loshchilov and Hutter, arXiv:1711.05101, in the arithmetic of `torch.optim.AdamW`. All tensors are float64. Everything
+is elementwise but the norm of clipping, so a tensor may be a parameter or any block of one.
 """
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from entropy_core.numerics.vectors import K, Lazy, dot, global_norm
+
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class AdamHyperparameters(NamedTuple):
-    """Of one parameter group. `relative_lr` is its learning rate divided by the nominal one."""
+    """Of one parameter group.
+
+    `relative_lr` is its learning rate divided by the nominal one. Weight decay that is not `decoupled` is plain Adam's,
+    where λθ is added to the gradient.
+    """
 
     beta1: float
     beta2: float
@@ -23,6 +32,7 @@ class AdamHyperparameters(NamedTuple):
     weight_decay: float
     relative_lr: float = 1.0
     maximize: bool = False
+    decoupled: bool = True
 
 
 class AdamState(NamedTuple):
@@ -34,72 +44,85 @@ class AdamState(NamedTuple):
     max_exp_avg_sq: Tensor | None = None
 
 
-class UpdateParts(NamedTuple):
-    """v = momentum + decay + gradient, and two diagonals: of P, with gradient = P∘g, and of J = ∂v/∂g.
+class NextStep:
+    """The next AdamW step of one parameter per unit of the nominal learning rate; parts are computed when asked for.
 
-    P holds the denominator as it is, so it splits v exactly; J has the denominator's own derivative in it.
-    """
-
-    momentum: Tensor
-    decay: Tensor
-    gradient: Tensor
-    jacobian: Tensor
-    preconditioner: Tensor
-
-    @property
-    def direction(self) -> Tensor:
-        """v, the step per unit of learning rate."""
-        return self.momentum + self.gradient + self.decay
-
-
-def update_direction(
-    gradient: Tensor, parameter: Tensor, state: AdamState, hyperparameters: AdamHyperparameters
-) -> UpdateParts:
-    """The next AdamW step of one parameter, per unit of the nominal learning rate.
+    v = momentum + gradient + decay, and two diagonals: of P, with gradient = P∘g, and of J = ∂v/∂g. P holds the
+    denominator as it is, so it splits v exactly; J has the denominator's own derivative in it. In plain Adam the decay
+    is a part of what the moments see, and its part of the step is P∘λθ.
 
     Args:
         gradient: g after clipping, float64, any shape.
         parameter: θ, same shape.
         state: moments as saved; the step taken here is number `state.step` + 1.
         hyperparameters: of the parameter's group.
-
-    Returns:
-        Five float64 tensors of that shape.
     """
-    beta1, beta2, eps, weight_decay, relative_lr, maximize = hyperparameters
-    sign = -1.0 if maximize else 1.0
-    t = state.step + 1
-    correction1, correction2 = 1.0 - beta1**t, 1.0 - beta2**t
-    g = sign * gradient
-    variance = beta2 * state.exp_avg_sq + (1.0 - beta2) * g * g
-    follows_gradient = torch.ones_like(variance)
-    if state.max_exp_avg_sq is not None:
-        follows_gradient = (variance >= state.max_exp_avg_sq).double()
-        variance = torch.maximum(variance, state.max_exp_avg_sq)
-    root = (variance / correction2).sqrt()
-    denominator = root + eps
-    momentum = -relative_lr * (beta1 / correction1) * state.exp_avg / denominator
-    frozen = -relative_lr * ((1.0 - beta1) / correction1) / denominator
-    gradient_part = frozen * g
-    # d(denominator)/dg; at root = 0 both moments and g are 0, where the one-sided derivatives cancel
-    slope = follows_gradient * (1.0 - beta2) * g / (correction2 * root.clamp_min(torch.finfo(root.dtype).tiny))
-    slope = torch.where(root > 0, slope, 0.0)
-    jacobian = sign * (frozen - (momentum + gradient_part) * slope / denominator)
-    return UpdateParts(momentum, -relative_lr * weight_decay * parameter, gradient_part, jacobian, sign * frozen)
 
+    def __init__(
+        self, gradient: Tensor, parameter: Tensor, state: AdamState, hyperparameters: AdamHyperparameters
+    ) -> None:
+        beta1, beta2, eps, weight_decay, relative_lr, maximize, self._decoupled = hyperparameters
+        self._sign = -1.0 if maximize else 1.0
+        t = state.step + 1
+        correction1, correction2 = 1.0 - beta1**t, 1.0 - beta2**t
+        self._gradient, self._parameter, self._state = gradient, parameter, state
+        self._beta2, self._correction2 = beta2, correction2
+        self._of_momentum = -relative_lr * (beta1 / correction1)
+        self._of_gradient = -relative_lr * ((1.0 - beta1) / correction1)
+        self._of_decay = -relative_lr * weight_decay if self._decoupled else self._sign * weight_decay
+        g = gradient if self._decoupled or not weight_decay else gradient + self._of_decay * parameter
+        self._g = g if self._sign > 0 else -g
+        square = (self._g * (1.0 - beta2)).mul_(self._g)
+        self._variance = (state.exp_avg_sq * beta2).add_(square)
+        largest = self._variance
+        if state.max_exp_avg_sq is not None:
+            largest = torch.maximum(largest, state.max_exp_avg_sq, out=square)
+        self._root = largest.div(correction2).sqrt_()
+        self._denominator = self._root + eps
 
-def coupled_update_direction(
-    gradient: Tensor, parameter: Tensor, state: AdamState, hyperparameters: AdamHyperparameters
-) -> UpdateParts:
-    """The same for plain Adam, whose weight decay λθ is added to the gradient; its share of the step is the decay part.
+    @cached_property
+    def _frozen(self) -> Tensor:
+        """∂v/∂(signed g) with the denominator held fixed."""
+        return self._denominator.reciprocal().mul_(self._of_gradient)
 
-    Args, returns:
-        as `update_direction`.
-    """
-    sign = -1.0 if hyperparameters.maximize else 1.0
-    decay = sign * hyperparameters.weight_decay * parameter
-    parts = update_direction(gradient + decay, parameter, state, hyperparameters._replace(weight_decay=0.0))
-    return parts._replace(decay=parts.preconditioner * decay, gradient=parts.preconditioner * gradient)
+    @property
+    def momentum(self) -> Tensor:
+        """The part of the old mean of the gradients."""
+        return (self._state.exp_avg * self._of_momentum).div_(self._denominator)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The part of the gradient."""
+        return self._frozen * self._g if self._decoupled else self.preconditioner * self._gradient
+
+    @property
+    def decay(self) -> Tensor:
+        """The part of the weight decay."""
+        decay = self._of_decay * self._parameter
+        return decay if self._decoupled else self.preconditioner * decay
+
+    @property
+    def preconditioner(self) -> Tensor:
+        """The diagonal of P."""
+        return self._sign * self._frozen
+
+    @property
+    def direction(self) -> Tensor:
+        """v, the step per unit of learning rate."""
+        return self.momentum.add_(self.gradient).add_(self.decay)
+
+    @property
+    def jacobian(self) -> Tensor:
+        """The diagonal of J, the derivative of the denominator included."""
+        # d(denominator)/dg; at root = 0 both moments and g are 0, where the one-sided derivatives cancel
+        slope = (1.0 - self._beta2) * self._g
+        slope /= self._correction2 * self._root.clamp_min(torch.finfo(self._root.dtype).tiny)
+        follows_gradient = self._root > 0
+        if self._state.max_exp_avg_sq is not None:
+            follows_gradient &= self._variance >= self._state.max_exp_avg_sq
+        slope = torch.where(follows_gradient, slope, 0.0)
+        moved = self.momentum.add_(self._frozen * self._g)
+        return self._sign * (self._frozen - moved * slope / self._denominator)
 
 
 def clip_factor(gradient_norm: float, max_norm: float) -> float:
@@ -108,37 +131,25 @@ def clip_factor(gradient_norm: float, max_norm: float) -> float:
 
 
 def pull_back(
-    covector: dict[str, Tensor], jacobian: dict[str, Tensor], gradient: dict[str, Tensor], max_norm: float
-) -> dict[str, Tensor]:
+    covector: Mapping[K, Tensor], jacobian: Mapping[K, Tensor], gradient: Mapping[K, Tensor], max_norm: float
+) -> Lazy[K]:
     """Jᵀ·a for the whole step, clipping included: the w with d⟨a, v⟩ = ⟨w, dg⟩.
 
     With c the clip factor and n = ‖g‖:  w = c·Ja − [c/((n + 1e-6)·n)]·⟨g, Ja⟩·g, the second term only when c < 1.
 
     Args:
-        covector: a, by parameter name.
-        jacobian: the diagonal of `UpdateParts`, by parameter name.
-        gradient: g before clipping, by parameter name.
+        covector: a.
+        jacobian: the diagonal of J at the clipped gradient.
+        gradient: g before clipping.
         max_norm: as in `clip_factor`.
 
     Returns:
-        w by parameter name, float64.
+        w by the keys of J, float64.
     """
-    pulled = {name: jacobian[name].double() * covector[name].double() for name in jacobian}
+    pulled = Lazy(list(jacobian), lambda key: jacobian[key].double() * covector[key].double())
     norm = global_norm(gradient)
     factor = clip_factor(norm, max_norm)
-    if norm == 0.0:
-        return {name: factor * w for name, w in pulled.items()}
-    if factor == 1.0:
-        return pulled
+    if norm == 0.0 or factor == 1.0:
+        return Lazy(list(jacobian), lambda key: factor * pulled[key])
     along = factor / ((norm + CLIP_EPSILON) * norm) * dot(gradient, pulled)
-    return {name: factor * pulled[name] - along * gradient[name].double() for name in pulled}
-
-
-def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """⟨a, b⟩ over all parameters, in float64, summed in the order of the names."""
-    return sum(float((a[name].double() * b[name].double()).sum()) for name in sorted(a))
-
-
-def global_norm(a: dict[str, Tensor]) -> float:
-    """‖a‖₂ over all parameters, in float64."""
-    return dot(a, a) ** 0.5
+    return Lazy(list(jacobian), lambda key: factor * pulled[key] - along * gradient[key].double())

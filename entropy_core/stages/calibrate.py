@@ -41,7 +41,7 @@ def calibrate(
         NonFiniteError: the difference is more than 5 %.
     """
     processor = processor_of(law, execution)
-    direction = update.tensors("direction.safetensors")
+    direction = update.vector("direction")
     parts = [batch.select(torch.arange(min(count, len(batch)))) for batch in map(read_sequences, sequences)]
     by_forward_mode = [forward_mode(processor, part, direction)[2:] for part in parts]
     exact = [torch.cat(columns).double() for columns in zip(*by_forward_mode, strict=True)]

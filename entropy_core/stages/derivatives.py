@@ -1,5 +1,7 @@
 """ℓ̇ and ḣ of every token along a direction: by forward mode, or by two forward passes."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
@@ -10,7 +12,7 @@ from entropy_core.stages.sequences import as_tangent
 
 
 def forward_mode(
-    processor: SequenceProcessor, batch: BatchedSequences, direction: dict[str, Tensor]
+    processor: SequenceProcessor, batch: BatchedSequences, direction: Mapping[str, Tensor]
 ) -> TokenDerivatives:
     """ℓ, h, ℓ̇ and ḣ of every token along `direction`, each [K], by one forward-mode pass."""
     tangent = as_tangent(direction, processor.policy)
@@ -22,7 +24,7 @@ def forward_mode(
 
 
 def central_difference(
-    processor: SequenceProcessor, batch: BatchedSequences, direction: dict[str, Tensor], half_width: float
+    processor: SequenceProcessor, batch: BatchedSequences, direction: Mapping[str, Tensor], half_width: float
 ) -> tuple[Tensor, Tensor]:
     """ℓ̇ and ḣ of every token, float64 [K], as (f(θ + εv) − f(θ − εv))/2ε: two forward passes.
 

@@ -27,7 +27,7 @@ def first_order_e(
         Number of sequences, and the attention kernel that computed the derivatives.
     """
     processor = processor_of(law, execution)
-    batch, direction = read_sequences(sequences), update.tensors("direction.safetensors")
+    batch, direction = read_sequences(sequences), update.vector("direction")
     if half_width:
         attention = processor.policy.attention_without_derivative
         dlogprobs_K, dentropies_K = central_difference(processor, batch, direction, half_width)

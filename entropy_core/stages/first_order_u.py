@@ -1,6 +1,6 @@
 """first-order-u: how much each U sequence and token moves the entropy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,10 +10,12 @@ from torch import Tensor
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.advantages import through_shared_length
+from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm
+from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.policy import Policy
 from entropy_core.stages.derivatives import forward_mode
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
-from entropy_core.stages.sequences import Law, processor_of, read_sequences
+from entropy_core.stages.sequences import Law, processor_of, read_sequences, tangent_of
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer
@@ -26,6 +28,7 @@ def first_order_u(
     *,
     law: Law,
     sequences: "Sequence[Artifact]",
+    checkpoint: "Artifact",
     update: "Artifact",
     gradient: "Artifact",
 ) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def first_order_u(
         execution: device and micro-batch.
         law: the policy.
         sequences: the shards of sample-u-batch.
+        checkpoint: artifact of load-checkpoint, for J and P, which are computed anew from the stored gradient.
         update: artifact of compute-update.
         gradient: artifact of entropy-gradient.
 
@@ -50,21 +54,26 @@ def first_order_u(
         relative to it; and the baseline of ∇H.
     """
     processor = processor_of(law, execution)
-    files = ("jacobian", "preconditioner", "gradient", "direction", "momentum", "decay")
-    jacobian, preconditioner, loss_gradient, *parts = (update.tensors(f"{file}.safetensors") for file in files)
-    loss, max_grad_norm = update.summary["loss"], update.summary["max_grad_norm"]
+    policy = processor.policy
+    loss, max_grad_norm, clip = (update.summary[name] for name in ("loss", "max_grad_norm", "clip_factor"))
     coefficients_K = update.tensors("coefficients.safetensors")["coefficients"]
     shards = [read_sequences(shard) for shard in sequences]
     offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])
 
-    def along(covector: dict[str, Tensor]) -> Tensor:
+    # of the size of the policy: each is read or computed block by block, anew for every use
+    blocks = blocks_of(policy.named_parameters())
+    direction, loss_gradient = (_stored(update, name, blocks) for name in ("direction", "gradient"))
+    step = OptimizerStep(checkpoint, execution, policy.named_parameters(), loss_gradient, clip)
+    jacobian, preconditioner, *parts = map(step.part, ("jacobian", "preconditioner", "momentum", "decay"))
+
+    def along(covector: Mapping[Block, Tensor]) -> Tensor:
         """⟨covector, gradient of each token's loss term⟩, float64 [K]."""
-        scale = adamw.global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
-        unit = {name: t / scale for name, t in covector.items()}
+        scale = global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
+        unit = tangent_of(Lazy(blocks, lambda block: covector[block] / scale), policy)
         dlogprobs_K = torch.cat([forward_mode(processor, shard, unit).dlogprobs_K for shard in shards])
         return coefficients_K * dlogprobs_K.double() * scale
 
-    def influence(covector: dict[str, Tensor]) -> Tensor:
+    def influence(covector: Mapping[Block, Tensor]) -> Tensor:
         """What each sequence does to ⟨covector, v⟩, float64 [N]."""
         terms_N = ragged.sequence_sum(
             along(adamw.pull_back(covector, jacobian, loss_gradient, max_grad_norm)), offsets_N1
@@ -75,11 +84,11 @@ def first_order_u(
     halves = gradient.summary["halves"]
     influences_N, shares_K, inner_products = [], [], []
     for kind in KINDS:
-        covectors = [_float64(gradient.tensors(f"{kind}_{half}.safetensors"), loss_gradient) for half in HALVES]
+        covectors = [_stored(gradient, f"{kind}_{half}", blocks) for half in HALVES]
+        whole = _whole(halves, covectors)
         influences_N.append([influence(covector) for covector in covectors])
-        whole = {name: of_all(halves, [covector[name] for covector in covectors]) for name in loss_gradient}
-        shares_K.append(along({name: preconditioner[name].double() * g for name, g in whole.items()}))
-        inner_products.append(torch.tensor([adamw.dot(whole, part) for part in parts], dtype=torch.float64))
+        shares_K.append(along(_product(preconditioner, whole, clip)))
+        inner_products.append(torch.tensor([dot(whole, part) for part in (direction, *parts)], dtype=torch.float64))
     H_tok, mean_length = entropy_and_length(halves)
     of_all_N = by_normalization([of_all(halves, of_halves_N) for of_halves_N in influences_N], H_tok, mean_length)
     columns = {f"influence_{normalization}": influence_N for normalization, influence_N in of_all_N.items()}
@@ -89,7 +98,7 @@ def first_order_u(
         columns |= {f"influence_{normalization}_half_{half}": x_N for normalization, x_N in of_half_N.items()}
 
     of_sequences = update.table("sequences.parquet")
-    of_tokens = _tokens(shards, offsets_N1, of_sequences, processor.policy)
+    of_tokens = _tokens(shards, offsets_N1, of_sequences, policy)
     summary: dict[str, Any] = {"inner_product": {}, "momentum": {}, "decay": {}, "closure": {}}
     products = by_normalization(inner_products, H_tok, mean_length)
     for normalization, share_K in by_normalization(shares_K, H_tok, mean_length).items():
@@ -102,14 +111,25 @@ def first_order_u(
             summary[name][normalization] = value
     for name, column_N in columns.items():
         of_sequences = of_sequences.append_column(name, pa.array(column_N.tolist()))
-    prompts = [processor.policy.tokenizer.decode(shard.prompt(i)) for shard in shards for i in range(len(shard))]
+    prompts = [policy.tokenizer.decode(shard.prompt(i)) for shard in shards for i in range(len(shard))]
     out.table(of_tokens, "tokens.parquet")
     out.table(of_sequences.append_column("prompt", pa.array(prompts)), "sequences.parquet")
     return summary | {"baseline": gradient.summary["baseline"]}
 
 
-def _float64(tensors: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: tensors[name].double() for name in names}
+def _stored(artifact: "Artifact", name: str, blocks: Sequence[Block]) -> Lazy[Block]:
+    """A vector of an artifact, float64."""
+    file = artifact.vector(name)
+    return Lazy(blocks, lambda block: file.block(block).double())
+
+
+def _whole(halves: Sequence[Mapping[str, Any]], covectors: Sequence[Lazy[Block]]) -> Lazy[Block]:
+    """The covector of all of E."""
+    return Lazy(list(covectors[0]), lambda block: of_all(halves, [covector[block] for covector in covectors]))
+
+
+def _product(diagonal: Lazy[Block], covector: Lazy[Block], factor: float) -> Lazy[Block]:
+    return Lazy(list(diagonal), lambda block: factor * diagonal[block] * covector[block])
 
 
 def _tokens(shards: Sequence[BatchedSequences], offsets_N1: Tensor, sequences: pa.Table, policy: Policy) -> pa.Table:

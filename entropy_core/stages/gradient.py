@@ -1,4 +1,4 @@
-"""entropy-gradient: ∇H_seq and ∇L of each half of E, by one backward pass over it."""
+"""entropy-gradient: ∇H_seq and ∇L of each half of E, by a backward pass each."""
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -11,6 +11,7 @@ from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged
 from entropy_core.numerics.baselines import Baseline, BaselineTotals, baseline_totals, returns_to_go
 from entropy_core.numerics.first_order import score_coefficients
+from entropy_core.numerics.vectors import in_blocks
 from entropy_core.policy import Coefficients
 from entropy_core.stages.columns import read_columns
 from entropy_core.stages.halves import HALVES, KINDS
@@ -41,7 +42,7 @@ def entropy_gradient(
     for a known ∇H.
 
     Args:
-        out: `entropy_0.safetensors`, `length_0.safetensors` and the same of half 1, by parameter name.
+        out: the vectors `entropy_0`, `length_0` and the same of half 1, by parameter name.
         execution: device and micro-batch.
         law: the policy.
         sequences: the shards of sample-e-batch.
@@ -60,24 +61,28 @@ def entropy_gradient(
     for half in HALVES:
         mine_N = half_N == half
         count = int(mine_N.sum())
-        gradients = [policy.new_accumulator(), policy.new_accumulator()]
-        for batch, entropies_K in _shards(sequences, scores):
-            score = score_coefficients(entropies_K, batch.response_offsets_N1, BASELINE, totals=totals)
-            here_N = batch.sequence_ids_N // responses_per_prompt % 2 == half
-            here_K = torch.repeat_interleave(here_N, batch.lengths_N)
-            entropy_K, length_K = score.entropy_K[here_K] / count, score.length_K[here_K] / count
-            for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
-                ones_K = torch.full((len(index_K),), 1.0 / count, dtype=torch.float64)
-                weights = [
-                    Coefficients(entropy_K[index_K], ones_K),
-                    Coefficients(length_K[index_K], torch.zeros_like(ones_K)),
-                ]
-                policy.add_gradients(rows, weights, law["temperature"], gradients)
-        for kind, gradient in zip(KINDS, gradients, strict=True):
-            out.tensors({name: g.to(dtype).cpu() for name, g in gradient.items()}, f"{kind}_{half}.safetensors")
+        for kind in KINDS:  # one after the other, at the price of another forward pass: an accumulator takes 8 bytes
+            gradient = policy.new_accumulator()
+            for batch, entropies_K in _shards(sequences, scores):
+                score = score_coefficients(entropies_K, batch.response_offsets_N1, BASELINE, totals=totals)
+                here_N = batch.sequence_ids_N // responses_per_prompt % 2 == half
+                here_K = torch.repeat_interleave(here_N, batch.lengths_N)
+                of_logprobs_K = {"entropy": score.entropy_K, "length": score.length_K}[kind][here_K] / count
+                for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
+                    of_entropies_K = torch.full((len(index_K),), (kind == "entropy") / count, dtype=torch.float64)
+                    weights = Coefficients(of_logprobs_K[index_K], of_entropies_K)
+                    policy.add_gradients(rows, [weights], law["temperature"], [gradient])
+            _write(out, f"{kind}_{half}", gradient, dtype)
+            del gradient  # before there is another one
         H_tok = float(S_N[mine_N].sum() / T_N[mine_N].sum())
         summary.append({"sequences": count, "H_tok": H_tok, "mean_length": float(T_N[mine_N].mean())})
     return {"halves": summary, "baseline": BASELINE}
+
+
+def _write(out: "Writer", name: str, gradient: dict[str, Tensor], dtype: torch.dtype) -> None:
+    with out.vector(name, {of: tuple(g.shape) for of, g in gradient.items()}, dtype) as file:
+        for block, values in in_blocks(gradient).items():
+            file.write(block, values)
 
 
 def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> Iterator[tuple[BatchedSequences, Tensor]]:

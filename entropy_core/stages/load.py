@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from entropy_core.checkpoint_files import tokenizer_digest
+from entropy_core.checkpoint_files import file_digest, tokenizer_digest
 from entropy_core.checkpoints import read_checkpoint
+from entropy_core.optimizer_state import check_moments
 from entropy_core.prompt_tokens import encode
 from entropy_core.prompts import load_pool
 from entropy_core.stages.files import user_file
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 def load_checkpoint(
     out: "Writer", execution: "Execution", *, checkpoint: str, base: str, learning_rate: float, optimizer_state: str
 ) -> dict[str, Any]:
-    """Persist Adam's moments and hyperparameters by parameter name.
+    """Persist what Adam's next step needs by parameter name, but for the moments: they stay in the trainer's file.
 
     Args:
-        out: `moments.safetensors` (exp_avg/…, exp_avg_sq/…, max_exp_avg_sq/…), `parameters.parquet`, `groups.json`.
+        out: `parameters.parquet`; `groups.json`: hyperparameters, and of each parameter its steps and which slot of the
+            file is its own.
         execution: knows where it lies.
         checkpoint: content digest of the checkpoint's files.
         base: content digest of the base model under an adapter; empty for a full model.
@@ -32,7 +34,7 @@ def load_checkpoint(
 
     Returns:
         Step, nominal learning rate, how many tensors are trained and how many numbers they hold, how many of them have
-        their slot, and what was assumed.
+        their slot, the digest of `optimizer.pt` (empty where it is fresh), and what was assumed.
     """
     found = read_checkpoint(
         execution.paths[checkpoint],
@@ -40,16 +42,9 @@ def load_checkpoint(
         execution.paths[base] if base else "",
         fresh=optimizer_state == "fresh",
     )
-    optimizer = found.optimizer
-    slots = {
-        "exp_avg": optimizer.exp_avg,
-        "exp_avg_sq": optimizer.exp_avg_sq,
-        "max_exp_avg_sq": optimizer.max_exp_avg_sq,
-    }
-    out.tensors(
-        {f"{slot}/{name}": tensor for slot, by_name in slots.items() for name, tensor in by_name.items()},
-        "moments.safetensors",
-    )
+    optimizer, file = found.optimizer, found.layout.optimizer
+    if file is not None:
+        check_moments(file, optimizer)
     groups = [
         {
             "beta1": group.beta1,
@@ -57,9 +52,10 @@ def load_checkpoint(
             "eps": group.eps,
             "weight_decay": group.weight_decay,
             "relative_lr": group.lr / optimizer.learning_rate,
+            "amsgrad": group.amsgrad,
             "maximize": group.maximize,
             "decoupled": group.decoupled,
-            "parameters": {name: optimizer.step[name] for name in group.names},
+            "parameters": {name: [optimizer.step[name], optimizer.slot.get(name)] for name in group.names},
         }
         for group in optimizer.groups
     ]
@@ -83,6 +79,7 @@ def load_checkpoint(
         "parameters": sum(tensor.numel() for tensor in optimizer.exp_avg.values()),
         "trained": len(found.parameter_shapes),
         "matched": len(optimizer.exp_avg),
+        "optimizer": file_digest(file) if file else "",
         "assumptions": list(found.assumptions),
     }
 

@@ -3,7 +3,7 @@
 What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,20 +64,53 @@ def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> A
     return run(stage.LOAD_PROMPTS, inputs, f"{batch.dataset_name} {split}")
 
 
+def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Runner) -> Artifact:
+    """The optimizer's state of a checkpoint, all of it read once and sound.
+
+    Args:
+        config: may say another learning rate, or a fresh optimizer.
+        checkpoint: of `preflight`.
+        run: runs a stage.
+
+    Returns:
+        Artifact of load-checkpoint.
+    """
+    inputs = {
+        "checkpoint": checkpoint.digest,
+        "base": checkpoint.base,
+        "learning_rate": config.update.learning_rate,
+        "optimizer_state": config.update.optimizer_state,
+    }
+    return run(stage.LOAD_CHECKPOINT, inputs, checkpoint.name)
+
+
+def keep(artifact: Artifact) -> None:
+    """Leave the vectors of an artifact where they are."""
+
+
 class Measurement:
     """The stages of one checkpoint that need its policy.
 
     Args:
         config: what to do.
         checkpoint: of `preflight`.
+        optimizer: artifact of load-checkpoint.
         pools: split → artifact of load-prompts.
         run: runs a stage.
+        release: told of an artifact when no stage will open its vectors any more.
     """
 
     def __init__(
-        self, config: ProbeConfig, checkpoint: CheckpointToProbe, pools: Mapping[str, Artifact], run: Runner
+        self,
+        config: ProbeConfig,
+        checkpoint: CheckpointToProbe,
+        optimizer: Artifact,
+        pools: Mapping[str, Artifact],
+        run: Runner,
+        release: Callable[[Artifact], None] = keep,
     ) -> None:
-        self.config, self.checkpoint, self.run = config, checkpoint, run
+        self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
+        self.run, self.release = run, release
         self.e_pool, self.u_pool = (pools[split] for split in splits(config))
         self.law = {
             "weights": checkpoint.weights,
@@ -95,18 +128,9 @@ class Measurement:
         """Everything that the variance stage is given, but for its own settings."""
         batch, law = self.config.batch_config, self.law
         e_batch, scores = self._sample_e(batch.E_batch_seed, "")
-        optimizer = self._once(
-            stage.LOAD_CHECKPOINT,
-            {
-                "checkpoint": self.checkpoint.digest,
-                "base": self.checkpoint.base,
-                "learning_rate": self.config.update.learning_rate,
-                "optimizer_state": self.config.update.optimizer_state,
-            },
-        )
         u_batch = self._sample_u()
         scores_u = self._score(stage.SCORE_U, law, u_batch)
-        update = self._update(optimizer, u_batch, scores_u)
+        update = self._update(u_batch, scores_u)
         calibration = self._calibration(e_batch, update)
         half_width = calibration.summary["half_width"] if calibration else 0.0
 
@@ -120,15 +144,24 @@ class Measurement:
             {"law": law, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
         )
         first_order_u = self._once(
-            stage.FIRST_ORDER_U, {"law": law, "sequences": u_batch, "update": update, "gradient": gradient}
+            stage.FIRST_ORDER_U,
+            {
+                "law": law,
+                "sequences": u_batch,
+                "checkpoint": self.optimizer,
+                "update": update,
+                "gradient": gradient,
+            },
         )
-        learning_rate = optimizer.summary["learning_rate"]
+        self.release(gradient)
+        learning_rate = self.optimizer.summary["learning_rate"]
         moved = self._moved(e_batch, update, learning_rate)
         replicates = []
         for i in range(1, batch.E_replicates):
             seed, suffix = batch.E_batch_seed + i, f" · replicate {i + 1}/{batch.E_replicates}"
             e_again, scores_again = self._sample_e(seed, suffix)
             replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
+        self.release(update)
         return {
             "learning_rate": learning_rate,
             "seed": batch.E_batch_seed,
@@ -203,7 +236,7 @@ class Measurement:
             return None
         return self._once(stage.CALIBRATE, self._first(e_batch, CALIBRATION_SEQUENCES) | {"update": update})
 
-    def _update(self, optimizer: Artifact, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
+    def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
         update, reference = self.config.update, []
         file = rewards.source_file(update.reward)
         rewarded = {
@@ -219,7 +252,7 @@ class Measurement:
             reference = self._score(stage.SCORE_REFERENCE, of_reference, u_batch)
         inputs = {
             "law": self.law,
-            "checkpoint": optimizer,
+            "checkpoint": self.optimizer,
             "sequences": u_batch,
             "rewards": self._once(stage.REWARD_U, rewarded),
             "scores": scores_u,

@@ -28,7 +28,7 @@ def path_integral(
         Number of sequences.
     """
     processor = processor_of(law, execution)
-    batch, direction = read_sequences(sequences), update.tensors("direction.safetensors")
+    batch, direction = read_sequences(sequences), update.vector("direction")
     columns = {"offsets": batch.response_offsets_N1}
     for j, node in enumerate(NODES):
         with moved_by(processor, update, node * eta):

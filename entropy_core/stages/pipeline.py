@@ -22,7 +22,8 @@ from entropy_core.execution import Execution
 from entropy_core.read_config import parse_config
 from entropy_core.stages import catalogue as stage
 from entropy_core.stages.files import content_digest
-from entropy_core.stages.measure import Inputs, Measurement, Runner, load_pool, source_of
+from entropy_core.stages.kept_vectors import VectorKeeper
+from entropy_core.stages.measure import Inputs, Measurement, Runner, keep, load_checkpoint, load_pool, source_of
 from entropy_core.stages.memory import run_within_memory
 from entropy_core.stages.preflight import CheckpointToProbe, splits
 from entropy_core.store import Stage, Store, runs
@@ -84,8 +85,9 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
+    keeper = VectorKeeper(store, run, config.execution.keep_vectors)
     with store.in_use():
-        recorded = _measured(config, checkpoints, run)
+        recorded = _measured(config, checkpoints, keeper, keeper.release)
         return _record(recorded, _reported(recorded, config, run), config, store)
 
 
@@ -153,11 +155,17 @@ def artifacts_in(value: Any) -> Iterator[Artifact]:
             yield from artifacts_in(item)
 
 
-def _measured(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> list[Inputs]:
+def _measured(
+    config: ProbeConfig,
+    checkpoints: Sequence[CheckpointToProbe],
+    run: Runner,
+    release: Callable[[Artifact], None] = keep,
+) -> list[Inputs]:
     """All that needs a policy: per checkpoint, what the variance stage is given."""
+    optimizers = [load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints]  # a broken one is found early
     by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run has one, as a rule
     measured = []
-    for checkpoint in checkpoints:
+    for checkpoint, optimizer in zip(checkpoints, optimizers, strict=True):
         if checkpoint.tokenizer not in by_tokenizer:
             asked = dict.fromkeys(splits(config))
             by_tokenizer[checkpoint.tokenizer] = {s: load_pool(config, s, checkpoint.tokenizer, run) for s in asked}
@@ -167,7 +175,7 @@ def _measured(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run
             {
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,
-                "inputs": Measurement(config, checkpoint, pools, run).variance_inputs(),
+                "inputs": Measurement(config, checkpoint, optimizer, pools, run, release).variance_inputs(),
                 "notes": [*checkpoint.assumptions, *of_pools],
             }
         )

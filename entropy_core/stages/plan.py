@@ -10,7 +10,7 @@ from entropy_core.config import ProbeConfig
 from entropy_core.stages.measure import Inputs
 from entropy_core.stages.pipeline import Promised, go_through
 from entropy_core.stages.preflight import CheckpointToProbe
-from entropy_core.store import Stage, Store
+from entropy_core.store import Stage, Store, vectors
 from entropy_core.store.explain import nearest, recipe
 
 
@@ -35,6 +35,7 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
         The steps in the order of the sweep.
     """
     steps: list[Step] = []
+    step_of: dict[Artifact, int] = {}  # a cached artifact → its place among the steps
 
     def look(stage: Stage, inputs: Inputs, label: str) -> Artifact:
         awaited = dict.fromkeys(one["stage"] for one in upstream(inputs) if not one["digest"])
@@ -43,9 +44,17 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
         reasons = [f"{', '.join(awaited)} would run"] if awaited else []
         if key and not manifest:
             reasons = _reasons(store, stage, key, inputs)
+        for name in () if manifest else stage.vectors:  # see `VectorKeeper`
+            index = step_of.get(inputs[name])
+            if index is not None and not vectors.present(inputs[name]):
+                why = f"its vectors are not in the store, and {stage.name} would run"
+                steps[index] = steps[index]._replace(cached=False, reasons=(why,))
         steps.append(Step(stage.name, label, bool(manifest), tuple(reasons)))
-        digest = manifest.get("digest", "")
-        return Artifact(stage.name, key, digest, store.root) if digest else Promised(stage.name, "", "", Path())
+        if not manifest:
+            return Promised(stage.name, "", "", Path())
+        artifact = Artifact(stage.name, key, manifest["digest"], store.root)
+        step_of[artifact] = len(steps) - 1
+        return artifact
 
     go_through(config, checkpoints, look)
     return steps

@@ -12,7 +12,13 @@ import pyarrow as pa
 from entropy_core import prompts, rewards
 from entropy_core.architecture import read_architecture
 from entropy_core.checkpoint_content import read_json
-from entropy_core.checkpoint_files import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
+from entropy_core.checkpoint_files import (
+    checkpoint_digest,
+    file_digest,
+    find_checkpoints,
+    tokenizer_digest,
+    weights_digest,
+)
 from entropy_core.checkpoint_layout import Layout, find_layout
 from entropy_core.checkpoints import Checkpoint, read_checkpoint
 from entropy_core.config import ProbeConfig
@@ -86,6 +92,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
         tokenizer = tokenizer_digest(home)
         paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
+        paths |= {file_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
         found.append(
             CheckpointToProbe(
                 directory=directory.resolve(),

@@ -11,6 +11,7 @@ from torch import Tensor
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.errors import CheckpointError, NonFiniteError
+from entropy_core.numerics.vectors import Block
 from entropy_core.policy import Policy
 from entropy_core.pretrained import load_policy, use_full_precision
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
@@ -61,7 +62,7 @@ def processor_of(
 def moved_by(processor: SequenceProcessor, update: "Artifact", eta: float) -> Iterator[None]:
     """Within the context the policy is at θ + ηv, and what it cannot compute there is said with η."""
     try:
-        with processor.policy.moved(update.tensors("direction.safetensors"), eta):
+        with processor.policy.moved(update.vector("direction"), eta):
             yield
     except NonFiniteError as error:
         fact = f"at the step size η = {eta:g}: {error.fact}"
@@ -100,3 +101,14 @@ def as_tangent(direction: Mapping[str, Tensor], policy: Policy) -> dict[str, Ten
     """A direction in the dtype and on the device of the policy's parameters."""
     parameters = policy.named_parameters()
     return {name: v.to(parameters[name]) for name, v in direction.items()}
+
+
+def tangent_of(direction: Mapping[Block, Tensor], policy: Policy) -> dict[str, Tensor]:
+    """The same of a direction that comes in blocks."""
+    tangent = {
+        name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in policy.named_parameters().items()
+    }
+    flat = {name: tensor.view(-1) for name, tensor in tangent.items()}
+    for (name, start, stop), values in direction.items():
+        flat[name][start:stop] = values
+    return tangent

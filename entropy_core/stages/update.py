@@ -1,5 +1,6 @@
-"""compute-update: the step v that the optimizer would take on U, its parts, and its derivative."""
+"""compute-update: the step v that the optimizer would take on U, and the gradient that it is made of."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,8 +8,7 @@ import pyarrow as pa
 import torch
 
 from entropy_core.errors import NonFiniteError
-from entropy_core.numerics import adamw
-from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, UpdateParts
+from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.advantages import (
     Loss,
     Scaling,
@@ -17,6 +17,8 @@ from entropy_core.numerics.advantages import (
     loss_coefficients,
     token_weights,
 )
+from entropy_core.numerics.vectors import global_norm, in_blocks, squares
+from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.policy import Coefficients
 from entropy_core.stages.columns import read_columns
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
@@ -46,8 +48,7 @@ def compute_update(
     """Gradient of the loss on U, then the next AdamW step per unit of learning rate.
 
     Args:
-        out: `direction.safetensors` (v), its parts `momentum` and `decay`, the diagonal `jacobian`, `preconditioner`
-            (P, with v = momentum + decay + P∘g for the unclipped g) and that `gradient`, by parameter name;
+        out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
             `coefficients.safetensors` (the weight of each token's ℓ in the loss, at the on-policy point);
             `sequences.parquet` (reward, advantage).
         execution: device and micro-batch.
@@ -89,28 +90,22 @@ def compute_update(
             weights = Coefficients(coefficients_K[start:stop][index_K], torch.zeros(len(index_K), dtype=torch.float64))
             policy.add_gradients(rows, [weights], law["temperature"], [gradient])
         start = stop
-    norm = adamw.global_norm(gradient)
-    if not torch.isfinite(torch.tensor(norm)):
+    g = in_blocks(gradient)
+    norm = global_norm(g)
+    if not math.isfinite(norm):
         raise NonFiniteError(
             "the gradient on U is not finite", cause="the weights hold a NaN", way_out="check the checkpoint"
         )
-
-    parameters = {name: p.detach().double().cpu() for name, p in policy.named_parameters().items()}
-    gradient = {name: g.cpu() for name, g in gradient.items()}
-    clip = adamw.clip_factor(norm, max_grad_norm)
-    parts = next_step(checkpoint, gradient, parameters, clip)
-    direction = {name: part.direction for name, part in parts.items()}
-    by_file = {
-        "direction": direction,
-        "momentum": {name: part.momentum for name, part in parts.items()},
-        "decay": {name: part.decay for name, part in parts.items()},
-        "preconditioner": {name: clip * part.preconditioner for name, part in parts.items()},
-        "jacobian": {name: part.jacobian for name, part in parts.items()},
-        "gradient": {name: gradient[name] for name in parts},
-    }
-    dtype = getattr(torch, law["dtype"])
-    for file, by_name in by_file.items():
-        out.tensors({name: tensor.to(dtype) for name, tensor in by_name.items()}, f"{file}.safetensors")
+    clip = clip_factor(norm, max_grad_norm)
+    step = OptimizerStep(checkpoint, execution, policy.named_parameters(), g, clip)
+    shapes, dtype = {name: tuple(t.shape) for name, t in gradient.items()}, getattr(torch, law["dtype"])
+    of_direction = []
+    with out.vector("direction", shapes, dtype) as direction, out.vector("gradient", shapes, dtype) as loss_gradient:
+        for block in step:
+            v = step[block].direction
+            of_direction.append(float(squares(v)))
+            direction.write(block, v)
+            loss_gradient.write(block, g[block])
     out.tensors({"coefficients": coefficients_K}, "coefficients.safetensors")
     table = rewards.table("rewards.parquet")
     table = table.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
@@ -119,46 +114,10 @@ def compute_update(
         "gradient_norm": norm,
         "clip_factor": clip,
         "max_grad_norm": max_grad_norm,
-        "update_norm": adamw.global_norm(direction),
+        "update_norm": sum(of_direction) ** 0.5,
         "prompts": len(advantages_PG),
         "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
         "loss": loss,
         "kl_beta": kl_beta,
         "mean_reward": float(rewards_N.mean()),
     }
-
-
-def next_step(
-    checkpoint: "Artifact",
-    gradient: dict[str, torch.Tensor],
-    parameters: dict[str, torch.Tensor],
-    clip: float,
-) -> dict[str, UpdateParts]:
-    """The AdamW step from the saved state, by parameter name.
-
-    Args:
-        checkpoint: artifact of load-checkpoint.
-        gradient: before clipping, float64.
-        parameters: θ, float64.
-        clip: factor that the gradient is scaled by.
-
-    Returns:
-        `UpdateParts` of every parameter that the optimizer holds.
-    """
-    moments = checkpoint.tensors("moments.safetensors")
-
-    parts = {}
-    for group in checkpoint.json("groups.json"):
-        hyperparameters = AdamHyperparameters(
-            group["beta1"], group["beta2"], group["eps"], group["weight_decay"], group["relative_lr"], group["maximize"]
-        )
-        for name, step in group["parameters"].items():
-            largest = moments.get(f"max_exp_avg_sq/{name}")
-            exp_avg, exp_avg_sq = (moments[f"{slot}/{name}"].double() for slot in ("exp_avg", "exp_avg_sq"))
-            state = AdamState(step, exp_avg, exp_avg_sq, None if largest is None else largest.double())
-            theta, g = parameters[name], clip * gradient[name]
-            if group["decoupled"]:
-                parts[name] = adamw.update_direction(g, theta, state, hyperparameters)
-            else:
-                parts[name] = adamw.coupled_update_direction(g, theta, state, hyperparameters)
-    return parts

@@ -33,7 +33,7 @@ from entropy_core.code_identity import code_digest, module_digests, name_of
 from entropy_core.errors import StoreError
 from entropy_core.manifest import (
     as_json,
-    check_file,
+    check_files,
     check_manifest,
     commit,
     peak_rss_bytes,
@@ -56,10 +56,12 @@ class Stage:
         function: called as `function(out: Writer, execution, **inputs)`; defined at the top level of a module. It
             writes files through `out` and returns its summary: a dict of JSON values that the inputs determine, hence
             no timings, which the manifest has anyway.
+        vectors: the inputs whose `VECTORS` the function opens.
     """
 
     name: str
     function: Callable[..., dict]
+    vectors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
@@ -160,14 +162,19 @@ class Store:
         found = (path.parts[-2:] for path in self.root.glob("[!.]*/*") if path.is_dir())
         return sorted((stage, key) for stage, key in found if re.fullmatch("[0-9a-f]{32}", key))
 
-    def check(self, stage_name: str, key: str) -> tuple[Artifact | None, str]:
-        """The artifact if it is sound, and else what is wrong with it; neither when it is not there at all."""
+    def check(self, stage_name: str, key: str, vectors: bool = False) -> tuple[Artifact | None, str]:
+        """The artifact if it is sound, and else what is wrong with it; neither when it is not there at all.
+
+        Args:
+            stage_name: name of the stage.
+            key: its key.
+            vectors: check its `VECTORS` as well; nobody needs them for having the rest.
+        """
         directory = self.root / stage_name / key
         if not directory.exists():
             return None, ""
         manifest, fault = check_manifest(directory, stage_name, key)
-        for name, entry in manifest.get("files", {}).items():
-            fault = fault or check_file(directory / name, entry)
+        fault = fault or check_files(directory, manifest["files"], vectors)
         return (None, fault) if fault else (Artifact(stage_name, key, manifest["digest"], self.root), "")
 
     def manifest(self, stage_name: str, key: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from entropy_core.errors import ProbeError, StoreError
-from entropy_core.store import Store, archive, runs
+from entropy_core.manifest import VECTORS
+from entropy_core.store import Store, archive, runs, vectors
 from entropy_core.store.explain import differences, nearest, of_this_code, resolve
 from entropy_core.store.pruning import needs, waste
 
@@ -18,7 +19,8 @@ def ls(store: Store) -> int:
     total = 0
     for artifact in store.ls():
         manifest = artifact.manifest
-        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        kept = vectors.present(artifact)
+        size = sum(of["bytes"] for name, of in manifest["files"].items() if kept or not name.startswith(VECTORS))
         total += size
         when = f"{manifest['created'][:16]}Z"
         of = ", ".join(needed.get((artifact.stage, artifact.key), ["–"]))
@@ -33,7 +35,7 @@ def verify(store: Store) -> int:
     faults = []
     names = store.names()
     for stage, key in names:
-        _, fault = store.check(stage, key)
+        _, fault = store.check(stage, key, vectors=True)
         if fault:
             faults.append(f"{stage}/{key}: {fault}")
     recorded = runs.recorded(store.root)

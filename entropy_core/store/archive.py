@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from entropy_core.errors import StoreError
-from entropy_core.manifest import MANIFEST, make_visible, temporary_sibling
+from entropy_core.manifest import DROPPED, MANIFEST, VECTORS, make_visible, temporary_sibling
 from entropy_core.store import Store, runs
 
 _ARTIFACT = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*/[0-9a-f]{32}/[^/].*")
@@ -19,13 +19,13 @@ _RUN = re.compile(r"runs/[^./][^/]*/[^./][^/]*")
 
 
 def export(store: Store, run_id: str, file: Path, everything: bool = False) -> list[runs.Name]:
-    """Write a run and the artifacts that its statistics need into an archive.
+    """Write a run and the artifacts that its statistics need into an archive; no statistics need any `VECTORS`.
 
     Args:
         store: where the run is.
         run_id: of the run, or `latest`.
         file: the archive; appears when it is complete.
-        everything: also what these artifacts were made from, so that the run can be extended elsewhere.
+        everything: also what these artifacts were made from, and `VECTORS`, so that the run can be extended elsewhere.
 
     Returns:
         The artifacts in it.
@@ -38,7 +38,7 @@ def export(store: Store, run_id: str, file: Path, everything: bool = False) -> l
     upstream = runs.with_upstream(store, wanted)
     wanted = upstream if everything else wanted | {name for name in upstream if name[0] == "variance"}
     for stage, key in sorted(wanted):
-        artifact, fault = store.check(stage, key)
+        artifact, fault = store.check(stage, key, vectors=everything)
         if artifact is None:
             raise StoreError(
                 f"the artifact {stage}/{key} of the run {directory.name} is {fault or 'missing'}",
@@ -46,12 +46,16 @@ def export(store: Store, run_id: str, file: Path, everything: bool = False) -> l
                 way_out=f"run the sweep of {directory / 'config.yaml'} again",
             )
     folders = [store.root.joinpath(*name) for name in sorted(wanted)] + [directory]
+    vectors = {path for folder in folders for path in folder.glob(f"{VECTORS}*") if not everything}
     members = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     try:
         with temporary_sibling(file.absolute()) as temporary:  # a name of its own until it is complete
             with tarfile.open(temporary / file.name, "w", dereference=True) as archive:
                 for path in members:
-                    archive.add(path, path.relative_to(store.root).as_posix(), filter=_anonymous)
+                    if path not in vectors:
+                        archive.add(path, path.relative_to(store.root).as_posix(), filter=_anonymous)
+                for folder in sorted({path.parent.parent.relative_to(store.root) for path in vectors}):
+                    archive.addfile(tarfile.TarInfo((folder / DROPPED).as_posix()))
             (temporary / file.name).replace(file)
     except OSError as error:
         raise StoreError(f"{file} cannot be written: {error}", way_out="choose another place") from None
@@ -125,12 +129,12 @@ def _unpack(file: Path, into: Path) -> None:
 
 def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name], run_ids: Iterable[str]) -> None:
     for stage, key in names:
-        artifact, fault = arrived.check(stage, key)
+        artifact, fault = arrived.check(stage, key, vectors=True)
         if artifact is None:
             raise _refused(file, f"{stage}/{key} is unsound: {fault}")
         folder = artifact.directory
         inside = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        if extra := inside - {MANIFEST, *artifact.manifest["files"]}:
+        if extra := inside - {MANIFEST, DROPPED, *artifact.manifest["files"]}:
             raise _refused(file, f"{stage}/{key} has files that its manifest does not name: {', '.join(sorted(extra))}")
     present = set(names)
     for run_id in run_ids:

@@ -212,7 +212,7 @@ def replicate(trainer: Trainer, setting: Setting, state: AdamState, max_norm: fl
     coefficients_N, u_N = trainer.draw(P)
     g = trainer.gradient(coefficients_N, u_N)
     clip = adamw.clip_factor(float(g.norm()), max_norm)
-    parts = adamw.update_direction(clip * g, 0 * g, state, AdamHyperparameters(0.9, setting.beta2, 1e-8, 0.0))
+    parts = adamw.NextStep(clip * g, 0 * g, state, AdamHyperparameters(0.9, setting.beta2, 1e-8, 0.0))
     v = parts.direction
     e_N = torch.multinomial(everything.probability_N, setting.sequences, replacement=True, generator=trainer.generator)
     pick_K, offsets_N1 = everything.tokens_of(e_N)

@@ -102,14 +102,14 @@ MUTATIONS = (
     Mutation(
         "the second moment's derivative left out of J",
         "numerics/adamw",
-        "jacobian = sign * (frozen - (momentum + gradient_part) * slope / denominator)",
-        "jacobian = sign * frozen",
+        "return self._sign * (self._frozen - moved * slope / self._denominator)",
+        "return self._sign * self._frozen",
         "test_adamw",
     ),
     Mutation(
         "clip factor left out of J",
         "numerics/adamw",
-        "return {name: factor * pulled[name] - along * gradient[name].double() for name in pulled}",
+        "return Lazy(list(jacobian), lambda key: factor * pulled[key] - along * gradient[key].double())",
         "return pulled",
         "test_adamw",
     ),

@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import Probe, probe, skip_figures
+from pipeline_fixtures import Probe, probe, skip_figures, whole
 from proofs import Proof
 from torch import Tensor
 
-from entropy_core.numerics import adamw
+from entropy_core.numerics.adamw import clip_factor
+from entropy_core.numerics.vectors import dot, global_norm, in_blocks
+from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.policy import Coefficients
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.stages.sequences import processor_of, read_sequences
-from entropy_core.stages.update import next_step
 
 pytestmark = pytest.mark.validate
 
@@ -39,7 +40,7 @@ def entropy_gradients(found: Probe) -> dict[str, dict[str, Tensor]]:
     """∇H of all of E, by normalisation and parameter."""
     artifact = found.run.artifacts("entropy-gradient")[0]
     halves = artifact.summary["halves"]
-    files = {(kind, half): artifact.tensors(f"{kind}_{half}.safetensors") for kind in KINDS for half in HALVES}
+    files = {(kind, half): artifact.vector(f"{kind}_{half}") for kind in KINDS for half in HALVES}
     gradients: dict[str, dict[str, Tensor]] = {"per_token": {}, "per_sequence": {}}
     for name in files["entropy", 0]:
         along = [of_all(halves, [files[kind, half][name].double() for half in HALVES]) for kind in KINDS]
@@ -74,16 +75,16 @@ def steps_without_one(found: Probe, max_norm: float) -> tuple[dict[str, Tensor],
     processor = processor_of(inputs["law"], found.run.execution)
     parameters = {name: p.detach().double() for name, p in processor.policy.named_parameters().items()}
     of_prompts = prompt_gradients(found)
-    whole = {name: torch.stack([g[name] for g in of_prompts]).sum(0) for name in of_prompts[0]}
+    of_all_prompts = {name: torch.stack([g[name] for g in of_prompts]).sum(0) for name in of_prompts[0]}
 
     def step(gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        clip = adamw.clip_factor(adamw.global_norm(gradient), max_norm)
-        parts = next_step(inputs["checkpoint"], gradient, parameters, clip)
-        return {name: part.direction for name, part in parts.items()}
+        clip = clip_factor(global_norm(gradient), max_norm)
+        step = OptimizerStep(inputs["checkpoint"], found.run.execution, parameters, in_blocks(gradient), clip)
+        return whole(step.part("direction"), parameters)
 
     # the loss on the other prompts is their mean
-    rest = [{name: P / (P - 1) * (g - own[name]) for name, g in whole.items()} for own in of_prompts]
-    return step(whole), [step(gradient) for gradient in rest]
+    rest = [{name: P / (P - 1) * (g - own[name]) for name, g in of_all_prompts.items()} for own in of_prompts]
+    return step(of_all_prompts), [step(gradient) for gradient in rest]
 
 
 def regression(x_P: Tensor, y_P: Tensor) -> tuple[float, float]:
@@ -108,13 +109,13 @@ def test_the_influence_of_a_prompt_is_what_the_step_loses_without_it(
     for checkpoint in ("checkpoint-6", "checkpoint-18", "checkpoint-30"):
         found = swept(checkpoint, tmp_path / "artifacts")
         summary = found.run.artifacts("compute-update")[0].summary
-        whole, without = steps_without_one(found, summary["max_grad_norm"])
+        v_of_all, without = steps_without_one(found, summary["max_grad_norm"])
         table = found.run.artifacts("first-order-u")[0].table("sequences.parquet")
         for normalization, dH in entropy_gradients(found).items():
             influence_N = torch.tensor(table[f"influence_{normalization}"].to_pylist(), dtype=torch.float64)
             influence_P = influence_N.view(P, G).sum(1)
-            value = adamw.dot(dH, whole)
-            lost_P = torch.tensor([value - adamw.dot(dH, v) for v in without], dtype=torch.float64)
+            value = dot(dH, v_of_all)
+            lost_P = torch.tensor([value - dot(dH, v) for v in without], dtype=torch.float64)
             # deleting p takes its term out and blows the others up by P/(P − 1)
             expected_P = P / (P - 1) * (influence_P - influence_P.mean())
             slope, r_squared = regression(expected_P, lost_P)
