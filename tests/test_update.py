@@ -1,16 +1,20 @@
 """The step on U and what every part of U does to the entropy, against torch's own optimizer on the model itself."""
 
 import copy
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, trainer_groups, values, write_reward
+from test_user_losses import BONUS
 from transformers import AutoModelForCausalLM
 
 from entropy_core.artifact import Artifact
 from entropy_core.stages import catalogue, sequences
+from entropy_core.stages.files import content_digest
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 
 P, G = 8, 4
@@ -21,6 +25,7 @@ KL_BETA = 0.3
 def exact(tmp_path_factory) -> Probe:
     """The sweep of a policy in which float64 is float64, so that equal means equal; with a policy to stay close to."""
     folder = tmp_path_factory.mktemp("exact")
+    (folder / "my_loss.py").write_text(BONUS)
     make_gpt2(folder / "run" / "checkpoint-3")
     make_gpt2(folder / "reference", initializer_range=0.1)
     asked = values(
@@ -55,32 +60,37 @@ class Oracle:
         self.responses_PG = [responses[i : i + G] for i in range(0, len(responses), G)]
         self.tokens_P = torch.tensor([sum(len(r) for _, r in group) for group in self.responses_PG])
 
-    def logprobs(self, model: Any, prompt: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
-        """Of each token of the response."""
+    def scored(self, model: Any, prompt: torch.Tensor, response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each token of the response, and entropy of its step."""
         logits = model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
-        return torch.log_softmax(logits, -1).gather(-1, response[:, None]).squeeze(-1)
+        logp = torch.log_softmax(logits, -1)
+        return logp.gather(-1, response[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
     @cache  # noqa: B019 (one oracle)
     def terms(self, loss: str, kl_beta: float = 0.0) -> torch.Tensor:
         """Gradient of Σ_i (1/Z_i) Σ_k (−A_i ℓ_ik + β kl_ik) over the responses to each prompt; Z is 1 for dapo.
 
-        [P, parameters]; kl is TRL's estimate, written as TRL writes it.
+        [P, parameters]; kl is TRL's estimate, written as TRL writes it. `mine` has −0.01·h beside it: see my_loss.py.
         """
         rows = []
         for r, group in zip(self.rewards_PG, self.responses_PG, strict=True):
             total = torch.zeros((), dtype=torch.float64)
             for i, (prompt, response) in enumerate(group):
-                logps, fixed = (self.logprobs(model, prompt, response) for model in (self.model, self.reference))
+                (logps, h), (fixed, _) = (
+                    self.scored(model, prompt, response) for model in (self.model, self.reference)
+                )
                 kl = (torch.exp(fixed.detach() - logps) - (fixed.detach() - logps) - 1).sum()
                 standardised = (r[i] - r.mean()) / (r.std() + 1e-4)
                 advantage, Z = {
                     "grpo": (standardised, len(response)),
+                    "mine": (standardised, len(response)),
                     "dapo": (standardised, 1),
                     "dr_grpo": (r[i] - r.mean(), 8),  # max_new_tokens
                     "rloo": (r[i] - (r.sum() - r[i]) / (G - 1), 1),
                     "reinforce": (r[i], 1),
                 }[loss]
-                total = total + (kl_beta * kl - advantage * logps.sum()) / Z
+                bonus = 0.01 * h.sum() if loss == "mine" else 0.0
+                total = total + (kl_beta * kl - advantage * logps.sum() - bonus) / Z
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, list(self.model.parameters()))]))
         return torch.stack(rows)
 
@@ -120,12 +130,23 @@ def updated(exact: Probe, *, kl_beta: float = 0.0, **settings: Any) -> Artifact:
     asked = exact.run.inputs("compute-update") | settings | {"kl_beta": kl_beta}
     if not kl_beta:
         asked["reference"] = []
-    return exact.run.store.run(catalogue.COMPUTE_UPDATE, exact.run.execution, asked)
+    if settings.get("loss") == "mine":
+        asked |= {"loss_source": content_digest(loss_file(exact)), "scale_rewards": "group"}
+    return exact.run.store.run(catalogue.COMPUTE_UPDATE, knowing_the_loss(exact), asked)
 
 
 def first_order_u(exact: Probe, update: Artifact) -> Artifact:
     inputs = exact.run.inputs("first-order-u") | {"update": update}
-    return exact.run.store.run(catalogue.FIRST_ORDER_U, exact.run.execution, inputs)
+    return exact.run.store.run(catalogue.FIRST_ORDER_U, knowing_the_loss(exact), inputs)
+
+
+def loss_file(exact: Probe) -> Path:
+    return Path(exact.config.update.reference).with_name("my_loss.py")
+
+
+def knowing_the_loss(exact: Probe) -> Any:
+    file, execution = loss_file(exact), exact.run.execution
+    return replace(execution, paths={**execution.paths, content_digest(file): file})
 
 
 def gradients(exact: Probe, oracle: Oracle) -> dict[str, torch.Tensor]:
@@ -149,6 +170,8 @@ def gradients(exact: Probe, oracle: Oracle) -> dict[str, torch.Tensor]:
         ("reinforce", 0.0),
         ("grpo", KL_BETA),
         ("dapo", 5.0),
+        ("mine", 0.0),
+        ("mine", KL_BETA),
     ],
 )
 @pytest.mark.parametrize("clipping", ["off", "inactive", "active"])
@@ -173,13 +196,22 @@ def test_v_is_the_step_that_torch_takes(exact, oracle, loss, kl_beta, clipping):
     if kl_beta:
         without = oracle.gradient(loss, torch.ones(P, dtype=torch.float64))
         assert (gradient - without).norm() > 0.05 * norm
+    if loss == "mine":  # the bonus matters to this test
+        without = oracle.gradient("grpo", torch.ones(P, dtype=torch.float64), kl_beta)
+        assert (gradient - without).norm() > 1e-4 * norm
     assert update.summary["clip_factor"] == pytest.approx(1 / 3 if clipping == "active" else 1.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
 @pytest.mark.parametrize(
     ("loss", "kl_beta", "clipping"),
-    [("grpo", KL_BETA, "off"), ("grpo", 0.0, "active"), ("dapo", 0.0, "active"), ("dapo", 5.0, "active")],
+    [
+        ("grpo", KL_BETA, "off"),
+        ("grpo", 0.0, "active"),
+        ("dapo", 0.0, "active"),
+        ("dapo", 5.0, "active"),
+        ("mine", 0.0, "active"),
+    ],
 )
 def test_the_influence_of_each_prompt(exact, oracle, normalization, loss, kl_beta, clipping):
     """By central differences of torch's step in its weight; the standard error by leaving prompts out one by one."""
@@ -208,7 +240,7 @@ def test_the_influence_of_each_prompt(exact, oracle, normalization, loss, kl_bet
         assert row["se_over_u"] == pytest.approx(float(linear) * row["eta"], rel=1e-9)
 
 
-@pytest.mark.parametrize(("loss", "kl_beta"), [("grpo", 0.0), ("dapo", 0.0), ("grpo", KL_BETA)])
+@pytest.mark.parametrize(("loss", "kl_beta"), [("grpo", 0.0), ("dapo", 0.0), ("grpo", KL_BETA), ("mine", KL_BETA)])
 def test_the_shares_of_the_tokens_add_up(exact, oracle, loss, kl_beta):
     """With the denominators as they are, the step is a sum over U's tokens, the momentum and the decay."""
     norm = float(oracle.gradient(loss, torch.ones(P, dtype=torch.float64), kl_beta).norm())

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.numerics import adamw, ragged
-from entropy_core.numerics.advantages import through_shared_length
+from entropy_core.numerics import adamw, losses, ragged
+from entropy_core.numerics.losses import TokenPair
 from entropy_core.policy import Policy
 from entropy_core.stages.derivatives import forward_mode
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.stages.loss import loss_of, read_batch, read_coefficients
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
@@ -52,24 +53,22 @@ def first_order_u(
     processor = processor_of(law, execution)
     files = ("jacobian", "preconditioner", "gradient", "direction", "momentum", "decay")
     jacobian, preconditioner, loss_gradient, *parts = (update.tensors(f"{file}.safetensors") for file in files)
-    loss, max_grad_norm = update.summary["loss"], update.summary["max_grad_norm"]
-    coefficients_K = update.tensors("coefficients.safetensors")["coefficients"]
+    settings, batch, coefficients = update.summary, read_batch(update), read_coefficients(update)
+    loss = loss_of(execution, settings["loss"], settings["loss_source"])
     shards = [read_sequences(shard) for shard in sequences]
     offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])
 
-    def along(covector: dict[str, Tensor]) -> Tensor:
-        """⟨covector, gradient of each token's loss term⟩, float64 [K]."""
+    def along(covector: dict[str, Tensor]) -> TokenPair:
+        """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token, float64 [K]."""
         scale = adamw.global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
         unit = {name: t / scale for name, t in covector.items()}
-        dlogprobs_K = torch.cat([forward_mode(processor, shard, unit).dlogprobs_K for shard in shards])
-        return coefficients_K * dlogprobs_K.double() * scale
+        found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
+        return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
 
     def influence(covector: dict[str, Tensor]) -> Tensor:
         """What each sequence does to ⟨covector, v⟩, float64 [N]."""
-        terms_N = ragged.sequence_sum(
-            along(adamw.pull_back(covector, jacobian, loss_gradient, max_grad_norm)), offsets_N1
-        )
-        return through_shared_length(terms_N, ragged.lengths(offsets_N1), loss)
+        pulled_back = adamw.pull_back(covector, jacobian, loss_gradient, settings["max_grad_norm"])
+        return losses.influence(loss, batch, along(pulled_back))
 
     # everything is linear in ∇H: first along ∇H_seq and ∇L, then both normalisations from these
     halves = gradient.summary["halves"]
@@ -78,7 +77,8 @@ def first_order_u(
         covectors = [_float64(gradient.tensors(f"{kind}_{half}.safetensors"), loss_gradient) for half in HALVES]
         influences_N.append([influence(covector) for covector in covectors])
         whole = {name: of_all(halves, [covector[name] for covector in covectors]) for name in loss_gradient}
-        shares_K.append(along({name: preconditioner[name].double() * g for name, g in whole.items()}))
+        preconditioned = {name: preconditioner[name].double() * g for name, g in whole.items()}
+        shares_K.append(coefficients.dot(along(preconditioned)))
         inner_products.append(torch.tensor([adamw.dot(whole, part) for part in parts], dtype=torch.float64))
     H_tok, mean_length = entropy_and_length(halves)
     of_all_N = by_normalization([of_all(halves, of_halves_N) for of_halves_N in influences_N], H_tok, mean_length)
