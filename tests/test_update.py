@@ -13,9 +13,11 @@ from test_user_losses import BONUS
 from transformers import AutoModelForCausalLM
 
 from entropy_core.artifact import Artifact
+from entropy_core.numerics import losses
 from entropy_core.stages import catalogue, sequences
 from entropy_core.stages.files import content_digest
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.stages.loss import read_batch
 
 P, G = 8, 4
 KL_BETA = 0.3
@@ -265,6 +267,78 @@ def test_the_shares_of_the_tokens_add_up(exact, oracle, loss, kl_beta):
         assert shares.summary["closure"][normalization] <= 1e-8
     assert tokens.num_rows == int(oracle.tokens_P.sum())
     assert all(row["attribution_closure"] <= 1e-8 for row in exact.rows)
+
+
+@pytest.fixture(scope="module")
+def weighed(exact, oracle) -> tuple[Artifact, Artifact]:
+    """A clipped step with an entropy bonus, and its first-order-u."""
+    norm = float(oracle.gradient("mine", torch.ones(P, dtype=torch.float64), KL_BETA).norm())
+    update = updated(exact, loss="mine", kl_beta=KL_BETA, max_grad_norm=norm / 3)
+    return update, first_order_u(exact, update)
+
+
+def column(artifact: Artifact, name: str, table: str = "tokens") -> torch.Tensor:
+    return torch.tensor(artifact.table(f"{table}.parquet")[name].to_pylist(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
+def test_every_token_has_its_sensitivities(exact, oracle, weighed, normalization):
+    """⟨P∘∇H, ∇ℓ_k⟩ and ⟨P∘∇H, ∇h_k⟩ by a backward pass for each; a share is their product with the coefficients."""
+    update, of_u = weighed
+    w = oracle.vector(update.tensors("preconditioner.safetensors")) * gradients(exact, oracle)[normalization]
+    expected: tuple[list[float], list[float]] = ([], [])
+    for group in oracle.responses_PG:
+        for prompt, response in group:
+            for values_K, of in zip(oracle.scored(oracle.model, prompt, response), expected, strict=True):
+                for value in values_K:
+                    found = torch.autograd.grad(value, list(oracle.model.parameters()), retain_graph=True)
+                    of.append(float(torch.cat([g.flatten() for g in found]) @ w))
+    share_K = torch.zeros(len(expected[0]), dtype=torch.float64)
+    for prefix, of in zip(("", "entropy_"), expected, strict=True):
+        found_K = column(of_u, f"{prefix}sensitivity_{normalization}")
+        expected_K = torch.tensor(of, dtype=torch.float64)
+        torch.testing.assert_close(found_K, expected_K, rtol=1e-8, atol=1e-10 * float(expected_K.abs().max()))
+        share_K += column(of_u, f"{prefix}coefficient") * found_K
+    torch.testing.assert_close(share_K, column(of_u, f"share_{normalization}"), rtol=1e-9, atol=1e-14)
+
+
+def test_a_token_without_an_advantage_has_sensitivities_too(exact):
+    of_u = first_order_u(exact, updated(exact, loss="reinforce"))
+    nothing_K = column(of_u, "advantage") == 0
+    assert 0 < int(nothing_K.sum()) < len(nothing_K)
+    for normalization in ("per_token", "per_sequence"):
+        assert not column(of_u, f"share_{normalization}")[nothing_K].any()
+        assert column(of_u, f"sensitivity_{normalization}")[nothing_K].all()
+
+
+def test_another_weighting_of_the_tokens_is_a_dot_product(exact, oracle, weighed):
+    """What DAPO's gradient would do through the same preconditioner, without a pass over the model."""
+    update, of_u = weighed
+    other = losses.coefficients(losses.dapo, replace(read_batch(update), kl_beta=0.0))
+    preconditioner = oracle.vector(update.tensors("preconditioner.safetensors"))
+    gradient = oracle.gradient("dapo", torch.ones(P, dtype=torch.float64))
+    for normalization, dH in gradients(exact, oracle).items():
+        found = float((other.logprob_K * column(of_u, f"sensitivity_{normalization}")).sum())
+        assert found == pytest.approx(float((preconditioner * dH) @ gradient), rel=1e-8)
+
+
+def test_the_influences_can_be_made_from_the_sensitivities_again(weighed):
+    """From the raw ones, through the whole step, of each half."""
+    update, of_u = weighed
+    raw = of_u.tensors("sensitivities.safetensors")
+
+    def mine(batch: losses.LossBatch) -> torch.Tensor:
+        return losses.grpo(batch) - 0.01 * batch.mean(batch.sequence_sum(batch.entropies_K) / batch.lengths_N)
+
+    for half in HALVES:
+        pair = losses.TokenPair(*(raw[f"pulled_back/entropy/{half}/{of}"] for of in ("logprob", "entropy")))
+        found_N = losses.influence(mine, read_batch(update), pair)
+        expected_N = column(of_u, f"influence_per_sequence_half_{half}", "sequences")
+        torch.testing.assert_close(found_N, expected_N, rtol=1e-9, atol=1e-14)
+    halves = [f"pulled_back/{kind}/{half}" for kind in KINDS for half in HALVES]
+    parts = halves + [f"preconditioned/{kind}" for kind in KINDS]
+    assert set(raw) == {f"{part}/{of}" for part in parts for of in ("logprob", "entropy")}
+    assert {len(values_K) for values_K in raw.values()} == {len(column(of_u, "position"))}
 
 
 def test_the_gradient_of_all_of_e_is_that_of_its_halves(exact, oracle):

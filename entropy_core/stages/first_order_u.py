@@ -30,16 +30,25 @@ def first_order_u(
     update: "Artifact",
     gradient: "Artifact",
 ) -> dict[str, Any]:
-    """Influence and share of everything in U, by forward mode along Jᵀ∇H and along P∘∇H.
+    """How the entropy answers to every token of U, and what each token, response and prompt therefore did to it.
 
-    J = ∂v/∂g is the derivative of the whole step, second moments and clipping included: u_j = ⟨Jᵀ∇H, g_j⟩, whose spread
-    over prompts is the uncertainty of ∂_vH over U. P is the preconditioner with the denominators as they are:
-    ⟨P∘∇H, g_j⟩ is the share of sequence j in ∂_vH, and the shares add up to it with those of momentum and decay.
+    The sensitivities of a token are ⟨w, ∇ℓ_k⟩ and ⟨w, ∇h_k⟩, whatever the loss makes of it, so that a token without an
+    advantage has them too. They come by forward mode along two covectors w:
+
+        P∘∇H   P the preconditioner with the denominators as they are. With the coefficients c and d of the loss,
+               c_k⟨w, ∇ℓ_k⟩ + d_k⟨w, ∇h_k⟩ is the share of token k in ∂_vH; the shares add up to it with those of
+               momentum and decay. Any other weighting of the tokens is another such sum.
+        Jᵀ∇H   J = ∂v/∂g, the derivative of the whole step, second moments and clipping included. From it comes the
+               influence of each response, see `losses.influence`, whose spread over prompts is the uncertainty of ∂_vH
+               over U.
 
     Args:
-        out: `sequences.parquet` (per U sequence: `influence_…` u_j, the same for the ∇H of each half of E, and
-            `share_…`), `tokens.parquet` (per U token: its text and `share_…`), each for both normalisations, in nats
-            per unit step.
+        out: `sensitivities.safetensors` (`preconditioned/KIND/…` along P∘∇ of all of E, `pulled_back/KIND/HALF/…` along
+            Jᵀ∇ of each half, KIND the entropy or the length of a response; `…/logprob` of ℓ and `…/entropy` of h, [K],
+            nats or tokens per unit step and unit of coefficient); `tokens.parquet` (per U token: its text, both
+            coefficients, both sensitivities along P∘∇H, and `share_…`); `sequences.parquet` (per U sequence:
+            `influence_…`, the same for the ∇H of each half of E, and `share_…`). Tables have both normalisations, in
+            nats per unit step.
         execution: device and micro-batch.
         law: the policy.
         sequences: the shards of sample-u-batch.
@@ -65,21 +74,23 @@ def first_order_u(
         found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
         return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
 
-    def influence(covector: dict[str, Tensor]) -> Tensor:
-        """What each sequence does to ⟨covector, v⟩, float64 [N]."""
-        pulled_back = adamw.pull_back(covector, jacobian, loss_gradient, settings["max_grad_norm"])
-        return losses.influence(loss, batch, along(pulled_back))
-
     # everything is linear in ∇H: first along ∇H_seq and ∇L, then both normalisations from these
     halves = gradient.summary["halves"]
-    influences_N, shares_K, inner_products = [], [], []
+    preconditioned: list[TokenPair] = []  # by kind
+    pulled_back: list[list[TokenPair]] = []  # by kind and half
+    inner_products = []
     for kind in KINDS:
         covectors = [_float64(gradient.tensors(f"{kind}_{half}.safetensors"), loss_gradient) for half in HALVES]
-        influences_N.append([influence(covector) for covector in covectors])
+        pulled_back.append(
+            [along(adamw.pull_back(w, jacobian, loss_gradient, settings["max_grad_norm"])) for w in covectors]
+        )
         whole = {name: of_all(halves, [covector[name] for covector in covectors]) for name in loss_gradient}
-        preconditioned = {name: preconditioner[name].double() * g for name, g in whole.items()}
-        shares_K.append(coefficients.dot(along(preconditioned)))
+        preconditioned.append(along({name: preconditioner[name].double() * g for name, g in whole.items()}))
         inner_products.append(torch.tensor([adamw.dot(whole, part) for part in parts], dtype=torch.float64))
+    out.tensors(_named(preconditioned, pulled_back, getattr(torch, law["dtype"])), "sensitivities.safetensors")
+
+    influences_N = [[losses.influence(loss, batch, pair) for pair in of_halves] for of_halves in pulled_back]
+    shares_K = [coefficients.dot(pair) for pair in preconditioned]
     H_tok, mean_length = entropy_and_length(halves)
     of_all_N = by_normalization([of_all(halves, of_halves_N) for of_halves_N in influences_N], H_tok, mean_length)
     columns = {f"influence_{normalization}": influence_N for normalization, influence_N in of_all_N.items()}
@@ -90,16 +101,23 @@ def first_order_u(
 
     of_sequences = update.table("sequences.parquet")
     of_tokens = _tokens(shards, offsets_N1, of_sequences, processor.policy)
+    per_token = {"coefficient": coefficients.logprob_K, "entropy_coefficient": coefficients.entropy_K}
+    by_kind = [torch.stack(pair) for pair in preconditioned]
+    for normalization, (of_logprob_K, of_entropy_K) in by_normalization(by_kind, H_tok, mean_length).items():
+        per_token[f"sensitivity_{normalization}"] = of_logprob_K
+        per_token[f"entropy_sensitivity_{normalization}"] = of_entropy_K
     summary: dict[str, Any] = {"inner_product": {}, "momentum": {}, "decay": {}, "closure": {}}
     products = by_normalization(inner_products, H_tok, mean_length)
     for normalization, share_K in by_normalization(shares_K, H_tok, mean_length).items():
         columns[f"share_{normalization}"] = ragged.sequence_sum(share_K, offsets_N1)
-        of_tokens = of_tokens.append_column(f"share_{normalization}", pa.array(share_K.tolist()))
+        per_token[f"share_{normalization}"] = share_K
         inner_product, momentum, decay = products[normalization].tolist()
         missing = inner_product - momentum - decay - float(share_K.sum())
         closure = abs(missing / inner_product) if inner_product else 0.0
         for name, value in zip(summary, (inner_product, momentum, decay, closure), strict=True):
             summary[name][normalization] = value
+    for name, column_K in per_token.items():
+        of_tokens = of_tokens.append_column(name, pa.array(column_K.tolist()))
     for name, column_N in columns.items():
         of_sequences = of_sequences.append_column(name, pa.array(column_N.tolist()))
     prompts = [processor.policy.tokenizer.decode(shard.prompt(i)) for shard in shards for i in range(len(shard))]
@@ -110,6 +128,20 @@ def first_order_u(
 
 def _float64(tensors: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensors[name].double() for name in names}
+
+
+def _named(
+    preconditioned: Sequence[TokenPair], pulled_back: Sequence[Sequence[TokenPair]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The sensitivities as tensors of a file, in the number format of the pass that they came from."""
+    pairs = {f"preconditioned/{kind}": pair for kind, pair in zip(KINDS, preconditioned, strict=True)}
+    for kind, of_halves in zip(KINDS, pulled_back, strict=True):
+        pairs |= {f"pulled_back/{kind}/{half}": pair for half, pair in zip(HALVES, of_halves, strict=True)}
+    return {
+        f"{name}/{of}": values_K.to(dtype)
+        for name, pair in pairs.items()
+        for of, values_K in zip(("logprob", "entropy"), pair, strict=True)
+    }
 
 
 def _tokens(shards: Sequence[BatchedSequences], offsets_N1: Tensor, sequences: pa.Table, policy: Policy) -> pa.Table:
