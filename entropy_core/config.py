@@ -5,9 +5,9 @@ The names of the batch and generation keys are those that researchers of this fi
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from entropy_core.numerics.advantages import Loss, Scaling
 from entropy_core.numerics.baselines import Baseline
@@ -142,11 +142,17 @@ class SamplingConfig(Section):
 class UpdateConfig(Section):
     """The optimizer step whose effect is predicted: what a checkpoint does not record. Say what your trainer does."""
 
-    loss: Loss = Field("grpo", description="Objective: its advantage and its length normalisation.")
+    loss: str = Field(
+        "grpo",
+        min_length=1,
+        description="Objective: grpo, dr_grpo, dapo, rloo, reinforce, or your own, `file.py:function` or "
+        "`package.module:function`.",
+        json_schema_extra={"pattern": f"^({'|'.join(get_args(Loss))})$|:"},
+    )
     scale_rewards: Scaling = Field(
         "auto",
         description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
-        "(grpo and dapo divide). TRL's trainer divides under any loss: group.",
+        "(grpo and dapo divide). TRL's trainer divides under any loss: group. A loss of your own needs group or none.",
     )
     max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Global-norm gradient clipping; 0 switches it off.")
     learning_rate: float = Field(
@@ -163,8 +169,23 @@ class UpdateConfig(Section):
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
     )
 
+    @field_validator("loss")
+    @classmethod
+    def _is_known(cls, loss: str) -> str:
+        if loss not in get_args(Loss) and ":" not in loss:
+            raise ValueError(
+                f"unknown loss {loss!r}. Use one of {', '.join(get_args(Loss))}, file.py:function, or "
+                "package.module:function"
+            )
+        return loss
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
+        if ":" in self.loss and self.scale_rewards == "auto":
+            raise ValueError(
+                "scale_rewards is auto, which goes by how a loss was published, and this one is your own. "
+                "Set scale_rewards: group (advantages divided by the standard deviation of their group) or none"
+            )
         if self.reference and not self.kl_beta:
             raise ValueError("a reference policy has no part in a loss without a KL term. Set kl_beta, or leave it out")
         if self.loss == "reinforce" and self.scale_rewards == "group":

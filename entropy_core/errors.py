@@ -5,6 +5,7 @@
     ├── CheckpointError    a checkpoint directory cannot be probed as it is
     ├── PromptError        a dataset or a prompt file cannot be read
     ├── RewardError        a reward function raised, or returned something that is not a list of finite numbers
+    ├── LossError          a loss function raised, or returned something that is not a scalar to differentiate
     ├── StoreError         an artifact is missing, or the store cannot be written
     ├── NonFiniteError     a NaN or an infinity appeared; names the sequence
     └── MemoryShortageError    one sequence at a time is too much for the device
@@ -55,6 +56,10 @@ class PromptError(ProbeError):
 
 class RewardError(ProbeError):
     """A reward function failed, or returned something that is not a list of finite numbers."""
+
+
+class LossError(ProbeError):
+    """A loss function failed, or returned something that is not a finite scalar that can be differentiated."""
 
 
 class StoreError(ProbeError):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.evaluation import EvaluationBatch, Tokens
-from entropy_core.numerics import importance, ragged
+from entropy_core.numerics import importance, losses, ragged
+from entropy_core.numerics.advantages import group_advantages
 from entropy_core.numerics.baselines import Baseline, ReturnsToGo, baselines, returns_to_go
 from entropy_core.numerics.first_order import FirstOrderColumns, first_order_columns
 from entropy_core.numerics.token_statistics import TokenDerivatives
@@ -115,6 +116,15 @@ def every_batch(everything: Everything, size: int) -> Iterator[tuple[Tensor, flo
     for chosen in combinations_with_replacement(range(len(everything.sequences)), size):
         orders = factorial(size) // prod(factorial(chosen.count(i)) for i in set(chosen))
         yield torch.tensor(chosen), orders * float(everything.probability_N[list(chosen)].prod())
+
+
+def rloo_coefficients(rewards_PG: Tensor, lengths_N: Tensor) -> Tensor:
+    """∂L/∂ℓ under `rloo`, the same for every token of a response: float64 [N]."""
+    offsets_N1 = ragged.offsets_from_lengths(lengths_N)
+    zero_K = torch.zeros(int(offsets_N1[-1]))
+    advantages_PG = group_advantages(rewards_PG, "rloo")
+    batch = losses.LossBatch.on_policy(zero_K, zero_K, offsets_N1, advantages_PG, rewards_PG, max_new_tokens=3)
+    return losses.coefficients(losses.rloo, batch).logprob_K[offsets_N1[:-1]]
 
 
 class TokenGradients(NamedTuple):

@@ -161,7 +161,7 @@ def test_what_handles_no_sequence_does_not_reach_the_policy():
     """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
     stages = [name for name in FILES if name.startswith("entropy_core.stages.")]
     without = {name.rpartition(".")[2] for name in stages if "entropy_core.policy" not in module_digests(name)}
-    of_files = {"files", "columns", "batches", "halves"}
+    of_files = {"files", "columns", "batches", "halves", "loss"}
     assert without == of_files | {"load", "reward", "variance", "report", "preflight", "memory"}
 
 

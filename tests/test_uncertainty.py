@@ -11,13 +11,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import World, gpt2, policy_of
-from enumeration import Everything, enumerate_world, token_gradients
+from enumeration import Everything, enumerate_world, rloo_coefficients, token_gradients
 from scipy import stats
 from torch import Tensor
 
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
-from entropy_core.numerics.advantages import group_advantages, loss_coefficients
 from entropy_core.numerics.first_order import FirstOrderColumns, first_order_columns, score_coefficients
 from entropy_core.numerics.importance import MovedColumns
 from entropy_core.numerics.uncertainty import (
@@ -380,9 +379,8 @@ def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
         """Loss coefficient and score gradient of each sequence of U."""
         prompts_P = torch.randint(3, (P,), generator=generator)
         u_PG = torch.multinomial(law_3R[prompts_P], G, replacement=True, generator=generator)
-        advantages_PG = group_advantages(reward_R[u_PG], "rloo")
-        lengths_N = lengths_R[u_PG.flatten()]
-        return loss_coefficients(advantages_PG.flatten(), lengths_N, "rloo", 3), gradients.score[u_PG.flatten()]
+        coefficients_N = rloo_coefficients(reward_R[u_PG], lengths_R[u_PG.flatten()])
+        return coefficients_N, gradients.score[u_PG.flatten()]
 
     past = torch.stack([coefficients_N @ score_NQ for coefficients_N, score_NQ in (draw_u() for _ in range(100))])
     state = AdamState(10_000, past.mean(0), past.square().mean(0))  # in the middle of a run

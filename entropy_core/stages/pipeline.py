@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from entropy_core import rewards
+from entropy_core import rewards, user_losses
 from entropy_core.artifact import Artifact
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig, VarianceRequest
@@ -60,7 +60,8 @@ def execution_for(
     if config.update.reference:
         reference = Path(config.update.reference).resolve()
         paths.setdefault(weights_digest(reference), reference)
-    for file in (source_of(config), rewards.source_file(config.update.reward)):
+    of_functions = rewards.source_file(config.update.reward), user_losses.source_file(config.update.loss)
+    for file in (source_of(config), *of_functions):
         if file is not None:
             paths[content_digest(file)] = file
     return Execution(
@@ -227,7 +228,7 @@ def assumptions(config: ProbeConfig) -> list[str]:
     reference = f"`{update.reference}`" if update.reference else "the base without its adapter"
     kl = f"with {update.kl_beta:g} · KL to {reference}" if update.kl_beta else "without a KL term"
     return [
-        f"The step is that of the `{update.loss}` loss{scaled} on {config.batch_config.B_U} prompts "
+        f"The step is that of the `{Path(update.loss).name}` loss{scaled} on {config.batch_config.B_U} prompts "
         f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; "
         f"on-policy, {kl}, cut responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "

@@ -6,14 +6,20 @@ from typing import NamedTuple, get_args
 import pytest
 import torch
 from conftest import World, gpt2, llama64, policy_of, random_direction
-from enumeration import Everything, TokenGradients, enumerate_world, evaluation_batch, token_gradients
+from enumeration import (
+    Everything,
+    TokenGradients,
+    enumerate_world,
+    evaluation_batch,
+    rloo_coefficients,
+    token_gradients,
+)
 from proofs import Proof, percent
 from scipy.stats import t as student
 from torch import Tensor
 
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
-from entropy_core.numerics.advantages import group_advantages, loss_coefficients
 from entropy_core.numerics.baselines import Baseline
 from entropy_core.numerics.first_order import score_coefficients
 from entropy_core.numerics.token_statistics import TokenDerivatives
@@ -156,9 +162,8 @@ class Trainer:
         """The loss coefficient of each sequence of U, and which response it is."""
         prompts_P = torch.randint(len(self.law_PR), (prompts,), generator=self.generator)
         u_PG = torch.multinomial(self.law_PR[prompts_P], G, replacement=True, generator=self.generator)
-        advantages_N = group_advantages(self.reward_R[u_PG], "rloo").flatten()
         lengths_N = self.everything.sequences.lengths_N[u_PG.flatten()]
-        return loss_coefficients(advantages_N, lengths_N, "rloo", 3), u_PG.flatten()
+        return rloo_coefficients(self.reward_R[u_PG], lengths_N), u_PG.flatten()
 
     def gradient(self, coefficients_N: Tensor, chosen_N: Tensor) -> Tensor:
         return (
