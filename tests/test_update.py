@@ -282,11 +282,17 @@ def column(artifact: Artifact, name: str, table: str = "tokens") -> torch.Tensor
     return torch.tensor(artifact.table(f"{table}.parquet")[name].to_pylist(), dtype=torch.float64)
 
 
+def clipped_preconditioner(exact: Probe, update: Artifact) -> dict[str, torch.Tensor]:
+    """P, times the clip factor: what the gradient of the loss is multiplied by."""
+    diagonal = parts_of(update, exact.run)["preconditioner"]
+    return {name: update.summary["clip_factor"] * values for name, values in diagonal.items()}
+
+
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
 def test_every_token_has_its_sensitivities(exact, oracle, weighed, normalization):
     """⟨P∘∇H, ∇ℓ_k⟩ and ⟨P∘∇H, ∇h_k⟩ by a backward pass for each; a share is their product with the coefficients."""
     update, of_u = weighed
-    w = oracle.vector(update.tensors("preconditioner.safetensors")) * gradients(exact, oracle)[normalization]
+    w = oracle.vector(clipped_preconditioner(exact, update)) * gradients(exact, oracle)[normalization]
     expected: tuple[list[float], list[float]] = ([], [])
     for group in oracle.responses_PG:
         for prompt, response in group:
@@ -316,7 +322,7 @@ def test_another_weighting_of_the_tokens_is_a_dot_product(exact, oracle, weighed
     """What DAPO's gradient would do through the same preconditioner, without a pass over the model."""
     update, of_u = weighed
     other = losses.coefficients(losses.dapo, replace(read_batch(update), kl_beta=0.0))
-    preconditioner = oracle.vector(update.tensors("preconditioner.safetensors"))
+    preconditioner = oracle.vector(clipped_preconditioner(exact, update))
     gradient = oracle.gradient("dapo", torch.ones(P, dtype=torch.float64))
     for normalization, dH in gradients(exact, oracle).items():
         found = float((other.logprob_K * column(of_u, f"sensitivity_{normalization}")).sum())

@@ -15,7 +15,7 @@ from benchmarks.device.models import QWEN, SMOLLM2, TINY, Shape, Training, make_
 from benchmarks.device.table import Row, Table
 from benchmarks.passes import bare_forward, random_direction
 from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, update_direction
+from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
 from entropy_core.policy import Coefficients, Policy
 from entropy_core.pretrained import use_full_precision
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
@@ -158,7 +158,7 @@ def _arithmetic(policy: Policy, name: str) -> Row:
         for parameter in chosen:
             theta = parameter.double()
             ones = torch.ones_like(theta)
-            update_direction(ones, theta, AdamState(3, ones, ones), settings)
+            _ = NextStep(ones, theta, AdamState(3, ones, ones), settings).direction
 
     return {"what": f"{name}: the optimizer's arithmetic", "numbers_per_s": numbers / seconds(run)}
 

@@ -17,7 +17,7 @@ from benchmarks.device.table import Row, Table
 from benchmarks.passes import random_direction
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import philox
-from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, update_direction
+from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
 from entropy_core.numerics.philox import Purpose
 from entropy_core.policy import Coefficients, Policy
 from entropy_core.pretrained import use_full_precision
@@ -202,7 +202,7 @@ def _against_torchs_adamw(device: torch.device) -> float:
         optimizer.step()
     settings = AdamHyperparameters(0.9, 0.999, 1e-8, 0.1)
     errors = [
-        _relative(lr * update_direction(g, t, state, settings).direction, p.detach().cpu() - t)
+        _relative(lr * NextStep(g, t, state, settings).direction, p.detach().cpu() - t)
         for g, t, state, p in zip(gradients, before, saved, parameters, strict=True)
     ]
     return max(errors)
