@@ -30,7 +30,7 @@ class _OldLoader(yaml.SafeLoader):
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.repeated: list[str] = []
+        self.repeated: list[tuple[int, int, str]] = []  # second line, first line, key
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -38,7 +38,7 @@ class _OldLoader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode):
                 if key.value in lines:
-                    self.repeated.append(f"{key.value}: is there twice (lines {lines[key.value]} and {line})")
+                    self.repeated.append((line, lines[key.value], key.value))
                 lines[key.value] = line
         return super().construct_mapping(node, deep)
 
@@ -74,7 +74,8 @@ def read(path: Path | str, old: bool = False) -> tuple[Any, list[str]]:
     try:
         loader = (_OldLoader if old else _Loader)(Path(path).read_text(encoding="utf-8"))
         try:
-            return loader.get_single_data(), loader.repeated
+            values = loader.get_single_data()
+            return values, [f"{key}: is there twice, {_lines(*lines)}" for *lines, key in sorted(loader.repeated)]
         finally:
             loader.dispose()
     except OSError as error:
@@ -84,6 +85,10 @@ def read(path: Path | str, old: bool = False) -> tuple[Any, list[str]]:
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = one_line(ValueError(getattr(error, "problem", None) or error))
         raise ConfigError(f"{path} is not valid YAML{where}: {problem}", way_out="correct the file") from None
+
+
+def _lines(second: int, first: int) -> str:
+    return f"in line {first}" if first == second else f"in lines {first} and {second}"
 
 
 def dump(values: Any) -> str:

@@ -74,11 +74,11 @@ FAILED = {
     ),
     "two writers": Bad({"batch_config": {"apply_chat_template": True, "add_special_tokens": True}}, "special tokens"),
     "an unknown reward": Bad({"update": {"reward": "no.such:reward"}}, r"no\.such:reward"),
-    "a reference without KL": Bad({"update": {"reference": "base"}}, "Set kl_beta"),
+    "a reference without KL": Bad({"update": {"reference": "."}}, "Set kl_beta"),
     "KL to nobody": Bad({"update": {"kl_beta": 0.1}}, r"set update\.reference"),
     "a scale without groups": Bad({"update": {"loss": "reinforce", "scale_rewards": "group"}}, "scale_rewards: auto"),
     "a fresh optimizer without a rate": Bad({"update": {"optimizer_state": "fresh"}}, "Set learning_rate"),
-    "a base without adapters": Bad({"policy": {"base_model": "base"}}, "no checkpoint is an adapter"),
+    "a base without adapters": Bad({"policy": {"base_model": "."}}, "no checkpoint is an adapter"),
 }
 BAD = REFUSED | FAILED
 

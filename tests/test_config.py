@@ -186,7 +186,7 @@ def test_a_prompt_has_one_writer_of_special_tokens():
     both = {"apply_chat_template": True, "add_special_tokens": True}
     with pytest.raises(ConfigError, match="apply_chat_template: the chat template writes the special tokens"):
         parse_config(LEAST | {"batch_config": both})
-    with pytest.raises(ConfigError, match="batch_config.system_prompt: it is a part of the chat template"):
+    with pytest.raises(ConfigError, match="system_prompt: it is a part of the chat template"):
         parse_config(with_value("batch_config.system_prompt", "Be brief."))
     assert parse_config(with_value("batch_config.apply_chat_template", True)).batch_config.system_prompt == ""
 
@@ -206,7 +206,7 @@ def test_every_wrong_key_is_named_at_once():
 
 @pytest.mark.parametrize("values", [None, [], "demo", 3])
 def test_what_is_no_mapping_is_refused(values):
-    with pytest.raises(ConfigError, match="the configuration(: it is not a list of keys| is empty)"):
+    with pytest.raises(ConfigError, match=r"the configuration(: it is not a list of keys| is empty)"):
         parse_config(values)
 
 
@@ -249,6 +249,69 @@ def test_a_file_is_read_as_utf_8_everywhere(tmp_path, monkeypatch):
     path = tmp_path / "probe.yaml"
     path.write_text("checkpoints: [läufe/checkpoint-1]  # η in units of lr\n", encoding="utf-8")
     assert load_config(path).checkpoints == [str(tmp_path / "läufe" / "checkpoint-1")]
+
+
+def test_a_value_of_another_type_is_no_value():
+    """Nothing is turned into what was wanted: true is not 1, 16.0 not 16, and "4" is a text."""
+    for dotted, value, wanted in (
+        ("update.learning_rate", True, "a number, not true"),
+        ("update.learning_rate", "1e-4", 'a number, not the text "1e-4"'),
+        ("batch_config.G", True, "an integer, not true"),
+        ("batch_config.G", 16.0, "an integer, not 16.0"),
+        ("batch_config.G", "4", 'an integer, not the text "4"'),
+        ("batch_config.allow_download", 1, "true or false, not 1"),
+        ("batch_config.allow_download", "yes", 'true or false, not the text "yes"'),
+        ("batch_config.split", 7, "a text, not 7"),
+        ("name", False, "a text, not false"),
+        ("importance.etas", 1, "a list, not 1"),
+        ("importance.etas", [0, True], "a number, not true"),
+        ("generation.stop_strings", [None], "a text, not nothing"),
+    ):
+        with pytest.raises(ConfigError, match=rf"the configuration: {dotted}(\.\d)?: must be {re.escape(wanted)}\."):
+            parse_config(with_value(dotted, value))
+
+
+@pytest.mark.parametrize(
+    ("dotted", "near"),
+    [
+        ("chekpoints", "checkpoints"),
+        ("batch_config.g", "batch_config.G"),
+        ("batch_config.E_total_sequence", "batch_config.E_total_sequences"),
+        ("temperature", "generation.temperature"),  # of another section
+        ("execution.max_new_tokens", "generation.max_new_tokens"),
+        ("variance.confidence", "variance.confidence_level"),
+        ("updates", "update"),
+        ("lucky_number", ""),
+    ],
+)
+def test_the_nearest_known_key_is_named(dotted, near):
+    said = rf"{dotted}: unknown key{f'; the nearest known one is {near}' if near else ''}\. "
+    with pytest.raises(ConfigError, match=said):
+        parse_config(with_value(dotted, {}))
+
+
+def test_a_rule_about_two_keys_is_broken_beside_every_other_error():
+    """And is not spoken of where the other key is wrong: nobody knows what was meant there."""
+    values = with_value("update.scale_rewards", "group") | {"importance": {"etas": [1, 1]}, "colour": "red"}
+    values["update"] |= {"loss": "reinforce", "optimizer_state": "fresh", "reference": "base"}
+    values["generation"] = {"top_p": 0.9, "temperature": -1}
+    with pytest.raises(ConfigError) as raised:
+        parse_config(values)
+    keys = [line.split(":")[0].strip() for line in str(raised.value).splitlines()[1:-1]]
+    assert keys == [
+        "generation.temperature",
+        "generation.top_p",
+        "update.scale_rewards",
+        "update.optimizer_state",
+        "update.reference",
+        "importance.etas",
+        "colour",
+    ]
+    values["update"] |= {"loss": "ppo", "learning_rate": "fast", "kl_beta": -1}
+    with pytest.raises(ConfigError) as raised:
+        parse_config(values)
+    keys = [line.split(":")[0].strip() for line in str(raised.value).splitlines() if line.startswith("  update.")]
+    assert keys == ["update.loss", "update.learning_rate", "update.kl_beta"]
 
 
 def test_numbers_as_yaml_writes_them(tmp_path):

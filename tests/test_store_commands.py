@@ -313,7 +313,8 @@ def test_a_sweep_holds_its_store(home, first, store, monkeypatch):
 @pytest.fixture(scope="module")
 def archive(home, first, second, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("archive") / "run.tar"
-    assert main(["--root", str(home / "artifacts"), "export", first.result.run_id, str(file)]) == 0
+    command = ["store", "export", first.result.run_id, str(file), "--artifacts", str(home / "artifacts")]
+    assert main(command) == 0
     return file
 
 
