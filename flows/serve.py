@@ -4,6 +4,7 @@ With `--work-pool NAME` they are registered there instead, for the workers of th
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from prefect.flows import EntrypointType
 from entropy_core.read_config import load_config
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.heartbeat import watch_heartbeats
+from flows.service import FOLDER, ROOT
 
 
 def deployments(config: Path | None, **where: Any) -> list[RunnerDeployment]:
@@ -56,14 +58,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work-pool", default="", help="register the deployments for a pool of workers, and end")
     options = parser.parse_args(arguments)
     watch_heartbeats()
+    folder = os.environ.setdefault(FOLDER, os.getcwd())
     if options.work_pool:
-        settings = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "PYTHONSAFEPATH": "1"}  # as in `service.environment`
-        here = {"working_dir": str(Path.cwd()), "env": settings}
+        here = {"env": {FOLDER: folder, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}}  # as in `service.environment`
         for deployment in deployments(options.config, work_pool_name=options.work_pool, job_variables=here):
             deployment.apply()
             print(f"{deployment.flow_name}/{deployment.name} is run by the workers of {options.work_pool}.")
     else:
-        serve(*deployments(options.config), limit=1, pause_on_shutdown=False)
+        made = deployments(options.config)
+        os.chdir(ROOT)
+        serve(*made, limit=1, pause_on_shutdown=False)
 
 
 if __name__ == "__main__":

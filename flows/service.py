@@ -26,6 +26,13 @@ from typing import Any
 
 from entropy_core.errors import ProbeError
 
+ROOT = Path(__file__).resolve().parents[1]
+"""Where this package lies. Prefect imports from the folder that a process is in before all others: from this one, then,
+and not from a folder `flows` of the user's."""
+
+FOLDER = "ENTROPY_PROBE_FOLDER"
+"""The environment variable that says where the user is: a run goes there, and relative paths start there."""
+
 HOME = Path("artifacts").absolute() / "prefect"
 """PREFECT_HOME, of the store that this process works for; see `use`."""
 
@@ -61,8 +68,7 @@ def environment(api_url: str) -> dict[str, str]:
 
     Returns:
         This process's environment with Prefect's settings: the store's own history, nothing sent to anybody, log lines
-        streamed to whoever watches a run. What is imported is what is installed: a folder `flows` where the user
-        happens to be is not ours.
+        streamed to whoever watches a run.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
     unproxied = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", ""), "127.0.0.1"]
@@ -81,7 +87,7 @@ def environment(api_url: str) -> dict[str, str]:
         "COLUMNS": "1000",  # what watches a run shall not break lines
         "PREFECT_RUNNER_POLL_FREQUENCY": "2",  # seconds
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; a run that misses three in a row is marked as crashed
-        "PYTHONSAFEPATH": "1",
+        FOLDER: os.getcwd(),
         "NO_PROXY": ",".join(filter(None, unproxied)),
         "no_proxy": ",".join(filter(None, unproxied)),
     }
@@ -192,6 +198,7 @@ def child(arguments: list[str], api_url: str, log: Path | None = None) -> Iterat
         output = stack.enter_context(open(log, "w")) if log else subprocess.PIPE
         process = subprocess.Popen(
             [sys.executable, *arguments],
+            cwd=ROOT,
             env=environment(api_url),
             stdin=subprocess.DEVNULL,
             stdout=output,
