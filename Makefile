@@ -49,14 +49,14 @@ help:
 
 sweep: .venv/.installed
 	@case "$(CONFIG)" in configs/demo.yaml) $(BIN)/python -m entropy_core.demo --out artifacts/demo-run ;; esac
-	@$(BIN)/python -m flows.local sweep --config "$(CONFIG)"
+	@$(BIN)/entropy-probe sweep "$(CONFIG)"
 
 sweep-smollm2: .venv/.smollm2
 	@$(BIN)/python -m entropy_core.smollm2 --out artifacts/smollm2
-	@$(BIN)/python -m flows.local sweep --config configs/smollm2.yaml
+	@$(BIN)/entropy-probe sweep configs/smollm2.yaml
 
 ui: .venv/.installed
-	@$(BIN)/python -m flows.local up --config "$(CONFIG)" --port $(PORT)
+	@$(BIN)/entropy-probe ui "$(CONFIG)" --port $(PORT)
 
 # A process for each core: the tests' tensors are too small for threads.
 test: .venv/.installed

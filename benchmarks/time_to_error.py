@@ -21,7 +21,7 @@ from entropy_core.demo import main as make_demo_run
 from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, Tokens, measured
 from entropy_core.numerics import ragged
 from entropy_core.numerics.uncertainty import entropy_derivative
-from entropy_core.read_config import parse_config
+from entropy_core.read_config import load_config, parse_config
 from entropy_core.stages.derivatives import forward_mode
 from entropy_core.stages.measure import Measurement, load_checkpoint, load_pool
 from entropy_core.stages.pipeline import direct_runner, execution_for
@@ -46,9 +46,7 @@ def time_to_error() -> Iterator[Row]:
     make_demo_run(["--out", "artifacts/demo-run"])
     yield from _compared("demo run, 1,024 sequences", DEMO, rounds=3)
     if SMOLLM2.exists():
-        import yaml
-
-        config = yaml.safe_load(Path("configs/smollm2.yaml").read_text(encoding="utf-8"))
+        config = load_config("configs/smollm2.yaml").model_dump(mode="json")
         config["batch_config"]["E_replicates"] = 1
         yield from _compared("SmolLM2 LoRA run, 128 sequences", config, rounds=1)
 

@@ -10,7 +10,8 @@
     ├── NonFiniteError     a NaN or an infinity appeared; names the sequence
     └── MemoryShortageError    one sequence at a time is too much for the device
 
-Every message says the fact, the usual cause, and the way out, on one line.
+Every message says the fact, the usual cause, and the way out, on one line; a fact that is a list has a line for each
+of its entries.
 """
 
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ class ProbeError(Exception):
             parts.append(f"Usual cause: {cause.rstrip('.')}.")
         if way_out:
             parts.append(f"Way out: {way_out.rstrip('.')}.")
-        super().__init__(" ".join(parts))
+        super().__init__(("\n" if "\n" in fact else " ").join(parts))
 
     def __reduce__(self):  # keyword arguments must survive a process boundary
         return _rebuild, (type(self), self.fact, self.cause, self.way_out)

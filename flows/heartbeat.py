@@ -13,7 +13,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 
 NAME = "entropy-probe: a run without a heartbeat has crashed"
 SILENCE = timedelta(seconds=90)
-"""Three heartbeats; pyproject.toml says how often a run sends one."""
+"""Three heartbeats; `service.environment` says how often a run sends one."""
 
 
 def watch_heartbeats() -> None:

@@ -1,4 +1,4 @@
-"""This folder's Prefect: a server and the process that serves the two deployments, one of each at a time.
+"""The Prefect of a store: a server and the process that serves the two deployments, one of each at a time.
 
 artifacts/prefect/      PREFECT_HOME: the history of all runs
   owner.lock            held by the process that started the server
@@ -27,7 +27,15 @@ from typing import Any
 from entropy_core.errors import ProbeError
 
 ROOT = Path(__file__).resolve().parents[1]
-HOME = ROOT / "artifacts" / "prefect"
+"""Where this package lies. Prefect imports from the folder that a process is in before all others: from this one, then,
+and not from a folder `flows` of the user's."""
+
+FOLDER = "ENTROPY_PROBE_FOLDER"
+"""The environment variable that says where the user is: a run goes there, and relative paths start there."""
+
+HOME = Path("artifacts").absolute() / "prefect"
+"""PREFECT_HOME, of the store that this process works for; see `use`."""
+
 FLOW = "entropy-probe"
 DEPLOYMENTS = ("checkpoint-sweep", "variance")
 
@@ -42,14 +50,24 @@ class ServiceError(ProbeError):
     """The server or the process that serves the deployments did not start, or ended."""
 
 
+def use(store_root: Path) -> None:
+    """Work for a store: its Prefect keeps the history of its runs in it.
+
+    Args:
+        store_root: folder of the store.
+    """
+    global HOME
+    HOME = store_root.absolute() / "prefect"
+
+
 def environment(api_url: str) -> dict[str, str]:
-    """Make the environment of everything that talks to this folder's server.
+    """Make the environment of everything that talks to the store's server.
 
     Args:
         api_url: the server's API.
 
     Returns:
-        This process's environment with Prefect's settings: its own history, nothing sent to anybody, log lines
+        This process's environment with Prefect's settings: the store's own history, nothing sent to anybody, log lines
         streamed to whoever watches a run.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
@@ -67,7 +85,9 @@ def environment(api_url: str) -> dict[str, str]:
         "PREFECT_LOGGING_EXTRA_LOGGERS": "entropy_probe",
         "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.5",  # seconds; or log lines come after the events they precede
         "COLUMNS": "1000",  # what watches a run shall not break lines
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        "PREFECT_RUNNER_POLL_FREQUENCY": "2",  # seconds
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; a run that misses three in a row is marked as crashed
+        FOLDER: os.getcwd(),
         "NO_PROXY": ",".join(filter(None, unproxied)),
         "no_proxy": ",".join(filter(None, unproxied)),
     }
@@ -103,11 +123,11 @@ def request(url: str, body: Any = None) -> Any:
 
 @contextmanager
 def service(port: int = 0, config: Path | None = None) -> Iterator[tuple[str, bool]]:
-    """Hold this folder's Prefect: the one that is up, or one that is started here and stopped at the end.
+    """Hold the store's Prefect: the one that is up, or one that is started here and stopped at the end.
 
     Args:
         port: of the server, if it must be started; 0: any free one.
-        config: a YAML file with which the form of the sweep begins; None: the demo's.
+        config: a YAML file with which the form of the sweep begins; None: an empty form.
 
     Yields:
         The URL of its API, and whether it was started here. Both deployments are ready to run.

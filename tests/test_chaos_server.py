@@ -18,8 +18,8 @@ import pytest
 from pipeline_fixtures import make_run, probe, values
 from test_chaos import complete, contents, unfinished
 
-from entropy_core.store.__main__ import main as store_command
 from flows import service
+from flows.cli import main
 from flows.service import FLOW, child, request
 
 pytestmark = pytest.mark.chaos
@@ -150,7 +150,7 @@ def test_a_flow_that_is_cancelled_stops_and_leaves_nothing_broken(prefect, home,
     time.sleep(1)
     assert complete(home / "cancelled") == before, "nobody works any more"
     assert unfinished(home / "cancelled") == []
-    assert store_command(["--root", str(home / "cancelled"), "verify"]) == 0
+    assert main(["store", "verify", "--artifacts", str(home / "cancelled")]) == 0
     again = prefect.trigger(settings(home, "cancelled"))
     finished(prefect, home, again, "cancelled", before)
     until(lambda: prefect.task_states(again)["Cached"] >= 12, SOON)  # noted a little after the run has ended
@@ -184,20 +184,10 @@ def test_a_server_that_is_killed_costs_a_shard_at_most(prefect, home):
     until(lambda: prefect.task_states(again)["Cached"] >= 12, SOON)  # noted a little after the run has ended
 
 
-SWEEP = """
-import sys
-from pathlib import Path
-from flows import service
-service.HOME = Path(sys.argv[1])
-from flows import local
-sys.exit(local.main(["sweep", "--config", sys.argv[2]]))
-"""
-
-
-def test_make_sweep_says_that_its_server_was_killed_and_goes_on_the_next_time(home):
+def test_a_sweep_says_that_its_server_was_killed_and_goes_on_the_next_time(home):
     config = home / "sweep.yaml"
     config.write_text(json.dumps(settings(home, "command")))
-    command = [sys.executable, "-c", SWEEP, str(home / "own-prefect"), str(config)]
+    command = [sys.executable, "-m", "flows.cli", "sweep", str(config)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: len(complete(home / "command")) >= 12 or process.poll() is not None, MINUTES)
         listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout

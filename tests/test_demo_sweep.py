@@ -28,6 +28,7 @@ pytestmark = pytest.mark.sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_RUN = ROOT / "artifacts" / "demo-run"
+COMMAND = Path(sys.executable).with_name("entropy-probe")
 
 
 def run(command: list[str], **environment: str) -> str:
@@ -62,7 +63,7 @@ def rows(first: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def served(again: str) -> Iterator[str]:
     """The UI and the deployments, as `make ui` keeps them up; the URL of the API."""
-    command = [sys.executable, "-m", "flows.local", "up", "--port", "0"]
+    command = [str(COMMAND), "ui", "configs/demo.yaml", "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
@@ -215,11 +216,9 @@ def test_the_documentation_has_no_command_of_a_kind_that_is_not_run_here():
         "make sweep",
         "make test",
         "prefect deployment run entropy-probe/",
-        "python -m entropy_core.store ",  # in test_store_commands.py
         "make ui",
-        "python -m entropy_core.legacy",
+        "entropy-probe ",  # in test_the_commands_of_the_documentation below, and in test_cli.py
         *("export PREFECT_", "prefect server start ", "prefect work-pool ", "prefect worker start "),  # in test_ui.py
-        "python -m flows.serve --work-pool ",
     )
     for command in readme_commands():
         assert command.startswith(run_here), command
@@ -229,7 +228,7 @@ def test_the_documentation_has_no_command_of_a_kind_that_is_not_run_here():
 def test_an_old_configuration_runs_on_the_demo_run(first, era, tmp_path):
     """Converted and swept by the two commands of docs/from-the-old-config.md."""
     new = tmp_path / f"{era}.yaml"
-    new.write_text(run([sys.executable, "-m", "entropy_core.legacy", f"tests/legacy/{era}.yaml"]))
+    new.write_text(run([str(COMMAND), "legacy", f"tests/legacy/{era}.yaml"]))
     rows = pq.read_table(run_directory(run(["make", "sweep", f"CONFIG={new}"])) / "results.parquet").to_pylist()
     assert {row["n_sequences"] for row in rows} == {8 * 4}  # distinct mode, B_E_values × G
     assert {row["n_prompts_u"] for row in rows} == {8}

@@ -55,8 +55,6 @@ FLOORS = ("errors", "numerics", "core", "stages", "tasks", "flows")
 def floor(name: str) -> int:
     if name == "entropy_core.errors":
         return FLOORS.index("errors")
-    if name == "entropy_core.store.__main__":  # a command, which explains what a sweep would run; nobody imports it
-        return FLOORS.index("stages")
     for prefix, its_floor in (("entropy_core.numerics", "numerics"), ("entropy_core.stages", "stages")):
         if name == prefix or name.startswith(f"{prefix}."):
             return FLOORS.index(its_floor)
@@ -132,8 +130,8 @@ def test_each_library_has_its_own_door():
     assert importers("arviz_stats", "numpy") == core("pareto")
     assert importers("scipy") == core("estimates", "diagnostics")
     assert importers("safetensors") == core("artifact", "checkpoint_content")
-    assert importers("pyarrow.parquet") == core("artifact", "manifest", "prompt_files") | {"flows.local"}
-    assert importers("yaml") == core("read_config", "stages.pipeline", "legacy")
+    assert importers("pyarrow.parquet") == core("artifact", "manifest", "prompt_files") | {"flows.results"}
+    assert importers("yaml") == core("plain_yaml")
     assert importers("prefect") == {name for name in importers("prefect") if floor(name) >= FLOORS.index("tasks")}
     assert importers("prefect") >= {"flows.entropy_probe", "tasks.stages", "tasks.artifact_cache"}
 

@@ -1,4 +1,4 @@
-"""`python -m entropy_core.store`: what is there, is it sound, why is it another one, what may go, and to elsewhere."""
+"""`entropy-probe store`: what is there, is it sound, why is it another one, what may go, and to elsewhere."""
 
 import io
 import json
@@ -19,7 +19,8 @@ from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import pipeline
 from entropy_core.store import Stage, Store, runs
-from entropy_core.store.__main__ import in_words, main
+from flows.cli import main
+from flows.store_commands import in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +62,7 @@ def store(capsys):
     """Call a command; its exit status and what it printed."""
 
     def call(root: Path, *arguments: Any) -> tuple[int, str]:
-        status = main(["--root", str(root), *map(str, arguments)])
+        status = main(["store", *map(str, arguments), "--artifacts", str(root)])
         captured = capsys.readouterr()
         return status, captured.out + captured.err
 
@@ -99,12 +100,8 @@ def test_ls_says_size_time_and_which_runs_need_it(home, first, second, store):
     assert re.search(r" \d{4}-\d\d-\d\dT\d\d:\d\dZ +\d+\.\d ", by_key[of_one.key])
 
 
-def test_the_module_is_a_command(home, first):
-    command = [sys.executable, "-m", "entropy_core.store", "--root", home / "artifacts", "verify"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "all sound" in done.stdout
-    nothing = subprocess.run([*command[:4], home / "nowhere", "ls"], cwd=ROOT, capture_output=True, text=True)
-    assert (nothing.returncode, nothing.stdout) == (0, "0 artifacts, 0 B\n")
+def test_a_store_that_is_not_there_is_empty_and_is_not_made(home, store):
+    assert store(home / "nowhere", "ls") == (0, "0 artifacts, 0 B\n")
     assert not (home / "nowhere").exists()
 
 
@@ -316,7 +313,8 @@ def test_a_sweep_holds_its_store(home, first, store, monkeypatch):
 @pytest.fixture(scope="module")
 def archive(home, first, second, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("archive") / "run.tar"
-    assert main(["--root", str(home / "artifacts"), "export", first.result.run_id, str(file)]) == 0
+    command = ["store", "export", first.result.run_id, str(file), "--artifacts", str(home / "artifacts")]
+    assert main(command) == 0
     return file
 
 

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("checkpoint-24", "checkpoint-30")
 CONFIG = {
     "name": "demo",
-    "checkpoints": [f"artifacts/demo-run/{name}" for name in NAMES],
+    "checkpoints": [str(ROOT / "artifacts" / "demo-run" / name) for name in NAMES],
     "batch_config": {"E_total_sequences": 256, "B_U": 16, "G": 4},
     "generation": {"max_new_tokens": 32},
     "update": {"reward": "arithmetic"},
@@ -251,7 +251,7 @@ def test_the_command_line_says_it_too(api, home):
     command = [sys.executable, "-m", "prefect", "deployment", "run", f"{service.FLOW}/checkpoint-sweep", "--watch"]
     for parameter, said in (
         ('config={"checkpoints": []}', "config.checkpoints"),
-        ('config={"checkpoints": ["nowhere"]}', "No directory matches 'nowhere'"),
+        ('config={"checkpoints": ["nowhere"]}', f"no directory matches {Path.cwd() / 'nowhere'}"),
     ):
         done = subprocess.run(
             [*command, "--param", parameter], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -263,13 +263,11 @@ def test_the_command_line_says_it_too(api, home):
 def test_a_work_pool_runs_the_deployments(api, home, config_path):
     """The commands of docs/deploy.md, on this server; the pool's deployments take the place of those served."""
     environment = service.environment(api)
-    commands = re.findall(
-        r"^(?:prefect work-pool|python -m flows\.serve|prefect worker) .*", deploy_page(), re.MULTILINE
-    )
+    commands = re.findall(r"^(?:prefect work-pool|entropy-probe serve|prefect worker) .*", deploy_page(), re.MULTILINE)
     create, register, work = commands
     assert work.startswith("prefect worker start")
-    for command in (create, f"{register} --config {config_path}"):
-        run = [sys.executable, "-m", *command.removeprefix("python -m ").split()]
+    for command in (create, register.replace("my-run.yaml", str(config_path))):
+        run = [sys.executable, "-m", *command.replace("entropy-probe", "flows.cli").split()]
         subprocess.run(run, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
     deployment = service.request(f"{api}/deployments/name/{service.FLOW}/variance")
     assert deployment["work_pool_name"] == "probe"

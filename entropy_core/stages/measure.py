@@ -61,7 +61,7 @@ def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> A
         "tokenizer": tokenizer,
         "encoding": encoding(config),
     }
-    return run(stage.LOAD_PROMPTS, inputs, f"{batch.dataset_name} {split}")
+    return run(stage.LOAD_PROMPTS, inputs, f"{Path(batch.dataset_name).name} {split}")
 
 
 def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Runner) -> Artifact:

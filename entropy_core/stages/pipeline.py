@@ -11,9 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from entropy_core import rewards, user_losses
+from entropy_core import plain_yaml, rewards, user_losses
 from entropy_core.artifact import Artifact
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig, VarianceRequest
@@ -127,7 +125,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         raise StoreError(
             f"run {directory.name} was recorded in format {record.get('format')}, and this is {RECORD_FORMAT}",
             cause="another version of entropy-probe recorded it",
-            way_out=f"run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}: what is cached is reused",
+            way_out=f"`entropy-probe sweep {directory / 'config.yaml'}`: what is cached is reused",
         )
     config = parse_config(record["config"], str(directory / runs.RECORD))
     recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
@@ -139,7 +137,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
                     raise StoreError(
                         f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
                         cause="it was deleted, or the store was moved without it",
-                        way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
+                        way_out=f"make it again: `entropy-probe sweep {directory / 'config.yaml'}`",
                     )
         return _record(recorded, _reported(recorded, config, run), config, store)
 
@@ -214,7 +212,7 @@ def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store
     with runs.writing(store, run_id) as folder:
         for file in report.manifest["files"]:
             shutil.copyfile(report.path(file), folder / file)
-        (folder / "config.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        (folder / "config.yaml").write_text(plain_yaml.dump(document), encoding="utf-8")
         (folder / runs.RECORD).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
     return SweepResult(run_id, runs.folder(store.root, run_id), report)
 
@@ -225,7 +223,7 @@ def assumptions(config: ProbeConfig) -> list[str]:
     divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
     scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
-    reference = f"`{update.reference}`" if update.reference else "the base without its adapter"
+    reference = f"`{Path(update.reference).name}`" if update.reference else "the base without its adapter"
     kl = f"with {update.kl_beta:g} · KL to {reference}" if update.kl_beta else "without a KL term"
     return [
         f"The step is that of the `{Path(update.loss).name}` loss{scaled} on {config.batch_config.B_U} prompts "

@@ -9,7 +9,7 @@ A result is found again when the stage's code and its result-affecting inputs ar
 micro-batches, runner) is recorded in the manifest and is no part of the key. Reading checks every file against the
 manifest and never writes, so a store on read-only media serves for analysis.
 
-`python -m entropy_core.store` lists, verifies, explains, prunes, exports and imports what is there.
+`entropy-probe store` lists, verifies, explains, prunes, exports and imports what is there.
 """
 
 import errno

@@ -146,6 +146,6 @@ def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name]
 def _refused(file: Path, fault: str) -> StoreError:
     return StoreError(
         f"{file} is refused: {fault}",
-        cause="it was cut short, altered, or not made by `python -m entropy_core.store export`",
+        cause="it was cut short, altered, or not made by `entropy-probe store export`",
         way_out="export the run again",
     )

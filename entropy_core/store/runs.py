@@ -54,7 +54,7 @@ def find(root: Path, run_id: str) -> Path:
     listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
     raise StoreError(
         f"there is no run {run_id!r} in {root / 'runs'}; {listed}",
-        way_out="give one of these ids, or run entropy-probe/checkpoint-sweep first",
+        way_out="give one of these ids, or run `entropy-probe sweep` first",
     )
 
 

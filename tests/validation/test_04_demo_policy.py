@@ -3,14 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import chdir
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
 import pytest
 import torch
-import yaml
 from conftest import World, gpt2, llama64, policy_of, random_direction
 from enumeration import enumerate_world, evaluation_batch
 from pipeline_fixtures import Probe, probe
@@ -22,6 +20,7 @@ from entropy_core.numerics.baselines import Baseline
 from entropy_core.numerics.first_order import FirstOrderColumns
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Normalization, entropy_derivative, snis_derivative, standard_error
+from entropy_core.read_config import load_config
 from entropy_core.stages import catalogue as stage
 from entropy_core.stages.columns import read_columns
 from entropy_core.store import Store
@@ -38,8 +37,7 @@ CLOSURE, SECONDS, SEQUENCES = 1e-6, 2.0, 4096
 @pytest.fixture(scope="module")
 def swept(demo_run: Path) -> Probe:
     """The demo sweep, in the store that `make sweep` uses; what is there is reused."""
-    with chdir(ROOT):
-        return probe(yaml.safe_load(Path("configs/demo.yaml").read_text(encoding="utf-8")))
+    return probe(load_config(ROOT / "configs" / "demo.yaml").model_dump(mode="json"))
 
 
 def variance_inputs(swept: Probe) -> list[dict[str, Any]]:
