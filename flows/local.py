@@ -10,6 +10,7 @@ what they started. `sweep` then triggers the deployment, as anybody would, and p
 import argparse
 import json
 import re
+import shlex
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 
 from entropy_core.errors import ProbeError
 from entropy_core.read_config import load_config
+from flows.door import how_to_enter, key_file
 from flows.results import agreement_table, terminal_table
 from flows.service import DEPLOYMENTS, FLOW, HOME, ROOT, ServiceError, child, request, service
 
@@ -75,10 +77,13 @@ def up(config_path: Path, port: int) -> NoReturn:
         url = api_url.removesuffix("/api")
         if not started_here:
             raise ServiceError(f"this folder's Prefect is up already, at {url}", way_out="use that one")
+        key = shlex.quote(str(key_file(HOME)))
         commands = "\n".join(f"    prefect deployment run {FLOW}/{name} --watch" for name in DEPLOYMENTS)
         print(
-            f"\nPrefect is up: {url}\nStart a run there, or in another terminal:\n\n"
-            f"    export PREFECT_API_URL={api_url}\n{commands}\n\nCtrl-C ends it.",
+            f"\nPrefect is up: {how_to_enter(HOME, url, private=sys.stdout.isatty())}\n"
+            "Start a run there, or in another terminal:\n\n"
+            f'    export PREFECT_API_URL={api_url} PREFECT_API_AUTH_STRING="$(cat {key})"\n'
+            f"{commands}\n\nCtrl-C ends it.",
             flush=True,
         )
         while True:

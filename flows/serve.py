@@ -6,6 +6,7 @@ With `--work-pool NAME` they are registered there instead, for the workers of th
 import argparse
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
@@ -57,14 +58,17 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=DEMO, help="a YAML file: what the form begins with")
     parser.add_argument("--work-pool", default="", help="register the deployments for a pool of workers, and end")
     options = parser.parse_args()
-    watch_heartbeats()
+    where: dict[str, Any] = {}
     if options.work_pool:
         here = {"working_dir": str(ROOT), "env": {"PYTHONPATH": str(ROOT)}}
-        for deployment in deployments(options.config, work_pool_name=options.work_pool, job_variables=here):
-            deployment.apply()
-            print(f"{deployment.flow_name}/{deployment.name} is run by the workers of {options.work_pool}.")
-    else:
-        serve(*deployments(options.config), limit=1, pause_on_shutdown=False)
+        where = {"work_pool_name": options.work_pool, "job_variables": here}
+    registered = deployments(options.config, **where)
+    watch_heartbeats([cast("UUID", deployment.apply()) for deployment in registered])
+    if not options.work_pool:
+        serve(*registered, limit=1, pause_on_shutdown=False)
+        return
+    for deployment in registered:
+        print(f"{deployment.flow_name}/{deployment.name} is run by the workers of {options.work_pool}.")
 
 
 if __name__ == "__main__":
