@@ -19,7 +19,8 @@ import torch
 from entropy_core.artifact import Artifact
 from entropy_core.stages.update import next_step
 from entropy_core.tables import RESULTS
-from flows.service import request
+from flows.door import read_key
+from flows.service import HOME, request
 
 pytestmark = pytest.mark.sweep
 
@@ -195,6 +196,7 @@ def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
             run(
                 [sys.executable, "-m", *shlex.split(command)],
                 PREFECT_API_URL=served,
+                PREFECT_API_AUTH_STRING=read_key(HOME),
                 PREFECT_HOME=str(ROOT / "artifacts" / "prefect"),
             )
             latest = request(f"{served}/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
