@@ -36,6 +36,7 @@ from entropy_core.manifest import (
     check_file,
     check_manifest,
     commit,
+    may_name,
     peak_rss_bytes,
     recipe_key,
     temporary_sibling,
@@ -163,7 +164,7 @@ class Store:
     def check(self, stage_name: str, key: str) -> tuple[Artifact | None, str]:
         """The artifact if it is sound, and else what is wrong with it; neither when it is not there at all."""
         directory = self.root / stage_name / key
-        if not directory.exists():
+        if not may_name(stage_name, key) or not directory.exists():
             return None, ""
         manifest, fault = check_manifest(directory, stage_name, key)
         for name, entry in manifest.get("files", {}).items():
