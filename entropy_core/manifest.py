@@ -25,6 +25,8 @@ from typing import Any
 from entropy_core.errors import StoreError
 
 MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+"""Begins the name of what is being written, or was left by a process that died."""
 
 _KEYED = ("stage", "code", "inputs")
 _LIBRARIES = ("torch", "transformers", "peft", "pyarrow", "safetensors")
@@ -96,7 +98,7 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> str:
 @contextmanager
 def temporary_sibling(final: Path) -> Iterator[Path]:
     """A new directory beside `final`, to be filled and given its name; what is left of it at the end is deleted."""
-    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = final.with_name(f"{TEMPORARY}{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
         yield temporary

@@ -273,6 +273,16 @@ def test_prune_keeps_all_that_a_kept_run_needs(away, first, second, store):
     assert Store(root).names() == [] and kept(root) == set()
 
 
+def test_prune_keeps_a_run_whose_name_is_hidden(away, first, second, store):
+    """As runs of earlier versions may be."""
+    root = away / "artifacts"
+    folder = runs.folder(root, first.result.run_id)
+    folder.rename(folder.with_name(f".{folder.name}"))
+    before = kept(root)
+    assert store(root, "prune", "--yes")[0] == 0
+    assert kept(root) == before
+
+
 def test_prune_refuses_when_it_cannot_tell_what_a_run_needs(away, first, second, store):
     root = away / "artifacts"
     damaged = second.run.artifacts("variance")[0]

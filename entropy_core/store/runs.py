@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_core.errors import StoreError, one_line
-from entropy_core.manifest import temporary_sibling
+from entropy_core.manifest import TEMPORARY, temporary_sibling
 from entropy_core.store import Store
 
 RECORD = "run.json"
@@ -39,7 +39,8 @@ def recorded(root: Path) -> list[str]:
 
 def present(root: Path) -> list[str]:
     """The ids of the runs that have a record, whether or not it can be understood."""
-    return sorted(path.parent.name for path in (root / "runs").glob(f"[!.]*/{RECORD}"))
+    names = (path.parent.name for path in (root / "runs").glob(f"*/{RECORD}"))
+    return sorted(name for name in names if not name.startswith(TEMPORARY))
 
 
 @contextmanager
