@@ -249,7 +249,10 @@ class ProbeConfig(Section):
     """One sweep: which checkpoints, which batches, which step sizes."""
 
     name: str = Field(
-        "probe", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100, description="Begins the names of the results."
+        "probe",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        max_length=100,
+        description="Begins the names of the results.",
     )
     checkpoints: list[str] = Field(
         min_length=1, description="Checkpoint directories; patterns such as runs/grpo/checkpoint-* are expanded."

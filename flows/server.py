@@ -20,7 +20,6 @@ from pathlib import Path
 
 import prefect
 import uvicorn
-from fastapi import FastAPI
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse
 from prefect.server.api.server import create_app
@@ -63,16 +62,15 @@ def with_policy(app: ASGIApp) -> ASGIApp:
     return answering
 
 
-def application() -> FastAPI:
+def application() -> ASGIApp:
     """Make Prefect's application with the door in front of it; its settings come from the environment."""
     prefect.__ui_v2_static_path__ = Path("/nowhere")  # what is not there is neither served nor offered
     app = create_app(final=True)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
-    app.add_middleware(with_policy)
     page = f"<!doctype html><title>entropy-probe</title><script>{_ENTER}</script>"
     app.add_api_route("/enter", lambda: HTMLResponse(page))
     app.router.routes.insert(0, app.router.routes.pop())  # before the UI, which takes every path
-    return app
+    # Around it and not in it: the server also asks itself, under a name of its own.
+    return with_policy(TrustedHostMiddleware(app, allowed_hosts=HOSTS, www_redirect=False))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import pytest
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import RelatedResource, Resource
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from flows import door, service
@@ -78,11 +78,11 @@ def test_every_route_asks_for_the_key(api):
 @pytest.mark.parametrize("path", ["events/in", "events/out", "logs/out", "task_runs/subscriptions/scheduled"])
 @pytest.mark.parametrize("token", [None, "entropy-probe:"])
 def test_so_does_every_stream(api, path, token):
-    with pytest.raises((ConnectionClosed, InvalidStatus)):  # noqa: SIM117
-        with connect(f"{api.replace('http', 'ws')}/{path}", subprotocols=["prefect"], proxy=None) as stream:
-            stream.send(json.dumps({"type": "auth", "token": token}))
-            assert json.loads(stream.recv(timeout=30))["type"] != "auth_success"
-            stream.recv(timeout=30)
+    address = f"{api.replace('http', 'ws')}/{path}"
+    with pytest.raises(ConnectionClosed), connect(address, subprotocols=["prefect"], proxy=None) as stream:
+        stream.send(json.dumps({"type": "auth", "token": token}))
+        assert json.loads(stream.recv(timeout=30))["type"] != "auth_success"
+        stream.recv(timeout=30)
 
 
 def test_a_page_of_another_origin_is_told_nothing(api):
@@ -109,6 +109,26 @@ def test_there_is_one_ui_and_it_asks_nobody_else(api):
         settings = json.load(answer)
     assert settings["available_uis"] == ["v1"] and settings["auth"] == "BASIC" and settings["api_url"] == "/api"
     assert status(f"{url}v2/dashboard", Cookie="prefect_ui_version=v2") == 404
+
+
+ASKS_ITSELF = """
+import asyncio
+from flows.server import application
+from prefect.server.api.clients import OrchestrationClient
+application()
+async def ask():
+    async with OrchestrationClient() as client:
+        print((await client._http_client.get("/admin/version")).status_code)
+asyncio.run(ask())
+"""
+
+
+def test_the_server_still_reaches_itself(api):
+    """As its automations do, under the name prefect-in-memory."""
+    command = [sys.executable, "-c", ASKS_ITSELF]
+    settings = service.environment(api)
+    done = subprocess.run(command, cwd=service.ROOT, env=settings, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["200"]
 
 
 def ours() -> list[psutil.Process]:
@@ -235,9 +255,8 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(foreign, tmp_pat
     port, asked = foreign
     monkeypatch.setattr(service, "HOME", tmp_path / "prefect")
     monkeypatch.setattr(service, "child", lambda *_: pytest.fail("something was started"))
-    with pytest.raises(door.DoorError, match=f"port {port} .*in use.* by process {os.getpid()} of .*python"):  # noqa: SIM117
-        with service.service(port):
-            pass
+    with pytest.raises(door.DoorError, match=f"port {port} .*in use.* by process {os.getpid()} of .*python"):
+        service.service(port).__enter__()
     assert asked == []
     assert not door.key_file(service.HOME).exists()
 
