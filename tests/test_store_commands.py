@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -502,6 +503,18 @@ def test_an_import_does_not_replace_a_run_that_is_there(archive, first, tmp_path
     evil = rewritten(archive, tmp_path / "evil.tar", lambda old, new: [(old, b"x" if "report.md" in old else new)])
     store(root, "import", evil)
     assert page.read_text() == before
+
+
+def test_an_archive_is_brought_into_a_store_of_two_disks(archive, tmp_path, store):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one disk only")
+    with tempfile.TemporaryDirectory(dir=shared) as elsewhere:
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "variance").symlink_to(elsewhere)
+        assert store(tmp_path / "store", "import", archive)[0] == 0
+        assert store(tmp_path / "store", "verify")[0] == 0
+        assert [path for path in Path(elsewhere).iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_pipe_is_no_archive(tmp_path, store):

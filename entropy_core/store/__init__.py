@@ -3,7 +3,8 @@
     root/<stage>/<key>/     data files, and manifest.json written last: a directory with a manifest is complete
     root/<stage>/.tmp-*     being written, or left by a process that died; never read
     root/.locks/            one lock per key, so that two processes never compute the same thing
-    root/.quarantine/       artifacts that were found damaged, moved out of the way
+    root/.quarantine/       artifacts that were found damaged, moved out of the way; in root/<stage>/.quarantine-* where
+                            the stage's folder is on another disk
 
 A result is found again when the stage's code and its result-affecting inputs are the same; how it was executed (device,
 micro-batches, runner) is recorded in the manifest and is no part of the key. Reading checks every file against the
@@ -179,9 +180,16 @@ class Store:
 
     def quarantine(self, stage_name: str, key: str, fault: str) -> None:
         """Move an unsound artifact out of the way, and say so; its lock is held."""
-        target = self.root / ".quarantine" / f"{stage_name}-{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        name = f"{stage_name}-{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        target = self.root / ".quarantine" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(self.root / stage_name / key, target)
+        try:
+            os.rename(self.root / stage_name / key, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            target = self.root / stage_name / f".quarantine-{name}"  # the stage's folder is on another disk
+            os.rename(self.root / stage_name / key, target)
         log.warning("%s/%s is unsound and will not be used: %s; moved to %s", stage_name, key, fault, target)
 
     def in_use(self, alone: bool = False) -> AbstractContextManager[None]:

@@ -93,7 +93,9 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
                         store.quarantine(stage, key, fault)
                     if found[0] is None:
                         (store.root / stage).mkdir(exist_ok=True)
-                        make_visible(temporary / stage / key, store.root / stage / key)
+                        with temporary_sibling(store.root / stage / key) as sibling:  # it may be on another disk
+                            shutil.move(temporary / stage / key, sibling / key)
+                            make_visible(sibling / key, store.root / stage / key)
             known = runs.recorded(store.root)
             for run_id in run_ids:
                 if run_id in known:

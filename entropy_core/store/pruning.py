@@ -77,4 +77,5 @@ def _can_be_told(store: Store, recorded: list[str]) -> None:
 def _leftovers(root: Path) -> Iterator[tuple[Path, str]]:
     for pattern in (".tmp-*", "[!.]*/.tmp-*"):
         yield from ((path, "it was left by a process that died") for path in sorted(root.glob(pattern)))
-    yield from ((path, "it was found damaged") for path in sorted(root.glob(".quarantine/*")))
+    for pattern in (".quarantine/*", "[!.]*/.quarantine-*"):
+        yield from ((path, "it was found damaged") for path in sorted(root.glob(pattern)))
