@@ -160,24 +160,23 @@ def _start(stack: ExitStack, listener: socket.socket, api_url: str, options: lis
     """Start the server, then the process that serves the deployments; `stack` stops them in reverse order."""
     start = ["-m", "flows.server", str(listener.fileno())]
     server = stack.enter_context(child(start, api_url, HOME / "server.log", listener))
-    _wait(lambda: request(f"{api_url}/health", timeout=2), server, "the Prefect server", HOME / "server.log")
+    _wait(lambda: request(f"{api_url}/health", timeout=2), server=server)
     _end_orphans(api_url)
     started = datetime.now(UTC)
     serving = stack.enter_context(child(["-m", "flows.serve", *options], api_url, HOME / "serve.log"))
     stack.callback(_end_orphans, api_url)
 
     def ready() -> bool:
-        found = [request(f"{api_url}/deployments/name/{FLOW}/{name}") for name in DEPLOYMENTS]
+        found = [request(f"{api_url}/deployments/name/{FLOW}/{name}", timeout=5) for name in DEPLOYMENTS]
         times = [deployment[field] for deployment in found for field in ("updated", "last_polled")]
         return all(moment and datetime.fromisoformat(moment) >= started for moment in times)
 
-    _wait(ready, serving, "flows.serve", HOME / "serve.log")
+    _wait(ready, serve=serving, server=server)
 
     def check(*_: Any) -> None:
         if server.poll() is not None:
-            os.killpg(
-                serving.pid, signal.SIGKILL
-            )  # it runs what it is told by whoever has the port, and now it is free
+            with suppress(ProcessLookupError):  # it would run what it is told by whoever takes the port next
+                os.killpg(serving.pid, signal.SIGKILL)
             listener.close()
         for name, process in (("server", server), ("serve", serving)):
             if process.poll() is not None:
@@ -235,16 +234,19 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _wait(ready: Callable[[], Any], process: subprocess.Popen[str], name: str, log: Path) -> None:
+def _wait(ready: Callable[[], Any], **processes: subprocess.Popen[str]) -> None:
+    """Wait until something is so, as long as these live; each is called as its log is."""
     deadline = time.monotonic() + _STARTUP_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes.values()):
         with suppress(ServiceError):
             if ready():
                 return
         time.sleep(0.3)
-    state = "ended" if process.poll() is not None else f"was not ready after {_STARTUP_SECONDS} seconds"
+    name = next((name for name, process in processes.items() if process.poll() is not None), next(iter(processes)))
+    state = f"was not ready after {_STARTUP_SECONDS} seconds" if processes[name].poll() is None else "ended"
+    log = HOME / f"{name}.log"
     last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "it printed nothing")
-    raise ServiceError(f"{name} {state}: {last.strip()}", way_out=f"read {log}")
+    raise ServiceError(f"Prefect's {name} process {state}: {last.strip()}", way_out=f"read {log}")
 
 
 def _end_orphans(api_url: str) -> None:

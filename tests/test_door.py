@@ -261,6 +261,19 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(foreign, tmp_pat
     assert not door.key_file(service.HOME).exists()
 
 
+def test_a_server_that_does_not_start_is_said_to_and_leaves_the_port(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "HOME", tmp_path / "prefect")
+    door.make_private(service.HOME)
+    (service.HOME / "prefect.db").write_bytes(b"no database" * 100)
+    taken: list[socket.socket] = []
+    listen = door.listen
+    monkeypatch.setattr(door, "listen", lambda port: taken.append(listen(port)) or taken[0])
+    with pytest.raises(service.ServiceError, match=r"server process ended: .*read .*server\.log"):
+        service.service().__enter__()
+    assert taken[0].fileno() == -1
+    assert not (service.HOME / "api-url").exists()
+
+
 @pytest.mark.parametrize("port", [-1, 65536])
 def test_a_port_that_cannot_be(port):
     with pytest.raises(door.DoorError, match=f"port {port} cannot be used"):
