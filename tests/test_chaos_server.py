@@ -262,6 +262,7 @@ def test_make_sweep_says_that_its_server_was_killed_and_goes_on_the_next_time(ho
     assert contents(home / "command") == contents(home / "undisturbed")
 
 
+@pytest.mark.attack("a foreign Prefect with a run under way is on the port")
 def test_a_foreign_prefect_on_the_port_is_left_alone(home):
     """It has a run under way; it is told nothing, and nothing of it is ended."""
     own = home / "own-prefect-2"

@@ -212,6 +212,7 @@ def test_a_broken_checkpoint_is_refused(sound: Path, case: str) -> None:
     assert "\n" not in said and str(sound) in said and refusal.value.way_out
 
 
+@pytest.mark.attack("code in the pickle of an optimizer")
 def test_code_in_a_pickle_is_not_executed(sound: Path, tmp_path: Path) -> None:
     witness = tmp_path / "executed"
     payload = {"state": {}, "param_groups": [{"params": []}], "more": RunsCode(witness)}
@@ -229,6 +230,7 @@ def test_code_in_a_pickle_is_not_executed(sound: Path, tmp_path: Path) -> None:
     assert witness.exists()
 
 
+@pytest.mark.attack("code beside a tokenizer, and a yes to whether it may run")
 def test_code_beside_a_tokenizer_is_not_run_whatever_is_answered(tmp_path: Path, monkeypatch) -> None:
     """transformers asks at the terminal whether it may."""
     directory, witness = make_gpt2(tmp_path / "checkpoint-3"), tmp_path / "executed"
@@ -243,6 +245,7 @@ def test_code_beside_a_tokenizer_is_not_run_whatever_is_answered(tmp_path: Path,
     assert asked == [] and not witness.exists()
 
 
+@pytest.mark.attack("a generation config cut short or senseless")
 @pytest.mark.parametrize(
     "spoil", [truncate("generation_config.json"), entries("generation_config.json", eos_token_id=99)]
 )
@@ -254,6 +257,7 @@ def test_a_policy_is_not_loaded_with_another_end_than_was_saved(tmp_path: Path, 
         load_policy(directory, "spoilt", "float32", "eager", "cpu")
 
 
+@pytest.mark.attack("code in training_args.bin")
 def test_training_args_is_never_opened(sound: Path, tmp_path: Path) -> None:
     witness = tmp_path / "executed"
     torch.save(RunsCode(witness), sound / "training_args.bin")

@@ -65,6 +65,7 @@ def routes(api: str) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.attack("a process without the key asks every route of the server")
 def test_every_route_asks_for_the_key(api):
     found = routes(api)
     assert len(found) > 150 and ("PATCH", "/deployments/id") in found
@@ -75,6 +76,7 @@ def test_every_route_asks_for_the_key(api):
     assert service.request(f"{api}/flow_runs/count", {}) == 0
 
 
+@pytest.mark.attack("a process without the key opens every stream of the server")
 @pytest.mark.parametrize("path", ["events/in", "events/out", "logs/out", "task_runs/subscriptions/scheduled"])
 @pytest.mark.parametrize("token", [None, "entropy-probe:"])
 def test_so_does_every_stream(api, path, token):
@@ -85,6 +87,7 @@ def test_so_does_every_stream(api, path, token):
         stream.recv(timeout=30)
 
 
+@pytest.mark.attack("a page of another origin asks whether it may ask the server")
 def test_a_page_of_another_origin_is_told_nothing(api):
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     assert status(f"{api}/flow_runs/filter", "OPTIONS", Origin=EVIL, **asked) == 400
@@ -94,6 +97,7 @@ def test_a_page_of_another_origin_is_told_nothing(api):
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
 
 
+@pytest.mark.attack("a request under a foreign name of this machine (DNS rebinding)")
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:4200", "127.0.0.1.evil.example", "0.0.0.0", ""])
 @pytest.mark.parametrize("path", ["api/health", "", "ui-settings", "enter"])
 def test_a_foreign_name_of_this_machine_is_refused(api, host, path):
@@ -135,6 +139,7 @@ def ours() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
+@pytest.mark.attack("somebody lists processes, folders and logs for the key")
 def test_the_key_is_read_by_its_user_only(api, home):
     key = door.read_key(home)
     assert key.startswith("entropy-probe:") and len(key) > 40
@@ -169,6 +174,7 @@ for path in ("admin/database/clear", "flow_runs/filter", "deployments/filter"):
 """
 
 
+@pytest.mark.attack("another user reads the server's folder and processes, and asks it")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 def test_another_user_of_the_machine_gets_nothing(api, home):
     paths = [home, *home.iterdir(), *(f"/proc/{one.pid}/environ" for one in ours())]
@@ -188,6 +194,7 @@ def state_of(api: str, run: str) -> str:
     return service.request(f"{api}/flow_runs/{run}")["state"]["type"]
 
 
+@pytest.mark.attack("runs of somebody else on the same server while ours are ended")
 def test_only_the_runs_of_our_deployments_are_ours_to_end(api):
     running = {"state": {"type": "RUNNING"}}
     flow = service.request(f"{api}/flows/", {"name": "of-somebody-else"})["id"]
@@ -203,6 +210,7 @@ def test_only_the_runs_of_our_deployments_are_ours_to_end(api):
     assert [state_of(api, run) for run in (*theirs, mine)] == ["RUNNING"] * 3 + ["CRASHED"]
 
 
+@pytest.mark.attack("runs of somebody else on the same server fall silent")
 def test_only_the_runs_of_our_deployments_are_missed(api, home):
     """What was told to a server by an older version of this project, which meant every run, is taken back."""
 
@@ -251,6 +259,7 @@ def foreign() -> Iterator[tuple[int, list[str]]]:
             thread.join()
 
 
+@pytest.mark.attack("a foreign server waits on the port and answers as Prefect would")
 def test_a_port_that_is_taken_is_refused_before_anything_starts(foreign, tmp_path, monkeypatch):
     port, asked = foreign
     monkeypatch.setattr(service, "HOME", tmp_path / "prefect")
@@ -313,6 +322,7 @@ def test_each_start_has_another_key_and_only_a_terminal_shows_it(tmp_path, monke
     assert second not in door.how_to_enter(tmp_path, "http://127.0.0.1:1", private=False)
 
 
+@pytest.mark.attack("the environment names a database that others share")
 def test_settings_of_other_servers_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(service, "HOME", tmp_path)
     shared = {

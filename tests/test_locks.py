@@ -60,6 +60,7 @@ def test_the_lock_of_a_dead_process_is_free(store):
         pass
 
 
+@pytest.mark.attack("everything is pruned where locks do not work")
 def test_without_locks_nothing_is_computed_and_nothing_deleted(store, capsys, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(StoreError, match=r"cannot be locked: No locks available.*have the store on one"):
@@ -78,6 +79,7 @@ def test_without_locks_what_is_there_is_used(store, monkeypatch):
         assert store.run(DRAW, None, {"seed": 1}) == made
 
 
+@pytest.mark.attack("everything is pruned while a sweep is under way on another machine")
 def test_a_sweep_on_another_machine_is_not_disturbed(store, capsys):
     """Whose lock is not seen here."""
     unneeded = store.run(DRAW, None, {"seed": 1}).directory

@@ -274,6 +274,7 @@ def test_prune_keeps_all_that_a_kept_run_needs(away, first, second, store):
     assert Store(root).names() == [] and kept(root) == set()
 
 
+@pytest.mark.attack("everything is pruned beside a run with a hidden name")
 def test_prune_keeps_a_run_whose_name_is_hidden(away, first, second, store):
     """As runs of earlier versions may be."""
     root = away / "artifacts"
@@ -484,6 +485,7 @@ EVIL = {
 }
 
 
+@pytest.mark.attack("a false archive is imported")
 @pytest.mark.parametrize("kind", EVIL)
 def test_a_false_archive_is_refused_and_leaves_nothing(archive, tmp_path, store, kind):
     change, fault = EVIL[kind]
@@ -495,6 +497,7 @@ def test_a_false_archive_is_refused_and_leaves_nothing(archive, tmp_path, store,
     assert not Path("/tmp/evil").exists()
 
 
+@pytest.mark.attack("an archive with another report for a run that is there")
 def test_an_import_does_not_replace_a_run_that_is_there(archive, first, tmp_path, store):
     root = tmp_path / "store"
     assert store(root, "import", archive)[0] == 0

@@ -61,6 +61,7 @@ def again(store: Store) -> Any:
 OUTSIDE = [("../thesis", "0" * 32), ("..", "thesis"), ("score-e-batch", "../../../thesis"), ("", "../thesis")]
 
 
+@pytest.mark.attack("a copied store whose record names folders outside of it")
 @pytest.mark.parametrize(("stage", "key"), OUTSIDE)
 @pytest.mark.parametrize("command", ["variance", "prune", "export", "ls", "verify"])
 def test_a_record_does_not_lead_out_of_the_store(copied, tmp_path, stage, key, command):
@@ -82,6 +83,7 @@ def test_a_record_does_not_lead_out_of_the_store(copied, tmp_path, stage, key, c
     assert len(before) == 2 and not list(tmp_path.glob("*.tar"))
 
 
+@pytest.mark.attack("a manifest that names files outside of its artifact, rightly sealed")
 @pytest.mark.parametrize("name", ["/etc/hostname", "../../../../thesis/chapter.txt", "manifest.json", ".", "a//b"])
 def test_a_manifest_does_not_lead_out_of_its_artifact(copied, tmp_path, name):
     """One whose seal is right: anybody can compute it. The files of a report are copied under their names."""
@@ -97,6 +99,7 @@ def test_a_manifest_does_not_lead_out_of_its_artifact(copied, tmp_path, name):
     assert copied.find(stage, key) is None
 
 
+@pytest.mark.attack("a copied store whose record makes no sense")
 @pytest.mark.parametrize(
     "change",
     [
