@@ -39,7 +39,7 @@ help:
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, race for a key (docs/chaos.md is written from it);"
-	@echo "             fill the disk, kill servers and runners (ten minutes)"
+	@echo "             fill the disk, kill servers and runners; then attack (a quarter of an hour)"
 	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (long)"
 	@echo "make check-device   whether the device here computes what a CPU does, how fast, and what fits (eight minutes on a GPU);"
 	@echo "             TINY=1: small models only, under a minute; OUT=$(OUT): where the JSON goes"
@@ -70,13 +70,14 @@ test-sweep: .venv/.installed
 
 test-ui: .venv/.ui
 	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
-	$(BIN)/python -m pytest -m ui tests/test_ui.py
+	$(BIN)/python -m pytest -m ui tests/test_ui.py tests/test_ui_door.py
 
 validate: .venv/.installed
 	$(BIN)/python -m pytest -m "validate or chaos" tests/validation tests/test_chaos.py
 
 chaos: .venv/.installed
 	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py
+	$(BIN)/python -m pytest -m attack
 
 # With SmolLM2's weights and LoRA run where make sweep-smollm2 has left them, else with random weights of its shape.
 bench: .venv/.installed

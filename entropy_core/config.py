@@ -300,7 +300,12 @@ class ExecutionConfig(Section):
 class ProbeConfig(Section):
     """One sweep: which checkpoints, which batches, which step sizes."""
 
-    name: str = Field("probe", pattern=r"^[A-Za-z0-9_.-]+$", description="Begins the names of the results.")
+    name: str = Field(
+        "probe",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        max_length=100,
+        description="Begins the names of the results.",
+    )
     checkpoints: list[CheckpointPattern] = Field(
         min_length=1, description="Checkpoint directories; patterns such as runs/grpo/checkpoint-* are expanded."
     )

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import secrets
 import shutil
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from entropy_core.errors import StoreError
@@ -28,12 +29,29 @@ VECTORS = "vectors/"
 """Where an artifact has its files of the size of the policy. Their digests count for good; they themselves may go."""
 DROPPED = "vectors.dropped"
 """Says that they went on purpose: without it, they are lost."""
+TEMPORARY = ".tmp-"
+"""Begins the name of what is being written, or was left by a process that died."""
 
 _KEYED = ("stage", "code", "inputs")
 _LIBRARIES = ("torch", "transformers", "peft", "pyarrow", "safetensors")
 _SETTLED_NS = 2_000_000_000  # the coarsest clock of a common file system: a younger file could change unnoticed
 
 _remembered: dict[tuple, Any] = {}
+
+
+def may_name(stage_name: Any, key: Any) -> bool:
+    """Whether an artifact can be called so. What comes from a record or an archive may lead anywhere else."""
+    return _matches(r"[a-z0-9]+(-[a-z0-9]+)*", stage_name) and _matches("[0-9a-f]{32}", key)
+
+
+def may_name_file(name: str) -> bool:
+    """Whether a data file of an artifact can be called so: it lies within the artifact and is not the manifest."""
+    path = PurePosixPath(name)
+    return str(path) == name and not path.is_absolute() and ".." not in path.parts and name not in (".", MANIFEST, DROPPED)
+
+
+def _matches(pattern: str, text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch(pattern, text) is not None
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
@@ -84,7 +102,7 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> str:
 @contextmanager
 def temporary_sibling(final: Path) -> Iterator[Path]:
     """A new directory beside `final`, to be filled and given its name; what is left of it at the end is deleted."""
-    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = final.with_name(f"{TEMPORARY}{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
         yield temporary
@@ -118,6 +136,8 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
             return {}, f"its manifest is that of {manifest['stage']}/{manifest['key']}"
         if recipe_key(manifest) != key or content_digest(manifest["files"], manifest["summary"]) != manifest["digest"]:
             return {}, "its manifest was edited"
+        if not may_name(stage_name, key) or not all(map(may_name_file, manifest["files"])):
+            return {}, "its manifest names what is no part of it"
         return manifest, ""
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}, "it has no manifest"

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from entropy_core.adapters import fill_adapter, insert_adapter
 from entropy_core.errors import CheckpointError
+from entropy_core.model_config import check_generation_config, check_model_config
 from entropy_core.policy import Policy
 from entropy_core.tokenizer import load_tokenizer, tokenizer_directory
 
@@ -59,12 +60,15 @@ def load_policy(
     if base is None and (directory / "adapter_config.json").exists():
         fact = f"{directory} holds an adapter where a whole model is needed"
         raise CheckpointError(fact, way_out="give the directory of its base, or of the merged model")
+    home = base or directory
+    check_model_config(home)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base or directory,
+            home,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             local_files_only=True,
+            trust_remote_code=False,
         )
         tokenizer = load_tokenizer(tokenizer_directory(directory, base))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -74,6 +78,7 @@ def load_policy(
             cause="a file is missing or belongs to another model",
             way_out="check that transformers' AutoModelForCausalLM.from_pretrained loads it",
         ) from error
+    check_generation_config(home, model.get_input_embeddings().weight.shape[0])
     if base is not None:
         insert_adapter(model, directory)
         fill_adapter(model, directory)

@@ -7,6 +7,7 @@ as anybody would, and prints its results.
 
 import json
 import re
+import shlex
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from entropy_core.config import VarianceRequest
 from entropy_core.read_config import load_config
 from entropy_core.store import runs
 from flows import service
+from flows.door import how_to_enter, key_file
 from flows.results import print_results
 from flows.service import DEPLOYMENTS, FLOW, ServiceError, child, request
 
@@ -81,11 +83,13 @@ def up(config_path: Path | None, port: int) -> NoReturn:
         url = api_url.removesuffix("/api")
         if not started_here:
             raise ServiceError(f"the Prefect of this store is up already, at {url}", way_out="use that one")
+        key = shlex.quote(str(key_file(service.HOME)))
         commands = "\n".join(f"    prefect deployment run {FLOW}/{name} --watch" for name in DEPLOYMENTS)
         print(
-            f"\nPrefect is up: {url}\nStart a run there, or in another terminal:\n\n"
-            f"    export PREFECT_API_URL={api_url}\n{commands}\n\n"
-            f"Relative paths in a form or in a parameter start at {Path.cwd()}. Ctrl-C ends it.",
+            f"\nPrefect is up: {how_to_enter(service.HOME, url, private=sys.stdout.isatty())}\n"
+            "Start a run there, or in another terminal:\n\n"
+            f'    export PREFECT_API_URL={api_url} PREFECT_API_AUTH_STRING="$(cat {key})"\n'
+            f"{commands}\n\nRelative paths in a form or in a parameter start at {Path.cwd()}. Ctrl-C ends it.",
             flush=True,
         )
         while True:

@@ -7,6 +7,7 @@ import argparse
 import os
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
@@ -57,17 +58,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, help="a YAML file: what the form begins with")
     parser.add_argument("--work-pool", default="", help="register the deployments for a pool of workers, and end")
     options = parser.parse_args(arguments)
-    watch_heartbeats()
     folder = os.environ.setdefault(FOLDER, os.getcwd())
+    where: dict[str, Any] = {}
     if options.work_pool:
         here = {"env": {FOLDER: folder, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}}  # as in `service.environment`
-        for deployment in deployments(options.config, work_pool_name=options.work_pool, job_variables=here):
-            deployment.apply()
-            print(f"{deployment.flow_name}/{deployment.name} is run by the workers of {options.work_pool}.")
-    else:
-        made = deployments(options.config)
+        where = {"work_pool_name": options.work_pool, "job_variables": here}
+    registered = deployments(options.config, **where)
+    watch_heartbeats([cast("UUID", deployment.apply()) for deployment in registered])
+    if not options.work_pool:
         os.chdir(ROOT)
-        serve(*made, limit=1, pause_on_shutdown=False)
+        serve(*registered, limit=1, pause_on_shutdown=False)
+        return
+    for deployment in registered:
+        print(f"{deployment.flow_name}/{deployment.name} is run by the workers of {options.work_pool}.")
 
 
 if __name__ == "__main__":

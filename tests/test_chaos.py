@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attacks import in_place
 from chaos_process import run_sweep
 from pipeline_fixtures import make_run, probe, values
 from proofs import table
@@ -157,7 +158,7 @@ def report(lost: list[tuple[str, float]], sweeps: int, artifacts: int) -> None:
     ]
     text = "\n".join(lines).rstrip() + "\n"
     print(f"\n{text}")
-    PAGE.write_text(text, encoding="utf-8")
+    PAGE.write_text(in_place(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
 @pytest.mark.chaos

@@ -22,7 +22,8 @@ from entropy_core.execution import Execution
 from entropy_core.numerics.vectors import in_blocks
 from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.tables import RESULTS
-from flows.service import request
+from flows.door import read_key
+from flows.service import HOME, request
 
 pytestmark = pytest.mark.sweep
 
@@ -198,6 +199,7 @@ def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
             run(
                 [sys.executable, "-m", *shlex.split(command)],
                 PREFECT_API_URL=served,
+                PREFECT_API_AUTH_STRING=read_key(HOME),
                 PREFECT_HOME=str(ROOT / "artifacts" / "prefect"),
             )
             latest = request(f"{served}/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]

@@ -5,7 +5,9 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from store_fixtures import CONSTANT, DRAW, EXECUTED, flip_a_byte, quarantined
 from entropy_core import manifest as manifest_module
 from entropy_core.artifact import Artifact
 from entropy_core.errors import StoreError
-from entropy_core.store import Store
+from entropy_core.store import Store, pruning
 
 
 def edit_manifest(directory, change):
@@ -67,6 +69,28 @@ def test_damage_is_never_read(store, damage):
     assert store.find("draw", made.key) is None
     assert len(quarantined(store)) == 1
     assert store.find("draw", made.key) is None and len(quarantined(store)) == 1
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Iterator[Path]:
+    """A folder on another disk."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one disk only")
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
+def test_damage_is_set_aside_where_a_stage_is_on_another_disk(store, elsewhere, caplog):
+    store.root.mkdir()
+    (store.root / "draw").symlink_to(elsewhere)
+    made = store.run(DRAW, None, {"seed": 1})
+    flip_a_byte(made.directory)
+    assert store.run(DRAW, None, {"seed": 1}) == made and len(EXECUTED) == 2
+    [aside] = [path for path in elsewhere.iterdir() if path.name != made.key]
+    assert aside.name.startswith(f".quarantine-draw-{made.key}-") and aside.name in caplog.text
+    assert store.names() == [("draw", made.key)]
+    assert aside.name in [waste.path.name for waste in pruning.waste(store)]
 
 
 def test_swapped_files_and_swapped_artifacts_are_found_out(store):

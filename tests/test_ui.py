@@ -25,7 +25,7 @@ from entropy_core.read_config import load_config
 from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
-from flows import service
+from flows import door, service
 
 pytestmark = pytest.mark.ui
 
@@ -142,17 +142,22 @@ class Browser:
 
 @pytest.fixture
 def browser(api: str) -> Iterator[Browser]:
-    """A page that is refused everything that does not come from this machine, and asks for nothing else."""
+    """A page that is let in by the link that `make ui` prints, and asks nobody but the server."""
     sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError, reason="`make test-ui` installs it")
     url = api.removesuffix("/api")
     with sync_api.sync_playwright() as playwright:
         chrome = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = chrome.new_page(viewport={"width": 1280, "height": 900})
         asked: list[str] = []
+        said: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(door.how_to_enter(service.HOME, url, private=True))
+        page.wait_for_url("**/dashboard")
         yield Browser(page, url)
         chrome.close()
     assert {urlsplit(one).netloc for one in asked} <= {urlsplit(url).netloc, ""}  # data: has no host
+    assert [line for line in said if "Content Security Policy" in line] == []
 
 
 def states(api: str, run_id: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +121,21 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         ConfigError: the run was recorded by a version with other settings.
     """
     directory = runs.find(store.root, request.run)
-    record = json.loads((directory / runs.RECORD).read_text(encoding="utf-8"))
-    if record.get("format") != RECORD_FORMAT:
+    with runs.understood(directory / runs.RECORD) as record:
+        found = record.get("format")
+    if found != RECORD_FORMAT:
         raise StoreError(
-            f"run {directory.name} was recorded in format {record.get('format')}, and this is {RECORD_FORMAT}",
+            f"run {directory.name} was recorded in format {found}, and this is {RECORD_FORMAT}",
             cause="another version of entropy-probe recorded it",
             way_out=f"`entropy-probe sweep {directory / 'config.yaml'}`: what is cached is reused",
         )
     config = parse_config(record["config"], str(directory / runs.RECORD))
-    recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
+    with runs.understood(directory / runs.RECORD) as record:
+        recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
+        for entry in recorded:
+            signature(stage.VARIANCE.function).bind(None, None, **entry["inputs"], **_chosen(config))
+            _ = entry["checkpoint"], entry["step"], [*entry["notes"]]
     with store.in_use():
         for entry in recorded:
             for artifact in artifacts_in(entry["inputs"]):
@@ -183,18 +189,22 @@ def _measured(
 
 def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artifact:
     """Statistics of every checkpoint, and the report."""
-    chosen = config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
     estimated = [
         {
             "checkpoint": entry["checkpoint"],
             "step": entry["step"],
-            "estimates": run(stage.VARIANCE, entry["inputs"] | chosen, entry["checkpoint"]),
+            "estimates": run(stage.VARIANCE, entry["inputs"] | _chosen(config), entry["checkpoint"]),
             "attribution": entry["inputs"]["first_order_u"],
         }
         for entry in recorded
     ]
     notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
     return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, "notes": notes}, config.name)
+
+
+def _chosen(config: ProbeConfig) -> Inputs:
+    """The settings of the variance stage."""
+    return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
 
 
 def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:

@@ -3,7 +3,8 @@
     root/<stage>/<key>/     data files, and manifest.json written last: a directory with a manifest is complete
     root/<stage>/.tmp-*     being written, or left by a process that died; never read
     root/.locks/            one lock per key, so that two processes never compute the same thing
-    root/.quarantine/       artifacts that were found damaged, moved out of the way
+    root/.quarantine/       artifacts that were found damaged, moved out of the way; in root/<stage>/.quarantine-* where
+                            the stage's folder is on another disk
 
 A result is found again when the stage's code and its result-affecting inputs are the same; how it was executed (device,
 micro-batches, runner) is recorded in the manifest and is no part of the key. Reading checks every file against the
@@ -13,20 +14,17 @@ manifest and never writes, so a store on read-only media serves for analysis.
 """
 
 import errno
-import fcntl
 import logging
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from entropy_core.artifact import Artifact, Writer, canonical, upstream
 from entropy_core.code_identity import code_digest, module_digests, name_of
@@ -36,11 +34,13 @@ from entropy_core.manifest import (
     check_files,
     check_manifest,
     commit,
+    may_name,
     peak_rss_bytes,
     recipe_key,
     temporary_sibling,
     versions,
 )
+from entropy_core.store import locks
 
 log = logging.getLogger("entropy_probe.store")
 
@@ -110,11 +110,11 @@ class Store:
         artifact, fault = self.check(stage_name, key)
         if fault:
             try:
-                with self.lock(stage_name, key, timeout=0):  # or else we might move away what another just repaired
+                with self.lock(stage_name, key, wait=False):  # or else we might move away what another just repaired
                     artifact, fault = self.check(stage_name, key)
                     if fault:
                         self.quarantine(stage_name, key, fault)
-            except (OSError, Timeout) as error:
+            except (OSError, StoreError) as error:
                 log.warning("%s/%s is unsound and left where it is: %s (%s)", stage_name, key, fault, error)
         return artifact
 
@@ -171,7 +171,7 @@ class Store:
             vectors: check its `VECTORS` as well; nobody needs them for having the rest.
         """
         directory = self.root / stage_name / key
-        if not directory.exists():
+        if not may_name(stage_name, key) or not directory.exists():
             return None, ""
         manifest, fault = check_manifest(directory, stage_name, key)
         fault = fault or check_files(directory, manifest["files"], vectors)
@@ -181,38 +181,34 @@ class Store:
         """What is known of an artifact; empty when it is not there or its manifest is unsound."""
         return check_manifest(self.root / stage_name / key, stage_name, key)[0]
 
-    def lock(self, stage_name: str, key: str, timeout: float = -1) -> FileLock:
-        """The lock of one key, which the system frees if its holder dies; waits for ever unless told otherwise."""
-        path = self.root / ".locks" / f"{stage_name}-{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path, timeout=timeout)
+    def lock(self, stage_name: str, key: str, wait: bool = True) -> AbstractContextManager[None]:
+        """Hold the lock of one key; see `locks.key_lock`."""
+        return locks.key_lock(self.root / ".locks", stage_name, key, wait)
 
     def quarantine(self, stage_name: str, key: str, fault: str) -> None:
         """Move an unsound artifact out of the way, and say so; its lock is held."""
-        target = self.root / ".quarantine" / f"{stage_name}-{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        name = f"{stage_name}-{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        target = self.root / ".quarantine" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(self.root / stage_name / key, target)
+        try:
+            os.rename(self.root / stage_name / key, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            target = self.root / stage_name / f".quarantine-{name}"  # the stage's folder is on another disk
+            os.rename(self.root / stage_name / key, target)
         log.warning("%s/%s is unsound and will not be used: %s; moved to %s", stage_name, key, fault, target)
 
-    @contextmanager
-    def in_use(self, alone: bool = False) -> Iterator[None]:
+    def in_use(self, alone: bool = False) -> AbstractContextManager[None]:
         """Within the context this process relies on what is there; or nobody else does, so that it may be deleted.
 
         Args:
             alone: refuse if the store is in use by another process.
 
         Raises:
-            StoreError: it is.
+            StoreError: it is, or that cannot be told.
         """
-        path = self.root / ".locks" / "in-use"
-        with ExitStack() as stack:
-            with suppress(OSError):  # where nothing can be written, nothing can be deleted either
-                path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
-                stack.callback(os.close, descriptor)
-                if not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH):
-                    raise StoreError(f"a sweep is under way in {self.root}", way_out="try again when it has ended")
-            yield
+        return (locks.alone if alone else locks.in_use)(self.root / ".locks")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -273,12 +269,3 @@ class Store:
 
 def _recipe(stage: Stage, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {"stage": stage.name, "code": code_digest(stage.function), "inputs": canonical(dict(inputs))}
-
-
-def _flock(descriptor: int, operation: int) -> bool:
-    """Lock an open file; False if it is locked by another process and waiting was not asked for."""
-    try:
-        fcntl.flock(descriptor, operation)
-    except BlockingIOError:
-        return False
-    return True

@@ -7,7 +7,7 @@ and nothing becomes visible before all of it is verified.
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from entropy_core.errors import StoreError
@@ -88,7 +88,7 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
         with temporary_sibling(store.root / "import") as temporary:
             arrived = Store(temporary)
             _unpack(file, temporary)
-            names, run_ids = arrived.names(), runs.recorded(temporary)
+            names, run_ids = arrived.names(), runs.present(temporary)
             _verify(file, arrived, store, names, run_ids)
             for stage, key in names:
                 with store.lock(stage, key):
@@ -97,8 +97,13 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
                         store.quarantine(stage, key, fault)
                     if found[0] is None:
                         (store.root / stage).mkdir(exist_ok=True)
-                        make_visible(temporary / stage / key, store.root / stage / key)
+                        with temporary_sibling(store.root / stage / key) as sibling:  # it may be on another disk
+                            shutil.move(temporary / stage / key, sibling / key)
+                            make_visible(sibling / key, store.root / stage / key)
+            known = runs.recorded(store.root)
             for run_id in run_ids:
+                if run_id in known:
+                    continue
                 with runs.writing(store, run_id) as folder:
                     for path in runs.folder(temporary, run_id).iterdir():
                         path.replace(folder / path.name)
@@ -106,12 +111,20 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
 
 
 def _unpack(file: Path, into: Path) -> None:
+    if not file.is_file():  # but a pipe, say, which would be waited for
+        raise StoreError(f"there is no file {file}")
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
                 plain = str(path) == member.name and ".." not in path.parts and max(map(len, path.parts)) < 200
-                if not (member.isreg() and plain and (_ARTIFACT.fullmatch(str(path)) or _RUN.fullmatch(str(path)))):
+                full = member.isreg() and not member.issparse()  # holes would be unpacked as zeros, at full size
+                if not (
+                    full
+                    and plain
+                    and member.name.isprintable()
+                    and (_ARTIFACT.fullmatch(str(path)) or _RUN.fullmatch(str(path)))
+                ):
                     raise _refused(file, f"it has a member {member.name!r} that no store has")
                 target = into / path
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,11 +136,9 @@ def _unpack(file: Path, into: Path) -> None:
         raise _refused(file, f"it cannot be read: {error}") from None
     except (FileExistsError, NotADirectoryError) as error:
         raise _refused(file, f"two of its members have one name: {Path(error.filename).relative_to(into)}") from None
-    except FileNotFoundError as error:
-        raise StoreError(f"there is no file {error.filename}") from None
 
 
-def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name], run_ids: Iterable[str]) -> None:
+def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name], run_ids: Collection[str]) -> None:
     for stage, key in names:
         artifact, fault = arrived.check(stage, key, vectors=True)
         if artifact is None:
@@ -137,6 +148,10 @@ def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name]
         if extra := inside - {MANIFEST, DROPPED, *artifact.manifest["files"]}:
             raise _refused(file, f"{stage}/{key} has files that its manifest does not name: {', '.join(sorted(extra))}")
     present = set(names)
+    if not run_ids:
+        raise _refused(file, "there is no run in it")
+    for run_id in sorted(set(run_ids) - set(runs.recorded(arrived.root))):
+        raise _refused(file, f"its {runs.RECORD} of the run {run_id} does not say when that was")
     for run_id in run_ids:
         for stage, key in sorted(runs.named(arrived.root, run_id) - present):
             if store.check(stage, key)[0] is None:
