@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from entropy_core.errors import StoreError
+from entropy_core.errors import StoreError, UnsoundError
 from entropy_core.manifest import MANIFEST, check_file, check_manifest, json_text
 
 if TYPE_CHECKING:  # loaded where they are used: looking an artifact up takes neither
@@ -42,7 +42,7 @@ class Artifact:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The verified manifest; shared, so not to be changed. Raises StoreError as `path` does."""
+        """The verified manifest; shared, so not to be changed. Raises UnsoundError as `path` does."""
         manifest, fault = check_manifest(self.directory, self.stage, self.key)
         if not fault and manifest["digest"] != self.digest:
             fault = f"the store now has other content under this key (digest {manifest['digest'][:12]})"
@@ -52,11 +52,11 @@ class Artifact:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the stage's function returned. Raises StoreError as `path` does."""
+        """What the stage's function returned. Raises UnsoundError as `path` does."""
         return self.manifest["summary"]
 
     def path(self, name: str) -> Path:
-        """Locate one data file, verified.
+        """Locate one data file, verified: its content is read, unless it was before and the file has not changed.
 
         Args:
             name: the file's path relative to the artifact's directory.
@@ -65,28 +65,31 @@ class Artifact:
             Its path.
 
         Raises:
-            StoreError: the artifact has no such file, or the file or the manifest is missing or altered.
+            StoreError: the artifact has no such file.
+            UnsoundError: the file or the manifest is missing or altered.
         """
         entry = self.manifest["files"].get(name)
-        fault = check_file(self.directory / name, entry) if entry else f"it has no file {name}"
-        if fault:
+        if entry is None:
+            fact = f"artifact {self.stage}/{self.key} in {self.root} has no file {name}"
+            raise StoreError(fact, cause="another version of this stage made it", way_out="run the sweep again")
+        if fault := check_file(self.directory / name, entry):
             raise self._unsound(fault)
         return self.directory / name
 
     def tensors(self, name: str = "tensors.safetensors") -> "dict[str, torch.Tensor]":
-        """Load the tensors of a safetensors file, onto the CPU. Raises StoreError as `path` does."""
+        """Load the tensors of a safetensors file, onto the CPU. Raises UnsoundError as `path` does."""
         from safetensors.torch import load_file
 
         return load_file(self.path(name))
 
     def table(self, name: str) -> "pyarrow.Table":
-        """Load a Parquet file. Raises StoreError as `path` does."""
+        """Load a Parquet file. Raises UnsoundError as `path` does."""
         import pyarrow.parquet
 
         return pyarrow.parquet.ParquetFile(self.path(name)).read()
 
     def json(self, name: str) -> Any:
-        """Load a JSON file. Raises StoreError as `path` does."""
+        """Load a JSON file. Raises UnsoundError as `path` does."""
         return json.loads(self.path(name).read_bytes())
 
     def to_dict(self) -> dict[str, str]:
@@ -98,12 +101,14 @@ class Artifact:
         """Make the artifact that `to_dict` described, in the store at `root`. Nothing is read until it is used."""
         return cls(reference["stage"], reference["key"], reference["digest"], Path(root).absolute())
 
-    def _unsound(self, fault: str) -> StoreError:
-        return StoreError(
+    def _unsound(self, fault: str) -> UnsoundError:
+        error = UnsoundError(
             f"artifact {self.stage}/{self.key} in {self.root} cannot be used: {fault}",
             cause="a file was deleted, edited or damaged after it was written",
             way_out="run the sweep again: what is unsound is set aside and computed anew",
         )
+        error.stage, error.key = self.stage, self.key
+        return error
 
 
 class Writer:

@@ -20,8 +20,8 @@ from entropy_core.config import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.read_config import parse_config
+from entropy_core.sources import content_digest
 from entropy_core.stages import catalogue as stage
-from entropy_core.stages.files import content_digest
 from entropy_core.stages.measure import Inputs, Measurement, Runner, load_pool, source_of
 from entropy_core.stages.memory import run_within_memory
 from entropy_core.stages.preflight import CheckpointToProbe, splits
