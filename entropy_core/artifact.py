@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from entropy_core.errors import StoreError, UnsoundError
-from entropy_core.manifest import MANIFEST, check_file, check_manifest, json_text
+from entropy_core.manifest import DROPPED, MANIFEST, check_file, check_manifest, json_text
 
 if TYPE_CHECKING:  # loaded where they are used: looking an artifact up takes neither
     import pyarrow
@@ -128,7 +128,7 @@ class Writer:
         """
         path = self._directory / name
         outside = Path(name).is_absolute() or ".." in Path(name).parts
-        if outside or path in (self._directory, self._directory / MANIFEST):
+        if outside or path in (self._directory, self._directory / MANIFEST, self._directory / DROPPED):
             raise StoreError(f"{name!r} cannot name a data file", way_out=f"use a relative path other than {MANIFEST}")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path

@@ -14,7 +14,7 @@ module, within the function's own top-level package and `entropy_core`; nothing 
 
 Comments, formatting, docstrings, the names of modules and the order of what is in them do not count, so a function may
 be moved. Libraries count by their versions, see `library_versions`. What a stage is given by the store is no part of
-its code: `Artifact`, `Writer`, `Execution`; how these write files is numbered by `manifest.FORMAT`.
+its code: `Artifact`, `Writer`, `Execution`, `Stage`; how these write files is numbered by `manifest.FORMAT`.
 
 What cannot be seen: a module imported by a computed name (make its content an input, as that of a reward's file);
 attributes named in format strings; what code that the function does not reach has changed in the process, such as a

@@ -242,6 +242,11 @@ class ExecutionConfig(Section):
     head_chunk_megabytes: float = Field(
         64, gt=0, le=1_000_000, description="Memory of the logits that exist at one time; does not change the result."
     )
+    library_versions: Literal["same", "recompute"] = Field(
+        "same",
+        description="What to do where results of this sweep were made with other releases of the libraries. same: "
+        "refuse to go on. recompute: compute all of it anew.",
+    )
     artifacts: str = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
 
 

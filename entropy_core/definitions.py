@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from entropy_core.reading import Chain, Read, bound_names, chain_of, read
 
-_MAIN = "Compare(left=Name(id='__name__', ctx=Load()), ops=[Eq()], comparators=[Constant(value='__main__')])"
 _NESTING = (ast.ClassDef, ast.If, ast.For, ast.While, ast.Try, ast.TryStar, ast.With, ast.Match)
 
 
@@ -94,7 +93,9 @@ class Module:
 
     def _add(self, statement: ast.stmt) -> None:
         if isinstance(statement, ast.Import | ast.ImportFrom) or (
-            isinstance(statement, ast.If) and ast.dump(statement.test) == _MAIN and not statement.orelse
+            isinstance(statement, ast.If)
+            and ast.unparse(statement.test) == "__name__ == '__main__'"
+            and not statement.orelse
         ):
             return
         names = sorted(bound_names([statement]))

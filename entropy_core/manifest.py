@@ -25,6 +25,10 @@ from entropy_core.errors import StoreError
 from entropy_core.file_digests import SETTLED_NS, Identity, file_digest, identity_of
 
 MANIFEST = "manifest.json"
+VECTORS = "vectors/"
+"""Where an artifact has its files of the size of the policy. Their digests count for good; they themselves may go."""
+DROPPED = "vectors.dropped"
+"""Says that they went on purpose: without it, they are lost."""
 FORMAT = 1
 """Of what `Writer` makes of a stage's results, and `Artifact` of its files: raised when either changes."""
 
@@ -125,6 +129,29 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
         return {}, "it has no manifest"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return {}, f"its manifest was damaged or edited: {error}"
+
+
+def check_files(
+    directory: Path, files: Mapping[str, Mapping[str, Any]], digest: Callable[[Path], str] | None = None
+) -> str:
+    """Check the data files of an artifact against their entries in the manifest, but for `VECTORS` that were dropped.
+
+    Args:
+        directory: of the artifact.
+        files: file name → entry.
+        digest: see `check_file`; None: that a file is there and has its size is enough.
+
+    Returns:
+        What is wrong first, or "".
+    """
+    dropped = (directory / DROPPED).exists()
+    for name, entry in files.items():
+        path = directory / name
+        if dropped and name.startswith(VECTORS):
+            continue
+        if fault := check_file(path, entry, digest) if digest else check_presence(path, entry):
+            return fault
+    return ""
 
 
 def check_presence(path: Path, entry: Mapping[str, Any]) -> str:

@@ -9,8 +9,11 @@ from entropy_core.definitions import Alias, Definition, Module, sha256
 from entropy_core.passive import CALLS_NO_METHOD, PASSIVE
 from entropy_core.reading import Chain
 
-GIVEN = ("entropy_core.artifact:Artifact", "entropy_core.artifact:Writer", "entropy_core.execution:Execution")
-"""What the store gives to a stage, which is no part of the stage's code."""
+GIVEN = {
+    *("entropy_core.artifact:Artifact", "entropy_core.artifact:Writer", "entropy_core.execution:Execution"),
+    "entropy_core.store:Stage",
+}
+"""What the store gives to a stage or makes of it, which is no part of the stage's code."""
 
 Target = Definition | str
 """What a name is bound to; of what the project does not define, the dotted name."""
@@ -132,7 +135,7 @@ class _Walk:
 
     def reach(self, definition: Definition) -> bool:
         """Note a definition; whether it counts."""
-        if f"{definition.module}:{definition.name}" in GIVEN:
+        if _is_given(definition):
             return False
         if definition not in self.reached.definitions:
             self.reached.definitions[definition] = {}
@@ -217,7 +220,8 @@ class _Walk:
     def leaves_nothing(self, definition: Definition, called: Chain) -> bool:
         """Whether a call does nothing but return something: one that is known to, or that makes a record."""
         return all(
-            of in PASSIVE if isinstance(of, str) else self.is_record(of) for of in self.named(definition, called)
+            of in PASSIVE if isinstance(of, str) else _is_given(of) or self.is_record(of)
+            for of in self.named(definition, called)
         )
 
     def is_record(self, definition: Definition) -> bool:
@@ -281,6 +285,10 @@ class _Walk:
                     links[key] = [method]
                     self.reach(method)
         return found
+
+
+def _is_given(definition: Definition) -> bool:
+    return f"{definition.module}:{definition.name}" in GIVEN
 
 
 def walk(sources: Sources, module_name: str, function: str) -> Reached:

@@ -14,18 +14,21 @@ from typing import Any
 import yaml
 
 from entropy_core import rewards
-from entropy_core.artifact import Artifact
+from entropy_core.artifact import Artifact, upstream
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
+from entropy_core.manifest import recipe_key
 from entropy_core.read_config import parse_config
 from entropy_core.sources import content_digest
 from entropy_core.stages import catalogue as stage
 from entropy_core.stages.measure import Inputs, Measurement, Runner, load_pool, source_of
 from entropy_core.stages.memory import run_within_memory
 from entropy_core.stages.preflight import CheckpointToProbe, splits
-from entropy_core.store import Stage, Store, runs
+from entropy_core.stages.repairs import with_repairs
+from entropy_core.store import Stage, Store, recipe_of, runs
+from entropy_core.store.relatives import Relatives
 
 RECORD_FORMAT = 2
 """Of run.json: raised when the inputs of the variance stage change."""
@@ -84,9 +87,15 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
-    with store.in_use():
+
+    def work() -> SweepResult:
         recorded = _measured(config, checkpoints, run)
         return _record(recorded, _reported(recorded, config, run), config, store)
+
+    with store.in_use():
+        if config.execution.library_versions == "same":
+            _require_same_versions(config, checkpoints, store)
+        return with_repairs(store, work)
 
 
 def go_through(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> None:
@@ -129,7 +138,8 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
     config = parse_config(record["config"], str(directory / runs.RECORD))
     recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
-    with store.in_use():
+
+    def work() -> SweepResult:
         for entry in recorded:
             for artifact in artifacts_in(entry["inputs"]):
                 if store.find(artifact.stage, artifact.key) is None:
@@ -139,6 +149,9 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
                         way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
                     )
         return _record(recorded, _reported(recorded, config, run), config, store)
+
+    with store.in_use():
+        return with_repairs(store, work)
 
 
 def artifacts_in(value: Any) -> Iterator[Artifact]:
@@ -151,6 +164,35 @@ def artifacts_in(value: Any) -> Iterator[Artifact]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from artifacts_in(item)
+
+
+def _require_same_versions(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> None:
+    """Refuse to go on with a sweep whose results so far were made with other releases of the libraries."""
+    relatives = Relatives(store)
+    others: dict[str, tuple[str, str]] = {}
+
+    def look(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        if not all(one["digest"] for one in upstream(inputs)):
+            return Promised(stage.name, "", "", Path())
+        recipe = recipe_of(stage, inputs)
+        if manifest := store.manifest(stage.name, recipe_key(recipe)):
+            return Artifact(stage.name, manifest["key"], manifest["digest"], store.root)
+        for made in relatives.of(recipe):
+            if made["code"] == recipe["code"]:
+                then, now = made["libraries"], recipe["libraries"]
+                others.update({name: (then.get(name, ""), now[name]) for name in now if then.get(name) != now[name]})
+        return Promised(stage.name, "", "", Path())
+
+    go_through(config, checkpoints, look)
+    if others:
+        then, now = (", ".join(f"{name} {pair[i] or '(none)'}" for name, pair in others.items()) for i in (0, 1))
+        raise StoreError(
+            f"results of this sweep in {store.root} were made with {then}, and here is {now}",
+            cause="libraries were upgraded since, which can change numbers: one sweep mixes no two releases",
+            way_out=f"install {then} again to go on; or run `python -m entropy_core.store adopt CONFIG`, which "
+            "recomputes one artifact of each stage and takes the others over where it is equal; or compute everything "
+            "anew with execution.library_versions: recompute",
+        )
 
 
 def _measured(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> list[Inputs]:

@@ -37,9 +37,8 @@ from entropy_core.library_versions import compared
 from entropy_core.manifest import (
     FORMAT,
     as_json,
-    check_file,
+    check_files,
     check_manifest,
-    check_presence,
     commit,
     peak_rss_bytes,
     recipe_key,
@@ -132,7 +131,7 @@ class Store:
             stage: the stage.
             execution: how to compute, passed to the stage's function; must not influence the result. What its
                 `describe() -> dict` returns, if it has one, goes into the manifest; its `stamps(inputs)`, if it has
-                one, says which files outside the store the inputs name.
+                one, says which files outside the store these name, and the summaries of artifacts among them.
             inputs: what to compute from; see `key`. Passed to the stage's function by name.
 
         Returns:
@@ -184,9 +183,7 @@ class Store:
         if not directory.exists():
             return None, ""
         manifest, fault = check_manifest(directory, stage_name, key)
-        for name, entry in manifest.get("files", {}).items():
-            of = directory / name
-            fault = fault or (check_file(of, entry, digest) if digest else check_presence(of, entry))
+        fault = fault or check_files(directory, manifest["files"], digest)
         return (None, fault) if fault else (Artifact(stage_name, key, manifest["digest"], self.root), "")
 
     def manifest(self, stage_name: str, key: str) -> dict[str, Any]:
@@ -256,7 +253,11 @@ class Store:
             described = execution.describe() if hasattr(execution, "describe") else {}
             described = as_json(described, "what execution.describe() returned")  # fail before the work, not after
             look: Callable[[Any], Stamps] = getattr(execution, "stamps", lambda inputs: {})
-            before = look(recipe["inputs"])
+            named = [
+                recipe["inputs"],
+                *(self.manifest(one["stage"], one["key"])["summary"] for one in upstream(inputs)),
+            ]
+            before = look(named)
             started = time.monotonic()
             summary = stage.function(Writer(temporary), execution, **inputs)
             seconds = time.monotonic() - started
@@ -266,7 +267,7 @@ class Store:
                     cause="a module of the project was edited, or a library was upgraded, during the run",
                     way_out="run again",
                 )
-            require_untouched(before, look(recipe["inputs"]), stage.name)
+            require_untouched(before, look(named), stage.name)
             manifest = {
                 **recipe,
                 "key": key,

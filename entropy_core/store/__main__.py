@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from entropy_core.errors import ProbeError, StoreError
+from entropy_core.file_digests import read_digest
 from entropy_core.store import Store, archive, runs
 from entropy_core.store.explain import differences, nearest, of_this_code, resolve
 from entropy_core.store.pruning import needs, waste
@@ -33,7 +34,7 @@ def verify(store: Store) -> int:
     faults = []
     names = store.names()
     for stage, key in names:
-        _, fault = store.check(stage, key)
+        _, fault = store.check(stage, key, read_digest)
         if fault:
             faults.append(f"{stage}/{key}: {fault}")
     recorded = runs.recorded(store.root)
@@ -115,9 +116,9 @@ def prune(store: Store, keep_runs: int | None, yes: bool) -> int:
     return 0
 
 
-def export(store: Store, run_id: str, file: Path, everything: bool) -> int:
+def export(store: Store, run_id: str, file: Path, everything: bool, vectors: bool) -> int:
     """Write one run into an archive."""
-    names = archive.export(store, run_id, file, everything)
+    names = archive.export(store, run_id, file, everything, vectors)
     print(f"{file}: {len(names)} artifacts, {in_words(file.stat().st_size)}")
     return 0
 
@@ -175,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("run", help="its id, or latest")
     command.add_argument("file", type=Path, help="the archive to write")
     command.add_argument("--all", action="store_true", help="with all that it was made from")
+    command.add_argument("--with-vectors", action="store_true", help="with files of the size of the policy")
     command = commands.add_parser("import", help="bring an archive in, verified")
     command.add_argument("file", type=Path, help="the archive")
     options = parser.parse_args(arguments)
@@ -194,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
             case "prune":
                 return prune(store, options.keep_runs, options.yes)
             case "export":
-                return export(store, options.run, options.file, options.all)
+                return export(store, options.run, options.file, options.all, options.with_vectors)
             case _:
                 return load(store, options.file)
     except ProbeError as error:
