@@ -206,13 +206,18 @@ def canonical(value: Any, where: str = "inputs") -> Any:
     )
 
 
-def upstream(value: Any) -> Iterator[dict[str, str]]:
-    """References to the artifacts among the inputs of a stage, at any depth; see `Artifact.to_dict`."""
+def artifacts_in(value: Any) -> Iterator[Artifact]:
+    """Every artifact among the inputs of a stage, at any depth."""
     if isinstance(value, Artifact):
-        yield value.to_dict()
+        yield value
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from upstream(item)
+            yield from artifacts_in(item)
+
+
+def upstream(value: Any) -> list[dict[str, str]]:
+    """References to the artifacts among the inputs of a stage; see `Artifact.to_dict`."""
+    return [artifact.to_dict() for artifact in artifacts_in(value)]
 
 
 def _sort_metadata(path: Path) -> None:

@@ -66,19 +66,23 @@ def content_digest(files: Mapping[str, Mapping[str, Any]], summary: Mapping[str,
     return _sha256({"files": {name: entry["sha256"] for name, entry in files.items()}, "summary": summary})
 
 
-def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> str:
+def commit(
+    temporary: Path, final: Path, manifest: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
     """Record every file in the manifest, bring all of it to the disk, and make it visible.
 
     Args:
         temporary: directory with the data files, beside `final`.
         final: what it will be called.
         manifest: all but `files` and `digest`.
+        files: file name → its entry, where these are known; otherwise the files are read.
 
     Returns:
         The content digest.
     """
-    paths = sorted(temporary.rglob("*"))
-    files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths if path.is_file()}
+    if files is None:
+        paths = sorted(temporary.rglob("*"))
+        files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths if path.is_file()}
     digest = content_digest(files, manifest["summary"])
     (temporary / MANIFEST).write_bytes(_sealed({**manifest, "files": files, "digest": digest}))
     make_visible(temporary, final)

@@ -5,7 +5,7 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from entropy_core import rewards
-from entropy_core.artifact import Artifact, upstream
+from entropy_core.artifact import Artifact, artifacts_in, upstream
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
@@ -152,18 +152,6 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
     with store.in_use():
         return with_repairs(store, work)
-
-
-def artifacts_in(value: Any) -> Iterator[Artifact]:
-    """Every artifact in nested inputs."""
-    if isinstance(value, Artifact):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from artifacts_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from artifacts_in(item)
 
 
 def _require_same_versions(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from entropy_core.artifact import Artifact, Writer, canonical, upstream
+from entropy_core.artifact import Artifact, Writer, artifacts_in, canonical, upstream
 from entropy_core.code_identity import code_of, name_of
 from entropy_core.errors import StoreError
 from entropy_core.library_versions import compared
@@ -253,10 +253,7 @@ class Store:
             described = execution.describe() if hasattr(execution, "describe") else {}
             described = as_json(described, "what execution.describe() returned")  # fail before the work, not after
             look: Callable[[Any], Stamps] = getattr(execution, "stamps", lambda inputs: {})
-            named = [
-                recipe["inputs"],
-                *(self.manifest(one["stage"], one["key"])["summary"] for one in upstream(inputs)),
-            ]
+            named = [recipe["inputs"], *(artifact.summary for artifact in artifacts_in(inputs))]
             before = look(named)
             started = time.monotonic()
             summary = stage.function(Writer(temporary), execution, **inputs)
@@ -273,7 +270,7 @@ class Store:
                 "key": key,
                 "function": name_of(stage.function),
                 "definitions": code_of(stage.function).definitions,
-                "upstream": list(upstream(inputs)),
+                "upstream": upstream(inputs),
                 "summary": as_json(summary, f"the summary of stage {stage.name}"),
                 "execution": described,
                 "versions": versions(),

@@ -1,6 +1,7 @@
-"""The store from the command line: `python -m entropy_core.store ls | verify | explain | prune | export | import`."""
+"""The store from the command line: `python -m entropy_core.store ls | verify | explain | adopt | …`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from entropy_core.errors import ProbeError, StoreError
 from entropy_core.file_digests import read_digest
 from entropy_core.store import Store, archive, runs
+from entropy_core.store.adoption import Adoption
 from entropy_core.store.explain import differences, nearest, of_this_code, resolve
 from entropy_core.store.pruning import needs, waste
 
@@ -100,6 +102,40 @@ def explain_config(store: Store, path: Path) -> int:
     return 0
 
 
+def adopt(store: Store, what: str) -> int:
+    """After an edit that changes nothing: take over what a sweep has computed, on the evidence of one of each stage."""
+    from entropy_core.read_config import load_config, parse_config
+    from entropy_core.stages.memory import run_within_memory
+    from entropy_core.stages.pipeline import Promised, execution_for, go_through
+    from entropy_core.stages.preflight import preflight
+
+    if Path(what).suffix in (".yaml", ".yml", ".json"):
+        config = load_config(Path(what))
+    else:
+        record = runs.find(store.root, what) / runs.RECORD
+        config = parse_config(json.loads(record.read_text(encoding="utf-8"))["config"], str(record))
+    checkpoints = preflight(config)
+    execution = execution_for(config, checkpoints)
+    adoption = Adoption(
+        store,
+        lambda trial, stage, inputs: run_within_memory(trial, stage, execution, inputs),
+        lambda stage: Promised(stage, "", "", Path()),
+    )
+    with store.in_use():
+        go_through(config, checkpoints, adoption)
+    outcomes = adoption.outcomes
+    rows = [
+        (stage, *map(str, (of.found, of.recomputed, of.taken_over, of.missing)), "; ".join(of.refused))
+        for stage, of in outcomes.items()
+    ]
+    print_table(("stage", "there", "recomputed", "taken over", "not there", "refused, since it differs"), rows)
+    refused = sum(bool(of.refused) for of in outcomes.values())
+    taken = sum(of.recomputed + of.taken_over for of in outcomes.values())
+    left = f"{refused} stages are refused: their numbers changed, and a sweep computes them anew" if refused else ""
+    print(f"{taken} artifacts have their new keys" + (f"; {left}" if left else ""))
+    return 1 if refused else 0
+
+
 def prune(store: Store, keep_runs: int | None, yes: bool) -> int:
     """List, or delete, what no run needs."""
     with store.in_use(alone=True):
@@ -169,6 +205,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("verify", help="check every file; exit with 1 and name what is unsound")
     command = commands.add_parser("explain", help="why two keys differ, or why a stage would run again")
     command.add_argument("what", nargs="+", metavar="KEY | CONFIG", help="two keys, one key, or a configuration")
+    command = commands.add_parser(
+        "adopt", help="after an edit that changes nothing: recompute one artifact of each stage, take over the rest"
+    )
+    command.add_argument("what", metavar="CONFIG | RUN", help="a configuration, or the id of a run")
     command = commands.add_parser("prune", help="what no recorded run needs; deletes nothing without --yes")
     command.add_argument("--keep-runs", type=int, metavar="N", help="keep the latest N runs only (default: all)")
     command.add_argument("--yes", action="store_true", help="delete it")
@@ -193,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return verify(store)
             case "explain":
                 return explain(store, options.what)
+            case "adopt":
+                return adopt(store, options.what)
             case "prune":
                 return prune(store, options.keep_runs, options.yes)
             case "export":

@@ -41,7 +41,7 @@ def recipe(stage: Stage, inputs: Mapping[str, Any]) -> Recipe:
         **recipe_of(stage, inputs),
         "function": name_of(stage.function),
         "definitions": code_of(stage.function).definitions,
-        "upstream": list(upstream(inputs)),
+        "upstream": upstream(inputs),
     }
 
 
