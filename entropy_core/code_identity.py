@@ -52,6 +52,7 @@ class Code(NamedTuple):
 
 
 _loaded: dict[str, tuple[ModuleSpec, Module]] = {}
+_noted: dict[frozenset[str], int] = {}
 _known: dict[str, tuple[dict[str, Module | None], Code]] = {}
 
 
@@ -96,8 +97,7 @@ def code_at(name: str, find: Callable[[str], Module | None] | None = None) -> Co
     module_name, _, function = name.partition(":")
     roots = frozenset({module_name.partition(".")[0], "entropy_core"})
     if find is None:
-        for loaded in [loaded for loaded in list(sys.modules) if loaded.partition(".")[0] in roots]:
-            _module(loaded)  # now, before an editor has time to change what is already loaded
+        _note_loaded(roots)
         read, known = _known.get(name, ({}, None))
         if known and all(_module(one) is module for one, module in read.items()):
             return known
@@ -121,6 +121,16 @@ def code_at(name: str, find: Callable[[str], Module | None] | None = None) -> Co
 def read_from(folder: Path) -> Callable[[str], Module | None]:
     """A finder of modules below a folder, for code that is not on Python's path."""
     return lambda name: _parsed(name, path) if (path := _file(name.split("."), [str(folder)])) else None
+
+
+def _note_loaded(roots: frozenset[str]) -> None:
+    """Read what is loaded now, before an editor has time to change it."""
+    names = list(sys.modules)
+    if _noted.get(roots) != len(names):
+        _noted[roots] = len(names)
+        for name in names:
+            if name.partition(".")[0] in roots:
+                _module(name)
 
 
 def _module(name: str) -> Module | None:

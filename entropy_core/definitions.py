@@ -66,6 +66,7 @@ class Module:
     """A module's definitions.
 
     Attributes:
+        is_package: it may have modules within it.
         bindings: name → what it may be bound to, in the order of the statements.
         types: the same for imports that only a type checker runs.
         stars: modules whose names are all imported.
@@ -74,7 +75,7 @@ class Module:
     """
 
     def __init__(self, name: str, source: bytes, is_package: bool) -> None:
-        self.name = name
+        self.name, self.is_package = name, is_package
         self._package = name if is_package else name.rpartition(".")[0]
         self.bindings: dict[str, list[Definition | Alias]] = {}
         self.types: dict[str, list[Alias]] = {}

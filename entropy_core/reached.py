@@ -40,6 +40,18 @@ class Sources:
             self.read[name] = self._find(name)
         return self.read[name]
 
+    def inner(self, module: Module, name: str) -> Module | None:
+        """A module of a package."""
+        return self.module(f"{module.name}.{name}") if module.is_package else None
+
+    def defines(self, dotted: str) -> bool:
+        """Whether a dotted name is that of something in a module, so that it is no module."""
+        package, _, name = dotted.rpartition(".")
+        module = self.module(package)
+        if module is None:
+            return False
+        return not module.is_package or any(isinstance(one, Definition) for one in module.bindings.get(name, ()))
+
     def lookup(self, module: Module, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> list[Bound]:
         """What a name in a module is bound to."""
         if (module.name, name) in seen:
@@ -48,12 +60,12 @@ class Sources:
         found: list[Bound] = []
         for binding in module.bindings.get(name, ()):
             found += self.follow(binding, seen) if isinstance(binding, Alias) else [binding]
-        if not found and (inner := self.module(f"{module.name}.{name}")):
+        if not found and (inner := self.inner(module, name)):
             found = [inner]
         for star in () if found else module.stars:
             source = self.module(star)
             found += self.lookup(source, name, seen) if source else [f"{star}.{name}"]
-        if not found and name != "__getattr__":
+        if not found and "__getattr__" in module.bindings:
             found = self.lookup(module, "__getattr__", seen)
         return found
 
@@ -63,8 +75,8 @@ class Sources:
         if not alias.name:
             return [module or alias.module]
         found = self.lookup(module, alias.name, seen) if module else []
-        if not found and (inner := self.module(f"{alias.module}.{alias.name}")):
-            found = [inner]
+        if not found and module is None and (inner := self.module(f"{alias.module}.{alias.name}")):
+            found = [inner]  # of a package without a file of its own
         return found or [f"{alias.module}.{alias.name}"]
 
 
@@ -145,7 +157,8 @@ class _Walk:
     def read(self, definition: Definition) -> None:
         links, reads = self.reached.definitions[definition], definition.reads
         for name in sorted(definition.imports):
-            self.imports(name)
+            if not self.sources.defines(name):
+                self.imports(name)
         for chain in sorted(reads.chains | reads.types):
             links[".".join(chain)] = list(self.targets(definition, chain))
         self.attributes |= reads.attributes
@@ -165,9 +178,9 @@ class _Walk:
         if chain in definition.reads.types:
             aliases += module.types.get(chain[0], ())
         found = [to for alias in aliases for to in self.sources.follow(alias)]
-        return found + [
-            to for to in self.sources.lookup(module, chain[0]) if chain[0] in module.bindings or module.stars
-        ]
+        if chain[0] in module.bindings or module.stars or module.is_package:  # else it is a built-in
+            found += self.sources.lookup(module, chain[0])
+        return found
 
     def targets(self, definition: Definition, chain: Chain) -> Iterator[Target]:
         """Reach what a chain leads to."""
@@ -204,7 +217,8 @@ class _Walk:
             self.imported.add(name)
             if module := self.sources.module(name):
                 for other in sorted(module.imports):
-                    self.imports(other)
+                    if not self.sources.defines(other):
+                        self.imports(other)
                 for definition in module.statements:
                     if self.acts(definition):
                         self.reached.effects.append(definition)
