@@ -15,13 +15,13 @@ import json
 import math
 import os
 import re
-import threading
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from entropy_core.checkpoint_content import SAVE_AGAIN
 from entropy_core.errors import CheckpointError, one_line
+from entropy_core.file_digests import file_digest
 
 TRAINER_FILES = ("optimizer.pt", "optimizer_param_names.json", "trainer_state.json", "training_info.json")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "generation_config.json")
@@ -84,29 +84,6 @@ def model_directory(directory: Path) -> Path:
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------
-
-_digests: dict[tuple[int, int, int, int], str] = {}
-_digests_lock = threading.Lock()
-
-
-def file_digest(path: Path) -> str:
-    """Content digest of one file, hashed once per process, and again when its inode, size or mtime has changed.
-
-    Args:
-        path: any file.
-
-    Returns:
-        SHA-256 in hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with Path(path).open("rb") as file, _digests_lock:
-        stat = os.fstat(file.fileno())
-        identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if identity not in _digests:
-            _digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
-        return _digests[identity]
 
 
 def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]:

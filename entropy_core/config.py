@@ -294,6 +294,11 @@ class ExecutionConfig(Section):
         description="Keep what is of the size of the policy in the store (24 bytes a parameter and checkpoint in "
         "float32). false: it goes when the sweep is done with it; a later sweep that needs it computes it again.",
     )
+    library_versions: Literal["same", "recompute"] = Field(
+        "same",
+        description="What to do where results of this sweep were made with other releases of the libraries. same: "
+        "refuse to go on. recompute: compute all of it anew.",
+    )
     artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
 
 

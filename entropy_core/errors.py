@@ -7,6 +7,7 @@
     ├── RewardError        a reward function raised, or returned something that is not a list of finite numbers
     ├── LossError          a loss function raised, or returned something that is not a scalar to differentiate
     ├── StoreError         an artifact is missing, or the store cannot be written
+    │   └── UnsoundError   an artifact was found damaged when it was used
     ├── NonFiniteError     a NaN or an infinity appeared; names the sequence
     └── MemoryShortageError    one sequence at a time is too much for the device
 
@@ -36,7 +37,7 @@ class ProbeError(Exception):
         super().__init__(("\n" if "\n" in fact else " ").join(parts))
 
     def __reduce__(self):  # keyword arguments must survive a process boundary
-        return _rebuild, (type(self), self.fact, self.cause, self.way_out)
+        return _rebuild, (type(self), self.fact, self.cause, self.way_out), self.__dict__
 
 
 def _rebuild(kind: "type[ProbeError]", fact: str, cause: str, way_out: str) -> ProbeError:
@@ -65,6 +66,13 @@ class LossError(ProbeError):
 
 class StoreError(ProbeError):
     """An artifact is missing, or the store cannot be written."""
+
+
+class UnsoundError(StoreError):
+    """An artifact was found damaged when it was used; whoever says so sets which one."""
+
+    stage: str
+    key: str
 
 
 class NonFiniteError(ProbeError):

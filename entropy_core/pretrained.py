@@ -1,6 +1,7 @@
 """The policy of a checkpoint's directory."""
 
 import logging
+from collections.abc import Hashable
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def load_policy(
     attn_implementation: str,
     device: str,
     base: Path | None = None,
+    files: Hashable = None,
 ) -> Policy:
     """Load a checkpoint's model and tokenizer from a local directory; the last one is kept.
 
@@ -50,6 +52,8 @@ def load_policy(
         attn_implementation: `eager`.
         device: `cpu`, `cuda`, or `auto`.
         base: directory of the model under the adapter; None for a full model.
+        files: which files are read, see `sources.stamps`: what was loaded while they were replaced, and put back, is
+            not found again.
 
     Returns:
         The policy, in evaluation mode.

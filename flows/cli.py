@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_artifacts(command("runs", "list the recorded sweeps", _runs))
 
     store = commands.add_parser(
-        "store", help="look after what was computed: ls, verify, explain, prune, export, import"
+        "store", help="look after what was computed: ls, verify, explain, adopt, prune, export, import"
     )
     of_store = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -106,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     store_command("verify", "check every file; exit with 1 and name what is unsound")
     explain = store_command("explain", "say why two keys differ, or why a stage would run again")
     explain.add_argument("what", nargs="+", metavar="KEY | CONFIG", help="one key, two keys, or a configuration")
+    adopt = store_command("adopt", "take over what an edit changed nothing of: one of each stage is recomputed")
+    adopt.add_argument("what", metavar="CONFIG | RUN", help="a configuration, or the id of a run")
     prune = store_command("prune", "list what no recorded run needs; delete nothing without --yes")
     prune.add_argument("--keep-runs", type=_count, metavar="N", help="keep the latest N runs only (default: all)")
     prune.add_argument("--yes", action="store_true", help="delete it")
@@ -113,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_id", metavar="RUN", help="its id, or latest")
     export.add_argument("file", type=Path, metavar="FILE", help="the archive to write")
     export.add_argument("--all", action="store_true", help="with all that it was made from")
+    export.add_argument("--with-vectors", action="store_true", help="with files of the size of the policy")
     load = store_command("import", "bring an archive into the store, verified")
     load.add_argument("file", type=Path, metavar="FILE", help="the archive")
 
@@ -198,10 +201,12 @@ def _store(options: argparse.Namespace) -> int:
             return commands.verify(store)
         case "explain":
             return commands.explain(store, options.what, of_config=options.artifacts is None)
+        case "adopt":
+            return commands.adopt(store, options.what)
         case "prune":
             return commands.prune(store, options.keep_runs, options.yes)
         case "export":
-            return commands.export(store, options.run_id, options.file, options.all)
+            return commands.export(store, options.run_id, options.file, options.all, options.with_vectors)
         case _:
             return commands.load(store, options.file)
 

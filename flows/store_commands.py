@@ -6,11 +6,15 @@ from pathlib import Path
 
 from entropy_core.config import ProbeConfig
 from entropy_core.errors import ConfigError, StoreError
+from entropy_core.file_digests import read_digest
 from entropy_core.manifest import VECTORS
-from entropy_core.read_config import load_config
+from entropy_core.read_config import load_config, parse_config
+from entropy_core.stages.memory import run_within_memory
+from entropy_core.stages.pipeline import Promised, execution_for, go_through
 from entropy_core.stages.plan import plan, summarize
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store, archive, runs, vectors
+from entropy_core.store.adoption import Adoption
 from entropy_core.store.explain import differences, nearest, of_this_code, resolve
 from entropy_core.store.pruning import needs, waste
 
@@ -38,7 +42,7 @@ def verify(store: Store) -> int:
     faults = []
     names = store.names()
     for stage, key in names:
-        _, fault = store.check(stage, key, vectors=True)
+        _, fault = store.check(stage, key, read_digest)
         if fault:
             faults.append(f"{stage}/{key}: {fault}")
     recorded = runs.recorded(store.root)
@@ -114,6 +118,38 @@ def explain_config(store: Store, config: ProbeConfig) -> int:
     return 0
 
 
+def adopt(store: Store, what: str) -> int:
+    """After an edit that changes nothing: take over what a sweep has computed, on the evidence of one of each stage."""
+    from entropy_core.read_config import load_config
+    from entropy_core.stages.preflight import preflight
+
+    if Path(what).suffix in (".yaml", ".yml", ".json"):
+        config = load_config(Path(what))
+    else:
+        record = runs.find(store.root, what) / runs.RECORD
+        config = parse_config(json.loads(record.read_text(encoding="utf-8"))["config"], str(record))
+    checkpoints = preflight(config)
+    execution = execution_for(config, checkpoints)
+    adoption = Adoption(
+        store,
+        lambda trial, stage, inputs: run_within_memory(trial, stage, execution, inputs),
+        lambda stage: Promised(stage, "", "", Path()),
+    )
+    with store.in_use():
+        go_through(config, checkpoints, adoption)
+    outcomes = adoption.outcomes
+    rows = [
+        (stage, *map(str, (of.found, of.recomputed, of.taken_over, of.missing)), "; ".join(of.refused))
+        for stage, of in outcomes.items()
+    ]
+    print_table(("stage", "there", "recomputed", "taken over", "not there", "refused, since it differs"), rows)
+    refused = sum(bool(of.refused) for of in outcomes.values())
+    taken = sum(of.recomputed + of.taken_over for of in outcomes.values())
+    left = f"{refused} stages are refused: their numbers changed, and a sweep computes them anew" if refused else ""
+    print(f"{taken} artifacts have their new keys" + (f"; {left}" if left else ""))
+    return 1 if refused else 0
+
+
 def prune(store: Store, keep_runs: int | None, yes: bool) -> int:
     """List, or delete, what no run needs."""
     with store.in_use(alone=True):
@@ -130,9 +166,9 @@ def prune(store: Store, keep_runs: int | None, yes: bool) -> int:
     return 0
 
 
-def export(store: Store, run_id: str, file: Path, everything: bool) -> int:
+def export(store: Store, run_id: str, file: Path, everything: bool, vectors: bool) -> int:
     """Write one run into an archive."""
-    names = archive.export(store, run_id, file, everything)
+    names = archive.export(store, run_id, file, everything, vectors)
     print(f"{file}: {len(names)} artifacts, {in_words(file.stat().st_size)}")
     return 0
 

@@ -12,9 +12,9 @@ import pytest
 from checkpoint_fixtures import EMBEDDING, optimizer, tensors, text
 
 from entropy_core import checkpoint_files
+from entropy_core import file_digests as digests_of_files
 from entropy_core.checkpoint_files import (
     checkpoint_digest,
-    file_digest,
     file_digests,
     find_checkpoints,
     tokenizer_digest,
@@ -22,6 +22,7 @@ from entropy_core.checkpoint_files import (
 )
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.errors import CheckpointError
+from entropy_core.file_digests import file_digest
 
 
 def test_checkpoints_are_found_by_step_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,13 +89,14 @@ def test_digests_are_of_the_files_that_determine_results(sound: Path) -> None:
 
 def test_a_file_is_hashed_once_until_it_changes(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    real = checkpoint_files.hashlib.file_digest
+    real = digests_of_files.hashlib.file_digest
 
     def counted(file, name):
         hashed.append(Path(file.name).name)
         return real(file, name)
 
-    monkeypatch.setattr(checkpoint_files.hashlib, "file_digest", counted)
+    monkeypatch.setattr(digests_of_files.hashlib, "file_digest", counted)
+    monkeypatch.setattr(digests_of_files, "SETTLED_NS", 0)
     first = file_digests(sound)
     assert sorted(hashed) == list(first)
     hashed.clear()

@@ -236,7 +236,10 @@ def test_the_manifest_says_what_made_it(store):
     assert (manifest["stage"], manifest["key"], manifest["digest"]) == ("total", made.key, made.digest)
     assert manifest["inputs"] == {"numbers": {"artifact": "draw", "digest": upstream.digest}}
     assert manifest["upstream"] == [upstream.to_dict()]
-    assert "entropy_core.store" in manifest["modules"] and len(manifest["code"]) == 64
+    assert {"store_fixtures:total", "store_fixtures:EXECUTED"} <= set(manifest["definitions"])
+    assert "store_fixtures:draw" not in manifest["definitions"]
+    assert len(manifest["code"]) == 64 and manifest["format"] == manifest_module.FORMAT
+    assert manifest["libraries"] == {"torch": manifest["versions"]["torch"].rpartition(".")[0]}
     assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"torch", "pyarrow", "safetensors"} <= set(manifest["versions"])
     assert manifest["wall_seconds"] >= 0 and manifest["peak_rss_bytes"] > 2**20

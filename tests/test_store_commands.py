@@ -167,7 +167,7 @@ print(made.key)
 """
 
 
-def test_explain_names_the_module_that_was_edited(tmp_path, store, monkeypatch):
+def test_explain_names_the_definition_that_was_edited(tmp_path, store, monkeypatch):
     """Also when the artifact is an earlier one's successor; comments and unrelated modules are no reason."""
     package = tmp_path / "code" / f"code_{tmp_path.name}"
     package.mkdir(parents=True)
@@ -194,10 +194,13 @@ def test_explain_names_the_module_that_was_edited(tmp_path, store, monkeypatch):
     (package / "helper.py").write_text("# twice\n" + files["helper"])
     assert run(1) == before
     assert "is the code that is here" in store(tmp_path / "store", "explain", before)[1]
+    (package / "helper.py").write_text("from .other import FACTOR\n\n" + files["helper"].partition("\n\n")[2])
+    (package / "other.py").write_text("FACTOR = 2\n")
+    assert run(1) == before, "a definition that was moved is the same"
 
     (package / "helper.py").write_text(files["helper"].replace("2", "3"))
     status, said = store(tmp_path / "store", "explain", before)
-    helper = f"module {package.name}.helper"
+    helper = f"definition {package.name}.helper:FACTOR"
     assert status == 0
     assert f"{helper} is another one now, so these would run again: sum/{before[:12]}" in said
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from entropy_core.artifact import Artifact
 from entropy_core.numerics import losses
+from entropy_core.sources import content_digest
 from entropy_core.stages import catalogue, sequences
-from entropy_core.stages.files import content_digest
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.stages.loss import read_batch
 

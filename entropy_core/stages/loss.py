@@ -7,7 +7,6 @@ from torch import Tensor
 
 from entropy_core import user_functions, user_losses
 from entropy_core.numerics.losses import LossBatch, LossFunction, TokenPair
-from entropy_core.stages.files import user_file
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer
@@ -25,7 +24,7 @@ def loss_of(execution: "Execution", loss: str, source: str) -> LossFunction:
     Returns:
         See `user_losses.load_loss`.
     """
-    return user_losses.load_loss(user_functions.in_file(loss, user_file(execution, source) if source else None))
+    return user_losses.load_loss(user_functions.in_file(loss, execution.paths[source] if source else None))
 
 
 def write_tokens(out: "Writer", batch: LossBatch, coefficients: TokenPair) -> None:

@@ -11,8 +11,8 @@ from entropy_core import prompts, rewards, user_functions, user_losses
 from entropy_core.artifact import Artifact
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig
+from entropy_core.sources import content_digest
 from entropy_core.stages import catalogue as stage
-from entropy_core.stages.files import content_digest
 from entropy_core.stages.preflight import CheckpointToProbe, encoding, splits
 from entropy_core.store import Stage
 

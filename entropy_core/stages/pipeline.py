@@ -5,7 +5,7 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from inspect import signature
@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from entropy_core import plain_yaml, rewards, user_losses
-from entropy_core.artifact import Artifact
+from entropy_core.artifact import Artifact, artifacts_in, upstream
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
+from entropy_core.manifest import recipe_key
 from entropy_core.read_config import parse_config
+from entropy_core.sources import content_digest
 from entropy_core.stages import catalogue as stage
-from entropy_core.stages.files import content_digest
 from entropy_core.stages.kept_vectors import VectorKeeper
 from entropy_core.stages.measure import Inputs, Measurement, Runner, keep, load_checkpoint, load_pool, source_of
 from entropy_core.stages.memory import run_within_memory
 from entropy_core.stages.preflight import CheckpointToProbe, splits
-from entropy_core.store import Stage, Store, runs
+from entropy_core.stages.repairs import with_repairs
+from entropy_core.store import Stage, Store, recipe_of, runs
+from entropy_core.store.relatives import Relatives
 
 RECORD_FORMAT = 2
 """Of run.json: raised when the inputs of the variance stage change."""
@@ -85,10 +88,16 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
-    keeper = VectorKeeper(store, run, config.execution.keep_vectors)
-    with store.in_use():
+
+    def work() -> SweepResult:
+        keeper = VectorKeeper(store, run, config.execution.keep_vectors)
         recorded = _measured(config, checkpoints, keeper, keeper.release)
         return _record(recorded, _reported(recorded, config, run), config, store)
+
+    with store.in_use():
+        if config.execution.library_versions == "same":
+            _require_same_versions(config, checkpoints, store)
+        return with_repairs(store, work)
 
 
 def go_through(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> None:
@@ -136,7 +145,8 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         for entry in recorded:
             signature(stage.VARIANCE.function).bind(None, None, **entry["inputs"], **_chosen(config))
             _ = entry["checkpoint"], entry["step"], [*entry["notes"]]
-    with store.in_use():
+
+    def work() -> SweepResult:
         for entry in recorded:
             for artifact in artifacts_in(entry["inputs"]):
                 if store.find(artifact.stage, artifact.key) is None:
@@ -147,17 +157,37 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
                     )
         return _record(recorded, _reported(recorded, config, run), config, store)
 
+    with store.in_use():
+        return with_repairs(store, work)
 
-def artifacts_in(value: Any) -> Iterator[Artifact]:
-    """Every artifact in nested inputs."""
-    if isinstance(value, Artifact):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from artifacts_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from artifacts_in(item)
+
+def _require_same_versions(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> None:
+    """Refuse to go on with a sweep whose results so far were made with other releases of the libraries."""
+    relatives = Relatives(store)
+    others: dict[str, tuple[str, str]] = {}
+
+    def look(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        if not all(one["digest"] for one in upstream(inputs)):
+            return Promised(stage.name, "", "", Path())
+        recipe = recipe_of(stage, inputs)
+        if manifest := store.manifest(stage.name, recipe_key(recipe)):
+            return Artifact(stage.name, manifest["key"], manifest["digest"], store.root)
+        for made in relatives.of(recipe):
+            if made["code"] == recipe["code"]:
+                then, now = made["libraries"], recipe["libraries"]
+                others.update({name: (then.get(name, ""), now[name]) for name in now if then.get(name) != now[name]})
+        return Promised(stage.name, "", "", Path())
+
+    go_through(config, checkpoints, look)
+    if others:
+        then, now = (", ".join(f"{name} {pair[i] or '(none)'}" for name, pair in others.items()) for i in (0, 1))
+        raise StoreError(
+            f"results of this sweep in {store.root} were made with {then}, and here is {now}",
+            cause="libraries were upgraded since, which can change numbers: one sweep mixes no two releases",
+            way_out=f"install {then} again to go on; or run `entropy-probe store adopt CONFIG`, which "
+            "recomputes one artifact of each stage and takes the others over where it is equal; or compute everything "
+            "anew with execution.library_versions: recompute",
+        )
 
 
 def _measured(

@@ -11,21 +11,23 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from entropy_core.errors import StoreError
-from entropy_core.manifest import DROPPED, MANIFEST, VECTORS, make_visible, temporary_sibling
+from entropy_core.file_digests import file_digest
+from entropy_core.manifest import DROPPED, MANIFEST, VECTORS, check_files, make_visible, temporary_sibling
 from entropy_core.store import Store, runs
 
 _ARTIFACT = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*/[0-9a-f]{32}/[^/].*")
 _RUN = re.compile(r"runs/[^./][^/]*/[^./][^/]*")
 
 
-def export(store: Store, run_id: str, file: Path, everything: bool = False) -> list[runs.Name]:
-    """Write a run and the artifacts that its statistics need into an archive; no statistics need any `VECTORS`.
+def export(store: Store, run_id: str, file: Path, everything: bool = False, vectors: bool = False) -> list[runs.Name]:
+    """Write a run and the artifacts that its statistics need into an archive; what is packed is verified.
 
     Args:
         store: where the run is.
         run_id: of the run, or `latest`.
         file: the archive; appears when it is complete.
-        everything: also what these artifacts were made from, and `VECTORS`, so that the run can be extended elsewhere.
+        everything: also what these artifacts were made from, so that the run can be extended elsewhere.
+        vectors: also their files of the size of the policy, which are made anew where a stage needs them.
 
     Returns:
         The artifacts in it.
@@ -37,29 +39,38 @@ def export(store: Store, run_id: str, file: Path, everything: bool = False) -> l
     wanted = runs.named(store.root, directory.name)
     upstream = runs.with_upstream(store, wanted)
     wanted = upstream if everything else wanted | {name for name in upstream if name[0] == "variance"}
-    for stage, key in sorted(wanted):
-        artifact, fault = store.check(stage, key, vectors=everything)
-        if artifact is None:
-            raise StoreError(
-                f"the artifact {stage}/{key} of the run {directory.name} is {fault or 'missing'}",
-                cause="it was deleted or damaged, or the store was moved without it",
-                way_out=f"run the sweep of {directory / 'config.yaml'} again",
-            )
-    folders = [store.root.joinpath(*name) for name in sorted(wanted)] + [directory]
-    vectors = {path for folder in folders for path in folder.glob(f"{VECTORS}*") if not everything}
-    members = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    members = [member for name in sorted(wanted) for member in _members(store, name, directory, vectors)]
+    members += [path for path in sorted(directory.rglob("*")) if path.is_file()]
     try:
         with temporary_sibling(file.absolute()) as temporary:  # a name of its own until it is complete
             with tarfile.open(temporary / file.name, "w", dereference=True) as archive:
                 for path in members:
-                    if path not in vectors:
-                        archive.add(path, path.relative_to(store.root).as_posix(), filter=_anonymous)
-                for folder in sorted({path.parent.parent.relative_to(store.root) for path in vectors}):
-                    archive.addfile(tarfile.TarInfo((folder / DROPPED).as_posix()))
+                    name = path.relative_to(store.root).as_posix()
+                    if path.name == DROPPED:
+                        archive.addfile(tarfile.TarInfo(name))
+                    else:
+                        archive.add(path, name, filter=_anonymous)
             (temporary / file.name).replace(file)
     except OSError as error:
         raise StoreError(f"{file} cannot be written: {error}", way_out="choose another place") from None
     return sorted(wanted)
+
+
+def _members(store: Store, name: runs.Name, run: Path, vectors: bool) -> list[Path]:
+    """The files of an artifact, verified; without its `VECTORS`, unless these are there and asked for."""
+    artifact, fault = store.check(*name)
+    folder = store.root.joinpath(*name)
+    files = artifact.manifest["files"] if artifact else {}
+    without = not vectors or (folder / DROPPED).exists()
+    packed = {file: entry for file, entry in files.items() if not (without and file.startswith(VECTORS))}
+    fault = fault or check_files(folder, packed, file_digest)
+    if artifact is None or fault:
+        raise StoreError(
+            f"the artifact {'/'.join(name)} of the run {run.name} is {fault or 'missing'}",
+            cause="it was deleted or damaged, or the store was moved without it",
+            way_out=f"run the sweep of {run / 'config.yaml'} again",
+        )
+    return sorted(folder / file for file in [*packed, MANIFEST, *([DROPPED] if len(packed) < len(files) else [])])
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -92,7 +103,7 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
             _verify(file, arrived, store, names, run_ids)
             for stage, key in names:
                 with store.lock(stage, key):
-                    _, fault = found = store.check(stage, key)
+                    _, fault = found = store.check(stage, key, file_digest)
                     if fault:
                         store.quarantine(stage, key, fault)
                     if found[0] is None:
@@ -140,7 +151,7 @@ def _unpack(file: Path, into: Path) -> None:
 
 def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name], run_ids: Collection[str]) -> None:
     for stage, key in names:
-        artifact, fault = arrived.check(stage, key, vectors=True)
+        artifact, fault = arrived.check(stage, key, file_digest)
         if artifact is None:
             raise _refused(file, f"{stage}/{key} is unsound: {fault}")
         folder = artifact.directory
