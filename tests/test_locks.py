@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from entropy_core.store.__main__ import main
 from store_fixtures import DRAW
 
 from entropy_core.errors import StoreError
 from entropy_core.store import Store, locks
+from flows.cli import main
 
 KEY = "0" * 32
 
@@ -67,7 +67,7 @@ def test_without_locks_nothing_is_computed_and_nothing_deleted(store, capsys, mo
         store.run(DRAW, None, {"seed": 1})
     assert not list(store.root.glob("draw/*"))
     (store.root / "draw" / ".tmp-of-a-live-sweep").mkdir(parents=True)
-    assert main(["--root", str(store.root), "prune", "--yes"]) == 2
+    assert main(["store", "prune", "--yes", "--artifacts", str(store.root)]) == 2
     assert "cannot be locked" in capsys.readouterr().err
     assert list(store.root.glob("draw/*"))
 
@@ -89,12 +89,12 @@ def test_a_sweep_on_another_machine_is_not_disturbed(store, capsys):
     assert users(store) == []
     file = store.root / ".locks" / "users" / "node-7"
     file.write_text(json.dumps(theirs))
-    assert main(["--root", str(store.root), "prune", "--yes"]) == 2
+    assert main(["store", "prune", "--yes", "--artifacts", str(store.root)]) == 2
     said = capsys.readouterr().err
     assert f"process {os.getpid()} of node-7 since 20" in said and f"delete {file}" in said
     assert unneeded.exists()
     file.unlink()
-    assert main(["--root", str(store.root), "prune", "--yes"]) == 0
+    assert main(["store", "prune", "--yes", "--artifacts", str(store.root)]) == 0
     assert not unneeded.exists()
 
 
@@ -103,7 +103,7 @@ def test_a_user_that_cannot_be_understood_is_left_alone(store, capsys, content):
     folder = store.root / ".locks" / "users"
     folder.mkdir(parents=True)
     (folder / "x").write_bytes(content)
-    assert main(["--root", str(store.root), "prune", "--yes"]) == 2
+    assert main(["store", "prune", "--yes", "--artifacts", str(store.root)]) == 2
     assert "another process" in capsys.readouterr().err
 
 

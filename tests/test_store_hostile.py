@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from entropy_core.store.__main__ import main
 from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, values
 
 from entropy_core import manifest
@@ -15,6 +14,7 @@ from entropy_core.errors import ProbeError, StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import pipeline
 from entropy_core.store import Store, runs
+from flows.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_record_does_not_lead_out_of_the_store(copied, tmp_path, stage, key, c
             again(copied)
     else:
         extra = {"prune": ["--yes"], "export": ["latest", str(tmp_path / "x.tar")]}.get(command, [])
-        main(["--root", str(copied.root), command, *extra])
+        main(["store", command, *extra, "--artifacts", str(copied.root)])
     assert everything(tmp_path / "user" / "thesis") == before
     assert len(before) == 2 and not list(tmp_path.glob("*.tar"))
 
@@ -127,4 +127,4 @@ def test_a_record_that_makes_no_sense_is_said_to(copied, tmp_path, capsys, chang
             assert len(str(error)) < 1000
     else:
         extra = {"export": ["latest", str(tmp_path / "x.tar")]}.get(command, [])
-        assert main(["--root", str(copied.root), command, *extra]) in (0, 2)
+        assert main(["store", command, *extra, "--artifacts", str(copied.root)]) in (0, 2)
