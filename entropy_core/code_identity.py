@@ -31,9 +31,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from entropy_core.bindings import Sources
 from entropy_core.definitions import Module
 from entropy_core.errors import StoreError
-from entropy_core.reached import Sources, walk
+from entropy_core.reached import walk
 
 
 class Code(NamedTuple):

@@ -11,7 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -39,6 +39,8 @@ class Definition:
         reads: what it reads from outside itself.
         aliases: names that imports within it bind.
         imports: modules that these run; some are names in modules.
+        module_names: what its module binds.
+        unused: modules that are imported, and not by name: for what importing them does.
         acts: it is neither a definition nor an assignment, so that it runs for what it does.
         calls: what it calls, or is decorated with, when the module is imported; () for what is no name.
         methods: of a class, by name.
@@ -51,6 +53,8 @@ class Definition:
     reads: Read
     aliases: dict[str, list[Alias]]
     imports: set[str]
+    module_names: Mapping[str, Any]
+    unused: set[str] = field(default_factory=set)
     acts: bool = False
     calls: list[Chain] = field(default_factory=list)
     methods: "dict[str, Definition]" = field(default_factory=dict)
@@ -58,8 +62,33 @@ class Definition:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of its syntax trees."""
-        return sha256([plain(node) for node in self.nodes])
+        """SHA-256 of its syntax trees, with a number for each reference: what it leads to counts, and not its name."""
+        return sha256(self._trees[0])
+
+    @property
+    def references(self) -> list[Chain]:
+        """Its chains that begin with a name of its module or of an import, in the order of their numbers."""
+        return self._trees[1]
+
+    @cached_property
+    def _trees(self) -> tuple[list[Any], list[Chain]]:
+        numbers: dict[Chain, int] = {}
+
+        def plain(node: Any) -> Any:  # `ast.dump` prints empty fields in some Python versions only
+            if isinstance(node, list):
+                return [plain(item) for item in node]
+            if not isinstance(node, ast.AST):
+                return ascii(node)
+            kind = type(node).__name__
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                return [kind]
+            chain = self.reads.references.get(node)
+            if chain and (chain[0] in self.aliases or chain[0] in self.module_names):
+                return ["Reference", type(getattr(node, "ctx", None)).__name__, numbers.setdefault(chain, len(numbers))]
+            fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+            return [kind, {name: plain(value) for name, value in fields}]
+
+        return [plain(node) for node in self.nodes], list(numbers)
 
 
 class Module:
@@ -71,6 +100,7 @@ class Module:
         types: the same for imports that only a type checker runs.
         stars: modules whose names are all imported.
         imports: modules that importing this one runs; some are names in modules.
+        unused: of these, those that nothing in it names.
         statements: every definition but methods.
     """
 
@@ -91,6 +121,8 @@ class Module:
             self.bindings[names] = list(aliases)
         for statement in body:
             self._add(statement)
+        parts = [part for one in self.statements for part in (one, *one.methods.values())]
+        self.unused = _unused(_at_import(body), {chain for part in parts for chain in part.reads.chains})
 
     def _add(self, statement: ast.stmt) -> None:
         if isinstance(statement, ast.Import | ast.ImportFrom) or (
@@ -115,7 +147,9 @@ class Module:
     def _definition(self, name: str, nodes: list[ast.stmt]) -> Definition:
         imports = [node for of in nodes for node in ast.walk(of) if isinstance(node, ast.Import | ast.ImportFrom)]
         aliases = self._aliases(imports)
-        definition = Definition(self.name, name, nodes, read(nodes, set(aliases)), aliases, self._imports(imports))
+        reads = read(nodes, set(aliases))
+        definition = Definition(self.name, name, nodes, reads, aliases, self._imports(imports), self.bindings)
+        definition.unused = _unused(imports, reads.chains)
         definition.acts = any(map(_acts, nodes))
         definition.calls = [chain for node in nodes for chain in _calls(node)]
         return definition
@@ -161,6 +195,19 @@ class Module:
     def _base(self, node: ast.ImportFrom) -> str:
         dotted = "." * node.level + (node.module or "")
         return importlib.util.resolve_name(dotted, self._package) if node.level else dotted
+
+
+def _unused(nodes: Iterable[ast.AST], chains: set[Chain]) -> set[str]:
+    """The modules whose imports bind nothing that a chain begins with."""
+    begun = {chain[:length] for chain in chains for length in range(1, len(chain) + 1)}
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            bound = ((alias, (alias.asname,) if alias.asname else tuple(alias.name.split("."))) for alias in node.names)
+            found |= {alias.name for alias, chain in bound if chain not in begun}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module for alias in node.names if (alias.asname or alias.name,) not in begun | {("*",)}}
+    return found
 
 
 def _merge(into: dict[str, list[Alias]], found: dict[str, list[Alias]]) -> None:
@@ -240,16 +287,6 @@ class _Executed(ast.NodeTransformer):
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         self.generic_visit(node)
         return node.orelse if _only_for_types(node) else node
-
-
-def plain(node: Any) -> Any:
-    """A syntax tree as lists and strings. `ast.dump` would do, but prints empty fields in some Python versions only."""
-    if isinstance(node, ast.AST):
-        fields = {name: plain(value) for name, value in ast.iter_fields(node) if value is not None and value != []}
-        return [type(node).__name__, fields]
-    if isinstance(node, list):
-        return [plain(item) for item in node]
-    return ascii(node)
 
 
 def sha256(document: Any) -> str:

@@ -1,11 +1,14 @@
 """The definitions that a function reaches, and one digest of them and of how they are tied together."""
 
 import ast
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from entropy_core.definitions import Alias, Definition, Module, sha256
+from entropy_core.bindings import Bound, Sources, Target
+from entropy_core.definitions import Definition, Module, sha256
 from entropy_core.passive import CALLS_NO_METHOD, PASSIVE
 from entropy_core.reading import Chain
 
@@ -15,69 +18,8 @@ GIVEN = {
 }
 """What the store gives to a stage or makes of it, which is no part of the stage's code."""
 
-Target = Definition | str
-"""What a name is bound to; of what the project does not define, the dotted name."""
-Bound = Target | Module
-
-
-class Sources:
-    """The modules of a project, each read when it is first asked for.
-
-    Args:
-        roots: its top-level packages.
-        find: finds a module by its name; None for one that has no source.
-    """
-
-    def __init__(self, roots: frozenset[str], find: Callable[[str], Module | None]) -> None:
-        self.read: dict[str, Module | None] = {}
-        self._roots, self._find = roots, find
-
-    def module(self, name: str) -> Module | None:
-        """A module of the project; None for anything else."""
-        if name.partition(".")[0] not in self._roots:
-            return None
-        if name not in self.read:
-            self.read[name] = self._find(name)
-        return self.read[name]
-
-    def inner(self, module: Module, name: str) -> Module | None:
-        """A module of a package."""
-        return self.module(f"{module.name}.{name}") if module.is_package else None
-
-    def defines(self, dotted: str) -> bool:
-        """Whether a dotted name is that of something in a module, so that it is no module."""
-        package, _, name = dotted.rpartition(".")
-        module = self.module(package)
-        if module is None:
-            return False
-        return not module.is_package or any(isinstance(one, Definition) for one in module.bindings.get(name, ()))
-
-    def lookup(self, module: Module, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> list[Bound]:
-        """What a name in a module is bound to."""
-        if (module.name, name) in seen:
-            return []
-        seen |= {(module.name, name)}
-        found: list[Bound] = []
-        for binding in module.bindings.get(name, ()):
-            found += self.follow(binding, seen) if isinstance(binding, Alias) else [binding]
-        if not found and (inner := self.inner(module, name)):
-            found = [inner]
-        for star in () if found else module.stars:
-            source = self.module(star)
-            found += self.lookup(source, name, seen) if source else [f"{star}.{name}"]
-        if not found and "__getattr__" in module.bindings:
-            found = self.lookup(module, "__getattr__", seen)
-        return found
-
-    def follow(self, alias: Alias, seen: frozenset[tuple[str, str]] = frozenset()) -> list[Bound]:
-        """What an import binds its name to."""
-        module = self.module(alias.module)
-        if not alias.name:
-            return [module or alias.module]
-        found = self.lookup(module, alias.name, seen) if module else []
-        if not found and module is None and (inner := self.module(f"{alias.module}.{alias.name}")):
-            found = [inner]  # of a package without a file of its own
-        return found or [f"{alias.module}.{alias.name}"]
+Link = tuple[Target, Chain]
+"""What a chain leads to, and the attributes of it that are asked for."""
 
 
 @dataclass
@@ -89,18 +31,22 @@ class Reached:
         definitions: each with what its chains lead to.
         effects: those of the definitions that run whether anybody names them or not.
         libraries: top-level packages from outside the project that the definitions name.
+        unnamed: modules from outside that are imported, and named by nothing.
     """
 
     roots: list[Definition]
-    definitions: dict[Definition, dict[str, list[Target]]] = field(default_factory=dict)
+    definitions: dict[Definition, dict[str, list[Link]]] = field(default_factory=dict)
     effects: list[Definition] = field(default_factory=list)
     libraries: set[str] = field(default_factory=set)
+    unnamed: set[str] = field(default_factory=set)
 
     def digests(self) -> dict[str, str]:
         """`module:name` → digest of each definition, sorted; the same name twice counts as one."""
         found: dict[str, list[str]] = {}
-        for definition in self.definitions:
-            found.setdefault(f"{definition.module}:{definition.name}", []).append(definition.digest)
+        for definition, links in self.definitions.items():
+            named = {key: [(getattr(to, "name", to), rest) for to, rest in of] for key, of in links.items()}
+            digest = sha256([definition.digest, named])
+            found.setdefault(f"{definition.module}:{definition.name}", []).append(digest)
         return {name: of[0] if len(of) == 1 else sha256(sorted(of)) for name, of in sorted(found.items())}
 
     def digest(self) -> str:
@@ -117,12 +63,15 @@ class Reached:
                 if definition not in numbers:
                     numbers[definition] = len(numbers)
                     links = self.definitions[definition]
-                    ahead.extend(to for name in sorted(links) for to in links[name] if isinstance(to, Definition))
-        rows = []
+                    ahead.extend(to for key in sorted(links) for to, _ in links[key] if isinstance(to, Definition))
+        rows: list[Any] = [sorted(self.unnamed)]
         for definition in numbers:
             links = self.definitions[definition]
-            of_links = {name: [to if isinstance(to, str) else numbers[to] for to in links[name]] for name in links}
-            rows.append([definition.digest, of_links])
+            numbered = {
+                key: [(to if isinstance(to, str) else numbers[to], rest) for to, rest in of]
+                for key, of in links.items()
+            }
+            rows.append([definition.digest, numbered])
         return sha256(rows)
 
 
@@ -156,16 +105,19 @@ class _Walk:
 
     def read(self, definition: Definition) -> None:
         links, reads = self.reached.definitions[definition], definition.reads
+        self.import_unnamed(definition.unused)
         for name in sorted(definition.imports):
             if not self.sources.defines(name):
                 self.imports(name)
-        for chain in sorted(reads.chains | reads.types):
+        for number, chain in enumerate(definition.references):
+            links[f"{number:06}"] = list(self.targets(definition, chain))
+        for chain in sorted(reads.chains - set(definition.references) | reads.types):
             links[".".join(chain)] = list(self.targets(definition, chain))
         self.attributes |= reads.attributes
         module = self.sources.module(definition.module)
         assert module is not None
         if reads.looks_up:
-            links["its module"] = list(self.whole(module))
+            links["its module"] = [(to, ()) for to in self.whole(module)]
         for root in reads.computed:
             found = [to for to in self.bound(definition, (root,)) if isinstance(to, str)] if root else []
             self.every_attribute |= not found
@@ -182,29 +134,27 @@ class _Walk:
             found += self.sources.lookup(module, chain[0])
         return found
 
-    def targets(self, definition: Definition, chain: Chain) -> Iterator[Target]:
+    def targets(self, definition: Definition, chain: Chain) -> Iterator[Link]:
         """Reach what a chain leads to."""
         for to in self.bound(definition, chain):
             yield from self._within(to, chain[1:])
 
-    def _within(self, to: Bound, attributes: Chain) -> Iterator[Target]:
+    def _within(self, to: Bound, attributes: Chain) -> Iterator[Link]:
         if isinstance(to, str):
             self.reached.libraries.add(to.partition(".")[0])
-            yield to
+            yield to, attributes
         elif isinstance(to, Definition):
             self.attributes |= set(attributes)
-            if self.reach(to):
-                yield to
-        elif not attributes:
-            yield from self.whole(to)
-        else:
-            found = self.sources.lookup(to, attributes[0])
-            if not found and attributes[0] not in ("__name__", "__doc__", "__file__"):
-                yield from self.whole(to)
+            yield (to if self.reach(to) else f"given {to.name}"), attributes
+        elif attributes and (found := self.sources.lookup(to, attributes[0])):
             for inner in found:
                 yield from self._within(inner, attributes[1:])
+        else:
+            yield "", attributes
+            if attributes[:1] not in (("__name__",), ("__doc__",), ("__file__",)):
+                yield from ((definition, ()) for definition in self.whole(to))
 
-    def whole(self, module: Module) -> Iterator[Target]:
+    def whole(self, module: Module) -> Iterator[Definition]:
         """Reach everything in a module."""
         self.imports(module.name)
         for definition in sorted(module.statements, key=lambda one: (one.name, one.digest)):
@@ -216,6 +166,7 @@ class _Walk:
         while name and name not in self.imported:
             self.imported.add(name)
             if module := self.sources.module(name):
+                self.import_unnamed(module.unused)
                 for other in sorted(module.imports):
                     if not self.sources.defines(other):
                         self.imports(other)
@@ -224,6 +175,13 @@ class _Walk:
                         self.reached.effects.append(definition)
                         self.reach(definition)
             name = name.rpartition(".")[0]
+
+    def import_unnamed(self, names: set[str]) -> None:
+        """Note modules from outside the project that nobody would import but for what that does."""
+        foreign = {name for name in names if not self.sources.owns(name)}
+        foreign = {name for name in foreign if name.partition(".")[0] not in sys.stdlib_module_names}
+        self.reached.unnamed |= foreign
+        self.reached.libraries |= {name.partition(".")[0] for name in foreign}
 
     def acts(self, definition: Definition) -> bool:
         """Whether a definition may do something when its module is imported, so that it counts without being named."""
@@ -296,7 +254,7 @@ class _Walk:
                 if every or hidden or name in self.attributes or self.acts(method):
                     key = f"def {name}"
                     found |= key not in links
-                    links[key] = [method]
+                    links[key] = [(method, ())]
                     self.reach(method)
         return found
 

@@ -31,6 +31,7 @@ class Read:
         types: the same within quoted annotations: classes of objects that may be given to it.
         attributes: those of everything else, such as of local variables and of what functions return.
         computed: what is asked for an attribute by a computed name: root of its chain, "" where it has none.
+        references: node → the chain that it is, for those in `chains`.
         looks_up: it can get at anything in its module by a computed name, or run text.
         assigned_globals: names of the module that functions within it assign.
     """
@@ -39,6 +40,7 @@ class Read:
     types: set[Chain] = field(default_factory=set)
     attributes: set[str] = field(default_factory=set)
     computed: set[str] = field(default_factory=set)
+    references: dict[ast.AST, Chain] = field(default_factory=dict)
     looks_up: bool = False
     assigned_globals: set[str] = field(default_factory=set)
 
@@ -70,11 +72,12 @@ class _Visitor(ast.NodeVisitor):
                 return name not in self._imported
         return False
 
-    def _note(self, chain: Chain) -> None:
+    def _note(self, node: ast.AST, chain: Chain) -> None:
         if self._is_local(chain[0]):
             self.found.attributes |= set(chain[1:])
         else:
             self.found.chains.add(chain)
+            self.found.references[node] = chain
         if chain in _ALL_OF_MODULE or chain[-1] == "import_module":
             self.found.looks_up = True
         if chain[-1] in _ANY_NAME:
@@ -82,12 +85,12 @@ class _Visitor(ast.NodeVisitor):
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
-            self._note((node.id,))
+            self._note(node, (node.id,))
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         chain = chain_of(node)
         if chain:
-            self._note(chain)
+            self._note(node, chain)
         else:
             self.found.attributes.add(node.attr)
             self.visit(node.value)

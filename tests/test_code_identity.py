@@ -189,7 +189,9 @@ def test_code_loaded_but_not_yet_reached_keeps_its_identity_too(package):
 def test_entropy_core_counts_for_functions_of_other_packages(package):
     package.edit("helper.py", "FACTOR * x", "one_line(FACTOR * x)")
     package.edit(
-        "helper.py", "FACTOR = 2", "FACTOR = 2\nfrom entropy_core.errors import one_line\nimport json, torch.nn"
+        "helper.py",
+        "FACTOR = 2",
+        "FACTOR = 2\nfrom entropy_core.errors import one_line\nimport torch.nn\n\ndef g(x): return torch.nn.Linear",
     )
     code = package.code()
     assert {name for name in code.definitions if not name.startswith(package.name)} == {"entropy_core.errors:one_line"}

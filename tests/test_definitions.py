@@ -149,6 +149,10 @@ COUNTS = {  # EDITED becomes another number, and the digest another digest
     "a subclass of something foreign that is not known": project(
         "from . import a\ndef stage(): ...", a="import somewhere\nclass C(somewhere.Plugin):\n    x = EDITED"
     ),
+    "a library that is imported for what that does": project(
+        "from . import a\ndef stage(): ...", a="import patch_EDITED"
+    ),
+    "the same within a function": project("def stage():\n    import patch_EDITED"),
     "either side of a condition": project(
         "import sys\nif sys.platform == 'x':\n    C = 1\nelse:\n    C = EDITED\ndef stage(): return C"
     ),
@@ -220,6 +224,11 @@ def test_it_does_not_count(tmp_path, files):
 
 
 MOVES = {
+    "what is asked of a module and what is imported from it": project(
+        "from . import a\nfrom .z import C\ndef stage(): return a.f() + C",
+        a="from . import z\ndef f(): return z.C",
+        z="C = 1",
+    ),
     "a function to another module": project(
         "from .b import f, C\ndef stage(): return f() + C", a="def f(): return C\nC = 1", b="from .a import f, C"
     ),
@@ -255,7 +264,8 @@ def test_what_a_name_is_bound_to_counts_even_where_all_definitions_stay(tmp_path
 
 def test_libraries_are_those_that_reached_code_names(tmp_path):
     files = project(
-        "import torch\nfrom scipy import stats\nfrom .a import f, g\ndef stage(): return f(torch.zeros(2))",
+        "import torch\nfrom scipy import stats\nfrom .a import f, g\ndef stage(): return f(torch.zeros(2))\n"
+        "def other(): return stats",
         a="import peft\ndef f(x):\n    from datasets import load\n    return load(x)\ndef g(): return peft.x",
     )
     assert code_in(tmp_path, files).libraries == ("datasets", "torch")
