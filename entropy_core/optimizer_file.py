@@ -27,6 +27,9 @@ OTHER_OPTIMIZERS = {
     "state1": "an optimizer of bitsandbytes, such as 8-bit AdamW",
     "sum": "Adagrad",
 }
+STRIDE = 2**18  # numbers of a moment that are in memory at one time, more or less: taking each block out takes long
+_madvise = getattr(ctypes.CDLL(None), "madvise", None)  # the system's own function, where there is one
+
 SAVE_NAMES = "build the optimizer from named parameters and save again"
 USE_ADAMW = "probe a checkpoint that was trained with torch's AdamW (optim='adamw_torch' or 'adamw_torch_fused')"
 
@@ -147,10 +150,12 @@ class SavedMoments:
 
         def piece(key: str) -> Tensor:
             moment = self._slots[slot][key]
-            part = moment.reshape(-1)[start:stop]
-            copy = part.to(torch.float64, copy=True)
-            if moment.is_contiguous():  # else the part is one of a copy
-                release(part)
+            flat = moment.reshape(-1)
+            copy = flat[start:stop].to(torch.float64, copy=True)
+            if moment.is_contiguous() and stop % STRIDE == 0:  # else it is a copy that is flat
+                release(flat[stop - STRIDE : stop])
+            if stop == moment.numel():
+                release(moment)
             return copy
 
         return AdamState(steps, piece("exp_avg"), piece("exp_avg_sq"), piece("max_exp_avg_sq") if amsgrad else None)
@@ -162,11 +167,9 @@ def release(tensor: Tensor) -> None:
     Pages of a mapped file count as this process's memory from when they were touched until the file is closed. The map
     is private and never written to, so what is dropped is what the file holds.
     """
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise and tensor.is_contiguous():
+    if _madvise is not None and tensor.is_contiguous():
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        length = tensor.data_ptr() + tensor.nbytes - start
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), mmap.MADV_DONTNEED)
 
 
 def as_float(value: Any) -> float:

@@ -72,12 +72,11 @@ class NextStep:
         self._of_decay = -relative_lr * weight_decay if self._decoupled else self._sign * weight_decay
         g = gradient if self._decoupled or not weight_decay else gradient + self._of_decay * parameter
         self._g = g if self._sign > 0 else -g
-        square = (self._g * (1.0 - beta2)).mul_(self._g)
-        self._variance = (state.exp_avg_sq * beta2).add_(square)
+        self._variance = (state.exp_avg_sq * beta2).add_((self._g * (1.0 - beta2)).mul_(self._g))
         largest = self._variance
         if state.max_exp_avg_sq is not None:
-            largest = torch.maximum(largest, state.max_exp_avg_sq, out=square)
-        self._root = largest.div(correction2).sqrt_()
+            largest = torch.maximum(largest, state.max_exp_avg_sq)
+        self._root = largest.div(correction2).pow_(0.5)  # the root that does not start threads of its own
         self._denominator = self._root + eps
 
     @cached_property
@@ -109,7 +108,8 @@ class NextStep:
     @property
     def direction(self) -> Tensor:
         """v, the step per unit of learning rate."""
-        return self.momentum.add_(self.gradient).add_(self.decay)
+        v = self.gradient.addcdiv_(self._state.exp_avg, self._denominator, value=self._of_momentum)  # and the momentum
+        return v.add_(self.decay)
 
     @property
     def jacobian(self) -> Tensor:

@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from entropy_core.artifact import Artifact
-from entropy_core.errors import StoreError
 from entropy_core.stages.measure import Inputs, Runner
 from entropy_core.store import Stage, Store, vectors
 
 log = logging.getLogger("entropy_probe.store")
+
+
+class OtherNumbers(Exception):
+    """What was computed again for its vectors is not what it was: what was made from it cannot be used beside it."""
 
 
 class _Made(NamedTuple):
@@ -51,15 +54,11 @@ class VectorKeeper:
             vectors.drop(self.store, artifact)
 
     def _require(self, artifact: Artifact) -> None:
-        """Have the vectors of an artifact in the store, sound; raises StoreError where they come out otherwise."""
+        """Have the vectors of an artifact in the store, sound; raises OtherNumbers where they come out otherwise."""
         if vectors.require(self.store, artifact):
             return
         log.info("%s/%s is computed again: its vectors are needed", artifact.stage, artifact.key[:12])
         stage, inputs, label = self._made[artifact]
         again = self.run(stage, inputs, label)
         if again != artifact:
-            raise StoreError(
-                f"the vectors of {artifact.stage}/{artifact.key} were not kept, and computing them again gives others",
-                cause="another device, number of threads or micro-batch, or other library versions",
-                way_out="run the sweep again: what depends on it is computed anew, too",
-            )
+            raise OtherNumbers(f"{label}: {stage.name} gives other numbers than before")

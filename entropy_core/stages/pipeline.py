@@ -4,6 +4,7 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ from entropy_core.manifest import recipe_key
 from entropy_core.read_config import parse_config
 from entropy_core.sources import content_digest
 from entropy_core.stages import catalogue as stage
-from entropy_core.stages.kept_vectors import VectorKeeper
+from entropy_core.stages.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.stages.measure import Inputs, Measurement, Runner, keep, load_checkpoint, load_pool, source_of
 from entropy_core.stages.memory import run_within_memory
 from entropy_core.stages.preflight import CheckpointToProbe, splits
 from entropy_core.stages.repairs import with_repairs
 from entropy_core.store import Stage, Store, recipe_of, runs
 from entropy_core.store.relatives import Relatives
+
+log = logging.getLogger("entropy_probe.pipeline")
 
 RECORD_FORMAT = 2
 """Of run.json: raised when the inputs of the variance stage change."""
@@ -205,12 +208,18 @@ def _measured(
             asked = dict.fromkeys(splits(config))
             by_tokenizer[checkpoint.tokenizer] = {s: load_pool(config, s, checkpoint.tokenizer, run) for s in asked}
         pools = by_tokenizer[checkpoint.tokenizer]
+        measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
+        try:
+            inputs = measurement.variance_inputs()
+        except OtherNumbers as error:  # another device or number of threads: nothing of before may be mixed with it
+            log.warning("%s, and all that depends on it is computed again, too", error)
+            inputs = measurement.variance_inputs()
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
         measured.append(
             {
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,
-                "inputs": Measurement(config, checkpoint, optimizer, pools, run, release).variance_inputs(),
+                "inputs": inputs,
                 "notes": [*checkpoint.assumptions, *of_pools],
             }
         )

@@ -45,9 +45,8 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
         if key and not manifest:
             reasons = _reasons(store, stage, key, inputs)
         for name in () if manifest else stage.vectors:  # see `VectorKeeper`
-            index = step_of.get(inputs[name])
-            if index is not None and not vectors.present(inputs[name]):
-                why = f"its vectors are not in the store, and {stage.name} would run"
+            if inputs[name] in step_of and not vectors.present(inputs[name]):
+                index, why = step_of.pop(inputs[name]), f"its vectors are not in the store, and {stage.name} would run"
                 steps[index] = steps[index]._replace(cached=False, reasons=(why,))
         steps.append(Step(stage.name, label, bool(manifest), tuple(reasons)))
         if not manifest:

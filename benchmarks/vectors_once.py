@@ -1,0 +1,207 @@
+"""What every stage of a full fine-tune holds, per parameter, measured in a process of its own; printed as JSON.
+
+A checkpoint of random weights is probed with a few short sequences, one at a time, so that next to nothing is held that
+is not of the size of the model. The JSON: how many parameters there are; by stage, bytes of the host's and of the
+device's memory at the peak above the loaded model; bytes of vectors in the store at most, and after the sweep.
+
+python -m benchmarks.vectors_once --size 135M --folder FOLDER
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import status_kilobytes
+from entropy_core.artifact import Artifact
+from entropy_core.manifest import VECTORS
+from entropy_core.policy import Coefficients
+from entropy_core.read_config import parse_config
+from entropy_core.stages.measure import Inputs
+from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
+from entropy_core.stages.preflight import preflight
+from entropy_core.stages.sequences import policy_of
+from entropy_core.store import Stage, Store
+
+SHAPES = {
+    "12.9M": {
+        "hidden_size": 256,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 688,
+        "vocab_size": 25_600,
+    },
+    "135M": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49_152,
+    },
+}
+
+
+def make_checkpoint(folder: Path, shape: dict[str, int]) -> None:
+    """A checkpoint in the middle of a run, whose embeddings are tied; and a reference policy of the same shape."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    tokens = {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **tokens, tie_word_embeddings=True, max_position_embeddings=64))
+    vocabulary = {f"w{i}": i for i in range(shape["vocab_size"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w2")), eos_token="w1", pad_token="w0"
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    for parameter in model.parameters():
+        parameter.grad = 1e-3 * torch.randn_like(parameter)
+    optimizer.step()
+    for directory in (folder / "reference", folder / "checkpoint-1"):
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        with torch.no_grad():
+            model.model.norm.weight *= 1.01
+    torch.save(optimizer.state_dict(), directory / "optimizer.pt")
+    (directory / "trainer_state.json").write_text(json.dumps({"global_step": 1}), encoding="utf-8")
+    prompts = [json.dumps({"prompt": f"w{i}"}) for i in range(8)]
+    (folder / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
+    (folder / "reward.py").write_text(
+        "def length(completions, **_):\n    return [float(sum(map(ord, text)) % 5) for text in completions]\n"
+    )
+
+
+def config_of(folder: Path, derivative: str) -> dict[str, Any]:
+    """A sweep of it in which every stage is run."""
+    return {
+        "name": "vectors",
+        "checkpoints": [str(folder / "checkpoint-1")],
+        "policy": {"derivative": derivative},
+        "batch_config": {
+            "E_total_sequences": 8,
+            "B_U": 2,
+            "G": 2,
+            "dataset_name": str(folder / "prompts.jsonl"),
+        },
+        "generation": {"max_new_tokens": 4, "gen_batch_size": 1, "tf_batch_size": 1},
+        "update": {
+            "reward": f"{folder / 'reward.py'}:length",
+            "max_grad_norm": 1e-3,
+            "kl_beta": 0.1,
+            "reference": str(folder / "reference"),
+        },
+        "importance": {"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
+        "execution": {
+            "artifacts": str(folder / f"store-{derivative}"),
+            "head_chunk_megabytes": 1,
+            "keep_vectors": False,
+        },
+    }
+
+
+class Meter:
+    """A runner that notes what each stage held."""
+
+    def __init__(self, run: Any, root: Path) -> None:
+        self.run, self.root = run, root
+        self.host: dict[str, int] = {}
+        self.device: dict[str, int] = {}
+        self.store = 0
+        self.before = (0, 0)
+
+    def begin(self) -> None:
+        """Count from what is there now."""
+        self.before = _settle()
+
+    def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        """Run a stage; only the first use of its name counts, since the others are the same."""
+        _settle()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        artifact = self.run(stage, inputs, label)
+        on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        for found, now, before in (
+            (self.host, status_kilobytes("VmHWM") * 1024, self.before[0]),
+            (self.device, on_device, self.before[1]),
+        ):
+            found[stage.name] = max(found.get(stage.name, 0), now - before)
+        self.store = max(self.store, self.in_store())
+        return artifact
+
+    def in_store(self) -> int:
+        """Bytes of all vectors that are there."""
+        return sum(path.stat().st_size for path in self.root.glob(f"*/*/{VECTORS}*"))
+
+
+def _settle() -> tuple[int, int]:
+    """Give freed memory back; bytes of host and device that are in use then."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+    return status_kilobytes("VmRSS") * 1024, torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def main() -> None:
+    """Make the checkpoint, or probe the one that is there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", choices=SHAPES, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--make", action="store_true", help="the checkpoint, and nothing else")
+    options = parser.parse_args()
+    if options.make:
+        make_checkpoint(options.folder, SHAPES[options.size])
+        return
+    host: dict[str, int] = {}
+    device: dict[str, int] = {}
+    store = after = count = 0
+    for derivative in ("forward_mode", "central_difference"):
+        config = parse_config(config_of(options.folder, derivative))
+        checkpoints = preflight(config)
+        execution = execution_for(config, checkpoints)
+        meter = Meter(direct_runner(Store(config.store_root), execution), config.store_root)
+        count = _load(checkpoints[0], execution)
+        meter.begin()
+        sweep(config, checkpoints, Store(config.store_root), meter)
+        for into, found in ((host, meter.host), (device, meter.device)):
+            into |= {name: max(found[name], into.get(name, 0)) for name in found}
+        store, after = max(store, meter.store), max(after, meter.in_store())
+        shutil.rmtree(config.store_root)
+    print(json.dumps({"parameters": count, "host": host, "device": device, "store": store, "after": after}))
+
+
+def _load(checkpoint: Any, execution: Any) -> int:
+    """Load the policy as the stages do, and use each kind of pass once, on three tokens; how many parameters it has."""
+    law = {
+        "weights": checkpoint.weights,
+        "base": "",
+        "dtype": "float32",
+        "attn_implementation": "eager",
+        "temperature": 1.0,
+    }
+    policy = policy_of(law, execution)
+    parameters = policy.named_parameters()
+    ids = torch.tensor([[3, 4, 5]])
+    rows = policy_rows(ids.to(policy.device))
+    weights = Coefficients(torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    policy.add_gradients(rows, [weights], 1.0, [policy.new_accumulator()])
+    policy.derivatives(rows, {name: torch.ones_like(p) for name, p in parameters.items()}, 1.0)
+    return sum(p.numel() for p in parameters.values())
+
+
+def policy_rows(input_ids_BL: torch.Tensor) -> Any:
+    """One sequence whose first token is the prompt."""
+    from entropy_core.scorer import TeacherForcedRows
+
+    position_K = torch.arange(input_ids_BL.shape[1] - 1, device=input_ids_BL.device)
+    return TeacherForcedRows(input_ids_BL, torch.zeros_like(position_K), position_K, input_ids_BL[0, 1:])
+
+
+if __name__ == "__main__":
+    main()
