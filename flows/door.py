@@ -49,7 +49,7 @@ def listen(port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         fact = f"port {port} cannot be used: {getattr(error, 'strerror', None) or error}"
-        raise DoorError(fact + _taken_by(port), way_out="PORT=..., another one; 0 takes any that is free") from None
+        raise DoorError(fact + _taken_by(port), way_out="name another port; 0 takes any that is free") from None
     return listener
 
 
