@@ -182,6 +182,7 @@ def test_a_file_that_is_put_back_after_it_was_read_is_noticed(sweeps, monkeypatc
         probe(sweeps.settings("artifacts"))
     assert not list((sweeps.folder / "artifacts" / stage).iterdir())
     done = probe(sweeps.settings("artifacts"))  # in the same process, which has loaded the policy of other files
+    load_policy.cache_clear()
     undisturbed = probe(sweeps.settings("undisturbed"))
     assert done.rows == undisturbed.rows
     assert contents(sweeps.folder / "artifacts") == contents(sweeps.folder / "undisturbed")
