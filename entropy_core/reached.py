@@ -14,7 +14,7 @@ from entropy_core.reading import Chain
 
 GIVEN = {
     *("entropy_core.artifact:Artifact", "entropy_core.artifact:Writer", "entropy_core.execution:Execution"),
-    "entropy_core.store:Stage",
+    *("entropy_core.tensor_file:TensorFile", "entropy_core.tensor_file:TensorWriter", "entropy_core.store:Stage"),
 }
 """What the store gives to a stage or makes of it, which is no part of the stage's code."""
 

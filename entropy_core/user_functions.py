@@ -5,6 +5,8 @@ loaded: neither an older import nor bytecode will do.
 """
 
 import importlib
+import pkgutil
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +37,7 @@ def load(what: str, name: str, known: Mapping[str, Any]) -> Any:
     if not colon:
         raise ConfigError(f"unknown {what} {name!r}", cause="a misspelt name", way_out=choices)
     try:
-        function = getattr(_import(what, module_name), attribute)
+        function = pkgutil.resolve_name(f"{_import(what, module_name).__name__}:{attribute}")
     except (Exception, SystemExit) as error:  # user code may raise anything while it is imported
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"{what} {name!r} cannot be imported ({reason})", way_out=choices) from error
@@ -89,7 +91,8 @@ def _file(module_name: str) -> Path:
 
 def _import(what: str, module_name: str) -> Any:
     if module_name.endswith(".py"):
-        return _executed(f"user_{what}_{_file(module_name).stem}", "", _file(module_name))
+        stem = re.sub(r"\W", "_", _file(module_name).stem)
+        return _executed(f"user_{what}_{stem}", "", _file(module_name))
     module = importlib.import_module(module_name)
     file = getattr(module, "__file__", None) or ""
     if not file.endswith(".py") or module_name.partition(".")[0] == __name__.partition(".")[0]:

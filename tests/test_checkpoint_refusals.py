@@ -26,7 +26,7 @@ from checkpoint_fixtures import (
 from pipeline_fixtures import make_gpt2, trainer_groups
 from safetensors import safe_open
 
-from entropy_core import checkpoint_files
+from entropy_core import file_digests as digests_of_files
 from entropy_core.checkpoint_files import file_digests
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.errors import CheckpointError
@@ -291,5 +291,5 @@ def test_reading_changes_nothing(sound: Path) -> None:
     before = file_digests(sound)
     read_checkpoint(sound).optimizer.exp_avg[EMBEDDING].zero_()  # the map is private
     assert torch.get_default_dtype() == default
-    checkpoint_files._digests.clear()
+    digests_of_files._known.clear()
     assert file_digests(sound) == before

@@ -102,7 +102,7 @@ EDITS = {
     "a default argument": Edit(replaces("head_chunk_rows: int = 4096", "head_chunk_rows: int = 2048"), POLICY),
     "a decorator": Edit(replaces("@lru_cache(maxsize=1)\ndef load_policy", "@lru_cache\ndef load_policy"), POLICY),
     "a method that one stage uses": Edit(
-        replaces("infinity = torch.full_like(theta, torch.inf)", "infinity = torch.full_like(theta, 1e30)"),
+        replaces("torch.where(up, torch.inf, -torch.inf)", "torch.where(up, 1e30, -1e30)"),
         {"rescore-e-batch"},
     ),
     "how the policy is moved": Edit(replaces(".mul_(eta).add_(start)", ".mul_(eta * 1.0).add_(start)"), MOVED),
@@ -116,15 +116,15 @@ EDITS = {
     ),
     # the update
     "a loss": Edit(
-        replaces("    return -advantages_N * token_weights(", "    return -1.0 * advantages_N * token_weights("),
-        {"compute-update"},
+        replaces("(policy_gradient(batch)) / batch.lengths_N", "(policy_gradient(batch)) * 1.0 / batch.lengths_N"),
+        {"compute-update", "first-order-u"},
     ),
     "an annotation": Edit(
         replaces(
-            "def coupled_update_direction(\n    gradient: Tensor, parameter: Tensor,",
-            "def coupled_update_direction(\n    gradient: Tensor, parameter: object,",
+            "def clip_factor(gradient_norm: float, max_norm: float)",
+            "def clip_factor(gradient_norm: float, max_norm: object)",
         ),
-        {"compute-update"},
+        {"compute-update", "first-order-u"},
     ),
     "a reward": Edit(
         replaces("[float(c.strip() == str(a).strip())", "[1.0 * (c.strip() == str(a).strip())"), {"reward-u-batch"}
@@ -167,7 +167,9 @@ EDITS = {
     "an unused error class": Edit(
         adds("class RewardError(", 'class AnotherError(ProbeError):\n    """Another."""'), set()
     ),
-    "a new function that nobody calls": Edit(adds("def sequence_sum(", "def unused(x):\n    return x"), set()),
+    "a new function that nobody calls": Edit(
+        adds("def sequence_sum(values_K: Tensor, offsets_N1", "def unused(x):\n    return x"), set()
+    ),
     "a new method that nobody calls": Edit(
         replaces("    def limit_logits(", "    def unused(self): ...\n\n    def limit_logits("), set()
     ),

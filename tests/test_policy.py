@@ -286,5 +286,5 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path: Path):
 
 
 def test_a_directory_without_a_model_is_refused_by_name(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=f"{tmp_path.name} cannot be loaded as a causal language model"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path.name}/config.json is not readable"):
         load_policy(tmp_path, "digest", "float32", "eager", "cpu")

@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_names_the_response(file):
     ("update", "message"),
     [
         ({"loss": "ppo"}, r"update\.loss.*unknown loss 'ppo'.*file\.py:function"),
-        ({"loss": "mine.py:loss"}, "scale_rewards is auto.*this one is your own.*group"),
+        ({"loss": "mine.py:loss"}, "scale_rewards: it is auto.*this one is your own.*group"),
     ],
 )
 def test_the_configuration_says_what_goes_together(update, message: str):
