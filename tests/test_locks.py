@@ -126,6 +126,22 @@ def test_a_live_process_uses_what_it_says_even_if_its_lock_is_not_seen(store):
         pytest.fail("the store was ours")
 
 
+def test_a_folder_of_locks_that_cannot_be_written_is_explained(store, monkeypatch):
+    store.run(DRAW, None, {"seed": 1})
+    real = os.open
+
+    def refuse(path, flags, *rest, **options):
+        if flags & os.O_CREAT and str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with store.lock("draw", store.key(DRAW, {"seed": 1})):
+        pass  # it is there, and can be locked though it cannot be written
+    with pytest.raises(StoreError, match=r"cannot be written: .*Permission denied"):
+        store.run(DRAW, None, {"seed": 2})
+
+
 def test_an_error_inside_passes_through(store):
     for held in (store.lock("draw", KEY), store.in_use(), store.in_use(alone=True)):
         with pytest.raises(OSError, match="something else"), held:

@@ -122,8 +122,11 @@ def _opened(path: Path) -> Iterator[int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:
-        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            raise error from None
     try:
         yield descriptor
     finally:
