@@ -34,7 +34,7 @@ help:
 	@echo "make sweep-smollm2   the same for a LoRA run of SmolLM2-135M-Instruct"
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT), CONFIG: what the form begins with"
 	@echo "make test    lint, check types, run the tests"
-	@echo "make test-sweep   run the README's commands on the demo run, and check what they leave (some minutes)"
+	@echo "make test-sweep   run the documentation's commands on the demo run, also installed elsewhere (some minutes)"
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, race for a key (docs/chaos.md is written from it);"
@@ -63,7 +63,7 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-sweep: .venv/.installed
-	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py
+	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py tests/test_packaging.py
 
 test-ui: .venv/.ui
 	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run

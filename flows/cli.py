@@ -228,7 +228,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _ending_in_order() -> Iterator[None]:
-    """Let Ctrl-C and a polite kill end this process by way of every `finally`, and let nothing interrupt those."""
+    """Let Ctrl-C and a polite kill end this process by way of every `finally`, and let nothing interrupt those.
+
+    A lost terminal ends it, too, unless it was started by `nohup`.
+    """
 
     def interrupted(number: int, _: Any) -> None:
         for each in before:
@@ -236,7 +239,10 @@ def _ending_in_order() -> Iterator[None]:
         print("\nStopping …", file=sys.stderr, flush=True)
         raise SystemExit(128 + number)
 
-    before = {each: signal.signal(each, interrupted) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ending = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        ending.append(signal.SIGHUP)
+    before = {each: signal.signal(each, interrupted) for each in ending}
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from entropy_core.artifact import Artifact
 from entropy_core.stages.update import next_step
@@ -26,11 +27,19 @@ pytestmark = pytest.mark.sweep
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_RUN = ROOT / "artifacts" / "demo-run"
 COMMAND = Path(sys.executable).with_name("entropy-probe")
+SMALL = {
+    "checkpoints": [str(DEMO_RUN / "checkpoint-6")],
+    "batch_config": {"E_total_sequences": 32, "B_U": 4, "G": 4},
+    "generation": {"max_new_tokens": 32},
+    "update": {"reward": "arithmetic"},
+    "importance": {"etas": [0, 1]},
+    "execution": {"shard_size": 16, "device": "cpu"},
+}
 
 
-def run(command: list[str], **environment: str) -> str:
+def run(command: list[str], folder: Path = ROOT, **environment: str) -> str:
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1200, check=False
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, (
         f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
@@ -208,18 +217,35 @@ def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
     assert [row["delta_h1"] for row in redone] == [row["delta_h1"] for row in rows]
 
 
-def test_the_documentation_has_no_command_of_a_kind_that_is_not_run_here():
-    """By kind only: a configuration of the reader's own, say, is not run."""
-    run_here = (
-        "make sweep",
-        "make test",
-        "prefect deployment run entropy-probe/",
-        "make ui",
-        "entropy-probe ",  # in test_the_commands_of_the_documentation below, and in test_cli.py
-        *("export PREFECT_", "prefect server start ", "prefect work-pool ", "prefect worker start "),  # in test_ui.py
-    )
-    for command in readme_commands():
-        assert command.startswith(run_here), command
+ELSEWHERE = (
+    "make test",  # which runs this
+    "pip install .",  # in test_packaging.py
+    "make ui",  # `served` is what it does, and what the next one does
+    "entropy-probe ui my-run.yaml",
+    "entropy-probe serve my-run.yaml --work-pool probe",  # in test_ui.py, like the next four
+    *("export PREFECT_", "prefect server start ", "prefect work-pool ", "prefect worker start "),
+    *("make sweep", "prefect deployment run entropy-probe/"),  # above
+)
+
+
+def test_every_other_command_of_the_documentation_runs(first, tmp_path):
+    """One after the other, in a folder with the files that they name; keys are those of an artifact that is there."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "demo-run").symlink_to(DEMO_RUN)
+    (tmp_path / "old.yaml").write_text((ROOT / "tests" / "legacy" / "seed_era.yaml").read_text())
+    for name in ("my-run", "lora", "configs/demo"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(SMALL | {"name": Path(name).name}))
+    commands = [c for c in dict.fromkeys(readme_commands()) if not c.startswith(ELSEWHERE)]
+    assert len(commands) >= 15 and all(command.startswith("entropy-probe ") for command in commands)
+    known = {"4f1c09", "b2277e"}
+    for command in commands:
+        if known & set(command.split()):
+            keys = sorted(path.parent.name for path in (tmp_path / "artifacts").glob("score-e-batch/*/manifest.json"))
+            command = command.replace("4f1c09", keys[0][:12]).replace("b2277e", keys[1][:12])
+        run(["bash", "-c", command.replace("entropy-probe", shlex.quote(str(COMMAND)))], folder=tmp_path)
+    recorded = run([str(COMMAND), "runs"], folder=tmp_path)
+    assert {"my-run", "lora", "new"} <= set(re.findall(r"(\S+)-[0-9a-f]{12} ", recorded))
 
 
 @pytest.mark.parametrize("era", ["seed_era", "final_era"])
