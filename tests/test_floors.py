@@ -4,6 +4,7 @@ Imports are read from the syntax trees, those inside functions and `if TYPE_CHEC
 """
 
 import ast
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -14,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from entropy_core.code_identity import module_digests
+from entropy_core.code_identity import code_of
+from entropy_core.reached import GIVEN
+from entropy_core.stages.catalogue import STAGES
+from entropy_core.store import Stage
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("entropy_core", "flows", "tasks")
@@ -147,22 +151,44 @@ def test_nothing_is_imported_that_is_not_declared():
     assert used - known <= {"numpy", "tokenizers", "huggingface_hub"}  # which come with scipy and transformers
 
 
-@pytest.mark.parametrize("stage", ["variance", "report"])
+def reached(stage: Stage) -> set[str]:
+    """The modules of which a stage reaches anything."""
+    return {name.partition(":")[0] for name in code_of(stage.function).definitions}
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage.name in ("variance", "report")])
 def test_the_statistics_reach_no_policy(stage):
-    reached = set(module_digests(f"entropy_core.stages.{stage}"))
-    assert f"entropy_core.stages.{stage}" in reached
-    assert not reached & core("policy", "sequence_processor", "checkpoints", "stages.sequences", "arithmetic", "demo")
+    assert f"entropy_core.stages.{stage.name}" in reached(stage)
+    assert not reached(stage) & core("policy", "sequence_processor", "checkpoints", "stages.sequences", "arithmetic")
     assert not {
-        other for name in reached for other in FOREIGN[name] if other.partition(".")[0] in {"transformers", "prefect"}
+        other
+        for name in reached(stage)
+        for other in FOREIGN[name]
+        if other.partition(".")[0] in {"transformers", "prefect"}
     }
 
 
 def test_what_handles_no_sequence_does_not_reach_the_policy():
     """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
-    stages = [name for name in FILES if name.startswith("entropy_core.stages.")]
-    without = {name.rpartition(".")[2] for name in stages if "entropy_core.policy" not in module_digests(name)}
-    of_files = {"files", "columns", "batches", "halves"}
-    assert without == of_files | {"load", "reward", "variance", "report", "preflight", "memory"}
+    without = {stage.name for stage in STAGES if "entropy_core.policy" not in reached(stage)}
+    assert without == {"load-checkpoint", "load-prompts", "reward-u-batch", "variance", "report"}
+
+
+def test_no_stage_reaches_what_it_has_no_use_for():
+    """The store and the sources that it looks after, and what comes before or after a stage in a sweep."""
+    no_use = core("store", "manifest", "sources", "file_digests", "code_identity", "config", "execution")
+    no_use |= core("stages.pipeline", "stages.measure", "stages.preflight", "stages.memory")
+    assert not {stage.name: found for stage in STAGES if (found := reached(stage) & no_use)}
+    sampling = reached(next(stage for stage in STAGES if stage.name == "sample-e-batch"))
+    assert not sampling & core("numerics.direct_derivatives", "numerics.uncertainty", "stages.derivatives")
+    backward = reached(next(stage for stage in STAGES if stage.name == "entropy-gradient"))
+    assert not backward & core("estimates", "evaluation", "numerics.bootstrap", "stages.variance")
+
+
+def test_what_the_store_gives_to_a_stage_is_where_the_digest_looks_for_it():
+    for name in GIVEN:
+        module, _, attribute = name.partition(":")
+        assert getattr(importlib.import_module(module), attribute).__module__ == module
 
 
 def test_what_a_process_loads():
