@@ -12,14 +12,14 @@ module, within the function's own top-level package and `entropy_core`; nothing 
 * a whole module, where something in it looks names up by computed text (`globals`, `eval`, `import_module`, …), or
   where the module itself is passed on as a value; and all methods, where an attribute is asked for by a computed name.
 
-Comments, formatting, docstrings, the names of modules and the order of what is in them do not count, so a function may
-be moved. Libraries count by their versions, see `library_versions`. What a stage is given by the store is no part of
-its code: `Artifact`, `Writer`, `Execution`, `Stage`; how these write files is numbered by `manifest.FORMAT`.
+Comments, formatting, docstrings, the names of modules and of imports and the order of what is in a module do not count:
+a function may be moved. Libraries count by their versions, see `library_versions`. What the store gives to a stage is
+none of its code: `Artifact`, `Writer`, `Execution`, `Stage`; how these write files is numbered, `manifest.FORMAT`.
 
 What cannot be seen: a module imported by a computed name (make its content an input, as that of a reward's file);
-attributes named in format strings; what code that the function does not reach has changed in the process, such as a
-constant that another module assigns from a function of its own; classes that register themselves by being defined,
-where their base comes from a library on the list.
+methods of an object that is given to the function, where no annotation names its class; methods that a library calls on
+an object whose class has no base from a library; attributes named in format strings; what code that the function does
+not reach has changed in the process before.
 """
 
 import importlib.util

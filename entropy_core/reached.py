@@ -187,7 +187,9 @@ class _Walk:
         """Whether a definition may do something when its module is imported, so that it counts without being named."""
         if definition.acts or not all(self.leaves_nothing(definition, chain) for chain in definition.calls):
             return True
-        return any(self.registers(definition, base) for base in definition.bases)
+        if any(self.registers(definition, base) for base in definition.bases):
+            return True
+        return any(map(self.acts, definition.methods.values()))
 
     def leaves_nothing(self, definition: Definition, called: Chain) -> bool:
         """Whether a call does nothing but return something: one that is known to, or that makes a record."""

@@ -28,7 +28,7 @@ class Read:
 
     Attributes:
         chains: of names that are not local, with all attributes that are asked for.
-        types: the same within quoted annotations: classes of objects that may be given to it.
+        types: the same within annotations, quoted or not: classes of objects that may be given to it.
         attributes: those of everything else, such as of local variables and of what functions return.
         computed: what is asked for an attribute by a computed name: root of its chain, "" where it has none.
         references: node → the chain that it is, for those in `chains`.
@@ -147,6 +147,7 @@ class _Visitor(ast.NodeVisitor):
         if annotation is None:
             return
         self.visit(annotation)
+        self.found.types |= read([annotation], set()).chains
         for part in ast.walk(annotation):
             if isinstance(part, ast.Constant) and isinstance(part.value, str):
                 try:

@@ -136,6 +136,21 @@ COUNTS = {  # EDITED becomes another number, and the digest another digest
         a="KNOWN = {}\ndef register(f):\n    KNOWN[f.__name__] = f\n    return f",
         b="from .a import register\n@register\ndef f(): return EDITED",
     ),
+    "a registration by a decorator of a method": project(
+        "from .a import KNOWN\nfrom . import b\ndef stage(x): return KNOWN[x]()",
+        a="KNOWN = {}\ndef register(f):\n    KNOWN[f.__name__] = f\n    return f",
+        b="from .a import register\nclass C:\n    @register\n    def f(self): return EDITED",
+    ),
+    "a registration by a built-in": project(
+        "from .a import KNOWN\nfrom . import b\ndef stage(x): return KNOWN[0]()",
+        a="KNOWN = []\nregister = KNOWN.append",
+        b="from .a import register\ndef f(): return EDITED\nDONE = list(map(register, [f]))",
+    ),
+    "a class that only a type checker imports, unquoted": project(
+        "from __future__ import annotations\nimport typing\nif typing.TYPE_CHECKING:\n    from .a import C\n"
+        "def stage(x: C): return x.m()",
+        a="class C:\n    def m(self): return EDITED",
+    ),
     "a registration by a call": project(
         "from .a import KNOWN\nfrom . import b\ndef stage(x): return KNOWN[x]()",
         a="KNOWN = {}\ndef register(name, f): KNOWN[name] = f",
