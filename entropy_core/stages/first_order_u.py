@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import adamw, losses, ragged
-from entropy_core.numerics.losses import TokenPair
+from entropy_core.numerics.functional import TokenPair
 from entropy_core.policy import Policy
 from entropy_core.stages.derivatives import forward_mode
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
