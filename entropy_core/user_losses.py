@@ -18,7 +18,8 @@ from torch import Tensor
 from entropy_core import user_functions
 from entropy_core.errors import ConfigError, LossError, ProbeError, one_line
 from entropy_core.numerics import losses, ragged
-from entropy_core.numerics.losses import LOSSES, LossBatch, LossFunction, TokenPair
+from entropy_core.numerics.functional import TokenPair
+from entropy_core.numerics.losses import LOSSES, LossBatch, LossFunction
 
 SIGNATURE = "write def loss(batch): … that returns a scalar tensor made of batch.logprobs_K"
 

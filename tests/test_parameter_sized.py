@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from entropy_core.store.__main__ import main
 from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, values
 
 from entropy_core import file_digests
@@ -18,7 +19,6 @@ from entropy_core.stages import pipeline
 from entropy_core.stages.plan import plan
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Stage, Store, archive, runs
-from entropy_core.store.__main__ import main
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,12 @@ clipping it does nothing, so the losses do without.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
+from entropy_core.numerics.functional import TokenPair
 
 
 @dataclass(frozen=True)
@@ -191,17 +191,6 @@ LOSSES: dict[str, LossFunction] = {
     "rloo": rloo,
     "reinforce": reinforce,
 }
-
-
-class TokenPair(NamedTuple):
-    """One number for the ℓ and one for the h of every token, float64 [K]: coefficients, or derivatives."""
-
-    logprob_K: Tensor
-    entropy_K: Tensor
-
-    def dot(self, other: "TokenPair") -> Tensor:
-        """The product, token by token, of both numbers: [K]."""
-        return self.logprob_K * other.logprob_K + self.entropy_K * other.entropy_K
 
 
 def coefficients(loss: LossFunction, batch: LossBatch) -> TokenPair:

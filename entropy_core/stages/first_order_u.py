@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import adamw, losses, ragged
-from entropy_core.numerics.losses import TokenPair
+from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm
 from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.policy import Policy

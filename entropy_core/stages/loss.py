@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from entropy_core import user_functions, user_losses
-from entropy_core.numerics.losses import LossBatch, LossFunction, TokenPair
+from entropy_core.numerics.functional import TokenPair
+from entropy_core.numerics.losses import LossBatch, LossFunction
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer

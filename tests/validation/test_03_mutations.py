@@ -172,8 +172,8 @@ MUTATIONS = (
     Mutation(
         "the step's own entropy in the reward to go",
         "numerics/baselines",
-        "return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1), remaining_K)",
-        "return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1) + entropies_K.double(), remaining_K)",
+        "return after_K + values_K if functional.of_action else after_K",
+        "return after_K + values_K",
         "test_enumeration",
     ),
     Mutation(
@@ -182,6 +182,20 @@ MUTATIONS = (
         "return total_T[position_K] - own_K",
         "return total_T[position_K]",
         "test_enumeration",
+    ),
+    Mutation(
+        "a value that depends on its own token weighted without it",
+        "numerics/importance",
+        "return self.after_K if functional.of_action else self.before_K",
+        "return self.before_K",
+        "test_functional",
+    ),
+    Mutation(
+        "a term in the log-probability left out of a functional's derivative",
+        "numerics/functional",
+        "return TokenPair(*torch.autograd.grad(values_K.sum(), ends, materialize_grads=True))",
+        "return TokenPair(0 * ends[0].detach(), *torch.autograd.grad(values_K.sum(), ends[1], materialize_grads=True))",
+        "test_functional",
     ),
     Mutation(
         "prefix weights one step late",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from entropy_core.numerics import ragged
 from entropy_core.numerics.baselines import Baseline
-from entropy_core.numerics.first_order import FirstOrderColumns
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Normalization, entropy_derivative, snis_derivative, standard_error
 from entropy_core.read_config import load_config
@@ -91,7 +91,11 @@ def alternatives(
     columns = {name: evaluation_batch(tokens, offsets_N1, name).columns for name in ("none", DEFAULT, *OTHERS)}
     none = columns.pop("none")
     logprob_N, score_N = (ragged.sequence_sum(x_K, offsets_N1) for x_K in (tokens.logprobs_K, tokens.dlogprobs_K))
-    plain = FirstOrderColumns(-logprob_N * score_N, none.T_N * score_N, 0 * score_N, -logprob_N, none.T_N)
+    T_N = none[LENGTH].total_N
+    plain = {
+        ENTROPY: Columns(-logprob_N, -logprob_N * score_N, 0 * score_N),
+        LENGTH: Columns(T_N, T_N * score_N, 0 * score_N),
+    }
     estimates = {
         "score function": entropy_derivative(plain, normalization),
         "no baseline": entropy_derivative(none, normalization),
