@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from entropy_core.store.__main__ import main
 from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, values
 
 from entropy_core import file_digests
 from entropy_core.artifact import Artifact
 from entropy_core.config import VarianceRequest
-from entropy_core.errors import UnsoundError
+from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import pipeline
 from entropy_core.stages.plan import plan
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Stage, Store, archive, runs
+from flows.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_statistics_and_plans_read_none_of_them(first, tmp_path, monkeypatch):
         update={"execution": first.config.execution.model_copy(update={"artifacts": str(root)})}
     )
     assert all(step.cached for step in plan(config, first.checkpoints, store))
-    assert main(["--root", str(root), "verify"]) == 1, "only this reads everything"
+    assert main(["store", "verify", "--artifacts", str(root)]) == 1, "only this reads everything"
 
 
 def vectors(out, execution):
@@ -98,9 +98,9 @@ def test_an_archive_leaves_them_out(recorded, tmp_path, capsys):
     assert names == {"manifest.json", "rows.json", "vectors.dropped"}
     [there] = other.ls()
     assert there == made and there.json("rows.json") == [1]
-    with pytest.raises(UnsoundError, match=r"direction\.safetensors is missing"):
+    with pytest.raises(StoreError, match=r"direction\.safetensors of artifact .* is not kept"):
         there.path("vectors/direction.safetensors")
-    assert main(["--root", str(other.root), "verify"]) == 0
+    assert main(["store", "verify", "--artifacts", str(other.root)]) == 0
     again, _ = imported(other, tmp_path / "again.tar", vectors=True)
     assert again == names, "what was left out is not there to be packed"
     assert (tmp_path / "again.tar").read_bytes() == (tmp_path / "run.tar").read_bytes()
@@ -113,7 +113,7 @@ def test_an_archive_has_them_when_asked_for(recorded, tmp_path, capsys):
     [there] = other.ls()
     assert there.tensors("vectors/direction.safetensors")["a.weight"].sum() == 250
     ruin(made.directory / "vectors" / "direction.safetensors")
-    command = ["--root", str(store.root), "export", "a-run", str(tmp_path / "x.tar"), "--with-vectors"]
+    command = ["store", "export", "a-run", str(tmp_path / "x.tar"), "--with-vectors", "--artifacts", str(store.root)]
     assert main(command) == 2 and "direction.safetensors was altered" in capsys.readouterr().err
 
 
