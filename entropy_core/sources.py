@@ -19,6 +19,17 @@ Stamps = dict[Path, tuple[frozenset[Identity], ...]]
 """Which files were found at each path, for each digest that it is known by."""
 
 
+class Sources(dict[str, Path]):
+    """Digest → the file or folder that has it, as they were when a sweep began."""
+
+    def __missing__(self, digest: str) -> Path:
+        raise ConfigError(
+            f"a file of digest {digest[:12]} is none of those that the sweep began with",
+            cause="a prompt, reward or loss file changed after the sweep had begun",
+            way_out="run the sweep again: what does not depend on it is reused",
+        )
+
+
 def content_digest(path: Path) -> str:
     """Content digest of a file; of a folder, that of the data files in it by their names, wherever the folder lies.
 

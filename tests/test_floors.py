@@ -175,7 +175,7 @@ def test_what_handles_no_sequence_does_not_reach_the_policy():
 
 def test_no_stage_reaches_what_it_has_no_use_for():
     """The store and the sources that it looks after, and what comes before or after a stage in a sweep."""
-    no_use = core("store", "manifest", "sources", "file_digests", "code_identity", "config", "execution")
+    no_use = core("store", "manifest", "sources", "code_identity", "config", "execution")
     no_use |= core("stages.pipeline", "stages.measure", "stages.preflight", "stages.memory")
     assert not {stage.name: found for stage in STAGES if (found := reached(stage) & no_use)}
     sampling = reached(next(stage for stage in STAGES if stage.name == "sample-e-batch"))

@@ -21,7 +21,7 @@ from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.manifest import recipe_key
 from entropy_core.read_config import parse_config
-from entropy_core.sources import content_digest
+from entropy_core.sources import Sources, content_digest
 from entropy_core.stages import catalogue as stage
 from entropy_core.stages.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.stages.measure import Inputs, Measurement, Runner, keep, load_checkpoint, load_pool, source_of
@@ -61,7 +61,7 @@ def execution_for(
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
     """The execution settings of a sweep."""
-    paths = {digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()}
+    paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
     if config.update.reference:
         reference = Path(config.update.reference).resolve()
         paths.setdefault(weights_digest(reference), reference)
