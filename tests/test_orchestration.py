@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from entropy_core.execution import Execution
 from entropy_core.read_config import parse_config
 from entropy_core.stages.plan import plan
 from entropy_core.stages.preflight import preflight
+from entropy_core.stages.repairs import with_repairs
 from entropy_core.store import Stage, Store
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.plan import plan_table
@@ -144,14 +146,32 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["numbers.bin", "manifest.json"])
-@pytest.mark.parametrize("damage", [Path.unlink, _truncate, _flip])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("numbers.bin", Path.unlink),
+        ("numbers.bin", _truncate),
+        *(("manifest.json", damage) for damage in (Path.unlink, _truncate, _flip)),
+    ],
+)
 def test_a_damaged_artifact_is_computed_again(store, damage: Callable[[Path], None], name):
     draw_and_add(store)
     (artifact,) = (artifact for artifact in store.ls() if artifact.stage == "draw")
     damage(artifact.directory / name)
     assert draw_and_add(store) == {"draw": "Completed", "add": "Cached"}
     assert draw_and_add(store) == {"draw": "Cached", "add": "Cached"}
+
+
+def test_what_turns_out_to_be_damaged_when_it_is_opened_is_computed_again(store):
+    """Nobody opens it while what was made of it is there; then the task that does fails, and the next try is whole."""
+    draw_and_add(store)
+    drawn, added = sorted(store.ls(), key=lambda artifact: artifact.stage, reverse=True)
+    _flip(drawn.directory / "numbers.bin")
+    assert draw_and_add(store) == {"draw": "Cached", "add": "Cached"}
+    shutil.rmtree(added.directory)
+    assert with_repairs(store, lambda: draw_and_add(store)) == {"draw": "Completed", "add": "Completed"}
+    assert CALLS == ["draw", "add", "add", "draw", "add"]
+    assert {artifact.digest for artifact in store.ls()} == {drawn.digest, added.digest}
 
 
 def test_a_moved_store_is_still_cached(store, tmp_path):
