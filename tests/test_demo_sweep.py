@@ -249,7 +249,7 @@ def test_every_other_command_of_the_documentation_runs(first, tmp_path):
             command = command.replace("4f1c09", keys[0][:12]).replace("b2277e", keys[1][:12])
         run(["bash", "-c", command.replace("entropy-probe", shlex.quote(str(COMMAND)))], folder=tmp_path)
     recorded = run([str(COMMAND), "runs"], folder=tmp_path)
-    assert {"my-run", "lora", "new"} <= set(re.findall(r"(\S+)-[0-9a-f]{12} ", recorded))
+    assert {"my-run", "lora", "old"} <= set(re.findall(r"(\S+)-[0-9a-f]{12} ", recorded))
 
 
 @pytest.mark.parametrize("era", ["seed_era", "final_era"])
