@@ -16,7 +16,7 @@ from torch import Tensor
 BLOCK = 2**14
 """Numbers in a block: a dozen float64 arrays of this length stay in a core's cache."""
 
-SHARE = 16  # blocks that a thread is given at one time
+SHARE = 4  # blocks that a thread is given at one time
 
 K = TypeVar("K", bound=Any)  # a name or a Block: anything that can be sorted
 T = TypeVar("T")
