@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench docs clean
-help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench docs clean:
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench check-device docs clean
+help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench check-device docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -15,6 +15,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	done; echo python3)
 CONFIG ?= configs/demo.yaml
 PORT ?= 4200
+OUT ?= artifacts/device.json
 BIN := .venv/bin
 
 # Nothing is sent to anybody, and no test finds a server that it was not told of.
@@ -26,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench docs clean
+.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench check-device docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
@@ -34,26 +35,28 @@ help:
 	@echo "make sweep-smollm2   the same for a LoRA run of SmolLM2-135M-Instruct"
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT), CONFIG: what the form begins with"
 	@echo "make test    lint, check types, run the tests"
-	@echo "make test-sweep   run the README's commands on the demo run, and check what they leave (some minutes)"
+	@echo "make test-sweep   run the documentation's commands on the demo run, also installed elsewhere (some minutes)"
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, race for a key (docs/chaos.md is written from it);"
-	@echo "             fill the disk, kill servers and runners (ten minutes)"
+	@echo "             fill the disk, kill servers and runners; then attack (a quarter of an hour)"
 	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (long)"
+	@echo "make check-device   whether the device here computes what a CPU does, how fast, and what fits (eight minutes on a GPU);"
+	@echo "             TINY=1: small models only, under a minute; OUT=$(OUT): where the JSON goes"
 	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
 	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
 	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"
 
 sweep: .venv/.installed
 	@case "$(CONFIG)" in configs/demo.yaml) $(BIN)/python -m entropy_core.demo --out artifacts/demo-run ;; esac
-	@$(BIN)/python -m flows.local sweep --config "$(CONFIG)"
+	@$(BIN)/entropy-probe sweep "$(CONFIG)"
 
 sweep-smollm2: .venv/.smollm2
 	@$(BIN)/python -m entropy_core.smollm2 --out artifacts/smollm2
-	@$(BIN)/python -m flows.local sweep --config configs/smollm2.yaml
+	@$(BIN)/entropy-probe sweep configs/smollm2.yaml
 
 ui: .venv/.installed
-	@$(BIN)/python -m flows.local up --config "$(CONFIG)" --port $(PORT)
+	@$(BIN)/entropy-probe ui "$(CONFIG)" --port $(PORT)
 
 # A process for each core: the tests' tensors are too small for threads.
 test: .venv/.installed
@@ -63,21 +66,25 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-sweep: .venv/.installed
-	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py
+	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py tests/test_packaging.py
 
 test-ui: .venv/.ui
 	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
-	$(BIN)/python -m pytest -m ui tests/test_ui.py
+	$(BIN)/python -m pytest -m ui tests/test_ui.py tests/test_ui_door.py
 
 validate: .venv/.installed
 	$(BIN)/python -m pytest -m "validate or chaos" tests/validation tests/test_chaos.py
 
 chaos: .venv/.installed
 	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py
+	$(BIN)/python -m pytest -m attack
 
 # With SmolLM2's weights and LoRA run where make sweep-smollm2 has left them, else with random weights of its shape.
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks
+
+check-device: .venv/.installed
+	@$(BIN)/python -m benchmarks.device $(if $(TINY),--tiny) --out "$(OUT)"
 
 docs: .venv/.installed
 	$(BIN)/python -m entropy_core.reference docs

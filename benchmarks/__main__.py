@@ -14,6 +14,7 @@ import transformers
 
 from benchmarks import model_shape, passes, sampling, scale, time_to_error
 from benchmarks.common import Row
+from benchmarks.device.page import section
 
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "sampling": sampling.sampling,
@@ -27,6 +28,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "time_to_error": time_to_error.time_to_error,
 }
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+DEVICE = DOCS / "device.json"
 
 
 def main() -> None:
@@ -120,7 +122,8 @@ def page(found: dict) -> str:
         lines += ["", "## Why a mark is missed", ""]
         lines += [f"- {'; '.join(names)}: {reason}" for reason, names in missed.items()]
     dates = sorted({row["date"] for row in found["rows"]})
-    return "\n".join([*lines, "", f"Measured {' and '.join(dates)}.", ""])
+    device = json.loads(DEVICE.read_text(encoding="utf-8")) if DEVICE.exists() else None
+    return "\n".join([*lines, "", f"Measured {' and '.join(dates)}.", "", *section(device), ""])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged, uncertainty
-from entropy_core.numerics.first_order import FirstOrderColumns
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns
 from entropy_core.numerics.uncertainty import Estimate, Normalization
 from entropy_core.policy import Policy
 
@@ -55,7 +55,10 @@ def derivative(
     def centred(values_N: Tensor) -> Tensor:
         return (values_N - values_N.mean()) * N / (N - 1)
 
-    columns = FirstOrderColumns(local_N + centred(S_N) * score_N, centred(T_N) * score_N, local_N, S_N, T_N)
+    columns = {
+        ENTROPY: Columns(S_N, local_N + centred(S_N) * score_N, local_N),
+        LENGTH: Columns(T_N, centred(T_N) * score_N, torch.zeros_like(T_N)),
+    }
     return uncertainty.entropy_derivative(columns, normalization)
 
 

@@ -140,8 +140,9 @@ def _recorded(seen: dict[tuple[int, int], float]) -> Any:
 
     def recording(seed: int, purpose: Purpose, sequence: Tensor, position: Tensor | int = 0) -> Tensor:
         values = plain(seed, purpose, sequence, position)
-        if isinstance(position, Tensor):  # a token; a prompt is drawn without one
-            seen.update(zip(zip(sequence.tolist(), position.tolist(), strict=True), values.tolist(), strict=True))
+        if purpose in (Purpose.E_TOKEN, Purpose.U_TOKEN):
+            of, at = (x.flatten().tolist() for x in torch.broadcast_tensors(sequence, torch.as_tensor(position)))
+            seen.update(zip(zip(of, at, strict=True), values.flatten().tolist(), strict=True))
         return values
 
     return mock.patch.object(philox, "uniforms", recording)

@@ -15,8 +15,9 @@ import torch
 from benchmarks.common import Row, Run, peak_megabytes
 from benchmarks.reasons import by_stage
 from entropy_core.demo import main as make_demo_run
-from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, Tokens, measured
+from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, measured
 from entropy_core.numerics import ragged
+from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.uncertainty import entropy_derivative
 from flows.service import environment, service
 
@@ -104,11 +105,13 @@ def _statistics(shards: int) -> Run:
         generator = torch.Generator().manual_seed(shard)
         lengths_N = torch.randint(1, 2000, (size,), generator=generator)
         columns = torch.randn(4, int(lengths_N.sum()), generator=generator)
-        return Tokens(-columns[0].abs(), columns[1].abs(), *columns[2:], ragged.offsets_from_lengths(lengths_N))
+        along, offsets_N1 = TokenPair(*columns[2:]), ragged.offsets_from_lengths(lengths_N)
+        return Tokens(-columns[0].abs(), columns[1].abs(), offsets_N1, along)
 
     def moved() -> Iterator[MovedTokens]:
         for at in map(tokens, range(shards)):
-            yield MovedTokens(at.logprobs_K + ETA * at.dlogprobs_K, at.entropies_K + ETA * at.dentropies_K)
+            along = at.derivatives
+            yield MovedTokens(at.logprobs_K + ETA * along.logprob_K, at.entropies_K + ETA * along.entropy_K)
 
     def run() -> None:
         batch = EvaluationBatch.of([partial(tokens, shard) for shard in range(shards)], None, "time_loo")

@@ -18,10 +18,11 @@ from entropy_core import estimates
 from entropy_core.artifact import Artifact
 from entropy_core.batched_sequences import BatchedSequences, LogprobResults
 from entropy_core.demo import main as make_demo_run
-from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, Tokens, measured
+from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, measured
 from entropy_core.numerics import ragged
+from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.uncertainty import entropy_derivative
-from entropy_core.read_config import parse_config
+from entropy_core.read_config import load_config, parse_config
 from entropy_core.stages.derivatives import forward_mode
 from entropy_core.stages.measure import Measurement, load_checkpoint, load_pool
 from entropy_core.stages.pipeline import direct_runner, execution_for
@@ -46,9 +47,7 @@ def time_to_error() -> Iterator[Row]:
     make_demo_run(["--out", "artifacts/demo-run"])
     yield from _compared("demo run, 1,024 sequences", DEMO, rounds=3)
     if SMOLLM2.exists():
-        import yaml
-
-        config = yaml.safe_load(Path("configs/smollm2.yaml").read_text(encoding="utf-8"))
+        config = load_config("configs/smollm2.yaml").model_dump(mode="json")
         config["batch_config"]["E_replicates"] = 1
         yield from _compared("SmolLM2 LoRA run, 128 sequences", config, rounds=1)
 
@@ -134,7 +133,7 @@ def _errors(found: dict[str, Any], learning_rate: float) -> Iterator[tuple[str, 
     """Standard errors given U, per token, of both ways on the same batch."""
     base: LogprobResults = found["base"]
     _, _, dlogprobs_K, dentropies_K = found["derivatives"]
-    tokens = Tokens(base.logprobs_K, base.entropies_K, dlogprobs_K, dentropies_K, base.offsets_N1)
+    tokens = Tokens(base.logprobs_K, base.entropies_K, base.offsets_N1, TokenPair(dlogprobs_K, dentropies_K))
     batch = EvaluationBatch.of([lambda: tokens], None, "time_loo")
     theirs = predecessor.derivative(base.entropies_K, dlogprobs_K, dentropies_K, base.offsets_N1, "per_token")
     ours = entropy_derivative(batch.columns, "per_token")

@@ -14,6 +14,7 @@ from entropy_core.adapters import PEFT_PREFIX, adapter_tensors, check_adapter, i
 from entropy_core.checkpoint_content import SAVE_AGAIN, StoredTensor, read_json, stored_tensors
 from entropy_core.checkpoint_layout import Layout
 from entropy_core.errors import CheckpointError, one_line, some_names
+from entropy_core.model_config import check_generation_config, check_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +81,7 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
 
     model = _empty_model(layout.architecture)
     of_model = _shapes(model)
+    check_generation_config(layout.architecture, model.get_input_embeddings().weight.shape[0])
     said = _check_weights(layout.architecture, model)
     stored = stored_tensors(layout.architecture)
     if layout.base is not None:
@@ -106,6 +108,7 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
 def _empty_model(directory: Path) -> "PreTrainedModel":
     import transformers
 
+    check_model_config(directory)
     if "quantization_config" in read_json(directory / "config.json"):
         raise CheckpointError(
             f"{directory}/config.json has a quantization_config, and quantised weights have no derivative",

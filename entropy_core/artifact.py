@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from entropy_core.errors import StoreError
-from entropy_core.manifest import DROPPED, MANIFEST, VECTORS, check_file, check_manifest, json_text
+from entropy_core.errors import StoreError, UnsoundError
+from entropy_core.manifest import DROPPED, MANIFEST, VECTORS, check_file, check_manifest, json_text, may_name_file
 
 if TYPE_CHECKING:  # loaded where they are used: looking an artifact up takes neither
     import pyarrow
@@ -44,7 +44,7 @@ class Artifact:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The verified manifest; shared, so not to be changed. Raises StoreError as `path` does."""
+        """The verified manifest; shared, so not to be changed. Raises UnsoundError as `path` does."""
         manifest, fault = check_manifest(self.directory, self.stage, self.key)
         if not fault and manifest["digest"] != self.digest:
             fault = f"the store now has other content under this key (digest {manifest['digest'][:12]})"
@@ -54,11 +54,11 @@ class Artifact:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the stage's function returned. Raises StoreError as `path` does."""
+        """What the stage's function returned. Raises UnsoundError as `path` does."""
         return self.manifest["summary"]
 
     def path(self, name: str) -> Path:
-        """Locate one data file, verified.
+        """Locate one data file, verified: its content is read, unless it was before and the file has not changed.
 
         Args:
             name: the file's path relative to the artifact's directory.
@@ -67,22 +67,25 @@ class Artifact:
             Its path.
 
         Raises:
-            StoreError: the artifact has no such file, or the file or the manifest is missing or altered.
+            StoreError: the artifact has no such file.
+            UnsoundError: the file or the manifest is missing or altered.
         """
         entry = self.manifest["files"].get(name)
-        fault = check_file(self.directory / name, entry) if entry else f"it has no file {name}"
-        if fault and name.startswith(VECTORS) and (self.directory / DROPPED).exists():
+        if entry is None:
+            fact = f"artifact {self.stage}/{self.key} in {self.root} has no file {name}"
+            raise StoreError(fact, cause="another version of this stage made it", way_out="run the sweep again")
+        if name.startswith(VECTORS) and (self.directory / DROPPED).exists():
             raise StoreError(
                 f"{name} of artifact {self.stage}/{self.key} is not kept",
                 cause="another sweep with execution.keep_vectors: false let it go meanwhile",
                 way_out="run the sweep again: what it needs of it is computed anew",
             )
-        if fault:
+        if fault := check_file(self.directory / name, entry):
             raise self._unsound(fault)
         return self.directory / name
 
     def tensors(self, name: str = "tensors.safetensors") -> "dict[str, torch.Tensor]":
-        """Load the tensors of a safetensors file, onto the CPU. Raises StoreError as `path` does."""
+        """Load the tensors of a safetensors file, onto the CPU. Raises UnsoundError as `path` does."""
         from safetensors.torch import load_file
 
         return load_file(self.path(name))
@@ -94,13 +97,13 @@ class Artifact:
         return TensorFile(self.path(f"{VECTORS}{name}.safetensors"))
 
     def table(self, name: str) -> "pyarrow.Table":
-        """Load a Parquet file. Raises StoreError as `path` does."""
+        """Load a Parquet file. Raises UnsoundError as `path` does."""
         import pyarrow.parquet
 
         return pyarrow.parquet.ParquetFile(self.path(name)).read()
 
     def json(self, name: str) -> Any:
-        """Load a JSON file. Raises StoreError as `path` does."""
+        """Load a JSON file. Raises UnsoundError as `path` does."""
         return json.loads(self.path(name).read_bytes())
 
     def to_dict(self) -> dict[str, str]:
@@ -112,12 +115,14 @@ class Artifact:
         """Make the artifact that `to_dict` described, in the store at `root`. Nothing is read until it is used."""
         return cls(reference["stage"], reference["key"], reference["digest"], Path(root).absolute())
 
-    def _unsound(self, fault: str) -> StoreError:
-        return StoreError(
+    def _unsound(self, fault: str) -> UnsoundError:
+        error = UnsoundError(
             f"artifact {self.stage}/{self.key} in {self.root} cannot be used: {fault}",
             cause="a file was deleted, edited or damaged after it was written",
             way_out="run the sweep again: what is unsound is set aside and computed anew",
         )
+        error.stage, error.key = self.stage, self.key
+        return error
 
 
 class Writer:
@@ -136,8 +141,7 @@ class Writer:
             StoreError: the name leads outside the artifact, or is the manifest's.
         """
         path = self._directory / name
-        outside = Path(name).is_absolute() or ".." in Path(name).parts
-        if outside or path in (self._directory, self._directory / MANIFEST, self._directory / DROPPED):
+        if not may_name_file(name):
             raise StoreError(f"{name!r} cannot name a data file", way_out=f"use a relative path other than {MANIFEST}")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -227,13 +231,18 @@ def canonical(value: Any, where: str = "inputs") -> Any:
     )
 
 
-def upstream(value: Any) -> Iterator[dict[str, str]]:
-    """References to the artifacts among the inputs of a stage, at any depth; see `Artifact.to_dict`."""
+def artifacts_in(value: Any) -> Iterator[Artifact]:
+    """Every artifact among the inputs of a stage, at any depth."""
     if isinstance(value, Artifact):
-        yield value.to_dict()
+        yield value
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from upstream(item)
+            yield from artifacts_in(item)
+
+
+def upstream(value: Any) -> list[dict[str, str]]:
+    """References to the artifacts among the inputs of a stage; see `Artifact.to_dict`."""
+    return [artifact.to_dict() for artifact in artifacts_in(value)]
 
 
 def _sort_metadata(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Sequences and what is known of their tokens, flat with offsets; the micro-batches that a policy is given of them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +34,13 @@ class BatchedSequences:
 
     def select(self, chosen_B: Tensor) -> "BatchedSequences":
         """Some of the sequences, in the given order."""
-        prompts, responses = ([f(i) for i in chosen_B.tolist()] for f in (self.prompt, self.response))
-        nothing = self.prompt_tokens[:0]
         return BatchedSequences(
             sequence_ids_N=self.sequence_ids_N[chosen_B],
             prompt_ids_N=self.prompt_ids_N[chosen_B],
             draws_N=self.draws_N[chosen_B],
-            prompt_tokens=torch.cat([nothing, *prompts]),
+            prompt_tokens=self.prompt_tokens[ragged.token_index(self.prompt_offsets_N1, chosen_B)],
             prompt_offsets_N1=ragged.offsets_from_lengths(ragged.lengths(self.prompt_offsets_N1)[chosen_B]),
-            response_tokens_K=torch.cat([nothing, *responses]),
+            response_tokens_K=self.response_tokens_K[ragged.token_index(self.response_offsets_N1, chosen_B)],
             response_offsets_N1=ragged.offsets_from_lengths(self.lengths_N[chosen_B]),
             finish_reasons=tuple(self.finish_reasons[i] for i in chosen_B.tolist()),
         )
@@ -94,26 +91,36 @@ def require_finite(values_K: Tensor, sequences: BatchedSequences) -> None:
 
 
 def teacher_forced_rows(
-    sequences: BatchedSequences, chosen: Sequence[int], device: torch.device
+    sequences: BatchedSequences, chosen_B: Tensor, device: torch.device
 ) -> tuple[Tensor, TeacherForcedRows]:
     """A micro-batch.
 
     Args:
         sequences: what to choose from.
-        chosen: indices.
+        chosen_B: int64 [B], indices.
         device: where to put it.
 
     Returns:
         The flat token indices [K] that it covers, on the CPU, and the micro-batch.
     """
-    full = [torch.cat([sequences.prompt(i), sequences.response(i)]) for i in chosen]
-    prompt_lengths = [len(sequences.prompt(i)) for i in chosen]
-    lengths = [len(sequences.response(i)) for i in chosen]
-    input_ids_BL = torch.nn.utils.rnn.pad_sequence(full, batch_first=True)  # pads with token 0, which nobody attends
-    row_K = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(lengths))
-    position_K = torch.cat([torch.arange(p - 1, p - 1 + t) for p, t in zip(prompt_lengths, lengths, strict=True)])
-    tokens_K = torch.cat([sequences.response(i) for i in chosen])
-    start = sequences.response_offsets_N1
-    token_index_K = torch.cat([torch.arange(int(start[i]), int(start[i + 1])) for i in chosen])
-    rows = TeacherForcedRows(input_ids_BL, row_K, position_K, tokens_K)
-    return token_index_K, TeacherForcedRows(*(tensor.to(device) for tensor in rows))
+    token_index_K = ragged.token_index(sequences.response_offsets_N1, chosen_B)
+    tokens_K = sequences.response_tokens_K[token_index_K]
+    prompts_B1, responses_B1 = (
+        ragged.offsets_from_lengths(ragged.lengths(offsets_N1)[chosen_B])
+        for offsets_N1 in (sequences.prompt_offsets_N1, sequences.response_offsets_N1)
+    )
+    prompt_lengths_B, row_K = ragged.lengths(prompts_B1), ragged.sequence_index(responses_B1)
+    column_K = ragged.position_index(responses_B1) + prompt_lengths_B[row_K]
+    longest = int((prompt_lengths_B + ragged.lengths(responses_B1)).max())
+    input_ids_BL = tokens_K.new_zeros(len(chosen_B), longest)  # pads with token 0, which nobody attends
+    of_prompts = ragged.token_index(sequences.prompt_offsets_N1, chosen_B)
+    where = ragged.sequence_index(prompts_B1), ragged.position_index(prompts_B1)
+    input_ids_BL[where] = sequences.prompt_tokens[of_prompts]
+    input_ids_BL[row_K, column_K] = tokens_K
+    rows = TeacherForcedRows(input_ids_BL, row_K, column_K - 1, tokens_K)
+    return token_index_K, TeacherForcedRows(*(to_device(tensor, device) for tensor in rows))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device; a GPU fetches it from pinned memory while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -84,6 +84,12 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
         expected = read_json(directory / index).get("weight_map") or {}
         if not isinstance(expected, dict) or not expected:
             raise CheckpointError(f"{directory / index} has no weight_map", way_out=SAVE_AGAIN)
+        if wrong := [str(shard) for shard in expected.values() if not _is_file_name(shard)]:
+            raise CheckpointError(
+                f"{directory / index} names shards that are not files beside it: {some_names(dict.fromkeys(wrong))}",
+                cause="the index was edited, or belongs to another folder",
+                way_out="have all shards in one folder, under plain names",
+            )
         shards = sorted(set(expected.values()))
     found: dict[str, StoredTensor] = {}
     where: dict[str, str] = {}
@@ -106,6 +112,10 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
             way_out=SAVE_AGAIN,
         )
     return found
+
+
+def _is_file_name(shard: object) -> bool:
+    return isinstance(shard, str) and shard not in ("", ".", "..") and not set(shard) & {"/", "\\", "\0"}
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":

@@ -15,34 +15,23 @@ import json
 import math
 import os
 import re
-import threading
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from entropy_core.checkpoint_content import SAVE_AGAIN
 from entropy_core.errors import CheckpointError, one_line
+from entropy_core.file_digests import file_digest
 
-TOKENIZER_FILES = (
-    "config.json",  # names the tokenizer's class where nothing else does
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates/*",
-)
-POLICY_FILES = (
-    *TOKENIZER_FILES,
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "adapter_config.json",
-)
 TRAINER_FILES = ("optimizer.pt", "optimizer_param_names.json", "trainer_state.json", "training_info.json")
-RESULT_FILES = (*POLICY_FILES, *TRAINER_FILES)
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "generation_config.json")
+BYSTANDERS = (
+    *("training_args.bin", "rng_state*", "random_states_*", "scheduler.pt", "scaler.pt"),  # to resume a training
+    *("events.out.tfevents.*", "*.log", "*_results.json", "latest", "zero_to_fp32.py"),  # beside it
+    *("*.bin", "*.bin.index.json", "*.pkl", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"),  # never read
+    *("README*", "*.md", "LICENSE*", "NOTICE*", "*.png", "*.html", "*.py", ".*", "*~", "*.tmp", "*.lock"),  # for people
+)
+"""Files on which no result depends. All others count, for a tokenizer may be made of files of any name."""
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 
@@ -96,38 +85,13 @@ def model_directory(directory: Path) -> Path:
 
 # --- digests ---------------------------------------------------------------------------------------------------------
 
-_digests: dict[tuple[int, int, int, int], str] = {}
-_digests_lock = threading.Lock()
 
-
-def file_digest(path: Path) -> str:
-    """Content digest of one file, hashed once per process, and again when its inode, size or mtime has changed.
-
-    Args:
-        path: any file.
-
-    Returns:
-        SHA-256 in hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with Path(path).open("rb") as file, _digests_lock:
-        stat = os.fstat(file.fileno())
-        identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if identity not in _digests:
-            _digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
-        return _digests[identity]
-
-
-def file_digests(directory: Path, patterns: Sequence[str] = RESULT_FILES) -> dict[str, str]:
-    """Content digests of the files that a result depends on.
-
-    Files that only matter to resuming the training are left out: `training_args.bin`, `rng_state*`, `scheduler.pt`.
+def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]:
+    """Content digests of the files that a result may depend on: all but the known bystanders.
 
     Args:
         directory: a checkpoint directory.
-        patterns: which files count.
+        besides: patterns of further files that do not count.
 
     Returns:
         File name → SHA-256 in hexadecimal, sorted by name.
@@ -141,7 +105,7 @@ def file_digests(directory: Path, patterns: Sequence[str] = RESULT_FILES) -> dic
     names = sorted(path.relative_to(directory).as_posix() for path in candidates if path.is_file())
     digests = {}
     for name in names:
-        if any(fnmatch(name, pattern) for pattern in patterns):
+        if not any(fnmatch(name, pattern) for pattern in (*BYSTANDERS, *besides)):
             try:
                 digests[name] = file_digest(directory / name)
             except OSError as error:
@@ -166,12 +130,12 @@ def checkpoint_digest(directory: Path) -> str:
     digests = file_digests(directory)
     model = model_directory(directory)
     if model != directory:
-        digests |= {f"model/{name}": digest for name, digest in file_digests(model, POLICY_FILES).items()}
+        digests |= {f"model/{name}": digest for name, digest in file_digests(model, TRAINER_FILES).items()}
     return _sha256(digests)
 
 
 def weights_digest(directory: Path) -> str:
-    """One digest of the files that determine the policy: not `optimizer.pt`, which is not read, nor the trainer's step.
+    """One digest of the files that may determine the policy: not `optimizer.pt`, which is not read, nor the step.
 
     Args:
         directory: of a model or of an adapter.
@@ -182,11 +146,11 @@ def weights_digest(directory: Path) -> str:
     Raises:
         CheckpointError: as `file_digests` does.
     """
-    return _sha256(file_digests(directory, POLICY_FILES))
+    return _sha256(file_digests(directory, TRAINER_FILES))
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """One digest of the files that the tokenizer is made of: the checkpoints of a run have the same.
+    """One digest of the files that the tokenizer may be made of: the checkpoints of a run have the same.
 
     Args:
         directory: a checkpoint directory.
@@ -197,7 +161,7 @@ def tokenizer_digest(directory: Path) -> str:
     Raises:
         CheckpointError: as `file_digests` does.
     """
-    return _sha256(file_digests(directory, TOKENIZER_FILES))
+    return _sha256(file_digests(directory, (*TRAINER_FILES, *WEIGHT_FILES)))
 
 
 def _sha256(digests: dict[str, str]) -> str:

@@ -1,57 +1,83 @@
-"""Which code made a number: a digest of every project module that a function can reach.
+"""Which code made a number: a digest of the definitions that a function can reach.
 
-The imports of the function's module are followed without running anything: at any depth of nesting, from module to
-module, within the function's own top-level package and `entropy_core`. Each module counts by what Python executes:
-comments, formatting, docstrings and `if TYPE_CHECKING:` blocks do not change a digest; a helper, a constant, a default
-or an annotation does. Libraries do not count; their versions are recorded elsewhere.
+From the function on, every name is followed to what it is bound to, through imports and re-exports, from module to
+module, within the function's own top-level package and `entropy_core`; nothing is run. What counts is
 
-What static analysis cannot see does not count either: a module imported by a computed name, or used as an attribute of
-a package that some other module filled (`import entropy_core.numerics as n; n.philox`). Import what you use, by name.
+* functions and constants that something reached names, with decorators, defaults and annotations;
+* classes that it names, also in quoted annotations: all but their methods, and of these the ones between two
+  underscores, those whose name is asked of any object by anything reached, and all of a class that has a base from
+  outside the project, which may call them;
+* what runs for its effect when the modules are imported: statements that are neither definitions nor assignments, and
+  those that call or are decorated by something that is not known to leave nothing behind (`passive.PASSIVE`);
+* a whole module, where something in it looks names up by computed text (`globals`, `eval`, `import_module`, …), or
+  where the module itself is passed on as a value; and all methods, where an attribute is asked for by a computed name.
+
+Comments, formatting, docstrings, the names of modules and of imports and the order of what is in a module do not count:
+a function may be moved. Libraries count by their versions, see `library_versions`. What the store gives to a stage is
+none of its code: `Artifact`, `Writer`, `Execution`, `Stage`; how these write files is numbered, `manifest.FORMAT`.
+
+What cannot be seen: a module imported by a computed name (make its content an input, as that of a reward's file);
+methods of an object that is given to the function, where no annotation names its class; methods that a library calls on
+an object whose class has no base from a library; attributes named in format strings; what code that the function does
+not reach has changed in the process before.
 """
 
-import ast
-import functools
-import hashlib
 import importlib.util
 import inspect
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from entropy_core.bindings import Sources
+from entropy_core.definitions import Module
 from entropy_core.errors import StoreError
+from entropy_core.reached import walk
 
 
-class _Source(NamedTuple):
+class Code(NamedTuple):
+    """The code of a function.
+
+    Attributes:
+        digest: 64 hex digits; the same on every machine, and in every Python version that parses the source to the
+            same tree.
+        definitions: `module:name` → the first 12 digits of the digest of each definition that counts, sorted.
+        libraries: top-level packages from outside the project that these name, sorted.
+    """
+
     digest: str
-    imports: frozenset[str]  # dotted names; some are attributes rather than modules
+    definitions: dict[str, str]
+    libraries: tuple[str, ...]
 
 
-_loaded: dict[str, tuple[ModuleSpec, _Source]] = {}
+_loaded: dict[str, tuple[ModuleSpec, Module]] = {}
+_noted: dict[frozenset[str], int] = {}
+_known: dict[str, tuple[dict[str, Module | None], Code]] = {}
 
 
-def code_digest(function: Callable[..., Any]) -> str:
+def code_of(function: Callable[..., Any]) -> Code:
     """Identify a function together with all the project code that it can reach.
+
+    A module that this process has loaded counts as it was when it was loaded, so that the digest is that of the code
+    that runs: editing a file under a running process changes nothing until the module is reloaded or the process
+    restarted.
 
     Args:
         function: a plain function defined at the top level of an importable module.
 
-    Returns:
-        A SHA-256, 64 hex digits: of the function's name and of `module_digests` of its module. The same on every
-        machine and in every Python version that parses the source to the same tree.
-
     Raises:
-        StoreError: the function is a lambda, a nested function or an object: what it closes over cannot be identified.
+        StoreError: the function is a lambda, a nested function or an object: what it closes over cannot be identified;
+            or its module has no source file.
     """
-    if not inspect.isfunction(function) or "<" in function.__qualname__:
+    if not inspect.isfunction(function) or "<" in function.__qualname__ or "." in function.__qualname__:
         raise StoreError(
             f"{function!r} cannot be identified by its source",
             cause="it is a lambda, a nested function or a callable object, which may close over values",
             way_out="define it with `def` at the top level of a module and pass what it needs as inputs",
         )
-    return _sha256([function.__module__, function.__qualname__, module_digests(function.__module__)])
+    return code_at(name_of(function))
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -59,121 +85,91 @@ def name_of(function: Callable[..., Any]) -> str:
     return f"{function.__module__}:{function.__qualname__}"
 
 
-def module_digests(module_name: str) -> dict[str, str]:
-    """Digest a module and every project module that it imports, directly or not.
-
-    A module that this process has loaded is digested once per load, so that the digest is that of the code that runs:
-    editing a file under a running process changes nothing until the module is reloaded or the process restarted.
+def code_at(name: str, find: Callable[[str], Module | None] | None = None) -> Code:
+    """The code of a function that need not be loaded.
 
     Args:
-        module_name: dotted name of the module to start from; its top-level package counts as part of the project.
-
-    Returns:
-        Dotted module name → SHA-256 of its normalised syntax tree, sorted by name. Parent packages are included, as
-        Python runs them on import.
+        name: `package.module:function`.
+        find: finds a module by its name; otherwise Python's own path is searched.
 
     Raises:
-        StoreError: the module has no Python source file.
+        StoreError: the module has no source file, or no such function.
     """
-    roots = {module_name.partition(".")[0], "entropy_core"}
-    if _source_file(module_name) is None:
+    module_name, _, function = name.partition(":")
+    roots = frozenset({module_name.partition(".")[0], "entropy_core"})
+    if find is None:
+        _note_loaded(roots)
+        read, known = _known.get(name, ({}, None))
+        if known and all(_module(one) is module for one, module in read.items()):
+            return known
+    sources = Sources(roots, find or _module)
+    if sources.module(module_name) is None:
         raise StoreError(
             f"module {module_name} has no source file, so results cannot be keyed by its code",
             cause="it was typed into an interpreter, or run as a script",
             way_out="put the function in an importable module",
         )
-    for name in [name for name in list(sys.modules) if name.partition(".")[0] in roots]:
-        _source(name)  # now, before an editor has time to change what is already loaded
-
-    digests: dict[str, str] = {}
-    ahead = [module_name]
-    while ahead:
-        name = ahead.pop()
-        if name in digests or name.partition(".")[0] not in roots:
-            continue
-        parent = name.rpartition(".")[0]
-        if parent:
-            ahead.append(parent)
-        if source := _source(name):
-            digests[name] = source.digest
-            ahead.extend(source.imports)
-    return dict(sorted(digests.items()))
+    reached = walk(sources, module_name, function)
+    if not reached.definitions:
+        raise StoreError(f"module {module_name} has no function {function}", cause="it was renamed or moved")
+    definitions = {name: digest[:12] for name, digest in reached.digests().items()}
+    code = Code(reached.digest(), definitions, tuple(sorted(reached.libraries)))
+    if find is None:
+        _known[name] = sources.read, code
+    return code
 
 
-def _source(name: str) -> _Source | None:
-    """The digest and the imports of one module; None when the name is not that of a module with a source file."""
+def read_from(folder: Path) -> Callable[[str], Module | None]:
+    """A finder of modules below a folder, for code that is not on Python's path."""
+    return lambda name: _parsed(name, path) if (path := _file(name.split("."), [str(folder)])) else None
+
+
+def _note_loaded(roots: frozenset[str]) -> None:
+    """Read what is loaded now, before an editor has time to change it."""
+    names = list(sys.modules)
+    if _noted.get(roots) != len(names):
+        _noted[roots] = len(names)
+        for name in names:
+            if name.partition(".")[0] in roots:
+                _module(name)
+
+
+def _module(name: str) -> Module | None:
+    """One module; None when the name is not that of a module with a source file."""
     spec = getattr(sys.modules.get(name), "__spec__", None)  # a reload makes a new one
     if spec is not None and name in _loaded and _loaded[name][0] is spec:
         return _loaded[name][1]
-    path = _source_file(name)
-    if path is None:
-        return None
-    stat = path.stat()
-    source = _read(name, path, stat.st_mtime_ns, stat.st_size)
-    if spec is not None:
-        _loaded[name] = (spec, source)
-    return source
-
-
-def _source_file(name: str) -> Path | None:
-    """Where the module's source is, found without importing it or its parents."""
     top, *rest = name.split(".")
     try:
-        spec = importlib.util.find_spec(top)
+        found = importlib.util.find_spec(top)
     except ValueError:  # `__main__` of a script has no spec
         return None
-    if spec is None:
+    if found is None:
         return None
-    if not rest:
-        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
-    for location in spec.submodule_search_locations or ():
-        stem = Path(location, *rest)
+    if rest:
+        path = _file(rest, found.submodule_search_locations or ())
+    else:
+        path = Path(found.origin) if found.origin and found.origin.endswith(".py") else None
+    if path is None:
+        return None
+    module = _parsed(name, path)
+    if spec is not None:
+        _loaded[name] = (spec, module)
+    return module
+
+
+def _file(parts: list[str], locations: Iterable[str]) -> Path | None:
+    """Where a module's source is, found without importing it or its parents."""
+    for location in locations:
+        stem = Path(location, *parts)
         for path in (stem / "__init__.py", stem.with_name(f"{stem.name}.py")):  # a package hides a module, as in Python
             if path.is_file():
                 return path
     return None
 
 
-@functools.lru_cache(maxsize=1024)
-def _read(name: str, path: Path, mtime_ns: int, size: int) -> _Source:
-    """Digest a file; the time and the size are there to be part of the cache's key."""
-    tree = _Executed().visit(ast.parse(path.read_bytes(), filename=str(path)))
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    imports: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imports.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            dotted = "." * node.level + (node.module or "")
-            base = importlib.util.resolve_name(dotted, package) if node.level else dotted
-            imports.add(base)
-            imports.update(f"{base}.{alias.name}" for alias in node.names)
-    return _Source(_sha256(_plain(tree)), frozenset(imports))
+def _parsed(name: str, path: Path) -> Module:
+    return _parse(name, path.read_bytes(), path.name == "__init__.py")
 
 
-class _Executed(ast.NodeTransformer):
-    """Drops what never runs: strings that stand alone (docstrings), and what only a type checker reads."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return None if is_text else self.generic_visit(node)
-
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        self.generic_visit(node)
-        test = node.test
-        name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
-        return node.orelse if name == "TYPE_CHECKING" else node
-
-
-def _plain(node: Any) -> Any:
-    """A syntax tree as lists and strings. `ast.dump` would do, but prints empty fields in some Python versions only."""
-    if isinstance(node, ast.AST):
-        fields = {name: _plain(value) for name, value in ast.iter_fields(node) if value is not None and value != []}
-        return [type(node).__name__, fields]
-    if isinstance(node, list):
-        return [_plain(item) for item in node]
-    return ascii(node)
-
-
-def _sha256(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+_parse = lru_cache(maxsize=512)(Module)

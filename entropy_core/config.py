@@ -1,27 +1,46 @@
-"""What a user asks for: frozen, typed, bounded, described; an unknown key is an error.
+"""What a user asks for: frozen, typed, bounded, described. An unknown key is an error; so is a value of another type.
+
+A rule about several keys is checked at the last of them, and only if the others are valid: then every error of a
+configuration is found at once.
 
 The names of the batch and generation keys are those that researchers of this field have in their files already.
 """
 
-import math
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
+from entropy_core.config_paths import CheckpointPattern, DatasetName, Directory, FunctionName, StoreFolder
 from entropy_core.numerics.advantages import Loss, Scaling
 from entropy_core.numerics.baselines import Baseline
 from entropy_core.numerics.importance import Estimator
 from entropy_core.numerics.uncertainty import Normalization
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what a browser can hold exactly
+_Value = TypeVar("_Value")
 _DISTINCT: dict[str, Any] = {"uniqueItems": True}  # for the form: what a validator says later is said at once
+
+
+def _each_once(values: list[_Value]) -> list[_Value]:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is listed twice")
+    return values
 
 
 class Section(BaseModel):
     """A part of the configuration."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        strict=True,
+        validate_default=True,  # a default path starts at the same folder as one that is written
+        revalidate_instances="always",
+    )
 
 
 class PolicyConfig(Section):
@@ -38,7 +57,7 @@ class PolicyConfig(Section):
         description="Derivatives of E's tokens along the step. central_difference: two forward passes in place of "
         "about three, its width calibrated and its error measured against forward mode.",
     )
-    base_model: str = Field(
+    base_model: Directory = Field(
         "", description="Directory of the base model under LoRA adapters; empty: the one that each adapter names."
     )
 
@@ -66,13 +85,13 @@ class BatchConfig(Section):
     )
     G: int = Field(8, ge=2, le=100_000, description="Responses per prompt in U (and in E in distinct mode).")
     U_batch_seed: Seed = Field(42, description="Seed of U.")
-    dataset_name: str = Field(
+    dataset_name: DatasetName = Field(
         "arithmetic",
         min_length=1,
         description="Prompt pool: `arithmetic`, `gsm8k`, `gsm8k_r1_template`, `math`, `reasoning_gym:TASK`, or the "
         "path of a .jsonl or .parquet file.",
     )
-    dataset_path: str = Field(
+    dataset_path: Directory = Field(
         "", description="Folder of the local copy of `gsm8k` or `math`; empty: the hub cache of this machine."
     )
     allow_download: bool = Field(False, description="Fetch `gsm8k` or `math` if they are not on this machine.")
@@ -95,13 +114,19 @@ class BatchConfig(Section):
         description="Leave out prompts of more tokens than this, the template's included; 0: no limit.",
     )
 
-    @model_validator(mode="after")
-    def _one_writer_of_special_tokens(self) -> Self:
-        if self.apply_chat_template and self.add_special_tokens:
-            raise ValueError("a chat template writes the special tokens: set add_special_tokens: false")
-        if self.system_prompt and not self.apply_chat_template:
-            raise ValueError("system_prompt is a part of the chat template: set apply_chat_template: true")
-        return self
+    @field_validator("apply_chat_template")
+    @classmethod
+    def _one_writer_of_special_tokens(cls, apply: bool, info: ValidationInfo) -> bool:
+        if apply and info.data.get("add_special_tokens"):
+            raise ValueError("the chat template writes the special tokens: set add_special_tokens: false")
+        return apply
+
+    @field_validator("system_prompt")
+    @classmethod
+    def _in_a_chat(cls, system_prompt: str, info: ValidationInfo) -> str:
+        if system_prompt and info.data.get("apply_chat_template") is False:
+            raise ValueError("it is a part of the chat template: set apply_chat_template: true")
+        return system_prompt
 
 
 class SamplingConfig(Section):
@@ -129,24 +154,32 @@ class SamplingConfig(Section):
         256, ge=1, le=1_000_000, description="Sequences per teacher-forced pass; does not change the result."
     )
 
-    @model_validator(mode="after")
-    def _whole_law(self) -> Self:
-        if self.top_p < 1:
+    @field_validator("top_p")
+    @classmethod
+    def _whole_law(cls, top_p: float) -> float:
+        if top_p < 1:
             raise ValueError(
-                f"top_p is {self.top_p}, but E must be sampled from the policy itself: under a cut-off law the "
-                "entropy and its derivative are those of another policy. Set top_p: 1.0"
+                f"it is {top_p}, but E must be sampled from the policy itself: under a cut-off law the entropy and its "
+                "derivative are those of another policy. Set top_p: 1.0"
             )
-        return self
+        return top_p
 
 
 class UpdateConfig(Section):
     """The optimizer step whose effect is predicted: what a checkpoint does not record. Say what your trainer does."""
 
-    loss: Loss = Field("grpo", description="Objective: its advantage and its length normalisation.")
+    loss: FunctionName = Field(
+        "grpo",
+        min_length=1,
+        description="Objective: grpo, dr_grpo, dapo, rloo, reinforce, or your own, `file.py:function` or "
+        "`package.module:function`.",
+        json_schema_extra={"pattern": f"^({'|'.join(get_args(Loss))})$|:"},
+    )
     scale_rewards: Scaling = Field(
         "auto",
+        validate_default=True,
         description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
-        "(grpo and dapo divide). TRL's trainer divides under any loss: group.",
+        "(grpo and dapo divide). TRL's trainer divides under any loss: group. A loss of your own needs group or none.",
     )
     max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Global-norm gradient clipping; 0 switches it off.")
     learning_rate: float = Field(
@@ -158,20 +191,47 @@ class UpdateConfig(Section):
         "`learning_rate`).",
     )
     kl_beta: float = Field(0.0, ge=0, le=1000, description="β of a KL term to a reference policy in the loss; 0: none.")
-    reference: str = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
-    reward: str = Field(
+    reference: Directory = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
+    reward: FunctionName = Field(
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
     )
 
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        if self.reference and not self.kl_beta:
-            raise ValueError("a reference policy has no part in a loss without a KL term. Set kl_beta, or leave it out")
-        if self.loss == "reinforce" and self.scale_rewards == "group":
+    @field_validator("loss")
+    @classmethod
+    def _is_known(cls, loss: str) -> str:
+        if loss not in get_args(Loss) and ":" not in loss:
+            raise ValueError(
+                f"unknown loss {loss!r}. Use one of {', '.join(get_args(Loss))}, file.py:function, or "
+                "package.module:function"
+            )
+        return loss
+
+    @field_validator("scale_rewards")
+    @classmethod
+    def _within_groups(cls, scale_rewards: Scaling, info: ValidationInfo) -> Scaling:
+        loss = info.data.get("loss", "")
+        if scale_rewards == "auto" and ":" in loss:
+            raise ValueError(
+                "it is auto, which goes by how a loss was published, and this one is your own. "
+                "Set scale_rewards: group (advantages divided by the standard deviation of their group) or none"
+            )
+        if scale_rewards == "group" and loss == "reinforce":
             raise ValueError("reinforce compares no responses within a group. Set scale_rewards: auto")
-        if self.optimizer_state == "fresh" and not self.learning_rate:
+        return scale_rewards
+
+    @field_validator("optimizer_state")
+    @classmethod
+    def _with_a_learning_rate(cls, optimizer_state: str, info: ValidationInfo) -> str:
+        if optimizer_state == "fresh" and info.data.get("learning_rate") == 0:
             raise ValueError("a fresh optimizer has no learning rate of its own. Set learning_rate to that of the run")
-        return self
+        return optimizer_state
+
+    @field_validator("reference")
+    @classmethod
+    def _in_a_kl_term(cls, reference: str, info: ValidationInfo) -> str:
+        if reference and info.data.get("kl_beta") == 0:
+            raise ValueError("a reference policy has no part in a loss without a KL term. Set kl_beta, or leave it out")
+        return reference
 
 
 class ImportanceConfig(Section):
@@ -193,16 +253,7 @@ class ImportanceConfig(Section):
         json_schema_extra=_DISTINCT,
     )
 
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        bad = [eta for eta in self.etas if not math.isfinite(eta)]
-        if bad:
-            raise ValueError(f"step sizes must be finite numbers, got {bad}")
-        if len(set(self.etas)) < len(self.etas):
-            raise ValueError(f"step sizes are listed twice in {self.etas}")
-        if len(set(self.estimators)) < len(self.estimators):
-            raise ValueError(f"estimators are listed twice in {self.estimators}")
-        return self
+    _distinct = field_validator("etas", "estimators")(_each_once)
 
 
 class VarianceConfig(Section):
@@ -225,11 +276,7 @@ class VarianceConfig(Section):
         json_schema_extra=_DISTINCT,
     )
 
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        if len(set(self.normalizations)) < len(self.normalizations):
-            raise ValueError(f"normalizations are listed twice in {self.normalizations}")
-        return self
+    _distinct = field_validator("normalizations")(_each_once)
 
 
 class ExecutionConfig(Section):
@@ -247,14 +294,24 @@ class ExecutionConfig(Section):
         description="Keep what is of the size of the policy in the store (24 bytes a parameter and checkpoint in "
         "float32). false: it goes when the sweep is done with it; a later sweep that needs it computes it again.",
     )
-    artifacts: str = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
+    library_versions: Literal["same", "recompute"] = Field(
+        "same",
+        description="What to do where results of this sweep were made with other releases of the libraries. same: "
+        "refuse to go on. recompute: compute all of it anew.",
+    )
+    artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
 
 
 class ProbeConfig(Section):
     """One sweep: which checkpoints, which batches, which step sizes."""
 
-    name: str = Field("probe", pattern=r"^[A-Za-z0-9_.-]+$", description="Begins the names of the results.")
-    checkpoints: list[str] = Field(
+    name: str = Field(
+        "probe",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        max_length=100,
+        description="Begins the names of the results.",
+    )
+    checkpoints: list[CheckpointPattern] = Field(
         min_length=1, description="Checkpoint directories; patterns such as runs/grpo/checkpoint-* are expanded."
     )
     policy: PolicyConfig = PolicyConfig()
@@ -281,7 +338,7 @@ class VarianceRequest(VarianceConfig):
     """The statistics of a recorded sweep, again, from cached batches alone. What is not set stays as recorded."""
 
     run: str = Field("latest", min_length=1, description="Id of a recorded sweep, or latest.")
-    artifacts: str = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
+    artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
 
     def applied_to(self, recorded: VarianceConfig) -> VarianceConfig:
         """The recorded settings with those that were asked for in their place."""

@@ -7,6 +7,9 @@ longest first, so that a new one always fits into the columns that are there.
 
 Columns that no row needs any more are dropped, and once nothing waits, so are rows. What is drawn for a sequence is a
 function of (seed, purpose, sequence id, position), so none of this changes the draws.
+
+The host keeps the books. A step asks the device for one thing, the tokens that it drew: whatever else is read from a
+GPU would make it wait for the host.
 """
 
 from collections import deque
@@ -31,6 +34,10 @@ STALE_COLUMNS = 16  # that no row needs: from so many on they are dropped
 REFILL = 16  # rows are given out again when one in so many is free: prefilling one at a time reads all weights for it
 SPARSE = 0.75  # rows are dropped when no more than this share of them is busy
 CACHE_SHARE = 0.5  # of the memory that is free before the first prompt
+DRAWN_AHEAD = 32  # positions whose uniforms are made together
+
+IDLE = -1
+NOT_FINITE = -1
 
 
 @dataclass(frozen=True)
@@ -92,19 +99,32 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
 
-class _Rows(NamedTuple):
-    """What the rows of the batch are at. A row that is not busy is computed like the others, and nobody looks."""
+@dataclass
+class _Rows:
+    """What the rows of the batch are at. A row that is idle is computed like the others, and nobody looks.
 
-    mask_BL: Tensor  # 1 for the columns of the row's own tokens
-    sequence_B: Tensor
-    busy_B: Tensor
-    lengths_B: Tensor  # of the responses so far
-    tokens_BT: Tensor
+    On the device are the mask [rows, columns], 1 for a row's own tokens, and the latest token of each row. The host has
+    the sequence of each row or `IDLE`, the column of its first token, and its response so far.
+    """
+
+    mask_BL: Tensor
+    latest_B1: Tensor
+    sequences: list[int]
+    first_columns: list[int]
+    tokens: list[list[int]]
 
     @classmethod
-    def idle(cls, mask_BL: Tensor, max_new_tokens: int) -> "_Rows":
-        sequence_B, busy_B, lengths_B = mask_BL.new_zeros(3, len(mask_BL)).unbind()
-        return cls(mask_BL, sequence_B, busy_B.bool(), lengths_B, mask_BL.new_zeros(len(mask_BL), max_new_tokens))
+    def idle(cls, mask_BL: Tensor) -> "_Rows":
+        count = len(mask_BL)
+        return cls(mask_BL, mask_BL.new_zeros(count, 1), [IDLE] * count, [0] * count, [[] for _ in range(count)])
+
+    @property
+    def busy(self) -> list[int]:
+        return [row for row, sequence in enumerate(self.sequences) if sequence != IDLE]
+
+    @property
+    def free(self) -> list[int]:
+        return [row for row, sequence in enumerate(self.sequences) if sequence == IDLE]
 
 
 class Decoding:
@@ -121,14 +141,13 @@ class Decoding:
         self, policy: Policy, request: DecodingRequest, rows: int, progress: Callable[[int, int], None]
     ) -> None:
         self.policy, self.request, self.progress = policy, request, progress
-        device = policy.device
         self.waiting = deque(sorted(range(len(request.prompts)), key=self._length, reverse=True))
         self.responses: dict[int, Response] = {}
         self.rows = min(rows, len(request.prompts))
-        self.ids_N = request.sequence_ids_N.to(device)
-        self.eos_E = torch.tensor(policy.eos_token_ids, device=device)
+        self.eos = frozenset(policy.eos_token_ids)
         self.cache = Cache(layer_class_to_replicate=_Layer)
-        self.batch = _Rows.idle(torch.zeros(0, 0, dtype=torch.long, device=device), request.max_new_tokens)
+        self.batch = _Rows.idle(torch.zeros(0, 0, dtype=torch.long, device=policy.device))
+        self.uniforms: deque[Tensor] = deque()  # [rows], of the next positions
 
     @torch.no_grad()
     def run(self) -> list[Response]:
@@ -144,11 +163,11 @@ class Decoding:
             if self.waiting:
                 self.rows = min(self.rows, self._rows_within_memory())
             while True:
-                busy = int(self.batch.busy_B.sum())
+                busy = len(self.batch.busy)
                 if self.waiting and (not busy or self.rows - busy >= max(1, self.rows // REFILL)):
                     self._admit(busy)
                 elif busy:
-                    self._drop(busy)
+                    self._drop()
                     self._step()
                 else:
                     return [self.responses[i] for i in range(len(self.request.prompts))]
@@ -163,94 +182,117 @@ class Decoding:
             taken.append(self.waiting.popleft())
         mask_RL, logits_RV, fresh = self._prefill(taken)
         if not busy:
-            self.cache, self.batch = fresh, _Rows.idle(mask_RL, self.request.max_new_tokens)
-        rows_R = self._free_rows(len(taken))
-        width = mask_RL.shape[1]
+            self.cache, self.batch = fresh, _Rows.idle(mask_RL)
+        rows = self._free_rows(len(taken))
+        batch, rows_R = self.batch, self._on_device(rows)
         if busy:
             for layer, new in zip(self.cache.layers, fresh.layers, strict=True):
                 layer.replace(rows_R, new)
-            self.batch.mask_BL[rows_R] = 0
-            self.batch.mask_BL[rows_R, -width:] = mask_RL
-        self.batch.sequence_B[rows_R] = torch.tensor(taken, device=rows_R.device)
-        self.batch.busy_B[rows_R] = True
-        self.batch.lengths_B[rows_R] = 0
-        self._draw(rows_R, logits_RV)
+            batch.mask_BL[rows_R] = nn.functional.pad(mask_RL, (batch.mask_BL.shape[1] - mask_RL.shape[1], 0))
+        for row, sequence in zip(rows, taken, strict=True):
+            batch.sequences[row], batch.tokens[row] = sequence, []
+            batch.first_columns[row] = batch.mask_BL.shape[1] - self._length(sequence)
+        ids_R = self.request.sequence_ids_N[torch.tensor(taken)]
+        uniforms_R = philox.uniforms(self.request.seed, self.request.purpose, ids_R)
+        batch.latest_B1[rows_R] = self._draw(rows, logits_RV, uniforms_R.to(self.policy.device)).unsqueeze(1)
+        self.uniforms.clear()
 
     def _step(self) -> None:
         """One more token in every row."""
         batch = self.batch
-        latest_B1 = batch.tokens_BT.gather(1, (batch.lengths_B - 1).clamp_min(0).unsqueeze(1))
-        self.batch = batch = batch._replace(mask_BL=nn.functional.pad(batch.mask_BL, (0, 1), value=1))
-        logits_BV, _ = self.policy.next_logits(latest_B1, batch.mask_BL, self.cache)
-        rows_R = batch.busy_B.nonzero().squeeze(1)
-        self._draw(rows_R, logits_BV if len(rows_R) == len(logits_BV) else logits_BV[rows_R])
+        batch.mask_BL = nn.functional.pad(batch.mask_BL, (0, 1), value=1)
+        logits_BV, _ = self.policy.next_logits(batch.latest_B1, batch.mask_BL, self.cache)
+        batch.latest_B1 = self._draw(range(len(batch.sequences)), logits_BV, self._next_uniforms()).unsqueeze(1)
 
-    def _draw(self, rows_R: Tensor, logits_RV: Tensor) -> None:
-        """Draw the next token of some rows, and free those whose response has ended."""
+    def _next_uniforms(self) -> Tensor:
+        """The uniform of the next position of every row, float64 [rows]; of an idle row any."""
+        if not self.uniforms:
+            batch, request = self.batch, self.request
+            ids_B = request.sequence_ids_N[torch.tensor(batch.sequences).clamp_min(0)]
+            first_B1 = torch.tensor([[len(tokens)] for tokens in batch.tokens])
+            position_BC = first_B1 + torch.arange(DRAWN_AHEAD)
+            uniforms_BC = philox.uniforms(request.seed, request.purpose, ids_B.unsqueeze(1), position_BC)
+            self.uniforms.extend(uniforms_BC.to(self.policy.device).unbind(1))
+        return self.uniforms.popleft()
+
+    def _draw(self, rows: Sequence[int], logits_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+        """Draw the next token of some rows [R], note those of the busy ones, and free the rows that have ended."""
         request, batch = self.request, self.batch
-        sequence_R, position_R = batch.sequence_B[rows_R], batch.lengths_B[rows_R]
-        ids_R = self.ids_N[sequence_R]
-        broken_R = ~torch.isfinite(logits_RV.amax(dim=-1))  # −inf alone is a token that cannot be
-        if broken_R.any():
-            raise NonFiniteError(
-                f"the logits of sequence {int(ids_R[broken_R][0])} are not finite at position "
-                f"{int(position_R[broken_R][0])}",
-                cause="the weights hold a NaN",
-                way_out="check the checkpoint: the run may have diverged before it",
-            )
-        uniforms_R = philox.uniforms(request.seed, request.purpose, ids_R, position_R)
         tokens_R = philox.inverse_cdf_tokens(logits_RV, uniforms_R, request.temperature)
-        batch.tokens_BT[rows_R, position_R] = tokens_R
-        batch.lengths_B[rows_R] += 1
-        ended: dict[FinishReason, Tensor] = {
-            "length": position_R + 1 == request.max_new_tokens,
-            "stop": torch.zeros_like(rows_R, dtype=torch.bool),
-            "eos": torch.isin(tokens_R, self.eos_E),
-        }
-        if request.stop_strings:
-            ended["stop"] = torch.tensor([self._stopped(row) for row in rows_R.tolist()], device=rows_R.device)
-        for reason, ended_R in ended.items():  # of two reasons the later counts
-            for row in rows_R[ended_R].tolist():
-                tokens = batch.tokens_BT[row, : int(batch.lengths_B[row])].tolist()
-                self.responses[int(batch.sequence_B[row])] = Response(tokens, reason)
-                batch.busy_B[row] = False
-        if any(ended_R.any() for ended_R in ended.values()):
+        finite_R = torch.isfinite(logits_RV.amax(dim=-1))  # −inf alone is a token that cannot be
+        done = len(self.responses)
+        for row, token in zip(rows, torch.where(finite_R, tokens_R, NOT_FINITE).tolist(), strict=True):
+            sequence, tokens = batch.sequences[row], batch.tokens[row]
+            if sequence == IDLE:
+                continue
+            if token == NOT_FINITE:
+                raise NonFiniteError(
+                    f"the logits of sequence {int(request.sequence_ids_N[sequence])} are not finite at position "
+                    f"{len(tokens)}",
+                    cause="the weights hold a NaN",
+                    way_out="check the checkpoint: the run may have diverged before it",
+                )
+            tokens.append(token)
+            if reason := self._ended(tokens):
+                self.responses[sequence] = Response(tokens, reason)
+                batch.sequences[row] = IDLE
+        if len(self.responses) > done:
             self.progress(len(self.responses), len(request.prompts))
+        return tokens_R.where(finite_R, 0)
 
-    def _stopped(self, row: int) -> bool:
-        """Whether the text of a row has come to a stop string; only as many tokens are looked at as it has bytes."""
-        length, stop_strings = int(self.batch.lengths_B[row]), self.request.stop_strings
-        window = max(len(string.encode()) for string in stop_strings) + 1
-        end = self.policy.tokenizer.decode(self.batch.tokens_BT[row, max(0, length - window) : length].tolist())
-        return any(string in end for string in stop_strings)
+    def _ended(self, tokens: list[int]) -> FinishReason | None:
+        """Why a response ends with its latest token; None if it does not."""
+        if tokens[-1] in self.eos:
+            return "eos"
+        if self.request.stop_strings and self._stopped(tokens):
+            return "stop"
+        return "length" if len(tokens) == self.request.max_new_tokens else None
 
-    def _drop(self, busy: int) -> None:
+    def _stopped(self, tokens: list[int]) -> bool:
+        """Whether the text has come to a stop string; only as many tokens are looked at as it has bytes."""
+        window = max(len(string.encode()) for string in self.request.stop_strings) + 1
+        end = self.policy.tokenizer.decode(tokens[-window:])
+        return any(string in end for string in self.request.stop_strings)
+
+    def _drop(self) -> None:
         """Columns that no row needs any more, and rows that nobody waits for."""
-        batch = self.batch
-        first = int(batch.mask_BL[batch.busy_B].argmax(dim=1).min())
-        spare_rows = not self.waiting and busy <= SPARSE * len(batch.busy_B)
+        batch, busy = self.batch, self.batch.busy
+        first = min(batch.first_columns[row] for row in busy)
+        spare_rows = not self.waiting and len(busy) <= SPARSE * len(batch.sequences)
         if first >= STALE_COLUMNS or spare_rows:
-            self._keep(batch.busy_B.nonzero().squeeze(1) if spare_rows else slice(None), first)
+            self._keep(busy if spare_rows else list(range(len(batch.sequences))), first)
 
-    def _keep(self, rows: Tensor | slice, first: int) -> None:
+    def _keep(self, rows: list[int], first: int) -> None:
+        batch = self.batch
+        if rows == list(range(len(batch.sequences))):
+            chosen: Tensor | slice = slice(None)
+        else:
+            chosen = self._on_device(rows)
+            self.uniforms.clear()
         for layer in self.cache.layers:
-            layer.keep(rows, first)
-        self.batch = _Rows(*(column[rows] for column in self.batch))
-        self.batch = self.batch._replace(mask_BL=self.batch.mask_BL[:, first:])
+            layer.keep(chosen, first)
+        self.batch = _Rows(
+            batch.mask_BL[chosen, first:],
+            batch.latest_B1[chosen],
+            [batch.sequences[row] for row in rows],
+            [batch.first_columns[row] - first for row in rows],
+            [batch.tokens[row] for row in rows],
+        )
 
-    def _free_rows(self, count: int) -> Tensor:
+    def _free_rows(self, count: int) -> list[int]:
         """Rows that are not busy; where there are too few, the batch gets more."""
-        missing = count - int((~self.batch.busy_B).sum())
+        there = len(self.batch.sequences)
+        missing = count - len(self.batch.free)
         if missing > 0:
-            there = len(self.batch.busy_B)
-            self._keep(
-                torch.cat([torch.arange(there), torch.zeros(missing, dtype=torch.long)]).to(self.policy.device), 0
-            )
-            self.batch.busy_B[there:] = False
-        return (~self.batch.busy_B).nonzero().squeeze(1)[:count]
+            self._keep([*range(there), *[0] * missing], 0)
+            self.batch.sequences[there:] = [IDLE] * missing
+        return self.batch.free[:count]
 
     def _length(self, sequence: int) -> int:
         return len(self.request.prompts[sequence])
+
+    def _on_device(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, device=self.policy.device)
 
     def _prefill(self, sequences: list[int]) -> tuple[Tensor, Tensor, Cache]:
         """Mask, next logits and cache of some prompts, padded on the left."""
@@ -270,4 +312,8 @@ class Decoding:
 
 
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """On a GPU what no process holds, and what torch holds for this one without using it."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held

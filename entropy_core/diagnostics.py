@@ -9,6 +9,7 @@ from torch import Tensor
 from entropy_core.estimates import Derivative, Row, change_of
 from entropy_core.evaluation import EvaluationBatch, Moved, measured
 from entropy_core.numerics import importance, linearity, predictors, ragged, uncertainty
+from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.uncertainty import Estimate, Normalization
 
 
@@ -40,9 +41,8 @@ def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
     Returns:
         Columns of `tables.ESTIMATES`.
     """
-    T_N, score_N = batch.columns.T_N, batch.score_N
-    H = uncertainty.entropy(batch.columns.S_N, T_N, normalization)
-    score = Estimate(float(score_N.mean()), score_N - score_N.mean())
+    S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
+    H, score = uncertainty.entropy(S_N, T_N, normalization), uncertainty.mean(batch.score_N)
     score_se = batch.standard_error(score)
     return {
         "H": H.value,

@@ -5,11 +5,14 @@
     ├── CheckpointError    a checkpoint directory cannot be probed as it is
     ├── PromptError        a dataset or a prompt file cannot be read
     ├── RewardError        a reward function raised, or returned something that is not a list of finite numbers
+    ├── LossError          a loss function raised, or returned something that is not a scalar to differentiate
     ├── StoreError         an artifact is missing, or the store cannot be written
+    │   └── UnsoundError   an artifact was found damaged when it was used
     ├── NonFiniteError     a NaN or an infinity appeared; names the sequence
     └── MemoryShortageError    one sequence at a time is too much for the device
 
-Every message says the fact, the usual cause, and the way out, on one line.
+Every message says the fact, the usual cause, and the way out, on one line; a fact that is a list has a line for each
+of its entries.
 """
 
 from collections.abc import Iterable
@@ -31,10 +34,10 @@ class ProbeError(Exception):
             parts.append(f"Usual cause: {cause.rstrip('.')}.")
         if way_out:
             parts.append(f"Way out: {way_out.rstrip('.')}.")
-        super().__init__(" ".join(parts))
+        super().__init__(("\n" if "\n" in fact else " ").join(parts))
 
     def __reduce__(self):  # keyword arguments must survive a process boundary
-        return _rebuild, (type(self), self.fact, self.cause, self.way_out)
+        return _rebuild, (type(self), self.fact, self.cause, self.way_out), self.__dict__
 
 
 def _rebuild(kind: "type[ProbeError]", fact: str, cause: str, way_out: str) -> ProbeError:
@@ -57,8 +60,19 @@ class RewardError(ProbeError):
     """A reward function failed, or returned something that is not a list of finite numbers."""
 
 
+class LossError(ProbeError):
+    """A loss function failed, or returned something that is not a finite scalar that can be differentiated."""
+
+
 class StoreError(ProbeError):
     """An artifact is missing, or the store cannot be written."""
+
+
+class UnsoundError(StoreError):
+    """An artifact was found damaged when it was used; whoever says so sets which one."""
+
+    stage: str
+    key: str
 
 
 class NonFiniteError(ProbeError):

@@ -10,6 +10,7 @@ from entropy_core import pareto
 from entropy_core.evaluation import EvaluationBatch, Measured
 from entropy_core.numerics import bootstrap, importance, path_integral, uncertainty
 from entropy_core.numerics.bootstrap import BootstrapIntervals
+from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.uncertainty import Estimate, Normalization
 from entropy_core.numerics.verdicts import verdict
 
@@ -61,7 +62,7 @@ def derivative_of(
     """
     columns = batch.columns
     estimate = uncertainty.entropy_derivative(columns, normalization)
-    mean_length = float(columns.T_N.mean()) if normalization == "per_token" else 1.0
+    mean_length = float(columns[LENGTH].total_N.mean()) if normalization == "per_token" else 1.0
     return Derivative(
         estimate=estimate,
         of_estimator={
@@ -70,7 +71,7 @@ def derivative_of(
             "snis": uncertainty.snis_derivative(columns, batch.score_N, normalization),
             "path_integral": estimate,
         },
-        local=float(columns.x_local_N.mean()) / mean_length,
+        local=float(columns[ENTROPY].local_N.mean()) / mean_length,
         jackknife=uncertainty.jackknife_standard_error(columns, normalization, batch.clusters_N),
         bootstrap=bootstrap.intervals(columns, normalization, confidence_level, resamples, batch.clusters_N),
         se_given_u=batch.standard_error(estimate),
@@ -136,15 +137,16 @@ def change_of(
     Returns:
         The estimate in nats.
     """
-    S_N, T_N = batch.columns.S_N, batch.columns.T_N
+    S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
     if there.columns is None:
         return Estimate(0.0, torch.zeros_like(S_N))
-    if not isinstance(there.columns, importance.MovedColumns):
+    if isinstance(there.columns, tuple):
         return path_integral.entropy_change(there.columns, eta, normalization)
+    moved_S_N, moved_T_N = (there.columns[functional] for functional in (ENTROPY, LENGTH))
     if estimator == "snis":
-        moved = uncertainty.snis_entropy(there.weights_N, there.columns.S_N, T_N, normalization)
+        moved = uncertainty.snis_entropy(there.weights_N, moved_S_N, moved_T_N, normalization)
     else:
-        moved = uncertainty.moved_entropy(there.columns, normalization)
+        moved = uncertainty.entropy(moved_S_N, moved_T_N, normalization)
     return moved.minus(uncertainty.entropy(S_N, T_N, normalization))
 
 

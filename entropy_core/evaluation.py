@@ -6,9 +6,11 @@ sequence must know of the others are sums at each position, which are taken in a
     EvaluationBatch   E at θ
     Moved             E at θ + ηv
     measured          what an estimator of ΔH makes of the two
+
+Everything is done for each functional that is asked for: see `numerics.functional`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
@@ -16,38 +18,16 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics import baselines, first_order, importance, path_integral, ragged, ridge, uncertainty
-from entropy_core.numerics.baselines import Baseline, BaselineTotals, ReturnsToGo
-from entropy_core.numerics.first_order import FirstOrderColumns, WeightedTotals
-from entropy_core.numerics.importance import MovedColumns, PrefixWeights, WeightTotals
+from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.functional import FUNCTIONALS, Columns, Functional, TokenPair, Tokens
+from entropy_core.numerics.importance import PrefixWeights, WeightTotals
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Estimate
 
-
-class Tokens(NamedTuple):
-    """A block of sequences at θ: per-token columns [K], and offsets [N + 1]."""
-
-    logprobs_K: Tensor
-    entropies_K: Tensor
-    dlogprobs_K: Tensor
-    dentropies_K: Tensor
-    offsets_N1: Tensor
-
-    @property
-    def returns(self) -> ReturnsToGo:
-        """Entropy and length to come."""
-        return baselines.returns_to_go(self.entropies_K, self.offsets_N1)
-
-    def first(self, sequences: int) -> "Tokens":
-        """The first of them."""
-        offsets_N1 = self.offsets_N1[: sequences + 1]
-        count = int(offsets_N1[-1])
-        return Tokens(
-            self.logprobs_K[:count],
-            self.entropies_K[:count],
-            self.dlogprobs_K[:count],
-            self.dentropies_K[:count],
-            offsets_N1,
-        )
+Blocks = Sequence[Callable[[], Tokens]]
+"""Each reads the tokens of some sequences."""
+Bases = Mapping[Functional, Tensor]
+"""The baseline b_k of each functional, [K]."""
 
 
 class EvaluationBatch:
@@ -56,14 +36,24 @@ class EvaluationBatch:
     Args:
         read: the blocks, each with its baselines; called for every reading.
         clusters_N: the independent unit of each sequence; None where sequences are independent.
+        functionals: what is estimated.
     """
 
-    def __init__(self, read: Callable[[], Iterable[tuple[Tokens, ReturnsToGo]]], clusters_N: Tensor | None) -> None:
-        self.read, self.clusters_N = read, clusters_N
+    def __init__(
+        self,
+        read: Callable[[], Iterable[tuple[Tokens, Bases]]],
+        clusters_N: Tensor | None,
+        functionals: Sequence[Functional] = FUNCTIONALS,
+    ) -> None:
+        self.read, self.clusters_N, self.functionals = read, clusters_N, functionals
 
     @classmethod
     def of(
-        cls, blocks: Sequence[Callable[[], Tokens]], clusters_N: Tensor | None, baseline: Baseline
+        cls,
+        blocks: Blocks,
+        clusters_N: Tensor | None,
+        baseline: Baseline,
+        functionals: Sequence[Functional] = FUNCTIONALS,
     ) -> "EvaluationBatch":
         """E with a baseline of the reward-to-go.
 
@@ -71,53 +61,61 @@ class EvaluationBatch:
             blocks: each reads the tokens of some sequences.
             clusters_N: the independent unit of each sequence; None where sequences are independent.
             baseline: see `baselines.baselines`.
+            functionals: what is estimated.
 
         Returns:
             The batch.
         """
-        fitted = _ridge if baseline == "ridge" else _by_position
-        base_of = fitted(blocks, clusters_N, baseline)
+        if baseline == "ridge":
+            base_of = _ridge(blocks, clusters_N, functionals)
+        else:
+            base_of = _by_position(blocks, baseline, functionals)
 
-        def read() -> Iterator[tuple[Tokens, ReturnsToGo]]:
+        def read() -> Iterator[tuple[Tokens, Bases]]:
             for i, block in enumerate(blocks):
                 tokens = block()
-                yield tokens, base_of(i, tokens)
+                yield tokens, {functional: base_of(functional, i, tokens) for functional in functionals}
 
-        return cls(read, clusters_N)
+        return cls(read, clusters_N, functionals)
 
     def first(self, sequences: int) -> "EvaluationBatch":
         """The first of its sequences, with the baselines that they have in the whole."""
 
-        def read() -> Iterator[tuple[Tokens, ReturnsToGo]]:
+        def read() -> Iterator[tuple[Tokens, Bases]]:
             left = sequences
-            for tokens, base in self.read():
+            for tokens, bases in self.read():
                 part = tokens.first(min(left, len(tokens.offsets_N1) - 1))
-                yield part, ReturnsToGo(*(column_K[: len(part.entropies_K)] for column_K in base))
+                yield part, {functional: base_K[: len(part.entropies_K)] for functional, base_K in bases.items()}
                 left -= len(part.offsets_N1) - 1
                 if not left:
                     return
 
-        return EvaluationBatch(read, None if self.clusters_N is None else self.clusters_N[:sequences])
+        clusters_N = None if self.clusters_N is None else self.clusters_N[:sequences]
+        return EvaluationBatch(read, clusters_N, self.functionals)
 
     @cached_property
-    def columns(self) -> FirstOrderColumns:
-        """Per-sequence terms of ∂_vH."""
-        return _laid_out(first_order.columns_given(base, *tokens[1:]) for tokens, base in self.read())
+    def columns(self) -> dict[Functional, Columns]:
+        """Per-sequence terms of each functional and of its derivative."""
+        return _laid_out(
+            {f: first_order.first_order_columns(f, tokens, base_K) for f, base_K in bases.items()}
+            for tokens, bases in self.read()
+        )
 
     @cached_property
-    def weighted_columns(self) -> FirstOrderColumns:
+    def weighted_columns(self) -> dict[Functional, Columns]:
         """The same of the estimator whose weights are normalised at each position."""
-        of_blocks = (first_order.weighted_totals(t.entropies_K, t.dlogprobs_K, t.offsets_N1) for t, _ in self.read())
-        totals = reduce(WeightedTotals.plus, of_blocks)
-        return _laid_out(first_order.weighted_columns(*tokens[1:], totals) for tokens, _ in self.read())
+        totals = _totals({f: first_order.weighted_totals(f, t) for f in self.functionals} for t, _ in self.read())
+        return _laid_out(
+            {f: first_order.weighted_columns(f, t, totals[f]) for f in self.functionals} for t, _ in self.read()
+        )
 
     @cached_property
     def score_N(self) -> Tensor:
         """Σ_k ℓ̇_k of each sequence."""
-        return torch.cat([ragged.sequence_sum(tokens.dlogprobs_K, tokens.offsets_N1) for tokens, _ in self.read()])
+        return torch.cat([ragged.sequence_sum(t.derivatives.logprob_K, t.offsets_N1) for t, _ in self.read()])
 
     def __len__(self) -> int:
-        return len(self.columns.T_N)
+        return len(next(iter(self.columns.values())).total_N)
 
     @property
     def units(self) -> int:
@@ -148,13 +146,13 @@ class Measured(NamedTuple):
     """What an estimator of ΔH made of a batch, per sequence [N]; no columns where nothing was moved.
 
     Args:
-        columns: by node of the path for `path_integral`, else of θ + ηv.
+        columns: of each functional: by node of the path for `path_integral`, else the terms of its value at θ + ηv.
         weights_N: w of whole sequences; for `path_integral` at its last node.
         usable: whether no weight over- or underflowed.
         ess_prefix: the least effective sample size of the prefixes.
     """
 
-    columns: tuple[FirstOrderColumns, ...] | MovedColumns | None
+    columns: tuple[dict[Functional, Columns], ...] | dict[Functional, Tensor] | None
     weights_N: Tensor
     usable: bool
     ess_prefix: float
@@ -174,20 +172,17 @@ def measured(batch: EvaluationBatch, moved: Moved, estimator: importance.Estimat
     if moved.eta == 0:
         return Measured(None, torch.ones(len(batch), dtype=torch.float64), True, float(len(batch)))
 
-    def blocks() -> Iterator[tuple[Tokens, ReturnsToGo, MovedTokens]]:
-        for (tokens, base), there in zip(batch.read(), moved.read(), strict=True):
-            yield tokens, base, there
+    def blocks() -> Iterator[tuple[Tokens, Bases, MovedTokens]]:
+        for (tokens, bases), there in zip(batch.read(), moved.read(), strict=True):
+            yield tokens, bases, there
 
-    totals = None
+    totals: Mapping[Functional, WeightTotals] = {}
     if estimator == "weighted_per_decision":
-        of_blocks = (
-            importance.weight_totals(*_at_theta_prime(tokens, there), tokens.offsets_N1)
-            for tokens, _, there in blocks()
-        )
-        totals = reduce(WeightTotals.plus, of_blocks)
+        of_blocks = (_at_theta_prime(tokens, there) for tokens, _, there in blocks())
+        totals = _totals({f: importance.weight_totals(f, *block) for f in batch.functionals} for block in of_blocks)
     columns, whole, logs, usable = [], [], None, True
-    for tokens, base, there in blocks():
-        found, weights = _of_block(tokens, base, there, estimator, totals)
+    for tokens, bases, there in blocks():
+        found, weights = _of_block(tokens, bases, there, estimator, totals)
         columns.append(found)
         whole.append(weights.sequence_N)
         usable = usable and importance.log_weights_are_usable(weights)
@@ -204,71 +199,86 @@ def measured(batch: EvaluationBatch, moved: Moved, estimator: importance.Estimat
 
 
 def _of_block(
-    tokens: Tokens, base: ReturnsToGo, there: MovedTokens, estimator: importance.Estimator, totals: WeightTotals | None
+    tokens: Tokens,
+    bases: Bases,
+    there: MovedTokens,
+    estimator: importance.Estimator,
+    totals: Mapping[Functional, WeightTotals],
 ) -> tuple[Any, PrefixWeights]:
-    offsets_N1 = tokens.offsets_N1
     if estimator == "path_integral":
-        at_nodes = [
-            (importance.prefix_weights(tokens.logprobs_K, node.logprobs_K, offsets_N1), node) for node in there.at_nodes
+        at_nodes = [_at(tokens, node.logprobs_K, node.entropies_K, TokenPair(*node[2:])) for node in there.at_nodes]
+        of_nodes = [
+            {f: path_integral.derivative_columns(f, *of_node, base_K) for f, base_K in bases.items()}
+            for of_node in at_nodes
         ]
-        columns = [path_integral.derivative_columns(weights, node, base, offsets_N1) for weights, node in at_nodes]
-        return columns, at_nodes[-1][0]
-    weights, entropies_K = _at_theta_prime(tokens, there)
+        return of_nodes, at_nodes[-1][1]
+    moved, weights = _at_theta_prime(tokens, there)
     if estimator == "per_decision":
-        return importance.per_decision_columns(weights, entropies_K, base, offsets_N1), weights
+        return {f: importance.per_decision_column(f, moved, weights, base_K) for f, base_K in bases.items()}, weights
     if estimator == "weighted_per_decision":
-        return importance.weighted_per_decision_columns(weights, entropies_K, offsets_N1, totals), weights
-    S_N = ragged.sequence_sum(entropies_K, offsets_N1)
-    return MovedColumns(S_N, ragged.lengths(offsets_N1).double()), weights
+        return {f: importance.weighted_per_decision_column(f, moved, weights, totals[f]) for f in bases}, weights
+    return {f: ragged.sequence_sum(f.values(moved), tokens.offsets_N1) for f in bases}, weights
 
 
-def _at_theta_prime(tokens: Tokens, there: MovedTokens) -> tuple[PrefixWeights, Tensor]:
-    """Weights and h' of a block."""
+def _at_theta_prime(tokens: Tokens, there: MovedTokens) -> tuple[Tokens, PrefixWeights]:
     assert there.logprobs_K is not None and there.entropies_K is not None
-    return importance.prefix_weights(tokens.logprobs_K, there.logprobs_K, tokens.offsets_N1), there.entropies_K
+    return _at(tokens, there.logprobs_K, there.entropies_K)
 
 
-def _laid_out(parts: Iterable[Any]) -> Any:
-    """Per-sequence columns of blocks, one after the other."""
-    columns = list(parts)
-    return type(columns[0])(*map(torch.cat, zip(*columns, strict=True)))
+def _at(
+    tokens: Tokens, logprobs_K: Tensor, entropies_K: Tensor, along: TokenPair | None = None
+) -> tuple[Tokens, PrefixWeights]:
+    """A block under another policy, and the weights from its own to that one."""
+    weights = importance.prefix_weights(tokens.logprobs_K, logprobs_K, tokens.offsets_N1)
+    return tokens._replace(logprobs_K=logprobs_K, entropies_K=entropies_K, along=along), weights
 
 
-BaseOf = Callable[[int, Tokens], ReturnsToGo]
-"""The baselines of the i-th block."""
+def _laid_out(parts: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
+    """Per-sequence columns of blocks, one after the other, for each functional."""
+    blocks = list(parts)
+
+    def joined(columns: list[Any]) -> Any:
+        if isinstance(columns[0], Tensor):
+            return torch.cat(columns)
+        return type(columns[0])(*map(torch.cat, zip(*columns, strict=True)))
+
+    return {functional: joined([block[functional] for block in blocks]) for functional in blocks[0]}
 
 
-def _by_position(blocks: Sequence[Callable[[], Tokens]], clusters_N: Tensor | None, baseline: Baseline) -> BaseOf:
-    def totals_of(tokens: Tokens) -> BaselineTotals:
-        return baselines.baseline_totals(tokens.returns, tokens.offsets_N1, baseline, tokens.dlogprobs_K)
-
-    totals = reduce(BaselineTotals.plus, (totals_of(block()) for block in blocks))
-    return lambda _, tokens: baselines.baselines(
-        tokens.returns, tokens.offsets_N1, baseline, tokens.dlogprobs_K, totals
-    )
+def _totals(of_blocks: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
+    """Sums over blocks, for each functional."""
+    return reduce(lambda a, b: {functional: total.plus(b[functional]) for functional, total in a.items()}, of_blocks)
 
 
-def _ridge(blocks: Sequence[Callable[[], Tokens]], clusters_N: Tensor | None, baseline: Baseline) -> BaseOf:
+BaseOf = Callable[[Functional, int, Tokens], Tensor]
+"""The baseline of a functional in the i-th block."""
+
+
+def _by_position(blocks: Blocks, baseline: Baseline, functionals: Sequence[Functional]) -> BaseOf:
+    def totals_of(tokens: Tokens) -> dict[Functional, baselines.TimeTotals]:
+        return {f: baselines.baseline_totals(f, tokens, baseline) for f in functionals}
+
+    totals = _totals(totals_of(block()) for block in blocks)
+    return lambda functional, _, tokens: baselines.baselines(functional, tokens, baseline, totals[functional])
+
+
+def _ridge(blocks: Blocks, clusters_N: Tensor | None, functionals: Sequence[Functional]) -> BaseOf:
     counts = [len(block().offsets_N1) - 1 for block in blocks]
     folds_N = ridge.folds_of(torch.arange(sum(counts)) if clusters_N is None else clusters_N)
     folds = folds_N.split(counts)
 
-    def block_of(tokens: Tokens, values_K: Tensor, i: int) -> ridge.RidgeBlock:
+    def block_of(functional: Functional, i: int, tokens: Tokens) -> ridge.RidgeBlock:
+        returns_K = baselines.returns_to_go(functional, tokens)
         features_KF = ridge.prefix_features(tokens.logprobs_K, tokens.entropies_K, tokens.offsets_N1)
-        return ridge.RidgeBlock(values_K, features_KF, tokens.dlogprobs_K.double() ** 2, tokens.offsets_N1, folds[i])
+        weights_K = tokens.derivatives.logprob_K**2
+        return ridge.RidgeBlock(returns_K, features_KF, weights_K, tokens.offsets_N1, folds[i])
 
-    def fits_of(which: int) -> list[ridge.Fit]:
+    def fits_of(functional: Functional) -> list[ridge.Fit]:
         def read() -> Iterator[ridge.RidgeBlock]:
             for i, block in enumerate(blocks):
-                tokens = block()
-                yield block_of(tokens, tokens.returns[which], i)
+                yield block_of(functional, i, block())
 
         return ridge.fit(read, int(folds_N.max()) + 1)
 
-    fits = [fits_of(which) for which in range(len(ReturnsToGo._fields))]
-    return lambda i, tokens: ReturnsToGo(
-        *(
-            ridge.ridge_baseline(block_of(tokens, values_K, i), of_values)
-            for values_K, of_values in zip(tokens.returns, fits, strict=True)
-        )
-    )
+    fits = {functional: fits_of(functional) for functional in functionals}
+    return lambda functional, i, tokens: ridge.ridge_baseline(block_of(functional, i, tokens), fits[functional])

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from entropy_core.sources import Stamps, stamps
+
 
 def _silent(done: int, total: int) -> None:
     pass
@@ -39,6 +41,10 @@ class Execution:
         sizes = {name: max(1, getattr(self, name) // 2) for name in ("gen_batch_size", "tf_batch_size")}
         logits = self.head_chunk_megabytes / 2
         return replace(self, **sizes, head_chunk_megabytes=logits, recompute_activations=True)
+
+    def stamps(self, inputs: Any) -> Stamps:
+        """Make sure that the files that a stage's inputs name are what they were; see `sources.stamps`."""
+        return stamps(inputs, self.paths)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest records."""

@@ -1,4 +1,4 @@
-"""Configurations of the code before this one: `python -m entropy_core.legacy old.yaml > new.yaml`.
+"""Configurations of the code before this one: `entropy-probe legacy old.yaml > new.yaml`.
 
 Two generations of files are read, those around `probe_rework` and `importance_sampling`, and the later ones around
 `true_delta_h` and `approx_delta_h`. What has a meaning here is carried over; what changed, was dropped or had to be
@@ -12,12 +12,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
-from entropy_core.errors import ConfigError, ProbeError
+from entropy_core import plain_yaml
+from entropy_core.config_paths import Origin
+from entropy_core.errors import ConfigError
 from entropy_core.legacy_keys import DROPPED, REWARD_OF, SAME
 from entropy_core.numerics.advantages import Loss
-from entropy_core.read_config import parse_config, read_yaml
+from entropy_core.read_config import parse_config
 
 Flat = dict[str, Any]
 
@@ -54,12 +54,14 @@ class Converter:
         return next((key for key in keys if self.old.get(key) not in (None, "", [])), "")
 
 
-def convert(old: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
+def convert(old: Mapping[str, Any], name: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """An old configuration in the new keys.
 
     Args:
         old: nested dictionaries as YAML gives them.
         name: of the new configuration.
+        folder: that relative paths start at, as for the old code at the folder in which it was started. In the new
+            configuration they are absolute.
 
     Returns:
         The new configuration, which `parse_config` takes, and a remark for each key that changed, was dropped or was
@@ -69,7 +71,7 @@ def convert(old: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str
         ConfigError: it names no checkpoint, or has a value that cannot be carried over.
     """
     c = Converter(dict(_flat(old)))
-    _checkpoint(c)
+    _checkpoint(c, Origin(folder))
     _batches(c)
     _law(c)
     _update(c)
@@ -87,7 +89,7 @@ def convert(old: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str
     return new, c.remarks
 
 
-def _checkpoint(c: Converter) -> None:
+def _checkpoint(c: Converter, origin: Origin) -> None:
     key = c.first("checkpoint.checkpoint_path")
     if not key:
         raise ConfigError(
@@ -97,7 +99,8 @@ def _checkpoint(c: Converter) -> None:
         )
     path = str(c.old[key])
     whole = path.removesuffix("/").removesuffix("/model")
-    c.moved(key, "checkpoints", [whole], "a list; patterns are expanded" + (", and model/ is found" * (whole != path)))
+    why = "a list; patterns are expanded" + ", and model/ is found" * (whole != path)
+    c.moved(key, "checkpoints", [origin.locate(whole)], why)
     if (key := c.first("checkpoint.device_map")) and c.old[key] in ("auto", "cpu", "cuda"):
         c.moved(key, "execution.device")
 
@@ -208,29 +211,29 @@ def _shown(key: str, value: Any) -> str:
     return f"{key}: {str(value)!r:.80}" if isinstance(value, str) else f"{key}: {value!s:.80}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 1 where a `ProbeError` was printed."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1:
-        print("usage: python -m entropy_core.legacy old.yaml > new.yaml", file=sys.stderr)
-        return 2
-    path = Path(arguments[0])
-    try:
-        old = read_yaml(path)
-        if not isinstance(old, Mapping) or not all(isinstance(key, str) for key in old):
-            raise ConfigError(f"{path} is no configuration: it is not a list of keys", way_out="give an old YAML file")
-        if "checkpoints" in old:
-            raise ConfigError(f"{path} is a configuration of this version", way_out="use it as it is")
-        new, remarks = convert(old, re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem) or "probe")
-    except ProbeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def convert_file(path: Path) -> int:
+    """Print an old configuration in the new keys, and on stderr what changed, was dropped or had to be assumed.
+
+    Args:
+        path: of the old file.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigError: it is no old configuration, or cannot be converted.
+    """
+    old, repeated = plain_yaml.read(path, old=True)
+    if repeated:
+        raise ConfigError(f"{path}: {'; '.join(repeated)}", way_out="remove what does not hold")
+    if not isinstance(old, Mapping) or not all(isinstance(key, str) for key in old):
+        raise ConfigError(f"{path} is no configuration: it is not a list of keys", way_out="give an old YAML file")
+    if "checkpoints" in old:
+        raise ConfigError(f"{path} is a configuration of this version", way_out="use it as it is")
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem) or "probe"
+    new, remarks = convert(old, name, Path.cwd())
     print(*remarks, sep="\n", file=sys.stderr)
     print(f"# Converted from {path.name}. What changed, was dropped or had to be assumed:")
     print(*(f"#   {remark}" for remark in remarks), sep="\n")
-    print(yaml.safe_dump(new, sort_keys=False, allow_unicode=True), end="")
+    print(plain_yaml.dump(new), end="")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

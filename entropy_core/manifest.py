@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import secrets
 import shutil
@@ -18,29 +19,52 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from entropy_core.errors import StoreError
+from entropy_core.file_digests import SETTLED_NS, Identity, file_digest, identity_of
 
 MANIFEST = "manifest.json"
 VECTORS = "vectors/"
 """Where an artifact has its files of the size of the policy. Their digests count for good; they themselves may go."""
 DROPPED = "vectors.dropped"
 """Says that they went on purpose: without it, they are lost."""
+TEMPORARY = ".tmp-"
+"""Begins the name of what is being written, or was left by a process that died."""
+FORMAT = 1
+"""Of what `Writer` makes of a stage's results, and `Artifact` of its files: raised when either changes."""
 
-_KEYED = ("stage", "code", "inputs")
+_KEYED = ("format", "stage", "code", "libraries", "inputs")
 _LIBRARIES = ("torch", "transformers", "peft", "pyarrow", "safetensors")
-_SETTLED_NS = 2_000_000_000  # the coarsest clock of a common file system: a younger file could change unnoticed
 
-_remembered: dict[tuple, Any] = {}
+_manifests: dict[Identity, dict[str, Any]] = {}
+_altered: set[Identity] = set()  # data files that were opened and found to be others
+
+
+def may_name(stage_name: Any, key: Any) -> bool:
+    """Whether an artifact can be called so. What comes from a record or an archive may lead anywhere else."""
+    return _matches(r"[a-z0-9]+(-[a-z0-9]+)*", stage_name) and _matches("[0-9a-f]{32}", key)
+
+
+def may_name_file(name: str) -> bool:
+    """Whether a data file of an artifact can be called so: it lies within the artifact and is not the manifest."""
+    path = PurePosixPath(name)
+    return (
+        str(path) == name and not path.is_absolute() and ".." not in path.parts and name not in (".", MANIFEST, DROPPED)
+    )
+
+
+def _matches(pattern: str, text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch(pattern, text) is not None
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
     """Hash what makes a result.
 
     Args:
-        recipe: stage, code and inputs as JSON values; a manifest has them among others, which do not count.
+        recipe: format, stage, code, libraries and inputs as JSON values; a manifest has them among others, which do not
+            count.
 
     Returns:
         The first 32 hex digits of the SHA-256 of the canonical JSON. 128 bits are enough: among a million million
@@ -62,19 +86,23 @@ def content_digest(files: Mapping[str, Mapping[str, Any]], summary: Mapping[str,
     return _sha256({"files": {name: entry["sha256"] for name, entry in files.items()}, "summary": summary})
 
 
-def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> str:
+def commit(
+    temporary: Path, final: Path, manifest: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
     """Record every file in the manifest, bring all of it to the disk, and make it visible.
 
     Args:
         temporary: directory with the data files, beside `final`.
         final: what it will be called.
         manifest: all but `files` and `digest`.
+        files: file name → its entry, where these are known; otherwise the files are read.
 
     Returns:
         The content digest.
     """
-    paths = sorted(temporary.rglob("*"))
-    files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths if path.is_file()}
+    if files is None:
+        paths = sorted(temporary.rglob("*"))
+        files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths if path.is_file()}
     digest = content_digest(files, manifest["summary"])
     (temporary / MANIFEST).write_bytes(_sealed({**manifest, "files": files, "digest": digest}))
     make_visible(temporary, final)
@@ -84,7 +112,7 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> str:
 @contextmanager
 def temporary_sibling(final: Path) -> Iterator[Path]:
     """A new directory beside `final`, to be filled and given its name; what is left of it at the end is deleted."""
-    temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = final.with_name(f"{TEMPORARY}{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
         yield temporary
@@ -113,11 +141,15 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
         The manifest and "", or else an empty dict and what is wrong.
     """
     try:
-        manifest = _once(_read_manifest, directory / MANIFEST)
+        manifest = _read_once(directory / MANIFEST)
+        if "format" not in manifest:
+            return {}, "it was made by an earlier version"
         if (manifest["stage"], manifest["key"]) != (stage_name, key):
             return {}, f"its manifest is that of {manifest['stage']}/{manifest['key']}"
         if recipe_key(manifest) != key or content_digest(manifest["files"], manifest["summary"]) != manifest["digest"]:
             return {}, "its manifest was edited"
+        if not may_name(stage_name, key) or not all(map(may_name_file, manifest["files"])):
+            return {}, "its manifest names what is no part of it"
         return manifest, ""
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}, "it has no manifest"
@@ -125,31 +157,66 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
         return {}, f"its manifest was damaged or edited: {error}"
 
 
-def check_files(directory: Path, files: Mapping[str, Mapping[str, Any]], vectors: bool) -> str:
-    """Check the data files of an artifact against their entries in the manifest.
+def check_files(
+    directory: Path, files: Mapping[str, Mapping[str, Any]], digest: Callable[[Path], str] | None = None
+) -> str:
+    """Check the data files of an artifact against their entries in the manifest, but for `VECTORS` that were dropped.
 
     Args:
         directory: of the artifact.
         files: file name → entry.
-        vectors: read those of `VECTORS` as well, unless they were dropped; they are not even looked for otherwise.
+        digest: see `check_file`; None: that a file is there and has its size is enough.
 
     Returns:
         What is wrong first, or "".
     """
-    kept = vectors and not (directory / DROPPED).exists()
-    checked = (check_file(directory / name, of) for name, of in files.items() if kept or not name.startswith(VECTORS))
-    return next(filter(None, checked), "")
+    dropped = (directory / DROPPED).exists()
+    for name, entry in files.items():
+        path = directory / name
+        if dropped and name.startswith(VECTORS):
+            continue
+        if fault := check_file(path, entry, digest) if digest else check_presence(path, entry):
+            return fault
+    return ""
 
 
-def check_file(path: Path, entry: Mapping[str, Any]) -> str:
-    """Check a data file against its entry in the manifest; returns what is wrong, or ""."""
+def check_presence(path: Path, entry: Mapping[str, Any]) -> str:
+    """Check that a data file is there, is as large as its entry in the manifest says, and was not found to be altered.
+
+    Nothing of it is read: `check_file` does that when the file is opened.
+
+    Returns:
+        What is wrong, or "".
+    """
     try:
-        size = path.stat().st_size
-        if size != entry.get("bytes"):
-            return f"{path.name} has {size} bytes instead of {entry.get('bytes')}"
-        return "" if _once(_hash_file, path) == entry["sha256"] else f"{path.name} was altered: its SHA-256 is another"
+        stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return f"{path.name} is missing"
+    if stat.st_size != entry.get("bytes"):
+        return f"{path.name} has {stat.st_size} bytes instead of {entry.get('bytes')}"
+    return _alteration(path) if identity_of(stat) in _altered else ""
+
+
+def check_file(path: Path, entry: Mapping[str, Any], digest: Callable[[Path], str] = file_digest) -> str:
+    """Check a data file against its entry in the manifest, its content included.
+
+    Args:
+        path: the file.
+        entry: of the manifest.
+        digest: how its content is digested, such as `file_digests.read_digest`, which trusts nothing but the disk.
+
+    Returns:
+        What is wrong, or "".
+    """
+    fault = check_presence(path, entry)
+    if not fault and digest(path) != entry["sha256"]:
+        _altered.add(identity_of(path.stat()))
+        fault = _alteration(path)
+    return fault
+
+
+def _alteration(path: Path) -> str:
+    return f"{path.name} was altered: its SHA-256 is another"
 
 
 def as_json(value: Any, what: str) -> dict[str, Any]:
@@ -203,7 +270,7 @@ def _sha256(document: Any) -> str:
 
 def _describe(path: Path) -> dict[str, Any]:
     """The manifest's entry for a file."""
-    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": _once(_hash_file, path)}
+    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -226,27 +293,21 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _once(compute: Callable[[Path], Any], path: Path) -> Any:
-    """compute(path), done once per process as long as the file does not change, wherever it is moved."""
-    stat = path.stat()
-    identity = (compute, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    if identity not in _remembered:
-        value = compute(path)
-        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < _SETTLED_NS:
-            return value
-        _remembered[identity] = value
-    return _remembered[identity]
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
     """The manifest as it is written."""
     seal = hashlib.sha256(json_text(manifest).encode()).hexdigest()
     return json_text({**manifest, "seal": seal}).encode()
+
+
+def _read_once(path: Path) -> dict[str, Any]:
+    """The manifest, parsed once per process as long as the file does not change."""
+    identity = identity_of(path.stat())
+    if identity not in _manifests:
+        manifest = _read_manifest(path)
+        if time.time_ns() - identity[-1] < SETTLED_NS:
+            return manifest
+        _manifests[identity] = manifest
+    return _manifests[identity]
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """The optimizer's next step, block by block, from the trainer's own file: what is elementwise is not stored."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoint_files import file_digest
 from entropy_core.errors import CheckpointError
+from entropy_core.file_digests import file_digest
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
 from entropy_core.numerics.vectors import Block, Lazy, in_blocks
 from entropy_core.optimizer_file import SavedMoments
@@ -15,6 +15,17 @@ from entropy_core.optimizer_file import SavedMoments
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact
     from entropy_core.execution import Execution
+
+
+PARTS: dict[str, Callable[[NextStep], Tensor]] = {
+    "direction": lambda step: step.direction,
+    "momentum": lambda step: step.momentum,
+    "gradient": lambda step: step.gradient,
+    "decay": lambda step: step.decay,
+    "preconditioner": lambda step: step.preconditioner,
+    "jacobian": lambda step: step.jacobian,
+}
+"""What can be asked of a step, see `NextStep`."""
 
 
 class OptimizerStep(Mapping[Block, NextStep]):
@@ -63,8 +74,8 @@ class OptimizerStep(Mapping[Block, NextStep]):
         return len(self._gradient)
 
     def part(self, name: str) -> Lazy[Block]:
-        """One part of the step, such as `momentum`: the attribute of `NextStep` of this name, as a vector."""
-        return Lazy(list(self), lambda block: getattr(self[block], name))
+        """One part of the step as a vector; its name is one of `PARTS`."""
+        return Lazy(list(self), lambda block: PARTS[name](self[block]))
 
 
 def _moments(digest: str, execution: "Execution") -> SavedMoments | None:

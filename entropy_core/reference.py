@@ -1,8 +1,9 @@
 """The reference pages, from the code that they describe: `python -m entropy_core.reference` writes them into docs/."""
 
+import json
 import sys
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -17,7 +18,8 @@ def configuration_page() -> str:
         "# Configuration",
         "",
         "One YAML file is one sweep. An unknown key, a wrong type or a value out of range is refused before anything",
-        "runs. `checkpoints` is the one key without a default.",
+        "runs, all of them together. `checkpoints` is the one key without a default. Paths start at the folder of the",
+        "file; in a form or a parameter of a deployment, where the process that serves it was started.",
         "",
         *_section("", ProbeConfig),
         "## The `request` of entropy-probe/variance",
@@ -76,7 +78,7 @@ def _section(prefix: str, model: type[BaseModel]) -> list[str]:
 def _table(fields: dict[str, FieldInfo], prefix: str) -> list[str]:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
-        default = "required" if field.is_required() else f"`{field.default!r}`".replace("'", '"')
+        default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
         lines.append(f"| `{prefix}{name}` | {_type(field)} | {default} | {field.description} |")
     return [*lines, ""]
 
@@ -90,14 +92,19 @@ def _type(field: FieldInfo) -> str:
         kind = get_args(kind)[0]
         kind = get_args(kind)[0] if get_origin(kind) not in (None, Literal) else kind
     if get_origin(kind) is Literal:
-        name = ", ".join(f"`{choice}`" for choice in get_args(kind))
+        name = ", ".join(f"`{choice if isinstance(choice, str) else _yaml(choice)}`" for choice in get_args(kind))
     else:
         name = _TYPES[getattr(kind, "__name__", "")]
     bounds = [f"{sign} {getattr(m, key)}" for m in field.metadata for key, sign in _BOUNDS.items() if hasattr(m, key)]
     return ("list of " if listed else "") + name + (f", {', '.join(bounds)}" if bounds else "")
 
 
-_TYPES = {"int": "integer", "float": "number", "str": "text", "bool": "yes or no"}
+def _yaml(default: Any) -> str:
+    """A default as a file would have it."""
+    return json.dumps(default, ensure_ascii=False)
+
+
+_TYPES = {"int": "integer", "float": "number", "str": "text", "bool": "true or false"}
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 

@@ -10,17 +10,14 @@ Prompts and completions are text, whether a chat template was applied or not: th
 response without special tokens.
 """
 
-import importlib
-import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from entropy_core import arithmetic, math_answers, reasoning_tasks
-from entropy_core.errors import ConfigError, ProbeError, RewardError, one_line
+from entropy_core import arithmetic, math_answers, reasoning_tasks, user_functions
+from entropy_core.errors import ProbeError, RewardError, one_line
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -46,20 +43,7 @@ def load_reward(name: str) -> RewardFunction:
     Raises:
         ConfigError: there is no such function.
     """
-    if name in REWARDS:
-        return REWARDS[name]
-    module_name, colon, attribute = name.rpartition(":")
-    known = f"use one of {', '.join(sorted(REWARDS))}, package.module:function, or file.py:function"
-    if not colon:
-        raise ConfigError(f"unknown reward {name!r}", cause="a misspelt name", way_out=known)
-    try:
-        function = getattr(_import(module_name), attribute)
-    except (Exception, SystemExit) as error:  # user code may raise anything while it is imported
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ConfigError(f"reward {name!r} cannot be imported ({reason})", way_out=known) from error
-    if not callable(function):
-        raise ConfigError(f"reward {name!r} is not a function", way_out=known)
-    return function
+    return user_functions.load("reward", name, REWARDS)
 
 
 def source_file(name: str) -> Path | None:
@@ -68,19 +52,7 @@ def source_file(name: str) -> Path | None:
     Raises:
         ConfigError: there is no such function, or no such file.
     """
-    if name in REWARDS:
-        return None
-    module_name = name.rpartition(":")[0]
-    if _file(module_name).is_file():  # not imported, which may take long
-        return _file(module_name)
-    load_reward(name)
-    file = getattr(sys.modules[module_name], "__file__", None)
-    if not file or not file.endswith(".py"):
-        raise ConfigError(
-            f"reward {name!r} has no source file, so results cannot be keyed by its code",
-            way_out="wrap it in a function of your own, in a .py file",
-        )
-    return Path(file)
+    return user_functions.source_file("reward", name, REWARDS)
 
 
 def library(name: str) -> str:
@@ -166,26 +138,3 @@ def _culprit(call: Callable[[int, int], Any], count: int) -> int | None:
         else:
             return None
     return first
-
-
-def _file(module_name: str) -> Path:
-    return Path(module_name).expanduser()
-
-
-def _import(module_name: str) -> Any:
-    """The module as its file is now: results are keyed by that, so neither an older import nor bytecode will do."""
-    if module_name.endswith(".py"):
-        return _executed(f"user_reward_{_file(module_name).stem}", "", _file(module_name))
-    module = importlib.import_module(module_name)
-    file = getattr(module, "__file__", None) or ""
-    if not file.endswith(".py") or module_name.partition(".")[0] == __name__.partition(".")[0]:
-        return module
-    return _executed(module_name, module.__package__ or "", Path(file))
-
-
-def _executed(name: str, package: str, file: Path) -> ModuleType:
-    module = ModuleType(name)
-    module.__file__, module.__package__ = str(file), package
-    sys.modules[name] = module  # dataclasses look their module up
-    exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
-    return module

@@ -174,15 +174,17 @@ class SequenceProcessor:
         Raises:
             NonFiniteError: a value is NaN or infinite; names the sequence.
         """
-        flat: list[Tensor] = []
-        for token_index_K, rows in self.micro_batches(sequences):
-            parts = [part.cpu() for part in function(rows)]
-            if not flat:
-                flat = [part.new_empty(len(sequences.response_tokens_K)) for part in parts]
-            for whole, part in zip(flat, parts, strict=True):
-                whole[token_index_K] = part
-        for whole in flat:
-            require_finite(whole, sequences)
+        # results stay on the device until the last micro-batch: to fetch each would make it wait for the host
+        done = [(token_index_K, function(rows)) for token_index_K, rows in self.micro_batches(sequences)]
+        if not done:
+            return []
+        indices, parts = zip(*done, strict=True)
+        order_K, flat = torch.cat(indices), []
+        for column in zip(*parts, strict=True):
+            mixed_K = torch.cat(column).cpu()
+            flat.append(torch.empty_like(mixed_K).index_copy_(0, order_K, mixed_K))
+        for whole_K in flat:
+            require_finite(whole_K, sequences)
         return flat
 
     def micro_batches(self, sequences: BatchedSequences) -> Iterator[tuple[Tensor, TeacherForcedRows]]:
@@ -198,7 +200,7 @@ class SequenceProcessor:
         order_N = torch.argsort(prompt_lengths_N + sequences.lengths_N, descending=True, stable=True)
         done = 0
         for chosen_B in order_N.split(self.config.tf_batch_size) if len(order_N) else ():
-            yield teacher_forced_rows(sequences, chosen_B.tolist(), self.policy.device)
+            yield teacher_forced_rows(sequences, chosen_B, self.policy.device)
             done += len(chosen_B)
             self.progress(done, len(sequences))
 

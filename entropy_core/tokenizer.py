@@ -19,7 +19,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, or none that can be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers of all kinds raise errors of all kinds
         raise CheckpointError(
             f"{directory} has no tokenizer that can be loaded ({type(error).__name__})",

@@ -5,19 +5,24 @@ says what is wrong on one line, and Prefect would on several.
 """
 
 import logging
+import os
+from pathlib import Path
 
 from prefect import flow
 from prefect.states import Completed, State
 
 from entropy_core.config import ProbeConfig, VarianceRequest
-from entropy_core.errors import ProbeError
+from entropy_core.config_paths import Origin
+from entropy_core.errors import ConfigError, ProbeError
 from entropy_core.execution import Execution
 from entropy_core.read_config import parse_config, parse_request
 from entropy_core.stages import pipeline
 from entropy_core.stages.plan import plan, typical_costs
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
-from flows.ui import Progress, publish, publish_plan
+from flows.progress import Progress
+from flows.service import FOLDER
+from flows.ui import publish, publish_plan, published_progress
 from tasks.stages import prefect_runner
 
 
@@ -36,7 +41,8 @@ def checkpoint_sweep(config: ProbeConfig) -> State:
     """Predict what the next optimizer step does to the entropy of each checkpoint's policy, and measure it.
 
     Args:
-        config: which checkpoints, which batches, which step sizes.
+        config: which checkpoints, which batches, which step sizes. Relative paths start at the folder in which the
+            process that serves the deployment was started.
 
     Returns:
         A completed state that names the folder of the results; its result is the `SweepResult`.
@@ -44,12 +50,12 @@ def checkpoint_sweep(config: ProbeConfig) -> State:
     Raises:
         ProbeError: the request cannot be met; the message says why, and what to do.
     """
-    config = parse_config(config)
+    config = parse_config(config, origin=Origin(_folder(), must_exist=True))
     checkpoints = preflight(config)
     store = Store(config.store_root)
     steps, costs = plan(config, checkpoints, store), typical_costs(store)
     publish_plan(steps, costs)
-    progress = Progress(steps, costs)
+    progress = Progress(steps, costs, published_progress())
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     run = progress.watched(prefect_runner(store, execution))
     return _published(pipeline.sweep(config, checkpoints, store, run))
@@ -68,9 +74,23 @@ def variance(request: VarianceRequest = VarianceRequest()) -> State:  # noqa: B0
     Raises:
         ProbeError: there is no such sweep, or a part of it is gone.
     """
-    request = parse_request(request)
+    request = parse_request(request, Origin(_folder()))
     store = Store(request.artifacts)
     return _published(pipeline.variance(request, store, prefect_runner(store, Execution())))
+
+
+def _folder() -> Path:
+    """Go to the folder in which the process that serves was started, as a run without Prefect would be there."""
+    folder = os.environ.get(FOLDER, os.getcwd())
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {folder} cannot be entered on this machine: {error.strerror}",
+            cause="the deployments were registered in it, on another machine",
+            way_out="make it here, or register them in a folder that every machine has",
+        ) from None
+    return Path(folder)
 
 
 def _published(result: pipeline.SweepResult) -> State:

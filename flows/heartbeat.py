@@ -4,7 +4,9 @@ Prefect's runner marks the runs whose processes end while it watches. If it is k
 to say so but the server, which misses their heartbeats.
 """
 
+from collections.abc import Iterable
 from datetime import timedelta
+from uuid import UUID
 
 from prefect import get_client
 from prefect.client.schemas.objects import StateType
@@ -13,25 +15,33 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 
 NAME = "entropy-probe: a run without a heartbeat has crashed"
 SILENCE = timedelta(seconds=90)
-"""Three heartbeats; pyproject.toml says how often a run sends one."""
+"""Three heartbeats; `service.environment` says how often a run sends one."""
 
 
-def watch_heartbeats() -> None:
-    """Tell the server to mark silent runs, unless it was told before."""
+def watch_heartbeats(deployments: Iterable[UUID]) -> None:
+    """Tell the server to mark silent runs of these deployments, and no others.
+
+    Args:
+        deployments: their ids. What an earlier call has told the server is replaced if it named others.
+    """
     ends = ("Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Paused", "Suspended", "Scheduled")
-    automation = AutomationCore(
-        name=NAME,
-        trigger=EventTrigger(
-            posture=Posture.Proactive,
-            match={"prefect.resource.id": "prefect.flow-run.*"},
-            for_each={"prefect.resource.id"},
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ends)},
-            threshold=1,
-            within=SILENCE,
-        ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="Its process fell silent; retry goes on.")],
+    names = sorted(f"prefect.deployment.{deployment}" for deployment in deployments)
+    trigger = EventTrigger(
+        posture=Posture.Proactive,
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related={"prefect.resource.role": "deployment", "prefect.resource.id": names},
+        for_each={"prefect.resource.id"},
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ends)},
+        threshold=1,
+        within=SILENCE,
     )
+    actions = [ChangeFlowRunState(state=StateType.CRASHED, message="Its process fell silent; retry goes on.")]
     with get_client(sync_client=True) as client:
-        if not client.read_automations_by_name(NAME):
-            client.create_automation(automation)
+        told = client.read_automations_by_name(NAME)
+        for automation in told:
+            if getattr(automation.trigger, "match_related", None) != trigger.match_related:
+                changed = AutomationCore(name=NAME, enabled=automation.enabled, trigger=trigger, actions=actions)
+                client.update_automation(automation.id, changed)
+        if not told:
+            client.create_automation(AutomationCore(name=NAME, trigger=trigger, actions=actions))

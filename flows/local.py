@@ -1,15 +1,13 @@
-"""A sweep on this machine, or the UI, with nothing to set up: `make sweep` and `make ui`.
+"""A sweep through Prefect on this machine, or its UI, with nothing to set up.
 
-    python -m flows.local sweep [--config configs/demo.yaml] [--port 0]
-    python -m flows.local up [--config configs/demo.yaml] [--port 4200]
-
-Both start a Prefect server and the process that serves the deployments, unless this folder's are up already, and stop
-what they started. `sweep` then triggers the deployment, as anybody would, and prints its results.
+`entropy-probe sweep`, `variance` and `ui` are this. Each starts a Prefect server and the process that serves the
+deployments, unless those of the store are up already, and stops what it started. A sweep then triggers the deployment,
+as anybody would, and prints its results.
 """
 
-import argparse
 import json
 import re
+import shlex
 import signal
 import sys
 import time
@@ -17,10 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from entropy_core.errors import ProbeError
+from entropy_core.config import VarianceRequest
 from entropy_core.read_config import load_config
-from flows.results import agreement_table, terminal_table
-from flows.service import DEPLOYMENTS, FLOW, HOME, ROOT, ServiceError, child, request, service
+from entropy_core.store import runs
+from flows import service
+from flows.door import how_to_enter, key_file
+from flows.results import print_results
+from flows.service import DEPLOYMENTS, FLOW, ServiceError, child, request
 
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
 _LOG = re.compile(r"▪ +\S+ +\S{12} (.*)")
@@ -29,12 +30,11 @@ _NOISE = ("●", "Creating flow run", "└── Parameters", "└── Job", "
 _HUSHED = ("Beginning flow run", "View at", "Finished in state", "Encountered exception", "Engine execution exited")
 
 
-def sweep(config_path: Path, port: int) -> int:
+def sweep(config_path: Path) -> int:
     """Run a checkpoint sweep through Prefect and print its results.
 
     Args:
         config_path: a YAML file.
-        port: of the server, if one must be started; 0: any free one.
 
     Returns:
         The exit status: 0 if the run was completed.
@@ -42,55 +42,84 @@ def sweep(config_path: Path, port: int) -> int:
     Raises:
         ProbeError: the configuration is wrong, or Prefect does not start.
     """
-    config = load_config(config_path).model_dump(mode="json")
-    print("Starting Prefect …", flush=True)
-    with service(port) as (api_url, started_here):
-        print(f"Prefect {'started' if started_here else 'is up already'}: {api_url.removesuffix('/api')}", flush=True)
-        status, run_id = _trigger(config, api_url)
-        _wait_for_records(run_id, api_url)
-        state = request(f"{api_url}/flow_runs/{run_id}")["state"] if run_id else {}
-        message = state.get("message") or "No run was made."
-        if status == 0:
-            _print_results(Path(message.removeprefix("Results in ")))
-        else:
-            reason = message.removeprefix("Flow run encountered an exception: ")
-            print(f"\nThe sweep failed. {reason}\nDetails: {HOME / 'serve.log'}", file=sys.stderr)
-    return status
+    config = load_config(config_path, must_exist=True)
+    service.use(config.store_root)
+    return _run("checkpoint-sweep", {"config": config.model_dump(mode="json")}, config_path)
 
 
-def up(config_path: Path, port: int) -> NoReturn:
+def variance(asked: VarianceRequest) -> int:
+    """Compute the statistics of a recorded sweep again through Prefect, and print the results.
+
+    Args:
+        asked: which sweep, which settings.
+
+    Returns:
+        The exit status: 0 if the run was completed.
+
+    Raises:
+        ProbeError: there is no such sweep, or Prefect does not start.
+    """
+    store_root = Path(asked.artifacts)
+    runs.find(store_root, asked.run)
+    service.use(store_root)
+    return _run("variance", {"request": asked.model_dump(mode="json", exclude_unset=True)}, None)
+
+
+def up(config_path: Path | None, port: int) -> NoReturn:
     """Keep Prefect's UI and the deployments up until interrupted.
 
     Args:
-        config_path: a YAML file, with which the form of the sweep begins.
+        config_path: a YAML file, with which the form of the sweep begins, and whose store is used; None: the form is
+            empty, and the store is `artifacts` in this folder.
         port: of the server.
 
     Raises:
         ConfigError: the configuration is wrong.
         ServiceError: Prefect does not start, is up already, or ends by itself.
     """
-    load_config(config_path)
+    service.use(load_config(config_path).store_root if config_path else Path("artifacts"))
     print("Starting Prefect …", flush=True)
-    with service(port, config_path) as (api_url, started_here):
+    with service.service(port, config_path) as (api_url, started_here):
         url = api_url.removesuffix("/api")
         if not started_here:
-            raise ServiceError(f"this folder's Prefect is up already, at {url}", way_out="use that one")
+            raise ServiceError(f"the Prefect of this store is up already, at {url}", way_out="use that one")
+        key = shlex.quote(str(key_file(service.HOME)))
         commands = "\n".join(f"    prefect deployment run {FLOW}/{name} --watch" for name in DEPLOYMENTS)
         print(
-            f"\nPrefect is up: {url}\nStart a run there, or in another terminal:\n\n"
-            f"    export PREFECT_API_URL={api_url}\n{commands}\n\nCtrl-C ends it.",
+            f"\nPrefect is up: {how_to_enter(service.HOME, url, private=sys.stdout.isatty())}\n"
+            "Start a run there, or in another terminal:\n\n"
+            f'    export PREFECT_API_URL={api_url} PREFECT_API_AUTH_STRING="$(cat {key})"\n'
+            f"{commands}\n\nRelative paths in a form or in a parameter start at {Path.cwd()}. Ctrl-C ends it.",
             flush=True,
         )
         while True:
             signal.pause()
 
 
-def _trigger(config: dict[str, Any], api_url: str) -> tuple[int, str]:
+def _run(deployment: str, parameters: dict[str, Any], config_path: Path | None) -> int:
+    """Run a deployment on the store's Prefect and print what it leaves; returns the exit status."""
+    print("Starting Prefect …", flush=True)
+    with service.service(config=config_path) as (api_url, started_here):
+        print(f"Prefect {'started' if started_here else 'is up already'}: {api_url.removesuffix('/api')}", flush=True)
+        status, run_id = _trigger(deployment, parameters, api_url)
+        _wait_for_records(run_id, api_url)
+        state = request(f"{api_url}/flow_runs/{run_id}")["state"] if run_id else {}
+        message = state.get("message") or "No run was made."
+        if status == 0:
+            print_results(Path(message.removeprefix("Results in ")))
+            return 0
+        reason = message.removeprefix("Flow run encountered an exception: ")
+        print(f"\nThe run failed. {reason}\nDetails: {service.HOME / 'serve.log'}", file=sys.stderr)
+        return 2
+
+
+def _trigger(deployment: str, parameters: dict[str, Any], api_url: str) -> tuple[int, str]:
     """Run the deployment with Prefect's own command; returns its exit status and the id of the flow run."""
-    command = ["-m", "prefect", "deployment", "run", f"{FLOW}/{DEPLOYMENTS[0]}", "--watch", "--param"]
-    print(f"$ prefect {' '.join(command[2:])} 'config={{…}}'", flush=True)
+    command = ["-m", "prefect", "deployment", "run", f"{FLOW}/{deployment}", "--watch"]
+    [(name, value)] = parameters.items()
+    print(f"$ {' '.join(command[1:])} --param '{name}={{…}}'", flush=True)
     run_id = ""
-    with child([*command, f"config={json.dumps(config)}"], api_url) as process:
+    with child([*command, "--param", f"{name}={json.dumps(value)}"], api_url) as process:
         assert process.stdout
         try:
             for line in process.stdout:
@@ -128,50 +157,3 @@ def _for_reader(line: str) -> str:
     if entry := _LOG.match(line):
         return "" if entry[1].startswith(_HUSHED) else f"  {entry[1]}"
     return "" if line.startswith(_NOISE) else line
-
-
-def _print_results(run_directory: Path) -> None:
-    import pyarrow.parquet
-
-    rows, replicates = (
-        pyarrow.parquet.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates")
-    )
-    print(f"\n{terminal_table(rows)}")
-    if agreement := agreement_table(rows, replicates):
-        print(f"\n{agreement}")
-    print(f"\n{run_directory}/")
-    for path in sorted(run_directory.iterdir()):
-        print(f"    {path.name}")
-
-
-def _interrupted(number: int, frame: Any) -> None:
-    """End by way of every `finally`, and let nothing interrupt those."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
-    print("\nStopping …", file=sys.stderr, flush=True)
-    raise SystemExit(128 + number)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m flows.local", description=(__doc__ or "").partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    sweep_parser = commands.add_parser("sweep", help="run one sweep and print its results")
-    demo = ROOT / "configs" / "demo.yaml"
-    sweep_parser.add_argument("--config", type=Path, default=demo, help="a YAML file")
-    sweep_parser.add_argument("--port", type=int, default=0, help="of the server; 0: any free one")
-    up_parser = commands.add_parser("up", help="keep the UI and the deployments up until Ctrl-C")
-    up_parser.add_argument("--config", type=Path, default=demo, help="a YAML file: what the form begins with")
-    up_parser.add_argument("--port", type=int, default=4200, help="of the server")
-    options = parser.parse_args(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupted)
-    try:
-        return sweep(options.config, options.port) if options.command == "sweep" else up(options.config, options.port)
-    except ProbeError as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

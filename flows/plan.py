@@ -1,13 +1,10 @@
-"""What a sweep would compute, before it is run: `python -m flows.plan configs/demo.yaml`."""
+"""What a sweep would compute, before it is run: for `entropy-probe plan`, and in Prefect's UI."""
 
-import argparse
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entropy_core.errors import ProbeError
 from entropy_core.read_config import load_config
 from entropy_core.stages.plan import Cost, Step, plan, typical_costs
 from entropy_core.stages.preflight import preflight
@@ -78,24 +75,24 @@ def _parts(steps: Sequence[Step]) -> str:
     return f"{listed} of {found[0][2]}" if found else ""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m flows.plan", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("config", type=Path, help="a YAML file")
-    try:
-        config = load_config(parser.parse_args(arguments).config)
-        store = Store(config.store_root)
-        steps, costs = plan(config, preflight(config), store), typical_costs(store)
-    except ProbeError as error:
-        print(error, file=sys.stderr)
-        return 2
+def print_plan(config_path: Path) -> int:
+    """Print the plan of a sweep; what is needed for it is read, and nothing is written.
+
+    Args:
+        config_path: a YAML file.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ProbeError: the sweep cannot be run.
+    """
+    config = load_config(config_path, must_exist=True)
+    store = Store(config.store_root)
+    steps, costs = plan(config, preflight(config), store), typical_costs(store)
     *columns, why = (rows := plan_table(steps, costs))[0]
     lines = aligned([columns, *([str(row[name]) for name in columns] for row in rows)])
     for line, reason in zip(lines, [why, *(row[why] for row in rows)], strict=True):
         print(f"{line}  {reason}".rstrip())
     print(f"\n{plan_total(steps, costs)}.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from entropy_core.agreement import independent
 
 HEADLINE = (
@@ -80,6 +82,23 @@ def agreement_table(rows: list[dict[str, Any]], replicates: list[dict[str, Any]]
             + f"; largest z of a mean score {score_z:.2f})",
         ]
     )
+
+
+def print_results(run_directory: Path) -> None:
+    """Print the tables of a recorded run, and which files are in its folder.
+
+    Args:
+        run_directory: its folder.
+    """
+    rows, replicates = (
+        pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates")
+    )
+    print(f"\n{terminal_table(rows)}")
+    if agreement := agreement_table(rows, replicates):
+        print(f"\n{agreement}")
+    print(f"\n{run_directory}/")
+    for path in sorted(run_directory.iterdir()):
+        print(f"    {path.name}")
 
 
 def inline_figures(markdown: str, locate: Callable[[str], Path]) -> str:

@@ -1,11 +1,13 @@
-"""Serve the two deployments: `python -m flows.serve`, with a Prefect server at PREFECT_API_URL.
+"""Serve the two deployments: `entropy-probe serve`, with a Prefect server at PREFECT_API_URL.
 
 With `--work-pool NAME` they are registered there instead, for the workers of that pool to run.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
@@ -14,16 +16,14 @@ from prefect.flows import EntrypointType
 from entropy_core.read_config import load_config
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.heartbeat import watch_heartbeats
-
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "configs" / "demo.yaml"
+from flows.service import FOLDER, ROOT
 
 
-def deployments(config: Path, **where: Any) -> list[RunnerDeployment]:
+def deployments(config: Path | None, **where: Any) -> list[RunnerDeployment]:
     """Describe both deployments to Prefect.
 
     Args:
-        config: a YAML file, with which the form of the sweep begins.
+        config: a YAML file, with which the form of the sweep begins; None: an empty form.
         where: of `Flow.to_deployment`: the work pool, if there is one.
 
     Returns:
@@ -32,18 +32,19 @@ def deployments(config: Path, **where: Any) -> list[RunnerDeployment]:
     Raises:
         ConfigError: the configuration is wrong.
     """
+    chosen = load_config(config) if config else None
     made = [
         checkpoint_sweep.to_deployment(
             "checkpoint-sweep",
             description="Predict and measure what the next optimizer step does to the entropy, per checkpoint.",
-            parameters={"config": load_config(config).model_dump(mode="json")},
+            parameters={"config": chosen.model_dump(mode="json")} if chosen else {},
             entrypoint_type=EntrypointType.MODULE_PATH,
             **where,
         ),
         variance.to_deployment(
             "variance",
             description="The statistics of a recorded sweep with other settings, from its cached batches alone.",
-            parameters={"request": {"artifacts": load_config(config).execution.artifacts}},
+            parameters={"request": {"artifacts": chosen.execution.artifacts}} if chosen else {},
             entrypoint_type=EntrypointType.MODULE_PATH,
             **where,
         ),
@@ -51,20 +52,25 @@ def deployments(config: Path, **where: Any) -> list[RunnerDeployment]:
     return cast("list[RunnerDeployment]", made)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Register the deployments and run what is asked for, one at a time, until interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m flows.serve", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--config", type=Path, default=DEMO, help="a YAML file: what the form begins with")
+    parser = argparse.ArgumentParser(prog="entropy-probe serve", description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("--config", type=Path, help="a YAML file: what the form begins with")
     parser.add_argument("--work-pool", default="", help="register the deployments for a pool of workers, and end")
-    options = parser.parse_args()
-    watch_heartbeats()
+    options = parser.parse_args(arguments)
+    folder = os.environ.setdefault(FOLDER, os.getcwd())
+    where: dict[str, Any] = {}
     if options.work_pool:
-        here = {"working_dir": str(ROOT), "env": {"PYTHONPATH": str(ROOT)}}
-        for deployment in deployments(options.config, work_pool_name=options.work_pool, job_variables=here):
-            deployment.apply()
-            print(f"{deployment.flow_name}/{deployment.name} is run by the workers of {options.work_pool}.")
-    else:
-        serve(*deployments(options.config), limit=1, pause_on_shutdown=False)
+        here = {"env": {FOLDER: folder, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}}  # as in `service.environment`
+        where = {"work_pool_name": options.work_pool, "job_variables": here}
+    registered = deployments(options.config, **where)
+    watch_heartbeats([cast("UUID", deployment.apply()) for deployment in registered])
+    if not options.work_pool:
+        os.chdir(ROOT)
+        serve(*registered, limit=1, pause_on_shutdown=False)
+        return
+    for deployment in registered:
+        print(f"{deployment.flow_name}/{deployment.name} is run by the workers of {options.work_pool}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One slot for each GPU: of several runs that want to compute on it at the same time, one does and the others wait."""
+"""One slot for each GPU: of several runs that want to compute on it at the same time, one does and the others wait.
+
+Runs through Prefect and runs without it take turns with each other.
+"""
 
 import logging
 import os
@@ -6,8 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+
+from entropy_core.artifact import Artifact
+from entropy_core.stages.measure import Inputs
+from entropy_core.stages.memory import run_within_memory
+from entropy_core.store import Stage, Store
 
 log = logging.getLogger("entropy_probe.device")
 
@@ -50,3 +59,16 @@ def device_slot(name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def compute(store: Store, stage: Stage, execution: Any, inputs: Inputs) -> Artifact:
+    """Run a stage that is not in the store; one that is given a policy computes on the device and waits for its slot.
+
+    Args:
+        store: where the artifact goes.
+        stage: what to run.
+        execution: how to compute; see `Store.run`.
+        inputs: of the stage.
+    """
+    with device_slot(device_name(execution.device) if "law" in inputs else ""):
+        return run_within_memory(store, stage, execution, inputs)

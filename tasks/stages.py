@@ -8,10 +8,9 @@ from prefect.client.schemas.objects import State, TaskRun
 from entropy_core.artifact import Artifact
 from entropy_core.errors import MemoryShortageError
 from entropy_core.stages.measure import Inputs, Runner
-from entropy_core.stages.memory import run_within_memory
 from entropy_core.store import Stage, Store
 from tasks.artifact_cache import StoreStorage, cache_policy
-from tasks.device import device_name, device_slot
+from tasks.device import compute
 
 RETRY_DELAYS = [5.0, 30.0]  # seconds: time for another process to leave the device, for a file server to come back
 
@@ -45,8 +44,7 @@ def stage_task(stage: Stage, store: Store, execution: Any) -> Task[..., Artifact
     """
 
     def run_stage(inputs: Inputs, label: str) -> Artifact:
-        with device_slot(device_name(execution.device) if "law" in inputs else ""):  # given a policy, it computes there
-            return run_within_memory(store, stage, execution, inputs)
+        return compute(store, stage, execution, inputs)
 
     run_stage.__name__ = run_stage.__qualname__ = stage.name
     task = Task(  # without tags: for those Prefect asks the server for a slot before every run, a quarter of a second

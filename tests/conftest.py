@@ -28,7 +28,7 @@ from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged
 from entropy_core.policy import Policy
 
-pytest_plugins = ["checkpoint_fixtures", "proofs", "store_fixtures"]  # proofs writes docs/validation.md
+pytest_plugins = ["proofs", "attacks", "checkpoint_fixtures", "store_fixtures"]  # the first two write pages in docs/
 
 COMMON = {"bos_token_id": None, "pad_token_id": None, "attn_implementation": "eager", "initializer_range": 0.6}
 SMALL = {

@@ -10,15 +10,26 @@ from conftest import World
 from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.evaluation import EvaluationBatch, Tokens
-from entropy_core.numerics import importance, ragged
-from entropy_core.numerics.baselines import Baseline, ReturnsToGo, baselines, returns_to_go
-from entropy_core.numerics.first_order import FirstOrderColumns, first_order_columns
+from entropy_core.evaluation import EvaluationBatch
+from entropy_core.numerics import importance, losses, ragged
+from entropy_core.numerics.advantages import group_advantages
+from entropy_core.numerics.baselines import Baseline, baselines
+from entropy_core.numerics.first_order import first_order_columns
+from entropy_core.numerics.functional import (
+    ENTROPY,
+    FUNCTIONALS,
+    LENGTH,
+    Columns,
+    Functional,
+    TokenPair,
+    Tokens,
+)
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.policy import Coefficients
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 Direction = dict[str, Tensor]
+Bases = dict[Functional, Tensor]
 
 
 class Everything(NamedTuple):
@@ -39,23 +50,24 @@ class Everything(NamedTuple):
     def mean(self, values_N: Tensor) -> float:
         return float(self.probability_N @ values_N)
 
-    def columns(self, baseline: Baseline) -> FirstOrderColumns:
-        return first_order_columns(*self.tokens[1:], self.offsets_N1, baseline)
+    @property
+    def block(self) -> Tokens:
+        return as_tokens(self.tokens, self.offsets_N1)
 
-    def base(self, baseline: Baseline) -> ReturnsToGo:
-        returns = returns_to_go(self.tokens.entropies_K, self.offsets_N1)
-        return baselines(returns, self.offsets_N1, baseline, self.tokens.dlogprobs_K)
+    def columns(self, baseline: Baseline) -> dict[Functional, Columns]:
+        return columns_of(self.block, baseline)
 
-    def at(self, eta: float) -> tuple[importance.PrefixWeights, Tensor]:
-        """Weights and h' at θ + ηv."""
+    def base(self, baseline: Baseline) -> Bases:
+        return {functional: baselines(functional, self.block, baseline) for functional in FUNCTIONALS}
+
+    def at(self, eta: float) -> tuple[Tokens, importance.PrefixWeights]:
+        """The sequences at θ + ηv, and the weights from θ to there."""
         if self.part_of is not None and self.chosen_N is not None:
-            weights, moved_K = self.part_of.at(eta)
-            pick_K, _ = self.part_of.tokens_of(self.chosen_N)
-            before_K, after_K = weights.before_K[pick_K], weights.after_K[pick_K]
-            return importance.PrefixWeights(before_K, after_K, weights.sequence_N[self.chosen_N]), moved_K[pick_K]
+            return taken(*self.part_of.at(eta), self.chosen_N, *self.part_of.tokens_of(self.chosen_N))
         with self.world.policy.moved(self.v, eta):
             moved, _ = processor_of(self.world).score(self.sequences)
-        return importance.prefix_weights(self.tokens.logprobs_K, moved.logprobs_K, self.offsets_N1), moved.entropies_K
+        weights = importance.prefix_weights(self.tokens.logprobs_K, moved.logprobs_K, self.offsets_N1)
+        return Tokens(moved.logprobs_K, moved.entropies_K, self.offsets_N1), weights
 
     def drawn(self, count: int, seed: int = 1) -> "Everything":
         """The same of a batch of sequences drawn from the law; their probability is 1/count."""
@@ -98,16 +110,58 @@ def enumerate_world(world: World, v: Direction) -> Everything:
     return Everything(world, v, sequences, probability_N, TokenDerivatives(*tokens))
 
 
-def by_position(sequences: Everything) -> ReturnsToGo:
+def as_tokens(derivatives: TokenDerivatives, offsets_N1: Tensor) -> Tokens:
+    """Per-token columns with where their sequences begin."""
+    return Tokens(*derivatives[:2], offsets_N1, TokenPair(*derivatives[2:]))
+
+
+def columns_of(tokens: Tokens, baseline: Baseline) -> dict[Functional, Columns]:
+    """Of sequences that are all there are."""
+    return {f: first_order_columns(f, tokens, baselines(f, tokens, baseline)) for f in FUNCTIONALS}
+
+
+def taken(
+    moved: Tokens, weights: importance.PrefixWeights, chosen_N: Tensor, pick_K: Tensor, offsets_N1: Tensor
+) -> tuple[Tokens, importance.PrefixWeights]:
+    """Some of the sequences at θ + ηv; `pick_K` and `offsets_N1` are where their tokens are."""
+    of_chosen = importance.PrefixWeights(
+        weights.before_K[pick_K], weights.after_K[pick_K], weights.sequence_N[chosen_N]
+    )
+    return Tokens(moved.logprobs_K[pick_K], moved.entropies_K[pick_K], offsets_N1), of_chosen
+
+
+class Pair(NamedTuple):
+    """Of entropy and length, per sequence [N]."""
+
+    S_N: Tensor
+    T_N: Tensor
+
+
+def per_decision(at_eta: tuple[Tokens, importance.PrefixWeights], bases: Bases) -> Pair:
+    """Terms of both by the per-decision estimator."""
+    return Pair(*(importance.per_decision_column(f, *at_eta, bases[f]) for f in (ENTROPY, LENGTH)))
+
+
+def weighted_per_decision(at_eta: tuple[Tokens, importance.PrefixWeights]) -> Pair:
+    """The same with weights normalised at each position."""
+    return Pair(*(importance.weighted_per_decision_column(f, *at_eta) for f in (ENTROPY, LENGTH)))
+
+
+def by_position(sequences: Everything) -> Bases:
     """Baselines that know the position only, far from zero: what an independent batch would give."""
     position_K = ragged.position_index(sequences.offsets_N1)
     b_T, c_T = torch.tensor([[1.7, -0.9, 0.4, 2.2], [-3.0, 1.1, 0.8, 5.0]], dtype=torch.float64)
-    return ReturnsToGo(b_T[position_K], c_T[position_K])
+    return {ENTROPY: b_T[position_K], LENGTH: c_T[position_K]}
+
+
+def no_baseline(sequences: Everything) -> Bases:
+    """Zero, for both."""
+    return {functional: torch.zeros(len(sequences.tokens.logprobs_K)).double() for functional in FUNCTIONALS}
 
 
 def evaluation_batch(tokens: TokenDerivatives, offsets_N1: Tensor, baseline: Baseline) -> EvaluationBatch:
     """Columns of independent sequences as the statistics take them."""
-    return EvaluationBatch.of([lambda: Tokens(*tokens, offsets_N1)], None, baseline)
+    return EvaluationBatch.of([lambda: as_tokens(tokens, offsets_N1)], None, baseline)
 
 
 def every_batch(everything: Everything, size: int) -> Iterator[tuple[Tensor, float]]:
@@ -115,6 +169,15 @@ def every_batch(everything: Everything, size: int) -> Iterator[tuple[Tensor, flo
     for chosen in combinations_with_replacement(range(len(everything.sequences)), size):
         orders = factorial(size) // prod(factorial(chosen.count(i)) for i in set(chosen))
         yield torch.tensor(chosen), orders * float(everything.probability_N[list(chosen)].prod())
+
+
+def rloo_coefficients(rewards_PG: Tensor, lengths_N: Tensor) -> Tensor:
+    """∂L/∂ℓ under `rloo`, the same for every token of a response: float64 [N]."""
+    offsets_N1 = ragged.offsets_from_lengths(lengths_N)
+    zero_K = torch.zeros(int(offsets_N1[-1]))
+    advantages_PG = group_advantages(rewards_PG, "rloo")
+    batch = losses.LossBatch.on_policy(zero_K, zero_K, offsets_N1, advantages_PG, rewards_PG, max_new_tokens=3)
+    return losses.coefficients(losses.rloo, batch).logprob_K[offsets_N1[:-1]]
 
 
 class TokenGradients(NamedTuple):

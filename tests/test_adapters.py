@@ -392,7 +392,9 @@ def test_the_first_step_of_a_fresh_optimizer(home: Path, tmp_path: Path, kind: s
 
 
 def test_a_fresh_optimizer_needs_a_learning_rate(home: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"update: a fresh optimizer has no learning rate.*Set learning_rate"):
+    with pytest.raises(
+        ConfigError, match=r"update.optimizer_state: a fresh optimizer has no learning rate.*Set learning_rate"
+    ):
         parse_config(config_of(home, tmp_path / "a", "base", update={"optimizer_state": "fresh"}))
     with pytest.raises(ConfigError, match="no learning rate of its own"):
         read_checkpoint(home / "base", fresh=True)

@@ -6,7 +6,7 @@ Forward mode runs in float32, as in a sweep; the central differences that it is 
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -120,10 +120,10 @@ def test_every_architecture_is_one_function(
     seen: dict[tuple[int, int], Tensor] = {}
     draw = Decoding._draw
 
-    def recorded(decoding: Decoding, rows_R: Tensor, logits_RV: Tensor) -> None:
-        at = zip(decoding.batch.sequence_B[rows_R].tolist(), decoding.batch.lengths_B[rows_R].tolist(), strict=True)
-        seen.update(zip(at, logits_RV, strict=True))
-        draw(decoding, rows_R, logits_RV)
+    def recorded(decoding: Decoding, rows: Sequence[int], logits_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+        for row, logits_V in zip(rows, logits_RV, strict=True):
+            seen[decoding.batch.sequences[row], len(decoding.batch.tokens[row])] = logits_V
+        return draw(decoding, rows, logits_RV, uniforms_R)
 
     monkeypatch.setattr(Decoding, "_draw", recorded)
     sequences = sampled(policy)

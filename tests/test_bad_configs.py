@@ -17,12 +17,14 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
 from prefect.testing.utilities import prefect_test_harness
 
+from entropy_core.config_paths import Origin
 from entropy_core.errors import ProbeError
 from entropy_core.read_config import parse_config
 from entropy_core.stages.preflight import preflight
-from flows import local, plan
+from flows import service
+from flows.cli import main
 from flows.entropy_probe import checkpoint_sweep
-from flows.serve import DEMO, deployments
+from flows.serve import deployments
 
 
 class Bad(NamedTuple):
@@ -60,10 +62,10 @@ REFUSED = {
     "empty shards": Bad({"execution": {"shard_size": 0}}, "execution.shard_size"),
 }
 FAILED = {
-    "no such checkpoint": Bad({"checkpoints": ["RUN/checkpoint-9*"]}, "No directory matches .*checkpoint-9"),
+    "no such checkpoint": Bad({"checkpoints": ["RUN/checkpoint-9*"]}, "no directory matches .*checkpoint-9"),
     "a run for a checkpoint": Bad({"checkpoints": ["RUN"]}, r"has no config\.json"),
     "an unknown dataset": Bad({"batch_config": {"dataset_name": "gsm9k"}}, "unknown dataset 'gsm9k'"),
-    "a missing file": Bad({"batch_config": {"dataset_name": "/no/such/pool.jsonl"}}, "cannot be read"),
+    "a missing file": Bad({"batch_config": {"dataset_name": "/no/such/pool.jsonl"}}, "no file /no/such/pool.jsonl"),
     "a missing split": Bad({"batch_config": {"U_split": "dev"}}, "no split 'dev'"),
     "a missing column": Bad({"batch_config": {"prompt_column": "question"}}, "no text in column 'question'"),
     "a pool that is too small": Bad({"batch_config": {"B_U": 513}}, "B_U asks for 513 distinct prompts"),
@@ -72,11 +74,11 @@ FAILED = {
     ),
     "two writers": Bad({"batch_config": {"apply_chat_template": True, "add_special_tokens": True}}, "special tokens"),
     "an unknown reward": Bad({"update": {"reward": "no.such:reward"}}, r"no\.such:reward"),
-    "a reference without KL": Bad({"update": {"reference": "base"}}, "Set kl_beta"),
+    "a reference without KL": Bad({"update": {"reference": "."}}, "Set kl_beta"),
     "KL to nobody": Bad({"update": {"kl_beta": 0.1}}, r"set update\.reference"),
     "a scale without groups": Bad({"update": {"loss": "reinforce", "scale_rewards": "group"}}, "scale_rewards: auto"),
     "a fresh optimizer without a rate": Bad({"update": {"optimizer_state": "fresh"}}, "Set learning_rate"),
-    "a base without adapters": Bad({"policy": {"base_model": "base"}}, "no checkpoint is an adapter"),
+    "a base without adapters": Bad({"policy": {"base_model": "."}}, "no checkpoint is an adapter"),
 }
 BAD = REFUSED | FAILED
 
@@ -105,15 +107,14 @@ def test_the_configuration_is_good_but_for_the_change(home):
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_the_command_line_refuses_it_on_one_line(home, bad, tmp_path, monkeypatch, capsys):
-    """`make sweep` reads its file before it starts anything; what other files show, the plan says as a run would."""
-    monkeypatch.setattr(local, "service", lambda *_: pytest.fail("Prefect was started"))
-    monkeypatch.setattr("signal.signal", lambda *_: None)
+    """A sweep reads its file before it starts anything; what other files show, the plan says as a run would."""
+    monkeypatch.setattr(service, "service", lambda *_: pytest.fail("Prefect was started"))
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(config_of(home, bad.change)))
     if bad in REFUSED.values():
-        assert local.main(["sweep", "--config", str(path)]) == 2
+        assert main(["sweep", str(path)]) == 2
     else:
-        assert plan.main([str(path)]) == 2
+        assert main(["plan", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(bad.said, line) and line.endswith(".")
     assert not (home / "artifacts").exists()
@@ -127,7 +128,7 @@ def server() -> Iterator[None]:
 
 def test_what_the_form_posts_is_refused_or_fails_with_the_reason(home, server, caplog):
     with get_client(sync_client=True) as client:
-        deployment_id = deployments(DEMO)[0].apply()
+        deployment_id = deployments(None)[0].apply()
         for name, bad in BAD.items():
             parameters = {"config": config_of(home, bad.change)}
             if name in REFUSED:
@@ -142,7 +143,7 @@ def test_what_the_form_posts_is_refused_or_fails_with_the_reason(home, server, c
             assert state and state.is_failed(), name
             assert re.search(bad.said, state.message) and "\n" not in state.message, name
             with pytest.raises(ProbeError) as raised:
-                preflight(parse_config(parameters["config"]))
+                preflight(parse_config(parameters["config"], origin=Origin(Path.cwd(), must_exist=True)))
             assert state.message.endswith(str(raised.value)), name
         assert len(client.read_flow_runs()) == len(FAILED)
         assert client.read_task_runs() == []

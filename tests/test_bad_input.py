@@ -340,7 +340,7 @@ def test_a_reward_of_a_package(home, monkeypatch):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"generation": {"top_p": 0.95}}, r"top_p is 0\.95.*Set top_p: 1\.0"),
+        ({"generation": {"top_p": 0.95}}, r"top_p: it is 0\.95.*Set top_p: 1\.0"),
         ({"importance": {"etas": [0, math.nan]}}, "importance.etas.1"),
         ({"importance": {"etas": []}}, "importance.etas"),
         ({"importance": {"etas": [0.3, 1, 0.3]}}, "listed twice"),

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from test_uncertainty import both, made_up
+from test_uncertainty import both, made_up, of_both
 
 from entropy_core.numerics import bootstrap
 from entropy_core.numerics.bootstrap import intervals
-from entropy_core.numerics.first_order import FirstOrderColumns
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
 from entropy_core.numerics.uncertainty import Normalization, entropy_derivative, standard_error
 
 LEVEL = 0.9
@@ -25,8 +25,14 @@ def derivative_of_arrays(normalization: Normalization):
     return derivative
 
 
-def arrays(columns: FirstOrderColumns) -> list[np.ndarray]:
-    return [column.numpy() for column in (columns.x_N, columns.y_N, columns.S_N, columns.T_N)]
+def sums_of(columns: dict[Functional, Columns]) -> list[torch.Tensor]:
+    """x, y, S, T."""
+    (S_N, x_N, _), (T_N, y_N, _) = columns[ENTROPY], columns[LENGTH]
+    return [x_N, y_N, S_N, T_N]
+
+
+def arrays(columns: dict[Functional, Columns]) -> list[np.ndarray]:
+    return [column_N.numpy() for column_N in sums_of(columns)]
 
 
 @both
@@ -54,7 +60,7 @@ def test_the_same_resamples_give_the_ends_of_scipy(normalization: Normalization,
     data = made_up(N)
     columns = data._replace(x_N=data.x_N.exp()).columns
     found = intervals(columns, normalization, level, 999, seed=3)
-    sums_N5 = torch.stack([columns.x_N, columns.y_N, columns.S_N, columns.T_N, torch.ones(N).double()], dim=1)
+    sums_N5 = torch.stack([*sums_of(columns), torch.ones(N).double()], dim=1)
     values_R = bootstrap._derivative(bootstrap._resampled_sums(sums_N5, 999, seed=3), normalization)
     known = SimpleNamespace(bootstrap_distribution=values_R.numpy())
     options = {"paired": True, "confidence_level": level, "n_resamples": 0, "bootstrap_result": known}
@@ -114,7 +120,7 @@ def test_fewer_than_two_units_have_no_interval():
 
 @both
 def test_equal_sequences_have_an_interval_of_no_width(normalization: Normalization):
-    columns = FirstOrderColumns(*(torch.full((12,), c, dtype=torch.float64) for c in (0.3, 0.7, 0.1, 2.3, 5.0)))
+    columns = of_both(*(torch.full((12,), c, dtype=torch.float64) for c in (0.3, 0.7, 0.1, 2.3, 5.0)))
     value = entropy_derivative(columns, normalization).value
     found = intervals(columns, normalization, LEVEL, 100)
     assert found[:4] == pytest.approx((value,) * 4, rel=1e-13)
@@ -125,7 +131,7 @@ def test_an_acceleration_beyond_the_pole_leads_to_the_outermost_resample():
     """One sequence that is everything: a = 1/6, the largest there is, and a quantile of 6."""
     x_N = torch.zeros(2000, dtype=torch.float64)
     x_N[0] = 1e6
-    found = intervals(FirstOrderColumns(x_N, x_N, x_N, x_N, x_N), "per_sequence", 1 - 1e-9, 50)
+    found = intervals(of_both(x_N, x_N, x_N, x_N, x_N), "per_sequence", 1 - 1e-9, 50)
     assert 0 <= found.bca_low <= found.bca_high == pytest.approx(found.percentile_high, rel=1e-6)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attacks import in_place
 from chaos_process import run_sweep
 from pipeline_fixtures import make_run, probe, values
 from proofs import table
@@ -23,7 +24,7 @@ from proofs import table
 from entropy_core.errors import StoreError
 from entropy_core.manifest import json_text
 from entropy_core.store import Stage, Store, runs
-from entropy_core.store.__main__ import main as store_command
+from flows.cli import main
 
 KILLS = 50
 CORRUPTIONS = 200
@@ -157,7 +158,7 @@ def report(lost: list[tuple[str, float]], sweeps: int, artifacts: int) -> None:
     ]
     text = "\n".join(lines).rstrip() + "\n"
     print(f"\n{text}")
-    PAGE.write_text(text, encoding="utf-8")
+    PAGE.write_text(in_place(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
 @pytest.mark.chaos
@@ -353,12 +354,12 @@ def test_corruptions_of_a_real_store_are_named_by_verify(tmp_path, capsys):
     one = [str(make_run(tmp_path / "run") / "checkpoint-3")]
     made = probe(values(tmp_path / "run", tmp_path / "store", checkpoints=one))
     root = made.run.store.root
-    assert store_command(["--root", str(root), "verify"]) == 0
+    assert main(["store", "verify", "--artifacts", str(root)]) == 0
     assert "all sound" in capsys.readouterr().out
     names = made.run.store.names()
     for stage, key in names:
         flip_a_bit(root / stage / key, root, chance)
-    assert store_command(["--root", str(root), "verify"]) == 1
+    assert main(["store", "verify", "--artifacts", str(root)]) == 1
     *named, last = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in named] == [f"{stage}/{key}" for stage, key in names]
     assert f"{len(names)} unsound" in last

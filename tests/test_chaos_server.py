@@ -6,20 +6,26 @@ What the UI's buttons do is one request each, and these requests are made here. 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
 
+import psutil
 import pytest
 from pipeline_fixtures import make_run, probe, values
 from test_chaos import complete, contents, unfinished
+from websockets.sync.client import connect
 
-from entropy_core.store.__main__ import main as store_command
-from flows import service
+from flows import door, service
+from flows.cli import main
 from flows.service import FLOW, child, request
 
 pytestmark = pytest.mark.chaos
@@ -49,14 +55,14 @@ class Prefect:
         self.stack, self.api = stack, api
         self.server = self.serving = None
 
-    def start(self, *arguments: str) -> subprocess.Popen:
-        context = child(list(arguments), self.api, service.HOME / f"{len(self.stack)}.log")
+    def start(self, *arguments: str, listener: socket.socket | None = None) -> subprocess.Popen:
+        context = child(list(arguments), self.api, service.HOME / f"{len(self.stack)}.log", listener)
         self.stack.append(context)
         return context.__enter__()
 
     def start_server(self) -> None:
-        port = self.api.split(":")[2].removesuffix("/api")
-        self.server = self.start("-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
+        with door.listen(urlsplit(self.api).port) as listener:
+            self.server = self.start("-m", "flows.server", str(listener.fileno()), listener=listener)
         until(lambda: answers(f"{self.api}/health"), MINUTES)
 
     def start_serving(self) -> None:
@@ -104,9 +110,12 @@ def settings(home: Path, artifacts: str) -> dict:
 def prefect(home) -> Iterator[Prefect]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(service, "HOME", home / "prefect")
-        service.HOME.mkdir()
+        door.make_private(service.HOME)
+        door.make_key(service.HOME)
+        with door.listen(0) as listener:
+            api = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         stack: list = []
-        prefect = Prefect(stack, f"http://127.0.0.1:{service._free_port()}/api")
+        prefect = Prefect(stack, api)
         try:
             prefect.start_server()
             prefect.start_serving()
@@ -150,7 +159,7 @@ def test_a_flow_that_is_cancelled_stops_and_leaves_nothing_broken(prefect, home,
     time.sleep(1)
     assert complete(home / "cancelled") == before, "nobody works any more"
     assert unfinished(home / "cancelled") == []
-    assert store_command(["--root", str(home / "cancelled"), "verify"]) == 0
+    assert main(["store", "verify", "--artifacts", str(home / "cancelled")]) == 0
     again = prefect.trigger(settings(home, "cancelled"))
     finished(prefect, home, again, "cancelled", before)
     until(lambda: prefect.task_states(again)["Cached"] >= 12, SOON)  # noted a little after the run has ended
@@ -158,6 +167,7 @@ def test_a_flow_that_is_cancelled_stops_and_leaves_nothing_broken(prefect, home,
 
 def test_a_runner_that_is_killed_with_its_flow_is_missed_within_minutes(prefect, home):
     run, flow = under_way(prefect, home, "runner", 12)
+    foreign = silent_run_of_somebody_else(prefect)
     os.kill(prefect.serving.pid, signal.SIGKILL)
     os.kill(flow, signal.SIGKILL)
     killed = time.monotonic()
@@ -165,9 +175,29 @@ def test_a_runner_that_is_killed_with_its_flow_is_missed_within_minutes(prefect,
     assert prefect.state(run) == "RUNNING", "nobody was left to say so"
     until(lambda: prefect.state(run) == "CRASHED", MINUTES)
     print(f"marked as crashed after {time.monotonic() - killed:.0f} s")
+    time.sleep(10)  # the other fell silent a moment before ours
+    assert prefect.state(foreign) == "RUNNING", "nobody has asked us to look after it"
     before = complete(home / "runner")
     prefect.ask(run, "SCHEDULED", "AwaitingRetry")
     finished(prefect, home, run, "runner", before)
+
+
+def silent_run_of_somebody_else(prefect: Prefect) -> str:
+    """A run of another flow on the same server, which sends one heartbeat and no other."""
+    flow = request(f"{prefect.api}/flows/", {"name": "of-somebody-else"})["id"]
+    run = request(f"{prefect.api}/flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"]
+    heartbeat = {
+        "event": "prefect.flow-run.heartbeat",
+        "id": str(uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
+        "related": [{"prefect.resource.id": f"prefect.flow.{flow}", "prefect.resource.role": "flow"}],
+    }
+    with connect(f"{prefect.api.replace('http', 'ws')}/events/in", subprotocols=["prefect"], proxy=None) as stream:
+        stream.send(json.dumps({"type": "auth", "token": door.read_key(service.HOME)}))
+        assert json.loads(stream.recv(timeout=30))["type"] == "auth_success"
+        stream.send(json.dumps(heartbeat))
+    return run
 
 
 def test_a_server_that_is_killed_costs_a_shard_at_most(prefect, home):
@@ -184,26 +214,32 @@ def test_a_server_that_is_killed_costs_a_shard_at_most(prefect, home):
     until(lambda: prefect.task_states(again)["Cached"] >= 12, SOON)  # noted a little after the run has ended
 
 
-SWEEP = """
-import sys
-from pathlib import Path
-from flows import service
-service.HOME = Path(sys.argv[1])
-from flows import local
-sys.exit(local.main(["sweep", "--config", sys.argv[2]]))
-"""
+def if_free(port: int) -> socket.socket | None:
+    try:
+        return door.listen(port)
+    except door.DoorError:
+        return None
 
 
-def test_make_sweep_says_that_its_server_was_killed_and_goes_on_the_next_time(home):
+def running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_sweep_says_that_its_server_was_killed_and_goes_on_the_next_time(home):
     config = home / "sweep.yaml"
     config.write_text(json.dumps(settings(home, "command")))
-    command = [sys.executable, "-c", SWEEP, str(home / "own-prefect"), str(config)]
+    command = [sys.executable, "-m", "flows.cli", "sweep", str(config)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: len(complete(home / "command")) >= 12 or process.poll() is not None, MINUTES)
         listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(maxsplit=2) for line in listed.splitlines()[1:]]
-        [server] = [int(pid) for pid, parent, args in rows if int(parent) == process.pid and "server start" in args]
+        ours = {args: int(pid) for pid, parent, args in rows if int(parent) == process.pid}
+        [server] = [pid for args, pid in ours.items() if "flows.server" in args]
+        [serving] = [pid for args, pid in ours.items() if "flows.serve" in args and pid != server]
+        port = urlsplit((home / "command" / "prefect" / "api-url").read_text()).port
         os.kill(server, signal.SIGKILL)
+        with until(lambda: if_free(port), MINUTES):
+            assert not running(serving), "nobody takes the port while there is somebody who trusts it"
         _, said = process.communicate(timeout=MINUTES)
     assert process.returncode == 2
     assert said.strip().splitlines()[-1].startswith("Prefect's server process ended.")
@@ -214,3 +250,31 @@ def test_make_sweep_says_that_its_server_was_killed_and_goes_on_the_next_time(ho
     assert done.stdout.count("\n  reused ") >= len(before)
     assert before.items() <= complete(home / "command").items()
     assert contents(home / "command") == contents(home / "undisturbed")
+
+
+@pytest.mark.attack("a foreign Prefect with a run under way is on the port")
+def test_a_foreign_prefect_on_the_port_is_left_alone(home):
+    """It has a run under way; it is told nothing, and nothing of it is ended."""
+    config = home / "squatted.yaml"
+    config.write_text(json.dumps(settings(home, "squatted")))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    with door.listen(0) as listener:
+        port = listener.getsockname()[1]
+    environment |= {"PREFECT_HOME": str(home / "foreign"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    start = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
+    api = environment["PREFECT_API_URL"]
+    with subprocess.Popen(start, cwd=home, env=environment, stdout=subprocess.DEVNULL) as foreign:
+        try:
+            until(lambda: answers(f"{api}/health"), MINUTES)
+            flow = request(f"{api}/flows/", {"name": "of-somebody-else"})["id"]
+            run = request(f"{api}/flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"]
+            up = [sys.executable, "-m", "flows.cli", "ui", str(config), "--port", str(port)]
+            done = subprocess.run(up, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 2
+            assert f"port {port} cannot be used" in done.stderr and f"process {foreign.pid}" in done.stderr
+            time.sleep(5)
+            assert request(f"{api}/flow_runs/{run}")["state"]["type"] == "RUNNING"
+            assert request(f"{api}/deployments/count", {}) == 0
+            assert request(f"{api}/automations/count", {}) == 0
+        finally:
+            foreign.terminate()

@@ -12,9 +12,17 @@ import pytest
 from checkpoint_fixtures import EMBEDDING, optimizer, tensors, text
 
 from entropy_core import checkpoint_files
-from entropy_core.checkpoint_files import checkpoint_digest, file_digest, file_digests, find_checkpoints, weights_digest
+from entropy_core import file_digests as digests_of_files
+from entropy_core.checkpoint_files import (
+    checkpoint_digest,
+    file_digests,
+    find_checkpoints,
+    tokenizer_digest,
+    weights_digest,
+)
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.errors import CheckpointError
+from entropy_core.file_digests import file_digest
 
 
 def test_checkpoints_are_found_by_step_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,9 +51,14 @@ def test_digests_are_of_the_files_that_determine_results(sound: Path) -> None:
         "special_tokens_map.json",
         "chat_template.jinja",
         "merges.txt",
+        "tekken.json",
+        "spiece.model",
+        "qwen.tiktoken",
+        "unheard-of",
     ):
         (sound / name).write_text(name)
-    for name in ("training_args.bin", "rng_state.pth", "rng_state_0.pth", "scheduler.pt", "README.md"):
+    bystanders = ("training_args.bin", "rng_state.pth", "rng_state_0.pth", "scheduler.pt", "README.md", ".DS_Store")
+    for name in (*bystanders, "events.out.tfevents.17.host", "zero_to_fp32.py", "eval_results.json"):
         (sound / name).write_text(name)
     (sound / "additional_chat_templates").mkdir()
     (sound / "additional_chat_templates/tools.jinja").write_text("tools")
@@ -59,10 +72,14 @@ def test_digests_are_of_the_files_that_determine_results(sound: Path) -> None:
         "merges.txt",
         "model.safetensors",
         "optimizer.pt",
+        "qwen.tiktoken",
         "special_tokens_map.json",
+        "spiece.model",
+        "tekken.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "trainer_state.json",
+        "unheard-of",
     }
     for name, digest in digests.items():
         assert digest == hashlib.sha256((sound / name).read_bytes()).hexdigest()
@@ -72,13 +89,14 @@ def test_digests_are_of_the_files_that_determine_results(sound: Path) -> None:
 
 def test_a_file_is_hashed_once_until_it_changes(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    real = checkpoint_files.hashlib.file_digest
+    real = digests_of_files.hashlib.file_digest
 
     def counted(file, name):
         hashed.append(Path(file.name).name)
         return real(file, name)
 
-    monkeypatch.setattr(checkpoint_files.hashlib, "file_digest", counted)
+    monkeypatch.setattr(digests_of_files.hashlib, "file_digest", counted)
+    monkeypatch.setattr(digests_of_files, "SETTLED_NS", 0)
     first = file_digests(sound)
     assert sorted(hashed) == list(first)
     hashed.clear()
@@ -105,14 +123,35 @@ def test_a_digest_is_of_the_content_wherever_it_lies(sound: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("edit", "same"),
+    [
+        (optimizer(lambda s: s["state"][0]["exp_avg"].mul_(2)), True),
+        (tensors(lambda s: s[EMBEDDING].mul_(2)), True),
+        (text("generation_config.json", '{"eos_token_id": 2}'), True),
+        (text("tokenizer.json", "{}"), False),
+        (text("tekken.json", "{}"), False),
+        (text("spiece.model", "x"), False),
+        (text("config.json", "{}"), False),
+    ],
+)
+def test_the_tokenizer_digest_is_of_all_that_a_tokenizer_may_be_made_of(
+    sound: Path, edit: Callable[[Path], object], same: bool
+) -> None:
+    before = tokenizer_digest(sound)
+    edit(sound)
+    assert (tokenizer_digest(sound) == before) is same
+
+
+@pytest.mark.parametrize(
     ("edit", "same_policy"),
     [
         (optimizer(lambda s: s["state"][0]["exp_avg"].mul_(2)), True),
         (text("trainer_state.json", '{"global_step": 9}'), True),
         (tensors(lambda s: s[EMBEDDING].mul_(2)), False),
         (text("chat_template.jinja", "{{ messages }}"), False),
+        (text("tiktoken.model", "x"), False),
     ],
-    ids=["optimizer", "trainer state", "weights", "chat template"],
+    ids=["optimizer", "trainer state", "weights", "chat template", "another tokenizer"],
 )
 def test_the_weights_digest_leaves_the_trainer_out(
     sound: Path, edit: Callable[[Path], object], same_policy: bool

@@ -1,5 +1,7 @@
 """What is not a checkpoint of AdamW in every part is refused by name, and no code in it is run."""
 
+import contextlib
+import json
 import math
 import pickle
 import shutil
@@ -21,13 +23,16 @@ from checkpoint_fixtures import (
     train,
     truncate,
 )
-from pipeline_fixtures import trainer_groups
+from pipeline_fixtures import make_gpt2, trainer_groups
+from safetensors import safe_open
 
-from entropy_core import checkpoint_files
+from entropy_core import file_digests as digests_of_files
 from entropy_core.checkpoint_files import file_digests
 from entropy_core.checkpoints import read_checkpoint
 from entropy_core.errors import CheckpointError
 from entropy_core.optimizer_state import check_moments
+from entropy_core.pretrained import load_policy
+from entropy_core.tokenizer import load_tokenizer
 
 
 def each_slot(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -68,6 +73,28 @@ def foreign_name(saved: dict) -> None:
         group["param_names"] = [f"transformer.h.{i}.weight" for i in group["params"]]
 
 
+def entries(name: str, **changes: object) -> Callable[[Path], object]:
+    def edit(directory: Path) -> None:
+        (directory / name).write_text(json.dumps(json.loads((directory / name).read_text()) | changes))
+
+    return edit
+
+
+def sharded(shard: object) -> Callable[[Path], object]:
+    """The weights in a file that the index names so, and that is there."""
+
+    def edit(directory: Path) -> None:
+        with safe_open(directory / "model.safetensors", "np") as file:
+            names = list(file.keys())
+        if isinstance(shard, str) and shard.startswith(("parts", "..")):
+            (directory / "parts").mkdir()
+            shutil.copyfile(directory / "model.safetensors", directory / shard)
+        (directory / "model.safetensors").unlink()
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+
+    return edit
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no directory": (shutil.rmtree, "There is no directory"),
     "no config": (remove("config.json"), "has no config.json"),
@@ -78,6 +105,31 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         text("config.json", '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}'),
         "custom code is not run",
     ),
+    "a kernel on the hub": (
+        entries("config.json", attn_implementation="kernels-community/flash-attn3"),
+        "asks for attn_implementation 'kernels-community/flash-attn3', which is code on the hub",
+    ),
+    "a kernel on the hub, further in": (
+        entries("config.json", text_config={"layers": [{"_attn_implementation": "someone/kernel:fn"}]}),
+        "asks for _attn_implementation 'someone/kernel:fn'",
+    ),
+    "a truncated generation config": (
+        truncate("generation_config.json"),
+        r"generation_config\.json is not readable JSON",
+    ),
+    "a generation config that is a list": (text("generation_config.json", "[]"), "holds a JSON list"),
+    "an end that is no token": (
+        entries("generation_config.json", eos_token_id=24),
+        "24 ends a response, and .* 0 to 23",
+    ),
+    "an end among others that is no token": (entries("generation_config.json", eos_token_id=[2, -1]), "-1 ends"),
+    "an end that is text": (entries("generation_config.json", eos_token_id="</s>"), "'</s>' ends a response"),
+    "an end that is true": (entries("generation_config.json", eos_token_id=True), "True ends a response"),
+    "shards in a subfolder": (sharded("parts/model.safetensors"), "not files beside it: parts/model.safetensors"),
+    "shards in a parent": (sharded("../model.safetensors"), r"not files beside it: \.\./model"),
+    "shards elsewhere": (sharded("/tmp/model.safetensors"), "not files beside it: /tmp/model"),
+    "a shard without a name": (sharded(""), "not files beside it"),
+    "a shard that is a number": (sharded(5), "not files beside it: 5"),
     "adapter": (text("adapter_config.json", "{}"), "holds both an adapter"),
     "no weights": (remove("model.safetensors"), "has no weights"),
     "truncated weights": (truncate("model.safetensors"), r"model\.safetensors cannot be opened"),
@@ -163,6 +215,7 @@ def test_a_broken_checkpoint_is_refused(sound: Path, case: str) -> None:
     assert "\n" not in said and str(sound) in said and refusal.value.way_out
 
 
+@pytest.mark.attack("code in the pickle of an optimizer")
 def test_code_in_a_pickle_is_not_executed(sound: Path, tmp_path: Path) -> None:
     witness = tmp_path / "executed"
     payload = {"state": {}, "param_groups": [{"params": []}], "more": RunsCode(witness)}
@@ -180,6 +233,34 @@ def test_code_in_a_pickle_is_not_executed(sound: Path, tmp_path: Path) -> None:
     assert witness.exists()
 
 
+@pytest.mark.attack("code beside a tokenizer, and a yes to whether it may run")
+def test_code_beside_a_tokenizer_is_not_run_whatever_is_answered(tmp_path: Path, monkeypatch) -> None:
+    """transformers asks at the terminal whether it may."""
+    directory, witness = make_gpt2(tmp_path / "checkpoint-3"), tmp_path / "executed"
+    (directory / "tokenization_x.py").write_text(f"import os\nos.mkdir({str(witness)!r})\nclass X: ...\n")
+    custom = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+    entries("tokenizer_config.json", **custom)(directory)
+    text("config.json", '{"model_type": "llama"}')(directory)  # which has no tokenizer of its own
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    with contextlib.suppress(CheckpointError):  # or it is loaded without that code
+        load_tokenizer(directory)
+    assert asked == [] and not witness.exists()
+
+
+@pytest.mark.attack("a generation config cut short or senseless")
+@pytest.mark.parametrize(
+    "spoil", [truncate("generation_config.json"), entries("generation_config.json", eos_token_id=99)]
+)
+def test_a_policy_is_not_loaded_with_another_end_than_was_saved(tmp_path: Path, spoil) -> None:
+    directory = make_gpt2(tmp_path / "checkpoint-3")
+    assert load_policy(directory, "sound", "float32", "eager", "cpu").eos_token_ids
+    spoil(directory)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        load_policy(directory, "spoilt", "float32", "eager", "cpu")
+
+
+@pytest.mark.attack("code in training_args.bin")
 def test_training_args_is_never_opened(sound: Path, tmp_path: Path) -> None:
     witness = tmp_path / "executed"
     torch.save(RunsCode(witness), sound / "training_args.bin")
@@ -210,5 +291,5 @@ def test_reading_changes_nothing(sound: Path) -> None:
     before = file_digests(sound)
     read_checkpoint(sound).optimizer.exp_avg[EMBEDDING].zero_()  # the map is private
     assert torch.get_default_dtype() == default
-    checkpoint_files._digests.clear()
+    digests_of_files._known.clear()
     assert file_digests(sound) == before

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from entropy_core.code_identity import code_digest, module_digests
+from entropy_core.code_identity import code_at, code_of
 from entropy_core.errors import StoreError
 from entropy_core.store import Stage, Store
 
@@ -29,7 +29,7 @@ SOURCES = {
             '''Say something.'''
             def inner():
                 from .deep import late
-                return late.value()
+                return late.value() * {package}.deep.constants.PI
             return {{"y": double(x) + inner()}}
     """,
     "helper.py": "FACTOR = 2\n\ndef double(x):\n    return FACTOR * x\n",
@@ -40,7 +40,14 @@ SOURCES = {
     "typed.py": "class Typed: ...\n",
     "unrelated.py": "X = 1\n",
 }
-REACHED = {"", ".stage", ".helper", ".deep", ".deep.constants", ".deep.late", ".deep.last"}
+REACHED = {
+    ".stage:stage",
+    ".deep.constants:PI",
+    ".helper:double",
+    ".helper:FACTOR",
+    ".deep.late:value",
+    ".deep.last:VALUE",
+}
 _numbers = itertools.count()
 
 
@@ -74,7 +81,10 @@ class Package:
 
     def fresh_digest(self):
         self.forget()
-        return code_digest(self.function())
+        return code_of(self.function()).digest
+
+    def code(self, module="stage", function="stage"):
+        return code_at(f"{self.name}.{module}:{function}")
 
 
 @pytest.fixture
@@ -86,8 +96,8 @@ def package(tmp_path, monkeypatch):
     package.forget()
 
 
-def test_reaches_nested_relative_and_parent_modules_and_nothing_else(package):
-    assert set(module_digests(f"{package.name}.stage")) == {package.name + module for module in REACHED}
+def test_reaches_through_nested_and_relative_imports_and_nothing_else(package):
+    assert set(package.code().definitions) == {package.name + name for name in REACHED}
     assert not any(name.startswith(package.name) for name in sys.modules), "nothing is imported to find out"
 
 
@@ -105,7 +115,7 @@ def test_same_digest_every_time(package):
         ("deep/constants.py", "3.0", "3.1"),
         ("deep/constants.py", "3.0", "3"),
         ("deep/last.py", "VALUE = 1", "VALUE = True"),
-        ("deep/__init__.py", "", "import os\n"),
+        ("deep/__init__.py", "", "print('imported')\n"),
         ("stage.py", "from .deep import late", "from .unrelated import X; from .deep import late"),
     ],
 )
@@ -127,6 +137,9 @@ def test_edit_of_reached_code_changes_the_digest(package, path, old, new):
         ("typed.py", "class Typed", "class Other"),
         ("stage.py", "import typed", "import typed, unrelated"),
         ("unrelated.py", "X = 1", "X = 2"),
+        ("helper.py", "def double", "def triple(x):\n    return 3 * x\n\ndef double"),
+        ("deep/__init__.py", "", "import os\nUNUSED = 1\n"),
+        ("deep/constants.py", "PI = 3.0", "E = 2.7\nPI = 3.0"),
     ],
 )
 def test_edit_of_what_does_not_run_does_not(package, path, old, new):
@@ -137,49 +150,60 @@ def test_edit_of_what_does_not_run_does_not(package, path, old, new):
 
 def test_what_runs_if_not_type_checking_counts(package):
     package.edit(
-        "stage.py", f"    from {package.name} import typed\n", "    pass\nelse:\n    from . import unrelated\n"
+        "stage.py",
+        f"    from {package.name} import typed\n",
+        "    pass\nelse:\n    from .unrelated import X\n    print(X)\n",
     )
     before = package.fresh_digest()
     package.edit("unrelated.py", "X = 1", "X = 2")
     assert package.fresh_digest() != before
 
 
-def test_only_the_edited_module_has_another_digest(package):
-    before = module_digests(f"{package.name}.stage")
+def test_only_the_edited_definition_has_another_digest(package):
+    before = package.code().definitions
     package.edit("deep/last.py", "1", "2")
-    after = module_digests(f"{package.name}.stage")
-    assert {name for name in before if before[name] != after[name]} == {f"{package.name}.deep.last"}
+    after = package.code().definitions
+    assert {name for name in before if before[name] != after[name]} == {f"{package.name}.deep.last:VALUE"}
 
 
 def test_a_running_process_keeps_the_identity_of_the_code_that_it_loaded(package):
     function = package.function()
     helper = sys.modules[f"{package.name}.helper"]
-    before = code_digest(function)
+    before = code_of(function)
     package.edit("helper.py", "FACTOR = 2", "FACTOR = 3")
     assert function.__globals__["double"](1) == 2
-    assert code_digest(function) == before
+    assert code_of(function) == before
     importlib.reload(helper)
-    assert code_digest(function) != before
+    assert code_of(function).digest != before.digest
 
 
 def test_code_loaded_but_not_yet_reached_keeps_its_identity_too(package):
-    before = module_digests(f"{package.name}.unrelated")
+    package.edit("unrelated.py", "X = 1", "X = 1\n\ndef other():\n    return X")
+    before = package.code("unrelated", "other")
     importlib.import_module(f"{package.name}.unrelated")
-    code_digest(package.function())
+    code_of(package.function())
     package.edit("unrelated.py", "X = 1", "X = 2")
-    assert module_digests(f"{package.name}.unrelated") == before
+    assert package.code("unrelated", "other") == before
 
 
 def test_entropy_core_counts_for_functions_of_other_packages(package):
-    package.edit("helper.py", "FACTOR = 2", "FACTOR = 2\nfrom entropy_core import errors\nimport json, torch.nn")
-    digests = module_digests(f"{package.name}.stage")
-    assert {name for name in digests if not name.startswith(package.name)} == {"entropy_core", "entropy_core.errors"}
+    package.edit("helper.py", "FACTOR * x", "one_line(FACTOR * x)")
+    package.edit(
+        "helper.py",
+        "FACTOR = 2",
+        "FACTOR = 2\nfrom entropy_core.errors import one_line\nimport torch.nn\n\ndef g(x): return torch.nn.Linear",
+    )
+    code = package.code()
+    assert {name for name in code.definitions if not name.startswith(package.name)} == {"entropy_core.errors:one_line"}
+    assert code.libraries == ()
+    package.edit("helper.py", "one_line(", "torch.nn.Module(")
+    assert package.code().libraries == ("torch",)
 
 
 def test_two_functions_of_one_module_differ(package):
     package.edit("stage.py", "def stage(", "def other(): ...\n\ndef stage(")
     module = importlib.import_module(f"{package.name}.stage")
-    assert code_digest(module.stage) != code_digest(module.other)
+    assert code_of(module.stage).digest != code_of(module.other).digest
 
 
 def module_level(x):
@@ -191,7 +215,7 @@ def module_level(x):
 )
 def test_what_has_no_source_of_its_own_is_refused(function):
     with pytest.raises(StoreError, match="cannot be identified"):
-        code_digest(function)
+        code_of(function)
 
 
 def test_a_closure_is_refused():
@@ -199,14 +223,14 @@ def test_a_closure_is_refused():
         return x
 
     with pytest.raises(StoreError, match="nested"):
-        code_digest(nested)
+        code_of(nested)
 
 
 def test_a_function_without_a_file_is_refused():
     namespace: dict = {"__name__": "__console__"}
     exec("def f(): ...", namespace)
     with pytest.raises(StoreError, match="__console__ has no source file"):
-        code_digest(namespace["f"])
+        code_of(namespace["f"])
 
 
 def test_a_stage_runs_again_after_an_edit_that_counts_and_after_no_other(package, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from pipeline_fixtures import whole
 
 from entropy_core.artifact import Artifact
@@ -22,17 +23,27 @@ from entropy_core.execution import Execution
 from entropy_core.numerics.vectors import in_blocks
 from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.tables import RESULTS
-from flows.service import request
+from flows.door import read_key
+from flows.service import HOME, request
 
 pytestmark = pytest.mark.sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_RUN = ROOT / "artifacts" / "demo-run"
+COMMAND = Path(sys.executable).with_name("entropy-probe")
+SMALL = {
+    "checkpoints": [str(DEMO_RUN / "checkpoint-6")],
+    "batch_config": {"E_total_sequences": 32, "B_U": 4, "G": 4},
+    "generation": {"max_new_tokens": 32},
+    "update": {"reward": "arithmetic"},
+    "importance": {"etas": [0, 1]},
+    "execution": {"shard_size": 16, "device": "cpu"},
+}
 
 
-def run(command: list[str], **environment: str) -> str:
+def run(command: list[str], folder: Path = ROOT, **environment: str) -> str:
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1200, check=False
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, (
         f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
@@ -62,7 +73,7 @@ def rows(first: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def served(again: str) -> Iterator[str]:
     """The UI and the deployments, as `make ui` keeps them up; the URL of the API."""
-    command = [sys.executable, "-m", "flows.local", "up", "--port", "0"]
+    command = [str(COMMAND), "ui", "configs/demo.yaml", "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
@@ -197,6 +208,7 @@ def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
             run(
                 [sys.executable, "-m", *shlex.split(command)],
                 PREFECT_API_URL=served,
+                PREFECT_API_AUTH_STRING=read_key(HOME),
                 PREFECT_HOME=str(ROOT / "artifacts" / "prefect"),
             )
             latest = request(f"{served}/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
@@ -209,27 +221,42 @@ def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
     assert [row["delta_h1"] for row in redone] == [row["delta_h1"] for row in rows]
 
 
-def test_the_documentation_has_no_command_of_a_kind_that_is_not_run_here():
-    """By kind only: a configuration of the reader's own, say, is not run."""
-    run_here = (
-        "make sweep",
-        "make test",
-        "prefect deployment run entropy-probe/",
-        "python -m entropy_core.store ",  # in test_store_commands.py
-        "make ui",
-        "python -m entropy_core.legacy",
-        *("export PREFECT_", "prefect server start ", "prefect work-pool ", "prefect worker start "),  # in test_ui.py
-        "python -m flows.serve --work-pool ",
-    )
-    for command in readme_commands():
-        assert command.startswith(run_here), command
+ELSEWHERE = (
+    "make test",  # which runs this
+    "pip install .",  # in test_packaging.py
+    "make ui",  # `served` is what it does, and what the next one does
+    "entropy-probe ui my-run.yaml",
+    "entropy-probe serve my-run.yaml --work-pool probe",  # in test_ui.py, like the next four
+    *("export PREFECT_", "prefect server start ", "prefect work-pool ", "prefect worker start "),
+    *("make sweep", "prefect deployment run entropy-probe/"),  # above
+)
+
+
+def test_every_other_command_of_the_documentation_runs(first, tmp_path):
+    """One after the other, in a folder with the files that they name; keys are those of an artifact that is there."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "demo-run").symlink_to(DEMO_RUN)
+    (tmp_path / "old.yaml").write_text((ROOT / "tests" / "legacy" / "seed_era.yaml").read_text())
+    for name in ("my-run", "lora", "configs/demo"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(SMALL | {"name": Path(name).name}))
+    commands = [c for c in dict.fromkeys(readme_commands()) if not c.startswith(ELSEWHERE)]
+    assert len(commands) >= 15 and all(command.startswith("entropy-probe ") for command in commands)
+    known = {"4f1c09", "b2277e"}
+    for command in commands:
+        if known & set(command.split()):
+            keys = sorted(path.parent.name for path in (tmp_path / "artifacts").glob("score-e-batch/*/manifest.json"))
+            command = command.replace("4f1c09", keys[0][:12]).replace("b2277e", keys[1][:12])
+        run(["bash", "-c", command.replace("entropy-probe", shlex.quote(str(COMMAND)))], folder=tmp_path)
+    recorded = run([str(COMMAND), "runs"], folder=tmp_path)
+    assert {"my-run", "lora", "new"} <= set(re.findall(r"(\S+)-[0-9a-f]{12} ", recorded))
 
 
 @pytest.mark.parametrize("era", ["seed_era", "final_era"])
 def test_an_old_configuration_runs_on_the_demo_run(first, era, tmp_path):
     """Converted and swept by the two commands of docs/from-the-old-config.md."""
     new = tmp_path / f"{era}.yaml"
-    new.write_text(run([sys.executable, "-m", "entropy_core.legacy", f"tests/legacy/{era}.yaml"]))
+    new.write_text(run([str(COMMAND), "legacy", f"tests/legacy/{era}.yaml"]))
     rows = pq.read_table(run_directory(run(["make", "sweep", f"CONFIG={new}"])) / "results.parquet").to_pylist()
     assert {row["n_sequences"] for row in rows} == {8 * 4}  # distinct mode, B_E_values × G
     assert {row["n_prompts_u"] for row in rows} == {8}

@@ -10,12 +10,24 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import World, gpt2, llama, policy_of, random_direction
-from enumeration import Direction, Everything, by_position, enumerate_world, every_batch, processor_of
+from enumeration import (
+    Direction,
+    Everything,
+    by_position,
+    enumerate_world,
+    every_batch,
+    no_baseline,
+    per_decision,
+    processor_of,
+    taken,
+    weighted_per_decision,
+)
 from torch import Tensor
 
 from entropy_core.numerics import importance, ragged, uncertainty
-from entropy_core.numerics.baselines import Baseline, ReturnsToGo, baselines, returns_to_go, time_loo_baseline
-from entropy_core.numerics.first_order import first_order_columns, score_coefficients, weighted_columns
+from entropy_core.numerics.baselines import Baseline, time_loo_baseline
+from entropy_core.numerics.first_order import score_coefficients, weighted_columns
+from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, LENGTH, Columns, Functional
 from entropy_core.policy import Coefficients
 
 EXACT = 1e-10
@@ -39,27 +51,30 @@ def test_the_law_sums_to_one_and_is_what_the_policy_scores(everything: Everythin
 
 def test_step_entropies_add_up_to_the_entropy_of_the_response(everything: Everything):
     columns, exact = everything.columns("none"), everything.world.exact()
-    assert everything.mean(columns.S_N) == pytest.approx(exact.H_seq.item(), abs=EXACT)
-    assert everything.mean(columns.T_N) == pytest.approx(exact.L.item(), abs=EXACT)
-    assert torch.equal(columns.T_N, everything.sequences.lengths_N.double())
+    assert everything.mean(columns[ENTROPY].total_N) == pytest.approx(exact.H_seq.item(), abs=EXACT)
+    assert everything.mean(columns[LENGTH].total_N) == pytest.approx(exact.L.item(), abs=EXACT)
+    assert torch.equal(columns[LENGTH].total_N, everything.sequences.lengths_N.double())
 
 
 def test_first_order_is_exact_on_average(everything: Everything):
     columns, world, v = everything.columns("none"), everything.world, everything.v
-    X, Y = everything.mean(columns.x_N), everything.mean(columns.y_N)
+    X, Y = everything.mean(columns[ENTROPY].derivative_N), everything.mean(columns[LENGTH].derivative_N)
     assert pytest.approx(world.derivative(lambda exact: exact.H_seq, v), abs=EXACT) == X
     assert pytest.approx(world.derivative(lambda exact: exact.L, v), abs=EXACT) == Y
-    H, L = everything.mean(columns.S_N) / everything.mean(columns.T_N), everything.mean(columns.T_N)
+    H, L = (
+        everything.mean(columns[ENTROPY].total_N) / everything.mean(columns[LENGTH].total_N),
+        everything.mean(columns[LENGTH].total_N),
+    )
     per_token = (X - H * Y) / L
     assert per_token == pytest.approx(world.derivative(lambda exact: exact.H_tok, v), abs=EXACT)
     # every part of it matters here
-    future = X - everything.mean(columns.x_local_N)
+    future = X - everything.mean(columns[ENTROPY].local_N)
     assert min(abs(future), abs(X - future), abs(H * Y)) > 0.02
 
 
 def test_any_baseline_of_prefix_and_position_leaves_the_mean(everything: Everything):
     base = by_position(everything)
-    for values_K in base:
+    for values_K in base.values():
         score_N = ragged.sequence_sum(values_K * everything.tokens.dlogprobs_K, everything.offsets_N1)
         assert abs(everything.mean(score_N)) < EXACT
         assert score_N.abs().max() > 0.1
@@ -68,24 +83,24 @@ def test_any_baseline_of_prefix_and_position_leaves_the_mean(everything: Everyth
 def test_the_estimate_of_a_whole_batch_is_its_ratio(everything: Everything):
     # equal weights: 3·121 sequences as if each had been drawn once
     columns = everything.columns("none")
-    x, y, S, T = (float(c.mean()) for c in (columns.x_N, columns.y_N, columns.S_N, columns.T_N))
+    (S_N, x_N, _), (T_N, y_N, _) = columns[ENTROPY], columns[LENGTH]
+    x, y, S, T = (float(c_N.mean()) for c_N in (x_N, y_N, S_N, T_N))
     assert uncertainty.entropy_derivative(columns, "per_sequence").value == pytest.approx(x, rel=1e-14)
     per_token = uncertainty.entropy_derivative(columns, "per_token").value
     assert per_token == pytest.approx(x / T - S * y / T**2, rel=1e-12)
-    assert uncertainty.entropy(columns.S_N, columns.T_N, "per_token").value == pytest.approx(S / T, rel=1e-14)
-    assert uncertainty.entropy(columns.S_N, columns.T_N, "per_sequence").value == pytest.approx(S, rel=1e-14)
+    assert uncertainty.entropy(S_N, T_N, "per_token").value == pytest.approx(S / T, rel=1e-14)
+    assert uncertainty.entropy(S_N, T_N, "per_sequence").value == pytest.approx(S, rel=1e-14)
 
 
 def test_a_policy_with_float32_norms_agrees_to_float32():
     world = World(policy_of(llama()), [[1], [2, 0], [3, 1, 0]], temperature=1.3, max_new_tokens=3)
     everything = enumerate_world(world, random_direction(world.policy))
     columns, exact = everything.columns("none"), world.exact()
-    assert everything.mean(columns.S_N) == pytest.approx(exact.H_seq.item(), abs=2e-6)
-    assert everything.mean(columns.T_N) == pytest.approx(exact.L.item(), abs=2e-6)
-    for mean, of in ((columns.x_N, lambda e: e.H_seq), (columns.y_N, lambda e: e.L)):
+    assert everything.mean(columns[ENTROPY].total_N) == pytest.approx(exact.H_seq.item(), abs=2e-6)
+    assert everything.mean(columns[LENGTH].total_N) == pytest.approx(exact.L.item(), abs=2e-6)
+    for mean, of in ((columns[ENTROPY].derivative_N, lambda e: e.H_seq), (columns[LENGTH].derivative_N, lambda e: e.L)):
         assert everything.mean(mean) == pytest.approx(world.derivative(of, everything.v), abs=2e-6)
-    weights, moved_K = everything.at(0.5)
-    moved = importance.per_decision_columns(weights, moved_K, by_position(everything), everything.offsets_N1)
+    moved = per_decision(everything.at(0.5), by_position(everything))
     there = world.exact_at(everything.v, 0.5)
     assert everything.mean(moved.S_N) == pytest.approx(there.H_seq.item(), abs=2e-6)
     assert everything.mean(moved.T_N) == pytest.approx(there.L.item(), abs=2e-6)
@@ -106,10 +121,9 @@ def test_leaving_one_out_is_unbiased_over_every_batch(few: Everything, baseline:
     """Σ over all batches of their probability times the batch's mean term."""
     X = Y = total = 0.0
     for chosen_N, probability in every_batch(few, size):
-        pick_K, offsets_N1 = few.tokens_of(chosen_N)
-        columns = first_order_columns(*(column_K[pick_K] for column_K in few.tokens[1:]), offsets_N1, baseline)
-        X += probability * float(columns.x_N.mean())
-        Y += probability * float(columns.y_N.mean())
+        columns = few.subset(chosen_N).columns(baseline)
+        X += probability * float(columns[ENTROPY].derivative_N.mean())
+        Y += probability * float(columns[LENGTH].derivative_N.mean())
         total += probability
     assert total == pytest.approx(1.0, abs=1e-12)
     assert pytest.approx(few.world.derivative(lambda exact: exact.H_seq, few.v), abs=EXACT) == X
@@ -172,7 +186,7 @@ def test_leaving_one_out_leaves_less_noise(everything: Everything):
 
 def test_the_weighted_baseline_needs_the_weights(everything: Everything):
     with pytest.raises(ValueError, match="needs the derivatives"):
-        score_coefficients(everything.tokens.entropies_K, everything.offsets_N1, "time_loo_weighted")
+        score_coefficients(ENTROPY, everything.block._replace(along=None), "time_loo_weighted")
 
 
 # --- at θ + ηv -------------------------------------------------------------------------------------------------------
@@ -181,61 +195,55 @@ def test_the_weighted_baseline_needs_the_weights(everything: Everything):
 @pytest.mark.parametrize("eta", ETAS)
 @pytest.mark.parametrize("with_baseline", [False, True])
 def test_per_decision_is_exact_on_average_at_every_step_size(everything: Everything, eta: float, with_baseline: bool):
-    weights, moved_K = everything.at(eta)
-    base = by_position(everything) if with_baseline else ReturnsToGo(*(0 * b for b in by_position(everything)))
-    columns = importance.per_decision_columns(weights, moved_K, base, everything.offsets_N1)
+    moved = per_decision(everything.at(eta), by_position(everything) if with_baseline else no_baseline(everything))
     exact = everything.world.exact_at(everything.v, eta)
-    assert everything.mean(columns.S_N) == pytest.approx(exact.H_seq.item(), abs=EXACT)
-    assert everything.mean(columns.T_N) == pytest.approx(exact.L.item(), abs=EXACT)
+    assert everything.mean(moved.S_N) == pytest.approx(exact.H_seq.item(), abs=EXACT)
+    assert everything.mean(moved.T_N) == pytest.approx(exact.L.item(), abs=EXACT)
     assert abs(exact.H_seq.item() - everything.world.exact().H_seq.item()) > 1e-3
 
 
 def test_per_decision_with_leave_one_out_baselines_is_exact_over_every_pair(few: Everything):
-    weights, moved_K = few.at(0.7)
+    at_eta = few.at(0.7)
     exact = few.world.exact_at(few.v, 0.7)
     S = T = 0.0
     for i in range(len(few.sequences)):
         for j in range(len(few.sequences)):
-            pick_K, offsets_N1 = few.tokens_of(torch.tensor([i, j]))
-            base = baselines(returns_to_go(few.tokens.entropies_K[pick_K], offsets_N1), offsets_N1, "time_loo")
-            of_pair = importance.PrefixWeights(
-                weights.before_K[pick_K], weights.after_K[pick_K], weights.sequence_N[[i, j]]
-            )
-            columns = importance.per_decision_columns(of_pair, moved_K[pick_K], base, offsets_N1)
+            chosen_N = torch.tensor([i, j])
+            of_pair = taken(*at_eta, chosen_N, *few.tokens_of(chosen_N))
+            moved = per_decision(of_pair, few.subset(chosen_N).base("time_loo"))
             probability = float(few.probability_N[i] * few.probability_N[j])
-            S += probability * float(columns.S_N.mean())
-            T += probability * float(columns.T_N.mean())
+            S += probability * float(moved.S_N.mean())
+            T += probability * float(moved.T_N.mean())
     assert pytest.approx(exact.H_seq.item(), abs=EXACT) == S
     assert pytest.approx(exact.L.item(), abs=EXACT) == T
 
 
 @pytest.mark.parametrize("eta", ETAS)
 def test_whole_sequence_weights_are_the_ratio_of_the_laws(everything: Everything, eta: float):
-    weights, moved_K = everything.at(eta)
+    moved, weights = everything.at(eta)
     there = everything.world.exact_at(everything.v, eta)
     w_N = weights.sequence_N
     assert everything.mean(w_N) == pytest.approx(1.0, abs=EXACT)
-    moved_S_N = ragged.sequence_sum(moved_K, everything.offsets_N1)
+    moved_S_N = ragged.sequence_sum(moved.entropies_K, everything.offsets_N1)
     assert everything.mean(w_N * moved_S_N) == pytest.approx(there.H_seq.item(), abs=EXACT)
-    assert everything.mean(w_N * everything.columns("none").T_N) == pytest.approx(there.L.item(), abs=EXACT)
+    assert everything.mean(w_N * everything.columns("none")[LENGTH].total_N) == pytest.approx(there.L.item(), abs=EXACT)
 
 
 def test_nothing_moves_at_eta_zero(everything: Everything):
     batch = everything.drawn(50)
     logprobs_K = batch.tokens.logprobs_K
     weights = importance.prefix_weights(logprobs_K, logprobs_K, batch.offsets_N1)
-    columns = batch.columns("time_loo")
-    moved = importance.per_decision_columns(weights, batch.tokens.entropies_K, batch.base("time_loo"), batch.offsets_N1)
-    normalised = importance.weighted_per_decision_columns(weights, batch.tokens.entropies_K, batch.offsets_N1)
-    torch.testing.assert_close(normalised.T_N, columns.T_N, rtol=1e-12, atol=0)
-    torch.testing.assert_close(normalised.S_N, columns.S_N, rtol=1e-12, atol=0)
+    columns, unmoved = batch.columns("time_loo"), (batch.block, weights)
+    moved, normalised = per_decision(unmoved, batch.base("time_loo")), weighted_per_decision(unmoved)
+    torch.testing.assert_close(normalised.T_N, columns[LENGTH].total_N, rtol=1e-12, atol=0)
+    torch.testing.assert_close(normalised.S_N, columns[ENTROPY].total_N, rtol=1e-12, atol=0)
     for normalization in ("per_token", "per_sequence"):
-        at_theta = uncertainty.entropy(columns.S_N, columns.T_N, normalization)
-        change = uncertainty.moved_entropy(moved, normalization).minus(at_theta)
+        at_theta = uncertainty.entropy(columns[ENTROPY].total_N, columns[LENGTH].total_N, normalization)
+        change = uncertainty.entropy(*moved, normalization).minus(at_theta)
         assert change.value == 0.0 and (change.influence_N == 0).all()
-    scored, moved_K = batch.at(0.0)  # by another forward pass, so to rounding
-    torch.testing.assert_close(tuple(scored), tuple(weights), rtol=1e-12, atol=0)
-    torch.testing.assert_close(moved_K, batch.tokens.entropies_K, rtol=1e-12, atol=1e-14)
+    again, of_again = batch.at(0.0)  # by another forward pass, so to rounding
+    torch.testing.assert_close(tuple(of_again), tuple(weights), rtol=1e-12, atol=0)
+    torch.testing.assert_close(again.entropies_K, batch.tokens.entropies_K, rtol=1e-12, atol=1e-14)
 
 
 def weighted_by_hand(batch: Everything, weights: importance.PrefixWeights, moved_K: Tensor) -> tuple[float, float]:
@@ -254,20 +262,24 @@ def weighted_by_hand(batch: Everything, weights: importance.PrefixWeights, moved
 @pytest.mark.parametrize("eta", ETAS)
 def test_weights_normalised_by_position(everything: Everything, eta: float):
     batch = everything.drawn(4000)
-    (weights, moved_K), exact = batch.at(eta), everything.world.exact_at(everything.v, eta)
-    columns = importance.weighted_per_decision_columns(weights, moved_K, batch.offsets_N1)
-    S, T = weighted_by_hand(batch, weights, moved_K)
-    assert columns.S_N.mean().item() == pytest.approx(S, rel=1e-10)
-    assert columns.T_N.mean().item() == pytest.approx(T, rel=1e-10)
+    (moved, weights), exact = batch.at(eta), everything.world.exact_at(everything.v, eta)
+    S_N, T_N = weighted_per_decision((moved, weights))
+    S, T = weighted_by_hand(batch, weights, moved.entropies_K)
+    assert S_N.mean().item() == pytest.approx(S, rel=1e-10)
+    assert T_N.mean().item() == pytest.approx(T, rel=1e-10)
     # consistent: with the bias of order 1/N far below the standard error
     found = {
-        "H_seq": uncertainty.moved_entropy(columns, "per_sequence"),
-        "L": uncertainty.entropy(columns.T_N, columns.T_N, "per_sequence"),
-        "H_tok": uncertainty.moved_entropy(columns, "per_token"),
+        "H_seq": uncertainty.entropy(S_N, T_N, "per_sequence"),
+        "L": uncertainty.mean(T_N),
+        "H_tok": uncertainty.entropy(S_N, T_N, "per_token"),
     }
     for name, estimate in found.items():
         error = estimate.value - getattr(exact, name).item()
         assert abs(error) < 4 * uncertainty.standard_error(estimate.influence_N), name
+
+
+def weighted(batch: Everything) -> dict[Functional, Columns]:
+    return {functional: weighted_columns(functional, batch.block) for functional in FUNCTIONALS}
 
 
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
@@ -275,22 +287,16 @@ def test_weights_normalised_by_position(everything: Everything, eta: float):
 def test_influences_through_the_tokens(everything: Everything, what: str, normalization: uncertainty.Normalization):
     """What one copy more and one less of a sequence does to an estimate that all sequences normalise together."""
     batch, copies = everything.drawn(12, seed=4), 60
-    weights, moved_K = batch.at(1.0)
+    at_eta = batch.at(1.0)
 
     def estimate(chosen: list[int]) -> uncertainty.Estimate:
-        pick_K, offsets_N1 = batch.tokens_of(torch.tensor(chosen))
-        tokens = [column_K[pick_K] for column_K in batch.tokens[1:]]
+        chosen_N = torch.tensor(chosen)
+        part, of_part = batch.subset(chosen_N), taken(*at_eta, chosen_N, *batch.tokens_of(chosen_N))
         if what == "derivative of weighted":
-            return uncertainty.entropy_derivative(weighted_columns(*tokens, offsets_N1), normalization)
-        of_part = importance.PrefixWeights(
-            weights.before_K[pick_K], weights.after_K[pick_K], weights.sequence_N[chosen]
-        )
+            return uncertainty.entropy_derivative(weighted(part), normalization)
         if what == "weighted":
-            columns = importance.weighted_per_decision_columns(of_part, moved_K[pick_K], offsets_N1)
-        else:
-            none = baselines(returns_to_go(tokens[0], offsets_N1), offsets_N1, "none")
-            columns = importance.per_decision_columns(of_part, moved_K[pick_K], none, offsets_N1)
-        return uncertainty.moved_entropy(columns, normalization)
+            return uncertainty.entropy(*weighted_per_decision(of_part), normalization)
+        return uncertainty.entropy(*per_decision(of_part, no_baseline(part)), normalization)
 
     everyone = list(range(12)) * copies
     found = estimate(list(range(12)))
@@ -308,12 +314,12 @@ def test_influences_through_the_tokens(everything: Everything, what: str, normal
 def test_per_decision_grows_as_first_order_says_sequence_by_sequence(everything: Everything, baseline: Baseline):
     batch, step = everything.drawn(60), 1e-5
     base = batch.base(baseline)
-    above, below = (importance.per_decision_columns(*batch.at(eta), base, batch.offsets_N1) for eta in (step, -step))
+    above, below = (per_decision(batch.at(eta), base) for eta in (step, -step))
     columns = batch.columns(baseline)
-    for slope_N, (a_N, b_N) in zip((columns.x_N, columns.y_N), zip(above, below, strict=True), strict=True):
-        torch.testing.assert_close((a_N - b_N) / (2 * step), slope_N, rtol=1e-6, atol=1e-8)
+    for functional, a_N, b_N in zip((ENTROPY, LENGTH), above, below, strict=True):
+        torch.testing.assert_close((a_N - b_N) / (2 * step), columns[functional].derivative_N, rtol=1e-6, atol=1e-8)
     for normalization in ("per_token", "per_sequence"):
-        rise = uncertainty.moved_entropy(above, normalization).minus(uncertainty.moved_entropy(below, normalization))
+        rise = uncertainty.entropy(*above, normalization).minus(uncertainty.entropy(*below, normalization))
         derivative = uncertainty.entropy_derivative(columns, normalization)
         assert rise.value / (2 * step) == pytest.approx(derivative.value, rel=1e-6)
         torch.testing.assert_close(rise.influence_N / (2 * step), derivative.influence_N, rtol=1e-6, atol=1e-7)
@@ -324,19 +330,15 @@ def test_weighted_per_decision_grows_as_its_derivative_says(
     everything: Everything, normalization: uncertainty.Normalization
 ):
     batch, step = everything.drawn(60), 1e-5
-    above, below = (
-        uncertainty.moved_entropy(
-            importance.weighted_per_decision_columns(*batch.at(eta), batch.offsets_N1), normalization
-        )
-        for eta in (step, -step)
-    )
-    columns = weighted_columns(*batch.tokens[1:], batch.offsets_N1)
+    above, below = (uncertainty.entropy(*weighted_per_decision(batch.at(eta)), normalization) for eta in (step, -step))
+    columns = weighted(batch)
     derivative, rise = uncertainty.entropy_derivative(columns, normalization), above.minus(below)
     assert rise.value / (2 * step) == pytest.approx(derivative.value, rel=1e-6)
     torch.testing.assert_close(rise.influence_N / (2 * step), derivative.influence_N, rtol=1e-5, atol=1e-7)
     others = batch.columns("time_loo")
-    for name in ("S_N", "T_N", "x_local_N"):
-        assert torch.equal(getattr(columns, name), getattr(others, name))
+    for functional in FUNCTIONALS:
+        assert torch.equal(columns[functional].total_N, others[functional].total_N)
+        assert torch.equal(columns[functional].local_N, others[functional].local_N)
 
 
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
@@ -345,11 +347,11 @@ def test_snis_grows_as_its_derivative_says(everything: Everything, normalization
     columns = batch.columns("time_loo")
 
     def snis(eta: float) -> uncertainty.Estimate:
-        weights, moved_K = batch.at(eta)
-        moved_S_N = ragged.sequence_sum(moved_K, batch.offsets_N1)
-        return uncertainty.snis_entropy(weights.sequence_N, moved_S_N, columns.T_N, normalization)
+        moved, weights = batch.at(eta)
+        moved_S_N = ragged.sequence_sum(moved.entropies_K, batch.offsets_N1)
+        return uncertainty.snis_entropy(weights.sequence_N, moved_S_N, columns[LENGTH].total_N, normalization)
 
-    at_zero = uncertainty.entropy(columns.S_N, columns.T_N, normalization)
+    at_zero = uncertainty.entropy(columns[ENTROPY].total_N, columns[LENGTH].total_N, normalization)
     assert snis(0.0).value == pytest.approx(at_zero.value, rel=1e-12)
     rise = snis(step).minus(snis(-step))
     score_N = ragged.sequence_sum(batch.tokens.dlogprobs_K, batch.offsets_N1)
@@ -361,10 +363,10 @@ def test_snis_grows_as_its_derivative_says(everything: Everything, normalization
 def test_the_derivative_of_snis_has_the_mean_of_the_entropys(everything: Everything):
     columns, world, v = everything.columns("none"), everything.world, everything.v
     score_N = ragged.sequence_sum(everything.tokens.dlogprobs_K, everything.offsets_N1)
-    S, T = everything.mean(columns.S_N), everything.mean(columns.T_N)
-    x = everything.mean(score_N * columns.S_N + columns.x_local_N)
+    S, T = everything.mean(columns[ENTROPY].total_N), everything.mean(columns[LENGTH].total_N)
+    x = everything.mean(score_N * columns[ENTROPY].total_N + columns[ENTROPY].local_N)
     assert x == pytest.approx(world.derivative(lambda exact: exact.H_seq, v), abs=EXACT)
-    per_token = (x - S / T * everything.mean(score_N * columns.T_N)) / T
+    per_token = (x - S / T * everything.mean(score_N * columns[LENGTH].total_N)) / T
     assert per_token == pytest.approx(world.derivative(lambda exact: exact.H_tok, v), abs=EXACT)
 
 
@@ -392,15 +394,12 @@ def gradients_of(batch: Everything, weights: list[Coefficients]) -> list[Directi
 
 
 def test_score_coefficients_give_the_gradient_of_the_entropy_and_of_the_length(everything: Everything):
-    score = score_coefficients(everything.tokens.entropies_K, everything.offsets_N1, "none")
+    score_K, length_K = (score_coefficients(f, everything.block, "none") for f in (ENTROPY, LENGTH))
     probability_K = torch.repeat_interleave(everything.probability_N, everything.sequences.lengths_N)
     nothing_K = torch.zeros_like(probability_K)
     found = gradients_of(
         everything,
-        [
-            Coefficients(probability_K * score.entropy_K, probability_K),
-            Coefficients(probability_K * score.length_K, nothing_K),
-        ],
+        [Coefficients(probability_K * score_K, probability_K), Coefficients(probability_K * length_K, nothing_K)],
     )
     parameters = everything.world.policy.named_parameters()
     for gradient, value in zip(found, everything.world.exact(), strict=True):
@@ -412,17 +411,14 @@ def test_score_coefficients_give_the_gradient_of_the_entropy_and_of_the_length(e
 @pytest.mark.parametrize("baseline", ["none", "time_loo"])
 def test_backward_and_forward_mode_agree_on_a_batch(everything: Everything, baseline: Baseline):
     batch = everything.drawn(80)
-    score = score_coefficients(batch.tokens.entropies_K, batch.offsets_N1, baseline)
-    even_K = torch.full_like(score.entropy_K, 1 / 80)
+    score_K, length_K = (score_coefficients(f, batch.block, baseline) for f in (ENTROPY, LENGTH))
+    even_K = torch.full_like(score_K, 1 / 80)
     entropy_gradient, length_gradient = gradients_of(
         batch,
-        [
-            Coefficients(even_K * score.entropy_K, even_K),
-            Coefficients(even_K * score.length_K, torch.zeros_like(even_K)),
-        ],
+        [Coefficients(even_K * score_K, even_K), Coefficients(even_K * length_K, torch.zeros_like(even_K))],
     )
     columns = batch.columns(baseline)
     X, Y = (sum(float((g[name] * t).sum()) for name, t in batch.v.items()) for g in (entropy_gradient, length_gradient))
-    H, L = float(columns.S_N.sum() / columns.T_N.sum()), float(columns.T_N.mean())
+    H, L = float(columns[ENTROPY].total_N.sum() / columns[LENGTH].total_N.sum()), float(columns[LENGTH].total_N.mean())
     assert uncertainty.entropy_derivative(columns, "per_sequence").value == pytest.approx(X, rel=1e-10)
     assert uncertainty.entropy_derivative(columns, "per_token").value == pytest.approx((X - H * Y) / L, rel=1e-10)

@@ -7,13 +7,15 @@ from typing import get_args
 
 import pytest
 import torch
+from enumeration import columns_of
 from torch import Tensor
 
 from entropy_core import evaluation
 from entropy_core.estimates import change_of
-from entropy_core.evaluation import EvaluationBatch, Measured, Moved, MovedTokens, Tokens
+from entropy_core.evaluation import EvaluationBatch, Measured, Moved, MovedTokens
 from entropy_core.numerics import first_order, ragged
 from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.functional import FUNCTIONALS, Columns, Functional, TokenPair, Tokens
 from entropy_core.numerics.importance import Estimator
 from entropy_core.numerics.path_integral import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
@@ -42,9 +44,13 @@ def cut(cuts: list[int]) -> Iterator[tuple[slice, Tensor]]:
 def blocks_of(cuts: list[int]) -> list[Callable[[], Tokens]]:
     """Each reads copies of its own, as from a disk."""
     return [
-        lambda of=of, offsets_N1=offsets_N1: Tokens(*(x_K[of].clone() for x_K in AT_THETA), offsets_N1)
+        lambda of=of, offsets_N1=offsets_N1: tokens_of([x_K[of].clone() for x_K in AT_THETA], offsets_N1)
         for of, offsets_N1 in cut(cuts)
     ]
+
+
+def tokens_of(columns: list[Tensor], offsets_N1: Tensor) -> Tokens:
+    return Tokens(*columns[:2], offsets_N1, TokenPair(*columns[2:]))
 
 
 def moved(cuts: list[int], eta: float = 0.5) -> Moved:
@@ -69,13 +75,20 @@ def close(found: object, expected: object) -> None:
 @pytest.mark.parametrize("cuts", CUTS)
 def test_the_derivative_is_that_of_all_sequences_together(cuts: str, baseline: Baseline, clusters_N: Tensor | None):
     found, expected = (batch_of(CUTS[name], baseline, clusters_N) for name in (cuts, "one"))
-    close(tuple(found.columns), tuple(expected.columns))
-    close(tuple(found.weighted_columns), tuple(expected.weighted_columns))
+    same(found.columns, expected.columns)
+    same(found.weighted_columns, expected.weighted_columns)
     close(found.score_N, expected.score_N)
     assert (len(found), found.units) == (12, 12 if clusters_N is None else 9)
+    whole = tokens_of(AT_THETA, OFFSETS)
     if baseline != "ridge":  # by the functions that know of no blocks
-        close(tuple(found.columns), tuple(first_order.first_order_columns(*AT_THETA[1:], OFFSETS, baseline)))
-    close(tuple(found.weighted_columns), tuple(first_order.weighted_columns(*AT_THETA[1:], OFFSETS)))
+        same(found.columns, columns_of(whole, baseline))
+    same(found.weighted_columns, {f: first_order.weighted_columns(f, whole) for f in FUNCTIONALS})
+
+
+def same(found: dict[Functional, Columns], expected: dict[Functional, Columns]) -> None:
+    assert found.keys() == expected.keys() == set(FUNCTIONALS)
+    for functional, of in expected.items():
+        close(tuple(found[functional]), tuple(of))
 
 
 @pytest.mark.parametrize("estimator", get_args(Estimator))
@@ -120,7 +133,7 @@ def test_the_first_sequences_keep_the_baselines_that_they_have_in_the_whole(coun
     whole = batch_of(CUTS["several"])
     first = whole.first(count)
     assert len(first) == count
-    close(tuple(first.columns), tuple(column_N[:count] for column_N in whole.columns))
+    same(first.columns, {f: Columns(*(column_N[:count] for column_N in of)) for f, of in whole.columns.items()})
     assert whole.first(count).units == count
 
 
@@ -141,7 +154,7 @@ def test_one_block_is_in_memory_at_a_time():
     cuts = list(range(13))
     for baseline in get_args(Baseline):
         batch = EvaluationBatch.of([watched(block) for block in blocks_of(cuts)], None, baseline)
-        assert len(batch.columns.x_N) == len(batch.weighted_columns.x_N) == len(batch.score_N) == 12
+        assert len(batch) == len(batch.weighted_columns[FUNCTIONALS[0]].total_N) == len(batch.score_N) == 12
         for estimator in get_args(Estimator):
             assert evaluation.measured(batch, moved(cuts), estimator).usable
     assert len(alive) > 12 * 20 and most <= 2  # the next one is read before the last one is let go of

@@ -4,6 +4,7 @@ Imports are read from the syntax trees, those inside functions and `if TYPE_CHEC
 """
 
 import ast
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -14,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from entropy_core.code_identity import module_digests
+from entropy_core.code_identity import code_of
+from entropy_core.reached import GIVEN
+from entropy_core.stages.catalogue import STAGES
+from entropy_core.store import Stage
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("entropy_core", "flows", "tasks")
@@ -55,8 +59,6 @@ FLOORS = ("errors", "numerics", "core", "stages", "tasks", "flows")
 def floor(name: str) -> int:
     if name == "entropy_core.errors":
         return FLOORS.index("errors")
-    if name == "entropy_core.store.__main__":  # a command, which explains what a sweep would run; nobody imports it
-        return FLOORS.index("stages")
     for prefix, its_floor in (("entropy_core.numerics", "numerics"), ("entropy_core.stages", "stages")):
         if name == prefix or name.startswith(f"{prefix}."):
             return FLOORS.index(its_floor)
@@ -120,7 +122,7 @@ def test_the_errors_know_nothing():
 def test_each_library_has_its_own_door():
     of_the_model = core("policy", "pretrained", "scorer", "decoding", "tokenizer", "architecture")
     assert importers("transformers") == of_the_model | core("demo", "smollm2", "training_run")
-    assert importers("psutil") == core("decoding")
+    assert importers("psutil") == core("decoding") | {"flows.door"}
     assert importers("peft") == core("adapters", "smollm2")
     assert importers("trl") == core("training_run")
     assert importers("tokenizers") == core("demo")
@@ -132,8 +134,8 @@ def test_each_library_has_its_own_door():
     assert importers("arviz_stats", "numpy") == core("pareto")
     assert importers("scipy") == core("estimates", "diagnostics")
     assert importers("safetensors") == core("artifact", "checkpoint_content")
-    assert importers("pyarrow.parquet") == core("artifact", "manifest", "prompt_files") | {"flows.local"}
-    assert importers("yaml") == core("read_config", "stages.pipeline", "legacy")
+    assert importers("pyarrow.parquet") == core("artifact", "manifest", "prompt_files") | {"flows.results"}
+    assert importers("yaml") == core("plain_yaml")
     assert importers("prefect") == {name for name in importers("prefect") if floor(name) >= FLOORS.index("tasks")}
     assert importers("prefect") >= {"flows.entropy_probe", "tasks.stages", "tasks.artifact_cache"}
 
@@ -144,25 +146,48 @@ def test_nothing_is_imported_that_is_not_declared():
     declared = [re.match(r"[\w-]+", one)[0] for one in project["dependencies"] + extras]
     known = {"yaml" if name == "pyyaml" else name.replace("-", "_") for name in declared}
     used = {other.partition(".")[0] for found in FOREIGN.values() for other in found}
-    assert used - known <= {"numpy", "tokenizers", "huggingface_hub"}  # which come with scipy and transformers
+    come_along = {"numpy", "tokenizers", "huggingface_hub", "uvicorn", "starlette"}  # scipy, transformers, Prefect
+    assert used - known <= come_along
 
 
-@pytest.mark.parametrize("stage", ["variance", "report"])
+def reached(stage: Stage) -> set[str]:
+    """The modules of which a stage reaches anything."""
+    return {name.partition(":")[0] for name in code_of(stage.function).definitions}
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage.name in ("variance", "report")])
 def test_the_statistics_reach_no_policy(stage):
-    reached = set(module_digests(f"entropy_core.stages.{stage}"))
-    assert f"entropy_core.stages.{stage}" in reached
-    assert not reached & core("policy", "sequence_processor", "checkpoints", "stages.sequences", "arithmetic", "demo")
+    assert f"entropy_core.stages.{stage.name}" in reached(stage)
+    assert not reached(stage) & core("policy", "sequence_processor", "checkpoints", "stages.sequences", "arithmetic")
     assert not {
-        other for name in reached for other in FOREIGN[name] if other.partition(".")[0] in {"transformers", "prefect"}
+        other
+        for name in reached(stage)
+        for other in FOREIGN[name]
+        if other.partition(".")[0] in {"transformers", "prefect"}
     }
 
 
 def test_what_handles_no_sequence_does_not_reach_the_policy():
     """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
-    stages = [name for name in FILES if name.startswith("entropy_core.stages.")]
-    without = {name.rpartition(".")[2] for name in stages if "entropy_core.policy" not in module_digests(name)}
-    of_files = {"files", "columns", "batches", "halves"}
-    assert without == of_files | {"load", "reward", "variance", "report", "preflight", "memory"}
+    without = {stage.name for stage in STAGES if "entropy_core.policy" not in reached(stage)}
+    assert without == {"load-checkpoint", "load-prompts", "reward-u-batch", "variance", "report"}
+
+
+def test_no_stage_reaches_what_it_has_no_use_for():
+    """The store and the sources that it looks after, and what comes before or after a stage in a sweep."""
+    no_use = core("store", "manifest", "sources", "code_identity", "config", "execution")
+    no_use |= core("stages.pipeline", "stages.measure", "stages.preflight", "stages.memory")
+    assert not {stage.name: found for stage in STAGES if (found := reached(stage) & no_use)}
+    sampling = reached(next(stage for stage in STAGES if stage.name == "sample-e-batch"))
+    assert not sampling & core("numerics.direct_derivatives", "numerics.uncertainty", "stages.derivatives")
+    backward = reached(next(stage for stage in STAGES if stage.name == "entropy-gradient"))
+    assert not backward & core("estimates", "evaluation", "numerics.bootstrap", "stages.variance")
+
+
+def test_what_the_store_gives_to_a_stage_is_where_the_digest_looks_for_it():
+    for name in GIVEN:
+        module, _, attribute = name.partition(":")
+        assert getattr(importlib.import_module(module), attribute).__module__ == module
 
 
 def test_what_a_process_loads():
@@ -177,7 +202,7 @@ loaded()
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     statistics, core_modules = (set(line.split()) for line in result.stdout.splitlines())
-    assert {"torch", "matplotlib"} <= statistics
+    assert "torch" in statistics and "matplotlib" not in statistics  # which is loaded to draw
     assert not statistics & {"transformers", "tokenizers", "prefect", "flows", "tasks"}
     assert {"torch", "transformers"} <= core_modules
     assert not core_modules & {"prefect", "flows", "tasks", "trl", "datasets", "math_verify", "reasoning_gym"}

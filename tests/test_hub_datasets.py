@@ -12,7 +12,7 @@ from pyarrow import parquet
 from entropy_core import hub_datasets
 from entropy_core.errors import PromptError
 from entropy_core.prompts import load_pool, locate, revision
-from entropy_core.stages.files import content_digest
+from entropy_core.sources import content_digest
 
 GSM8K = {
     "train": [

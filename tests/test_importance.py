@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.baselines import ReturnsToGo
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Tokens
 from entropy_core.numerics.importance import (
     PrefixWeights,
     effective_sample_size,
     log_totals,
     log_weights_are_usable,
-    per_decision_columns,
+    per_decision_column,
     prefix_effective_sample_sizes,
     prefix_weights,
 )
@@ -58,8 +58,11 @@ def test_columns_are_those_of_a_loop():
     weights = prefix_weights(
         torch.tensor(old, dtype=torch.float64).log(), torch.tensor(new, dtype=torch.float64).log(), OFFSETS
     )
-    base = ReturnsToGo(torch.tensor(b, dtype=torch.float64), torch.tensor(c, dtype=torch.float64))
-    columns = per_decision_columns(weights, torch.tensor(h, dtype=torch.float64), base, OFFSETS)
+    moved = Tokens(torch.tensor(new, dtype=torch.float64).log(), torch.tensor(h, dtype=torch.float64), OFFSETS)
+    S_N, T_N = (
+        per_decision_column(functional, moved, weights, torch.tensor(base, dtype=torch.float64))
+        for functional, base in ((ENTROPY, b), (LENGTH, c))
+    )
     for i, (start, stop) in enumerate(zip(OFFSETS[:-1].tolist(), OFFSETS[1:].tolist(), strict=True)):
         S = T = 0.0
         rho = 1.0
@@ -68,8 +71,8 @@ def test_columns_are_those_of_a_loop():
             S += rho * h[k] - b[k] * (grown - rho)
             T += rho - c[k] * (grown - rho)
             rho = grown
-        assert float(columns.S_N[i]) == pytest.approx(S, rel=1e-11, abs=1e-12)
-        assert float(columns.T_N[i]) == pytest.approx(T, rel=1e-11, abs=1e-12)
+        assert float(S_N[i]) == pytest.approx(S, rel=1e-11, abs=1e-12)
+        assert float(T_N[i]) == pytest.approx(T, rel=1e-11, abs=1e-12)
 
 
 def test_effective_sample_size_counts_the_weights_that_count():

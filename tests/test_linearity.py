@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import World
-from test_enumeration import Everything, enumerate_world
+from enumeration import Everything, enumerate_world, per_decision
 from test_uncertainty import both
 from torch import Tensor
 
-from entropy_core.numerics import importance, uncertainty
+from entropy_core.numerics import uncertainty
+from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.linearity import LACK_OF_FIT, LinearityFit, fit, pairs
 from entropy_core.numerics.uncertainty import Estimate, Normalization, standard_error
 
@@ -189,11 +190,11 @@ class Exactly:
 def measured(batch: Everything, etas: list[float], normalization: Normalization) -> tuple[list[Estimate], Estimate]:
     """ΔH by `per_decision` at each step size, and ∂_vH."""
     columns, base = batch.columns("time_loo"), batch.base("time_loo")
-    at_zero = uncertainty.entropy(columns.S_N, columns.T_N, normalization)
+    at_zero = uncertainty.entropy(columns[ENTROPY].total_N, columns[LENGTH].total_N, normalization)
     changes = []
     for eta in etas:
-        moved = importance.per_decision_columns(*batch.at(eta), base, batch.offsets_N1)
-        changes.append(uncertainty.moved_entropy(moved, normalization).minus(at_zero))
+        moved = per_decision(batch.at(eta), base)
+        changes.append(uncertainty.entropy(*moved, normalization).minus(at_zero))
     return changes, uncertainty.entropy_derivative(columns, normalization)
 
 

@@ -20,14 +20,13 @@ from pipeline_fixtures import (
     write_reward,
 )
 
-from entropy_core.checkpoint_files import file_digest
 from entropy_core.config import VarianceRequest
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
 from entropy_core.execution import Execution
+from entropy_core.file_digests import file_digest
 from entropy_core.numerics.importance import Estimator
 from entropy_core.read_config import load_config, parse_config
 from entropy_core.stages import catalogue, pipeline, sequences
-from entropy_core.stages.files import user_file
 from entropy_core.stages.measure import NOISE_DRAWS
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
@@ -458,7 +457,9 @@ def test_a_run_can_be_named_and_the_latest_is_the_default(again, first):
 def test_an_artifact_that_is_gone_is_named(again, first, away, stage):
     artifact = first.run.artifacts(stage)[0]
     shutil.rmtree(away / "artifacts" / stage / artifact.key)
-    with pytest.raises(StoreError, match=rf"{stage}/{artifact.key} of checkpoint-3 is not in .*checkpoint-sweep with"):
+    with pytest.raises(
+        StoreError, match=rf"{stage}/{artifact.key} of checkpoint-3 is not in .*entropy-probe sweep .*config.yaml"
+    ):
         again(confidence_level=0.5)
 
 
@@ -478,7 +479,7 @@ def test_a_run_of_another_version_is_refused_with_what_differs(again, first, awa
     record = json.loads(path.read_text())
     record["config"]["variance"]["bootstrap"] = 1000
     path.write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=r"run\.json has 1 wrong value.s.: variance\.bootstrap: unknown key"):
+    with pytest.raises(ConfigError, match=r"run\.json: variance\.bootstrap: unknown key"):
         again(confidence_level=0.5)
 
 
@@ -556,13 +557,12 @@ def test_a_file_is_what_its_digest_says_or_is_not_used(tmp_path):
     path.write_text('{"prompt": "a"}')
     digest = file_digest(path)
     execution = Execution(paths={digest: path})
-    assert user_file(execution, digest) == path
+    execution.stamps({"source": digest})
     for change in (lambda: path.write_text('{"prompt": "b"}'), path.unlink):
         change()
         with pytest.raises(ConfigError, match=r"pool\.jsonl changed after the sweep had begun"):
-            user_file(execution, digest)
-    with pytest.raises(ConfigError, match="changed after the sweep had begun"):
-        user_file(Execution(), digest)
+            execution.stamps({"nested": [{"source": digest}]})
+    execution.stamps({"source": "another"})
 
 
 def test_a_reward_that_changes_under_the_sweep_is_noticed(away):

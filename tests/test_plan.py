@@ -12,7 +12,8 @@ from entropy_core.read_config import parse_config
 from entropy_core.stages.plan import Cost, Step, plan, typical_costs
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Stage, Store
-from flows.plan import main, plan_table, plan_total
+from flows.cli import main
+from flows.plan import plan_table, plan_total
 from flows.results import duration, size
 
 FIRST, SECOND = NAMES
@@ -155,7 +156,7 @@ def test_times_and_sizes_are_in_units_that_suit_them():
 def test_the_command_prints_the_plan(origin, home, capsys):
     path = home / "probe.yaml"
     path.write_text(yaml.safe_dump(config_of(origin, home, variance={"confidence_level": 0.9})))
-    assert main([str(path)]) == 0
+    assert main(["plan", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["stage", "of", "cached", "would", "run", "parts", "time", "disk", "why"]
     (variance,) = (line for line in lines if line.split()[:1] == ["variance"])
@@ -163,5 +164,5 @@ def test_the_command_prints_the_plan(origin, home, capsys):
     assert " would run: at most " in lines[-1]
 
     path.write_text("checkpoints: []")
-    assert main([str(path)]) == 2
+    assert main(["plan", str(path)]) == 2
     assert "checkpoints: " in capsys.readouterr().err

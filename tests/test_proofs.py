@@ -1,4 +1,4 @@
-"""The page of `make validate`: written from what ran, and only when everything ran."""
+"""The pages of `make validate` and `make chaos`: written from what ran, and only when everything ran."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from attacks import in_place
 
 PROOFS = """
 import pytest
@@ -66,3 +67,53 @@ def test_a_part_of_the_proofs_writes_no_page(repository, part):
     _, words, page = run(repository, *part)
     assert page == "the page before"
     assert "docs/validation.md is left as it is: " in words and " did not run" in words
+
+
+ATTACKS = """
+import pytest
+
+
+@pytest.mark.attack("a door is knocked at")
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_door(times): ...
+
+
+@pytest.mark.attack("a wall is run against")
+def test_a_wall():
+    assert not "standing"
+
+
+@pytest.mark.attack("a gate that is not there")
+def test_a_gate():
+    pytest.skip("no gate")
+"""
+
+
+def test_a_row_for_each_attack_and_the_rest_of_the_page_stays(tmp_path):
+    for folder in ("docs", "tests"):
+        (tmp_path / folder).mkdir()
+    page = tmp_path / "docs" / "chaos.md"
+    before = "# What a kill costs\n\nNothing.\n"
+    page.write_text(before)
+    (tmp_path / "tests" / "test_attacks.py").write_text(ATTACKS)
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["attack: one", "validate: a proof"]\n'
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "attacks", "-p", "no:cacheprovider", "-m", "attack"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    for part in (["-k", "door"], ["tests/test_attacks.py"], []):
+        assert page.read_text() == before
+        subprocess.run([*command, *part], cwd=tmp_path, env=environment, check=False, capture_output=True)
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| a ")]
+    assert rows == [
+        "| a door is knocked at | 2 | held |",
+        "| a gate that is not there | 0 | not tried on this machine |",
+        "| a wall is run against | 1 | **1 FAILED** |",
+    ]
+    assert page.read_text().startswith(before)
+
+
+def test_a_section_takes_the_place_of_the_one_of_its_title():
+    page = "# A\n\none\n\n# B\n\ntwo\n"
+    assert in_place(page, "# A\n\nthree") == "# A\n\nthree\n\n# B\n\ntwo\n"
+    assert in_place(page, "# C\n\nthree") == page + "\n# C\n\nthree\n"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entropy_core.numerics import ragged
 from entropy_core.numerics.baselines import returns_to_go, time_loo_baseline
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Tokens
 from entropy_core.numerics.ridge import PENALTY, RidgeBlock, fit, folds_of, prefix_features, ridge_baseline
 
 LENGTHS = [3, 1, 4, 2, 4, 5, 3]
@@ -191,7 +192,8 @@ def estimates(batch: Everything, chosen: tuple[int, ...], folds_N: Tensor) -> tu
     features_KF = prefix_features(logprobs_K, entropies_K, offsets_N1)
     weights_K = dlogprobs_K**2
     of_score = []
-    for values_K in returns_to_go(entropies_K, offsets_N1):
+    for functional in (ENTROPY, LENGTH):
+        values_K = returns_to_go(functional, Tokens(logprobs_K, entropies_K, offsets_N1))
         left_K = values_K - regressed(values_K, features_KF, weights_K, offsets_N1, folds_N)
         of_score.append(float((left_K * dlogprobs_K).sum()) / len(chosen))
     return float(dentropies_K.sum()) / len(chosen) + of_score[0], of_score[1]
@@ -237,7 +239,7 @@ def test_less_noise_where_the_return_depends_on_the_prefix():
     level_N1 = torch.randn(N, 1, dtype=torch.float64)
     entropies_K = (2 + level_N1 + 0.5 * torch.randn(N, T, dtype=torch.float64)).flatten()
     score_K = torch.randn(N * T, dtype=torch.float64)
-    returns_K = returns_to_go(entropies_K, offsets_N1).entropy_K
+    returns_K = returns_to_go(ENTROPY, Tokens(entropies_K, entropies_K, offsets_N1))
     features_KF = prefix_features(torch.randn(N * T), entropies_K, offsets_N1)
     ridge_K = regressed(returns_K, features_KF, score_K**2, offsets_N1, folds_of(torch.arange(N)))
 

@@ -236,12 +236,30 @@ def test_the_manifest_says_what_made_it(store):
     assert (manifest["stage"], manifest["key"], manifest["digest"]) == ("total", made.key, made.digest)
     assert manifest["inputs"] == {"numbers": {"artifact": "draw", "digest": upstream.digest}}
     assert manifest["upstream"] == [upstream.to_dict()]
-    assert "entropy_core.store" in manifest["modules"] and len(manifest["code"]) == 64
+    assert {"store_fixtures:total", "store_fixtures:EXECUTED"} <= set(manifest["definitions"])
+    assert "store_fixtures:draw" not in manifest["definitions"]
+    assert len(manifest["code"]) == 64 and manifest["format"] == manifest_module.FORMAT
+    assert manifest["libraries"] == {"torch": manifest["versions"]["torch"].rpartition(".")[0]}
     assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"torch", "pyarrow", "safetensors"} <= set(manifest["versions"])
     assert manifest["wall_seconds"] >= 0 and manifest["peak_rss_bytes"] > 2**20
     assert manifest["created"].endswith("+00:00")
     assert upstream.manifest["files"]["more/text.txt"]["bytes"] == len("seed 1")
+
+
+FORMATS = {  # SHA-256 of what `writes_everything` leaves, written by this project; Parquet varies with the library
+    1: {
+        "tensors.safetensors": "653963fddf9f16d5f5f5c418f6df79449e7048b794c6c28e5f91747d9752071d",
+        "empty.safetensors": "9bbcbf73561f6bc5d0a17ea6a2081feed2d1304e87602d8c502d9a5c4bd85576",
+        "notes.json": "7a162c50579103a71d2faa112d0c7b736f841f191393f3e58170582835d413ce",
+    }
+}
+
+
+def test_what_a_writer_makes_of_results_is_numbered(store):
+    """It is no part of a stage's code. Whoever changes it raises `manifest.FORMAT`, which is a part of every key."""
+    files = store.run(Stage("everything", writes_everything), None, {"values": [0.5, -1.5]}).manifest["files"]
+    assert {name: files[name]["sha256"] for name in FORMATS[manifest_module.FORMAT]} == FORMATS[manifest_module.FORMAT]
 
 
 def test_the_manifest_describes_tensors_and_tables(store):

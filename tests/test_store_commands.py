@@ -1,4 +1,4 @@
-"""`python -m entropy_core.store`: what is there, is it sound, why is it another one, what may go, and to elsewhere."""
+"""`entropy-probe store`: what is there, is it sound, why is it another one, what may go, and to elsewhere."""
 
 import io
 import json
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.stages import pipeline
 from entropy_core.store import Stage, Store, runs
-from entropy_core.store.__main__ import in_words, main
+from flows.cli import main
+from flows.store_commands import in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +63,7 @@ def store(capsys):
     """Call a command; its exit status and what it printed."""
 
     def call(root: Path, *arguments: Any) -> tuple[int, str]:
-        status = main(["--root", str(root), *map(str, arguments)])
+        status = main(["store", *map(str, arguments), "--artifacts", str(root)])
         captured = capsys.readouterr()
         return status, captured.out + captured.err
 
@@ -99,12 +101,8 @@ def test_ls_says_size_time_and_which_runs_need_it(home, first, second, store):
     assert re.search(r" \d{4}-\d\d-\d\dT\d\d:\d\dZ +\d+\.\d ", by_key[of_one.key])
 
 
-def test_the_module_is_a_command(home, first):
-    command = [sys.executable, "-m", "entropy_core.store", "--root", home / "artifacts", "verify"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "all sound" in done.stdout
-    nothing = subprocess.run([*command[:4], home / "nowhere", "ls"], cwd=ROOT, capture_output=True, text=True)
-    assert (nothing.returncode, nothing.stdout) == (0, "0 artifacts, 0 B\n")
+def test_a_store_that_is_not_there_is_empty_and_is_not_made(home, store):
+    assert store(home / "nowhere", "ls") == (0, "0 artifacts, 0 B\n")
     assert not (home / "nowhere").exists()
 
 
@@ -169,7 +167,7 @@ print(made.key)
 """
 
 
-def test_explain_names_the_module_that_was_edited(tmp_path, store, monkeypatch):
+def test_explain_names_the_definition_that_was_edited(tmp_path, store, monkeypatch):
     """Also when the artifact is an earlier one's successor; comments and unrelated modules are no reason."""
     package = tmp_path / "code" / f"code_{tmp_path.name}"
     package.mkdir(parents=True)
@@ -196,10 +194,13 @@ def test_explain_names_the_module_that_was_edited(tmp_path, store, monkeypatch):
     (package / "helper.py").write_text("# twice\n" + files["helper"])
     assert run(1) == before
     assert "is the code that is here" in store(tmp_path / "store", "explain", before)[1]
+    (package / "helper.py").write_text("from .other import FACTOR\n\n" + files["helper"].partition("\n\n")[2])
+    (package / "other.py").write_text("FACTOR = 2\n")
+    assert run(1) == before, "a definition that was moved is the same"
 
     (package / "helper.py").write_text(files["helper"].replace("2", "3"))
     status, said = store(tmp_path / "store", "explain", before)
-    helper = f"module {package.name}.helper"
+    helper = f"definition {package.name}.helper:FACTOR"
     assert status == 0
     assert f"{helper} is another one now, so these would run again: sum/{before[:12]}" in said
 
@@ -273,6 +274,17 @@ def test_prune_keeps_all_that_a_kept_run_needs(away, first, second, store):
     assert Store(root).names() == [] and kept(root) == set()
 
 
+@pytest.mark.attack("everything is pruned beside a run with a hidden name")
+def test_prune_keeps_a_run_whose_name_is_hidden(away, first, second, store):
+    """As runs of earlier versions may be."""
+    root = away / "artifacts"
+    folder = runs.folder(root, first.result.run_id)
+    folder.rename(folder.with_name(f".{folder.name}"))
+    before = kept(root)
+    assert store(root, "prune", "--yes")[0] == 0
+    assert kept(root) == before
+
+
 def test_prune_refuses_when_it_cannot_tell_what_a_run_needs(away, first, second, store):
     root = away / "artifacts"
     damaged = second.run.artifacts("variance")[0]
@@ -316,7 +328,8 @@ def test_a_sweep_holds_its_store(home, first, store, monkeypatch):
 @pytest.fixture(scope="module")
 def archive(home, first, second, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("archive") / "run.tar"
-    assert main(["--root", str(home / "artifacts"), "export", first.result.run_id, str(file)]) == 0
+    command = ["store", "export", first.result.run_id, str(file), "--artifacts", str(home / "artifacts")]
+    assert main(command) == 0
     return file
 
 
@@ -421,7 +434,22 @@ def altered(part: str):
     return lambda old, content: [(old, content[:-1] + b"\x00" if old.endswith(part) else content)]
 
 
+def recording(record: bytes):
+    return lambda old, content: [(old, record if old.endswith("run.json") else content)]
+
+
 KEY = "0" * 32
+
+
+def sparse(old: str, content: bytes):
+    """A file that is one hole, as GNU tar writes it: a megabyte here, and as many as one likes for no more bytes."""
+    yield old, content
+    if old.endswith("run.json"):
+        member = tarfile.TarInfo(f"draw/{KEY}/zeros")
+        member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**20)}
+        yield member.name, member
+
+
 EVIL = {
     "a parent folder": (named("../evil"), "no store has"),
     "a parent folder, inside": (named(f"draw/{KEY}/../../../evil"), "no store has"),
@@ -449,13 +477,16 @@ EVIL = {
         lambda old, content: [(old, content), *([(old + ".x", b"x")] if old.endswith("manifest.json") else [])],
         "files that its manifest does not name",
     ),
-    "a record that says nothing": (
-        lambda old, content: [(old, b'{"finished": "now"}' if old.endswith("run.json") else content)],
-        "does not say what the run needs",
-    ),
+    "a record that says nothing": (recording(b'{"finished": "2026-11-26"}'), "does not say what the run needs"),
+    "a record of no time": (recording(b'{"finished": 5}'), "does not say when"),
+    "a record without end": (recording(b"[" * 100_000), "does not say when"),
+    "no run": (without("runs/"), "there is no run in it"),
+    "a hole that fills a disk": (sparse, "no store has"),
+    "a name that moves the cursor": (named(f"draw/{KEY}/\x1b[2J"), "no store has"),
 }
 
 
+@pytest.mark.attack("a false archive is imported")
 @pytest.mark.parametrize("kind", EVIL)
 def test_a_false_archive_is_refused_and_leaves_nothing(archive, tmp_path, store, kind):
     change, fault = EVIL[kind]
@@ -465,6 +496,35 @@ def test_a_false_archive_is_refused_and_leaves_nothing(archive, tmp_path, store,
     assert kept(tmp_path / "store") == set()
     assert {path.name for path in tmp_path.iterdir()} == {"evil.tar", "store"}
     assert not Path("/tmp/evil").exists()
+
+
+@pytest.mark.attack("an archive with another report for a run that is there")
+def test_an_import_does_not_replace_a_run_that_is_there(archive, first, tmp_path, store):
+    root = tmp_path / "store"
+    assert store(root, "import", archive)[0] == 0
+    page = runs.folder(root, first.result.run_id) / "report.md"
+    before = page.read_text()
+    evil = rewritten(archive, tmp_path / "evil.tar", lambda old, new: [(old, b"x" if "report.md" in old else new)])
+    store(root, "import", evil)
+    assert page.read_text() == before
+
+
+def test_an_archive_is_brought_into_a_store_of_two_disks(archive, tmp_path, store):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one disk only")
+    with tempfile.TemporaryDirectory(dir=shared) as elsewhere:
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "variance").symlink_to(elsewhere)
+        assert store(tmp_path / "store", "import", archive)[0] == 0
+        assert store(tmp_path / "store", "verify")[0] == 0
+        assert [path for path in Path(elsewhere).iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_pipe_is_no_archive(tmp_path, store):
+    os.mkfifo(tmp_path / "pipe")
+    status, said = store(tmp_path / "store", "import", tmp_path / "pipe")
+    assert status == 2 and "there is no file" in said
 
 
 def test_a_cut_archive_is_refused(archive, tmp_path, store):

@@ -5,16 +5,32 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from store_fixtures import CONSTANT, DRAW, EXECUTED, flip_a_byte, quarantined
 
-from entropy_core import manifest as manifest_module
+from entropy_core import file_digests
 from entropy_core.artifact import Artifact
-from entropy_core.errors import StoreError
-from entropy_core.store import Store
+from entropy_core.errors import StoreError, UnsoundError
+from entropy_core.file_digests import file_digest
+from entropy_core.stages.repairs import with_repairs
+from entropy_core.store import Store, pruning
+
+FILES = ("numbers.json", "more/text.txt")
+
+
+def used(store, seed):
+    """What a sweep does: run a stage, open its files, and begin again where something is damaged."""
+
+    def work():
+        made = store.run(DRAW, None, {"seed": seed})
+        return made, [made.path(name).read_text() for name in FILES]
+
+    return with_repairs(store, work)
 
 
 def edit_manifest(directory, change):
@@ -48,9 +64,9 @@ DAMAGE = {
 def test_damage_is_set_aside_and_computed_anew(store, caplog, damage):
     made = store.run(DRAW, None, {"seed": 1})
     damage(made.directory)
-    again = store.run(DRAW, None, {"seed": 1})
+    again, texts = used(store, 1)
     assert again == made and len(EXECUTED) == 2
-    assert again.json("numbers.json") == [0, 1, 2] and again.path("more/text.txt").read_text() == "seed 1"
+    assert json.loads(texts[0]) == [0, 1, 2] and texts[1] == "seed 1"
     assert len(quarantined(store)) == 1 and quarantined(store)[0].startswith(f"draw-{made.key}-")
     [warning] = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert f"draw/{made.key} is unsound" in warning.message
@@ -61,7 +77,7 @@ def test_damage_is_never_read(store, damage):
     made = store.run(DRAW, None, {"seed": 1})
     damage(made.directory)
     with pytest.raises(StoreError, match=r"draw/.* cannot be used: .*run the sweep again"):
-        for name in ("numbers.json", "more/text.txt"):
+        for name in FILES:
             made.path(name)
     assert quarantined(store) == [], "reading does not write"
     assert store.find("draw", made.key) is None
@@ -69,9 +85,34 @@ def test_damage_is_never_read(store, damage):
     assert store.find("draw", made.key) is None and len(quarantined(store)) == 1
 
 
+@pytest.fixture
+def elsewhere(tmp_path) -> Iterator[Path]:
+    """A folder on another disk."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one disk only")
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
+def test_damage_is_set_aside_where_a_stage_is_on_another_disk(store, elsewhere, caplog):
+    store.root.mkdir()
+    (store.root / "draw").symlink_to(elsewhere)
+    made = store.run(DRAW, None, {"seed": 1})
+    flip_a_byte(made.directory)
+    assert used(store, 1)[0] == made and len(EXECUTED) == 2
+    [aside] = [path for path in elsewhere.iterdir() if path.name != made.key]
+    assert aside.name.startswith(f".quarantine-draw-{made.key}-") and aside.name in caplog.text
+    assert store.names() == [("draw", made.key)]
+    assert aside.name in [waste.path.name for waste in pruning.waste(store)]
+
+
 def test_swapped_files_and_swapped_artifacts_are_found_out(store):
     one, two = (store.run(DRAW, None, {"seed": seed}) for seed in (1, 2))
     swap(one.path("more/text.txt"), two.path("more/text.txt"))
+    for artifact in (one, two):
+        with pytest.raises(UnsoundError, match=r"text\.txt was altered"):
+            artifact.path("more/text.txt")
     assert store.find("draw", one.key) is None and store.find("draw", two.key) is None
     one, two = (store.run(DRAW, None, {"seed": seed}) for seed in (1, 2))
     swap(one.directory, two.directory)
@@ -96,47 +137,83 @@ def test_an_artifact_that_was_replaced_is_not_taken_for_the_old_one(store):
         old.path("numbers.json")
 
 
+def test_finding_reads_no_data_file(store, monkeypatch):
+    made = store.run(DRAW, None, {"seed": 1})
+    for name in FILES:
+        flip = bytearray(made.path(name).read_bytes())
+        flip[0] ^= 1
+        made.path(name).write_bytes(flip)
+    monkeypatch.setattr(file_digests.hashlib, "file_digest", lambda *_: pytest.fail("a file was read"))
+    assert Store(store.root).find("draw", made.key) == store.run(DRAW, None, {"seed": 1}) == next(store.ls()) == made
+
+
+def test_all_of_an_artifact_is_looked_at_when_asked_for(store):
+    made = store.run(DRAW, None, {"seed": 1})
+    assert store.check("draw", made.key, file_digest) == (made, "")
+    flip_a_byte(made.directory)
+    assert store.check("draw", made.key) == (made, "")
+    assert store.check("draw", made.key, file_digest) == (None, "text.txt was altered: its SHA-256 is another")
+    assert store.check("draw", made.key)[0] is None, "and is known from then on"
+
+
+def test_what_is_damaged_twice_ends_the_work(store):
+    def work():
+        made = store.run(DRAW, None, {"seed": 1})
+        flip_a_byte(made.directory)
+        made.path("more/text.txt")
+
+    with pytest.raises(UnsoundError, match="run the sweep again"):
+        with_repairs(store, work)
+    assert len(EXECUTED) == 2 and len(quarantined(store)) == 1
+
+
 def test_an_unreadable_file_is_not_condemned(store, monkeypatch):
     made = store.run(DRAW, None, {"seed": 1})
 
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "no", str(path))
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "no")
 
-    monkeypatch.setattr(manifest_module, "_hash_file", refuse)
+    monkeypatch.setattr(file_digests.hashlib, "file_digest", refuse)
     with pytest.raises(PermissionError):
-        store.find("draw", made.key)
+        made.path("numbers.json")
+    with pytest.raises(PermissionError):
+        store.find("draw", made.key, file_digest)
     assert quarantined(store) == []
 
 
 def test_an_unchanged_file_is_hashed_once(store, monkeypatch):
     hashed = []
-    real = manifest_module._hash_file
+    real = file_digests.hashlib.file_digest
 
-    def count(path):
-        hashed.append(path.name)
-        return real(path)
+    def count(file, name):
+        hashed.append(Path(file.name).name)
+        return real(file, name)
 
-    monkeypatch.setattr(manifest_module, "_hash_file", count)
-    monkeypatch.setattr(manifest_module, "_SETTLED_NS", 0)
+    monkeypatch.setattr(file_digests.hashlib, "file_digest", count)
+    monkeypatch.setattr(file_digests, "SETTLED_NS", 0)
     made = store.run(DRAW, None, {"seed": 1})
     for _ in range(3):
-        Store(store.root).run(DRAW, None, {"seed": 1}).json("numbers.json")
-    assert sorted(hashed) == ["numbers.json", "text.txt"]
+        found = Store(store.root).run(DRAW, None, {"seed": 1})
+        assert [found.path(name).name for name in FILES] == sorted(hashed)
     before = made.path("more/text.txt").stat()
     time.sleep(0.02)  # the clock of the file system ticks
     flip_a_byte(made.directory)
     os.utime(made.directory / "more/text.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UnsoundError, match="was altered"):
+        made.path("more/text.txt")
     assert store.find("draw", made.key) is None, "an altered file with its old size and time is found out too"
 
 
 def test_a_file_too_young_for_the_clock_is_hashed_again(store, monkeypatch):
-    monkeypatch.setattr(manifest_module, "_SETTLED_NS", 60_000_000_000)
+    monkeypatch.setattr(file_digests, "SETTLED_NS", 60_000_000_000)
     made = store.run(DRAW, None, {"seed": 1})
-    path = made.path("more/text.txt")
-    stat = path.stat()
-    monkeypatch.setattr(Path, "stat", lambda self, **_: stat if self == path else os.stat(self))  # a clock that stands
+    stat = made.path("more/text.txt").stat()
+    clock = time.time_ns()  # that stands still
+    monkeypatch.setattr(file_digests, "identity_of", lambda _: (stat.st_dev, stat.st_ino, stat.st_size, clock, clock))
+    made.path("more/text.txt")
     flip_a_byte(made.directory)
-    assert store.find("draw", made.key) is None
+    with pytest.raises(UnsoundError, match="was altered"):
+        made.path("more/text.txt")
 
 
 # ---- stores that cannot be written
@@ -174,6 +251,8 @@ def test_damage_in_a_read_only_store_is_reported_and_not_used(store, read_only, 
     made = store.run(DRAW, None, {"seed": 1})
     flip_a_byte(made.directory)
     read_only()
+    with pytest.raises(UnsoundError, match="was altered"):
+        made.path("more/text.txt")
     assert store.find("draw", made.key) is None
     assert "text.txt was altered" in caplog.text and "left where it is" in caplog.text
     with pytest.raises(StoreError, match="cannot be written"):

@@ -25,7 +25,7 @@ from entropy_core.read_config import load_config
 from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
-from flows import service
+from flows import door, service
 
 pytestmark = pytest.mark.ui
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("checkpoint-24", "checkpoint-30")
 CONFIG = {
     "name": "demo",
-    "checkpoints": [f"artifacts/demo-run/{name}" for name in NAMES],
+    "checkpoints": [str(ROOT / "artifacts" / "demo-run" / name) for name in NAMES],
     "batch_config": {"E_total_sequences": 256, "B_U": 16, "G": 4},
     "generation": {"max_new_tokens": 32},
     "update": {"reward": "arithmetic"},
@@ -142,17 +142,22 @@ class Browser:
 
 @pytest.fixture
 def browser(api: str) -> Iterator[Browser]:
-    """A page that is refused everything that does not come from this machine, and asks for nothing else."""
+    """A page that is let in by the link that `make ui` prints, and asks nobody but the server."""
     sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError, reason="`make test-ui` installs it")
     url = api.removesuffix("/api")
     with sync_api.sync_playwright() as playwright:
         chrome = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = chrome.new_page(viewport={"width": 1280, "height": 900})
         asked: list[str] = []
+        said: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(door.how_to_enter(service.HOME, url, private=True))
+        page.wait_for_url("**/dashboard")
         yield Browser(page, url)
         chrome.close()
     assert {urlsplit(one).netloc for one in asked} <= {urlsplit(url).netloc, ""}  # data: has no host
+    assert [line for line in said if "Content Security Policy" in line] == []
 
 
 def states(api: str, run_id: str) -> dict[str, str]:
@@ -251,7 +256,7 @@ def test_the_command_line_says_it_too(api, home):
     command = [sys.executable, "-m", "prefect", "deployment", "run", f"{service.FLOW}/checkpoint-sweep", "--watch"]
     for parameter, said in (
         ('config={"checkpoints": []}', "config.checkpoints"),
-        ('config={"checkpoints": ["nowhere"]}', "No directory matches 'nowhere'"),
+        ('config={"checkpoints": ["nowhere"]}', f"no directory matches {Path.cwd() / 'nowhere'}"),
     ):
         done = subprocess.run(
             [*command, "--param", parameter], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -263,13 +268,11 @@ def test_the_command_line_says_it_too(api, home):
 def test_a_work_pool_runs_the_deployments(api, home, config_path):
     """The commands of docs/deploy.md, on this server; the pool's deployments take the place of those served."""
     environment = service.environment(api)
-    commands = re.findall(
-        r"^(?:prefect work-pool|python -m flows\.serve|prefect worker) .*", deploy_page(), re.MULTILINE
-    )
+    commands = re.findall(r"^(?:prefect work-pool|entropy-probe serve|prefect worker) .*", deploy_page(), re.MULTILINE)
     create, register, work = commands
     assert work.startswith("prefect worker start")
-    for command in (create, f"{register} --config {config_path}"):
-        run = [sys.executable, "-m", *command.removeprefix("python -m ").split()]
+    for command in (create, register.replace("my-run.yaml", str(config_path))):
+        run = [sys.executable, "-m", *command.replace("entropy-probe", "flows.cli").split()]
         subprocess.run(run, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
     deployment = service.request(f"{api}/deployments/name/{service.FLOW}/variance")
     assert deployment["work_pool_name"] == "probe"

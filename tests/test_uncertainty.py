@@ -11,15 +11,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import World, gpt2, policy_of
-from enumeration import Everything, enumerate_world, token_gradients
+from enumeration import Everything, as_tokens, columns_of, enumerate_world, rloo_coefficients, token_gradients
 from scipy import stats
 from torch import Tensor
 
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
-from entropy_core.numerics.advantages import group_advantages, loss_coefficients
-from entropy_core.numerics.first_order import FirstOrderColumns, first_order_columns, score_coefficients
-from entropy_core.numerics.importance import MovedColumns
+from entropy_core.numerics.first_order import score_coefficients
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
+from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import (
     Estimate,
     Normalization,
@@ -28,7 +28,6 @@ from entropy_core.numerics.uncertainty import (
     entropy_derivative,
     excess_kurtosis,
     jackknife_standard_error,
-    moved_entropy,
     normal_quantile,
     snis_derivative,
     snis_entropy,
@@ -55,8 +54,12 @@ class Data(NamedTuple):
         return Data(*(column_N[index_N] for column_N in self))
 
     @property
-    def columns(self) -> FirstOrderColumns:
-        return FirstOrderColumns(self.x_N, self.y_N, self.local_N, self.S_N, self.T_N)
+    def columns(self) -> dict[Functional, Columns]:
+        return of_both(self.x_N, self.y_N, self.local_N, self.S_N, self.T_N)
+
+
+def of_both(x_N: Tensor, y_N: Tensor, local_N: Tensor, S_N: Tensor, T_N: Tensor) -> dict[Functional, Columns]:
+    return {ENTROPY: Columns(S_N, x_N, local_N), LENGTH: Columns(T_N, y_N, 0 * y_N)}
 
 
 def made_up(N: int, seed: int = 0) -> Data:
@@ -78,7 +81,7 @@ def made_up(N: int, seed: int = 0) -> Data:
 ESTIMATORS: dict[str, Callable[[Data, Normalization], Estimate]] = {
     "entropy": lambda data, n: entropy(data.S_N, data.T_N, n),
     "entropy_derivative": lambda data, n: entropy_derivative(data.columns, n),
-    "moved_entropy": lambda data, n: moved_entropy(MovedColumns(data.S_N * data.weight_N, data.T_N + data.y_N), n),
+    "entropy of weighted terms": lambda data, n: entropy(data.S_N * data.weight_N, data.T_N + data.y_N, n),
     "snis_entropy": lambda data, n: snis_entropy(data.weight_N, data.S_N, data.T_N, n),
     "snis_derivative": lambda data, n: snis_derivative(data.columns, data.score_N, n),
     "change": lambda data, n: snis_entropy(data.weight_N, data.S_N, data.T_N, n).minus(entropy(data.S_N, data.T_N, n)),
@@ -93,7 +96,7 @@ each = pytest.mark.parametrize("name", ESTIMATORS)
 def test_values_by_hand():
     S_N, T_N = torch.tensor([2.0, 4.0], dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)
     x_N, y_N = torch.tensor([1.0, 5.0], dtype=torch.float64), torch.tensor([-2.0, 4.0], dtype=torch.float64)
-    columns = FirstOrderColumns(x_N, y_N, torch.tensor([0.5, 0.5]).double(), S_N, T_N)
+    columns = of_both(x_N, y_N, torch.tensor([0.5, 0.5]).double(), S_N, T_N)
     assert entropy(S_N, T_N, "per_sequence").value == 3.0
     assert entropy(S_N, T_N, "per_token").value == 1.5
     assert entropy_derivative(columns, "per_sequence").value == 3.0
@@ -212,7 +215,7 @@ def test_too_few_units_have_no_standard_error():
     assert math.isnan(standard_error(one_N))
     assert math.isnan(standard_error(torch.randn(6).double(), torch.zeros(6).long()))
     assert math.isnan(clustered_sum_standard_error(torch.randn(1, 5).double()))
-    single = FirstOrderColumns(*(one_N + 1 for _ in range(5)))
+    single = of_both(*(one_N + 1 for _ in range(5)))
     assert math.isnan(jackknife_standard_error(single, "per_token"))
     for of_e, of_u in (((0.1, 30), (math.nan, 1)), ((math.nan, 1), (0.1, 30)), ((math.nan, 1), (math.nan, 1))):
         assert all(math.isnan(number) for number in total_standard_error(*of_e, *of_u))
@@ -324,8 +327,8 @@ def test_coverage_over_e_on_the_enumerated_policy(world: World, v: dict[str, Ten
     for _ in range(replications):
         chosen_N = torch.multinomial(everything.probability_N, N, replacement=True, generator=generator)
         pick_K, offsets_N1 = everything.tokens_of(chosen_N)
-        tokens = [column_K[pick_K] for column_K in everything.tokens[1:]]
-        columns = first_order_columns(*tokens, offsets_N1, "time_loo")
+        tokens = TokenDerivatives(*(column_K[pick_K] for column_K in everything.tokens))
+        columns = columns_of(as_tokens(tokens, offsets_N1), "time_loo")
         for estimates, normalization in zip(found, NORMALIZATIONS, strict=True):
             estimates.append(entropy_derivative(columns, normalization))
     for truth, estimates in zip(truths, found, strict=True):
@@ -350,14 +353,14 @@ def small() -> tuple[Everything, Gradients]:
     zero = {name: torch.zeros_like(p).detach() for name, p in world.policy.named_parameters().items()}
     everything = enumerate_world(world, zero)
     score_KQ, entropy_KQ = token_gradients(everything)
-    score = score_coefficients(everything.tokens.entropies_K, everything.offsets_N1, "none")
+    to_come_K, length_K = (score_coefficients(f, everything.block, "none") for f in (ENTROPY, LENGTH))
 
     def per_response(values_KQ: Tensor) -> Tensor:
         index_K = ragged.sequence_index(everything.offsets_N1)
         return values_KQ.new_zeros(len(everything.sequences), values_KQ.shape[1]).index_add_(0, index_K, values_KQ)
 
-    x_KQ = entropy_KQ + score.entropy_K[:, None] * score_KQ
-    return everything, Gradients(*map(per_response, (x_KQ, score.length_K[:, None] * score_KQ, score_KQ)))
+    x_KQ = entropy_KQ + to_come_K[:, None] * score_KQ
+    return everything, Gradients(*map(per_response, (x_KQ, length_K[:, None] * score_KQ, score_KQ)))
 
 
 def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
@@ -368,6 +371,7 @@ def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
     """
     everything, gradients = small
     world, law_R, columns = everything.world, everything.probability_N, everything.columns("none")
+    S_R, T_R = columns[ENTROPY].total_N, columns[LENGTH].total_N
     lengths_R = everything.sequences.lengths_N
     law_3R = torch.stack([torch.where(everything.sequences.prompt_ids_N == p, law_R, 0.0) for p in range(3)])
     true_gradient = torch.autograd.grad(world.exact().H_tok, list(world.policy.named_parameters().values()))
@@ -380,9 +384,8 @@ def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
         """Loss coefficient and score gradient of each sequence of U."""
         prompts_P = torch.randint(3, (P,), generator=generator)
         u_PG = torch.multinomial(law_3R[prompts_P], G, replacement=True, generator=generator)
-        advantages_PG = group_advantages(reward_R[u_PG], "rloo")
-        lengths_N = lengths_R[u_PG.flatten()]
-        return loss_coefficients(advantages_PG.flatten(), lengths_N, "rloo", 3), gradients.score[u_PG.flatten()]
+        coefficients_N = rloo_coefficients(reward_R[u_PG], lengths_R[u_PG.flatten()])
+        return coefficients_N, gradients.score[u_PG.flatten()]
 
     past = torch.stack([coefficients_N @ score_NQ for coefficients_N, score_NQ in (draw_u() for _ in range(100))])
     state = AdamState(10_000, past.mean(0), past.square().mean(0))  # in the middle of a run
@@ -394,8 +397,8 @@ def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
         parts = adamw.NextStep(gradient, parameter, state, hyperparameters)
         v = parts.direction
         e_N = torch.multinomial(law_R, N, replacement=True, generator=generator)
-        x_N, y_N, S_N, T_N = (c[e_N] for c in (gradients.x @ v, gradients.y @ v, columns.S_N, columns.T_N))
-        estimate = entropy_derivative(FirstOrderColumns(x_N, y_N, 0 * x_N, S_N, T_N), "per_token")
+        x_N, y_N, S_N, T_N = (c[e_N] for c in (gradients.x @ v, gradients.y @ v, S_R, T_R))
+        estimate = entropy_derivative(of_both(x_N, y_N, 0 * x_N, S_N, T_N), "per_token")
         H, L = float(S_N.sum() / T_N.sum()), float(T_N.mean())
         share_R = torch.bincount(e_N, minlength=len(law_R)).double() / N
         covectors = {"known": true_gradient, "estimated": share_R @ (gradients.x - H * gradients.y) / L}

@@ -2,17 +2,23 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pipeline_fixtures import Probe, make_gpt2, parts_of, probe, skip_figures, trainer_groups, values, write_reward
+from test_user_losses import BONUS
 from transformers import AutoModelForCausalLM
 
 from entropy_core.artifact import Artifact
+from entropy_core.numerics import losses
+from entropy_core.sources import content_digest
 from entropy_core.stages import catalogue, sequences
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.stages.loss import read_batch
 
 P, G = 8, 4
 KL_BETA = 0.3
@@ -22,6 +28,7 @@ KL_BETA = 0.3
 def exact(tmp_path_factory) -> Probe:
     """The sweep of a policy in which float64 is float64, so that equal means equal; with a policy to stay close to."""
     folder = tmp_path_factory.mktemp("exact")
+    (folder / "my_loss.py").write_text(BONUS)
     make_gpt2(folder / "run" / "checkpoint-3")
     make_gpt2(folder / "reference", initializer_range=0.1)
     asked = values(
@@ -56,32 +63,37 @@ class Oracle:
         self.responses_PG = [responses[i : i + G] for i in range(0, len(responses), G)]
         self.tokens_P = torch.tensor([sum(len(r) for _, r in group) for group in self.responses_PG])
 
-    def logprobs(self, model: Any, prompt: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
-        """Of each token of the response."""
+    def scored(self, model: Any, prompt: torch.Tensor, response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each token of the response, and entropy of its step."""
         logits = model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
-        return torch.log_softmax(logits, -1).gather(-1, response[:, None]).squeeze(-1)
+        logp = torch.log_softmax(logits, -1)
+        return logp.gather(-1, response[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
     @cache  # noqa: B019 (one oracle)
     def terms(self, loss: str, kl_beta: float = 0.0) -> torch.Tensor:
         """Gradient of Σ_i (1/Z_i) Σ_k (−A_i ℓ_ik + β kl_ik) over the responses to each prompt; Z is 1 for dapo.
 
-        [P, parameters]; kl is TRL's estimate, written as TRL writes it.
+        [P, parameters]; kl is TRL's estimate, written as TRL writes it. `mine` has −0.01·h beside it: see my_loss.py.
         """
         rows = []
         for r, group in zip(self.rewards_PG, self.responses_PG, strict=True):
             total = torch.zeros((), dtype=torch.float64)
             for i, (prompt, response) in enumerate(group):
-                logps, fixed = (self.logprobs(model, prompt, response) for model in (self.model, self.reference))
+                (logps, h), (fixed, _) = (
+                    self.scored(model, prompt, response) for model in (self.model, self.reference)
+                )
                 kl = (torch.exp(fixed.detach() - logps) - (fixed.detach() - logps) - 1).sum()
                 standardised = (r[i] - r.mean()) / (r.std() + 1e-4)
                 advantage, Z = {
                     "grpo": (standardised, len(response)),
+                    "mine": (standardised, len(response)),
                     "dapo": (standardised, 1),
                     "dr_grpo": (r[i] - r.mean(), 8),  # max_new_tokens
                     "rloo": (r[i] - (r.sum() - r[i]) / (G - 1), 1),
                     "reinforce": (r[i], 1),
                 }[loss]
-                total = total + (kl_beta * kl - advantage * logps.sum()) / Z
+                bonus = 0.01 * h.sum() if loss == "mine" else 0.0
+                total = total + (kl_beta * kl - advantage * logps.sum() - bonus) / Z
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, list(self.model.parameters()))]))
         return torch.stack(rows)
 
@@ -121,12 +133,23 @@ def updated(exact: Probe, *, kl_beta: float = 0.0, **settings: Any) -> Artifact:
     asked = exact.run.inputs("compute-update") | settings | {"kl_beta": kl_beta}
     if not kl_beta:
         asked["reference"] = []
-    return exact.run.store.run(catalogue.COMPUTE_UPDATE, exact.run.execution, asked)
+    if settings.get("loss") == "mine":
+        asked |= {"loss_source": content_digest(loss_file(exact)), "scale_rewards": "group"}
+    return exact.run.store.run(catalogue.COMPUTE_UPDATE, knowing_the_loss(exact), asked)
 
 
 def first_order_u(exact: Probe, update: Artifact) -> Artifact:
     inputs = exact.run.inputs("first-order-u") | {"update": update}
-    return exact.run.store.run(catalogue.FIRST_ORDER_U, exact.run.execution, inputs)
+    return exact.run.store.run(catalogue.FIRST_ORDER_U, knowing_the_loss(exact), inputs)
+
+
+def loss_file(exact: Probe) -> Path:
+    return Path(exact.config.update.reference).with_name("my_loss.py")
+
+
+def knowing_the_loss(exact: Probe) -> Any:
+    file, execution = loss_file(exact), exact.run.execution
+    return replace(execution, paths={**execution.paths, content_digest(file): file})
 
 
 def gradients(exact: Probe, oracle: Oracle) -> dict[str, torch.Tensor]:
@@ -150,6 +173,8 @@ def gradients(exact: Probe, oracle: Oracle) -> dict[str, torch.Tensor]:
         ("reinforce", 0.0),
         ("grpo", KL_BETA),
         ("dapo", 5.0),
+        ("mine", 0.0),
+        ("mine", KL_BETA),
     ],
 )
 @pytest.mark.parametrize("clipping", ["off", "inactive", "active"])
@@ -174,13 +199,22 @@ def test_v_is_the_step_that_torch_takes(exact, oracle, loss, kl_beta, clipping):
     if kl_beta:
         without = oracle.gradient(loss, torch.ones(P, dtype=torch.float64))
         assert (gradient - without).norm() > 0.05 * norm
+    if loss == "mine":  # the bonus matters to this test
+        without = oracle.gradient("grpo", torch.ones(P, dtype=torch.float64), kl_beta)
+        assert (gradient - without).norm() > 1e-4 * norm
     assert update.summary["clip_factor"] == pytest.approx(1 / 3 if clipping == "active" else 1.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
 @pytest.mark.parametrize(
     ("loss", "kl_beta", "clipping"),
-    [("grpo", KL_BETA, "off"), ("grpo", 0.0, "active"), ("dapo", 0.0, "active"), ("dapo", 5.0, "active")],
+    [
+        ("grpo", KL_BETA, "off"),
+        ("grpo", 0.0, "active"),
+        ("dapo", 0.0, "active"),
+        ("dapo", 5.0, "active"),
+        ("mine", 0.0, "active"),
+    ],
 )
 def test_the_influence_of_each_prompt(exact, oracle, normalization, loss, kl_beta, clipping):
     """By central differences of torch's step in its weight; the standard error by leaving prompts out one by one."""
@@ -209,7 +243,7 @@ def test_the_influence_of_each_prompt(exact, oracle, normalization, loss, kl_bet
         assert row["se_over_u"] == pytest.approx(float(linear) * row["eta"], rel=1e-9)
 
 
-@pytest.mark.parametrize(("loss", "kl_beta"), [("grpo", 0.0), ("dapo", 0.0), ("grpo", KL_BETA)])
+@pytest.mark.parametrize(("loss", "kl_beta"), [("grpo", 0.0), ("dapo", 0.0), ("grpo", KL_BETA), ("mine", KL_BETA)])
 def test_the_shares_of_the_tokens_add_up(exact, oracle, loss, kl_beta):
     """With the denominators as they are, the step is a sum over U's tokens, the momentum and the decay."""
     norm = float(oracle.gradient(loss, torch.ones(P, dtype=torch.float64), kl_beta).norm())
@@ -234,6 +268,84 @@ def test_the_shares_of_the_tokens_add_up(exact, oracle, loss, kl_beta):
         assert shares.summary["closure"][normalization] <= 1e-8
     assert tokens.num_rows == int(oracle.tokens_P.sum())
     assert all(row["attribution_closure"] <= 1e-8 for row in exact.rows)
+
+
+@pytest.fixture(scope="module")
+def weighed(exact, oracle) -> tuple[Artifact, Artifact]:
+    """A clipped step with an entropy bonus, and its first-order-u."""
+    norm = float(oracle.gradient("mine", torch.ones(P, dtype=torch.float64), KL_BETA).norm())
+    update = updated(exact, loss="mine", kl_beta=KL_BETA, max_grad_norm=norm / 3)
+    return update, first_order_u(exact, update)
+
+
+def column(artifact: Artifact, name: str, table: str = "tokens") -> torch.Tensor:
+    return torch.tensor(artifact.table(f"{table}.parquet")[name].to_pylist(), dtype=torch.float64)
+
+
+def clipped_preconditioner(exact: Probe, update: Artifact) -> dict[str, torch.Tensor]:
+    """P, times the clip factor: what the gradient of the loss is multiplied by."""
+    diagonal = parts_of(update, exact.run)["preconditioner"]
+    return {name: update.summary["clip_factor"] * values for name, values in diagonal.items()}
+
+
+@pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
+def test_every_token_has_its_sensitivities(exact, oracle, weighed, normalization):
+    """⟨P∘∇H, ∇ℓ_k⟩ and ⟨P∘∇H, ∇h_k⟩ by a backward pass for each; a share is their product with the coefficients."""
+    update, of_u = weighed
+    w = oracle.vector(clipped_preconditioner(exact, update)) * gradients(exact, oracle)[normalization]
+    expected: tuple[list[float], list[float]] = ([], [])
+    for group in oracle.responses_PG:
+        for prompt, response in group:
+            for values_K, of in zip(oracle.scored(oracle.model, prompt, response), expected, strict=True):
+                for value in values_K:
+                    found = torch.autograd.grad(value, list(oracle.model.parameters()), retain_graph=True)
+                    of.append(float(torch.cat([g.flatten() for g in found]) @ w))
+    share_K = torch.zeros(len(expected[0]), dtype=torch.float64)
+    for prefix, of in zip(("", "entropy_"), expected, strict=True):
+        found_K = column(of_u, f"{prefix}sensitivity_{normalization}")
+        expected_K = torch.tensor(of, dtype=torch.float64)
+        torch.testing.assert_close(found_K, expected_K, rtol=1e-8, atol=1e-10 * float(expected_K.abs().max()))
+        share_K += column(of_u, f"{prefix}coefficient") * found_K
+    torch.testing.assert_close(share_K, column(of_u, f"share_{normalization}"), rtol=1e-9, atol=1e-14)
+
+
+def test_a_token_without_an_advantage_has_sensitivities_too(exact):
+    of_u = first_order_u(exact, updated(exact, loss="reinforce"))
+    nothing_K = column(of_u, "advantage") == 0
+    assert 0 < int(nothing_K.sum()) < len(nothing_K)
+    for normalization in ("per_token", "per_sequence"):
+        assert not column(of_u, f"share_{normalization}")[nothing_K].any()
+        assert column(of_u, f"sensitivity_{normalization}")[nothing_K].all()
+
+
+def test_another_weighting_of_the_tokens_is_a_dot_product(exact, oracle, weighed):
+    """What DAPO's gradient would do through the same preconditioner, without a pass over the model."""
+    update, of_u = weighed
+    other = losses.coefficients(losses.dapo, replace(read_batch(update), kl_beta=0.0))
+    preconditioner = oracle.vector(clipped_preconditioner(exact, update))
+    gradient = oracle.gradient("dapo", torch.ones(P, dtype=torch.float64))
+    for normalization, dH in gradients(exact, oracle).items():
+        found = float((other.logprob_K * column(of_u, f"sensitivity_{normalization}")).sum())
+        assert found == pytest.approx(float((preconditioner * dH) @ gradient), rel=1e-8)
+
+
+def test_the_influences_can_be_made_from_the_sensitivities_again(weighed):
+    """From the raw ones, through the whole step, of each half."""
+    update, of_u = weighed
+    raw = of_u.tensors("sensitivities.safetensors")
+
+    def mine(batch: losses.LossBatch) -> torch.Tensor:
+        return losses.grpo(batch) - 0.01 * batch.mean(batch.sequence_sum(batch.entropies_K) / batch.lengths_N)
+
+    for half in HALVES:
+        pair = losses.TokenPair(*(raw[f"pulled_back/entropy/{half}/{of}"] for of in ("logprob", "entropy")))
+        found_N = losses.influence(mine, read_batch(update), pair)
+        expected_N = column(of_u, f"influence_per_sequence_half_{half}", "sequences")
+        torch.testing.assert_close(found_N, expected_N, rtol=1e-9, atol=1e-14)
+    halves = [f"pulled_back/{kind}/{half}" for kind in KINDS for half in HALVES]
+    parts = halves + [f"preconditioned/{kind}" for kind in KINDS]
+    assert set(raw) == {f"{part}/{of}" for part in parts for of in ("logprob", "entropy")}
+    assert {len(values_K) for values_K in raw.values()} == {len(column(of_u, "position"))}
 
 
 def test_the_gradient_of_all_of_e_is_that_of_its_halves(exact, oracle):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pipeline_fixtures import NAMES, Probe, make_run, probe, skip_figures, values, write_reward
 from safetensors.torch import load_file, save_file
+from store_fixtures import quarantined
 
 from entropy_core.artifact import Artifact
 from entropy_core.errors import StoreError
@@ -22,8 +23,8 @@ from entropy_core.stages.plan import plan
 from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store
 from entropy_core.store import vectors as of_store
-from entropy_core.store.__main__ import main as store_command
 from entropy_core.tensor_file import TensorFile, TensorWriter
+from flows.cli import main as store_command
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
@@ -242,16 +243,19 @@ def damage(artifact: Path) -> None:
 def test_what_is_lost_or_damaged_is_noticed_where_it_is_needed(home, capsys, spoil):
     for folder in (home / "kept" / "compute-update").iterdir():
         spoil(folder)
-    assert store_command(["--root", str(home / "kept"), "verify"]) == 1
+    assert store_command(["store", "verify", "--artifacts", str(home / "kept")]) == 1
     assert capsys.readouterr().out.count("compute-update/") == len(NAMES)
     assert probe(config_of(home, home / "kept")).run.was_computed == {}  # nobody opens them
     done = probe(config_of(home, home / "kept", importance={"etas": [0, 1, 2]}))
-    assert done.run.was_computed.keys() == {"importance", "path-integral", "compute-update"} | STATISTICS
-    assert store_command(["--root", str(home / "kept"), "verify"]) == 0
+    assert (
+        done.run.was_computed.keys() == {"importance", "path-integral"} | STATISTICS
+    )  # and, as there was one already,
+    assert len(quarantined(Store(home / "kept"))) >= len(NAMES)  # compute-update, in the place of what was set aside
+    assert store_command(["store", "verify", "--artifacts", str(home / "kept")]) == 0
 
 
 def test_what_was_dropped_is_not_lost(home, capsys):
-    assert store_command(["--root", str(home / "dropped"), "verify"]) == 0
+    assert store_command(["store", "verify", "--artifacts", str(home / "dropped")]) == 0
     assert "all sound" in capsys.readouterr().out
     (artifact,) = [a for a in Store(home / "dropped").ls() if a.stage == "compute-update"][:1]
     assert not of_store.present(artifact) and artifact.json
@@ -273,10 +277,13 @@ def test_a_step_that_comes_out_otherwise_is_not_mixed_with_what_it_was(home, mon
 
 
 def test_an_archive_leaves_them_out_unless_told(home, tmp_path, capsys):
-    for name, more in (("run.tar", []), ("all.tar", ["--all"])):
-        assert store_command(["--root", str(home / "kept"), "export", "latest", str(tmp_path / name), *more]) == 0
-        assert store_command(["--root", str(tmp_path / name[:3]), "import", str(tmp_path / name)]) == 0
-        assert store_command(["--root", str(tmp_path / name[:3]), "verify"]) == 0
+    for name, more in (("run.tar", []), ("all.tar", ["--all", "--with-vectors"])):
+        assert (
+            store_command(["store", "export", "latest", str(tmp_path / name), *more, "--artifacts", str(home / "kept")])
+            == 0
+        )
+        assert store_command(["store", "import", str(tmp_path / name), "--artifacts", str(tmp_path / name[:3])]) == 0
+        assert store_command(["store", "verify", "--artifacts", str(tmp_path / name[:3])]) == 0
     assert vectors_in(tmp_path / "run") == []
     assert vectors_in(tmp_path / "all") == vectors_in(home / "kept")
     done = probe(config_of(home, tmp_path / "all", importance={"etas": [0, 1, 2]}))

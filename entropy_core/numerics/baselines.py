@@ -1,4 +1,4 @@
-"""What is still to come after each step, and what of it was to be expected: the baselines b_k and c_k.
+"""What is still to come after each step, and what of it was to be expected: the baseline b_k.
 
 A baseline may depend on the prefix and on other sequences, never on what its own sequence does from that step on.
 
@@ -12,29 +12,24 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
+from entropy_core.numerics.functional import Functional, Tokens
 
 Baseline = Literal["none", "time_loo", "time_loo_weighted", "ridge"]
 
 
-class ReturnsToGo(NamedTuple):
-    """What is still to come after each step: entropy R_k (nats) and number of tokens T − k, float64 [K]."""
-
-    entropy_K: Tensor
-    length_K: Tensor
-
-
-def returns_to_go(entropies_K: Tensor, offsets_N1: Tensor) -> ReturnsToGo:
-    """R_k and T − k of every token.
+def returns_to_go(functional: Functional, tokens: Tokens) -> Tensor:
+    """R_k: what the functional adds from the token of step k on, as far as it depends on that token.
 
     Args:
-        entropies_K: h, nats, [K].
-        offsets_N1: int64 [N + 1].
+        functional: R_k = Σ_{j>k} f_j, or Σ_{j≥k} f_j where f_k depends on the token of step k.
+        tokens: some sequences.
 
     Returns:
-        Two float64 tensors [K].
+        float64 [K].
     """
-    remaining_K = ragged.sum_after(torch.ones_like(entropies_K, dtype=torch.float64), offsets_N1)
-    return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1), remaining_K)
+    values_K = functional.values(tokens)
+    after_K = ragged.sum_after(values_K, tokens.offsets_N1)
+    return after_K + values_K if functional.of_action else after_K
 
 
 class TimeTotals(NamedTuple):
@@ -100,64 +95,35 @@ def time_loo_baseline(
     return torch.where(some_K, weighted_K / weight_K.where(some_K, 1.0), mean_K)
 
 
-class BaselineTotals(NamedTuple):
-    """What the baselines of the entropy and of the length to come need to know of all sequences."""
-
-    entropy: TimeTotals
-    length: TimeTotals
-
-    def plus(self, other: "BaselineTotals") -> "BaselineTotals":
-        """Of the sequences of both."""
-        return BaselineTotals(self.entropy.plus(other.entropy), self.length.plus(other.length))
-
-
-def baseline_totals(
-    returns: ReturnsToGo, offsets_N1: Tensor, baseline: Baseline, dlogprobs_K: Tensor | None = None
-) -> BaselineTotals:
+def baseline_totals(functional: Functional, tokens: Tokens, baseline: Baseline) -> TimeTotals:
     """What `baselines` needs to know of a block of sequences; arguments as there."""
-    weights_K = _weights(baseline, dlogprobs_K)
-    return BaselineTotals(*(time_totals(values_K, offsets_N1, weights_K) for values_K in returns))
+    return time_totals(returns_to_go(functional, tokens), tokens.offsets_N1, _weights(baseline, tokens))
 
 
-def baselines(
-    returns: ReturnsToGo,
-    offsets_N1: Tensor,
-    baseline: Baseline,
-    dlogprobs_K: Tensor | None = None,
-    totals: BaselineTotals | None = None,
-) -> ReturnsToGo:
-    """b_k (of the entropy to come) and c_k (of the length to come).
+def baselines(functional: Functional, tokens: Tokens, baseline: Baseline, totals: TimeTotals | None = None) -> Tensor:
+    """b_k of what is to come of a functional.
 
     Args:
-        returns: of every token.
-        offsets_N1: int64 [N + 1].
+        functional: see `returns_to_go`.
+        tokens: some sequences; for `time_loo_weighted` with derivatives.
         baseline: `none`; `time_loo`, the mean over the other sequences alive at the same step; `time_loo_weighted`, the
             mean weighted by their ℓ̇², which has the least variance among means for this direction. (`ridge` looks at
             the prefixes, and has a module of its own.)
-        dlogprobs_K: ℓ̇, [K]; for `time_loo_weighted` only.
         totals: of `baseline_totals`, over all sequences; None where these are all.
 
     Returns:
-        Two float64 tensors [K].
+        float64 [K].
 
     Raises:
         ValueError: the weighted baseline without ℓ̇, or `ridge`.
     """
     if baseline == "ridge":
         raise ValueError("the ridge baseline needs the prefixes: see ridge.baselines")
+    returns_K = returns_to_go(functional, tokens)
     if baseline == "none":
-        return ReturnsToGo(torch.zeros_like(returns.entropy_K), torch.zeros_like(returns.length_K))
-    weights_K = _weights(baseline, dlogprobs_K)
-    of_entropy, of_length = totals or (None, None)
-    return ReturnsToGo(
-        time_loo_baseline(returns.entropy_K, offsets_N1, weights_K, of_entropy),
-        time_loo_baseline(returns.length_K, offsets_N1, weights_K, of_length),
-    )
+        return torch.zeros_like(returns_K)
+    return time_loo_baseline(returns_K, tokens.offsets_N1, _weights(baseline, tokens), totals)
 
 
-def _weights(baseline: Baseline, dlogprobs_K: Tensor | None) -> Tensor | None:
-    if baseline != "time_loo_weighted":
-        return None
-    if dlogprobs_K is None:
-        raise ValueError("time_loo_weighted needs the derivatives of the log-probabilities")
-    return dlogprobs_K.double() ** 2
+def _weights(baseline: Baseline, tokens: Tokens) -> Tensor | None:
+    return tokens.derivatives.logprob_K**2 if baseline == "time_loo_weighted" else None

@@ -5,6 +5,7 @@ and all resamples are one matrix product of counts and sums. Percentile and BCa 
 Tibshirani (1993), An Introduction to the Bootstrap, chapters 13 and 14.
 """
 
+from collections.abc import Mapping
 from math import nan
 from statistics import NormalDist
 from typing import NamedTuple
@@ -12,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_core.numerics.first_order import FirstOrderColumns
-from entropy_core.numerics.uncertainty import Normalization, cluster_sums
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
+from entropy_core.numerics.uncertainty import Normalization, cluster_sums, ratio_slope
 
 CHUNK_COUNTS = 1 << 18  # counts that exist at a time; does not change the result
 
@@ -29,7 +30,7 @@ class BootstrapIntervals(NamedTuple):
 
 
 def intervals(
-    columns: FirstOrderColumns,
+    columns: Mapping[Functional, Columns],
     normalization: Normalization,
     confidence_level: float,
     resamples: int,
@@ -42,7 +43,7 @@ def intervals(
     delete-one-unit jackknife over 6: α ↦ Φ(z₀ + (z₀ + z_α)/(1 − a(z₀ + z_α))).
 
     Args:
-        columns: of `first_order.first_order_columns`; a column keeps the baseline it was computed with.
+        columns: of `first_order.first_order_columns`, of entropy and length; they keep the baselines they came with.
         normalization: per sequence or per token.
         confidence_level: of the intervals, between 0 and 1.
         resamples: at least 2.
@@ -52,8 +53,8 @@ def intervals(
     Returns:
         The intervals; NaN for fewer than two units.
     """
-    ones_N = torch.ones_like(columns.x_N)
-    per_sequence_N5 = torch.stack([columns.x_N, columns.y_N, columns.S_N, columns.T_N, ones_N], dim=1)
+    (S_N, x_N, _), (T_N, y_N, _) = columns[ENTROPY], columns[LENGTH]
+    per_sequence_N5 = torch.stack([x_N, y_N, S_N, T_N, torch.ones_like(x_N)], dim=1)
     sums_U5 = cluster_sums(per_sequence_N5, clusters_N)
     if len(sums_U5) < 2:
         return BootstrapIntervals(nan, nan, nan, nan, nan)
@@ -70,7 +71,7 @@ def intervals(
 def _derivative(sums_5: Tensor, normalization: Normalization) -> Tensor:
     """∂_vH from sums of x, y, S, T and 1, which are the last dimension."""
     x, y, S, T, count = sums_5.unbind(-1)
-    return x / count if normalization == "per_sequence" else (x - S / T * y) / T
+    return x / count if normalization == "per_sequence" else ratio_slope(x, y, S / T, T)
 
 
 def _resampled_sums(sums_U5: Tensor, resamples: int, seed: int) -> Tensor:

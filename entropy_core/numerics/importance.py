@@ -1,14 +1,16 @@
-"""H at θ' = θ + ηv from sequences that were sampled at θ.
+"""E[F] at θ' = θ + ηv, for a functional F = Σ_k f_k, from sequences that were sampled at θ.
 
-Prefix weights ρ_k = Π_{j<k} π_θ'(a_j|s_j)/π_θ(a_j|s_j), ρ_1 = 1; w = ρ_{T+1} is the weight of the whole sequence.
+Prefix weights ρ_k = Π_{j<k} π_θ'(a_j|s_j)/π_θ(a_j|s_j), ρ_1 = 1; w = ρ_{T+1} is the weight of the whole sequence. What
+f_k depends on is drawn with ρ_k, or with ρ_{k+1} where it depends on the token a_k: r_k below.
 
-    per_decision   H_seq(θ') = E[ Σ_k ρ_k h'_k − Σ_k b_k (ρ_{k+1} − ρ_k) ]
-                   L(θ')     = E[ Σ_k ρ_k − Σ_k c_k (ρ_{k+1} − ρ_k) ],          H_tok = H_seq/L
-    weighted_…     H_seq(θ') = Σ_k A_k/W_k, with A_k the mean of ρ_k h'_k and W_k that of ρ_k over *all* sequences, a
-                   finished one keeping its w; L(θ') the same with 1 in place of h'
-    snis           H_tok(θ') = Σ_i w_i S'_i / Σ_i w_i T_i
-                   H_seq(θ') = Σ_i w_i S'_i / Σ_i w_i
+    per_decision   E[F](θ') = E[ Σ_k r_k f'_k − Σ_k b_k (ρ_{k+1} − ρ_k) ]
+    weighted_…     E[F](θ') = Σ_k A_k/W_k, with A_k the mean of r_k f'_k and W_k that of r_k over *all* sequences, a
+                   finished one keeping its w
+    snis           E[F](θ') = Σ_i w_i F'_i / Σ_i w_i
     path_integral  see `path_integral`
+
+The entropy per token is the ratio of the entropy and the length of a response, both moved; `snis` has
+H_tok(θ') = Σ_i w_i S'_i / Σ_i w_i T_i.
 
 `per_decision` (Precup, Sutton, Singh 2000, with a control variate) is unbiased for every η, and its derivative at
 η = 0 is, sequence by sequence, the estimator of `first_order`. `weighted_per_decision` normalises the weights at each
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.baselines import ReturnsToGo
+from entropy_core.numerics.functional import Functional, Tokens
 
 Estimator = Literal["per_decision", "weighted_per_decision", "snis", "path_integral"]
 
@@ -34,12 +36,9 @@ class PrefixWeights(NamedTuple):
     after_K: Tensor
     sequence_N: Tensor
 
-
-class MovedColumns(NamedTuple):
-    """Per-sequence terms, float64 [N], whose means estimate H_seq(θ') and L(θ') by `per_decision`."""
-
-    S_N: Tensor
-    T_N: Tensor
+    def of(self, functional: Functional) -> Tensor:
+        """r_k: the weight of what f_k depends on, [K]."""
+        return self.after_K if functional.of_action else self.before_K
 
 
 def prefix_weights(logprobs_K: Tensor, moved_logprobs_K: Tensor, offsets_N1: Tensor) -> PrefixWeights:
@@ -59,31 +58,28 @@ def prefix_weights(logprobs_K: Tensor, moved_logprobs_K: Tensor, offsets_N1: Ten
     return PrefixWeights(log_before_K.exp(), (log_before_K + log_ratio_K).exp(), sequence_N)
 
 
-def per_decision_columns(
-    weights: PrefixWeights, moved_entropies_K: Tensor, base: ReturnsToGo, offsets_N1: Tensor
-) -> MovedColumns:
-    """Terms of the per-decision estimator.
+def per_decision_column(functional: Functional, moved: Tokens, weights: PrefixWeights, base_K: Tensor) -> Tensor:
+    """Terms of the per-decision estimator, whose mean is E[F](θ').
 
     Args:
-        weights: of `prefix_weights`.
-        moved_entropies_K: h' at θ', nats, [K].
-        base: the baselines b_k and c_k of `baselines.baselines`, from the columns at θ.
-        offsets_N1: int64 [N + 1].
+        functional: see `functional`.
+        moved: the sequences at θ'.
+        weights: of `prefix_weights`, from θ to θ'.
+        base_K: the baseline b_k of `baselines.baselines`, from the tokens at θ.
 
     Returns:
-        Columns, float64 [N].
+        float64 [N].
     """
     growth_K = weights.after_K - weights.before_K
-    entropy_K = weights.before_K * moved_entropies_K.double() - base.entropy_K * growth_K
-    length_K = weights.before_K - base.length_K * growth_K
-    return MovedColumns(ragged.sequence_sum(entropy_K, offsets_N1), ragged.sequence_sum(length_K, offsets_N1))
+    terms_K = weights.of(functional) * functional.values(moved) - base_K * growth_K
+    return ragged.sequence_sum(terms_K, moved.offsets_N1)
 
 
 class WeightTotals(NamedTuple):
-    """Sums over all sequences: of ρ_k and ρ_k h'_k at each position [T], of w by length [T + 1]; their number [1]."""
+    """Sums over all sequences: of r_k and r_k f'_k at each position [T], of w by length [T + 1]; their number [1]."""
 
     alive_T: Tensor
-    entropy_T: Tensor
+    values_T: Tensor
     ended_T1: Tensor
     sequences_1: Tensor
 
@@ -92,49 +88,44 @@ class WeightTotals(NamedTuple):
         return WeightTotals(*map(ragged.padded_sum, self, other))
 
 
-def weight_totals(weights: PrefixWeights, moved_entropies_K: Tensor, offsets_N1: Tensor) -> WeightTotals:
-    """What `weighted_per_decision_columns` needs to know of a block of sequences; arguments as there."""
-    lengths_N = ragged.lengths(offsets_N1)
+def weight_totals(functional: Functional, moved: Tokens, weights: PrefixWeights) -> WeightTotals:
+    """What `weighted_per_decision_column` needs to know of a block of sequences; arguments as there."""
+    lengths_N, weight_K = ragged.lengths(moved.offsets_N1), weights.of(functional)
     ended_T1 = torch.zeros(int(lengths_N.max()) + 1, dtype=torch.float64).index_add_(0, lengths_N, weights.sequence_N)
     return WeightTotals(
-        ragged.position_sum(weights.before_K, offsets_N1),
-        ragged.position_sum(weights.before_K * moved_entropies_K.double(), offsets_N1),
+        ragged.position_sum(weight_K, moved.offsets_N1),
+        ragged.position_sum(weight_K * functional.values(moved), moved.offsets_N1),
         ended_T1,
         torch.tensor([float(len(lengths_N))], dtype=torch.float64),
     )
 
 
-def weighted_per_decision_columns(
-    weights: PrefixWeights, moved_entropies_K: Tensor, offsets_N1: Tensor, totals: WeightTotals | None = None
-) -> MovedColumns:
+def weighted_per_decision_column(
+    functional: Functional, moved: Tokens, weights: PrefixWeights, totals: WeightTotals | None = None
+) -> Tensor:
     """Terms of the per-decision estimator with weights normalised at each position.
 
     Args:
-        weights: of `prefix_weights`.
-        moved_entropies_K: h' at θ', nats, [K].
-        offsets_N1: int64 [N + 1].
+        functional: see `functional`.
+        moved: the sequences at θ'.
+        weights: of `prefix_weights`, from θ to θ'.
         totals: of `weight_totals`, over all sequences; None where these are all.
 
     Returns:
-        Columns, float64 [N]: the estimate plus the influence of each sequence, so that mean and spread are right.
+        float64 [N]: the estimate plus the influence of each sequence, so that mean and spread are right.
     """
-    totals = totals or weight_totals(weights, moved_entropies_K, offsets_N1)
+    totals = totals or weight_totals(functional, moved, weights)
+    offsets_N1, weight_K = moved.offsets_N1, weights.of(functional)
     position_K, lengths_N = ragged.position_index(offsets_N1), ragged.lengths(offsets_N1)
-    # W_k: mean over all sequences of the weight of their first k tokens; a finished one keeps its w
+    # W_k: mean over all sequences of r_k; a finished one keeps its w
     W_T = (totals.alive_T + totals.ended_T1.cumsum(0)[:-1]) / totals.sequences_1
-
-    def column(terms_K: Tensor, total_T: Tensor) -> Tensor:
-        A_T = total_T / totals.sequences_1
-        # ψ_i = Σ_k ρ_ik h'_ik/W_k − Σ_k (A_k/W_k²) r_ik, where r_ik = w_i after the end of sequence i
-        slope_T = A_T / W_T**2
-        own_N = ragged.sequence_sum(terms_K / W_T[position_K] - slope_T[position_K] * weights.before_K, offsets_N1)
-        slope_after_T1 = slope_T.sum() - torch.cat([slope_T.new_zeros(1), slope_T.cumsum(0)])
-        return (A_T / W_T).sum() + own_N - weights.sequence_N * slope_after_T1[lengths_N]
-
-    return MovedColumns(
-        column(weights.before_K * moved_entropies_K.double(), totals.entropy_T),
-        column(weights.before_K, totals.alive_T),
-    )
+    A_T = totals.values_T / totals.sequences_1
+    # ψ_i = Σ_k r_ik f'_ik/W_k − Σ_k (A_k/W_k²) r_ik, where r_ik = w_i after the end of sequence i
+    slope_T = A_T / W_T**2
+    terms_K = weight_K * functional.values(moved)
+    own_N = ragged.sequence_sum(terms_K / W_T[position_K] - slope_T[position_K] * weight_K, offsets_N1)
+    slope_after_T1 = slope_T.sum() - torch.cat([slope_T.new_zeros(1), slope_T.cumsum(0)])
+    return (A_T / W_T).sum() + own_N - weights.sequence_N * slope_after_T1[lengths_N]
 
 
 def effective_sample_size(weights_N: Tensor) -> float:

@@ -98,6 +98,10 @@ def permutation(seed: int, purpose: Purpose, pool_size: int) -> Tensor:
     return torch.argsort(uniforms(seed, purpose, torch.arange(pool_size)), stable=True)
 
 
+DRAWN_BYTES = 2**26
+"""Of float64 probabilities that exist at one time; does not change a draw."""
+
+
 def inverse_cdf_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> Tensor:
     """Draw one token per row from softmax(z/τ) by inversion, in float64.
 
@@ -109,9 +113,15 @@ def inverse_cdf_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float
     Returns:
         int64 [B]; a token of probability zero is never drawn.
     """
-    cdf_BV = torch.softmax(logits_BV.double() / temperature, dim=-1).cumsum_(dim=-1)
-    target_B1 = (uniforms_B * cdf_BV[:, -1]).unsqueeze(1)  # the last entry is 1 only up to rounding
-    tokens_B1 = torch.searchsorted(cdf_BV, target_B1, right=True)
+    rows = max(1, DRAWN_BYTES // (8 * logits_BV.shape[1]))
+    parts = zip(logits_BV.split(rows), uniforms_B.split(rows), strict=True)
+    return torch.cat([_inverse_cdf_tokens(logits_RV, uniforms_R, temperature) for logits_RV, uniforms_R in parts])
+
+
+def _inverse_cdf_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> Tensor:
+    cdf_RV = torch.softmax(logits_RV.double() / temperature, dim=-1).cumsum_(dim=-1)
+    target_R1 = (uniforms_R * cdf_RV[:, -1]).unsqueeze(1)  # the last entry is 1 only up to rounding
+    tokens_R1 = torch.searchsorted(cdf_RV, target_R1, right=True)
     # a product that was rounded up to the last entry belongs to the first token that reaches it
-    last_possible_B1 = torch.searchsorted(cdf_BV, cdf_BV[:, -1:].contiguous())
-    return torch.minimum(tokens_B1, last_possible_B1).squeeze(1)
+    last_possible_R1 = torch.searchsorted(cdf_RV, cdf_RV[:, -1:].contiguous())
+    return torch.minimum(tokens_R1, last_possible_R1).squeeze(1)

@@ -28,6 +28,21 @@ def position_index(offsets_N1: Tensor) -> Tensor:
     return torch.arange(int(offsets_N1[-1])) - torch.repeat_interleave(offsets_N1[:-1], lengths(offsets_N1))
 
 
+def token_index(offsets_N1: Tensor, chosen_B: Tensor) -> Tensor:
+    """Where the tokens of some sequences are, one sequence after the other.
+
+    Args:
+        offsets_N1: int64 [N + 1].
+        chosen_B: int64 [B], indices of sequences, in any order.
+
+    Returns:
+        int64 [K], K the number of their tokens: `values_K[index_K]` are the tokens of the chosen sequences.
+    """
+    offsets_B1 = offsets_from_lengths(lengths(offsets_N1)[chosen_B])
+    shift_B = offsets_N1[:-1][chosen_B] - offsets_B1[:-1]
+    return torch.arange(int(offsets_B1[-1])) + torch.repeat_interleave(shift_B, lengths(offsets_B1))
+
+
 def sequence_sum(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
     """Sum over each sequence: float64 [N]."""
     result_N = torch.zeros(len(offsets_N1) - 1, dtype=torch.float64)

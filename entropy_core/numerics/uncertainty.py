@@ -5,14 +5,14 @@ error over N independent sequences is sd(ψ)/√N. Differences of estimates on o
 so they are paired. `given U` means that the update is held fixed and only E varies.
 """
 
+from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from entropy_core.numerics.first_order import FirstOrderColumns
-from entropy_core.numerics.importance import MovedColumns
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
 
 Normalization = Literal["per_token", "per_sequence"]
 
@@ -36,14 +36,47 @@ class Estimate(NamedTuple):
         return Estimate(self.value - other.value, self.influence_N - other.influence_N)
 
 
-def _mean(values_N: Tensor) -> Estimate:
-    mean = values_N.mean()
-    return Estimate(float(mean), values_N - mean)
+def mean(values_N: Tensor) -> Estimate:
+    """E[x] from the values x_i of each sequence, float64 [N]."""
+    value = values_N.mean()
+    return Estimate(float(value), values_N - value)
 
 
-def _ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
+def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
+    """The ratio of two estimates on the same batch.
+
+    Args:
+        numerator: a.
+        denominator: b.
+
+    Returns:
+        a/b, with ψ_i = (ψ_i(a) − (a/b)ψ_i(b))/b.
+    """
     value = numerator.value / denominator.value
     return Estimate(value, (numerator.influence_N - value * denominator.influence_N) / denominator.value)
+
+
+def ratio_slope(dnumerator: Tensor, ddenominator: Tensor, ratio: Tensor | float, denominator: Tensor | float) -> Tensor:
+    """Derivative of a ratio a/b, (ȧ − (a/b)ḃ)/b, from ȧ, ḃ, a/b and b; of the shape of ȧ and ḃ."""
+    return (dnumerator - ratio * ddenominator) / denominator
+
+
+def ratio_derivative(numerator: Columns, denominator: Columns) -> Estimate:
+    """∂_v(E[F]/E[G]), with ψ_i = (x_i − H y_i − g t_i − Y (s_i − H t_i)/L)/L for H = E[F]/E[G] and L = E[G].
+
+    Args:
+        numerator: of F, totals s_i and derivatives x_i.
+        denominator: of G, totals t_i and derivatives y_i.
+
+    Returns:
+        The estimate, per unit step.
+    """
+    x, y = mean(numerator.derivative_N), mean(denominator.derivative_N)
+    L = mean(denominator.total_N)
+    H = ratio(mean(numerator.total_N), L)
+    # product rule on (X − H·Y)/L; each line is a value with its influence
+    excess = Estimate(x.value - H.value * y.value, x.influence_N - H.value * y.influence_N - y.value * H.influence_N)
+    return ratio(excess, L)
 
 
 def entropy(S_N: Tensor, T_N: Tensor, normalization: Normalization) -> Estimate:
@@ -57,60 +90,47 @@ def entropy(S_N: Tensor, T_N: Tensor, normalization: Normalization) -> Estimate:
     Returns:
         The estimate, in nats (per token).
     """
-    return _mean(S_N) if normalization == "per_sequence" else _ratio(_mean(S_N), _mean(T_N))
+    return mean(S_N) if normalization == "per_sequence" else ratio(mean(S_N), mean(T_N))
 
 
-def entropy_derivative(columns: FirstOrderColumns, normalization: Normalization) -> Estimate:
-    """∂_vH, with ψ_i = (x_i − H y_i − g T_i − Y (S_i − H T_i)/L)/L for `per_token`.
+def entropy_derivative(columns: Mapping[Functional, Columns], normalization: Normalization) -> Estimate:
+    """∂_vH: of the entropy of a response, or of its ratio to the length.
 
     Args:
-        columns: of `first_order.first_order_columns`.
+        columns: of `first_order.first_order_columns`, of entropy and length.
         normalization: per sequence or per token.
 
     Returns:
         The estimate, in nats per unit step.
     """
-    x, y = _mean(columns.x_N), _mean(columns.y_N)
     if normalization == "per_sequence":
-        return x
-    S, L = _mean(columns.S_N), _mean(columns.T_N)
-    H = _ratio(S, L)
-    # product rule on (X − H·Y)/L; each line is a value with its influence
-    excess = Estimate(x.value - H.value * y.value, x.influence_N - H.value * y.influence_N - y.value * H.influence_N)
-    return _ratio(excess, L)
+        return mean(columns[ENTROPY].derivative_N)
+    return ratio_derivative(columns[ENTROPY], columns[LENGTH])
 
 
-def snis_derivative(columns: FirstOrderColumns, score_N: Tensor, normalization: Normalization) -> Estimate:
+def snis_derivative(columns: Mapping[Functional, Columns], score_N: Tensor, normalization: Normalization) -> Estimate:
     """Derivative of `snis_entropy` at η = 0 on the same batch: what a `snis` ΔH tends to, divided by η.
 
     With s the score of the whole sequence, weights grow as 1 + ηs, so that Σ wS'/Σ wT has the derivative
     (E[sS + Ṡ] − H·E[sT])/L; `per_sequence` has 1 in place of T. It has the mean of ∂_vH, and more noise.
 
     Args:
-        columns: of `first_order.first_order_columns`; of x only the local part is used.
+        columns: of `first_order.first_order_columns`, of entropy and length; only totals and local parts are used.
         score_N: s = Σ_k ℓ̇_k, float64 [N].
         normalization: per sequence or per token.
 
     Returns:
         The estimate, in nats per unit step.
     """
-    denominator_N = columns.T_N if normalization == "per_token" else torch.ones_like(columns.T_N)
-    x_N = score_N * columns.S_N + columns.x_local_N
-    same_ratio = columns._replace(x_N=x_N, y_N=score_N * denominator_N, T_N=denominator_N)
-    return entropy_derivative(same_ratio, "per_token")
 
+    def weighted(total_N: Tensor, local_N: Tensor) -> Columns:
+        return Columns(total_N, score_N * total_N + local_N, local_N)
 
-def moved_entropy(columns: MovedColumns, normalization: Normalization) -> Estimate:
-    """H(θ') by `per_decision`; same ratio as at θ.
-
-    Args:
-        columns: of `importance.per_decision_columns`.
-        normalization: per sequence or per token.
-
-    Returns:
-        The estimate, in nats (per token).
-    """
-    return entropy(columns.S_N, columns.T_N, normalization)
+    S_N, T_N = columns[ENTROPY].total_N, columns[LENGTH].total_N
+    divided_by_N = T_N if normalization == "per_token" else torch.ones_like(T_N)
+    return ratio_derivative(
+        weighted(S_N, columns[ENTROPY].local_N), weighted(divided_by_N, torch.zeros_like(divided_by_N))
+    )
 
 
 def snis_entropy(weights_N: Tensor, S_N: Tensor, T_N: Tensor, normalization: Normalization) -> Estimate:
@@ -127,7 +147,7 @@ def snis_entropy(weights_N: Tensor, S_N: Tensor, T_N: Tensor, normalization: Nor
     """
     relative_N = weights_N / weights_N.mean()
     denominator_N = relative_N * T_N if normalization == "per_token" else relative_N
-    return _ratio(_mean(relative_N * S_N), _mean(denominator_N))
+    return ratio(mean(relative_N * S_N), mean(denominator_N))
 
 
 def standard_error(influence_N: Tensor, clusters_N: Tensor | None = None) -> float:
@@ -148,25 +168,25 @@ def standard_error(influence_N: Tensor, clusters_N: Tensor | None = None) -> flo
 
 
 def jackknife_standard_error(
-    columns: FirstOrderColumns, normalization: Normalization, clusters_N: Tensor | None = None
+    columns: Mapping[Functional, Columns], normalization: Normalization, clusters_N: Tensor | None = None
 ) -> float:
     """Delete-one(-cluster) jackknife of ∂_vH: √((C−1)/C Σ_c (g_(c) − ḡ)²), each g_(c) from the remaining columns.
 
     Args:
-        columns: of `first_order.first_order_columns`; a column keeps the baseline it was computed with.
+        columns: of `first_order.first_order_columns`, of entropy and length; they keep the baselines they came with.
         normalization: per sequence or per token.
         clusters_N: int64 [N], cluster of each sequence; None to delete single sequences.
 
     Returns:
         Nats per unit step; NaN for fewer than two clusters.
     """
-    size_C = cluster_sums(torch.ones_like(columns.x_N), clusters_N)
-    C, N = len(size_C), len(columns.x_N)
+    (S_N, x_N, _), (T_N, y_N, _) = columns[ENTROPY], columns[LENGTH]
+    size_C = cluster_sums(torch.ones_like(x_N), clusters_N)
+    C, N = len(size_C), len(x_N)
     if C < 2:
         return float("nan")
-    needed = (columns.x_N, columns.y_N, columns.S_N, columns.T_N)
-    x_C, y_C, S_C, T_C = ((c.sum() - cluster_sums(c, clusters_N)) / (N - size_C) for c in needed)
-    without_C = x_C if normalization == "per_sequence" else (x_C - S_C / T_C * y_C) / T_C
+    x_C, y_C, S_C, T_C = ((c.sum() - cluster_sums(c, clusters_N)) / (N - size_C) for c in (x_N, y_N, S_N, T_N))
+    without_C = x_C if normalization == "per_sequence" else ratio_slope(x_C, y_C, S_C / T_C, T_C)
     return float(((C - 1) / C * ((without_C - without_C.mean()) ** 2).sum()).sqrt())
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, Tokens
+from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens
 from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.path_integral import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.stages.columns import read_columns
@@ -44,7 +45,8 @@ def evaluation_batch(
 def _tokens(scores: "Artifact", derivatives: "Artifact") -> Tokens:
     scored, offsets_N1 = read_columns([scores], "logprobs", "entropies")
     along_v, _ = read_columns([derivatives], "dlogprobs", "dentropies")
-    return Tokens(scored["logprobs"], scored["entropies"], along_v["dlogprobs"], along_v["dentropies"], offsets_N1)
+    along = TokenPair(along_v["dlogprobs"], along_v["dentropies"])
+    return Tokens(scored["logprobs"], scored["entropies"], offsets_N1, along)
 
 
 def moved_batch(entry: Mapping[str, Any]) -> Moved:

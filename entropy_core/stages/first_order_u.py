@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.numerics import adamw, ragged
-from entropy_core.numerics.advantages import through_shared_length
+from entropy_core.numerics import adamw, losses, ragged
+from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm
 from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.policy import Policy
 from entropy_core.stages.derivatives import forward_mode
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.stages.loss import loss_of, read_batch, read_coefficients
 from entropy_core.stages.sequences import Law, processor_of, read_sequences, tangent_of
 
 if TYPE_CHECKING:
@@ -32,16 +33,25 @@ def first_order_u(
     update: "Artifact",
     gradient: "Artifact",
 ) -> dict[str, Any]:
-    """Influence and share of everything in U, by forward mode along Jᵀ∇H and along P∘∇H.
+    """How the entropy answers to every token of U, and what each token, response and prompt therefore did to it.
 
-    J = ∂v/∂g is the derivative of the whole step, second moments and clipping included: u_j = ⟨Jᵀ∇H, g_j⟩, whose spread
-    over prompts is the uncertainty of ∂_vH over U. P is the preconditioner with the denominators as they are:
-    ⟨P∘∇H, g_j⟩ is the share of sequence j in ∂_vH, and the shares add up to it with those of momentum and decay.
+    The sensitivities of a token are ⟨w, ∇ℓ_k⟩ and ⟨w, ∇h_k⟩, whatever the loss makes of it, so that a token without an
+    advantage has them too. They come by forward mode along two covectors w:
+
+        P∘∇H   P the preconditioner with the denominators as they are. With the coefficients c and d of the loss,
+               c_k⟨w, ∇ℓ_k⟩ + d_k⟨w, ∇h_k⟩ is the share of token k in ∂_vH; the shares add up to it with those of
+               momentum and decay. Any other weighting of the tokens is another such sum.
+        Jᵀ∇H   J = ∂v/∂g, the derivative of the whole step, second moments and clipping included. From it comes the
+               influence of each response, see `losses.influence`, whose spread over prompts is the uncertainty of ∂_vH
+               over U.
 
     Args:
-        out: `sequences.parquet` (per U sequence: `influence_…` u_j, the same for the ∇H of each half of E, and
-            `share_…`), `tokens.parquet` (per U token: its text and `share_…`), each for both normalisations, in nats
-            per unit step.
+        out: `sensitivities.safetensors` (`preconditioned/KIND/…` along P∘∇ of all of E, `pulled_back/KIND/HALF/…` along
+            Jᵀ∇ of each half, KIND the entropy or the length of a response; `…/logprob` of ℓ and `…/entropy` of h, [K],
+            nats or tokens per unit step and unit of coefficient); `tokens.parquet` (per U token: its text, both
+            coefficients, both sensitivities along P∘∇H, and `share_…`); `sequences.parquet` (per U sequence:
+            `influence_…`, the same for the ∇H of each half of E, and `share_…`). Tables have both normalisations, in
+            nats per unit step.
         execution: device and micro-batch.
         law: the policy.
         sequences: the shards of sample-u-batch.
@@ -55,40 +65,41 @@ def first_order_u(
     """
     processor = processor_of(law, execution)
     policy = processor.policy
-    loss, max_grad_norm, clip = (update.summary[name] for name in ("loss", "max_grad_norm", "clip_factor"))
-    coefficients_K = update.tensors("coefficients.safetensors")["coefficients"]
+    settings, batch, coefficients = update.summary, read_batch(update), read_coefficients(update)
+    loss = loss_of(execution, settings["loss"], settings["loss_source"])
     shards = [read_sequences(shard) for shard in sequences]
     offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])
 
     # of the size of the policy: each is read or computed block by block, anew for every use
     blocks = blocks_of(policy.named_parameters())
     direction, loss_gradient = (_stored(update, name, blocks) for name in ("direction", "gradient"))
-    step = OptimizerStep(checkpoint, execution, policy.named_parameters(), loss_gradient, clip)
+    step = OptimizerStep(checkpoint, execution, policy.named_parameters(), loss_gradient, settings["clip_factor"])
     jacobian, preconditioner, *parts = map(step.part, ("jacobian", "preconditioner", "momentum", "decay"))
 
-    def along(covector: Mapping[Block, Tensor]) -> Tensor:
-        """⟨covector, gradient of each token's loss term⟩, float64 [K]."""
+    def along(covector: Mapping[Block, Tensor]) -> TokenPair:
+        """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token, float64 [K]."""
         scale = global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
         unit = tangent_of(Lazy(blocks, lambda block: covector[block] / scale), policy)
-        dlogprobs_K = torch.cat([forward_mode(processor, shard, unit).dlogprobs_K for shard in shards])
-        return coefficients_K * dlogprobs_K.double() * scale
-
-    def influence(covector: Mapping[Block, Tensor]) -> Tensor:
-        """What each sequence does to ⟨covector, v⟩, float64 [N]."""
-        terms_N = ragged.sequence_sum(
-            along(adamw.pull_back(covector, jacobian, loss_gradient, max_grad_norm)), offsets_N1
-        )
-        return through_shared_length(terms_N, ragged.lengths(offsets_N1), loss)
+        found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
+        return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
 
     # everything is linear in ∇H: first along ∇H_seq and ∇L, then both normalisations from these
     halves = gradient.summary["halves"]
-    influences_N, shares_K, inner_products = [], [], []
+    preconditioned: list[TokenPair] = []  # by kind
+    pulled_back: list[list[TokenPair]] = []  # by kind and half
+    inner_products = []
     for kind in KINDS:
         covectors = [_stored(gradient, f"{kind}_{half}", blocks) for half in HALVES]
+        pulled_back.append(
+            [along(adamw.pull_back(w, jacobian, loss_gradient, settings["max_grad_norm"])) for w in covectors]
+        )
         whole = _whole(halves, covectors)
-        influences_N.append([influence(covector) for covector in covectors])
-        shares_K.append(along(_product(preconditioner, whole, clip)))
+        preconditioned.append(along(_product(preconditioner, whole, settings["clip_factor"])))
         inner_products.append(torch.tensor([dot(whole, part) for part in (direction, *parts)], dtype=torch.float64))
+    out.tensors(_named(preconditioned, pulled_back, getattr(torch, law["dtype"])), "sensitivities.safetensors")
+
+    influences_N = [[losses.influence(loss, batch, pair) for pair in of_halves] for of_halves in pulled_back]
+    shares_K = [coefficients.dot(pair) for pair in preconditioned]
     H_tok, mean_length = entropy_and_length(halves)
     of_all_N = by_normalization([of_all(halves, of_halves_N) for of_halves_N in influences_N], H_tok, mean_length)
     columns = {f"influence_{normalization}": influence_N for normalization, influence_N in of_all_N.items()}
@@ -99,16 +110,23 @@ def first_order_u(
 
     of_sequences = update.table("sequences.parquet")
     of_tokens = _tokens(shards, offsets_N1, of_sequences, policy)
+    per_token = {"coefficient": coefficients.logprob_K, "entropy_coefficient": coefficients.entropy_K}
+    by_kind = [torch.stack(pair) for pair in preconditioned]
+    for normalization, (of_logprob_K, of_entropy_K) in by_normalization(by_kind, H_tok, mean_length).items():
+        per_token[f"sensitivity_{normalization}"] = of_logprob_K
+        per_token[f"entropy_sensitivity_{normalization}"] = of_entropy_K
     summary: dict[str, Any] = {"inner_product": {}, "momentum": {}, "decay": {}, "closure": {}}
     products = by_normalization(inner_products, H_tok, mean_length)
     for normalization, share_K in by_normalization(shares_K, H_tok, mean_length).items():
         columns[f"share_{normalization}"] = ragged.sequence_sum(share_K, offsets_N1)
-        of_tokens = of_tokens.append_column(f"share_{normalization}", pa.array(share_K.tolist()))
+        per_token[f"share_{normalization}"] = share_K
         inner_product, momentum, decay = products[normalization].tolist()
         missing = inner_product - momentum - decay - float(share_K.sum())
         closure = abs(missing / inner_product) if inner_product else 0.0
         for name, value in zip(summary, (inner_product, momentum, decay, closure), strict=True):
             summary[name][normalization] = value
+    for name, column_K in per_token.items():
+        of_tokens = of_tokens.append_column(name, pa.array(column_K.tolist()))
     for name, column_N in columns.items():
         of_sequences = of_sequences.append_column(name, pa.array(column_N.tolist()))
     prompts = [policy.tokenizer.decode(shard.prompt(i)) for shard in shards for i in range(len(shard))]
@@ -130,6 +148,20 @@ def _whole(halves: Sequence[Mapping[str, Any]], covectors: Sequence[Lazy[Block]]
 
 def _product(diagonal: Lazy[Block], covector: Lazy[Block], factor: float) -> Lazy[Block]:
     return Lazy(list(diagonal), lambda block: factor * diagonal[block] * covector[block])
+
+
+def _named(
+    preconditioned: Sequence[TokenPair], pulled_back: Sequence[Sequence[TokenPair]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The sensitivities as tensors of a file, in the number format of the pass that they came from."""
+    pairs = {f"preconditioned/{kind}": pair for kind, pair in zip(KINDS, preconditioned, strict=True)}
+    for kind, of_halves in zip(KINDS, pulled_back, strict=True):
+        pairs |= {f"pulled_back/{kind}/{half}": pair for half, pair in zip(HALVES, of_halves, strict=True)}
+    return {
+        f"{name}/{of}": values_K.to(dtype)
+        for name, pair in pairs.items()
+        for of, values_K in zip(("logprob", "entropy"), pair, strict=True)
+    }
 
 
 def _tokens(shards: Sequence[BatchedSequences], offsets_N1: Tensor, sequences: pa.Table, policy: Policy) -> pa.Table:

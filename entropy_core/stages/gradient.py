@@ -9,12 +9,13 @@ from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged
-from entropy_core.numerics.baselines import Baseline, BaselineTotals, baseline_totals, returns_to_go
+from entropy_core.numerics.baselines import Baseline, TimeTotals, baseline_totals
 from entropy_core.numerics.first_order import score_coefficients
+from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, Functional, Tokens
 from entropy_core.numerics.vectors import in_blocks
 from entropy_core.policy import Coefficients
 from entropy_core.stages.columns import read_columns
-from entropy_core.stages.halves import HALVES, KINDS
+from entropy_core.stages.halves import HALVES
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def entropy_gradient(
     scores: "Sequence[Artifact]",
     responses_per_prompt: int,
 ) -> dict[str, Any]:
-    """Gradients of the estimated entropy and length.
+    """Gradients of the estimated entropy and length, of each functional E[Σ_k f_k].
 
-        ∇H_seq = (1/N) Σ_i Σ_k [∇h_k + (R_k − b_k)∇ℓ_k],  ∇L = (1/N) Σ_i Σ_k (T − k − c_k)∇ℓ_k
+        ∇E[F] = (1/N) Σ_i Σ_k [∇f_k + (R_k − b_k)∇ℓ_k]
 
     Two independent halves are kept apart, because their errors are independent: that tells what the variance over U is
     for a known ∇H.
@@ -61,19 +62,18 @@ def entropy_gradient(
     for half in HALVES:
         mine_N = half_N == half
         count = int(mine_N.sum())
-        for kind in KINDS:  # one after the other, at the price of another forward pass: an accumulator takes 8 bytes
+        for functional in FUNCTIONALS:  # one after the other, at the price of a forward pass
             gradient = policy.new_accumulator()
-            for batch, entropies_K in _shards(sequences, scores):
-                score = score_coefficients(entropies_K, batch.response_offsets_N1, BASELINE, totals=totals)
+            for batch, tokens in _shards(sequences, scores):
                 here_N = batch.sequence_ids_N // responses_per_prompt % 2 == half
                 here_K = torch.repeat_interleave(here_N, batch.lengths_N)
-                of_logprobs_K = {"entropy": score.entropy_K, "length": score.length_K}[kind][here_K] / count
+                of_tokens = _coefficients(functional, tokens, totals[functional])
+                weights = [values_K[here_K] / count for values_K in of_tokens]
                 for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
-                    of_entropies_K = torch.full((len(index_K),), (kind == "entropy") / count, dtype=torch.float64)
-                    weights = Coefficients(of_logprobs_K[index_K], of_entropies_K)
-                    policy.add_gradients(rows, [weights], law["temperature"], [gradient])
-            _write(out, f"{kind}_{half}", gradient, dtype)
-            del gradient  # before there is another one
+                    of_rows = Coefficients(*(values_K[index_K] for values_K in weights))
+                    policy.add_gradients(rows, [of_rows], law["temperature"], [gradient])
+            _write(out, f"{functional.name}_{half}", gradient, dtype)
+            del gradient  # before there is another one: an accumulator takes 8 bytes a parameter
         H_tok = float(S_N[mine_N].sum() / T_N[mine_N].sum())
         summary.append({"sequences": count, "H_tok": H_tok, "mean_length": float(T_N[mine_N].mean())})
     return {"halves": summary, "baseline": BASELINE}
@@ -85,19 +85,29 @@ def _write(out: "Writer", name: str, gradient: dict[str, Tensor], dtype: torch.d
             file.write(block, values)
 
 
-def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> Iterator[tuple[BatchedSequences, Tensor]]:
-    """Each shard with the entropies of its tokens, one in memory at a time."""
+def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) -> Coefficients:
+    """What ∇E[F] weighs the ∇ℓ_k and ∇h_k of these tokens with, but for 1/N."""
+    slopes = functional.slopes(tokens)
+    return Coefficients(score_coefficients(functional, tokens, BASELINE, totals) + slopes.logprob_K, slopes.entropy_K)
+
+
+def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> Iterator[tuple[BatchedSequences, Tokens]]:
+    """Each shard with what the policy says of its tokens, one in memory at a time."""
     for of_sequences, scored in zip(sequences, scores, strict=True):
-        yield read_sequences(of_sequences), read_columns([scored], "entropies")[0]["entropies"]
+        yield read_sequences(of_sequences), _tokens(scored)
 
 
-def _of_all(scores: "Sequence[Artifact]") -> tuple[BaselineTotals, Tensor, Tensor]:
+def _tokens(scored: "Artifact") -> Tokens:
+    columns, offsets_N1 = read_columns([scored], "logprobs", "entropies")
+    return Tokens(columns["logprobs"], columns["entropies"], offsets_N1)
+
+
+def _of_all(scores: "Sequence[Artifact]") -> tuple[dict[Functional, TimeTotals], Tensor, Tensor]:
     """What the baselines need to know of all sequences, and the entropy S and the length T of each, float64 [N]."""
     totals, S, T = [], [], []
-    for scored in scores:
-        columns, offsets_N1 = read_columns([scored], "entropies")
-        returns = returns_to_go(columns["entropies"], offsets_N1)
-        totals.append(baseline_totals(returns, offsets_N1, BASELINE))
-        S.append(ragged.sequence_sum(columns["entropies"], offsets_N1))
-        T.append(ragged.lengths(offsets_N1).double())
-    return reduce(BaselineTotals.plus, totals), torch.cat(S), torch.cat(T)
+    for tokens in map(_tokens, scores):
+        totals.append([baseline_totals(functional, tokens, BASELINE) for functional in FUNCTIONALS])
+        S.append(ragged.sequence_sum(ENTROPY.values(tokens), tokens.offsets_N1))
+        T.append(ragged.lengths(tokens.offsets_N1).double())
+    of_all = [reduce(TimeTotals.plus, of_functional) for of_functional in zip(*totals, strict=True)]
+    return dict(zip(FUNCTIONALS, of_all, strict=True)), torch.cat(S), torch.cat(T)

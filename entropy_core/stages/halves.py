@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from entropy_core.numerics.uncertainty import Normalization
+from entropy_core.numerics.functional import FUNCTIONALS
+from entropy_core.numerics.uncertainty import Normalization, ratio_slope
 
-KINDS, HALVES = ("entropy", "length"), (0, 1)
+KINDS, HALVES = tuple(functional.name for functional in FUNCTIONALS), (0, 1)
 
 
 def of_all(halves: Sequence[Mapping[str, Any]], values: Sequence[Tensor]) -> Tensor:
@@ -51,4 +52,4 @@ def by_normalization(along: Sequence[Tensor], H_tok: float, mean_length: float) 
         One tensor per normalisation.
     """
     entropy, length = along
-    return {"per_token": (entropy - H_tok * length) / mean_length, "per_sequence": entropy}
+    return {"per_token": ratio_slope(entropy, length, H_tok, mean_length), "per_sequence": entropy}

@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from entropy_core.checkpoint_files import file_digest, tokenizer_digest
 from entropy_core.checkpoints import read_checkpoint
+from entropy_core.file_digests import file_digest
 from entropy_core.optimizer_state import check_moments
 from entropy_core.prompt_tokens import encode
 from entropy_core.prompts import load_pool
-from entropy_core.stages.files import user_file
 from entropy_core.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -116,10 +115,9 @@ def load_prompts(
     Returns:
         The number of prompts, and what a reader should know of them.
     """
-    path = user_file(execution, source) if source else None
+    path = execution.paths[source] if source else None
     pool = load_pool(dataset_name or str(path), split, prompt_column, path, options)
-    directory = user_file(execution, tokenizer, tokenizer_digest)
-    pool, token_ids = encode(pool, load_tokenizer(directory), **encoding)
+    pool, token_ids = encode(pool, load_tokenizer(execution.paths[tokenizer]), **encoding)
     out.table(pool.table, "prompts.parquet")
     out.table(pa.table({"token_ids": token_ids}), "prompt_tokens.parquet")
     notes = [f"Split `{split}`: {note}." for note in pool.notes]

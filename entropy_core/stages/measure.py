@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from entropy_core import prompts, rewards
+from entropy_core import prompts, rewards, user_functions, user_losses
 from entropy_core.artifact import Artifact
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig
+from entropy_core.sources import content_digest
 from entropy_core.stages import catalogue as stage
-from entropy_core.stages.files import content_digest
 from entropy_core.stages.preflight import CheckpointToProbe, encoding, splits
 from entropy_core.store import Stage
 
@@ -61,7 +61,7 @@ def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> A
         "tokenizer": tokenizer,
         "encoding": encoding(config),
     }
-    return run(stage.LOAD_PROMPTS, inputs, f"{batch.dataset_name} {split}")
+    return run(stage.LOAD_PROMPTS, inputs, f"{Path(batch.dataset_name).name} {split}")
 
 
 def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Runner) -> Artifact:
@@ -238,11 +238,11 @@ class Measurement:
 
     def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
         update, reference = self.config.update, []
-        file = rewards.source_file(update.reward)
+        file, file_of_loss = rewards.source_file(update.reward), user_losses.source_file(update.loss)
         rewarded = {
             "sequences": u_batch,
             "prompts": self.u_pool,
-            "reward_name": update.reward.rpartition(".py:")[2],
+            "reward_name": user_functions.without_folder(update.reward),
             "source": content_digest(file) if file else "",
             "library": rewards.library(update.reward),
         }
@@ -259,7 +259,8 @@ class Measurement:
             "reference": reference,
             "kl_beta": update.kl_beta,
             "responses_per_prompt": self.config.batch_config.G,
-            "loss": update.loss,
+            "loss": user_functions.without_folder(update.loss),
+            "loss_source": content_digest(file_of_loss) if file_of_loss else "",
             "scale_rewards": update.scale_rewards,
             "max_new_tokens": self.config.generation.max_new_tokens,
             "max_grad_norm": update.max_grad_norm,

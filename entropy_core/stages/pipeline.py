@@ -6,28 +6,30 @@ What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Witho
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from entropy_core import rewards
-from entropy_core.artifact import Artifact
+from entropy_core import plain_yaml, rewards, user_losses
+from entropy_core.artifact import Artifact, artifacts_in, upstream
 from entropy_core.checkpoint_files import weights_digest
 from entropy_core.config import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
+from entropy_core.manifest import recipe_key
 from entropy_core.read_config import parse_config
+from entropy_core.sources import Sources, content_digest
 from entropy_core.stages import catalogue as stage
-from entropy_core.stages.files import content_digest
 from entropy_core.stages.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.stages.measure import Inputs, Measurement, Runner, keep, load_checkpoint, load_pool, source_of
 from entropy_core.stages.memory import run_within_memory
 from entropy_core.stages.preflight import CheckpointToProbe, splits
-from entropy_core.store import Stage, Store, runs
+from entropy_core.stages.repairs import with_repairs
+from entropy_core.store import Stage, Store, recipe_of, runs
+from entropy_core.store.relatives import Relatives
 
 log = logging.getLogger("entropy_probe.pipeline")
 
@@ -59,11 +61,12 @@ def execution_for(
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
     """The execution settings of a sweep."""
-    paths = {digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()}
+    paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
     if config.update.reference:
         reference = Path(config.update.reference).resolve()
         paths.setdefault(weights_digest(reference), reference)
-    for file in (source_of(config), rewards.source_file(config.update.reward)):
+    of_functions = rewards.source_file(config.update.reward), user_losses.source_file(config.update.loss)
+    for file in (source_of(config), *of_functions):
         if file is not None:
             paths[content_digest(file)] = file
     return Execution(
@@ -88,10 +91,16 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
-    keeper = VectorKeeper(store, run, config.execution.keep_vectors)
-    with store.in_use():
+
+    def work() -> SweepResult:
+        keeper = VectorKeeper(store, run, config.execution.keep_vectors)
         recorded = _measured(config, checkpoints, keeper, keeper.release)
         return _record(recorded, _reported(recorded, config, run), config, store)
+
+    with store.in_use():
+        if config.execution.library_versions == "same":
+            _require_same_versions(config, checkpoints, store)
+        return with_repairs(store, work)
 
 
 def go_through(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> None:
@@ -124,38 +133,64 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         ConfigError: the run was recorded by a version with other settings.
     """
     directory = runs.find(store.root, request.run)
-    record = json.loads((directory / runs.RECORD).read_text(encoding="utf-8"))
-    if record.get("format") != RECORD_FORMAT:
+    with runs.understood(directory / runs.RECORD) as record:
+        found = record.get("format")
+    if found != RECORD_FORMAT:
         raise StoreError(
-            f"run {directory.name} was recorded in format {record.get('format')}, and this is {RECORD_FORMAT}",
+            f"run {directory.name} was recorded in format {found}, and this is {RECORD_FORMAT}",
             cause="another version of entropy-probe recorded it",
-            way_out=f"run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}: what is cached is reused",
+            way_out=f"`entropy-probe sweep {directory / 'config.yaml'}`: what is cached is reused",
         )
     config = parse_config(record["config"], str(directory / runs.RECORD))
-    recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
-    with store.in_use():
+    with runs.understood(directory / runs.RECORD) as record:
+        recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
+        for entry in recorded:
+            signature(stage.VARIANCE.function).bind(None, None, **entry["inputs"], **_chosen(config))
+            _ = entry["checkpoint"], entry["step"], [*entry["notes"]]
+
+    def work() -> SweepResult:
         for entry in recorded:
             for artifact in artifacts_in(entry["inputs"]):
                 if store.find(artifact.stage, artifact.key) is None:
                     raise StoreError(
                         f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
                         cause="it was deleted, or the store was moved without it",
-                        way_out=f"make it again: run entropy-probe/checkpoint-sweep with {directory / 'config.yaml'}",
+                        way_out=f"make it again: `entropy-probe sweep {directory / 'config.yaml'}`",
                     )
         return _record(recorded, _reported(recorded, config, run), config, store)
 
+    with store.in_use():
+        return with_repairs(store, work)
 
-def artifacts_in(value: Any) -> Iterator[Artifact]:
-    """Every artifact in nested inputs."""
-    if isinstance(value, Artifact):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from artifacts_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from artifacts_in(item)
+
+def _require_same_versions(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> None:
+    """Refuse to go on with a sweep whose results so far were made with other releases of the libraries."""
+    relatives = Relatives(store)
+    others: dict[str, tuple[str, str]] = {}
+
+    def look(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        if not all(one["digest"] for one in upstream(inputs)):
+            return Promised(stage.name, "", "", Path())
+        recipe = recipe_of(stage, inputs)
+        if manifest := store.manifest(stage.name, recipe_key(recipe)):
+            return Artifact(stage.name, manifest["key"], manifest["digest"], store.root)
+        for made in relatives.of(recipe):
+            if made["code"] == recipe["code"]:
+                then, now = made["libraries"], recipe["libraries"]
+                others.update({name: (then.get(name, ""), now[name]) for name in now if then.get(name) != now[name]})
+        return Promised(stage.name, "", "", Path())
+
+    go_through(config, checkpoints, look)
+    if others:
+        then, now = (", ".join(f"{name} {pair[i] or '(none)'}" for name, pair in others.items()) for i in (0, 1))
+        raise StoreError(
+            f"results of this sweep in {store.root} were made with {then}, and here is {now}",
+            cause="libraries were upgraded since, which can change numbers: one sweep mixes no two releases",
+            way_out=f"install {then} again to go on; or run `entropy-probe store adopt CONFIG`, which "
+            "recomputes one artifact of each stage and takes the others over where it is equal; or compute everything "
+            "anew with execution.library_versions: recompute",
+        )
 
 
 def _measured(
@@ -193,18 +228,22 @@ def _measured(
 
 def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artifact:
     """Statistics of every checkpoint, and the report."""
-    chosen = config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
     estimated = [
         {
             "checkpoint": entry["checkpoint"],
             "step": entry["step"],
-            "estimates": run(stage.VARIANCE, entry["inputs"] | chosen, entry["checkpoint"]),
+            "estimates": run(stage.VARIANCE, entry["inputs"] | _chosen(config), entry["checkpoint"]),
             "attribution": entry["inputs"]["first_order_u"],
         }
         for entry in recorded
     ]
     notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
     return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, "notes": notes}, config.name)
+
+
+def _chosen(config: ProbeConfig) -> Inputs:
+    """The settings of the variance stage."""
+    return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
 
 
 def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
@@ -222,7 +261,7 @@ def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store
     with runs.writing(store, run_id) as folder:
         for file in report.manifest["files"]:
             shutil.copyfile(report.path(file), folder / file)
-        (folder / "config.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        (folder / "config.yaml").write_text(plain_yaml.dump(document), encoding="utf-8")
         (folder / runs.RECORD).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
     return SweepResult(run_id, runs.folder(store.root, run_id), report)
 
@@ -233,10 +272,10 @@ def assumptions(config: ProbeConfig) -> list[str]:
     divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
     scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
-    reference = f"`{update.reference}`" if update.reference else "the base without its adapter"
+    reference = f"`{Path(update.reference).name}`" if update.reference else "the base without its adapter"
     kl = f"with {update.kl_beta:g} · KL to {reference}" if update.kl_beta else "without a KL term"
     return [
-        f"The step is that of the `{update.loss}` loss{scaled} on {config.batch_config.B_U} prompts "
+        f"The step is that of the `{Path(update.loss).name}` loss{scaled} on {config.batch_config.B_U} prompts "
         f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; "
         f"on-policy, {kl}, cut responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from entropy_core import prompts, rewards
+from entropy_core import prompts, rewards, user_losses
 from entropy_core.architecture import read_architecture
 from entropy_core.checkpoint_content import read_json
 from entropy_core.checkpoint_files import (
@@ -72,6 +72,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
         ProbeError: something is missing, broken or too small; says what to do.
     """
     batch = config.batch_config
+    user_losses.check_loss(config.update.loss, config.update.kl_beta, config.generation.max_new_tokens)
     located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
     pools = {
         split: prompts.load_pool(batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from entropy_core import figures
 from entropy_core import report as pages
 from entropy_core.tables import RESULTS, TABLES, Row, of_checkpoints, to_table
 
@@ -34,6 +33,8 @@ def report(
     Returns:
         Numbers of rows and checkpoints.
     """
+    from entropy_core import figures  # draws, for which a sweep without a report needs no library
+
     rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")
     others = {table: _gathered(checkpoints, table) for table in TABLES}

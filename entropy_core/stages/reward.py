@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from entropy_core import user_functions
 from entropy_core.rewards import compute_rewards
-from entropy_core.stages.files import user_file
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer
@@ -40,8 +40,8 @@ def reward(
     table = pa.concat_tables([shard.table("sequences.parquet") for shard in sequences])
     pool = prompts.table("prompts.parquet").take(table["prompt_id"])
     columns = {name: pool[name].to_pylist() for name in pool.column_names if name != "prompt"}
-    file = user_file(execution, source) if source else None
-    name = reward_name if file is None or ":" in reward_name else f"{file}:{reward_name}"
+    file = execution.paths[source] if source else None
+    name = user_functions.in_file(reward_name, file)
     rewards = compute_rewards(name, table["prompt"].to_pylist(), table["response"].to_pylist(), columns)
     out.table(
         pa.table({"sequence_id": table["sequence_id"], "prompt_id": table["prompt_id"], "reward": rewards}),

@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.checkpoint_files import weights_digest
-from entropy_core.errors import CheckpointError, NonFiniteError
+from entropy_core.errors import NonFiniteError
 from entropy_core.numerics.vectors import Block, each
 from entropy_core.policy import Policy
-from entropy_core.pretrained import load_policy
+from entropy_core.pretrained import load_policy, use_full_precision
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
 
 if TYPE_CHECKING:
@@ -26,25 +24,15 @@ Law = Mapping[str, Any]
 
 
 def policy_of(law: Law, execution: "Execution") -> Policy:
-    """Load the policy of a law, after making sure that its directories still hold those weights."""
-    directory = _unchanged(law["weights"], execution)
-    base = _unchanged(law["base"], execution) if law["base"] else None
-    digest = law["weights"] + law["base"]
-    policy = load_policy(directory, digest, law["dtype"], law["attn_implementation"], execution.device, base)
+    """The policy of a law, in full precision."""
+    use_full_precision()
+    directory = execution.paths[law["weights"]]
+    base = execution.paths[law["base"]] if law["base"] else None
+    digest, files = law["weights"] + law["base"], tuple(execution.stamps([law["weights"], law["base"]]).items())
+    policy = load_policy(directory, digest, law["dtype"], law["attn_implementation"], execution.device, base, files)
     policy.limit_logits(execution.head_chunk_megabytes)
     policy.recompute_activations = execution.recompute_activations
     return policy
-
-
-def _unchanged(digest: str, execution: "Execution") -> Path:
-    directory = execution.paths[digest]
-    if weights_digest(directory) != digest:
-        raise CheckpointError(
-            f"the files of {directory} changed after the sweep had begun",
-            cause="the trainer is still writing, or rotates its checkpoints",
-            way_out="run the sweep again when the checkpoint is complete",
-        )
-    return directory
 
 
 def processor_of(

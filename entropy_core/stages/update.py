@@ -9,19 +9,15 @@ import torch
 
 from entropy_core.errors import NonFiniteError
 from entropy_core.numerics.adamw import clip_factor
-from entropy_core.numerics.advantages import (
-    Loss,
-    Scaling,
-    group_advantages,
-    kl_coefficients,
-    loss_coefficients,
-    token_weights,
-)
+from entropy_core.numerics.advantages import Scaling, group_advantages
+from entropy_core.numerics.losses import LossBatch
 from entropy_core.numerics.vectors import each, global_norm, in_blocks, squares
 from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.policy import Coefficients
 from entropy_core.stages.columns import read_columns
+from entropy_core.stages.loss import loss_of, write_tokens
 from entropy_core.stages.sequences import Law, processor_of, read_sequences
+from entropy_core.user_losses import token_coefficients
 
 if TYPE_CHECKING:
     from entropy_core.artifact import Artifact, Writer
@@ -40,7 +36,8 @@ def compute_update(
     reference: "Sequence[Artifact]",
     kl_beta: float,
     responses_per_prompt: int,
-    loss: Loss,
+    loss: str,
+    loss_source: str,
     scale_rewards: Scaling,
     max_new_tokens: int,
     max_grad_norm: float,
@@ -49,8 +46,8 @@ def compute_update(
 
     Args:
         out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
-            `coefficients.safetensors` (the weight of each token's ℓ in the loss, at the on-policy point);
-            `sequences.parquet` (reward, advantage).
+            `coefficients.safetensors` (∂L/∂ℓ and ∂L/∂h of each token, at the on-policy point); `loss.safetensors` (what
+            the loss reads of each token); `sequences.parquet` (reward, advantage).
         execution: device and micro-batch.
         law: the policy.
         checkpoint: artifact of load-checkpoint.
@@ -60,9 +57,10 @@ def compute_update(
         reference: the shards of score-u-reference; none without a KL term.
         kl_beta: β of the KL term.
         responses_per_prompt: G.
-        loss: the objective.
+        loss: the objective, see `loss.loss_of`.
+        loss_source: digest of the file that defines the loss, empty for one of this package.
         scale_rewards: whether advantages are divided by the standard deviation of their group.
-        max_new_tokens: the constant length of `dr_grpo`.
+        max_new_tokens: where responses were cut; the constant length of `dr_grpo`.
         max_grad_norm: of the clipping; 0 for none.
 
     Returns:
@@ -72,22 +70,29 @@ def compute_update(
     policy = processor.policy
     rewards_N = torch.tensor(rewards.table("rewards.parquet")["reward"].to_pylist(), dtype=torch.float64)
     rewards_PG = rewards_N.view(-1, responses_per_prompt)
-    advantages_PG = group_advantages(rewards_PG, loss, scale_rewards)
+    # a loss of the user is given the advantages of GRPO, divided or not as the configuration says
+    advantages_PG = group_advantages(rewards_PG, "grpo" if loss_source else loss, scale_rewards)
     shards = [read_sequences(shard) for shard in sequences]
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
-    coefficients_N = loss_coefficients(advantages_PG.flatten(), lengths_N, loss, max_new_tokens)
-    coefficients_K = torch.repeat_interleave(coefficients_N, lengths_N)
-    if reference:
-        weights_K = torch.repeat_interleave(token_weights(lengths_N, loss, max_new_tokens), lengths_N)
-        logprobs_K, reference_K = (read_columns(s, "logprobs")[0]["logprobs"] for s in (scores, reference))
-        coefficients_K = coefficients_K + kl_beta * weights_K * kl_coefficients(logprobs_K, reference_K)
+    scored, offsets_N1 = read_columns(scores, "logprobs", "entropies")
+    batch = LossBatch.on_policy(
+        scored["logprobs"],
+        scored["entropies"],
+        offsets_N1,
+        advantages_PG,
+        rewards_PG,
+        max_new_tokens=max_new_tokens,
+        reference_logprobs_K=read_columns(reference, "logprobs")[0]["logprobs"] if reference else None,
+        kl_beta=kl_beta,
+    )
+    coefficients = token_coefficients(loss, loss_of(execution, loss, loss_source), batch)
 
     gradient = policy.new_accumulator()
     start = 0
     for shard in shards:
         stop = start + len(shard.response_tokens_K)
         for index_K, rows in processor.micro_batches(shard):
-            weights = Coefficients(coefficients_K[start:stop][index_K], torch.zeros(len(index_K), dtype=torch.float64))
+            weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
             policy.add_gradients(rows, [weights], law["temperature"], [gradient])
         start = stop
     g = in_blocks(gradient)
@@ -105,7 +110,7 @@ def compute_update(
             of_direction.append(squares(v))
             direction.write(block, v)
             loss_gradient.write(block, g[block])
-    out.tensors({"coefficients": coefficients_K}, "coefficients.safetensors")
+    write_tokens(out, batch, coefficients)
     table = rewards.table("rewards.parquet")
     table = table.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
     out.table(table.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
@@ -117,6 +122,8 @@ def compute_update(
         "prompts": len(advantages_PG),
         "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
         "loss": loss,
+        "loss_source": loss_source,
         "kl_beta": kl_beta,
+        "max_new_tokens": max_new_tokens,
         "mean_reward": float(rewards_N.mean()),
     }

@@ -3,46 +3,53 @@
     root/<stage>/<key>/     data files, and manifest.json written last: a directory with a manifest is complete
     root/<stage>/.tmp-*     being written, or left by a process that died; never read
     root/.locks/            one lock per key, so that two processes never compute the same thing
-    root/.quarantine/       artifacts that were found damaged, moved out of the way
+    root/.quarantine/       artifacts that were found damaged, moved out of the way; in root/<stage>/.quarantine-* where
+                            the stage's folder is on another disk
 
-A result is found again when the stage's code and its result-affecting inputs are the same; how it was executed (device,
-micro-batches, runner) is recorded in the manifest and is no part of the key. Reading checks every file against the
-manifest and never writes, so a store on read-only media serves for analysis.
+A result is found again when the stage's code, the releases of the libraries that this names, and its result-affecting
+inputs are the same; how it was executed (device, micro-batches, runner) is recorded in the manifest and is no part of
+the key. Finding an artifact checks its manifest and the sizes of its files; what is in a file is checked when it is
+opened (`Artifact.path`), and only then is it read. Reading never writes, so a store on read-only media serves for
+analysis.
 
-`python -m entropy_core.store` lists, verifies, explains, prunes, exports and imports what is there.
+`entropy-probe store` lists, verifies, explains, adopts, prunes, exports and imports what is there.
 """
 
 import errno
-import fcntl
 import logging
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from entropy_core.artifact import Artifact, Writer, canonical, upstream
-from entropy_core.code_identity import code_digest, module_digests, name_of
+from entropy_core.artifact import Artifact, Writer, artifacts_in, canonical, upstream
+from entropy_core.code_identity import code_of, name_of
 from entropy_core.errors import StoreError
+from entropy_core.library_versions import compared
 from entropy_core.manifest import (
+    FORMAT,
     as_json,
     check_files,
     check_manifest,
     commit,
+    may_name,
     peak_rss_bytes,
     recipe_key,
     temporary_sibling,
     versions,
 )
+from entropy_core.sources import Stamps, require_untouched
+from entropy_core.store import locks
 
 log = logging.getLogger("entropy_probe.store")
+
+Digest = Callable[[Path], str]
 
 _FULL, _READ_ONLY = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS}
 
@@ -79,7 +86,7 @@ class Store:
         self.root = Path(root).expanduser().absolute()
 
     def key(self, stage: Stage, inputs: Mapping[str, Any]) -> str:
-        """Identify a result by what makes it: the stage's name, the code that it reaches, and its inputs.
+        """Identify a result by what makes it: the stage's name, the code that it reaches, its libraries and its inputs.
 
         Args:
             stage: the stage.
@@ -91,30 +98,31 @@ class Store:
         Raises:
             StoreError: an input has no exact JSON form; names it.
         """
-        return recipe_key(_recipe(stage, inputs))
+        return recipe_key(recipe_of(stage, inputs))
 
-    def find(self, stage_name: str, key: str) -> Artifact | None:
-        """Look an artifact up and verify all of it. Files that did not change are hashed once per process.
+    def find(self, stage_name: str, key: str, digest: Digest | None = None) -> Artifact | None:
+        """Look an artifact up. No data file is read, unless `digest` says how.
 
         Args:
             stage_name: name of the stage.
             key: its key.
+            digest: see `check`.
 
         Returns:
-            The artifact, or None when there is none that is complete and sound. An unsound one is moved to
-            `.quarantine` with a warning; where that cannot be done, the warning says so.
+            The artifact, or None when there is none that is complete and, as far as this looks, sound. An unsound one
+            is moved to `.quarantine` with a warning; where that cannot be done, the warning says so.
 
         Raises:
             OSError: a file is there but could not be read. It may well be sound, and is left alone.
         """
-        artifact, fault = self.check(stage_name, key)
+        artifact, fault = self.check(stage_name, key, digest)
         if fault:
             try:
-                with self.lock(stage_name, key, timeout=0):  # or else we might move away what another just repaired
-                    artifact, fault = self.check(stage_name, key)
+                with self.lock(stage_name, key, wait=False):  # or else we might move away what another just repaired
+                    artifact, fault = self.check(stage_name, key, digest)
                     if fault:
                         self.quarantine(stage_name, key, fault)
-            except (OSError, Timeout) as error:
+            except (OSError, StoreError) as error:
                 log.warning("%s/%s is unsound and left where it is: %s (%s)", stage_name, key, fault, error)
         return artifact
 
@@ -124,18 +132,21 @@ class Store:
         Args:
             stage: the stage.
             execution: how to compute, passed to the stage's function; must not influence the result. What its
-                `describe() -> dict` returns, if it has one, goes into the manifest.
+                `describe() -> dict` returns, if it has one, goes into the manifest; its `stamps(inputs)`, if it has
+                one, says which files outside the store these name, and the summaries of artifacts among them.
             inputs: what to compute from; see `key`. Passed to the stage's function by name.
 
         Returns:
-            The artifact, complete and verified.
+            The artifact, complete; each of its files is verified when it is opened.
 
         Raises:
             StoreError: an input has no exact JSON form, or the store cannot be written. Nothing becomes visible; nor
                 does it when the stage's function raises, which passes through.
+            ProbeError: a file that the inputs name by its digest is not what it was, or was written while the stage
+                read it.
             OSError: as for `find`.
         """
-        recipe = _recipe(stage, inputs)
+        recipe = recipe_of(stage, inputs)
         key = recipe_key(recipe)
         artifact, _ = self.check(stage.name, key)
         if artifact is None:
@@ -162,57 +173,53 @@ class Store:
         found = (path.parts[-2:] for path in self.root.glob("[!.]*/*") if path.is_dir())
         return sorted((stage, key) for stage, key in found if re.fullmatch("[0-9a-f]{32}", key))
 
-    def check(self, stage_name: str, key: str, vectors: bool = False) -> tuple[Artifact | None, str]:
+    def check(self, stage_name: str, key: str, digest: Digest | None = None) -> tuple[Artifact | None, str]:
         """The artifact if it is sound, and else what is wrong with it; neither when it is not there at all.
 
         Args:
             stage_name: name of the stage.
             key: its key.
-            vectors: check its `VECTORS` as well; nobody needs them for having the rest.
+            digest: what says the content of a data file; None: that its size is right is enough.
         """
         directory = self.root / stage_name / key
-        if not directory.exists():
+        if not may_name(stage_name, key) or not directory.exists():
             return None, ""
         manifest, fault = check_manifest(directory, stage_name, key)
-        fault = fault or check_files(directory, manifest["files"], vectors)
+        fault = fault or check_files(directory, manifest["files"], digest)
         return (None, fault) if fault else (Artifact(stage_name, key, manifest["digest"], self.root), "")
 
     def manifest(self, stage_name: str, key: str) -> dict[str, Any]:
         """What is known of an artifact; empty when it is not there or its manifest is unsound."""
         return check_manifest(self.root / stage_name / key, stage_name, key)[0]
 
-    def lock(self, stage_name: str, key: str, timeout: float = -1) -> FileLock:
-        """The lock of one key, which the system frees if its holder dies; waits for ever unless told otherwise."""
-        path = self.root / ".locks" / f"{stage_name}-{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path, timeout=timeout)
+    def lock(self, stage_name: str, key: str, wait: bool = True) -> AbstractContextManager[None]:
+        """Hold the lock of one key; see `locks.key_lock`."""
+        return locks.key_lock(self.root / ".locks", stage_name, key, wait)
 
     def quarantine(self, stage_name: str, key: str, fault: str) -> None:
         """Move an unsound artifact out of the way, and say so; its lock is held."""
-        target = self.root / ".quarantine" / f"{stage_name}-{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        name = f"{stage_name}-{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        target = self.root / ".quarantine" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(self.root / stage_name / key, target)
+        try:
+            os.rename(self.root / stage_name / key, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            target = self.root / stage_name / f".quarantine-{name}"  # the stage's folder is on another disk
+            os.rename(self.root / stage_name / key, target)
         log.warning("%s/%s is unsound and will not be used: %s; moved to %s", stage_name, key, fault, target)
 
-    @contextmanager
-    def in_use(self, alone: bool = False) -> Iterator[None]:
+    def in_use(self, alone: bool = False) -> AbstractContextManager[None]:
         """Within the context this process relies on what is there; or nobody else does, so that it may be deleted.
 
         Args:
             alone: refuse if the store is in use by another process.
 
         Raises:
-            StoreError: it is.
+            StoreError: it is, or that cannot be told.
         """
-        path = self.root / ".locks" / "in-use"
-        with ExitStack() as stack:
-            with suppress(OSError):  # where nothing can be written, nothing can be deleted either
-                path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
-                stack.callback(os.close, descriptor)
-                if not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH):
-                    raise StoreError(f"a sweep is under way in {self.root}", way_out="try again when it has ended")
-            yield
+        return (locks.alone if alone else locks.in_use)(self.root / ".locks")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -243,22 +250,25 @@ class Store:
         with temporary_sibling(final) as temporary:
             described = execution.describe() if hasattr(execution, "describe") else {}
             described = as_json(described, "what execution.describe() returned")  # fail before the work, not after
-            modules = module_digests(stage.function.__module__)
+            look: Callable[[Any], Stamps] = getattr(execution, "stamps", lambda inputs: {})
+            named = [recipe["inputs"], *(artifact.summary for artifact in artifacts_in(inputs))]
+            before = look(named)
             started = time.monotonic()
             summary = stage.function(Writer(temporary), execution, **inputs)
             seconds = time.monotonic() - started
-            if code_digest(stage.function) != recipe["code"]:
+            if recipe_of(stage, inputs) != recipe:
                 raise StoreError(
                     f"the code of stage {stage.name} changed before all of it was loaded, so its result has no key",
-                    cause="a module of the project was edited during the run",
+                    cause="a module of the project was edited, or a library was upgraded, during the run",
                     way_out="run again",
                 )
+            require_untouched(before, look(named), stage.name)
             manifest = {
                 **recipe,
                 "key": key,
                 "function": name_of(stage.function),
-                "modules": modules,
-                "upstream": list(upstream(inputs)),
+                "definitions": code_of(stage.function).definitions,
+                "upstream": upstream(inputs),
                 "summary": as_json(summary, f"the summary of stage {stage.name}"),
                 "execution": described,
                 "versions": versions(),
@@ -271,14 +281,13 @@ class Store:
         return Artifact(stage.name, key, digest, self.root)
 
 
-def _recipe(stage: Stage, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {"stage": stage.name, "code": code_digest(stage.function), "inputs": canonical(dict(inputs))}
-
-
-def _flock(descriptor: int, operation: int) -> bool:
-    """Lock an open file; False if it is locked by another process and waiting was not asked for."""
-    try:
-        fcntl.flock(descriptor, operation)
-    except BlockingIOError:
-        return False
-    return True
+def recipe_of(stage: Stage, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a result, as its manifest says it; see `manifest.recipe_key`."""
+    code = code_of(stage.function)
+    return {
+        "format": FORMAT,
+        "stage": stage.name,
+        "code": code.digest,
+        "libraries": compared(code.libraries),
+        "inputs": canonical(dict(inputs)),
+    }

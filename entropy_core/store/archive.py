@@ -7,25 +7,27 @@ and nothing becomes visible before all of it is verified.
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from entropy_core.errors import StoreError
-from entropy_core.manifest import DROPPED, MANIFEST, VECTORS, make_visible, temporary_sibling
+from entropy_core.file_digests import file_digest
+from entropy_core.manifest import DROPPED, MANIFEST, VECTORS, check_files, make_visible, temporary_sibling
 from entropy_core.store import Store, runs
 
 _ARTIFACT = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*/[0-9a-f]{32}/[^/].*")
 _RUN = re.compile(r"runs/[^./][^/]*/[^./][^/]*")
 
 
-def export(store: Store, run_id: str, file: Path, everything: bool = False) -> list[runs.Name]:
-    """Write a run and the artifacts that its statistics need into an archive; no statistics need any `VECTORS`.
+def export(store: Store, run_id: str, file: Path, everything: bool = False, vectors: bool = False) -> list[runs.Name]:
+    """Write a run and the artifacts that its statistics need into an archive; what is packed is verified.
 
     Args:
         store: where the run is.
         run_id: of the run, or `latest`.
         file: the archive; appears when it is complete.
-        everything: also what these artifacts were made from, and `VECTORS`, so that the run can be extended elsewhere.
+        everything: also what these artifacts were made from, so that the run can be extended elsewhere.
+        vectors: also their files of the size of the policy, which are made anew where a stage needs them.
 
     Returns:
         The artifacts in it.
@@ -37,29 +39,38 @@ def export(store: Store, run_id: str, file: Path, everything: bool = False) -> l
     wanted = runs.named(store.root, directory.name)
     upstream = runs.with_upstream(store, wanted)
     wanted = upstream if everything else wanted | {name for name in upstream if name[0] == "variance"}
-    for stage, key in sorted(wanted):
-        artifact, fault = store.check(stage, key, vectors=everything)
-        if artifact is None:
-            raise StoreError(
-                f"the artifact {stage}/{key} of the run {directory.name} is {fault or 'missing'}",
-                cause="it was deleted or damaged, or the store was moved without it",
-                way_out=f"run the sweep of {directory / 'config.yaml'} again",
-            )
-    folders = [store.root.joinpath(*name) for name in sorted(wanted)] + [directory]
-    vectors = {path for folder in folders for path in folder.glob(f"{VECTORS}*") if not everything}
-    members = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    members = [member for name in sorted(wanted) for member in _members(store, name, directory, vectors)]
+    members += [path for path in sorted(directory.rglob("*")) if path.is_file()]
     try:
         with temporary_sibling(file.absolute()) as temporary:  # a name of its own until it is complete
             with tarfile.open(temporary / file.name, "w", dereference=True) as archive:
                 for path in members:
-                    if path not in vectors:
-                        archive.add(path, path.relative_to(store.root).as_posix(), filter=_anonymous)
-                for folder in sorted({path.parent.parent.relative_to(store.root) for path in vectors}):
-                    archive.addfile(tarfile.TarInfo((folder / DROPPED).as_posix()))
+                    name = path.relative_to(store.root).as_posix()
+                    if path.name == DROPPED:
+                        archive.addfile(tarfile.TarInfo(name))
+                    else:
+                        archive.add(path, name, filter=_anonymous)
             (temporary / file.name).replace(file)
     except OSError as error:
         raise StoreError(f"{file} cannot be written: {error}", way_out="choose another place") from None
     return sorted(wanted)
+
+
+def _members(store: Store, name: runs.Name, run: Path, vectors: bool) -> list[Path]:
+    """The files of an artifact, verified; without its `VECTORS`, unless these are there and asked for."""
+    artifact, fault = store.check(*name)
+    folder = store.root.joinpath(*name)
+    files = artifact.manifest["files"] if artifact else {}
+    without = not vectors or (folder / DROPPED).exists()
+    packed = {file: entry for file, entry in files.items() if not (without and file.startswith(VECTORS))}
+    fault = fault or check_files(folder, packed, file_digest)
+    if artifact is None or fault:
+        raise StoreError(
+            f"the artifact {'/'.join(name)} of the run {run.name} is {fault or 'missing'}",
+            cause="it was deleted or damaged, or the store was moved without it",
+            way_out=f"run the sweep of {run / 'config.yaml'} again",
+        )
+    return sorted(folder / file for file in [*packed, MANIFEST, *([DROPPED] if len(packed) < len(files) else [])])
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -88,17 +99,22 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
         with temporary_sibling(store.root / "import") as temporary:
             arrived = Store(temporary)
             _unpack(file, temporary)
-            names, run_ids = arrived.names(), runs.recorded(temporary)
+            names, run_ids = arrived.names(), runs.present(temporary)
             _verify(file, arrived, store, names, run_ids)
             for stage, key in names:
                 with store.lock(stage, key):
-                    _, fault = found = store.check(stage, key)
+                    _, fault = found = store.check(stage, key, file_digest)
                     if fault:
                         store.quarantine(stage, key, fault)
                     if found[0] is None:
                         (store.root / stage).mkdir(exist_ok=True)
-                        make_visible(temporary / stage / key, store.root / stage / key)
+                        with temporary_sibling(store.root / stage / key) as sibling:  # it may be on another disk
+                            shutil.move(temporary / stage / key, sibling / key)
+                            make_visible(sibling / key, store.root / stage / key)
+            known = runs.recorded(store.root)
             for run_id in run_ids:
+                if run_id in known:
+                    continue
                 with runs.writing(store, run_id) as folder:
                     for path in runs.folder(temporary, run_id).iterdir():
                         path.replace(folder / path.name)
@@ -106,12 +122,20 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
 
 
 def _unpack(file: Path, into: Path) -> None:
+    if not file.is_file():  # but a pipe, say, which would be waited for
+        raise StoreError(f"there is no file {file}")
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
                 plain = str(path) == member.name and ".." not in path.parts and max(map(len, path.parts)) < 200
-                if not (member.isreg() and plain and (_ARTIFACT.fullmatch(str(path)) or _RUN.fullmatch(str(path)))):
+                full = member.isreg() and not member.issparse()  # holes would be unpacked as zeros, at full size
+                if not (
+                    full
+                    and plain
+                    and member.name.isprintable()
+                    and (_ARTIFACT.fullmatch(str(path)) or _RUN.fullmatch(str(path)))
+                ):
                     raise _refused(file, f"it has a member {member.name!r} that no store has")
                 target = into / path
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,13 +147,11 @@ def _unpack(file: Path, into: Path) -> None:
         raise _refused(file, f"it cannot be read: {error}") from None
     except (FileExistsError, NotADirectoryError) as error:
         raise _refused(file, f"two of its members have one name: {Path(error.filename).relative_to(into)}") from None
-    except FileNotFoundError as error:
-        raise StoreError(f"there is no file {error.filename}") from None
 
 
-def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name], run_ids: Iterable[str]) -> None:
+def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name], run_ids: Collection[str]) -> None:
     for stage, key in names:
-        artifact, fault = arrived.check(stage, key, vectors=True)
+        artifact, fault = arrived.check(stage, key, file_digest)
         if artifact is None:
             raise _refused(file, f"{stage}/{key} is unsound: {fault}")
         folder = artifact.directory
@@ -137,6 +159,10 @@ def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name]
         if extra := inside - {MANIFEST, DROPPED, *artifact.manifest["files"]}:
             raise _refused(file, f"{stage}/{key} has files that its manifest does not name: {', '.join(sorted(extra))}")
     present = set(names)
+    if not run_ids:
+        raise _refused(file, "there is no run in it")
+    for run_id in sorted(set(run_ids) - set(runs.recorded(arrived.root))):
+        raise _refused(file, f"its {runs.RECORD} of the run {run_id} does not say when that was")
     for run_id in run_ids:
         for stage, key in sorted(runs.named(arrived.root, run_id) - present):
             if store.check(stage, key)[0] is None:
@@ -146,6 +172,6 @@ def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name]
 def _refused(file: Path, fault: str) -> StoreError:
     return StoreError(
         f"{file} is refused: {fault}",
-        cause="it was cut short, altered, or not made by `python -m entropy_core.store export`",
+        cause="it was cut short, altered, or not made by `entropy-probe store export`",
         way_out="export the run again",
     )

@@ -1,20 +1,23 @@
 """Why two artifacts of one stage have different keys, and why a stage would run again.
 
-A key is made of the stage's code and of its inputs. The manifest holds both: a digest of every module that the code
-reaches, and every input. Where an input is an artifact, the reasons why that one differs are the reasons.
+A key is made of the stage's code, of the libraries that this names, and of its inputs. The manifest holds all of it: a
+digest of every definition that the code reaches, the release of every library, and every input. Where an input is an
+artifact, the reasons why that one differs are the reasons.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from entropy_core.artifact import canonical, upstream
-from entropy_core.code_identity import module_digests, name_of
+from entropy_core.artifact import upstream
+from entropy_core.code_identity import code_at, code_of, name_of
 from entropy_core.errors import StoreError
-from entropy_core.store import Stage, Store, runs
+from entropy_core.library_versions import compared
+from entropy_core.store import Stage, Store, recipe_of, runs
 
 Recipe = Mapping[str, Any]
-"""What makes an artifact: `stage`, `function`, `modules`, `inputs`, `upstream`; a manifest is one."""
+"""What makes an artifact, as its manifest says it: `stage`, `function`, `code`, `definitions`, `libraries`, `inputs`,
+`upstream`."""
 
 _ABSENT = "–"
 _CANDIDATES = 8  # whose upstream artifacts are compared, too, to tell which is the nearest
@@ -23,7 +26,7 @@ _CANDIDATES = 8  # whose upstream artifacts are compared, too, to tell which is 
 class Difference(NamedTuple):
     """One reason why two artifacts differ."""
 
-    field: str  # "function", "module NAME", or the dotted path of an input
+    field: str  # "function", "definition MODULE:NAME", "library NAME", or the dotted path of an input
     before: str
     after: str
     stages: tuple[str, ...]  # that have it: the artifacts' own, or those that they depend on
@@ -35,18 +38,19 @@ class Difference(NamedTuple):
 def recipe(stage: Stage, inputs: Mapping[str, Any]) -> Recipe:
     """What would make an artifact, as its manifest would say it."""
     return {
-        "stage": stage.name,
+        **recipe_of(stage, inputs),
         "function": name_of(stage.function),
-        "modules": module_digests(stage.function.__module__),
-        "inputs": canonical(dict(inputs)),
-        "upstream": list(upstream(inputs)),
+        "definitions": code_of(stage.function).definitions,
+        "upstream": upstream(inputs),
     }
 
 
 def of_this_code(made: Recipe) -> Recipe:
-    """The recipe of an artifact, with the code that is here now. Raises StoreError when its function is not."""
-    module = made["function"].partition(":")[0]
-    return {**made, "modules": module_digests(module)}
+    """The recipe of an artifact, with the code and the libraries that are here now. Raises StoreError when its function
+    is not."""
+    code = code_at(made["function"])
+    libraries = compared(code.libraries)
+    return {**made, "code": code.digest, "definitions": code.definitions, "libraries": libraries}
 
 
 def resolve(store: Store, text: str) -> runs.Name:
@@ -60,9 +64,7 @@ def resolve(store: Store, text: str) -> runs.Name:
     if len(found) == 1:
         return found[0]
     listed = f"{len(found)} artifacts: {', '.join('/'.join(name) for name in found[:4])}, …" if found else "no artifact"
-    raise StoreError(
-        f"{text!r} names {listed} in {store.root}", way_out="`python -m entropy_core.store ls` lists what is there"
-    )
+    raise StoreError(f"{text!r} names {listed} in {store.root}", way_out="`entropy-probe store ls` lists what is there")
 
 
 def differences(store: Store, before: Recipe, after: Recipe) -> list[Difference]:
@@ -86,12 +88,12 @@ def differences(store: Store, before: Recipe, after: Recipe) -> list[Difference]
 def _changes(store: Store, before: Recipe, after: Recipe, seen: set[tuple[str, str]]) -> Iterator[tuple[str, ...]]:
     """Stage, field, before and after of each difference, upstream ones included."""
     stage = before["stage"]
-    if before["function"] != after["function"]:
-        yield stage, "function", before["function"], after["function"]
-    old, new = before["modules"], after["modules"]
-    for module in sorted(old.keys() | new.keys()):
-        if old.get(module) != new.get(module):
-            yield stage, f"module {module}", _code(old.get(module)), _code(new.get(module))
+    if before["code"] != after["code"]:
+        yield from ((stage, *change) for change in _code_changes(before, after))
+    for library in sorted(before["libraries"].keys() | after["libraries"].keys()):
+        x, y = (of["libraries"].get(library, _ABSENT) for of in (before, after))
+        if x != y:
+            yield stage, f"library {library}", x, y
     a, b = dict(_flat(before["inputs"])), dict(_flat(after["inputs"]))
     for field in dict.fromkeys([*a, *b]):
         x, y = a.get(field, _ABSENT), b.get(field, _ABSENT)
@@ -107,6 +109,26 @@ def _changes(store: Store, before: Recipe, after: Recipe, seen: set[tuple[str, s
                 yield from found
                 continue
         yield stage, field, _named(before, x), _named(after, y)
+
+
+def _code_changes(before: Recipe, after: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Field, before and after of the definitions that are others; where one was only moved, it is none."""
+    old, new = before["definitions"].items(), after["definitions"].items()
+    gone, come = dict(old - new), dict(new - old)
+    for name, digest in list(gone.items()):
+        moved = [to for to, of in come.items() if of == digest and to.rpartition(":")[2] == name.rpartition(":")[2]]
+        if moved and name not in come:
+            del gone[name], come[moved[0]]
+    for name in sorted(gone.keys() | come.keys()):
+        yield f"definition {name}", _code(gone.get(name)), _code(come.get(name))
+    if before["function"] != after["function"] and not gone and not come:
+        yield "function", before["function"], after["function"]
+    elif not gone and not come:
+        yield (
+            "code",
+            _code(before["code"]),
+            _code(after["code"]),
+        )  # other imports between them
 
 
 def nearest(store: Store, wanted: Recipe, key: str = "") -> tuple[runs.Name, list[Difference]] | None:
@@ -125,7 +147,7 @@ def nearest(store: Store, wanted: Recipe, key: str = "") -> tuple[runs.Name, lis
         if name[0] == wanted["stage"] and name[1] != key and (manifest := store.manifest(*name)):
             a, b = dict(_flat(manifest["inputs"])), dict(_flat(wanted["inputs"]))
             unequal = sum(a.get(field) != b.get(field) for field in a.keys() | b.keys())
-            candidates.append((-unequal, manifest["modules"] == wanted["modules"], manifest["created"], name))
+            candidates.append((-unequal, manifest["code"] == wanted["code"], manifest["created"], name))
     closest = [candidate[-1] for candidate in sorted(candidates, reverse=True)[:_CANDIDATES]]
     found = [(name, differences(store, store.manifest(*name), wanted)) for name in closest]
     return min(found, key=lambda one: len(one[1]), default=None)

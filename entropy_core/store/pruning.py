@@ -67,8 +67,7 @@ def waste(store: Store, keep_runs: int | None = None) -> list[Waste]:
 
 
 def _can_be_told(store: Store, recorded: list[str]) -> None:
-    present = {path.parent.name for path in (store.root / "runs").glob(f"[!.]*/{runs.RECORD}")}
-    for run_id in sorted(present - set(recorded)):
+    for run_id in sorted(set(runs.present(store.root)) - set(recorded)):
         raise StoreError(
             f"what the run {run_id} needs cannot be told: its {runs.RECORD} cannot be read",
             way_out=f"run its sweep again, or delete the folder {runs.folder(store.root, run_id)}",
@@ -78,4 +77,5 @@ def _can_be_told(store: Store, recorded: list[str]) -> None:
 def _leftovers(root: Path) -> Iterator[tuple[Path, str]]:
     for pattern in (".tmp-*", "[!.]*/.tmp-*"):
         yield from ((path, "it was left by a process that died") for path in sorted(root.glob(pattern)))
-    yield from ((path, "it was found damaged") for path in sorted(root.glob(".quarantine/*")))
+    for pattern in (".quarantine/*", "[!.]*/.quarantine-*"):
+        yield from ((path, "it was found damaged") for path in sorted(root.glob(pattern)))

@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entropy_core.errors import StoreError
-from entropy_core.manifest import temporary_sibling
+from entropy_core.errors import StoreError, one_line
+from entropy_core.manifest import TEMPORARY, temporary_sibling
 from entropy_core.store import Store
 
 RECORD = "run.json"
@@ -30,10 +31,39 @@ def folder(root: Path, run_id: str) -> Path:
 def recorded(root: Path) -> list[str]:
     """The ids of the recorded runs, in the order in which they finished."""
     found = []
-    for path in (root / "runs").glob(f"[!.]*/{RECORD}"):
-        with suppress(ValueError, LookupError, TypeError):  # a record that cannot be read is none
-            found.append((json.loads(path.read_text(encoding="utf-8"))["finished"], path.parent.name))
+    for run_id in present(root):
+        with suppress(StoreError), understood(folder(root, run_id) / RECORD) as record:
+            found.append((datetime.fromisoformat(record["finished"]), run_id))
     return [run_id for _, run_id in sorted(found)]
+
+
+def present(root: Path) -> list[str]:
+    """The ids of the runs that have a record, whether or not it can be understood."""
+    names = (path.parent.name for path in (root / "runs").glob(f"*/{RECORD}"))
+    return sorted(name for name in names if not name.startswith(TEMPORARY))
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[Any]:
+    """Read a record; what goes wrong within the context is that it does not say what it should.
+
+    Args:
+        path: of a run.json.
+
+    Yields:
+        What is in it, which may have been edited or come from anywhere.
+
+    Raises:
+        StoreError: it cannot be understood.
+    """
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(
+            f"{path} does not say what the run needs: {one_line(error)}",
+            cause="it was edited, damaged, or written by another version",
+            way_out="run the sweep again, or delete the folder",
+        ) from None
 
 
 def find(root: Path, run_id: str) -> Path:
@@ -54,7 +84,7 @@ def find(root: Path, run_id: str) -> Path:
     listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
     raise StoreError(
         f"there is no run {run_id!r} in {root / 'runs'}; {listed}",
-        way_out="give one of these ids, or run entropy-probe/checkpoint-sweep first",
+        way_out="give one of these ids, or run `entropy-probe sweep` first",
     )
 
 
@@ -99,17 +129,9 @@ def named(root: Path, run_id: str) -> set[Name]:
     Raises:
         StoreError: the record cannot be understood.
     """
-    path = folder(root, run_id) / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+    with understood(folder(root, run_id) / RECORD) as record:
         found = [*references(record["checkpoints"]), record["report"]]
         return {(reference["stage"], reference["key"]) for reference in found}
-    except (ValueError, LookupError, TypeError) as error:
-        raise StoreError(
-            f"{path} does not say what the run needs: {error!r}",
-            cause="it was edited, damaged, or written by another version",
-            way_out="run the sweep again, or delete the folder",
-        ) from None
 
 
 def with_upstream(store: Store, names: set[Name]) -> set[Name]:

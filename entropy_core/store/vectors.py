@@ -11,6 +11,7 @@ import os
 from contextlib import suppress
 
 from entropy_core.artifact import Artifact
+from entropy_core.file_digests import file_digest
 from entropy_core.manifest import DROPPED, VECTORS, temporary_sibling
 from entropy_core.store import Store
 
@@ -52,7 +53,7 @@ def require(store: Store, artifact: Artifact) -> bool:
     directory = artifact.directory
     with store.writing(), store.lock(artifact.stage, artifact.key):
         if present(artifact):
-            found, fault = store.check(artifact.stage, artifact.key, vectors=True)
+            found, fault = store.check(artifact.stage, artifact.key, file_digest)
             if fault:
                 store.quarantine(artifact.stage, artifact.key, fault)
             return found == artifact

@@ -6,12 +6,22 @@ from typing import NamedTuple, get_args
 import pytest
 import torch
 from conftest import World, gpt2, llama, llama64, policy_of, random_direction
-from enumeration import Everything, by_position, enumerate_world, evaluation_batch, every_batch
+from enumeration import (
+    Everything,
+    by_position,
+    enumerate_world,
+    evaluation_batch,
+    every_batch,
+    no_baseline,
+    per_decision,
+    taken,
+)
 from proofs import Proof, power
 from torch import Tensor
 
-from entropy_core.numerics import importance, ragged
-from entropy_core.numerics.baselines import Baseline, ReturnsToGo
+from entropy_core.numerics import ragged
+from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.token_statistics import TokenDerivatives
 
 pytestmark = pytest.mark.validate
@@ -49,44 +59,43 @@ def at_theta(everything: Everything) -> Iterator[Mean]:
     dH_seq, dL, dH_tok = (
         world.derivative(lambda at, name=name: getattr(at, name), v) for name in ("H_seq", "L", "H_tok")
     )
-    S, L, X, Y = (mean(column_N) for column_N in (columns.S_N, columns.T_N, columns.x_N, columns.y_N))
+    (S_N, x_N, local_N), (T_N, y_N, _) = columns[ENTROPY], columns[LENGTH]
+    S, L, X, Y = (mean(column_N) for column_N in (S_N, T_N, x_N, y_N))
     yield Mean("Σ_k h_k, against Shannon's entropy of the responses", S, exact.H_seq.item())
     yield Mean("length", L, exact.L.item())
     yield Mean("∂_vH_seq", X, dH_seq)
     yield Mean("∂_vL", Y, dL)
     yield Mean("∂_vH_tok, from the means", (X - S / L * Y) / L, dH_tok)
     score_N = ragged.sequence_sum(everything.tokens.dlogprobs_K, everything.offsets_N1)
-    X = mean(score_N * columns.S_N + columns.x_local_N)
+    X = mean(score_N * S_N + local_N)
     yield Mean("snis: its derivative, per sequence", X, dH_seq)
-    yield Mean("snis: its derivative, per token, from the means", (X - S / L * mean(score_N * columns.T_N)) / L, dH_tok)
+    yield Mean("snis: its derivative, per token, from the means", (X - S / L * mean(score_N * T_N)) / L, dH_tok)
 
 
 def at_eta(everything: Everything) -> Iterator[Mean]:
     for eta in ETAS:
-        (weights, moved_K), there = everything.at(eta), everything.world.exact_at(everything.v, eta)
-        base = by_position(everything)
-        for name, used in (("no baseline", ReturnsToGo(*(0 * b for b in base))), ("baseline", base)):
-            columns = importance.per_decision_columns(weights, moved_K, used, everything.offsets_N1)
+        at_eta, there = everything.at(eta), everything.world.exact_at(everything.v, eta)
+        for name, bases in (("no baseline", no_baseline(everything)), ("baseline", by_position(everything))):
+            moved = per_decision(at_eta, bases)
             label = f"per_decision, η = {eta:g}, {name}"
-            yield Mean(f"{label}: H_seq(θ + ηv)", everything.mean(columns.S_N), there.H_seq.item())
-            yield Mean(f"{label}: L(θ + ηv)", everything.mean(columns.T_N), there.L.item())
+            yield Mean(f"{label}: H_seq(θ + ηv)", everything.mean(moved.S_N), there.H_seq.item())
+            yield Mean(f"{label}: L(θ + ηv)", everything.mean(moved.T_N), there.L.item())
 
 
 def over_batches(few: Everything) -> Iterator[Mean]:
     """A baseline from the other sequences of the batch: the mean is over batches, not over sequences."""
     world, v, eta = few.world, few.v, 0.7
     dH_seq, dL = (world.derivative(lambda at, name=name: getattr(at, name), v) for name in ("H_seq", "L"))
-    (weights, moved_K), there = few.at(eta), world.exact_at(v, eta)
+    at_eta, there = few.at(eta), world.exact_at(v, eta)
     for baseline in BASELINES:
         X = Y = S = T = 0.0
         for chosen_N, probability in every_batch(few, 3):
             pick_K, offsets_N1 = few.tokens_of(chosen_N)
             batch = evaluation_batch(TokenDerivatives(*(x_K[pick_K] for x_K in few.tokens)), offsets_N1, baseline)
-            of_batch = importance.PrefixWeights(*(w[pick_K] for w in weights[:2]), weights.sequence_N[chosen_N])
-            ((_, base),) = batch.read()
-            moved = importance.per_decision_columns(of_batch, moved_K[pick_K], base, offsets_N1)
-            columns = batch.columns
-            X, Y = X + probability * float(columns.x_N.mean()), Y + probability * float(columns.y_N.mean())
+            ((_, bases),) = batch.read()
+            moved = per_decision(taken(*at_eta, chosen_N, pick_K, offsets_N1), dict(bases))
+            x, y = (float(batch.columns[functional].derivative_N.mean()) for functional in (ENTROPY, LENGTH))
+            X, Y = X + probability * x, Y + probability * y
             S, T = S + probability * float(moved.S_N.mean()), T + probability * float(moved.T_N.mean())
         yield Mean(f"{baseline}, every batch of 3: ∂_vH_seq", X, dH_seq)
         yield Mean(f"{baseline}, every batch of 3: ∂_vL", Y, dL)

@@ -6,16 +6,24 @@ from typing import NamedTuple, get_args
 import pytest
 import torch
 from conftest import World, gpt2, llama64, policy_of, random_direction
-from enumeration import Everything, TokenGradients, enumerate_world, evaluation_batch, token_gradients
+from enumeration import (
+    Everything,
+    TokenGradients,
+    as_tokens,
+    enumerate_world,
+    evaluation_batch,
+    rloo_coefficients,
+    token_gradients,
+)
 from proofs import Proof, percent
 from scipy.stats import t as student
 from torch import Tensor
 
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
-from entropy_core.numerics.advantages import group_advantages, loss_coefficients
 from entropy_core.numerics.baselines import Baseline
 from entropy_core.numerics.first_order import score_coefficients
+from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import (
     Normalization,
@@ -156,9 +164,8 @@ class Trainer:
         """The loss coefficient of each sequence of U, and which response it is."""
         prompts_P = torch.randint(len(self.law_PR), (prompts,), generator=self.generator)
         u_PG = torch.multinomial(self.law_PR[prompts_P], G, replacement=True, generator=self.generator)
-        advantages_N = group_advantages(self.reward_R[u_PG], "rloo").flatten()
         lengths_N = self.everything.sequences.lengths_N[u_PG.flatten()]
-        return loss_coefficients(advantages_N, lengths_N, "rloo", 3), u_PG.flatten()
+        return rloo_coefficients(self.reward_R[u_PG], lengths_N), u_PG.flatten()
 
     def gradient(self, coefficients_N: Tensor, chosen_N: Tensor) -> Tensor:
         return (
@@ -181,8 +188,9 @@ def halves_of_gradient(trainer: Trainer, chosen_N: Tensor) -> tuple[list[dict[st
     """What the entropy-gradient stage computes of a batch: two halves, and ∇H_seq and ∇L of each, [2, Q]."""
     everything, (score_KQ, entropy_KQ) = trainer.everything, trainer.gradients
     pick_K, offsets_N1 = everything.tokens_of(chosen_N)
-    entropies_K = everything.tokens.entropies_K[pick_K]
-    score = score_coefficients(entropies_K, offsets_N1, "time_loo")
+    tokens = as_tokens(TokenDerivatives(*(x_K[pick_K] for x_K in everything.tokens)), offsets_N1)
+    entropies_K = tokens.entropies_K
+    score = [score_coefficients(functional, tokens, "time_loo") for functional in (ENTROPY, LENGTH)]
     half_K = ragged.sequence_index(offsets_N1) % 2
     halves, weights_3K2 = [], torch.zeros(3, len(score_KQ), 2, dtype=torch.float64)
     for half in (0, 1):

@@ -32,8 +32,8 @@ MUTATIONS = (
     Mutation(
         "tokens scored one step late",
         "batched_sequences",
-        "torch.arange(p - 1, p - 1 + t)",
-        "torch.arange(p, p + t) % input_ids_BL.shape[1]",
+        "TeacherForcedRows(input_ids_BL, row_K, column_K - 1, tokens_K)",
+        "TeacherForcedRows(input_ids_BL, row_K, column_K, tokens_K)",
         "test_enumeration",
     ),
     Mutation(
@@ -53,15 +53,15 @@ MUTATIONS = (
     Mutation(
         "EOS sampled, but not scored",
         "decoding",
-        "batch.lengths_B[rows_R] += 1",
-        "batch.lengths_B[rows_R] += ~torch.isin(tokens_R, self.eos_E)",
+        "self.responses[sequence] = Response(tokens, reason)",
+        'self.responses[sequence] = Response(tokens[:-1] if reason == "eos" else tokens, reason)',
         "test_sequence_processor",
     ),
     Mutation(
         "a row that was given away keeps the columns of the sequence before",
         "decoding",
-        "self.batch.mask_BL[rows_R] = 0",
-        "pass",
+        "(batch.mask_BL.shape[1] - mask_RL.shape[1], 0))",
+        "(batch.mask_BL.shape[1] - mask_RL.shape[1], 0), value=1)",
         "test_decoding",
     ),
     Mutation(
@@ -115,17 +115,31 @@ MUTATIONS = (
     ),
     Mutation(
         "sign of the loss flipped",
-        "numerics/advantages",
-        "return -advantages_N * ",
-        "return advantages_N * ",
-        "test_advantages",
+        "numerics/losses",
+        "return -batch.of_tokens(batch.advantages_N) * ratio_K",
+        "return batch.of_tokens(batch.advantages_N) * ratio_K",
+        "test_losses",
     ),
     Mutation(
         "1/B_U dropped",
-        "numerics/advantages",
-        "return 1.0 / (len(lengths_N) * scale_N)",
-        "return 1.0 / scale_N",
-        "test_advantages",
+        "numerics/losses",
+        "return (self.weights_N * values_N).sum() / self.responses",
+        "return (self.weights_N * values_N).sum()",
+        "test_losses",
+    ),
+    Mutation(
+        "what a response does to a shared denominator left out of its influence",
+        "numerics/losses",
+        "/ batch.mean(batch.lengths_N)",
+        "/ batch.mean(batch.lengths_N).detach()",
+        "test_losses",
+    ),
+    Mutation(
+        "the loss's term in the entropy left out of the step",
+        "stages/update",
+        "for values_K in coefficients)",
+        "for values_K in (coefficients[0], 0 * coefficients[1]))",
+        "test_update",
     ),
     Mutation(
         "length term of ∂_vH_tok dropped",
@@ -158,8 +172,8 @@ MUTATIONS = (
     Mutation(
         "the step's own entropy in the reward to go",
         "numerics/baselines",
-        "return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1), remaining_K)",
-        "return ReturnsToGo(ragged.sum_after(entropies_K, offsets_N1) + entropies_K.double(), remaining_K)",
+        "return after_K + values_K if functional.of_action else after_K",
+        "return after_K + values_K",
         "test_enumeration",
     ),
     Mutation(
@@ -168,6 +182,20 @@ MUTATIONS = (
         "return total_T[position_K] - own_K",
         "return total_T[position_K]",
         "test_enumeration",
+    ),
+    Mutation(
+        "a value that depends on its own token weighted without it",
+        "numerics/importance",
+        "return self.after_K if functional.of_action else self.before_K",
+        "return self.before_K",
+        "test_functional",
+    ),
+    Mutation(
+        "a term in the log-probability left out of a functional's derivative",
+        "numerics/functional",
+        "return TokenPair(*torch.autograd.grad(values_K.sum(), ends, materialize_grads=True))",
+        "return TokenPair(0 * ends[0].detach(), *torch.autograd.grad(values_K.sum(), ends[1], materialize_grads=True))",
+        "test_functional",
     ),
     Mutation(
         "prefix weights one step late",

@@ -3,14 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import chdir
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
 import pytest
 import torch
-import yaml
 from conftest import World, gpt2, llama64, policy_of, random_direction
 from enumeration import enumerate_world, evaluation_batch
 from pipeline_fixtures import Probe, probe
@@ -19,9 +17,10 @@ from torch import Tensor
 
 from entropy_core.numerics import ragged
 from entropy_core.numerics.baselines import Baseline
-from entropy_core.numerics.first_order import FirstOrderColumns
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Normalization, entropy_derivative, snis_derivative, standard_error
+from entropy_core.read_config import load_config
 from entropy_core.stages import catalogue as stage
 from entropy_core.stages.columns import read_columns
 from entropy_core.store import Store
@@ -38,8 +37,7 @@ CLOSURE, SECONDS, SEQUENCES = 1e-6, 2.0, 4096
 @pytest.fixture(scope="module")
 def swept(demo_run: Path) -> Probe:
     """The demo sweep, in the store that `make sweep` uses; what is there is reused."""
-    with chdir(ROOT):
-        return probe(yaml.safe_load(Path("configs/demo.yaml").read_text(encoding="utf-8")))
+    return probe(load_config(ROOT / "configs" / "demo.yaml").model_dump(mode="json"))
 
 
 def variance_inputs(swept: Probe) -> list[dict[str, Any]]:
@@ -93,7 +91,11 @@ def alternatives(
     columns = {name: evaluation_batch(tokens, offsets_N1, name).columns for name in ("none", DEFAULT, *OTHERS)}
     none = columns.pop("none")
     logprob_N, score_N = (ragged.sequence_sum(x_K, offsets_N1) for x_K in (tokens.logprobs_K, tokens.dlogprobs_K))
-    plain = FirstOrderColumns(-logprob_N * score_N, none.T_N * score_N, 0 * score_N, -logprob_N, none.T_N)
+    T_N = none[LENGTH].total_N
+    plain = {
+        ENTROPY: Columns(-logprob_N, -logprob_N * score_N, 0 * score_N),
+        LENGTH: Columns(T_N, T_N * score_N, 0 * score_N),
+    }
     estimates = {
         "score function": entropy_derivative(plain, normalization),
         "no baseline": entropy_derivative(none, normalization),

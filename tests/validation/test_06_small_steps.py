@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import World, gpt2, llama, llama64, policy_of, random_direction
-from enumeration import Everything, enumerate_world, processor_of
+from enumeration import Everything, as_tokens, enumerate_world, no_baseline, per_decision, processor_of
 from pipeline_fixtures import probe, skip_figures
 from proofs import Proof, power
 
 from entropy_core.numerics import importance, path_integral
-from entropy_core.numerics.baselines import ReturnsToGo
+from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.token_statistics import TokenDerivatives
 
 pytestmark = pytest.mark.validate
@@ -33,11 +33,6 @@ def worlds() -> Iterator[tuple[str, World, World]]:
         yield name, World(policy_of(wide), *rest), World(policy_of(narrow.float()), *rest)
 
 
-def without_baselines(everything: Everything) -> ReturnsToGo:
-    zero_K = torch.zeros(len(everything.tokens.logprobs_K), dtype=torch.float64)
-    return ReturnsToGo(zero_K, zero_K)
-
-
 def by_path(everything: Everything, eta: float) -> tuple[float, float]:
     """ΔH_seq and ΔH_tok by the path integral, its sample means replaced by sums over all responses."""
     world, offsets_N1 = everything.world, everything.offsets_N1
@@ -49,8 +44,11 @@ def by_path(everything: Everything, eta: float) -> tuple[float, float]:
             )
         moved = TokenDerivatives(*columns)
         weights = importance.prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, offsets_N1)
-        there = path_integral.derivative_columns(weights, moved, without_baselines(everything), offsets_N1)
-        x, y, S, T = (everything.mean(c) for c in (there.x_N, there.y_N, there.S_N, there.T_N))
+        there, bases = as_tokens(moved, offsets_N1), no_baseline(everything)
+        (S_N, x_N, _), (T_N, y_N, _) = (
+            path_integral.derivative_columns(f, there, weights, bases[f]) for f in (ENTROPY, LENGTH)
+        )
+        x, y, S, T = (everything.mean(c_N) for c_N in (x_N, y_N, S_N, T_N))
         seq += eta * weight * x
         tok += eta * weight * (x - S / T * y) / T
     return seq, tok
@@ -58,9 +56,9 @@ def by_path(everything: Everything, eta: float) -> tuple[float, float]:
 
 def by_difference(everything: Everything, eta: float) -> tuple[float, float]:
     """The same as a difference of `per_decision` at η and at 0."""
-    moved = importance.per_decision_columns(*everything.at(eta), without_baselines(everything), everything.offsets_N1)
-    here = everything.columns("none")
-    S, T, S_moved, T_moved = (everything.mean(c) for c in (here.S_N, here.T_N, moved.S_N, moved.T_N))
+    moved, here = per_decision(everything.at(eta), no_baseline(everything)), everything.columns("none")
+    S, T = (everything.mean(here[functional].total_N) for functional in (ENTROPY, LENGTH))
+    S_moved, T_moved = map(everything.mean, moved)
     return S_moved - S, S_moved / T_moved - S / T
 
 

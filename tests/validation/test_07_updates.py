@@ -14,6 +14,7 @@ from entropy_core.numerics.vectors import dot, global_norm, in_blocks
 from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.policy import Coefficients
 from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.stages.loss import read_coefficients
 from entropy_core.stages.sequences import processor_of, read_sequences
 
 pytestmark = pytest.mark.validate
@@ -53,7 +54,7 @@ def prompt_gradients(found: Probe) -> list[dict[str, Tensor]]:
     """Gradient of each prompt's terms of the loss, by a backward pass of its own."""
     inputs = found.run.inputs("compute-update")
     processor = processor_of(inputs["law"], found.run.execution)
-    coefficients_K = found.run.artifacts("compute-update")[0].tensors("coefficients.safetensors")["coefficients"]
+    coefficients = read_coefficients(found.run.artifacts("compute-update")[0])
     gradients, start = [], 0
     for shard in map(read_sequences, inputs["sequences"]):
         for first in range(0, len(shard), G):
@@ -61,8 +62,7 @@ def prompt_gradients(found: Probe) -> list[dict[str, Tensor]]:
             stop = start + len(of_prompt.response_tokens_K)
             gradient = processor.policy.new_accumulator()
             for index_K, rows in processor.micro_batches(of_prompt):
-                of_tokens_K = coefficients_K[start:stop][index_K]
-                weights = Coefficients(of_tokens_K, torch.zeros_like(of_tokens_K))
+                weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
                 processor.policy.add_gradients(rows, [weights], inputs["law"]["temperature"], [gradient])
             gradients.append(gradient)
             start = stop

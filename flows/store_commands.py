@@ -1,13 +1,20 @@
-"""The store from the command line: `python -m entropy_core.store ls | verify | explain | prune | export | import`."""
+"""`entropy-probe store`: what was computed, whether it is sound, why it would run again, and what may go."""
 
-import argparse
-import sys
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from entropy_core.errors import ProbeError, StoreError
+from entropy_core.config import ProbeConfig
+from entropy_core.errors import ConfigError, StoreError
+from entropy_core.file_digests import read_digest
 from entropy_core.manifest import VECTORS
+from entropy_core.read_config import load_config, parse_config
+from entropy_core.stages.memory import run_within_memory
+from entropy_core.stages.pipeline import Promised, execution_for, go_through
+from entropy_core.stages.plan import plan, summarize
+from entropy_core.stages.preflight import preflight
 from entropy_core.store import Store, archive, runs, vectors
+from entropy_core.store.adoption import Adoption
 from entropy_core.store.explain import differences, nearest, of_this_code, resolve
 from entropy_core.store.pruning import needs, waste
 
@@ -35,7 +42,7 @@ def verify(store: Store) -> int:
     faults = []
     names = store.names()
     for stage, key in names:
-        _, fault = store.check(stage, key, vectors=True)
+        _, fault = store.check(stage, key, read_digest)
         if fault:
             faults.append(f"{stage}/{key}: {fault}")
     recorded = runs.recorded(store.root)
@@ -49,12 +56,27 @@ def verify(store: Store) -> int:
     return 1 if faults else 0
 
 
-def explain(store: Store, what: Sequence[str]) -> int:
-    """Say why two artifacts have different keys, or why a stage would run again."""
+def explain(store: Store, what: Sequence[str], of_config: bool) -> int:
+    """Say why two artifacts have different keys, or why a stage would run again.
+
+    Args:
+        store: where the artifacts are.
+        what: two keys, one key, or the path of a configuration.
+        of_config: for a configuration, look into the store that it names.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ProbeError: there is no such artifact, or the configuration is wrong.
+    """
+    if len(what) > 2:
+        raise ConfigError(f"explain was given {len(what)} things", way_out="give one key, two keys or a configuration")
     if len(what) == 2:
         return explain_two(store, what[0], what[1])
     if Path(what[0]).suffix in (".yaml", ".yml", ".json"):
-        return explain_config(store, Path(what[0]))
+        config = load_config(what[0], must_exist=True)
+        return explain_config(Store(config.store_root) if of_config else store, config)
     return explain_one(store, what[0])
 
 
@@ -90,15 +112,42 @@ def explain_one(store: Store, a: str) -> int:
     return 0
 
 
-def explain_config(store: Store, path: Path) -> int:
+def explain_config(store: Store, config: ProbeConfig) -> int:
     """What a sweep would compute, and why."""
-    from entropy_core.read_config import load_config
-    from entropy_core.stages.plan import plan, summarize
-    from entropy_core.stages.preflight import preflight
-
-    config = load_config(path)
     print("\n".join(summarize(plan(config, preflight(config), store))))
     return 0
+
+
+def adopt(store: Store, what: str) -> int:
+    """After an edit that changes nothing: take over what a sweep has computed, on the evidence of one of each stage."""
+    from entropy_core.read_config import load_config
+    from entropy_core.stages.preflight import preflight
+
+    if Path(what).suffix in (".yaml", ".yml", ".json"):
+        config = load_config(Path(what))
+    else:
+        record = runs.find(store.root, what) / runs.RECORD
+        config = parse_config(json.loads(record.read_text(encoding="utf-8"))["config"], str(record))
+    checkpoints = preflight(config)
+    execution = execution_for(config, checkpoints)
+    adoption = Adoption(
+        store,
+        lambda trial, stage, inputs: run_within_memory(trial, stage, execution, inputs),
+        lambda stage: Promised(stage, "", "", Path()),
+    )
+    with store.in_use():
+        go_through(config, checkpoints, adoption)
+    outcomes = adoption.outcomes
+    rows = [
+        (stage, *map(str, (of.found, of.recomputed, of.taken_over, of.missing)), "; ".join(of.refused))
+        for stage, of in outcomes.items()
+    ]
+    print_table(("stage", "there", "recomputed", "taken over", "not there", "refused, since it differs"), rows)
+    refused = sum(bool(of.refused) for of in outcomes.values())
+    taken = sum(of.recomputed + of.taken_over for of in outcomes.values())
+    left = f"{refused} stages are refused: their numbers changed, and a sweep computes them anew" if refused else ""
+    print(f"{taken} artifacts have their new keys" + (f"; {left}" if left else ""))
+    return 1 if refused else 0
 
 
 def prune(store: Store, keep_runs: int | None, yes: bool) -> int:
@@ -117,9 +166,9 @@ def prune(store: Store, keep_runs: int | None, yes: bool) -> int:
     return 0
 
 
-def export(store: Store, run_id: str, file: Path, everything: bool) -> int:
+def export(store: Store, run_id: str, file: Path, everything: bool, vectors: bool) -> int:
     """Write one run into an archive."""
-    names = archive.export(store, run_id, file, everything)
+    names = archive.export(store, run_id, file, everything, vectors)
     print(f"{file}: {len(names)} artifacts, {in_words(file.stat().st_size)}")
     return 0
 
@@ -128,6 +177,20 @@ def load(store: Store, file: Path) -> int:
     """Bring an archive into the store."""
     names, run_ids = archive.load(store, file)
     print(f"{store.root}: {len(names)} artifacts of the run {', '.join(run_ids)}, all verified")
+    return 0
+
+
+def list_runs(root: Path) -> int:
+    """List the recorded runs, the latest last: when they finished, their checkpoints, and where their files are."""
+    rows = []
+    for run_id in runs.recorded(root):
+        record = json.loads((runs.folder(root, run_id) / runs.RECORD).read_text(encoding="utf-8"))
+        names = [entry["checkpoint"] for entry in record["checkpoints"]]
+        shown = names if len(names) <= 2 else [names[0], "…", names[-1]]
+        of = f"{' '.join(shown)} ({len(names)})"
+        rows.append((f"{record['finished'][:16]}Z", run_id, of, str(runs.folder(root.absolute(), run_id))))
+    print_table(("finished", "run", "checkpoints", "files"), rows)
+    print(f"{len(rows)} runs" + ("" if rows else f" in {root.absolute()}; `entropy-probe sweep` records one"))
     return 0
 
 
@@ -158,51 +221,4 @@ def print_reasons(reasons: Sequence[object]) -> None:
 def _manifest(store: Store, name: runs.Name) -> dict:
     if manifest := store.manifest(*name):
         return manifest
-    raise StoreError(f"{'/'.join(name)} is unsound", way_out="`python -m entropy_core.store verify` says why")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m entropy_core.store", description="What was computed, and why.")
-    parser.add_argument("--root", type=Path, default=Path("artifacts"), help="the store (default: artifacts)")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls", help="what is there: size, time, which runs need it")
-    commands.add_parser("verify", help="check every file; exit with 1 and name what is unsound")
-    command = commands.add_parser("explain", help="why two keys differ, or why a stage would run again")
-    command.add_argument("what", nargs="+", metavar="KEY | CONFIG", help="two keys, one key, or a configuration")
-    command = commands.add_parser("prune", help="what no recorded run needs; deletes nothing without --yes")
-    command.add_argument("--keep-runs", type=int, metavar="N", help="keep the latest N runs only (default: all)")
-    command.add_argument("--yes", action="store_true", help="delete it")
-    command = commands.add_parser("export", help="one run as an archive for another machine")
-    command.add_argument("run", help="its id, or latest")
-    command.add_argument("file", type=Path, help="the archive to write")
-    command.add_argument("--all", action="store_true", help="with all that it was made from")
-    command = commands.add_parser("import", help="bring an archive in, verified")
-    command.add_argument("file", type=Path, help="the archive")
-    options = parser.parse_args(arguments)
-    if options.command == "explain" and len(options.what) > 2:
-        parser.error("explain takes one key, two keys, or one configuration")
-    if options.command == "prune" and options.keep_runs is not None and options.keep_runs < 0:
-        parser.error("--keep-runs takes a number from 0 up")
-    store = Store(options.root)
-    try:
-        match options.command:
-            case "ls":
-                return ls(store)
-            case "verify":
-                return verify(store)
-            case "explain":
-                return explain(store, options.what)
-            case "prune":
-                return prune(store, options.keep_runs, options.yes)
-            case "export":
-                return export(store, options.run, options.file, options.all)
-            case _:
-                return load(store, options.file)
-    except ProbeError as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    raise StoreError(f"{'/'.join(name)} is unsound", way_out="`entropy-probe store verify` says why")

@@ -1,0 +1,130 @@
+"""One whole sweep of a small checkpoint on a device, held against the same sweep on the CPU, artifact by artifact."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.device.models import write_checkpoint
+from entropy_core.artifact import Artifact
+from entropy_core.pretrained import load_policy
+from entropy_core.read_config import parse_config
+from entropy_core.stages.measure import Inputs
+from entropy_core.stages.pipeline import direct_runner, execution_for, go_through
+from entropy_core.stages.preflight import preflight
+from entropy_core.store import Stage, Store
+
+# What is compared is float32. Its errors are of the size of the numbers that go into a sum, so that what is a
+# difference of nearly equal ones, such as a change of the entropy, loses digits.
+TOLERANCE = {"sample-e-batch": 0.0, "sample-u-batch": 0.0, "variance": 1e-2}
+USUAL_TOLERANCE = 1e-4
+ARE_ERRORS = ("gradient_check", "attribution_closure", "noise_floor", "closure")
+"""Columns that say how large rounding errors are: of the same size on every device, and not the same numbers."""
+
+REWARD = '''"""A reward that an untrained policy gets different amounts of."""
+
+
+def share_of_low_digits(completions, **_):
+    return [sum(c in "01234" for c in text) / 4 for text in completions]
+'''
+
+
+class Difference(NamedTuple):
+    """The largest error among the numbers of a stage, relative to the largest number of the column it is in."""
+
+    stage: str
+    column: str
+    error: float
+
+    @property
+    def tolerance(self) -> float:
+        """What rounding alone may make."""
+        return TOLERANCE.get(self.stage, USUAL_TOLERANCE)
+
+
+def differences(folder: Path, device: str, **changes: Mapping[str, Any]) -> Iterator[Difference]:
+    """The largest difference of every stage between the CPU and a device, whose micro-batches are others, too.
+
+    Args:
+        folder: empty; a checkpoint, a reward and two stores are put there.
+        device: its name.
+        changes: sections of the configuration, over what is asked for here.
+
+    Yields:
+        A difference per stage, in the order of the sweep.
+
+    Raises:
+        ValueError: the two sweeps made different artifacts.
+    """
+    checkpoint = write_checkpoint(folder / "checkpoint-3")
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    usual = _swept(checkpoint, folder / "usual", changes, device="cpu")
+    there = _swept(checkpoint, folder / "there", changes, device=device, gen_batch_size=24, tf_batch_size=7)
+    if [stage for stage, _ in usual] != [stage for stage, _ in there]:
+        raise ValueError("the sweeps on the CPU and on the device ran different stages")
+    largest: dict[str, Difference] = {}
+    for (stage, ours), (_, theirs) in zip(there, usual, strict=True):
+        for column, error in _errors(_numbers(ours), _numbers(theirs)):
+            if stage not in largest or error > largest[stage].error:
+                largest[stage] = Difference(stage, column, error)
+    yield from largest.values()
+
+
+def _swept(
+    checkpoint: Path, store: Path, changes: Mapping[str, Mapping[str, Any]], **execution_changes: Any
+) -> list[tuple[str, Artifact]]:
+    """Every artifact with the name of its stage, in order; without the report, which draws figures."""
+    asked: dict[str, Any] = {
+        "batch_config": {"E_total_sequences": 64, "B_U": 8, "G": 4},
+        "generation": {"max_new_tokens": 16, "gen_batch_size": 32, "tf_batch_size": 16},
+        "update": {"reward": f"{checkpoint.parent / 'reward.py'}:share_of_low_digits", "max_grad_norm": 0.1},
+        "importance": {"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
+        "variance": {"bootstrap_resamples": 200},
+        "execution": {"shard_size": 32, "artifacts": str(store)},
+    }
+    sections = {name: asked.get(name, {}) | dict(changes.get(name, {})) for name in asked | changes}
+    config = parse_config(sections | {"checkpoints": [str(checkpoint)]})
+    checkpoints = preflight(config)
+    execution = replace(execution_for(config, checkpoints), **execution_changes)
+    plain, found = direct_runner(Store(config.store_root), execution), []
+
+    def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        if stage.name == "report":
+            return found[-1][1]
+        artifact = plain(stage, inputs, label)
+        found.append((stage.name, artifact))
+        return artifact
+
+    load_policy.cache_clear()
+    go_through(config, checkpoints, run)
+    load_policy.cache_clear()
+    return found
+
+
+def _numbers(artifact: Artifact) -> dict[str, Tensor]:
+    """Every tensor of an artifact, and every column of numbers."""
+    found: dict[str, Tensor] = {}
+    for name in artifact.manifest["files"]:
+        if name.endswith(".safetensors"):
+            found |= {f"{name}:{key}": tensor for key, tensor in artifact.tensors(name).items()}
+        elif name.endswith(".parquet"):
+            table = artifact.table(name)
+            for column in table.column_names:
+                cells = table[column].to_pylist()
+                if column not in ARE_ERRORS and cells and all(isinstance(cell, int | float) for cell in cells):
+                    found[f"{name}:{column}"] = torch.tensor(cells, dtype=torch.float64)
+    return found
+
+
+def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
+    if found.keys() != expected.keys():
+        raise ValueError(f"the device made {sorted(found)}, and the CPU {sorted(expected)}")
+    for column, values in expected.items():
+        if found[column].shape != values.shape:
+            yield column, float("inf")
+        elif values.numel():
+            error = (found[column].double() - values.double()).abs().max()
+            yield column, float(error / values.double().abs().max().clamp_min(1e-30)) if error else 0.0

@@ -1,0 +1,94 @@
+"""What the check found so far: printed and on disk after every row, so that a run that is cut off still tells."""
+
+import json
+import os
+import platform
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+Row = Mapping[str, Any]
+
+
+class Table:
+    """Rows by group, with the setting that they hold for.
+
+    Args:
+        path: where the JSON goes; None for none.
+        device: that is checked.
+        seconds: that may be taken in all.
+    """
+
+    def __init__(self, path: Path | None, device: torch.device, seconds: float) -> None:
+        self.path, self._started, self._seconds = path, time.monotonic(), seconds
+        self.found: dict[str, Any] = {
+            "setting": setting(device),
+            "finished": False,
+            "right": [],
+            "fast": [],
+            "fits": [],
+        }
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self._seconds - (time.monotonic() - self._started)
+
+    def add(self, group: str, row: Row) -> None:
+        """A row, or what a group has beside its rows."""
+        self.found.setdefault(group, []).append(dict(row))
+        print(f"{group:6} " + "  ".join(f"{name} {_shown(value)}" for name, value in row.items()), flush=True)
+        self.write()
+
+    @contextmanager
+    def attempt(self, group: str, what: str) -> Iterator[None]:
+        """Within the context an error is a row that does not hold, and the check goes on."""
+        try:
+            yield
+        except Exception as error:
+            where = traceback.format_exc(limit=-8)
+            self.add(
+                group, {"what": what, "holds": False, "note": f"{type(error).__name__}: {error}", "traceback": where}
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def write(self) -> None:
+        """The JSON as it is now."""
+        self.found["seconds"] = round(time.monotonic() - self._started, 1)
+        self.found["failed"] = [
+            row["what"] for group in ("right", "fast", "fits") for row in self.found[group] if row.get("holds") is False
+        ]
+        if self.path is not None:
+            draft = self.path.with_name(f"{self.path.name}.part")
+            draft.write_text(json.dumps(self.found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            draft.replace(self.path)
+
+
+def setting(device: torch.device) -> dict[str, str]:
+    """What the figures hold for."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{os.cpu_count()} CPU cores",
+        "memory": f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB" if on_gpu else "",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "NO", None: "-"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

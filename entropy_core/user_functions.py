@@ -1,0 +1,108 @@
+"""Functions that a user names in the configuration: `file.py:function`, or `package.module:function`.
+
+Results are keyed by the content of the file that a function is defined in, so the file is read again whenever it is
+loaded: neither an older import nor bytecode will do.
+"""
+
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from entropy_core.errors import ConfigError, one_line
+
+
+def load(what: str, name: str, known: Mapping[str, Any]) -> Any:
+    """A function by its name.
+
+    Args:
+        what: the function is for, in a message: `reward`, `loss`.
+        name: a key of `known`, `package.module:function`, or `file.py:function`.
+        known: the functions of this package.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    if name in known:
+        return known[name]
+    module_name, colon, attribute = name.rpartition(":")
+    choices = f"use one of {', '.join(sorted(known))}, package.module:function, or file.py:function"
+    if not colon:
+        raise ConfigError(f"unknown {what} {name!r}", cause="a misspelt name", way_out=choices)
+    try:
+        function = pkgutil.resolve_name(f"{_import(what, module_name).__name__}:{attribute}")
+    except (Exception, SystemExit) as error:  # user code may raise anything while it is imported
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"{what} {name!r} cannot be imported ({reason})", way_out=choices) from error
+    if not callable(function):
+        raise ConfigError(f"{what} {name!r} is not a function", way_out=choices)
+    return function
+
+
+def source_file(what: str, name: str, known: Mapping[str, Any]) -> Path | None:
+    """The file that a function is looked up in; None for one of this package, which is part of the code digest.
+
+    Args:
+        what: see `load`.
+        name: see `load`.
+        known: see `load`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: there is no such function, or no such file.
+    """
+    if name in known:
+        return None
+    module_name = name.rpartition(":")[0]
+    if _file(module_name).is_file():  # not imported, which may take long
+        return _file(module_name)
+    load(what, name, known)
+    file = getattr(sys.modules[module_name], "__file__", None)
+    if not file or not file.endswith(".py"):
+        raise ConfigError(
+            f"{what} {name!r} has no source file, so results cannot be keyed by its code",
+            way_out="wrap it in a function of your own, in a .py file",
+        )
+    return Path(file)
+
+
+def without_folder(name: str) -> str:
+    """What a stage is told of a name, as a file may lie anywhere: of `file.py:function` the function alone."""
+    return name.rpartition(".py:")[2]
+
+
+def in_file(name: str, file: Path | None) -> str:
+    """The whole name again, from that of `without_folder` and the file; None for a function of this package."""
+    return name if file is None or ":" in name else f"{file}:{name}"
+
+
+def _file(module_name: str) -> Path:
+    return Path(module_name).expanduser()
+
+
+def _import(what: str, module_name: str) -> Any:
+    if module_name.endswith(".py"):
+        stem = re.sub(r"\W", "_", _file(module_name).stem)
+        return _executed(f"user_{what}_{stem}", "", _file(module_name))
+    module = importlib.import_module(module_name)
+    file = getattr(module, "__file__", None) or ""
+    if not file.endswith(".py") or module_name.partition(".")[0] == __name__.partition(".")[0]:
+        return module
+    return _executed(module_name, module.__package__ or "", Path(file))
+
+
+def _executed(name: str, package: str, file: Path) -> ModuleType:
+    module = ModuleType(name)
+    module.__file__, module.__package__ = str(file), package
+    sys.modules[name] = module  # dataclasses look their module up
+    exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
+    return module

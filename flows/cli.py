@@ -1,0 +1,259 @@
+"""The console command, `entropy-probe`.
+
+Every error that a user can act on ends it with exit status 2 and a message; a traceback is a bug of ours. A module is
+imported when its command is called: `--help` takes no time, and what runs without Prefect does not load it.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entropy_core.errors import ProbeError, one_line
+
+if TYPE_CHECKING:
+    from entropy_core.config import VarianceRequest
+
+_EPILOG = """\
+examples:
+  entropy-probe plan my-run.yaml                what would run, why, and how long it would take
+  entropy-probe sweep my-run.yaml               run it, with Prefect's UI while it runs
+  entropy-probe sweep my-run.yaml --direct      run it in this process, on a cluster node for example
+  entropy-probe variance --confidence .99       the statistics of the last sweep at another confidence level
+
+Paths in a configuration start at the folder of its file. `COMMAND --help` says more."""
+_STORE = Path("artifacts")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line.
+
+    Args:
+        arguments: those after the name of the command; None: of this process.
+
+    Returns:
+        The exit status: 0; 1 where `store verify` found something unsound; 2 where an error was printed.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if "run" not in options:
+        parser.print_help()
+        return 0
+    try:
+        with _ending_in_order():
+            return options.run(options)
+    except ProbeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `entropy-probe store ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        cause = "a file or a folder that you may not read or write, a full disk, or a file server that is away"
+        print(ProbeError(one_line(error), cause=cause, way_out="see to it, and run the same again"), file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="entropy-probe",
+        description="Predict what the next optimizer step does to the entropy of a policy, and measure it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"entropy-probe {version('entropy-probe')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, help: str, run: Callable[[Any], int], to: Any = commands) -> argparse.ArgumentParser:
+        made = to.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        made.set_defaults(run=run)
+        return made
+
+    sweep = command("sweep", "probe the checkpoints that a configuration names, and print the results", _sweep)
+    _add_config(sweep)
+    _add_direct(sweep)
+    _add_config(command("plan", "say what a sweep would compute, why, and what it should take; compute nothing", _plan))
+
+    variance = command("variance", "compute the statistics of a recorded sweep again, with other settings", _variance)
+    variance.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: latest)")
+    variance.add_argument("--confidence", dest="confidence_level", type=float, metavar="X", help="level of intervals")
+    variance.add_argument("--baseline", metavar="NAME", help="none, time_loo, time_loo_weighted or ridge")
+    variance.add_argument("--bootstrap-resamples", type=int, metavar="N", help="resamples of the bootstrap")
+    variance.add_argument("--cluster", metavar="UNIT", help="auto or prompt: what is independent in E")
+    variance.add_argument("--normalizations", nargs="+", metavar="NAME", help="per_token, per_sequence or both")
+    _add_direct(variance)
+    _add_artifacts(variance)
+
+    _add_artifacts(command("runs", "list the recorded sweeps", _runs))
+
+    store = commands.add_parser(
+        "store", help="look after what was computed: ls, verify, explain, adopt, prune, export, import"
+    )
+    of_store = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def store_command(name: str, help: str) -> argparse.ArgumentParser:
+        made = command(name, help, _store, of_store)
+        made.set_defaults(store_command=name)
+        _add_artifacts(made)
+        return made
+
+    store_command("ls", "list what there is: size, time, and which runs need it")
+    store_command("verify", "check every file; exit with 1 and name what is unsound")
+    explain = store_command("explain", "say why two keys differ, or why a stage would run again")
+    explain.add_argument("what", nargs="+", metavar="KEY | CONFIG", help="one key, two keys, or a configuration")
+    adopt = store_command("adopt", "take over what an edit changed nothing of: one of each stage is recomputed")
+    adopt.add_argument("what", metavar="CONFIG | RUN", help="a configuration, or the id of a run")
+    prune = store_command("prune", "list what no recorded run needs; delete nothing without --yes")
+    prune.add_argument("--keep-runs", type=_count, metavar="N", help="keep the latest N runs only (default: all)")
+    prune.add_argument("--yes", action="store_true", help="delete it")
+    export = store_command("export", "write one run into an archive, for another machine")
+    export.add_argument("run_id", metavar="RUN", help="its id, or latest")
+    export.add_argument("file", type=Path, metavar="FILE", help="the archive to write")
+    export.add_argument("--all", action="store_true", help="with all that it was made from")
+    export.add_argument("--with-vectors", action="store_true", help="with files of the size of the policy")
+    load = store_command("import", "bring an archive into the store, verified")
+    load.add_argument("file", type=Path, metavar="FILE", help="the archive")
+
+    legacy = command(
+        "legacy", "convert a configuration of the code before this one; the new one goes to stdout", _legacy
+    )
+    legacy.add_argument("old", type=Path, metavar="OLD", help="the old YAML file")
+
+    ui = command("ui", "keep Prefect's UI and the deployments up until Ctrl-C", _ui)
+    _add_config(ui, nargs="?", help="a YAML file: what the form begins with, and whose store is used")
+    ui.add_argument("--port", type=int, default=4200, metavar="N", help="port of the UI (default: 4200)")
+    serve = command("serve", "serve the deployments to the Prefect server at PREFECT_API_URL", _serve)
+    _add_config(serve, nargs="?", help="a YAML file: what the form begins with")
+    serve.add_argument("--work-pool", default="", metavar="NAME", help="register them for a pool of workers, and end")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, **how: Any) -> None:
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", **{"help": "a YAML file; docs/configuration.md has its keys"} | how
+    )
+
+
+def _add_direct(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--direct", action="store_true", help="in this process, without a Prefect server")
+
+
+def _add_artifacts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--artifacts", type=Path, metavar="FOLDER", help="the store (default: artifacts)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
+    return int(text)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from flows import direct, local
+
+    return direct.sweep(options.config) if options.direct else local.sweep(options.config)
+
+
+def _variance(options: argparse.Namespace) -> int:
+    from flows import direct, local
+
+    asked = _request(options)
+    return direct.variance(asked) if options.direct else local.variance(asked)
+
+
+def _request(options: argparse.Namespace) -> "VarianceRequest":
+    from entropy_core.config import VarianceConfig
+    from entropy_core.config_paths import Origin
+    from entropy_core.read_config import parse_request
+
+    given = {name: getattr(options, name) for name in VarianceConfig.model_fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    asked = {"run": options.run_id, "artifacts": str(options.artifacts or _STORE), **given}
+    return parse_request(asked, Origin(Path.cwd()))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from flows.plan import print_plan
+
+    return print_plan(options.config)
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from flows.store_commands import list_runs
+
+    return list_runs(options.artifacts or _STORE)
+
+
+def _store(options: argparse.Namespace) -> int:
+    from entropy_core.store import Store
+    from flows import store_commands as commands
+
+    store = Store(options.artifacts or _STORE)
+    match options.store_command:
+        case "ls":
+            return commands.ls(store)
+        case "verify":
+            return commands.verify(store)
+        case "explain":
+            return commands.explain(store, options.what, of_config=options.artifacts is None)
+        case "adopt":
+            return commands.adopt(store, options.what)
+        case "prune":
+            return commands.prune(store, options.keep_runs, options.yes)
+        case "export":
+            return commands.export(store, options.run_id, options.file, options.all, options.with_vectors)
+        case _:
+            return commands.load(store, options.file)
+
+
+def _legacy(options: argparse.Namespace) -> int:
+    from entropy_core.legacy import convert_file
+
+    return convert_file(options.old)
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from flows import local
+
+    local.up(options.config, options.port)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from flows import serve
+
+    config = ["--config", str(options.config)] if options.config else []
+    serve.main([*config, "--work-pool", options.work_pool])
+    return 0
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Let Ctrl-C and a polite kill end this process by way of every `finally`, and let nothing interrupt those.
+
+    A lost terminal ends it, too, unless it was started by `nohup`.
+    """
+
+    def interrupted(number: int, _: Any) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        print("\nStopping …", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
+
+    ending = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        ending.append(signal.SIGHUP)
+    before = {each: signal.signal(each, interrupted) for each in ending}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""A sweep in this process, for a node of a cluster: no server, no Prefect, a line for each stage."""
+
+import logging
+import time
+from pathlib import Path
+
+from entropy_core.artifact import Artifact
+from entropy_core.config import VarianceRequest
+from entropy_core.execution import Execution
+from entropy_core.read_config import load_config
+from entropy_core.stages import pipeline
+from entropy_core.stages.measure import Inputs, Runner
+from entropy_core.stages.plan import plan, typical_costs
+from entropy_core.stages.preflight import preflight
+from entropy_core.store import Stage, Store
+from flows.plan import plan_total
+from flows.progress import Progress
+from flows.results import duration, print_results
+from tasks.device import compute
+
+
+def sweep(config_path: Path) -> int:
+    """Run a checkpoint sweep and print its results.
+
+    Args:
+        config_path: a YAML file.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ProbeError: the sweep cannot be run; what was finished stays in the store.
+    """
+    _log_to_the_terminal()
+    config = load_config(config_path, must_exist=True)
+    checkpoints = preflight(config)
+    store = Store(config.store_root)
+    steps, costs = plan(config, checkpoints, store), typical_costs(store)
+    _say(plan_total(steps, costs))
+    progress = Progress(steps, costs, lambda line, _: _say(line))
+    execution = pipeline.execution_for(config, checkpoints, progress.within)
+    run = progress.watched(terminal_runner(store, execution))
+    print_results(pipeline.sweep(config, checkpoints, store, run).run_directory)
+    return 0
+
+
+def variance(asked: VarianceRequest) -> int:
+    """Compute the statistics of a recorded sweep again and print the results.
+
+    Args:
+        asked: which sweep, which settings.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ProbeError: there is no such sweep, or a part of it is gone.
+    """
+    _log_to_the_terminal()
+    store = Store(asked.artifacts)
+    print_results(pipeline.variance(asked, store, terminal_runner(store, Execution())).run_directory)
+    return 0
+
+
+def terminal_runner(store: Store, execution: Execution) -> Runner:
+    """Make a runner that computes in this process and prints a line for each stage.
+
+    Args:
+        store: where the artifacts are and go.
+        execution: how to compute; see `Store.run`.
+    """
+
+    def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        started = time.monotonic()
+        found = store.find(stage.name, store.key(stage, inputs))
+        artifact = found or compute(store, stage, execution, inputs)
+        seconds = duration(time.monotonic() - started)
+        _say(f"{'reused' if found else 'computed':9} {stage.name} · {label}  ({seconds})")
+        return artifact
+
+    return run
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def _log_to_the_terminal() -> None:
+    """What the stages log goes to stderr; that one was computed is said already."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("  %(message)s"))
+    log = logging.getLogger("entropy_probe")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    logging.getLogger("entropy_probe.store").setLevel(logging.WARNING)

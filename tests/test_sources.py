@@ -1,0 +1,220 @@
+"""Files from outside the store that are written while stages read them: every number kept is that of its key."""
+
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline_fixtures import make_run, probe, skip_figures, values, write_reward
+
+from entropy_core.errors import CheckpointError, ConfigError, ProbeError
+from entropy_core.execution import Execution
+from entropy_core.file_digests import file_digest
+from entropy_core.pretrained import load_policy
+from entropy_core.store import Stage, Store
+
+REPLACEMENTS = 50
+POOL = "".join(f'{{"prompt": "{n}+{n}=", "answer": "{n}"}}\n' for n in range(1, 9))
+
+
+@pytest.fixture(autouse=True)
+def _without_figures(monkeypatch):
+    skip_figures(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Of every file that a stage reads, two: those of checkpoint-3, and others of the same size."""
+    folder = tmp_path_factory.mktemp("variants")
+    run = make_run(folder / "run")
+    found = {
+        name: (run / "checkpoint-3" / name, run / "checkpoint-5" / name)
+        for name in ("optimizer.pt", "model.safetensors")
+    }
+    for name, one, other in [
+        ("reward.py", Path(write_reward(folder).rpartition(":")[0]).read_text(), ("01234", "56789")),
+        ("pool.jsonl", POOL, ("1+1", "1+2")),
+        ("generation_config.json", (run / "checkpoint-3" / "generation_config.json").read_text(), ("1", "2")),
+    ]:
+        paths = folder / f"one-{name}", folder / f"other-{name}"
+        paths[0].write_text(one)
+        paths[1].write_text(one.replace(*other))
+        found[name] = paths
+    return found
+
+
+class Sweeps:
+    """Sweeps of one checkpoint, whose files can be replaced."""
+
+    def __init__(self, folder: Path, variants: dict[str, tuple[Path, Path]]) -> None:
+        self.folder, self.variants = folder, variants
+        origin = variants["optimizer.pt"][0].parent
+        shutil.copytree(origin, folder / "checkpoint-3")
+        for name in ("reward.py", "pool.jsonl"):
+            shutil.copyfile(variants[name][0], folder / name)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name if name in ("reward.py", "pool.jsonl") else self.folder / "checkpoint-3" / name
+
+    def settings(self, store: str) -> dict[str, Any]:
+        return values(
+            self.folder,
+            self.folder / store,
+            checkpoints=[str(self.folder / "checkpoint-3")],
+            batch_config={"dataset_name": str(self.folder / "pool.jsonl")},
+            update={"reward": f"{self.folder / 'reward.py'}:share_of_low_digits"},
+        )
+
+    def put(self, name: str, variant: int, how: str = "in place") -> None:
+        """Write a file anew in its place, or put another one there."""
+        path, source = self.path(name), self.variants[name][variant]
+        if how == "in place":
+            with path.open("r+b") as file:
+                file.write(source.read_bytes())
+                file.truncate()
+        else:
+            shutil.copyfile(source, path.with_name(".new"))
+            os.utime(path.with_name(".new"), ns=(0, 0))
+            path.with_name(".new").replace(path)
+
+
+def contents(store: Path) -> dict[tuple[str, str], str]:
+    return {(artifact.stage, artifact.key): artifact.digest for artifact in Store(store).ls()}
+
+
+@pytest.fixture
+def sweeps(tmp_path, variants) -> Sweeps:
+    return Sweeps(tmp_path, variants)
+
+
+NAMES = ("optimizer.pt", "model.safetensors", "reward.py", "pool.jsonl", "generation_config.json")
+
+
+def test_replacements_at_random_moments_leave_no_wrong_number(sweeps):
+    """Against sweeps of every combination of the files, undisturbed: what is under one key is the same."""
+    expected: dict[tuple[str, str], str] = {}
+    for choice in product((0, 1), repeat=len(NAMES)):
+        if sum(choice) <= 1 or choice in ((1, 1, 0, 0, 0), (0, 1, 0, 0, 1)):
+            for name, variant in zip(NAMES, choice, strict=True):
+                sweeps.put(name, variant)
+            probe(sweeps.settings("undisturbed"))
+    expected = contents(sweeps.folder / "undisturbed")
+    for name in NAMES:
+        sweeps.put(name, 0)
+
+    chance, done = random.Random(3), threading.Event()
+    replaced = []
+
+    def disturb() -> None:
+        while len(replaced) < REPLACEMENTS:
+            time.sleep(chance.uniform(0.0, 0.25))
+            name, how = chance.choice(NAMES), chance.choice(("in place", "another file"))
+            sweeps.put(name, 1, how)
+            time.sleep(chance.choice((0.0, 0.01, 0.05, 0.2)))
+            sweeps.put(name, 0, chance.choice(("in place", "another file")))
+            replaced.append(name)
+        done.set()
+
+    refused = 0
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    try:
+        while not done.is_set():
+            shutil.rmtree(sweeps.folder / "disturbed" / "variance", ignore_errors=True)
+            try:
+                probe(sweeps.settings("disturbed"))
+            except ProbeError:
+                refused += 1
+            found = contents(sweeps.folder / "disturbed")
+            assert {key: found[key] for key in found.keys() & expected} == {
+                key: expected[key] for key in found.keys() & expected
+            }
+            if chance.random() < 0.3:
+                shutil.rmtree(sweeps.folder / "disturbed", ignore_errors=True)
+    finally:
+        disturber.join()
+    assert refused > 5 and len(replaced) == REPLACEMENTS
+    final = probe(sweeps.settings("disturbed"))
+    assert final.rows and contents(sweeps.folder / "disturbed").items() <= expected.items()
+
+
+@contextmanager
+def during(monkeypatch, where: str, before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    """Do something right before and right after a stage reads something."""
+    module, _, name = where.rpartition(".")
+    real = getattr(__import__(module, fromlist=[name]), name)
+
+    def disturbed(*arguments, **keywords):
+        before()
+        try:
+            return real(*arguments, **keywords)
+        finally:
+            after()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, disturbed)
+        yield
+
+
+READING = {
+    "optimizer.pt": ("load-checkpoint", "entropy_core.stages.load.read_checkpoint", CheckpointError),
+    "model.safetensors": ("sample-e-batch", "entropy_core.stages.sequences.load_policy", CheckpointError),
+    "generation_config.json": ("sample-e-batch", "entropy_core.stages.sequences.load_policy", CheckpointError),
+    "pool.jsonl": ("load-prompts", "entropy_core.stages.load.load_pool", ConfigError),
+    "reward.py": ("reward-u-batch", "entropy_core.stages.reward.compute_rewards", ConfigError),
+}
+
+
+@pytest.mark.parametrize(("name", "how"), [*zip(READING, ["in place", "another file"] * 3, strict=False)])
+def test_a_file_that_is_put_back_after_it_was_read_is_noticed(sweeps, monkeypatch, name, how):
+    """The worst moment: other content exactly while it is read, and the old one before anybody looks again."""
+    stage, where, kind = READING[name]
+    load_policy.cache_clear()
+    noticed = pytest.raises(kind, match=f"changed while {stage} read them, so nothing of it is kept")
+    with noticed, during(monkeypatch, where, lambda: sweeps.put(name, 1, how), lambda: sweeps.put(name, 0, how)):
+        probe(sweeps.settings("artifacts"))
+    assert not list((sweeps.folder / "artifacts" / stage).iterdir())
+    done = probe(sweeps.settings("artifacts"))  # in the same process, which has loaded the policy of other files
+    load_policy.cache_clear()
+    undisturbed = probe(sweeps.settings("undisturbed"))
+    assert done.rows == undisturbed.rows
+    assert contents(sweeps.folder / "artifacts") == contents(sweeps.folder / "undisturbed")
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_file_that_stays_another_one_is_noticed(sweeps, monkeypatch, name):
+    stage, where, kind = READING[name]
+    load_policy.cache_clear()
+    noticed = pytest.raises(kind, match="changed after the sweep had begun")
+    with noticed, during(monkeypatch, where, lambda: sweeps.put(name, 1), lambda: None):
+        probe(sweeps.settings("artifacts"))
+    assert not list((sweeps.folder / "artifacts" / stage).iterdir())
+
+
+def read(out, execution, *, upstream):
+    return {"text": next(iter(execution.paths.values())).read_text()}
+
+
+def name_a_file(out, execution, *, digest):
+    return {"file": digest}
+
+
+def test_files_that_the_summary_of_an_input_names_count_too(tmp_path):
+    """Such as the optimizer's file, which load-checkpoint leaves where it is."""
+    path = tmp_path / "file"
+    path.write_text("one")
+    digest = file_digest(path)
+    store, execution = Store(tmp_path / "store"), Execution(paths={digest: path})
+    named = store.run(Stage("name", name_a_file), execution, {"digest": digest})
+    path.write_text("two")
+    with pytest.raises(ConfigError, match="changed after the sweep had begun"):
+        store.run(Stage("read", read), execution, {"upstream": named})
+    path.write_text("one")
+    assert store.run(Stage("read", read), execution, {"upstream": named}).summary == {"text": "one"}

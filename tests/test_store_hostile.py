@@ -1,0 +1,130 @@
+"""A store that came from elsewhere: what its records and manifests say is not believed where it leads out of it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, values
+
+from entropy_core import manifest
+from entropy_core.config import VarianceRequest
+from entropy_core.errors import ProbeError, StoreError
+from entropy_core.execution import Execution
+from entropy_core.stages import pipeline
+from entropy_core.store import Store, runs
+from flows.cli import main
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    make_run(folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(home) -> Probe:
+    with pytest.MonkeyPatch.context() as patch:
+        skip_figures(patch)
+        return probe(values(home / "run", home / "artifacts", checkpoints=[str(home / "run" / "checkpoint-3")]))
+
+
+@pytest.fixture
+def copied(home, recorded, tmp_path) -> Store:
+    """A copy of the store in a folder with other things of the user's."""
+    shutil.copytree(home / "artifacts", tmp_path / "user" / "artifacts")
+    for folder in (tmp_path / "user" / "thesis", tmp_path / "user" / "thesis" / ("0" * 32)):
+        folder.mkdir()
+        (folder / "chapter.txt").write_text("the only copy")
+    return Store(tmp_path / "user" / "artifacts")
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit_record(store: Store, change) -> None:
+    [run_id] = runs.recorded(store.root)
+    path = runs.folder(store.root, run_id) / runs.RECORD
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def again(store: Store) -> Any:
+    run = Counting(store, Execution())
+    return pipeline.variance(VarianceRequest(artifacts=str(store.root), confidence_level=0.5), store, run)
+
+
+OUTSIDE = [("../thesis", "0" * 32), ("..", "thesis"), ("score-e-batch", "../../../thesis"), ("", "../thesis")]
+
+
+@pytest.mark.attack("a copied store whose record names folders outside of it")
+@pytest.mark.parametrize(("stage", "key"), OUTSIDE)
+@pytest.mark.parametrize("command", ["variance", "prune", "export", "ls", "verify"])
+def test_a_record_does_not_lead_out_of_the_store(copied, tmp_path, stage, key, command):
+    """`variance` would set aside what it takes for a damaged artifact, wherever that is."""
+
+    def change(record):
+        record["checkpoints"][0]["inputs"]["first_order_u"]["artifact"] |= {"stage": stage, "key": key}
+        record["report"] |= {"stage": stage, "key": key}
+
+    edit_record(copied, change)
+    before = everything(tmp_path / "user" / "thesis")
+    if command == "variance":
+        with pytest.raises(StoreError):
+            again(copied)
+    else:
+        extra = {"prune": ["--yes"], "export": ["latest", str(tmp_path / "x.tar")]}.get(command, [])
+        main(["store", command, *extra, "--artifacts", str(copied.root)])
+    assert everything(tmp_path / "user" / "thesis") == before
+    assert len(before) == 2 and not list(tmp_path.glob("*.tar"))
+
+
+@pytest.mark.attack("a manifest that names files outside of its artifact, rightly sealed")
+@pytest.mark.parametrize("name", ["/etc/hostname", "../../../../thesis/chapter.txt", "manifest.json", ".", "a//b"])
+def test_a_manifest_does_not_lead_out_of_its_artifact(copied, tmp_path, name):
+    """One whose seal is right: anybody can compute it. The files of a report are copied under their names."""
+    [run_id] = runs.recorded(copied.root)
+    stage, key = next(one for one in runs.named(copied.root, run_id) if one[0] == "report")
+    path = copied.root / stage / key / "manifest.json"
+    content = json.loads(path.read_text())
+    content.pop("seal")
+    content["files"][name] = {"bytes": 13, "sha256": "0" * 64}
+    content["digest"] = manifest.content_digest(content["files"], content["summary"])
+    path.write_bytes(manifest._sealed(content))
+    assert manifest.check_manifest(path.parent, stage, key) == ({}, "its manifest names what is no part of it")
+    assert copied.find(stage, key) is None
+
+
+@pytest.mark.attack("a copied store whose record makes no sense")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.pop("checkpoints"),
+        lambda record: record.update(checkpoints=[5]),
+        lambda record: record.update(checkpoints=5),
+        lambda record: record["checkpoints"][0].pop("inputs"),
+        lambda record: record["checkpoints"][0]["inputs"].update(first_order_u={"artifact": 5}),
+        lambda record: record["checkpoints"][0]["inputs"].update(first_order_u={"artifact": {"stage": [], "key": {}}}),
+        lambda record: record["checkpoints"][0]["inputs"].update(unheard_of=1),
+        lambda record: record["checkpoints"][0]["inputs"].pop("first_order_u"),
+        lambda record: record.update(report=None),
+        lambda record: record.update(finished=5),
+        lambda record: record.update(finished=None),
+        lambda record: record.update(config=[]),
+    ],
+)
+@pytest.mark.parametrize("command", ["variance", "prune", "ls", "export"])
+def test_a_record_that_makes_no_sense_is_said_to(copied, tmp_path, capsys, change, command):
+    edit_record(copied, change)
+    if command == "variance":
+        try:
+            again(copied)
+        except ProbeError as error:
+            assert len(str(error)) < 1000
+    else:
+        extra = {"export": ["latest", str(tmp_path / "x.tar")]}.get(command, [])
+        assert main(["store", command, *extra, "--artifacts", str(copied.root)]) in (0, 2)

@@ -1,0 +1,169 @@
+"""A loss of the user: found by name, checked on a made-up batch, and never a gradient that it did not give."""
+
+import pytest
+import torch
+from test_losses import batch_of
+
+from entropy_core.errors import ConfigError, LossError, ProbeError
+from entropy_core.numerics import losses
+from entropy_core.numerics.losses import LOSSES, TokenPair
+from entropy_core.read_config import parse_config
+from entropy_core.user_losses import check_loss, load_loss, source_file, token_coefficients
+
+BONUS = '''from entropy_core.numerics.losses import grpo
+
+
+def mine(batch):
+    """GRPO with an entropy bonus."""
+    return grpo(batch) - 0.01 * batch.mean(batch.sequence_sum(batch.entropies_K) / batch.lengths_N)
+'''
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Write a file that defines `mine`; returns how a configuration names it."""
+
+    def write(text: str) -> str:
+        (tmp_path / "losses.py").write_text(text)
+        return f"{tmp_path / 'losses.py'}:mine"
+
+    return write
+
+
+def returning(value: str) -> str:
+    return f"import torch\nfrom entropy_core.numerics import losses\ndef mine(batch):\n    return {value}\n"
+
+
+def test_the_known_losses_need_no_check():
+    for name, loss in LOSSES.items():
+        assert load_loss(name) is loss and source_file(name) is None
+        check_loss(name, 0.3, 8)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "losses.grpo(batch)",
+        "losses.dapo(batch) - 0.01 * batch.mean(batch.sequence_sum(batch.entropies_K)) / batch.mean(batch.lengths_N)",
+        "batch.mean(-batch.rewards_N * batch.sequence_sum(batch.logprobs_K))",
+        "-batch.mean(batch.sequence_sum(batch.of_tokens(batch.advantages_N) * batch.logprobs_K).tanh())",
+    ],
+)
+def test_a_loss_is_accepted_and_has_the_gradient_that_autograd_gives(file, value: str):
+    name = file(returning(value))
+    check_loss(name, 0.0, 8)
+    batch = batch_of()
+    found = token_coefficients(name, load_loss(name), batch)
+    expected = losses.coefficients(eval(f"lambda batch: {value}", {"losses": losses, "torch": torch}), batch)
+    assert all(map(torch.equal, found, expected)) and found.logprob_K.any()
+
+
+def test_a_loss_with_a_bonus(file):
+    name = file(BONUS)
+    check_loss(name, 0.0, 1)
+    found = token_coefficients(name, load_loss(name), batch_of())
+    expected = losses.coefficients(losses.grpo, batch_of())
+    torch.testing.assert_close(found.logprob_K, expected.logprob_K, rtol=1e-14, atol=0)
+    lengths_K = batch_of().of_tokens(batch_of().lengths_N)
+    torch.testing.assert_close(found.entropy_K, -0.01 / (12 * lengths_K), rtol=1e-13, atol=0)
+
+
+def test_the_source_of_a_loss_is_its_file(file, tmp_path):
+    assert source_file(file(BONUS)) == tmp_path / "losses.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (returning("1 / 0"), r"raised ZeroDivisionError: division by zero at .*losses\.py:4"),
+        ("def mine(batch):\n    x = 1\n    return helper(batch)\n", r"NameError: .*helper.* at .*losses\.py:3"),
+        ("def mine(batch, eps):\n    return eps\n", r"TypeError: .*eps.* at .*losses\.py:1"),
+        (returning("batch.logprobs_K @ torch.ones(2)"), r"raised RuntimeError: .* at .*losses\.py:4"),
+        (returning("batch.logprobs_K.mul_(2.0).sum()"), r"raised RuntimeError: .*in-place.* at .*losses\.py:4"),
+        (returning("0.5"), r"returned float, not a tensor, in .*losses\.py:3"),
+        (returning("None"), "returned NoneType, not a tensor"),
+        (returning("batch.logprobs_K"), r"returned a tensor of shape \[16\], not a scalar"),
+        (returning("losses.grpo(batch) * torch.nan"), "returned nan"),
+        (returning("losses.grpo(batch) + torch.inf"), "returned inf"),
+        (returning("batch.logprobs_K.detach().sum()"), "depends on neither log-probabilities nor entropies"),
+        (returning("torch.tensor(batch.logprobs_K.sum().item())"), "depends on neither"),
+        (returning("batch.mean(batch.sequence_sum(batch.entropies_K))"), "does not depend on the log-probabilities"),
+        (returning("batch.mean(batch.sequence_sum((batch.logprobs_K - batch.old_logprobs_K).sqrt()))"), "not finite"),
+        (returning("batch.mean(torch.rand(()) * batch.sequence_sum(batch.logprobs_K))"), "two gradients for one batch"),
+        (returning("(batch.of_tokens(batch.advantages_N) * batch.logprobs_K).sum()"), "does not count a response"),
+        (returning("batch.mean(batch.sequence_sum(batch.logprobs_K)) / len(batch.lengths_N)"), "does not count a resp"),
+        (returning("losses.dapo(batch) * batch.lengths_N.mean()"), "does not count a response of weight 2 as two"),
+    ],
+)
+def test_what_is_no_loss_is_refused_before_anything_runs(file, text: str, message: str):
+    with pytest.raises(LossError, match=message) as raised:
+        check_loss(file(text), 0.0, 8)
+    assert "\n" not in str(raised.value) and "Way out: " in str(raised.value) and "losses.py" in str(raised.value)
+
+
+ONCE = """import torch
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+def mine(batch):
+    return batch.mean(Once.apply(batch.sequence_sum(batch.logprobs_K)))
+"""
+
+
+def test_a_loss_that_has_no_second_derivative_is_refused(file):
+    with pytest.raises(LossError, match="cannot be differentiated twice"):
+        check_loss(file(ONCE), 0.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ppo", r"unknown loss 'ppo'.*use one of dapo, .*rloo, package\.module:function"),
+        ("no.such.module:loss", "cannot be imported .ModuleNotFoundError"),
+        ("/no/such/file.py:loss", "cannot be imported .FileNotFoundError"),
+        ("math:pi", "'math:pi' is not a function"),
+    ],
+)
+def test_a_loss_that_does_not_exist_is_refused(name: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_loss(name, 0.0, 8)
+
+
+def test_a_kl_term_that_the_loss_leaves_out_is_refused(file):
+    with pytest.raises(ConfigError, match=r"kl_beta is 0\.1, and loss .* makes no use of the reference.*losses\.kl"):
+        check_loss(file(returning("batch.mean(batch.sequence_sum(batch.logprobs_K))")), 0.1, 8)
+    check_loss(file(returning("batch.mean(batch.sequence_sum(batch.kl_beta * losses.kl(batch)))")), 0.1, 8)
+    check_loss(file(returning("losses.grpo(batch)")), 0.1, 8)
+
+
+def test_a_gradient_that_is_not_finite_names_the_response(file):
+    name = file(returning("batch.mean(batch.sequence_sum(batch.logprobs_K) * (batch.advantages_N.abs() - 2).sqrt())"))
+    batch = batch_of()
+    with pytest.raises(LossError, match="returned nan"):
+        token_coefficients(name, load_loss(name), batch)
+    root = file(returning("batch.mean((batch.logprobs_K[:12] - batch.old_logprobs_K[:12]).abs().sqrt())"))
+    with pytest.raises(LossError, match=r"not finite in 12 tokens, the first in response 0 \(advantage .*tokens\)"):
+        token_coefficients(root, load_loss(root), batch)
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"loss": "ppo"}, r"update\.loss.*unknown loss 'ppo'.*file\.py:function"),
+        ({"loss": "mine.py:loss"}, "scale_rewards: it is auto.*this one is your own.*group"),
+    ],
+)
+def test_the_configuration_says_what_goes_together(update, message: str):
+    with pytest.raises(ProbeError, match=message):
+        parse_config({"checkpoints": ["somewhere"], "update": update})
+    assert parse_config({"checkpoints": ["x"], "update": {"loss": "mine.py:loss", "scale_rewards": "none"}})
+
+
+def test_pairs_multiply_token_by_token():
+    a, b = TokenPair(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])), TokenPair(*torch.tensor([[5.0, 6.0]] * 2))
+    assert a.dot(b).tolist() == [20.0, 36.0]

@@ -1,0 +1,144 @@
+"""What runs when a stage is computed is in its key: traced, function by function, over sweeps of all kinds.
+
+The other way round it need not hold: what is reached may not run.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+from lora_fixtures import make_base, make_lora
+from pipeline_fixtures import make_gpt2, make_run, values, write_reward
+
+import entropy_core
+from entropy_core.code_identity import code_of
+from entropy_core.pretrained import load_policy
+from entropy_core.reached import GIVEN
+from entropy_core.read_config import parse_config
+from entropy_core.stages.catalogue import STAGES
+from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
+from entropy_core.stages.preflight import preflight
+from entropy_core.store import Stage, Store
+
+PACKAGE = Path(entropy_core.__file__).parent
+
+
+def definition_of(code: CodeType) -> str:
+    """`module:name` of the function or method that some code is, or is within; empty for code of others."""
+    path = Path(code.co_filename)
+    if not path.is_relative_to(PACKAGE):
+        return ""
+    module = ".".join([PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+    return f"{module}:{code.co_qualname.partition('.<locals>')[0]}"
+
+
+class Trace:
+    """Notes which functions of the package run within a stage's function.
+
+    What the store gives to the stage is none of its code, nor is what that calls, nor the import of a module.
+    """
+
+    def __init__(self) -> None:
+        self.ran: dict[str, set[str]] = defaultdict(set)
+        self._names: dict[CodeType, str] = {}
+
+    def within(self, stage: Stage, compute: Callable[[], Any]) -> Any:
+        self._stage = stage
+        load_policy.cache_clear()
+        sys.settrace(self._note)
+        try:
+            return compute()
+        finally:
+            sys.settrace(None)
+
+    def _name(self, code: CodeType) -> str:
+        if code not in self._names:
+            self._names[code] = definition_of(code)
+        return self._names[code]
+
+    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+        name, ran = self._name(frame.f_code), self.ran[self._stage.name]
+        if not name or name in ran or name.endswith(":<module>"):
+            return
+        above: FrameType | None = frame
+        while above is not None:
+            its_name = self._name(above.f_code)
+            if its_name.endswith(":<module>") or its_name.rpartition(".")[0] in GIVEN:
+                return
+            if above.f_code is self._stage.function.__code__:
+                ran.add(name)
+                return
+            above = above.f_back
+
+
+def traced(trace: Trace, values: Mapping[str, Any]) -> None:
+    config = parse_config(values)
+    checkpoints = preflight(config)
+    store = Store(config.store_root)
+    run = direct_runner(store, execution_for(config, checkpoints, lambda done, total: None))
+    sweep(
+        config, checkpoints, store, lambda stage, inputs, label: trace.within(stage, lambda: run(stage, inputs, label))
+    )
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> Trace:
+    folder = tmp_path_factory.mktemp("traced")
+    run, gpt2 = make_run(folder / "run"), make_gpt2(folder / "gpt2" / "checkpoint-3")
+    make_lora(folder / "lora" / "checkpoint-3", make_base(folder / "base"))
+    make_lora(folder / "folder" / "checkpoint-3", folder / "base", "folder")
+    prompts = folder / "pool.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{n}+{n}=", "answer": "{n}"}}\n' for n in range(1, 9)))
+    trace = Trace()
+    for number, (checkpoint, sections) in enumerate(
+        [
+            (run / "checkpoint-3", {"importance": {"etas": [0, 0.5, 1], "estimators": ["per_decision", "snis"]}}),
+            (
+                run / "checkpoint-5",
+                {
+                    "policy": {"derivative": "central_difference"},
+                    "batch_config": {"E_sampling_mode": "distinct", "B_E_values": [4], "E_replicates": 2},
+                    "importance": {"etas": [0, 1], "estimators": ["path_integral"]},
+                    "update": {"loss": "dr_grpo", "kl_beta": 0.1, "reference": str(run / "checkpoint-3")},
+                    "generation": {"stop_strings": ["1"]},
+                    "variance": {"baseline": "ridge"},
+                },
+            ),
+            (
+                gpt2,
+                {
+                    "batch_config": {"dataset_name": str(prompts), "max_prompt_length": 20},
+                    "update": {"reward": write_reward(folder), "scale_rewards": "none", "max_grad_norm": 0.1},
+                    "variance": {"baseline": "time_loo_weighted", "cluster": "prompt"},
+                },
+            ),
+            (
+                folder / "lora" / "checkpoint-3",
+                {"policy": {"dtype": "float32"}, "update": {"kl_beta": 0.1, "loss": "reinforce"}},
+            ),
+            (
+                folder / "folder" / "checkpoint-3",
+                {"variance": {"baseline": "none"}, "update": {"reward": "exact_match"}},
+            ),
+        ]
+    ):
+        traced(trace, values(folder / "run", folder / f"artifacts-{number}", checkpoints=[str(checkpoint)], **sections))
+    return trace
+
+
+def test_every_stage_was_traced(trace):
+    assert set(trace.ran) == {stage.name for stage in STAGES}
+    assert all(len(names) > 3 for names in trace.ran.values())
+    assert "entropy_core.policy:Policy.derivatives" in trace.ran["first-order-e"]
+    assert "entropy_core.numerics.direct_derivatives:DirectDerivatives.__torch_function__" in trace.ran["first-order-e"]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_what_ran_counts(trace, stage):
+    counts = set(code_of(stage.function).definitions)
+    within_class = {name for name in trace.ran[stage.name] if name.count(".", name.index(":")) > 1}
+    assert {name for name in trace.ran[stage.name] - within_class if name not in counts} == set()
