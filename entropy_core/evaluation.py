@@ -112,7 +112,7 @@ class EvaluationBatch:
     @cached_property
     def score_N(self) -> Tensor:
         """Σ_k ℓ̇_k of each sequence."""
-        return torch.cat([ragged.sequence_sum(t.derivatives.logprob_K, t.offsets_N1) for t, _ in self.read()])
+        return torch.cat([ragged.sequence_sum(t.derivative.logprob_K, t.offsets_N1) for t, _ in self.read()])
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())).total_N)
@@ -270,7 +270,7 @@ def _ridge(blocks: Blocks, clusters_N: Tensor | None, functionals: Sequence[Func
     def block_of(functional: Functional, i: int, tokens: Tokens) -> ridge.RidgeBlock:
         returns_K = baselines.returns_to_go(functional, tokens)
         features_KF = ridge.prefix_features(tokens.logprobs_K, tokens.entropies_K, tokens.offsets_N1)
-        weights_K = tokens.derivatives.logprob_K**2
+        weights_K = tokens.derivative.logprob_K**2
         return ridge.RidgeBlock(returns_K, features_KF, weights_K, tokens.offsets_N1, folds[i])
 
     def fits_of(functional: Functional) -> list[ridge.Fit]:

@@ -103,13 +103,16 @@ def test_every_path_that_leads_nowhere_is_named(home):
     ]
 
 
-@pytest.mark.parametrize("folder", ["run [1]", "run*", "run?"])
+@pytest.mark.parametrize("folder", ["run [1]", "run*", "run?", "run:1"])
 def test_a_folder_with_the_characters_of_a_pattern_is_that_folder(tmp_path, folder):
     """Letters in the folder of the file, a pattern in what the file says; a directory of that very name comes first."""
     for name in (folder, "run 1", "runs"):
         (tmp_path / name / "checkpoint-1").mkdir(parents=True)
         (tmp_path / name / "checkpoint-[2]").mkdir()
     path = tmp_path / folder / "probe.yaml"
-    path.write_text("checkpoints: ['checkpoint-?', 'checkpoint-[2]']\n")
-    found = find_checkpoints(load_config(path, must_exist=True).checkpoints)
+    path.write_text("checkpoints: ['checkpoint-?', 'checkpoint-[2]']\nupdate: {reward: 'r.py:f'}\n")
+    (tmp_path / folder / "r.py").touch()
+    config = load_config(path, must_exist=True)
+    assert parse_config(config, origin=Origin(tmp_path, must_exist=True)).update.reward == f"{path.parent}/r.py:f"
+    found = find_checkpoints(config.checkpoints)
     assert found == [tmp_path / folder / "checkpoint-1", tmp_path / folder / "checkpoint-[2]"]

@@ -161,7 +161,7 @@ EDITS = {
     "a sentence of the report": Edit(replaces("## Where it comes from", "## Where the change comes from"), {"report"}),
     # what runs on import
     "a statement that runs on import": Edit(
-        adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"), POLICY | STATISTICS
+        adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"), POLICY | {"variance"}
     ),
     # what changes nothing
     "an unused error class": Edit(

@@ -273,11 +273,11 @@ def test_entropy_and_length_are_what_they_say(everything: Everything):
     tokens = everything.block
     assert [functional.name for functional in FUNCTIONALS] == ["entropy", "length"]
     assert torch.equal(ENTROPY.values(tokens), everything.tokens.entropies_K)
-    assert torch.equal(ENTROPY.derivatives(tokens), everything.tokens.dentropies_K)
-    assert (LENGTH.values(tokens) == 1).all() and not LENGTH.derivatives(tokens).any()
+    assert torch.equal(ENTROPY.derivative(tokens), everything.tokens.dentropies_K)
+    assert (LENGTH.values(tokens) == 1).all() and not LENGTH.derivative(tokens).any()
     narrow = Tokens(tokens.logprobs_K.float(), tokens.entropies_K.float(), tokens.offsets_N1, tokens.along)
     for functional in ALL:
-        assert functional.values(narrow).dtype == functional.derivatives(narrow).dtype == torch.float64
+        assert functional.values(narrow).dtype == functional.derivative(narrow).dtype == torch.float64
 
 
 def test_the_derivative_follows_by_the_chain_rule():
@@ -286,11 +286,11 @@ def test_the_derivative_follows_by_the_chain_rule():
     tokens = Tokens(logprobs_K, entropies_K, torch.tensor([0, 4, 9]), along)
     bent = Functional("bent", lambda t: t.logprobs_K**2 * t.entropies_K.exp())
     expected_K = entropies_K.exp() * (2 * logprobs_K * along.logprob_K + logprobs_K**2 * along.entropy_K)
-    torch.testing.assert_close(bent.derivatives(tokens), expected_K, rtol=1e-13, atol=0)
+    torch.testing.assert_close(bent.derivative(tokens), expected_K, rtol=1e-13, atol=0)
 
 
 def test_what_needs_a_direction_says_so():
     tokens = Tokens(torch.zeros(3), torch.zeros(3), torch.tensor([0, 3]))
     assert ragged.sequence_sum(LENGTH.values(tokens), tokens.offsets_N1).tolist() == [3.0]
     with pytest.raises(ValueError, match="needs the derivatives"):
-        ENTROPY.derivatives(tokens)
+        ENTROPY.derivative(tokens)

@@ -75,7 +75,11 @@ def recorded(tmp_path) -> tuple[Store, Artifact]:
     store = Store(tmp_path / "store")
     made = store.run(Stage("vectors", vectors), None, {})
     reference = made.to_dict()
-    record = {"finished": "1", "report": reference, "checkpoints": [{"inputs": {"update": {"artifact": reference}}}]}
+    record = {
+        "finished": "2026-01-01T00:00:00+00:00",
+        "report": reference,
+        "checkpoints": [{"inputs": {"update": {"artifact": reference}}}],
+    }
     with runs.writing(store, "a-run") as folder:
         (folder / runs.RECORD).write_text(json.dumps(record))
     return store, made

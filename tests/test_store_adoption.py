@@ -43,7 +43,8 @@ def settings(home: Path, artifacts: Path) -> dict:
 def edited(home, first, tmp_path) -> Callable[..., tuple[int, str]]:
     """Edit a copy of the project, and call a command of the store there, on a copy of the store."""
     shutil.copytree(home / "artifacts", tmp_path / "artifacts", copy_function=shutil.copy2)
-    shutil.copytree(ROOT / "entropy_core", tmp_path / "entropy_core", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("entropy_core", "flows", "tasks"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "sweep.json").write_text(json.dumps(settings(home, tmp_path / "artifacts")))
 
     def call(*arguments: str, edit: tuple[str, str, str] | None = None) -> tuple[int, str]:
@@ -51,7 +52,7 @@ def edited(home, first, tmp_path) -> Callable[..., tuple[int, str]]:
             path = tmp_path / edit[0]
             assert path.read_text().count(edit[1]) == 1
             path.write_text(path.read_text().replace(edit[1], edit[2]))
-        command = [sys.executable, "-m", "entropy_core.store", "--root", str(tmp_path / "artifacts"), *arguments]
+        command = [sys.executable, "-m", "flows.cli", "store", *arguments, "--artifacts", str(tmp_path / "artifacts")]
         environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         return done.returncode, done.stdout or done.stderr

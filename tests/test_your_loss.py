@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_the_loss_on_the_model(home: Path):
         loss = loss - (advantage * own.mean() + 0.01 * entropies.mean()) / (P * G)
     parameters = dict(model.named_parameters())
     expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-    found = update.tensors("gradient.safetensors")
+    found = update.vector("gradient")
     assert found.keys() == expected.keys()
     for name, g in expected.items():
         torch.testing.assert_close(found[name], g, rtol=0, atol=1e-10)

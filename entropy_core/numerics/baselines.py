@@ -126,4 +126,4 @@ def baselines(functional: Functional, tokens: Tokens, baseline: Baseline, totals
 
 
 def _weights(baseline: Baseline, tokens: Tokens) -> Tensor | None:
-    return tokens.derivatives.logprob_K**2 if baseline == "time_loo_weighted" else None
+    return tokens.derivative.logprob_K**2 if baseline == "time_loo_weighted" else None

@@ -50,8 +50,8 @@ def first_order_columns(functional: Functional, tokens: Tokens, base_K: Tensor) 
     Returns:
         Columns, float64 [N].
     """
-    offsets_N1, score_K = tokens.offsets_N1, tokens.derivatives.logprob_K
-    local_N = ragged.sequence_sum(functional.derivatives(tokens), offsets_N1)
+    offsets_N1, score_K = tokens.offsets_N1, tokens.derivative.logprob_K
+    local_N = ragged.sequence_sum(functional.derivative(tokens), offsets_N1)
     future_K = (returns_to_go(functional, tokens) - base_K) * score_K
     return Columns(
         total_N=ragged.sequence_sum(functional.values(tokens), offsets_N1),
@@ -76,7 +76,7 @@ def weighted_totals(functional: Functional, tokens: Tokens) -> WeightedTotals:
     """What `weighted_columns` needs to know of a block of sequences; arguments as there."""
     return WeightedTotals(
         ragged.position_sum(functional.values(tokens), tokens.offsets_N1),
-        ragged.position_sum(tokens.derivatives.logprob_K, tokens.offsets_N1),
+        ragged.position_sum(tokens.derivative.logprob_K, tokens.offsets_N1),
         torch.tensor([len(tokens.offsets_N1) - 1.0], dtype=torch.float64),
     )
 
@@ -98,13 +98,13 @@ def weighted_columns(functional: Functional, tokens: Tokens, totals: WeightedTot
     """
     totals = totals or weighted_totals(functional, tokens)
     offsets_N1, values_K = tokens.offsets_N1, functional.values(tokens)
-    position_K, score_K = ragged.position_index(offsets_N1), tokens.derivatives.logprob_K
+    position_K, score_K = ragged.position_index(offsets_N1), tokens.derivative.logprob_K
     score_T, A_T = totals.score_T / totals.sequences_1, totals.values_T / totals.sequences_1
     # Ẇ_k: mean score of the tokens whose ratios are in the weight of f_k, of all sequences
     dW_T, A_after_T = score_T.cumsum(0) - score_T, A_T.sum() - A_T.cumsum(0)
     if functional.of_action:
         dW_T, A_after_T = dW_T + score_T, A_after_T + A_T
-    local_N = ragged.sequence_sum(functional.derivatives(tokens), offsets_N1)
+    local_N = ragged.sequence_sum(functional.derivative(tokens), offsets_N1)
     future_K = (returns_to_go(functional, tokens) - A_after_T[position_K]) * score_K
     through_A_N = ragged.sequence_sum(dW_T[position_K] * values_K, offsets_N1)
     terms_N = ragged.sequence_sum(future_K, offsets_N1) - (through_A_N - (dW_T * A_T).sum())

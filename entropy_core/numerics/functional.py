@@ -50,7 +50,7 @@ class Tokens(NamedTuple):
     along: TokenPair | None = None
 
     @property
-    def derivatives(self) -> TokenPair:
+    def derivative(self) -> TokenPair:
         """ℓ̇ and ḣ, float64.
 
         Raises:
@@ -95,9 +95,9 @@ class Functional(NamedTuple):
             return TokenPair(*(torch.zeros_like(end_K, requires_grad=False) for end_K in ends))
         return TokenPair(*torch.autograd.grad(values_K.sum(), ends, materialize_grads=True))
 
-    def derivatives(self, tokens: Tokens) -> Tensor:
+    def derivative(self, tokens: Tokens) -> Tensor:
         """ḟ_k of every token along the direction of the tokens, float64 [K]."""
-        return self.slopes(tokens).dot(tokens.derivatives)
+        return self.slopes(tokens).dot(tokens.derivative)
 
 
 class Columns(NamedTuple):

@@ -38,13 +38,13 @@ def derivative_columns(functional: Functional, moved: Tokens, weights: PrefixWei
     Returns:
         Columns, float64 [N]; at θ' = θ those of `first_order.first_order_columns`.
     """
-    offsets_N1, score_K = moved.offsets_N1, moved.derivatives.logprob_K
+    offsets_N1, score_K = moved.offsets_N1, moved.derivative.logprob_K
     before_K = ragged.sum_before(score_K, offsets_N1)
     growth_K = weights.before_K * before_K  # ρ̇_k
     growth_after_K = weights.after_K * (before_K + score_K)  # ρ̇_{k+1}
     rise_K = growth_after_K - growth_K
     growth_of_weight_K = growth_after_K if functional.of_action else growth_K
-    local_N = ragged.sequence_sum(weights.of(functional) * functional.derivatives(moved), offsets_N1)
+    local_N = ragged.sequence_sum(weights.of(functional) * functional.derivative(moved), offsets_N1)
     future_K = growth_of_weight_K * functional.values(moved) - base_K * rise_K
     return Columns(
         total_N=per_decision_column(functional, moved, weights, base_K),
