@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench check-device docs clean
-help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench check-device docs clean:
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui validate chaos bench check-device docs clean
+help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui validate chaos bench check-device docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -27,12 +27,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 ui test test-sweep test-ui validate chaos bench check-device docs clean
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui validate chaos bench check-device docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
 	@echo "             CONFIG=$(CONFIG): which sweep"
 	@echo "make sweep-smollm2   the same for a LoRA run of SmolLM2-135M-Instruct"
+	@echo "make sweep-smollm2-full   the same for a run that trains all of its weights, without Prefect; says what memory it took"
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT), CONFIG: what the form begins with"
 	@echo "make test    lint, check types, run the tests"
 	@echo "make test-sweep   run the documentation's commands on the demo run, also installed elsewhere (some minutes)"
@@ -54,6 +55,10 @@ sweep: .venv/.installed
 sweep-smollm2: .venv/.smollm2
 	@$(BIN)/python -m entropy_core.smollm2 --out artifacts/smollm2
 	@$(BIN)/entropy-probe sweep configs/smollm2.yaml
+
+sweep-smollm2-full: .venv/.smollm2
+	@$(BIN)/python -m entropy_core.smollm2 --out artifacts/smollm2 --full
+	@$(BIN)/entropy-probe sweep configs/smollm2-full.yaml --direct
 
 ui: .venv/.installed
 	@$(BIN)/entropy-probe ui "$(CONFIG)" --port $(PORT)

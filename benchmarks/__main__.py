@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks import model_shape, passes, sampling, scale, time_to_error
+from benchmarks import model_shape, passes, sampling, scale, time_to_error, vectors
 from benchmarks.common import Row
 from benchmarks.device.page import section
 
@@ -23,6 +23,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "derivatives": passes.derivatives,
     "step_sizes": passes.step_sizes,
     "padding": passes.padding,
+    "vectors": vectors.vectors,
     "scale": scale.scale,
     "orchestration": scale.orchestration,
     "time_to_error": time_to_error.time_to_error,

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet  # noqa: F401  (what a stage would import)
 import torch
 
 from benchmarks.common import status_kilobytes
@@ -30,12 +31,12 @@ from entropy_core.store import Stage, Store
 
 SHAPES = {
     "12.9M": {
-        "hidden_size": 256,
+        "hidden_size": 320,
         "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "intermediate_size": 688,
-        "vocab_size": 25_600,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "intermediate_size": 864,
+        "vocab_size": 9_216,  # a fifth of the parameters are embeddings, as they are in SmolLM2
     },
     "135M": {
         "hidden_size": 576,

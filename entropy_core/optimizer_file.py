@@ -27,7 +27,7 @@ OTHER_OPTIMIZERS = {
     "state1": "an optimizer of bitsandbytes, such as 8-bit AdamW",
     "sum": "Adagrad",
 }
-STRIDE = 2**18  # numbers of a moment that are in memory at one time, more or less: taking each block out takes long
+STRIDE = 2**16  # numbers of a moment that are in memory at one time, more or less: to take each block out takes long
 _madvise = getattr(ctypes.CDLL(None), "madvise", None)  # the system's own function, where there is one
 
 SAVE_NAMES = "build the optimizer from named parameters and save again"

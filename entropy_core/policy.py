@@ -5,7 +5,7 @@ the others are constants. One code path, `Scorer`, gives values, gradients and f
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from entropy_core.numerics.direct_derivatives import DirectDerivatives
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
 from entropy_core.scorer import Scorer, TeacherForcedRows
 
-BLOCK = 2**20  # numbers that are held in float64 at one time
+BLOCK = 2**18  # numbers that are held in float64 at one time
 
 log = logging.getLogger("entropy_probe.policy")
 
@@ -33,6 +33,14 @@ class Coefficients(NamedTuple):
 
     logprob_K: Tensor
     entropy_K: Tensor
+
+
+def _add_to(total: Tensor, leaf: Tensor) -> None:
+    """Move the gradient of a leaf to its accumulator."""
+    assert leaf.grad is not None  # which is why the hook was called
+    for to, gradient in zip(total.view(-1).split(BLOCK), leaf.grad.reshape(-1).split(BLOCK), strict=True):
+        to += gradient
+    leaf.grad = None
 
 
 class Policy:
@@ -51,7 +59,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.scorer = Scorer(self.model, head_chunk_rows)
         self.recompute_activations = False
-        self._place: dict[str, Tensor] = {}  # where the parameters of the last move were
+        self._place: dict[str, Tensor] = {}  # where parameters were that took the place of θ
         if not self.scorer.head_is_known:
             log.warning("this model's logits are not those of its head; using full logits (more memory)")
 
@@ -169,38 +177,41 @@ class Policy:
         Returns:
             ℓ and h of the forward pass, detached.
         """
-        parameters = self.named_parameters()
-        named = [parameters[name] for name in into[0]]
+        leaves, names = self._leaves(into[0].keys())
         with self._recomputing() if self.recompute_activations else nullcontext():
-            statistics = self.scorer(rows, temperature)
+            statistics = functional_call(self.scorer, leaves, (rows, temperature), tie_weights=False)
         for index, (weights, gradients) in enumerate(zip(coefficients, into, strict=True)):
             terms = [w_K.to(self.device) * x_K.double() for w_K, x_K in zip(weights, statistics, strict=True)]
             scalar = torch.stack(terms).sum()
-            with self._adding_to(gradients):
-                scalar.backward(inputs=named, retain_graph=index + 1 < len(coefficients))
+            hooks = [
+                leaves[place].register_post_accumulate_grad_hook(partial(_add_to, gradients[name]))
+                for place, name in names.items()
+            ]
+            scalar.backward(retain_graph=index + 1 < len(coefficients))
+            for hook in hooks:
+                hook.remove()
         return TokenStatistics(*(values_K.detach() for values_K in statistics))
 
-    @contextmanager
-    def _adding_to(self, accumulators: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the context a parameter's gradient goes to its accumulator as soon as autograd has it."""
+    def _leaves(self, names: Collection[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The trained parameters as leaves of a graph, one for each place in the model that a parameter has.
 
-        def add(total: Tensor, parameter: Tensor) -> None:
-            assert parameter.grad is not None  # which is why the hook was called
-            for to, gradient in zip(total.view(-1).split(BLOCK), parameter.grad.reshape(-1).split(BLOCK), strict=True):
-                to += gradient
-            parameter.grad = None
+        So a gradient is known as soon as its place is passed: that of a tied parameter would wait for the other place.
 
-        parameters = self.named_parameters()
-        hooks = [
-            parameters[name].register_post_accumulate_grad_hook(partial(add, total))
-            for name, total in accumulators.items()
-        ]
-        try:
-            yield
-        finally:
-            for name, hook in zip(accumulators, hooks, strict=True):
-                hook.remove()
-                parameters[name].grad = None  # where memory ran out before it was added
+        Args:
+            names: of the parameters that are differentiated; the others are constants.
+
+        Returns:
+            The leaves by their place in the scorer; and by place, the name of what is differentiated.
+        """
+        name_of = {parameter: name for name, parameter in self.named_parameters().items()}
+        leaves, differentiated = {}, {}
+        for place, parameter in self.scorer.named_parameters(remove_duplicate=False):
+            if parameter in name_of:
+                leaves[place] = parameter.detach()
+                if name_of[parameter] in names:
+                    leaves[place].requires_grad_()
+                    differentiated[place] = name_of[parameter]
+        return leaves, differentiated
 
     def new_accumulator(self) -> dict[str, Tensor]:
         """A float64 zero for every trained parameter; the memory that a move has left behind is given back for it."""
@@ -210,31 +221,21 @@ class Policy:
             for name, p in self.named_parameters().items()
         }
 
-    @contextmanager
-    def moved(self, direction: Mapping[str, Tensor], eta: float) -> Iterator[None]:
+    def moved(self, direction: Mapping[str, Tensor], eta: float) -> AbstractContextManager[None]:
         """Within the context the parameters are θ + η·v, computed in float64 and rounded; afterwards θ, bit for bit.
-
-        On a CPU the memory of θ + η·v is kept for the next move: new memory takes several times what the sum takes.
 
         Args:
             direction: v by parameter name; each tensor is asked for once.
             eta: η.
         """
         room = torch.empty(BLOCK, dtype=torch.float64, device=self.device)
-        place, self._place = self._place, {}  # a move within this one takes memory of its own
 
-        def displaced(name: str, theta: Tensor) -> Tensor:
-            if name not in place:
-                place[name] = torch.empty_like(theta, memory_format=torch.contiguous_format)
-            tensors = place[name], theta, direction[name].to(theta.device)
-            for to, start, v in zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True):
-                to.copy_(room[: len(v)].copy_(v).mul_(eta).add_(start))
-            return place[name]
+        def displaced(name: str, theta: Tensor, to: Tensor) -> None:
+            v = direction[name].to(theta.device).reshape(-1)
+            for block, start, step in zip(to.split(BLOCK), theta.split(BLOCK), v.split(BLOCK), strict=True):
+                block.copy_(room[: len(step)].copy_(step).mul_(eta).add_(start))
 
-        with self._replaced(direction, displaced):
-            yield
-        if self.device.type == "cpu":
-            self._place = place
+        return self._replaced(direction, displaced)
 
     def jittered(self, seed: int) -> AbstractContextManager[None]:
         """Within the context every parameter is the next number above or below it, at random; afterwards θ again.
@@ -247,12 +248,10 @@ class Policy:
         """
         generator = torch.Generator().manual_seed(seed)
 
-        def neighbour(_: str, theta: Tensor) -> Tensor:
-            moved = torch.empty_like(theta, memory_format=torch.contiguous_format)
-            for to, start in zip(moved.view(-1).split(BLOCK), theta.reshape(-1).split(BLOCK), strict=True):
+        def neighbour(_: str, theta: Tensor, to: Tensor) -> None:
+            for block, start in zip(to.split(BLOCK), theta.split(BLOCK), strict=True):
                 up = torch.randint(0, 2, start.shape, generator=generator, dtype=torch.bool).to(theta.device)
-                torch.nextafter(start, torch.where(up, torch.inf, -torch.inf).to(start), out=to)
-            return moved
+                torch.nextafter(start, torch.where(up, torch.inf, -torch.inf).to(start), out=block)
 
         return self._replaced(dict(self.model.named_parameters()), neighbour)
 
@@ -292,17 +291,31 @@ class Policy:
             self.model.set_attn_implementation(own)
 
     @contextmanager
-    def _replaced(self, names: Iterable[str], value: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    def _replaced(self, names: Iterable[str], fill: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+        """Within the context parameters have other values, in memory of their own.
+
+        On a CPU that memory is kept for the next time: new memory takes several times what an update of it takes.
+
+        Args:
+            names: of the parameters.
+            fill: given a name and θ, flat, writes the other values to where they belong.
+        """
+        place, self._place = self._place, {}  # one within this one takes memory of its own
         parameters = dict(self.model.named_parameters())
         own = {name: parameters[name].data for name in names}
         try:
             with torch.no_grad():
                 for name, theta in own.items():
-                    parameters[name].data = value(name, theta)
+                    if name not in place:
+                        place[name] = torch.empty_like(theta, memory_format=torch.contiguous_format)
+                    fill(name, theta.reshape(-1), place[name].view(-1))
+                    parameters[name].data = place[name]
             yield
         finally:
             for name, theta in own.items():
                 parameters[name].data = theta
+        if self.device.type == "cpu":
+            self._place = place
 
     def next_logits(self, input_ids_BL: Tensor, attention_mask_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Logits after the last position, with a key-value cache; prompts are padded on the left.

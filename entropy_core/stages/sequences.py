@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.errors import NonFiniteError
-from entropy_core.numerics.vectors import Block, each
+from entropy_core.numerics.vectors import Block
 from entropy_core.policy import Policy
 from entropy_core.pretrained import load_policy, use_full_precision
 from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
@@ -96,6 +96,6 @@ def tangent_of(direction: Mapping[Block, Tensor], policy: Policy) -> dict[str, T
         name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in policy.named_parameters().items()
     }
     flat = {name: tensor.view(-1) for name, tensor in tangent.items()}
-    for (name, start, stop), values in zip(direction, each(direction.__getitem__, direction), strict=True):
+    for (name, start, stop), values in direction.items():
         flat[name][start:stop] = values
     return tangent

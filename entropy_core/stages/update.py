@@ -11,7 +11,7 @@ from entropy_core.errors import NonFiniteError
 from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.advantages import Scaling, group_advantages
 from entropy_core.numerics.losses import LossBatch
-from entropy_core.numerics.vectors import each, global_norm, in_blocks, squares
+from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.optimizer_step import OptimizerStep
 from entropy_core.policy import Coefficients
 from entropy_core.stages.columns import read_columns
@@ -106,7 +106,8 @@ def compute_update(
     shapes, dtype = {name: tuple(t.shape) for name, t in gradient.items()}, getattr(torch, law["dtype"])
     of_direction = []
     with out.vector("direction", shapes, dtype) as direction, out.vector("gradient", shapes, dtype) as loss_gradient:
-        for block, v in zip(step, each(lambda block: step[block].direction, step), strict=True):
+        for block in step:
+            v = step[block].direction
             of_direction.append(squares(v))
             direction.write(block, v)
             loss_gradient.write(block, g[block])

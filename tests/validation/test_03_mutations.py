@@ -102,8 +102,8 @@ MUTATIONS = (
     Mutation(
         "the second moment's derivative left out of J",
         "numerics/adamw",
-        "return self._sign * (self._frozen - moved * slope / self._denominator)",
-        "return self._sign * self._frozen",
+        "return self._sign * (frozen - moved * slope / self._denominator)",
+        "return self._sign * frozen",
         "test_adamw",
     ),
     Mutation(
