@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,23 +41,19 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.groups) - GROUPS.keys():
         parser.error(f"no group {', '.join(sorted(unknown))}: there are {', '.join(GROUPS)}")
-    path, table = options.out / "benchmarks.json", []
+    path = options.out / "benchmarks.json"
+    table: dict[str, Any] = {}
     if options.groups and path.exists():  # else the table is begun anew
-        found = json.loads(path.read_text(encoding="utf-8"))
-        table = found["rows"]
-        if found["setting"] != setting():
-            parser.error(f"{path} was measured in another setting, and a table has one: measure all groups, or --out")
+        table = json.loads(path.read_text(encoding="utf-8"))
     for group in options.groups or GROUPS:
         print(f"{group} …", flush=True)
         started = time.monotonic()
-        rows = []
+        rows: list[dict[str, Any]] = []
         for row in GROUPS[group]():
-            rows.append({"group": group, "date": time.strftime("%Y-%m-%d"), **asdict(row), "holds": row.holds})
+            rows.append(asdict(row) | {"holds": row.holds})
             print(f"  {row.name}: {row.ours} against {row.against}: {row.ratio:.3g} {_verdict(row)}", flush=True)
-        again = {row["name"] for row in rows}
-        table = [row for row in table if row["group"] != group and row["name"] not in again] + rows
-        table.sort(key=lambda row: list(GROUPS).index(row["group"]))
-        write({"setting": setting(), "rows": table}, options.out)
+        table[group] = {"date": time.strftime("%Y-%m-%d"), "setting": setting(), "rows": rows}
+        write({name: table[name] for name in GROUPS if name in table}, options.out)
         print(f"  {(time.monotonic() - started) / 60:.0f} min", flush=True)
 
 
@@ -95,36 +92,32 @@ def _verdict(row: Row) -> str:
     return {None: "", True: f"({row.mark}: holds)", False: f"({row.mark}: missed; {row.reason})"}[row.holds]
 
 
-def page(found: dict) -> str:
-    """docs/benchmarks.md."""
-    measured_in = ", ".join(f"{name} {value}" for name, value in found["setting"].items())
+def page(found: dict[str, Any]) -> str:
+    """docs/benchmarks.md: a table for each group, which was measured in one run on one machine."""
     lines = [
         "# Benchmarks",
         "",
         "Written by `make bench`. Passes were run in rounds, every way once in each; their ratio is the median of the",
         "ratios within a round. Sampling and whole sweeps were run once, or as often as their row says. Where a mark",
-        "was missed, both ways were run once more under a profiler, or the stages' own times were compared.",
-        "",
-        f"{measured_in}.",
-        "",
-        "| what | measured | against | ratio | mark | holds |",
-        "|---|---|---|---:|---|---|",
+        "was missed, both ways were run once more under a profiler, or the stages' own times were compared. A ratio is",
+        "of one run on one machine; two tables may come from two.",
     ]
-    for row in found["rows"]:
-        holds = {None: "", True: "yes", False: "**no**"}[row["holds"]]
-        lines.append(
-            f"| {row['name']} | {row['ours']} | {row['against']} | {row['ratio']:.3g} | {row['mark']} | {holds} |"
-        )
-    missed: dict[str, list[str]] = {}  # names by reason: rows of one measurement share theirs
-    for row in found["rows"]:
-        if row["reason"]:
-            missed.setdefault(row["reason"], []).append(row["name"])
-    if missed:
-        lines += ["", "## Why a mark is missed", ""]
-        lines += [f"- {'; '.join(names)}: {reason}" for reason, names in missed.items()]
-    dates = sorted({row["date"] for row in found["rows"]})
+    for group, measured in found.items():
+        where = ", ".join(f"{name} {value}" for name, value in measured["setting"].items())
+        lines += ["", f"## {group.replace('_', ' ').capitalize()}", "", f"Measured {measured['date']}: {where}.", ""]
+        lines += ["| what | measured | against | ratio | mark | holds |", "|---|---|---|---:|---|---|"]
+        missed: dict[str, list[str]] = {}  # names by reason: rows of one measurement share theirs
+        for row in measured["rows"]:
+            holds = {None: "", True: "yes", False: "**no**"}[row["holds"]]
+            cells = (row["name"], row["ours"], row["against"], f"{row['ratio']:.3g}", row["mark"], holds)
+            lines.append(f"| {' | '.join(cells)} |")
+            if row["reason"]:
+                missed.setdefault(row["reason"], []).append(row["name"])
+        if missed:
+            lines += ["", "Why a mark is missed:", ""]
+            lines += [f"- {'; '.join(names)}: {reason}" for reason, names in missed.items()]
     device = json.loads(DEVICE.read_text(encoding="utf-8")) if DEVICE.exists() else None
-    return "\n".join([*lines, "", f"Measured {' and '.join(dates)}.", "", *section(device), ""])
+    return "\n".join([*lines, "", *section(device), ""])
 
 
 if __name__ == "__main__":
