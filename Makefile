@@ -53,11 +53,11 @@ sweep: .venv/.installed
 	@$(BIN)/entropy-probe sweep "$(CONFIG)"
 
 sweep-smollm2: .venv/.smollm2
-	@$(BIN)/python -m entropy_core.smollm2 --out artifacts/smollm2
+	@$(BIN)/python -m entropy_core.demo.smollm2 --out artifacts/smollm2
 	@$(BIN)/entropy-probe sweep configs/smollm2.yaml
 
 sweep-smollm2-full: .venv/.smollm2
-	@$(BIN)/python -m entropy_core.smollm2 --out artifacts/smollm2 --full
+	@$(BIN)/python -m entropy_core.demo.smollm2 --out artifacts/smollm2 --full
 	@$(BIN)/entropy-probe sweep configs/smollm2-full.yaml --direct
 
 ui: .venv/.installed
@@ -92,7 +92,7 @@ check-device: .venv/.installed
 	@$(BIN)/python -m benchmarks.device $(if $(TINY),--tiny) --out "$(OUT)"
 
 docs: .venv/.installed
-	$(BIN)/python -m entropy_core.reference docs
+	$(BIN)/python -m entropy_core.config.reference docs
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build ./*.egg-info

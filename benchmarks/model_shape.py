@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged
-from entropy_core.policy import Policy
-from entropy_core.pretrained import load_policy, resolve_device
-from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
+from entropy_core.policy.model import Policy
+from entropy_core.policy.pretrained import load_policy, resolve_device
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 INSTALLED = Path("artifacts/smollm2/model")
 SMOLLM2_135M = {

@@ -12,10 +12,12 @@ from torch.func import functional_call, jvp
 from benchmarks.common import Row, Run, median_ratio, peak_megabytes, take_turns
 from benchmarks.model_shape import make_policy, make_processor, make_sequences
 from benchmarks.reasons import by_profile
-from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.policy import Policy
-from entropy_core.sequence_processor import SequenceProcessor
-from entropy_core.stages.derivatives import central_difference, forward_mode
+from entropy_core.policy import moves
+from entropy_core.policy.attention import fused_attention
+from entropy_core.policy.model import Policy
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.derivatives import central_difference, forward_mode
+from entropy_core.sequences.processor import SequenceProcessor
 
 LENGTH, MICRO_BATCH = 128, 16
 TOKENS = 8192
@@ -126,7 +128,7 @@ def _step_sizes(dtype: str) -> Iterator[Row]:
     def sweep(batch: BatchedSequences = batch) -> None:
         processor.score(batch)
         for eta in (0.25, 0.5, 1.0, 1.5, 2.0):
-            with policy.moved(v, 1e-3 * eta):
+            with moves.moved(policy, v, 1e-3 * eta):
                 processor.score(batch)
 
     def six(batch: BatchedSequences = batch) -> None:
@@ -230,7 +232,7 @@ def random_direction(policy: Policy) -> dict[str, Tensor]:
 
 
 def _fused(processor: SequenceProcessor, batch: BatchedSequences) -> None:
-    with processor.policy.fused_attention():
+    with fused_attention(processor.policy):
         bare_forward(processor, batch)
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged, uncertainty
+from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns
-from entropy_core.numerics.uncertainty import Estimate, Normalization
-from entropy_core.policy import Policy
+from entropy_core.numerics.uncertainty import Estimate
+from entropy_core.policy.model import Policy
+from entropy_core.sequences.batch import BatchedSequences
 
 MICRO_BATCH = 8
 

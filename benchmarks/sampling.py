@@ -12,10 +12,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from benchmarks.common import Row, seconds
 from benchmarks.model_shape import EOS, make_policy, make_processor
 from benchmarks.reasons import by_profile
-from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
-from entropy_core.policy import Policy
+from entropy_core.policy.attention import fused_attention
+from entropy_core.policy.model import Policy
+from entropy_core.sequences.batch import BatchedSequences
 
 BATCH, PROMPT, SHORTEST, LONGEST = 64, 32, 8, 128
 HAZARD = 1 / 60  # of the EOS, from the shortest length on: mean length about 59, a seventh are cut
@@ -83,7 +84,7 @@ def _sampled(policy: Policy, prompts: Tensor, longest: int, batch: int) -> Batch
 def _generate(policy: Policy, prompts: Tensor, longest: int, ends: _Ends) -> int:
     """With the attention that transformers takes by itself."""
     tokens = 0
-    with policy.fused_attention(), torch.no_grad():
+    with fused_attention(policy), torch.no_grad():
         for ids_BL in prompts.to(policy.device).split(BATCH):
             out_BL = policy.model.generate(
                 ids_BL,

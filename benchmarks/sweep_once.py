@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import status_kilobytes
-from entropy_core.manifest import MANIFEST
-from entropy_core.read_config import parse_config
-from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store
+from entropy_core.config.read import parse_config
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.store.manifest import MANIFEST
+from entropy_core.store.store import Store
 
 RUN = Path("artifacts/demo-run")
 
@@ -46,7 +46,7 @@ def main() -> None:
     }
     if options.through_prefect:
         from flows.entropy_probe import checkpoint_sweep
-    import entropy_core.policy  # noqa: F401  (what a stage would import)
+    import entropy_core.policy.model  # noqa: F401  (what a stage would import)
 
     started = time.perf_counter()
     if options.through_prefect:

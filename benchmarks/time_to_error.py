@@ -14,21 +14,23 @@ import torch
 from benchmarks import predecessor
 from benchmarks.common import Row, Run, take_turns
 from benchmarks.reasons import by_profile
-from entropy_core import estimates
-from entropy_core.artifact import Artifact
-from entropy_core.batched_sequences import BatchedSequences, LogprobResults
-from entropy_core.demo import main as make_demo_run
-from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens, measured
+from entropy_core.config.read import load_config, parse_config
+from entropy_core.demo.run import main as make_demo_run
+from entropy_core.estimates import rows as estimates
+from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
 from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.uncertainty import entropy_derivative
-from entropy_core.read_config import load_config, parse_config
-from entropy_core.stages.derivatives import forward_mode
-from entropy_core.stages.measure import Measurement, load_checkpoint, load_pool
-from entropy_core.stages.pipeline import direct_runner, execution_for
-from entropy_core.stages.preflight import preflight, splits
-from entropy_core.stages.sequences import processor_of, read_sequences
-from entropy_core.store import Store
+from entropy_core.pipeline.measure import Measurement, load_checkpoint, load_pool
+from entropy_core.pipeline.preflight import preflight, splits
+from entropy_core.pipeline.sweep import direct_runner, execution_for
+from entropy_core.policy import moves
+from entropy_core.sequences.batch import BatchedSequences, LogprobResults
+from entropy_core.sequences.derivatives import forward_mode
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import processor_of
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Store
 
 ETAS = (0.25, 0.5, 1.0, 2.0, 3.0)
 DEMO: dict[str, Any] = {
@@ -69,7 +71,7 @@ def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
             base, _ = processor.score(batch)
             found: dict[Any, Any] = {"base": base, "derivatives": forward_mode(processor, batch, v)}
             for eta in ETAS:
-                with policy.moved(v, eta * learning_rate):
+                with moves.moved(policy, v, eta * learning_rate):
                     found[eta], _ = processor.score(batch)
             return found
 
@@ -80,7 +82,7 @@ def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
             predecessor.entropy_gradient(policy, batch, sums_N[: len(batch)])
             for eta in ETAS:
                 predecessor.scored(policy, batch)
-                with policy.moved(v, eta * learning_rate):
+                with moves.moved(policy, v, eta * learning_rate):
                     predecessor.scored(policy, batch)
 
         taken = take_turns({"ours": partial(ours, batch), "theirs": partial(theirs, batch)}, rounds)

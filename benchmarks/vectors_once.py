@@ -19,15 +19,16 @@ import pyarrow.parquet  # noqa: F401  (what a stage would import)
 import torch
 
 from benchmarks.common import status_kilobytes
-from entropy_core.artifact import Artifact
-from entropy_core.manifest import VECTORS
-from entropy_core.policy import Coefficients
-from entropy_core.read_config import parse_config
-from entropy_core.stages.measure import Inputs
-from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
-from entropy_core.stages.preflight import preflight
-from entropy_core.stages.sequences import policy_of
-from entropy_core.store import Stage, Store
+from entropy_core.config.read import parse_config
+from entropy_core.pipeline.measure import Inputs
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.policy.derivatives import token_derivatives
+from entropy_core.policy.model import Coefficients
+from entropy_core.sequences.law import policy_of
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.manifest import VECTORS
+from entropy_core.store.store import Stage, Store
 
 SHAPES = {
     "12.9M": {
@@ -192,13 +193,13 @@ def _load(checkpoint: Any, execution: Any) -> int:
     rows = policy_rows(ids.to(policy.device))
     weights = Coefficients(torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
     policy.add_gradients(rows, [weights], 1.0, [policy.new_accumulator()])
-    policy.derivatives(rows, {name: torch.ones_like(p) for name, p in parameters.items()}, 1.0)
+    token_derivatives(policy, rows, {name: torch.ones_like(p) for name, p in parameters.items()}, 1.0)
     return sum(p.numel() for p in parameters.values())
 
 
 def policy_rows(input_ids_BL: torch.Tensor) -> Any:
     """One sequence whose first token is the prompt."""
-    from entropy_core.scorer import TeacherForcedRows
+    from entropy_core.policy.scorer import TeacherForcedRows
 
     position_K = torch.arange(input_ids_BL.shape[1] - 1, device=input_ids_BL.device)
     return TeacherForcedRows(input_ids_BL, torch.zeros_like(position_K), position_K, input_ids_BL[0, 1:])

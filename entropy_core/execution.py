@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from entropy_core.sources import Stamps, stamps
+from entropy_core.files.sources import Stamps, stamps
 
 
 def _silent(done: int, total: int) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from entropy_core.errors import ProbeError, one_line
 
 if TYPE_CHECKING:
-    from entropy_core.config import VarianceRequest
+    from entropy_core.config.schema import VarianceRequest
 
 _EPILOG = """\
 examples:
@@ -167,9 +167,9 @@ def _variance(options: argparse.Namespace) -> int:
 
 
 def _request(options: argparse.Namespace) -> "VarianceRequest":
-    from entropy_core.config import VarianceConfig
-    from entropy_core.config_paths import Origin
-    from entropy_core.read_config import parse_request
+    from entropy_core.config.paths import Origin
+    from entropy_core.config.read import parse_request
+    from entropy_core.config.schema import VarianceConfig
 
     given = {name: getattr(options, name) for name in VarianceConfig.model_fields}
     given = {name: value for name, value in given.items() if value is not None}
@@ -190,7 +190,7 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _store(options: argparse.Namespace) -> int:
-    from entropy_core.store import Store
+    from entropy_core.store.store import Store
     from flows import store_commands as commands
 
     store = Store(options.artifacts or _STORE)
@@ -212,7 +212,7 @@ def _store(options: argparse.Namespace) -> int:
 
 
 def _legacy(options: argparse.Namespace) -> int:
-    from entropy_core.legacy import convert_file
+    from entropy_core.config.legacy import convert_file
 
     return convert_file(options.old)
 

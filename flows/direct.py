@@ -4,15 +4,15 @@ import logging
 import time
 from pathlib import Path
 
-from entropy_core.artifact import Artifact
-from entropy_core.config import VarianceRequest
+from entropy_core.config.read import load_config
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.execution import Execution
-from entropy_core.read_config import load_config
-from entropy_core.stages import pipeline
-from entropy_core.stages.measure import Inputs, Runner
-from entropy_core.stages.plan import plan, typical_costs
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Stage, Store
+from entropy_core.pipeline import sweep as pipeline
+from entropy_core.pipeline.measure import Inputs, Runner
+from entropy_core.pipeline.plan import plan, typical_costs
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage, Store
 from flows.plan import plan_total
 from flows.progress import Progress
 from flows.results import duration, print_results

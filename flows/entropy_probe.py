@@ -11,15 +11,15 @@ from pathlib import Path
 from prefect import flow
 from prefect.states import Completed, State
 
-from entropy_core.config import ProbeConfig, VarianceRequest
-from entropy_core.config_paths import Origin
+from entropy_core.config.paths import Origin
+from entropy_core.config.read import parse_config, parse_request
+from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import ConfigError, ProbeError
 from entropy_core.execution import Execution
-from entropy_core.read_config import parse_config, parse_request
-from entropy_core.stages import pipeline
-from entropy_core.stages.plan import plan, typical_costs
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store
+from entropy_core.pipeline import sweep as pipeline
+from entropy_core.pipeline.plan import plan, typical_costs
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.store.store import Store
 from flows.progress import Progress
 from flows.service import FOLDER
 from flows.ui import publish, publish_plan, published_progress

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from entropy_core.config import VarianceRequest
-from entropy_core.read_config import load_config
+from entropy_core.config.read import load_config
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.store import runs
 from flows import service
 from flows.door import how_to_enter, key_file

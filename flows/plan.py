@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entropy_core.read_config import load_config
-from entropy_core.stages.plan import Cost, Step, plan, typical_costs
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store
+from entropy_core.config.read import load_config
+from entropy_core.pipeline.plan import Cost, Step, plan, typical_costs
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.store.store import Store
 from flows.results import aligned, duration, size
 
 _PART = re.compile(r" · (?:shard|draw) (\d+)/(\d+)$")
@@ -19,8 +19,8 @@ def plan_table(steps: Sequence[Step], costs: Mapping[str, Cost]) -> list[dict[st
     """Lay a plan out, with a row for all shards that a stage has of one thing.
 
     Args:
-        steps: of `stages.plan.plan`.
-        costs: of `stages.plan.typical_costs`.
+        steps: of `pipeline.plan.plan`.
+        costs: of `pipeline.plan.typical_costs`.
 
     Returns:
         Rows with `stage`; `of`, such as "checkpoint-20"; `cached` and `would run`, numbers; `parts`, the shards that

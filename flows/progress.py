@@ -5,11 +5,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
-from entropy_core.artifact import Artifact
-from entropy_core.manifest import peak_rss_bytes
-from entropy_core.stages.measure import Inputs, Runner
-from entropy_core.stages.plan import Cost, Step
-from entropy_core.store import Stage
+from entropy_core.pipeline.measure import Inputs, Runner
+from entropy_core.pipeline.plan import Cost, Step
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.manifest import peak_rss_bytes
+from entropy_core.store.store import Stage
 from flows.results import duration
 
 _SECONDS_BETWEEN_LINES = 10.0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from entropy_core.agreement import independent
+from entropy_core.estimates.agreement import independent
 
 HEADLINE = (
     "checkpoint",

@@ -13,7 +13,7 @@ from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
 from prefect.flows import EntrypointType
 
-from entropy_core.read_config import load_config
+from entropy_core.config.read import load_config
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.heartbeat import watch_heartbeats
 from flows.service import FOLDER, ROOT

@@ -4,19 +4,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from entropy_core.config import ProbeConfig
+from entropy_core.config.read import load_config, parse_config
+from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import ConfigError, StoreError
-from entropy_core.file_digests import read_digest
-from entropy_core.manifest import VECTORS
-from entropy_core.read_config import load_config, parse_config
-from entropy_core.stages.memory import run_within_memory
-from entropy_core.stages.pipeline import Promised, execution_for, go_through
-from entropy_core.stages.plan import plan, summarize
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store, archive, runs, vectors
+from entropy_core.files.digests import read_digest
+from entropy_core.pipeline.memory import run_within_memory
+from entropy_core.pipeline.plan import plan, summarize
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import Promised, execution_for, go_through
+from entropy_core.store import archive, runs, vectors
 from entropy_core.store.adoption import Adoption
 from entropy_core.store.explain import differences, nearest, of_this_code, resolve
+from entropy_core.store.manifest import VECTORS
 from entropy_core.store.pruning import needs, waste
+from entropy_core.store.store import Store
 
 
 def ls(store: Store) -> int:
@@ -120,8 +121,8 @@ def explain_config(store: Store, config: ProbeConfig) -> int:
 
 def adopt(store: Store, what: str) -> int:
     """After an edit that changes nothing: take over what a sweep has computed, on the evidence of one of each stage."""
-    from entropy_core.read_config import load_config
-    from entropy_core.stages.preflight import preflight
+    from entropy_core.config.read import load_config
+    from entropy_core.pipeline.preflight import preflight
 
     if Path(what).suffix in (".yaml", ".yml", ".json"):
         config = load_config(Path(what))

@@ -12,8 +12,8 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from entropy_core.stages.pipeline import SweepResult
-from entropy_core.stages.plan import Cost, Step
+from entropy_core.pipeline.plan import Cost, Step
+from entropy_core.pipeline.sweep import SweepResult
 from flows.plan import plan_table, plan_total
 from flows.results import headline, inline_figures
 

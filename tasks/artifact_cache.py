@@ -14,7 +14,7 @@ from prefect.context import TaskRunContext
 from prefect.filesystems import WritableFileSystem
 from prefect.results import ResultRecord, ResultRecordMetadata
 
-from entropy_core.store import Stage, Store
+from entropy_core.store.store import Stage, Store
 
 
 class StoreStorage(WritableFileSystem):

@@ -13,10 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from entropy_core.artifact import Artifact
-from entropy_core.stages.measure import Inputs
-from entropy_core.stages.memory import run_within_memory
-from entropy_core.store import Stage, Store
+from entropy_core.pipeline.measure import Inputs
+from entropy_core.pipeline.memory import run_within_memory
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage, Store
 
 log = logging.getLogger("entropy_probe.device")
 

@@ -5,10 +5,10 @@ from typing import Any
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 
-from entropy_core.artifact import Artifact
 from entropy_core.errors import MemoryShortageError
-from entropy_core.stages.measure import Inputs, Runner
-from entropy_core.store import Stage, Store
+from entropy_core.pipeline.measure import Inputs, Runner
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage, Store
 from tasks.artifact_cache import StoreStorage, cache_policy
 from tasks.device import compute
 

@@ -9,11 +9,11 @@ import matplotlib.pyplot  # noqa: F401
 import safetensors.torch  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
+from entropy_core.config.read import parse_config
 from entropy_core.errors import ProbeError
-from entropy_core.read_config import parse_config
-from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.store.store import Store
 
 
 def run_sweep(values: dict[str, Any], output: Path) -> None:

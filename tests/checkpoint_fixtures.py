@@ -13,8 +13,8 @@ from pipeline_fixtures import trainer_groups
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from entropy_core import checkpoints
-from entropy_core.checkpoints import read_checkpoint
+from entropy_core.checkpoints import checkpoint as checkpoints
+from entropy_core.checkpoints.checkpoint import read_checkpoint
 
 HYPERPARAMETERS: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7}
 STEPS = 3

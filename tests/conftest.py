@@ -24,9 +24,9 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import ragged
-from entropy_core.policy import Policy
+from entropy_core.policy.model import Policy
+from entropy_core.sequences.batch import BatchedSequences
 
 pytest_plugins = ["proofs", "attacks", "checkpoint_fixtures", "store_fixtures"]  # the first two write pages in docs/
 

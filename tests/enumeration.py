@@ -9,11 +9,11 @@ import torch
 from conftest import World
 from torch import Tensor
 
-from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.evaluation import EvaluationBatch
+from entropy_core.estimates.evaluation import EvaluationBatch
 from entropy_core.numerics import importance, losses, ragged
 from entropy_core.numerics.advantages import group_advantages
-from entropy_core.numerics.baselines import Baseline, baselines
+from entropy_core.numerics.baselines import baselines
+from entropy_core.numerics.choices import Baseline
 from entropy_core.numerics.first_order import first_order_columns
 from entropy_core.numerics.functional import (
     ENTROPY,
@@ -25,8 +25,11 @@ from entropy_core.numerics.functional import (
     Tokens,
 )
 from entropy_core.numerics.token_statistics import TokenDerivatives
-from entropy_core.policy import Coefficients
-from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
+from entropy_core.policy import moves
+from entropy_core.policy.derivatives import token_derivatives
+from entropy_core.policy.model import Coefficients
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 Direction = dict[str, Tensor]
 Bases = dict[Functional, Tensor]
@@ -64,7 +67,7 @@ class Everything(NamedTuple):
         """The sequences at θ + ηv, and the weights from θ to there."""
         if self.part_of is not None and self.chosen_N is not None:
             return taken(*self.part_of.at(eta), self.chosen_N, *self.part_of.tokens_of(self.chosen_N))
-        with self.world.policy.moved(self.v, eta):
+        with moves.moved(self.world.policy, self.v, eta):
             moved, _ = processor_of(self.world).score(self.sequences)
         weights = importance.prefix_weights(self.tokens.logprobs_K, moved.logprobs_K, self.offsets_N1)
         return Tokens(moved.logprobs_K, moved.entropies_K, self.offsets_N1), weights
@@ -105,7 +108,7 @@ def processor_of(world: World) -> SequenceProcessor:
 def enumerate_world(world: World, v: Direction) -> Everything:
     sequences, probability_N = world.everything()
     tokens = processor_of(world).map_tokens(
-        sequences, lambda rows: world.policy.derivatives(rows, v, world.temperature)
+        sequences, lambda rows: token_derivatives(world.policy, rows, v, world.temperature)
     )
     return Everything(world, v, sequences, probability_N, TokenDerivatives(*tokens))
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pipeline_fixtures import LEARNING_RATE, train
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from entropy_core.demo import build_tokenizer
+from entropy_core.demo.run import build_tokenizer
 
 STEPS = 3
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}

@@ -17,18 +17,18 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from entropy_core import figures
-from entropy_core.arithmetic import problems
-from entropy_core.artifact import Artifact
-from entropy_core.config import ProbeConfig
-from entropy_core.demo import DemoSettings, build_model, build_tokenizer
+from entropy_core.checkpoints.optimizer_step import OptimizerStep
+from entropy_core.config.read import parse_config
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer
 from entropy_core.numerics.vectors import Block, in_blocks
-from entropy_core.optimizer_step import OptimizerStep
-from entropy_core.read_config import parse_config
-from entropy_core.stages.pipeline import Inputs, SweepResult, direct_runner, execution_for, sweep
-from entropy_core.stages.preflight import CheckpointToProbe, preflight
-from entropy_core.stages.sequences import policy_of
-from entropy_core.store import Stage, Store
+from entropy_core.pipeline.preflight import CheckpointToProbe, preflight
+from entropy_core.pipeline.sweep import Inputs, SweepResult, direct_runner, execution_for, sweep
+from entropy_core.prompts.arithmetic import problems
+from entropy_core.report import figures
+from entropy_core.sequences.law import policy_of
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage, Store
 
 SHAPE = DemoSettings(hidden_size=16, layers=1, heads=2, intermediate_size=24)
 LEARNING_RATE = 2e-3

@@ -5,7 +5,7 @@ import math
 import pydantic
 import pytest
 
-from entropy_core.store import Stage, Store
+from entropy_core.store.store import Stage, Store
 
 EXECUTED: list[dict] = []
 

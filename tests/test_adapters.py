@@ -19,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from test_policy import TAU, five_point, plain, rows
 from transformers import AutoModelForCausalLM
 
-from entropy_core.adapters import PEFT_PREFIX, check_adapter, fill_adapter, insert_adapter
-from entropy_core.checkpoints import read_checkpoint
+from entropy_core.checkpoints.adapters import PEFT_PREFIX, check_adapter, fill_adapter, insert_adapter
+from entropy_core.checkpoints.checkpoint import read_checkpoint
+from entropy_core.checkpoints.optimizer_step import OptimizerStep
+from entropy_core.config.read import parse_config
 from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.numerics.vectors import in_blocks
-from entropy_core.optimizer_step import OptimizerStep
-from entropy_core.policy import Coefficients
-from entropy_core.read_config import parse_config
-from entropy_core.stages.preflight import preflight
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.policy import moves
+from entropy_core.policy.derivatives import token_derivatives
+from entropy_core.policy.model import Coefficients
 
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {  # the base, and what differs from plain LoRA on some layers
     "plain": (gpt2, {"target_modules": ["c_attn"]}),
@@ -108,7 +110,7 @@ def test_derivatives_along_the_adapter(name: str, tmp_path: Path):
     v = random_direction(policy)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     step, tolerance = (1e-3, 1e-8) if ADAPTERS[name][0] is not llama else (0.01, 1e-3)  # its norms are in float32
-    found = policy.derivatives(rows(), v, TAU)
+    found = token_derivatives(policy, rows(), v, TAU)
     torch.testing.assert_close(tuple(found[2:]), five_point(policy, v, step), rtol=tolerance, atol=tolerance)
     assert min(column_K.abs().max() for column_K in found[2:]) > 0.003
 
@@ -117,7 +119,7 @@ def test_derivatives_along_the_adapter(name: str, tmp_path: Path):
     assert gradients.keys() == v.keys()  # nothing is kept for what is frozen
     policy.add_gradients(rows(), [weights], TAU, [gradients])
     for part in v:
-        along = policy.derivatives(rows(), {part: v[part]}, TAU)
+        along = token_derivatives(policy, rows(), {part: v[part]}, TAU)
         forward = (weights.logprob_K @ along.dlogprobs_K + weights.entropy_K @ along.dentropies_K).item()
         assert forward == pytest.approx(float((gradients[part] * v[part]).sum()), rel=1e-5, abs=1e-9), part
 
@@ -131,10 +133,10 @@ def test_what_moves_is_the_adapter_and_what_rounds_is_everything(tmp_path: Path)
     policy = policy_of(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     v = random_direction(policy)
-    with policy.moved(v, 0.5):
+    with moves.moved(policy, v, 0.5):
         for n, p in model.named_parameters():
             assert torch.equal(p, before[n] + 0.5 * v[n] if n in v else before[n])
-    with policy.jittered(seed=3):
+    with moves.jittered(policy, seed=3):
         assert all((p != before[n]).all() for n, p in model.named_parameters())
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -310,7 +312,7 @@ def test_the_base_counts_by_its_content(home: Path, tmp_path: Path):
 
 def test_a_base_that_changes_under_the_sweep_is_noticed(home: Path, tmp_path: Path):
     from entropy_core.execution import Execution
-    from entropy_core.stages.sequences import policy_of as policy_of_law
+    from entropy_core.sequences.law import policy_of as policy_of_law
 
     base = Path(shutil.copytree(home / "base", tmp_path / "moved"))
     config = parse_config(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from entropy_core.agreement import independent
+from entropy_core.estimates.agreement import independent
 from flows.results import HEADLINE, agreement_table
 
 

@@ -16,11 +16,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.decoding import Decoding
 from entropy_core.errors import CheckpointError
-from entropy_core.policy import Policy
-from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
+from entropy_core.policy import moves
+from entropy_core.policy.derivatives import token_derivatives
+from entropy_core.policy.model import Policy
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.decoding import Decoding
+from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 V, EOS, TAU, LONGEST = 11, 10, 0.8, 8
 POOL = [[1], [2, 0], [3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8, 1, 8, 2], [0, 0, 0], [EOS, 4]]  # 0 is the padding, too
@@ -95,7 +97,7 @@ def slopes(model: PreTrainedModel, v: dict[str, Tensor], sequences: BatchedSeque
     values = []
     with torch.no_grad(), Float64():
         for sign in (1, -1):
-            with policy.moved(v, sign * step):
+            with moves.moved(policy, v, sign * step):
                 values.append(torch.stack(plain(policy.model, sequences)))
     return (values[0] - values[1]) / (2 * step)
 
@@ -137,7 +139,9 @@ def test_every_architecture_is_one_function(
 
     v = random_direction(policy)
     expected = slopes(policy.model, v, sequences)
-    columns = processor(policy, tf_batch_size=5).map_tokens(sequences, lambda rows: policy.derivatives(rows, v, TAU))
+    columns = processor(policy, tf_batch_size=5).map_tokens(
+        sequences, lambda rows: token_derivatives(policy, rows, v, TAU)
+    )
     measured = {
         "decoding": difference(decoded, torch.cat(own)),
         "ℓ": difference(scored.logprobs_K, values[0]),
@@ -158,4 +162,4 @@ def test_an_operation_without_a_forward_derivative_is_refused_by_name():
     sequences = sampled(policy)
     with pytest.raises(CheckpointError, match="BloomForCausalLM has no forward-mode derivative"):
         v = random_direction(policy)
-        processor(policy).map_tokens(sequences, lambda rows: policy.derivatives(rows, v, TAU))
+        processor(policy).map_tokens(sequences, lambda rows: token_derivatives(policy, rows, v, TAU))

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from entropy_core.arithmetic import CHARACTERS, MAX_SIZE, exact_match, extract_answer, problems
 from entropy_core.errors import PromptError
+from entropy_core.prompts.arithmetic import CHARACTERS, MAX_SIZE, exact_match, extract_answer, problems
 
 EVERY = [*problems("train", 3000), *problems("test", 1000)]
 
@@ -24,7 +24,9 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one():
 
 
 def test_two_processes_agree():
-    script = "import json; from entropy_core.arithmetic import problems; print(json.dumps(problems('train', 300)))"
+    script = (
+        "import json; from entropy_core.prompts.arithmetic import problems; print(json.dumps(problems('train', 300)))"
+    )
     outputs = [
         subprocess.run(
             [sys.executable, "-c", script],

@@ -17,10 +17,10 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
 from prefect.testing.utilities import prefect_test_harness
 
-from entropy_core.config_paths import Origin
+from entropy_core.config.paths import Origin
+from entropy_core.config.read import parse_config
 from entropy_core.errors import ProbeError
-from entropy_core.read_config import parse_config
-from entropy_core.stages.preflight import preflight
+from entropy_core.pipeline.preflight import preflight
 from flows import service
 from flows.cli import main
 from flows.entropy_probe import checkpoint_sweep

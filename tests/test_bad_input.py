@@ -22,11 +22,11 @@ from pipeline_fixtures import (
 )
 from safetensors.torch import load_file, save_file
 
-from entropy_core.demo import build_tokenizer
+from entropy_core.config.read import load_config
+from entropy_core.demo.run import build_tokenizer
 from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError, ProbeError, PromptError, RewardError
-from entropy_core.read_config import load_config
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.store.store import Store
 
 NAME = "checkpoint-3"
 BATCH = {"E_total_sequences": 4, "B_U": 2, "G": 2}

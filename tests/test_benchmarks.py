@@ -13,6 +13,7 @@ from benchmarks import model_shape, passes
 from benchmarks.__main__ import GROUPS, page, setting
 from benchmarks.common import Row, median_ratio, take_turns
 from benchmarks.reasons import by_profile, by_stage
+from entropy_core.policy import moves
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -58,7 +59,7 @@ def test_every_way_of_a_pass_runs_in_the_dtypes_of_a_gpu(monkeypatch: pytest.Mon
     for way in passes.ways_of_derivatives(processor, batch, v).values():
         way()
     before, _ = processor.score(batch)
-    with policy.moved(v, 0.5):
+    with moves.moved(policy, v, 0.5):
         assert not processor.score(batch)[0].logprobs_K.equal(before.logprobs_K)
 
 

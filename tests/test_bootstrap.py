@@ -11,8 +11,9 @@ from test_uncertainty import both, made_up, of_both
 
 from entropy_core.numerics import bootstrap
 from entropy_core.numerics.bootstrap import intervals
+from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
-from entropy_core.numerics.uncertainty import Normalization, entropy_derivative, standard_error
+from entropy_core.numerics.uncertainty import entropy_derivative, standard_error
 
 LEVEL = 0.9
 

@@ -22,8 +22,9 @@ from pipeline_fixtures import make_run, probe, values
 from proofs import table
 
 from entropy_core.errors import StoreError
-from entropy_core.manifest import json_text
-from entropy_core.store import Stage, Store, runs
+from entropy_core.store import runs
+from entropy_core.store.manifest import json_text
+from entropy_core.store.store import Stage, Store
 from flows.cli import main
 
 KILLS = 50

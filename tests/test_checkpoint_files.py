@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from checkpoint_fixtures import EMBEDDING, optimizer, tensors, text
 
-from entropy_core import checkpoint_files
-from entropy_core import file_digests as digests_of_files
-from entropy_core.checkpoint_files import (
+from entropy_core.checkpoints.checkpoint import read_checkpoint
+from entropy_core.errors import CheckpointError
+from entropy_core.files import checkpoint as checkpoint_files
+from entropy_core.files import digests as digests_of_files
+from entropy_core.files.checkpoint import (
     checkpoint_digest,
     file_digests,
     find_checkpoints,
     tokenizer_digest,
     weights_digest,
 )
-from entropy_core.checkpoints import read_checkpoint
-from entropy_core.errors import CheckpointError
-from entropy_core.file_digests import file_digest
+from entropy_core.files.digests import file_digest
 
 
 def test_checkpoints_are_found_by_step_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_an_unreadable_file_is_named(sound: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_files_are_digested_without_torch() -> None:
-    modules = "entropy_core.checkpoint_content, entropy_core.checkpoint_files"
+    modules = "entropy_core.checkpoints.content, entropy_core.files.checkpoint"
     code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

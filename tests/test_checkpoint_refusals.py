@@ -26,13 +26,13 @@ from checkpoint_fixtures import (
 from pipeline_fixtures import make_gpt2, trainer_groups
 from safetensors import safe_open
 
-from entropy_core import file_digests as digests_of_files
-from entropy_core.checkpoint_files import file_digests
-from entropy_core.checkpoints import read_checkpoint
+from entropy_core.checkpoints.checkpoint import read_checkpoint
+from entropy_core.checkpoints.optimizer_state import check_moments
+from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.errors import CheckpointError
-from entropy_core.optimizer_state import check_moments
-from entropy_core.pretrained import load_policy
-from entropy_core.tokenizer import load_tokenizer
+from entropy_core.files import digests as digests_of_files
+from entropy_core.files.checkpoint import file_digests
+from entropy_core.policy.pretrained import load_policy
 
 
 def each_slot(change: Callable[[dict], object]) -> Callable[[Path], None]:

@@ -22,10 +22,10 @@ from checkpoint_fixtures import (
 )
 from pipeline_fixtures import trainer_groups
 
-from entropy_core.architecture import NO_DECAY_PATTERNS
-from entropy_core.checkpoint_files import find_checkpoints
-from entropy_core.checkpoints import read_checkpoint
+from entropy_core.checkpoints.architecture import NO_DECAY_PATTERNS
+from entropy_core.checkpoints.checkpoint import read_checkpoint
 from entropy_core.errors import CheckpointError, ConfigError
+from entropy_core.files.checkpoint import find_checkpoints
 
 # --- names -----------------------------------------------------------------------------------------------------------
 

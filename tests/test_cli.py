@@ -13,8 +13,9 @@ import pytest
 import yaml
 from pipeline_fixtures import NAMES, make_run, probe, skip_figures, values, write_reward
 
-from entropy_core.config import VarianceConfig
-from entropy_core.store import Store, runs
+from entropy_core.config.schema import VarianceConfig
+from entropy_core.store import runs
+from entropy_core.store.store import Store
 from flows import cli, store_commands
 from flows.cli import main
 

@@ -9,9 +9,9 @@ import textwrap
 
 import pytest
 
-from entropy_core.code_identity import code_at, code_of
+from entropy_core.code.identity import code_at, code_of
 from entropy_core.errors import StoreError
-from entropy_core.store import Stage, Store
+from entropy_core.store.store import Stage, Store
 
 SOURCES = {
     "__init__.py": '"""A package."""\n',

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from entropy_core.config import ProbeConfig, Section, VarianceConfig, VarianceRequest
+from entropy_core.config.read import load_config, parse_config
+from entropy_core.config.schema import ProbeConfig, Section, VarianceConfig, VarianceRequest
 from entropy_core.errors import ConfigError
-from entropy_core.read_config import load_config, parse_config
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 LEAST = {"checkpoints": ["runs/grpo/checkpoint-*"]}

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from entropy_core.checkpoint_files import find_checkpoints
-from entropy_core.config_paths import Origin
+from entropy_core.config.paths import Origin
+from entropy_core.config.read import load_config, parse_config, parse_request
 from entropy_core.errors import ConfigError
-from entropy_core.read_config import load_config, parse_config, parse_request
+from entropy_core.files.checkpoint import find_checkpoints
 
 NAMED: dict[str, Any] = {
     "checkpoints": ["../runs/checkpoint-*", "~/one"],

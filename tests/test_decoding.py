@@ -8,10 +8,11 @@ import torch
 from conftest import World, gemma2, gpt2, llama, policy_of
 from torch import Tensor
 
-from entropy_core import decoding
-from entropy_core.decoding import Decoding, DecodingRequest, Response
 from entropy_core.numerics.philox import Purpose
-from entropy_core.policy import Policy
+from entropy_core.policy.attention import fused_attention
+from entropy_core.policy.model import Policy
+from entropy_core.sequences import decoding
+from entropy_core.sequences.decoding import Decoding, DecodingRequest, Response
 
 POOL = [[1], [2, 0], [3, 1, 0, 2], [0, 0, 0], [2], [1, 3, 3]]
 EOS, LONGEST, TAU, N = 3, 12, 0.9, 60
@@ -100,10 +101,10 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(policy: 
 
 def test_attention_is_the_policys_own_again(policy: Policy):
     own = policy.model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="inside"), policy.fused_attention():
+    with pytest.raises(RuntimeError, match="inside"), fused_attention(policy):
         assert policy.model.config._attn_implementation == "sdpa"
         raise RuntimeError("inside")
     assert policy.model.config._attn_implementation == own == "eager"
     capped = policy_of(gemma2())
-    with capped.fused_attention():
+    with fused_attention(capped):
         assert capped.model.config._attn_implementation == "eager"  # which knows the softcap

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from entropy_core.code_identity import Code, code_at, read_from
+from entropy_core.code.identity import Code, code_at, read_from
 from entropy_core.errors import StoreError
 
 
@@ -186,9 +186,9 @@ COUNTS = {  # EDITED becomes another number, and the digest another digest
 
 COUNTS_NOT = {
     "a stage that is made beside it": project(
-        "from entropy_core.store import Stage\ndef stage(): ...\nA = Stage('a', stage)\nB = Stage('EDITED', stage)"
+        "from entropy_core.store.store import Stage\ndef stage(): ...\nA = Stage('a', stage)\nB = Stage('EDITED', stage)"
     )
-    | {"../entropy_core/store.py": "class Stage:\n    def __init__(self, name, function): print(EDITED)"},
+    | {"../entropy_core/store/store.py": "class Stage:\n    def __init__(self, name, function): print(EDITED)"},
     "another function": project("from .tool import used\ndef stage(): return used()", tool=TOOL),
     "a method that nobody asks for": project("from .a import Base\ndef stage(): return Base().called()", a=CLASS),
     "a method of a named tuple": project(
@@ -218,10 +218,10 @@ COUNTS_NOT = {
     ),
     "what the store gives to a stage": {
         "__init__.py": "",
-        "main.py": "import typing\nif typing.TYPE_CHECKING:\n    from entropy_core.artifact import Artifact\n"
+        "main.py": "import typing\nif typing.TYPE_CHECKING:\n    from entropy_core.store.artifact import Artifact\n"
         'def stage(x: "Artifact"): return x.tensors()',
         "../entropy_core/__init__.py": "",
-        "../entropy_core/artifact.py": "class Artifact:\n    def tensors(self): return EDITED",
+        "../entropy_core/store/artifact.py": "class Artifact:\n    def tensors(self): return EDITED",
     },
 }
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entropy_core import demo
-from entropy_core.arithmetic import CHARACTERS, problems
-from entropy_core.demo import DemoSettings, build_model, build_tokenizer, make_demo_run
+from entropy_core.demo import run as demo
+from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer, make_demo_run
 from entropy_core.errors import ConfigError, ProbeError, StoreError
+from entropy_core.prompts.arithmetic import CHARACTERS, problems
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 
@@ -162,7 +162,7 @@ def test_a_second_call_does_nothing(run, trained, capsys):
 @needs_trl
 def test_finding_a_run_imports_no_heavy_library(run):
     script = (
-        "import sys; from entropy_core.demo import DemoSettings, make_demo_run;"
+        "import sys; from entropy_core.demo.run import DemoSettings, make_demo_run;"
         f"make_demo_run({str(run)!r}, {TINY!r});"
         "print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)))"
     )

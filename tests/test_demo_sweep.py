@@ -18,11 +18,11 @@ import torch
 import yaml
 from pipeline_fixtures import whole
 
-from entropy_core.artifact import Artifact
+from entropy_core.checkpoints.optimizer_step import OptimizerStep
+from entropy_core.estimates.tables import RESULTS
 from entropy_core.execution import Execution
 from entropy_core.numerics.vectors import in_blocks
-from entropy_core.optimizer_step import OptimizerStep
-from entropy_core.tables import RESULTS
+from entropy_core.store.artifact import Artifact
 from flows.door import read_key
 from flows.service import HOME, request
 

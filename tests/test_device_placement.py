@@ -15,14 +15,15 @@ from pipeline_fixtures import make_run, values
 from shadow_device import Seen, Wait, shadow_device, watched
 
 from benchmarks.device.sweep import Difference, differences
-from entropy_core import batched_sequences, decoding, pretrained
-from entropy_core.policy import Coefficients, Policy
-from entropy_core.read_config import parse_config
-from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
-from entropy_core.stages import derivatives
-from entropy_core.stages.pipeline import execution_for
-from entropy_core.stages.preflight import preflight
-from entropy_core.stages.sequences import policy_of as policy_of_law
+from entropy_core.config.read import parse_config
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import execution_for
+from entropy_core.policy import moves, pretrained
+from entropy_core.policy.model import Coefficients, Policy
+from entropy_core.sequences import batch as batched_sequences
+from entropy_core.sequences import decoding, derivatives
+from entropy_core.sequences.law import policy_of as policy_of_law
+from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 ROWS, TOKENS = 8, 12
 
@@ -98,7 +99,7 @@ def test_a_step_of_decoding_reads_the_tokens_and_nothing_else(monkeypatch):
             of.generate_with_replacement_sampling([[1, 2], [3], [4, 5, 6]], 40, 0)
     draws = passes["all"] - 1  # the first pass looks how large a cache is
     assert draws > 2 * TOKENS  # rows were refilled
-    assert by_us(seen) == {Wait("read", "entropy_core/decoding.py:Decoding._draw"): draws}
+    assert by_us(seen) == {Wait("read", "entropy_core/sequences/decoding.py:Decoding._draw"): draws}
 
 
 def test_a_pass_over_sequences_is_read_when_it_is_over():
@@ -107,7 +108,7 @@ def test_a_pass_over_sequences_is_read_when_it_is_over():
         of = processor(device)
         sequences = of.generate_with_replacement_sampling([[1, 2], [3], [4, 5, 6]], 5 * ROWS, 0)
         v = {name: t.to(device).float() for name, t in random_direction(of.policy).items()}
-        fetched = Wait("read", "entropy_core/sequence_processor.py:SequenceProcessor.map_tokens")
+        fetched = Wait("read", "entropy_core/sequences/processor.py:SequenceProcessor.map_tokens")
         with watched() as seen:
             of.score(sequences)
         assert by_us(seen) == {fetched: 2}
@@ -130,7 +131,7 @@ def test_numbers_are_float64_where_they_are_drawn_summed_or_moved_and_nowhere_el
         of.score(sequences)
         direction = {name: torch.ones_like(p) for name, p in of.policy.named_parameters().items()}
         derivatives.forward_mode(of, sequences, direction)
-        with of.policy.moved(direction, 1e-3):
+        with moves.moved(of.policy, direction, 1e-3):
             of.score(sequences)
     places = {place.partition(":")[2].partition(".<locals>")[0] for place in seen.float64}
     assert places == {
@@ -138,7 +139,7 @@ def test_numbers_are_float64_where_they_are_drawn_summed_or_moved_and_nowhere_el
         "inverse_cdf_tokens",
         "Decoding._next_uniforms",
         "Decoding._admit",
-        "Policy.moved",
+        "moved",
     }
 
 

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from entropy_core.numerics import direct_derivatives
 from entropy_core.numerics.direct_derivatives import DirectDerivatives
-from entropy_core.policy import TeacherForcedRows
+from entropy_core.policy.derivatives import token_derivatives
+from entropy_core.policy.scorer import TeacherForcedRows
 
 
 def scores(lowest: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +47,7 @@ def test_the_attention_of_a_policy_goes_through_it():
     where_K = torch.zeros(1, dtype=torch.long)
     rows = TeacherForcedRows(input_ids_BL, where_K, where_K + 2, input_ids_BL[:, 3])
     with mock.patch.object(direct_derivatives._Softmax, "jvp", wraps=direct_derivatives._Softmax.jvp) as called:
-        policy.derivatives(rows, random_direction(policy), 1.0)
+        token_derivatives(policy, rows, random_direction(policy), 1.0)
     assert called.call_count == policy.model.config.num_hidden_layers
 
 

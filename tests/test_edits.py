@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from entropy_core.code_identity import code_at, name_of, read_from
-from entropy_core.stages.catalogue import STAGES
+from entropy_core.code.identity import code_at, name_of, read_from
+from entropy_core.pipeline.catalogue import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 

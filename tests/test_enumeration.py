@@ -25,10 +25,11 @@ from enumeration import (
 from torch import Tensor
 
 from entropy_core.numerics import importance, ragged, uncertainty
-from entropy_core.numerics.baselines import Baseline, time_loo_baseline
+from entropy_core.numerics.baselines import time_loo_baseline
+from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.first_order import score_coefficients, weighted_columns
 from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, LENGTH, Columns, Functional
-from entropy_core.policy import Coefficients
+from entropy_core.policy.model import Coefficients
 
 EXACT = 1e-10
 ETAS = [-0.5, 0.02, 0.3, 2.0]
@@ -284,7 +285,7 @@ def weighted(batch: Everything) -> dict[Functional, Columns]:
 
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
 @pytest.mark.parametrize("what", ["per_decision", "weighted", "derivative of weighted"])
-def test_influences_through_the_tokens(everything: Everything, what: str, normalization: uncertainty.Normalization):
+def test_influences_through_the_tokens(everything: Everything, what: str, normalization: Normalization):
     """What one copy more and one less of a sequence does to an estimate that all sequences normalise together."""
     batch, copies = everything.drawn(12, seed=4), 60
     at_eta = batch.at(1.0)
@@ -326,9 +327,7 @@ def test_per_decision_grows_as_first_order_says_sequence_by_sequence(everything:
 
 
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
-def test_weighted_per_decision_grows_as_its_derivative_says(
-    everything: Everything, normalization: uncertainty.Normalization
-):
+def test_weighted_per_decision_grows_as_its_derivative_says(everything: Everything, normalization: Normalization):
     batch, step = everything.drawn(60), 1e-5
     above, below = (uncertainty.entropy(*weighted_per_decision(batch.at(eta)), normalization) for eta in (step, -step))
     columns = weighted(batch)
@@ -342,7 +341,7 @@ def test_weighted_per_decision_grows_as_its_derivative_says(
 
 
 @pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
-def test_snis_grows_as_its_derivative_says(everything: Everything, normalization: uncertainty.Normalization):
+def test_snis_grows_as_its_derivative_says(everything: Everything, normalization: Normalization):
     batch, step = everything.drawn(60), 1e-5
     columns = batch.columns("time_loo")
 

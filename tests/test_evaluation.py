@@ -10,14 +10,13 @@ import torch
 from enumeration import columns_of
 from torch import Tensor
 
-from entropy_core import evaluation
-from entropy_core.estimates import change_of
-from entropy_core.evaluation import EvaluationBatch, Measured, Moved, MovedTokens
+from entropy_core.estimates import evaluation
+from entropy_core.estimates.evaluation import EvaluationBatch, Measured, Moved, MovedTokens
+from entropy_core.estimates.rows import change_of
 from entropy_core.numerics import first_order, ragged
-from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.choices import Baseline, Estimator
 from entropy_core.numerics.functional import FUNCTIONALS, Columns, Functional, TokenPair, Tokens
-from entropy_core.numerics.importance import Estimator
-from entropy_core.numerics.path_integral import NODES
+from entropy_core.numerics.quadrature import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
 
 LENGTHS = [3, 1, 2, 6, 4, 1, 1, 2, 5, 7, 3, 2]

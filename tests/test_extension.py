@@ -11,7 +11,7 @@ import pytest
 import torch
 from pipeline_fixtures import NAMES, Probe, make_run, probe, skip_figures, values
 
-from entropy_core.artifact import Artifact
+from entropy_core.store.artifact import Artifact
 
 OF_THE_WHOLE = {"entropy-gradient", "first-order-u", "variance", "report"}  # and the noise of its first sequences
 

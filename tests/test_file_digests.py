@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from pipeline_fixtures import make_run, values
 
-from entropy_core import file_digests
-from entropy_core.checkpoint_files import checkpoint_digest, weights_digest
-from entropy_core.file_digests import LARGE, file_digest, read_digest
-from entropy_core.read_config import parse_config
-from entropy_core.stages.pipeline import execution_for
-from entropy_core.stages.plan import plan
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store
+from entropy_core.config.read import parse_config
+from entropy_core.files import digests as file_digests
+from entropy_core.files.checkpoint import checkpoint_digest, weights_digest
+from entropy_core.files.digests import LARGE, file_digest, read_digest
+from entropy_core.pipeline.plan import plan
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import execution_for
+from entropy_core.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from entropy_core.code_identity import code_of
-from entropy_core.reached import GIVEN
-from entropy_core.stages.catalogue import STAGES
-from entropy_core.store import Stage
+from entropy_core.code.identity import code_of
+from entropy_core.code.reached import GIVEN
+from entropy_core.pipeline.catalogue import STAGES
+from entropy_core.store.store import Stage
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("entropy_core", "flows", "tasks")
@@ -81,8 +81,10 @@ def core(*names: str) -> set[str]:
 def test_every_floor_was_read():
     assert {floor(name) for name in FILES} == set(range(len(FLOORS)))
     assert {"entropy_core.policy", "entropy_core.stages.variance", "flows.entropy_probe", "tasks.stages"} <= set(FILES)
-    assert "entropy_core.numerics.ragged" in OURS["entropy_core.evaluation"]
-    assert "transformers.trainer_pt_utils" in FOREIGN["entropy_core.architecture"]  # imported inside a function
+    assert "entropy_core.numerics.ragged" in OURS["entropy_core.estimates.evaluation"]
+    assert (
+        "transformers.trainer_pt_utils" in FOREIGN["entropy_core.checkpoints.architecture"]
+    )  # imported inside a function
     assert "entropy_core.execution" in OURS["entropy_core.stages.rescore"]  # for the type checker only
 
 
@@ -197,7 +199,7 @@ import sys
 def loaded(): print(*sorted({name.partition(".")[0] for name in sys.modules}))
 import entropy_core.stages.variance, entropy_core.stages.report
 loaded()
-import entropy_core.stages.pipeline, entropy_core.demo
+import entropy_core.pipeline.sweep, entropy_core.demo
 loaded()
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -26,13 +26,17 @@ from enumeration import (
 )
 from torch import Tensor
 
-from entropy_core import evaluation
-from entropy_core.evaluation import EvaluationBatch, Moved, MovedTokens
+from entropy_core.estimates import evaluation
+from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens
 from entropy_core.numerics import first_order, importance, path_integral, ragged, uncertainty
-from entropy_core.numerics.baselines import Baseline, baselines
+from entropy_core.numerics.baselines import baselines
+from entropy_core.numerics.choices import Baseline, Estimator
 from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, LENGTH, Functional, TokenPair, Tokens
+from entropy_core.numerics.quadrature import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
-from entropy_core.policy import Coefficients
+from entropy_core.policy import moves
+from entropy_core.policy.derivatives import token_derivatives
+from entropy_core.policy.model import Coefficients
 
 EXACT = 1e-10
 PRICES = torch.tensor([0.3, -1.1, 0.7, 2.0], dtype=torch.float64)
@@ -117,10 +121,10 @@ def test_the_moved_value_is_exact_on_average(everything: Everything, name: str, 
     functional, world, v = third(name, everything), everything.world, everything.v
     bases = by_position(everything) if with_baseline else no_baseline(everything)
     terms_N = importance.per_decision_column(functional, *everything.at(eta), bases[LENGTH])
-    with world.policy.moved(v, eta):
+    with moves.moved(world.policy, v, eta):
         value, slope = exactly(world, v, name)
         derivatives = processor_of(world).map_tokens(
-            everything.sequences, lambda rows: world.policy.derivatives(rows, v, world.temperature)
+            everything.sequences, lambda rows: token_derivatives(world.policy, rows, v, world.temperature)
         )
     assert everything.mean(terms_N) == pytest.approx(value, abs=EXACT)
     assert abs(value - exactly(world, v, name)[0]) > 1e-4
@@ -214,8 +218,8 @@ def cut(batch: Everything, ends: list[int]) -> Iterator[Everything]:
         yield batch.subset(torch.arange(start, stop))
 
 
-@pytest.mark.parametrize("estimator", get_args(importance.Estimator))
-def test_a_third_one_beside_the_others_block_by_block(everything: Everything, estimator: importance.Estimator):
+@pytest.mark.parametrize("estimator", get_args(Estimator))
+def test_a_third_one_beside_the_others_block_by_block(everything: Everything, estimator: Estimator):
     """Of several blocks as of one, whatever the estimator; and the entropy and the length are what they are alone."""
     batch, eta = everything.drawn(12), 0.4
     nodes = [nodes_of(batch, eta, part) for part in (batch, *cut(batch, [0, 1, 5, 12]))]
@@ -248,15 +252,15 @@ def nodes_of(batch: Everything, eta: float, part: Everything) -> MovedTokens:
     world, v = batch.world, batch.v
 
     def at(step: float) -> TokenDerivatives:
-        with world.policy.moved(v, step):
+        with moves.moved(world.policy, v, step):
             return TokenDerivatives(
                 *processor_of(world).map_tokens(
-                    part.sequences, lambda rows: world.policy.derivatives(rows, v, world.temperature)
+                    part.sequences, lambda rows: token_derivatives(world.policy, rows, v, world.temperature)
                 )
             )
 
     moved = at(eta)
-    return MovedTokens(moved.logprobs_K, moved.entropies_K, tuple(at(s * eta) for s in path_integral.NODES))
+    return MovedTokens(moved.logprobs_K, moved.entropies_K, tuple(at(s * eta) for s in NODES))
 
 
 def terms(there: evaluation.Measured, functional: Functional) -> list[Tensor]:

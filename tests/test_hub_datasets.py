@@ -9,10 +9,10 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 from pyarrow import parquet
 
-from entropy_core import hub_datasets
 from entropy_core.errors import PromptError
-from entropy_core.prompts import load_pool, locate, revision
-from entropy_core.sources import content_digest
+from entropy_core.files.sources import content_digest
+from entropy_core.prompts import hub_datasets
+from entropy_core.prompts.pools import load_pool, locate, revision
 
 GSM8K = {
     "train": [

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from pipeline_fixtures import make_run, probe, skip_figures
 
+from entropy_core.config.legacy import convert
+from entropy_core.config.read import parse_config
 from entropy_core.errors import ConfigError
-from entropy_core.legacy import convert
-from entropy_core.read_config import parse_config
 from flows.cli import main
 
 ERAS = {path.stem: path for path in sorted((Path(__file__).parent / "legacy").glob("*.yaml"))}

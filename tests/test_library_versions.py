@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 from pipeline_fixtures import Counting, make_run, probe, skip_figures, values
 
-from entropy_core import library_versions
-from entropy_core.code_identity import code_of
+from entropy_core.code import library_versions
+from entropy_core.code.identity import code_of
+from entropy_core.code.library_versions import compared, release
+from entropy_core.config.read import parse_config
 from entropy_core.errors import StoreError
-from entropy_core.library_versions import compared, release
-from entropy_core.read_config import parse_config
-from entropy_core.stages.catalogue import STAGES
-from entropy_core.stages.pipeline import execution_for, sweep
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Stage, Store
+from entropy_core.pipeline.catalogue import STAGES
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import execution_for, sweep
+from entropy_core.store.store import Stage, Store
 
 
 @pytest.mark.parametrize(

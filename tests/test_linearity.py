@@ -11,9 +11,10 @@ from test_uncertainty import both
 from torch import Tensor
 
 from entropy_core.numerics import uncertainty
+from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.linearity import LACK_OF_FIT, LinearityFit, fit, pairs
-from entropy_core.numerics.uncertainty import Estimate, Normalization, standard_error
+from entropy_core.numerics.uncertainty import Estimate, standard_error
 
 SEVERAL = [[0.1, 0.3], [-0.2, 0.1, 0.3], [0.01, 0.1, 0.3, 1.0], [-0.5, -0.1, 0.1, 0.5, 2.0]]
 

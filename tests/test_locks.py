@@ -16,7 +16,8 @@ import pytest
 from store_fixtures import DRAW
 
 from entropy_core.errors import StoreError
-from entropy_core.store import Store, locks
+from entropy_core.store import locks
+from entropy_core.store.store import Store
 from flows.cli import main
 
 KEY = "0" * 32
@@ -53,7 +54,9 @@ def test_a_lock_that_is_not_waited_for_says_who_holds_it(store):
 
 
 def test_the_lock_of_a_dead_process_is_free(store):
-    program = f"import os, sys\nfrom entropy_core.store import Store\nwith Store(sys.argv[1]).lock('draw', '{KEY}'):\n"
+    program = (
+        f"import os, sys\nfrom entropy_core.store.store import Store\nwith Store(sys.argv[1]).lock('draw', '{KEY}'):\n"
+    )
     command = [sys.executable, "-c", program + "    os._exit(1)", str(store.root)]
     subprocess.run(command, cwd=Path(__file__).parents[1])
     with store.lock("draw", KEY, wait=False):

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from entropy_core import math_answers
 from entropy_core.errors import ConfigError, RewardError
-from entropy_core.math_answers import answer_tag, boxed, gsm8k, last_boxed
-from entropy_core.rewards import compute_rewards, library
+from entropy_core.rewards import math_answers
+from entropy_core.rewards.functions import compute_rewards, library
+from entropy_core.rewards.math_answers import answer_tag, boxed, gsm8k, last_boxed
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from pipeline_fixtures import make_run, probe, skip_figures, values
 
 from entropy_core.errors import MemoryShortageError
 from entropy_core.execution import Execution
-from entropy_core.sequence_processor import SequenceProcessor
-from entropy_core.stages.memory import run_within_memory
-from entropy_core.store import Stage, Store
+from entropy_core.pipeline.memory import run_within_memory
+from entropy_core.sequences.processor import SequenceProcessor
+from entropy_core.store.store import Stage, Store
 
 TRIED: list[tuple[int, int, int]] = []
 ROOM = 3

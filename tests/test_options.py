@@ -8,11 +8,13 @@ import torch
 from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, values, write_reward
 from scipy import stats
 
+from entropy_core.config.read import parse_config
 from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError
 from entropy_core.numerics import ragged
-from entropy_core.read_config import parse_config
-from entropy_core.stages import calibrate, sequences
-from entropy_core.stages.columns import read_columns
+from entropy_core.sequences import law as sequences
+from entropy_core.sequences.files import read_sequences
+from entropy_core.stages import calibrate
+from entropy_core.store.columns import read_columns
 
 SEED = 42
 
@@ -170,7 +172,7 @@ def test_pairs_of_opposite_steps(plain):
 
 
 def test_predictors_are_computed_on_the_tokens_of_u(plain):
-    shards = [sequences.read_sequences(shard) for shard in plain.run.artifacts("sample-u-batch")]
+    shards = [read_sequences(shard) for shard in plain.run.artifacts("sample-u-batch")]
     lengths_N = torch.cat([ragged.lengths(shard.response_offsets_N1) for shard in shards])
     columns, _ = read_columns(plain.run.artifacts("score-u-batch"), "logprobs", "entropies")
     update = plain.run.artifacts("compute-update")[0].table("sequences.parquet")

@@ -22,15 +22,15 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
-from entropy_core.artifact import Artifact
-from entropy_core.config import VarianceRequest
+from entropy_core.config.read import parse_config
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import ConfigError
 from entropy_core.execution import Execution
-from entropy_core.file_digests import file_digest
-from entropy_core.read_config import parse_config
-from entropy_core.stages.plan import plan
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Stage, Store
+from entropy_core.files.digests import file_digest
+from entropy_core.pipeline.plan import plan
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage, Store
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.plan import plan_table
 from flows.results import HEADLINE, inline_figures, terminal_table

@@ -9,15 +9,16 @@ import pytest
 import torch
 from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, values
 
-from entropy_core import file_digests
-from entropy_core.artifact import Artifact
-from entropy_core.config import VarianceRequest
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
-from entropy_core.stages import pipeline
-from entropy_core.stages.plan import plan
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Stage, Store, archive, runs
+from entropy_core.files import digests as file_digests
+from entropy_core.pipeline import sweep as pipeline
+from entropy_core.pipeline.plan import plan
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.store import archive, runs
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage, Store
 from flows.cli import main
 
 

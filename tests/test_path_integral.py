@@ -18,9 +18,12 @@ from enumeration import (
 )
 
 from entropy_core.numerics import importance, path_integral, uncertainty
+from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
+from entropy_core.numerics.quadrature import NODES, WEIGHTS
 from entropy_core.numerics.token_statistics import TokenDerivatives
-from entropy_core.numerics.uncertainty import Normalization
+from entropy_core.policy import moves
+from entropy_core.policy.derivatives import token_derivatives
 
 EXACT = 1e-10
 both = pytest.mark.parametrize("normalization", ["per_token", "per_sequence"])
@@ -34,10 +37,11 @@ def everything(world: World, v: Direction) -> Everything:
 def columns_at(everything: Everything, eta: float, base: Bases) -> dict[Functional, Columns]:
     """Of ∂_vH at θ + ηv, from the sequences and their probabilities at θ."""
     policy, offsets_N1 = everything.world.policy, everything.offsets_N1
-    with policy.moved(everything.v, eta):
+    with moves.moved(policy, everything.v, eta):
         moved = TokenDerivatives(
             *processor_of(everything.world).map_tokens(
-                everything.sequences, lambda rows: policy.derivatives(rows, everything.v, everything.world.temperature)
+                everything.sequences,
+                lambda rows: token_derivatives(policy, rows, everything.v, everything.world.temperature),
             )
         )
     weights = importance.prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, offsets_N1)
@@ -46,7 +50,7 @@ def columns_at(everything: Everything, eta: float, base: Bases) -> dict[Function
 
 
 def change(everything: Everything, eta: float, base: Bases, normalization: Normalization) -> uncertainty.Estimate:
-    at_nodes = [columns_at(everything, node * eta, base) for node in path_integral.NODES]
+    at_nodes = [columns_at(everything, node * eta, base) for node in NODES]
     return path_integral.entropy_change(at_nodes, eta, normalization)
 
 
@@ -63,7 +67,7 @@ def test_at_theta_the_terms_are_those_of_first_order(everything: Everything):
 def test_the_derivative_further_on_is_exact_on_average(everything: Everything, eta: float, with_baseline: bool):
     base = by_position(everything) if with_baseline else no_baseline(everything)
     columns, world, v = columns_at(everything, eta, base), everything.world, everything.v
-    with world.policy.moved(v, eta):
+    with moves.moved(world.policy, v, eta):
         slopes = [world.derivative(lambda e: e.H_seq, v), world.derivative(lambda e: e.L, v)]
         values = [world.exact().H_seq.item(), world.exact().L.item()]
     assert everything.mean(columns[ENTROPY].derivative_N) == pytest.approx(slopes[0], abs=EXACT)
@@ -101,7 +105,7 @@ def test_the_quadrature_leaves_an_error_of_high_order(everything: Everything, no
 
 def test_weights_and_nodes_integrate_polynomials_of_degree_five():
     for degree in range(6):
-        found = sum(w * s**degree for s, w in zip(path_integral.NODES, path_integral.WEIGHTS, strict=True))
+        found = sum(w * s**degree for s, w in zip(NODES, WEIGHTS, strict=True))
         assert found == pytest.approx(1 / (degree + 1), rel=1e-14)
 
 
@@ -112,9 +116,9 @@ def test_in_float32_it_stays_exact_where_a_difference_is_rounding(world: World, 
     everything = enumerate_world(narrow, {name: t.float() for name, t in v.items()})
     everything = everything._replace(probability_N=enumerate_world(world, v).probability_N)
     base = no_baseline(everything)
-    at_nodes = [columns_at(everything, node * eta, base) for node in path_integral.NODES]
+    at_nodes = [columns_at(everything, node * eta, base) for node in NODES]
     x = [everything.mean(columns[ENTROPY].derivative_N) for columns in at_nodes]
-    found = eta * sum(w * x_j for w, x_j in zip(path_integral.WEIGHTS, x, strict=True))
+    found = eta * sum(w * x_j for w, x_j in zip(WEIGHTS, x, strict=True))
     assert found == pytest.approx(exact, rel=1e-5)
     there = per_decision(everything.at(eta), base)
     difference = everything.mean(there.S_N) - everything.mean(everything.columns("none")[ENTROPY].total_N)
@@ -126,10 +130,9 @@ def test_the_tiny_policy_of_another_shape_too():
     v = {name: torch.ones_like(p).detach() / p.numel() for name, p in world.policy.named_parameters().items()}
     everything = enumerate_world(world, v)
     base, eta = no_baseline(everything), 0.1
-    at_nodes = [columns_at(everything, node * eta, base) for node in path_integral.NODES]
+    at_nodes = [columns_at(everything, node * eta, base) for node in NODES]
     H_seq = sum(
-        eta * w * everything.mean(columns[ENTROPY].derivative_N)
-        for w, columns in zip(path_integral.WEIGHTS, at_nodes, strict=True)
+        eta * w * everything.mean(columns[ENTROPY].derivative_N) for w, columns in zip(WEIGHTS, at_nodes, strict=True)
     )
     exact = world.exact_at(v, eta).H_seq.item() - world.exact().H_seq.item()
     assert H_seq == pytest.approx(exact, abs=1e-11)

@@ -20,17 +20,19 @@ from pipeline_fixtures import (
     write_reward,
 )
 
-from entropy_core.config import VarianceRequest
+from entropy_core.config.read import load_config, parse_config
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
+from entropy_core.estimates.tables import RESULTS, TABLES
 from entropy_core.execution import Execution
-from entropy_core.file_digests import file_digest
-from entropy_core.numerics.importance import Estimator
-from entropy_core.read_config import load_config, parse_config
-from entropy_core.stages import catalogue, pipeline, sequences
-from entropy_core.stages.measure import NOISE_DRAWS
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store
-from entropy_core.tables import RESULTS, TABLES
+from entropy_core.files.digests import file_digest
+from entropy_core.numerics.choices import Estimator
+from entropy_core.pipeline import catalogue
+from entropy_core.pipeline import sweep as pipeline
+from entropy_core.pipeline.measure import NOISE_DRAWS
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.sequences import law as sequences
+from entropy_core.store.store import Store
 
 ETAS = [0, 0.01, 0.02, 1]
 ESTIMATORS = list(get_args(Estimator))
@@ -92,7 +94,7 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(sequences, "load_policy", refuse)
-    for name in ("pretrained.AutoModelForCausalLM", "tokenizer.AutoTokenizer"):
+    for name in ("policy.pretrained.AutoModelForCausalLM", "checkpoints.tokenizer.AutoTokenizer"):
         monkeypatch.setattr(f"entropy_core.{name}.from_pretrained", refuse)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from entropy_core import plain_yaml
+from entropy_core.config import plain_yaml
 from entropy_core.errors import ConfigError
 
 

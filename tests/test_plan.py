@@ -8,10 +8,10 @@ import pytest
 import yaml
 from pipeline_fixtures import NAMES, make_run, probe, skip_figures, values, write_reward
 
-from entropy_core.read_config import parse_config
-from entropy_core.stages.plan import Cost, Step, plan, typical_costs
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Stage, Store
+from entropy_core.config.read import parse_config
+from entropy_core.pipeline.plan import Cost, Step, plan, typical_costs
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.store.store import Stage, Store
 from flows.cli import main
 from flows.plan import plan_table, plan_total
 from flows.results import duration, size

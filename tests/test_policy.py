@@ -14,8 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_core.errors import CheckpointError
-from entropy_core.policy import Coefficients, Policy, TeacherForcedRows
-from entropy_core.pretrained import load_policy, resolve_device
+from entropy_core.policy import moves
+from entropy_core.policy.derivatives import token_derivatives
+from entropy_core.policy.model import Coefficients, Policy
+from entropy_core.policy.pretrained import load_policy, resolve_device
+from entropy_core.policy.scorer import TeacherForcedRows
 
 TAU = 0.7
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], float]] = {  # and what their float32 parts leave of the digits
@@ -54,7 +57,7 @@ def five_point(policy: Policy, v: dict[str, Tensor], step: float = 0.01) -> tupl
     values = {}
     with torch.no_grad():
         for k in (-2, -1, 1, 2):
-            with policy.moved(v, k * step):
+            with moves.moved(policy, v, k * step):
                 values[k] = torch.stack(plain(policy.model))
     return tuple((8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * step))
 
@@ -116,7 +119,7 @@ def test_forward_mode_is_the_limit_of_differences(name: str, head_chunk_rows: in
     make, tolerance = MODELS[name]
     policy = policy_of(make(), head_chunk_rows=head_chunk_rows)
     v = random_direction(policy)
-    found = policy.derivatives(rows(), v, TAU)
+    found = token_derivatives(policy, rows(), v, TAU)
     assert torch.allclose(torch.stack(found[:2]), torch.stack(policy.statistics(rows(), TAU)), atol=tolerance / 10)
     torch.testing.assert_close(tuple(found[2:]), five_point(policy, v), rtol=10 * tolerance, atol=10 * tolerance)
     assert min(column_K.abs().max() for column_K in found[2:]) > 0.01
@@ -172,7 +175,7 @@ def test_backward_and_forward_mode_agree_in_every_parameter(name: str):
     policy.add_gradients(rows(), [weights], TAU, [gradients])
     v = random_direction(policy)
     for part in v:  # along one parameter at a time: no part of the model may be left out
-        along = policy.derivatives(rows(), {part: v[part]}, TAU)
+        along = token_derivatives(policy, rows(), {part: v[part]}, TAU)
         forward = (weights.logprob_K @ along.dlogprobs_K + weights.entropy_K @ along.dentropies_K).item()
         backward = float((gradients[part] * v[part]).sum())
         assert forward == pytest.approx(backward, rel=1e-5, abs=1e-6), part
@@ -183,7 +186,7 @@ def test_a_parameter_that_is_not_named_is_not_differentiated():
     v = random_direction(policy)
     part = {name: t for name, t in v.items() if ".h.0." in name}
     padded = {name: t if name in part else torch.zeros_like(t) for name, t in v.items()}
-    few, all_named = policy.derivatives(rows(), part, TAU), policy.derivatives(rows(), padded, TAU)
+    few, all_named = token_derivatives(policy, rows(), part, TAU), token_derivatives(policy, rows(), padded, TAU)
     torch.testing.assert_close(tuple(few), tuple(all_named), rtol=1e-12, atol=1e-14)
     weights = Coefficients(*torch.randn(2, 7, dtype=torch.float64))
     accumulators = policy.new_accumulator(), {n: g for n, g in policy.new_accumulator().items() if n in part}
@@ -200,8 +203,8 @@ def test_a_tied_parameter_appears_once_and_counts_twice():
     state = {name: p.detach() for name, p in tied.named_parameters().items()}
     untied.model.load_state_dict(state | {"lm_head.weight": state[weight]})
     v = random_direction(tied)
-    found = tied.derivatives(rows(), v, TAU)
-    expected = untied.derivatives(rows(), v | {"lm_head.weight": v[weight]}, TAU)
+    found = token_derivatives(tied, rows(), v, TAU)
+    expected = token_derivatives(untied, rows(), v | {"lm_head.weight": v[weight]}, TAU)
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-12, atol=1e-14)
 
 
@@ -213,15 +216,15 @@ def test_moved_adds_in_float64_and_restores_bit_for_bit(dtype: torch.dtype):
     policy = policy_of(gpt2().to(dtype))
     before = {name: p.detach().clone() for name, p in policy.named_parameters().items()}
     direction = {name: torch.randn(p.shape, dtype=torch.float64) for name, p in before.items() if "ln_1" not in name}
-    with policy.moved(direction, 1e-3):
+    with moves.moved(policy, direction, 1e-3):
         for name, p in policy.named_parameters().items():
             expected = before[name].double() + 1e-3 * direction[name] if name in direction else before[name]
             assert torch.equal(p.detach(), expected.to(dtype)) and p.requires_grad
     assert all(torch.equal(p.detach(), before[name]) for name, p in policy.named_parameters().items())
-    with pytest.raises(RuntimeError, match="inside"), policy.moved(direction, 1e9):
+    with pytest.raises(RuntimeError, match="inside"), moves.moved(policy, direction, 1e9):
         raise RuntimeError("inside")
     assert all(torch.equal(p.detach(), before[name]) for name, p in policy.named_parameters().items())
-    with policy.moved(direction, 0.0):
+    with moves.moved(policy, direction, 0.0):
         assert all(torch.equal(p.detach(), before[name]) for name, p in policy.named_parameters().items())
 
 
@@ -231,7 +234,7 @@ def test_jitter_goes_to_the_next_number_and_back(dtype: torch.dtype):
     before = {name: p.detach().clone() for name, p in policy.named_parameters().items()}
     seen = []
     for seed in (0, 1, 0):
-        with policy.jittered(seed):
+        with moves.jittered(policy, seed):
             seen.append({name: p.detach().clone() for name, p in policy.named_parameters().items()})
         assert all(torch.equal(p.detach(), before[name]) for name, p in policy.named_parameters().items())
     everything = [torch.cat([t.flatten() for t in named.values()]) for named in (before, *seen)]
@@ -261,7 +264,7 @@ def test_dropout_is_off():
     policy = policy_of(gpt2(resid_pdrop=0.9, attn_pdrop=0.9, embd_pdrop=0.9).train())
     first, second = (torch.stack(policy.statistics(rows(), TAU)) for _ in range(2))
     assert torch.equal(first, second)
-    found = policy.derivatives(rows(), random_direction(policy), TAU)
+    found = token_derivatives(policy, rows(), random_direction(policy), TAU)
     torch.testing.assert_close(torch.stack(found[:2]), first, rtol=1e-12, atol=1e-14)
 
 

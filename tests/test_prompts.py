@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from entropy_core import arithmetic
 from entropy_core.errors import ConfigError, PromptError
-from entropy_core.prompts import load_pool, locate
+from entropy_core.prompts import arithmetic
+from entropy_core.prompts.pools import load_pool, locate
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 

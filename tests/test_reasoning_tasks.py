@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from entropy_core import reasoning_tasks
 from entropy_core.errors import ConfigError, PromptError, RewardError
-from entropy_core.prompts import library, load_pool, locate
-from entropy_core.rewards import compute_rewards
+from entropy_core.prompts import reasoning_tasks
+from entropy_core.prompts.pools import library, load_pool, locate
+from entropy_core.rewards.functions import compute_rewards
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a file that it does not close when it is imported
@@ -46,7 +46,7 @@ def test_size_and_seed_have_defaults():
 
 def test_another_process_makes_the_same_problems():
     pool = f"load_pool({NAME!r}, 'train', options={OPTIONS!r})"
-    script = f"from entropy_core.prompts import load_pool; print({pool}.table.to_pylist())"
+    script = f"from entropy_core.prompts.pools import load_pool; print({pool}.table.to_pylist())"
     root = Path(__file__).parents[1]
     printed = {
         subprocess.run(

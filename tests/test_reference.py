@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from entropy_core.reference import PAGES
+from entropy_core.config.reference import PAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -12,7 +12,7 @@ DOCS = ROOT / "docs"
 @pytest.mark.parametrize("name", PAGES)
 def test_reference_pages_are_those_of_the_code(name):
     page = PAGES[name]()
-    assert (DOCS / name).read_text(encoding="utf-8") == page, "run python -m entropy_core.reference"
+    assert (DOCS / name).read_text(encoding="utf-8") == page, "run python -m entropy_core.config.reference"
     assert "None" not in page and "typing." not in page
 
 

@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 
-from entropy_core import figures, report, tokens_in_text
-from entropy_core.tables import RESULTS, TABLES
+from entropy_core.estimates.tables import RESULTS, TABLES
+from entropy_core.report import figures, tokens_in_text
+from entropy_core.report import page as report
 
 NOTHING: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
 ETAS = (0.0, 0.01, 0.3, 1.0, 3.0)

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from entropy_core import arithmetic
 from entropy_core.errors import ConfigError, ProbeError, RewardError
-from entropy_core.rewards import REWARDS, compute_rewards, exact_match, load_reward, source_file
+from entropy_core.prompts import arithmetic
+from entropy_core.rewards.functions import REWARDS, compute_rewards, exact_match, load_reward, source_file
 
 PROMPTS, COMPLETIONS = ["1+1=", "2+2="], ["2", " 5 "]
 COLUMNS = {"answer": ["2", "4"], "level": [1, None]}
@@ -71,7 +71,9 @@ def test_the_source_of_a_reward_is_the_file_it_is_looked_up_in(file, package, tm
         "import functools\nfrom math import fsum as helper\nreward = functools.partial(lambda x, **_: [x] * 2, 1.0)\n"
     )
     assert source_file(file(wrapped)) == tmp_path / "mine.py"
-    assert source_file(file("from entropy_core.rewards import exact_match as reward\n")) == tmp_path / "mine.py"
+    assert (
+        source_file(file("from entropy_core.rewards.functions import exact_match as reward\n")) == tmp_path / "mine.py"
+    )
     assert source_file(file("raise SystemExit('loads a large model')\n")) == tmp_path / "mine.py"
     assert source_file(package) == tmp_path / "lab_rewards" / "lengths.py"
 

@@ -12,11 +12,12 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.errors import NonFiniteError, PromptError
 from entropy_core.numerics import ragged
-from entropy_core.policy import Policy
-from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
+from entropy_core.policy.derivatives import token_derivatives
+from entropy_core.policy.model import Policy
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 POOL = [[1], [2, 0], [3, 1, 0, 2], [0, 0, 0], [2], [1, 3, 3]]  # some hold the token that ends a response
 EOS, LONGEST, TAU = 3, 4, 0.7
@@ -91,7 +92,7 @@ def test_the_score_has_mean_zero_at_every_step(world: World, v: dict[str, Tensor
     n = 4000
     maker = processor(world.policy)
     sequences = maker.generate_with_replacement_sampling(world.prompts, n, seed=3)
-    columns = maker.map_tokens(sequences, lambda rows: world.policy.derivatives(rows, v, TAU))
+    columns = maker.map_tokens(sequences, lambda rows: token_derivatives(world.policy, rows, v, TAU))
     offsets_N1 = sequences.response_offsets_N1
     total_N = ragged.sequence_sum(columns[2], offsets_N1)
     assert abs(float(total_N.mean())) < 4 * float(total_N.std()) / n**0.5
@@ -251,7 +252,7 @@ def test_scores_and_derivatives_do_not_depend_on_batch_or_order(world: World, v:
     for order, tf_batch_size in zip(orders, (1, 2, 5), strict=True):
         sequences = flat([pairs[i] for i in order])
         columns = processor(world.policy, tf_batch_size=tf_batch_size).map_tokens(
-            sequences, lambda rows: world.policy.derivatives(rows, v, TAU)
+            sequences, lambda rows: token_derivatives(world.policy, rows, v, TAU)
         )
         parts = [torch.stack(columns)[:, a:b] for a, b in zip(*_bounds(sequences), strict=True)]
         found.append(torch.cat([parts[order.index(i)] for i in range(5)], dim=1))

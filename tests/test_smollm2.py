@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from entropy_core import smollm2
+from entropy_core.config.read import load_config
+from entropy_core.demo import smollm2
+from entropy_core.demo.smollm2 import SmolLM2Settings, defines, make_smollm2_run
 from entropy_core.errors import ProbeError, StoreError
-from entropy_core.read_config import load_config
-from entropy_core.rewards import compute_rewards
-from entropy_core.smollm2 import SmolLM2Settings, defines, make_smollm2_run
+from entropy_core.rewards.functions import compute_rewards
 
 ROOT = Path(__file__).parents[1]
 

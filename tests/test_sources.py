@@ -16,9 +16,9 @@ from pipeline_fixtures import make_run, probe, skip_figures, values, write_rewar
 
 from entropy_core.errors import CheckpointError, ConfigError, ProbeError
 from entropy_core.execution import Execution
-from entropy_core.file_digests import file_digest
-from entropy_core.pretrained import load_policy
-from entropy_core.store import Stage, Store
+from entropy_core.files.digests import file_digest
+from entropy_core.policy.pretrained import load_policy
+from entropy_core.store.store import Stage, Store
 
 REPLACEMENTS = 50
 POOL = "".join(f'{{"prompt": "{n}+{n}=", "answer": "{n}"}}\n' for n in range(1, 9))
@@ -165,8 +165,8 @@ def during(monkeypatch, where: str, before: Callable[[], None], after: Callable[
 
 READING = {
     "optimizer.pt": ("load-checkpoint", "entropy_core.stages.load.read_checkpoint", CheckpointError),
-    "model.safetensors": ("sample-e-batch", "entropy_core.stages.sequences.load_policy", CheckpointError),
-    "generation_config.json": ("sample-e-batch", "entropy_core.stages.sequences.load_policy", CheckpointError),
+    "model.safetensors": ("sample-e-batch", "entropy_core.sequences.law.load_policy", CheckpointError),
+    "generation_config.json": ("sample-e-batch", "entropy_core.sequences.law.load_policy", CheckpointError),
     "pool.jsonl": ("load-prompts", "entropy_core.stages.load.load_pool", ConfigError),
     "reward.py": ("reward-u-batch", "entropy_core.stages.reward.compute_rewards", ConfigError),
 }

@@ -21,10 +21,10 @@ from store_fixtures import (
     writes_everything,
 )
 
-from entropy_core import manifest as manifest_module
-from entropy_core.artifact import Artifact, Writer
 from entropy_core.errors import StoreError
-from entropy_core.store import Stage, Store
+from entropy_core.store import manifest as manifest_module
+from entropy_core.store.artifact import Artifact, Writer
+from entropy_core.store.store import Stage, Store
 
 # ---- reuse
 

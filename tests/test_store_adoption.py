@@ -13,9 +13,9 @@ import pytest
 import torch
 from pipeline_fixtures import Probe, make_run, probe, skip_figures, values
 
-from entropy_core.artifact import Artifact
-from entropy_core.store import Stage, Store
 from entropy_core.store.adoption import Adoption
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 

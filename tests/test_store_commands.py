@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, values
 
-from entropy_core.config import VarianceRequest
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
-from entropy_core.stages import pipeline
-from entropy_core.store import Stage, Store, runs
+from entropy_core.pipeline import sweep as pipeline
+from entropy_core.store import runs
+from entropy_core.store.store import Stage, Store
 from flows.cli import main
 from flows.store_commands import in_words
 
@@ -160,7 +161,7 @@ def test_explain_refuses_keys_of_two_stages_and_keys_cut_too_short(home, first, 
 
 PROGRAM = """
 import sys
-from entropy_core.store import Stage, Store
+from entropy_core.store.store import Stage, Store
 from {package}.stage import stage
 made = Store(sys.argv[1]).run(Stage("sum", stage), None, {{"x": int(sys.argv[2])}})
 print(made.key)
@@ -214,7 +215,7 @@ def test_explain_names_the_definition_that_was_edited(tmp_path, store, monkeypat
 
 
 def test_explain_a_configuration_says_what_would_run_and_why(away, first, store, monkeypatch):
-    monkeypatch.setattr("entropy_core.pretrained.load_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("entropy_core.policy.pretrained.load_policy", lambda *_: pytest.fail("a model was loaded"))
     config = away / "config.yaml"
     config.write_text(json.dumps(settings(away)))
     status, said = store(away / "artifacts", "explain", config)
@@ -301,7 +302,7 @@ def test_prune_refuses_when_it_cannot_tell_what_a_run_needs(away, first, second,
 
 def test_prune_waits_for_no_sweep_and_disturbs_none(away, first, store):
     root = away / "artifacts"
-    program = "import sys, time\nfrom entropy_core.store import Store\n"
+    program = "import sys, time\nfrom entropy_core.store.store import Store\n"
     program += "with Store(sys.argv[1]).in_use():\n    print('in', flush=True)\n    time.sleep(600)\n"
     command = [sys.executable, "-c", program, root]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as sweep:

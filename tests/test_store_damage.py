@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from store_fixtures import CONSTANT, DRAW, EXECUTED, flip_a_byte, quarantined
 
-from entropy_core import file_digests
-from entropy_core.artifact import Artifact
 from entropy_core.errors import StoreError, UnsoundError
-from entropy_core.file_digests import file_digest
-from entropy_core.stages.repairs import with_repairs
-from entropy_core.store import Store, pruning
+from entropy_core.files import digests as file_digests
+from entropy_core.files.digests import file_digest
+from entropy_core.pipeline.repairs import with_repairs
+from entropy_core.store import pruning
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Store
 
 FILES = ("numbers.json", "more/text.txt")
 

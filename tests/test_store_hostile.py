@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, values
 
-from entropy_core import manifest
-from entropy_core.config import VarianceRequest
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import ProbeError, StoreError
 from entropy_core.execution import Execution
-from entropy_core.stages import pipeline
-from entropy_core.store import Store, runs
+from entropy_core.pipeline import sweep as pipeline
+from entropy_core.store import manifest, runs
+from entropy_core.store.store import Store
 from flows.cli import main
 
 

@@ -15,7 +15,7 @@ from store_fixtures import DRAW, FAILS, FILLS, quarantined, visible
 
 import entropy_core
 from entropy_core.errors import StoreError
-from entropy_core.store import Stage, Store
+from entropy_core.store.store import Stage, Store
 
 
 @pytest.mark.parametrize(("error", "kind"), [("value", ValueError), ("interrupt", KeyboardInterrupt)])
@@ -54,7 +54,7 @@ def test_a_root_that_is_a_file_is_explained(tmp_path):
 
 STAGES = """
     import os, sys, time
-    from entropy_core.store import Stage, Store
+    from entropy_core.store.store import Stage, Store
 
     def slow(out, seconds, n):  # the seconds are its execution
         out.json([n], "half.json")

@@ -16,18 +16,18 @@ from pipeline_fixtures import SHAPE, Counting, parts_of, skip_figures, values, w
 from safetensors.torch import load_file
 from torch import Tensor
 
-from entropy_core.adapters import PEFT_PREFIX
-from entropy_core.arithmetic import problems
-from entropy_core.artifact import Artifact, Writer
-from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.demo import build_model, build_tokenizer
+from entropy_core.checkpoints.adapters import PEFT_PREFIX
+from entropy_core.config.read import parse_config
+from entropy_core.demo.run import build_model, build_tokenizer
+from entropy_core.demo.training_run import quiet
 from entropy_core.numerics import ragged
-from entropy_core.read_config import parse_config
-from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
-from entropy_core.stages.preflight import preflight
-from entropy_core.stages.sequences import write_sequences
-from entropy_core.store import Stage, Store
-from entropy_core.training_run import quiet
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.prompts.arithmetic import problems
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.files import write_sequences
+from entropy_core.store.artifact import Artifact, Writer
+from entropy_core.store.store import Stage, Store
 
 trl = pytest.importorskip("trl")
 

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from entropy_core.read_config import load_config
-from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store
+from entropy_core.config.read import load_config
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.store.store import Store
 from flows import door, service
 
 pytestmark = pytest.mark.ui

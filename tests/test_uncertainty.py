@@ -17,12 +17,12 @@ from torch import Tensor
 
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
+from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.first_order import score_coefficients
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import (
     Estimate,
-    Normalization,
     clustered_sum_standard_error,
     entropy,
     entropy_derivative,

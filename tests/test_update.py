@@ -13,12 +13,13 @@ from pipeline_fixtures import Probe, make_gpt2, parts_of, probe, skip_figures, t
 from test_user_losses import BONUS
 from transformers import AutoModelForCausalLM
 
-from entropy_core.artifact import Artifact
+from entropy_core.files.sources import content_digest
+from entropy_core.losses.files import read_batch
 from entropy_core.numerics import losses
-from entropy_core.sources import content_digest
-from entropy_core.stages import catalogue, sequences
-from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
-from entropy_core.stages.loss import read_batch
+from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.pipeline import catalogue
+from entropy_core.sequences.files import read_sequences
+from entropy_core.store.artifact import Artifact
 
 P, G = 8, 4
 KL_BETA = 0.3
@@ -58,7 +59,7 @@ class Oracle:
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         rewards = exact.run.artifacts("reward-u-batch")[0].table("rewards.parquet")["reward"].to_pylist()
         self.rewards_PG = torch.tensor(rewards, dtype=torch.float64).view(P, G)
-        shards = [sequences.read_sequences(shard) for shard in exact.run.artifacts("sample-u-batch")]
+        shards = [read_sequences(shard) for shard in exact.run.artifacts("sample-u-batch")]
         responses = [(shard.prompt(i), shard.response(i)) for shard in shards for i in range(len(shard))]
         self.responses_PG = [responses[i : i + G] for i in range(0, len(responses), G)]
         self.tokens_P = torch.tensor([sum(len(r) for _, r in group) for group in self.responses_PG])
@@ -350,7 +351,7 @@ def test_the_influences_can_be_made_from_the_sensitivities_again(weighed):
 
 def test_the_gradient_of_all_of_e_is_that_of_its_halves(exact, oracle):
     """Against autograd on the model: E's own surrogate, with the leave-one-out baseline written as loops."""
-    shards = [sequences.read_sequences(shard) for shard in exact.run.artifacts("sample-e-batch")]
+    shards = [read_sequences(shard) for shard in exact.run.artifacts("sample-e-batch")]
     pairs = [(shard.prompt(i), shard.response(i)) for shard in shards for i in range(len(shard))]
     N = len(pairs)
     logps, entropies = [], []

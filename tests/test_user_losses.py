@@ -4,11 +4,11 @@ import pytest
 import torch
 from test_losses import batch_of
 
+from entropy_core.config.read import parse_config
 from entropy_core.errors import ConfigError, LossError, ProbeError
+from entropy_core.losses.functions import check_loss, load_loss, source_file, token_coefficients
 from entropy_core.numerics import losses
 from entropy_core.numerics.losses import LOSSES, TokenPair
-from entropy_core.read_config import parse_config
-from entropy_core.user_losses import check_loss, load_loss, source_file, token_coefficients
 
 BONUS = '''from entropy_core.numerics.losses import grpo
 

@@ -13,17 +13,17 @@ from pipeline_fixtures import NAMES, Probe, make_run, probe, skip_figures, value
 from safetensors.torch import load_file, save_file
 from store_fixtures import quarantined
 
-from entropy_core.artifact import Artifact
+from entropy_core.config.read import parse_config
 from entropy_core.errors import StoreError
 from entropy_core.numerics import vectors
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm, in_blocks
-from entropy_core.read_config import parse_config
-from entropy_core.stages import update
-from entropy_core.stages.plan import plan
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Store
+from entropy_core.pipeline.plan import plan
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.stages import compute_update as update
 from entropy_core.store import vectors as of_store
-from entropy_core.tensor_file import TensorFile, TensorWriter
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Store
+from entropy_core.store.tensor_file import TensorFile, TensorWriter
 from flows.cli import main as store_command
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_while_a_sweep_runs_only_what_it_still_needs_is_there(home):
     checkpoints = preflight(config)
     from pipeline_fixtures import Counting
 
-    from entropy_core.stages.pipeline import execution_for, sweep
+    from entropy_core.pipeline.sweep import execution_for, sweep
 
     run = Counting(Store(config.store_root), execution_for(config, checkpoints))
     seen: dict[str, int] = {}
@@ -285,10 +285,10 @@ OPENED = """
 import json, sys
 from pathlib import Path
 from entropy_core import figures
-from entropy_core.config import VarianceRequest
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.execution import Execution
-from entropy_core.stages.pipeline import direct_runner, variance
-from entropy_core.store import Store
+from entropy_core.pipeline.sweep import direct_runner, variance
+from entropy_core.store.store import Store
 for name in ("figures", "token_figure", "save_figure"):
     setattr(figures, name, lambda *_: {})
 opened = []

@@ -15,14 +15,14 @@ from lora_fixtures import make_base, make_lora
 from pipeline_fixtures import make_gpt2, make_run, values, write_reward
 
 import entropy_core
-from entropy_core.code_identity import code_of
-from entropy_core.pretrained import load_policy
-from entropy_core.reached import GIVEN
-from entropy_core.read_config import parse_config
-from entropy_core.stages.catalogue import STAGES
-from entropy_core.stages.pipeline import direct_runner, execution_for, sweep
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Stage, Store
+from entropy_core.code.identity import code_of
+from entropy_core.code.reached import GIVEN
+from entropy_core.config.read import parse_config
+from entropy_core.pipeline.catalogue import STAGES
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.policy.pretrained import load_policy
+from entropy_core.store.store import Stage, Store
 
 PACKAGE = Path(entropy_core.__file__).parent
 
@@ -133,7 +133,7 @@ def trace(tmp_path_factory) -> Trace:
 def test_every_stage_was_traced(trace):
     assert set(trace.ran) == {stage.name for stage in STAGES}
     assert all(len(names) > 3 for names in trace.ran.values())
-    assert "entropy_core.policy:Policy.derivatives" in trace.ran["first-order-e"]
+    assert "entropy_core.policy.model:Policy.derivatives" in trace.ran["first-order-e"]
     assert "entropy_core.numerics.direct_derivatives:DirectDerivatives.__torch_function__" in trace.ran["first-order-e"]
 
 

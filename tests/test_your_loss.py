@@ -11,7 +11,7 @@ from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, values, wri
 from transformers import AutoModelForCausalLM
 
 from entropy_core.errors import LossError
-from entropy_core.stages.sequences import read_sequences
+from entropy_core.sequences.files import read_sequences
 
 PAGE = Path(__file__).parents[1] / "docs" / "bring-your-loss.md"
 EXAMPLE = dict(re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from pipeline_fixtures import Probe, make_run, probe, skip_figures, values, write_reward
 
-from entropy_core.demo import build_tokenizer
+from entropy_core.checkpoints.tokenizer import load_tokenizer
+from entropy_core.config.read import load_config
+from entropy_core.demo.run import build_tokenizer
 from entropy_core.errors import CheckpointError, ConfigError, PromptError
-from entropy_core.prompt_tokens import encode
-from entropy_core.prompts import load_pool
-from entropy_core.read_config import load_config
-from entropy_core.tokenizer import load_tokenizer
+from entropy_core.prompts.pools import load_pool
+from entropy_core.prompts.tokens import encode
 
 PAGE = Path(__file__).parents[1] / "docs" / "bring-your-prompts-and-reward.md"
 CHAT = (

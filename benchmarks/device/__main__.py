@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.device import fast, fits, right
 from benchmarks.device.table import Table
-from entropy_core.pretrained import resolve_device
+from entropy_core.policy.pretrained import resolve_device
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,12 +14,14 @@ from benchmarks.common import Run, seconds
 from benchmarks.device.models import QWEN, SMOLLM2, TINY, Shape, Training, make_batch, make_policy, trainings
 from benchmarks.device.table import Row, Table
 from benchmarks.passes import bare_forward, random_direction
-from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
-from entropy_core.policy import Coefficients, Policy
-from entropy_core.pretrained import use_full_precision
-from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
-from entropy_core.stages.derivatives import forward_mode
+from entropy_core.policy import moves
+from entropy_core.policy.attention import fused_attention
+from entropy_core.policy.model import Coefficients, Policy
+from entropy_core.policy.pretrained import use_full_precision
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.derivatives import forward_mode
+from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 ROUNDS = 3
 ENOUGH = 60.0  # seconds that must be left for another model to be begun
@@ -122,7 +124,7 @@ def _ways(of: SequenceProcessor, batch: BatchedSequences, training: Training) ->
     v = random_direction(policy)
 
     def fused() -> None:
-        with policy.fused_attention():
+        with fused_attention(policy):
             bare_forward(of, batch)
 
     def gradient(kinds: int) -> None:
@@ -132,7 +134,7 @@ def _ways(of: SequenceProcessor, batch: BatchedSequences, training: Training) ->
             policy.add_gradients(rows, [Coefficients(ones_K, ones_K)] * kinds, 1.0, into)
 
     def moved() -> None:
-        with policy.moved(v, 1e-4):
+        with moves.moved(policy, v, 1e-4):
             of.score(batch)
 
     adapters = training == "LoRA"  # whose frozen matrices have no tangent and no gradient
@@ -186,7 +188,7 @@ def _rate(run: Run, tokens: int) -> float:
 
 def _generate(policy: Policy, prompts_BL: Tensor, new_tokens: int) -> None:
     ids_BL = prompts_BL.to(policy.device)
-    with policy.fused_attention(), torch.no_grad():
+    with fused_attention(policy), torch.no_grad():
         policy.model.generate(
             ids_BL,
             attention_mask=torch.ones_like(ids_BL),

@@ -23,10 +23,11 @@ from benchmarks.common import Run, status_kilobytes
 from benchmarks.device.models import QWEN, SMOLLM2, Shape, make_batch, make_policy
 from benchmarks.device.table import Row, Table
 from benchmarks.passes import random_direction
-from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.policy import Coefficients
-from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
-from entropy_core.stages.derivatives import forward_mode
+from entropy_core.policy import moves
+from entropy_core.policy.model import Coefficients
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.derivatives import forward_mode
+from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 BYTES = 4
 HEAD_BYTES = 64 * 2**20
@@ -109,7 +110,7 @@ def _runs(of: SequenceProcessor, batch: BatchedSequences) -> Iterator[tuple[str,
         forward_mode(of, batch, random_direction(policy))
 
     def moved() -> None:
-        with policy.moved(random_direction(policy), 1e-4):
+        with moves.moved(policy, random_direction(policy), 1e-4):
             of.score(batch)
 
     yield "scoring", lambda: of.score(batch)

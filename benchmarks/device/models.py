@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.model_shape import make_sequences
-from entropy_core.arithmetic import problems
-from entropy_core.batched_sequences import BatchedSequences
-from entropy_core.demo import DemoSettings, build_model, build_tokenizer
-from entropy_core.policy import Policy
+from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer
+from entropy_core.policy.model import Policy
+from entropy_core.prompts.arithmetic import problems
+from entropy_core.sequences.batch import BatchedSequences
 
 Training = Literal["full", "LoRA"]
 RANK = 16

@@ -15,14 +15,15 @@ from benchmarks.device.models import TINY, make_policy
 from benchmarks.device.sweep import differences
 from benchmarks.device.table import Row, Table
 from benchmarks.passes import random_direction
-from entropy_core.batched_sequences import BatchedSequences
 from entropy_core.numerics import philox
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
 from entropy_core.numerics.philox import Purpose
-from entropy_core.policy import Coefficients, Policy
-from entropy_core.pretrained import use_full_precision
-from entropy_core.sequence_processor import GenerationConfig, SequenceProcessor
-from entropy_core.stages.derivatives import central_difference, forward_mode
+from entropy_core.policy import moves
+from entropy_core.policy.model import Coefficients, Policy
+from entropy_core.policy.pretrained import use_full_precision
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.derivatives import central_difference, forward_mode
+from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 SPREAD = 0.15  # of the weights: entropies of between one and five nats
 SEQUENCES, TOKENS, TAU, ETA = 96, 24, 0.9, 1e-3
@@ -130,7 +131,7 @@ def _quantities(of: SequenceProcessor, sequences: BatchedSequences) -> dict[str,
     v = _direction(of.policy)
     logprobs_K, entropies_K, dlogprobs_K, dentropies_K = forward_mode(of, sequences, v)
     gradient = _gradient(of, sequences)
-    with of.policy.moved(v, ETA):
+    with moves.moved(of.policy, v, ETA):
         moved_K = of.score(sequences)[0].logprobs_K
     at_theta_K = of.score(sequences)[0].logprobs_K
     found = {
@@ -211,7 +212,7 @@ def _against_torchs_adamw(device: torch.device) -> float:
 def _noise(of: SequenceProcessor, sequences: BatchedSequences) -> float:
     """Root mean square of what moving every parameter to a neighbouring number does to ℓ."""
     usual_K = of.score(sequences)[0].logprobs_K.double()
-    with of.policy.jittered(seed=0):
+    with moves.jittered(of.policy, seed=0):
         return float((of.score(sequences)[0].logprobs_K.double() - usual_K).square().mean().sqrt())
 
 

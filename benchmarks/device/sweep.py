@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.device.models import write_checkpoint
-from entropy_core.artifact import Artifact
-from entropy_core.pretrained import load_policy
-from entropy_core.read_config import parse_config
-from entropy_core.stages.measure import Inputs
-from entropy_core.stages.pipeline import direct_runner, execution_for, go_through
-from entropy_core.stages.preflight import preflight
-from entropy_core.store import Stage, Store
+from entropy_core.config.read import parse_config
+from entropy_core.pipeline.measure import Inputs
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.sweep import direct_runner, execution_for, go_through
+from entropy_core.policy.pretrained import load_policy
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage, Store
 
 # What is compared is float32. Its errors are of the size of the numbers that go into a sum, so that what is a
 # difference of nearly equal ones, such as a change of the entropy, loses digits.

@@ -6,15 +6,14 @@ What a sequence needs to know of the others are sums at each position. They can 
 added (`plus`), and the functions here then work on a block; without such totals the block is all there is.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
+from entropy_core.numerics.choices import Baseline
 from entropy_core.numerics.functional import Functional, Tokens
-
-Baseline = Literal["none", "time_loo", "time_loo_weighted", "ridge"]
 
 
 def returns_to_go(functional: Functional, tokens: Tokens) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.baselines import Baseline, TimeTotals, baselines, returns_to_go
+from entropy_core.numerics.baselines import TimeTotals, baselines, returns_to_go
+from entropy_core.numerics.choices import Baseline
 from entropy_core.numerics.functional import Columns, Functional, Tokens
 
 

@@ -18,15 +18,13 @@ position (over the sequences still alive it would lose the change of survival, a
 consistent, with a bias O(1/N).
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import Functional, Tokens
-
-Estimator = Literal["per_decision", "weighted_per_decision", "snis", "path_integral"]
 
 
 class PrefixWeights(NamedTuple):

@@ -17,13 +17,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from entropy_core.numerics import ragged
+from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.functional import Columns, Functional, Tokens
 from entropy_core.numerics.importance import PrefixWeights, per_decision_column
-from entropy_core.numerics.uncertainty import Estimate, Normalization, entropy_derivative
-
-NODES = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5)
-"""s_j: three of them integrate ∂_vH exactly while it is a polynomial of degree five in η."""
-WEIGHTS = (5 / 18, 8 / 18, 5 / 18)
+from entropy_core.numerics.quadrature import WEIGHTS
+from entropy_core.numerics.uncertainty import Estimate, entropy_derivative
 
 
 def derivative_columns(functional: Functional, moved: Tokens, weights: PrefixWeights, base_K: Tensor) -> Columns:

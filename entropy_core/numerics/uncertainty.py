@@ -7,14 +7,13 @@ so they are paired. `given U` means that the update is held fixed and only E var
 
 from collections.abc import Mapping
 from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
-
-Normalization = Literal["per_token", "per_sequence"]
 
 
 class Estimate(NamedTuple):

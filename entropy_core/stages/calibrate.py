@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entropy_core.errors import NonFiniteError
-from entropy_core.stages.derivatives import central_difference, forward_mode
-from entropy_core.stages.sequences import Law, processor_of, read_sequences
+from entropy_core.sequences.derivatives import central_difference, forward_mode
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import Law, processor_of
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 RMS_CHANGES = (1e-2, 3e-3, 1e-3, 3e-4)
 """Of the log-probabilities of tokens: how wide a central difference may be. Wider ones bend, narrower ones round."""

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
-from entropy_core.policy import TeacherForcedRows
-from entropy_core.stages.sequences import Law, processor_of, read_sequences
+from entropy_core.policy.discriminators import expected_discriminators
+from entropy_core.policy.scorer import TeacherForcedRows
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import Law, processor_of
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 def discriminate(out: "Writer", execution: "Execution", *, law: Law, sequences: "Sequence[Artifact]") -> dict[str, Any]:
@@ -31,7 +33,7 @@ def discriminate(out: "Writer", execution: "Execution", *, law: Law, sequences: 
     shards = [read_sequences(shard) for shard in sequences]
 
     def expected(rows: TeacherForcedRows) -> list[Tensor]:
-        return [processor.policy.expected_discriminators(rows, law["temperature"])]
+        return [expected_discriminators(processor.policy, rows, law["temperature"])]
 
     expected_K = torch.cat([processor.map_tokens(shard, expected)[0] for shard in shards])
     offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])

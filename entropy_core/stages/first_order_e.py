@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.stages.derivatives import central_difference, forward_mode
-from entropy_core.stages.sequences import Law, processor_of, read_sequences
+from entropy_core.policy.attention import attention_without_derivative
+from entropy_core.sequences.derivatives import central_difference, forward_mode
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import Law, processor_of
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 def first_order_e(
@@ -29,7 +31,7 @@ def first_order_e(
     processor = processor_of(law, execution)
     batch, direction = read_sequences(sequences), update.vector("direction")
     if half_width:
-        attention = processor.policy.attention_without_derivative
+        attention = attention_without_derivative(processor.policy)
         dlogprobs_K, dentropies_K = central_difference(processor, batch, direction, half_width)
     else:
         attention = law["attn_implementation"]

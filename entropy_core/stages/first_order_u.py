@@ -7,20 +7,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from entropy_core.batched_sequences import BatchedSequences
+from entropy_core.checkpoints.optimizer_step import OptimizerStep
+from entropy_core.losses.files import loss_of, read_batch, read_coefficients
 from entropy_core.numerics import adamw, losses, ragged
 from entropy_core.numerics.functional import TokenPair
+from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm
-from entropy_core.optimizer_step import OptimizerStep
-from entropy_core.policy import Policy
-from entropy_core.stages.derivatives import forward_mode
-from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
-from entropy_core.stages.loss import loss_of, read_batch, read_coefficients
-from entropy_core.stages.sequences import Law, processor_of, read_sequences, tangent_of
+from entropy_core.policy.model import Policy
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.derivatives import forward_mode
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import Law, processor_of, tangent_of
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 def first_order_u(

@@ -2,13 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.numerics.path_integral import NODES
-from entropy_core.stages.derivatives import forward_mode
-from entropy_core.stages.sequences import Law, moved_by, processor_of, read_sequences
+from entropy_core.numerics.quadrature import NODES
+from entropy_core.sequences.derivatives import forward_mode
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import Law, processor_of
+from entropy_core.sequences.moves import moved_by
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 def path_integral(

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from entropy_core import report as pages
-from entropy_core.tables import RESULTS, TABLES, Row, of_checkpoints, to_table
+from entropy_core.estimates.tables import RESULTS, TABLES, Row, of_checkpoints, to_table
+from entropy_core.report import page as pages
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Writer
 
 
 def report(
@@ -33,7 +33,7 @@ def report(
     Returns:
         Numbers of rows and checkpoints.
     """
-    from entropy_core import figures  # draws, for which a sweep without a report needs no library
+    from entropy_core.report import figures  # draws, for which a sweep without a report needs no library
 
     rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")

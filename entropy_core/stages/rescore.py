@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entropy_core.numerics import ragged
-from entropy_core.stages.sequences import Law, processor_of, read_sequences
+from entropy_core.policy import moves
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import Law, processor_of
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 def rescore(
@@ -33,7 +35,7 @@ def rescore(
         Number of sequences.
     """
     processor = processor_of(law, execution)
-    with processor.policy.jittered(seed=draw):
+    with moves.jittered(processor.policy, seed=draw):
         results = [processor.score(read_sequences(shard))[0] for shard in sequences]
     offsets_N1 = ragged.concatenate([result.offsets_N1 for result in results])[: count + 1]
     columns = {

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from entropy_core import user_functions
-from entropy_core.rewards import compute_rewards
+from entropy_core.files import functions as user_functions
+from entropy_core.rewards.functions import compute_rewards
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 def reward(
@@ -30,7 +30,7 @@ def reward(
         execution: knows where a reward file lies.
         sequences: the shards of sample-u-batch.
         prompts: artifact of load-prompts; its further columns are handed to the reward.
-        reward_name: see `rewards.load_reward`; of `file.py:function`, the function alone.
+        reward_name: see `rewards.functions.load_reward`; of `file.py:function`, the function alone.
         source: digest of the file that defines the reward, empty for a built-in one.
         library: the one that decides, empty where there is none; part of the key.
 

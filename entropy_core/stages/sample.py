@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from entropy_core.stages.sequences import Law, processor_of, write_sequences
+from entropy_core.policy.attention import attention_without_derivative
+from entropy_core.sequences.files import write_sequences
+from entropy_core.sequences.law import Law, processor_of
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 def sample(
@@ -74,5 +76,5 @@ def sample(
         "sequences": len(sequences),
         "tokens": len(sequences.response_tokens_K),
         "cut": sequences.finish_reasons.count("length"),
-        "attention": processor.policy.attention_without_derivative,
+        "attention": attention_without_derivative(processor.policy),
     }

@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from entropy_core.stages.sequences import Law, processor_of, read_sequences
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import Law, processor_of
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 def score(out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact") -> dict[str, Any]:

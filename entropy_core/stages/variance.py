@@ -6,20 +6,21 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pyarrow as pa
 import torch
 
-from entropy_core import diagnostics, estimates, evaluation
 from entropy_core.errors import NonFiniteError
-from entropy_core.estimates import Contributions, Derivative, Row
-from entropy_core.evaluation import EvaluationBatch, Measured
-from entropy_core.numerics import importance, uncertainty
-from entropy_core.numerics.baselines import Baseline
-from entropy_core.numerics.uncertainty import Estimate, Normalization
-from entropy_core.stages.batches import evaluation_batch, moved_batch, moved_of_first
-from entropy_core.stages.columns import read_columns
-from entropy_core.tables import ESTIMATES, TABLES, to_table
+from entropy_core.estimates import diagnostics, evaluation
+from entropy_core.estimates import rows as estimates
+from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
+from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.estimates.rows import Contributions, Derivative, Row
+from entropy_core.estimates.tables import ESTIMATES, TABLES, to_table
+from entropy_core.numerics import uncertainty
+from entropy_core.numerics.choices import Baseline, Estimator, Normalization
+from entropy_core.numerics.uncertainty import Estimate
+from entropy_core.store.columns import read_columns
 
 if TYPE_CHECKING:
-    from entropy_core.artifact import Artifact, Writer
     from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 def variance(
@@ -38,7 +39,7 @@ def variance(
     moved: "Sequence[Mapping[str, Any]]",
     seed: int,
     replicates: "Sequence[Mapping[str, Any]]",
-    estimators: Sequence[importance.Estimator],
+    estimators: Sequence[Estimator],
     normalizations: Sequence[Normalization],
     baseline: Baseline,
     units: Literal["sequence", "prompt"],
@@ -99,7 +100,7 @@ def variance(
         per_unit |= {"inner_product": of_u["inner_product"][normalization]}
         noise = diagnostics.numerical_noise(again, rescored, normalization)
         common[normalization] = _Common(derivative, columns, per_unit, noise)
-    found: dict[tuple[Normalization, importance.Estimator], list[tuple[Row, Estimate]]] = {
+    found: dict[tuple[Normalization, Estimator], list[tuple[Row, Estimate]]] = {
         (normalization, estimator): [] for normalization in normalizations for estimator in estimators
     }
     for entry in moved:
@@ -158,7 +159,7 @@ def _row(
     there: Measured,
     change: Estimate,
     eta: float,
-    estimator: importance.Estimator,
+    estimator: Estimator,
     common: _Common,
     learning_rate: float,
     confidence_level: float,

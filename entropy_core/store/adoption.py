@@ -13,13 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from entropy_core.artifact import Artifact, upstream
-from entropy_core.code_identity import code_of, name_of
-from entropy_core.file_digests import file_digest
-from entropy_core.manifest import DROPPED, commit, make_visible, recipe_key, temporary_sibling
-from entropy_core.store import Stage, Store, recipe_of
+from entropy_core.code.identity import code_of, name_of
+from entropy_core.files.digests import file_digest
+from entropy_core.store.artifact import Artifact, upstream
 from entropy_core.store.differing import first_difference
+from entropy_core.store.manifest import DROPPED, commit, make_visible, recipe_key, temporary_sibling
 from entropy_core.store.relatives import Relatives
+from entropy_core.store.store import Stage, Store, recipe_of
 
 _KEPT = ("summary", "execution", "versions", "wall_seconds", "peak_rss_bytes", "created")  # how the files came about
 

@@ -11,9 +11,10 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from entropy_core.errors import StoreError
-from entropy_core.file_digests import file_digest
-from entropy_core.manifest import DROPPED, MANIFEST, VECTORS, check_files, make_visible, temporary_sibling
-from entropy_core.store import Store, runs
+from entropy_core.files.digests import file_digest
+from entropy_core.store import runs
+from entropy_core.store.manifest import DROPPED, MANIFEST, VECTORS, check_files, make_visible, temporary_sibling
+from entropy_core.store.store import Store
 
 _ARTIFACT = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*/[0-9a-f]{32}/[^/].*")
 _RUN = re.compile(r"runs/[^./][^/]*/[^./][^/]*")

@@ -3,7 +3,7 @@
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.artifact import Artifact
+from entropy_core.store.artifact import Artifact
 
 if TYPE_CHECKING:
     import pyarrow

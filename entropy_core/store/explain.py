@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from entropy_core.artifact import upstream
-from entropy_core.code_identity import code_at, code_of, name_of
+from entropy_core.code.identity import code_at, code_of, name_of
+from entropy_core.code.library_versions import compared
 from entropy_core.errors import StoreError
-from entropy_core.library_versions import compared
-from entropy_core.store import Stage, Store, recipe_of, runs
+from entropy_core.store import runs
+from entropy_core.store.artifact import upstream
+from entropy_core.store.store import Stage, Store, recipe_of
 
 Recipe = Mapping[str, Any]
 """What makes an artifact, as its manifest says it: `stage`, `function`, `code`, `definitions`, `libraries`, `inputs`,

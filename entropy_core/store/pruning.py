@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_core.errors import StoreError
-from entropy_core.manifest import temporary_sibling
-from entropy_core.store import Store, runs
+from entropy_core.store import runs
+from entropy_core.store.manifest import temporary_sibling
+from entropy_core.store.store import Store
 
 
 @dataclass(frozen=True)

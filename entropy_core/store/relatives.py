@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from entropy_core.store import Store
+from entropy_core.store.store import Store
 
 
 class Relatives:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from entropy_core.errors import StoreError, one_line
-from entropy_core.manifest import TEMPORARY, temporary_sibling
-from entropy_core.store import Store
+from entropy_core.store.manifest import TEMPORARY, temporary_sibling
+from entropy_core.store.store import Store
 
 RECORD = "run.json"
 """Written last: a folder without it is not a recorded run."""

@@ -10,10 +10,10 @@ import logging
 import os
 from contextlib import suppress
 
-from entropy_core.artifact import Artifact
-from entropy_core.file_digests import file_digest
-from entropy_core.manifest import DROPPED, VECTORS, temporary_sibling
-from entropy_core.store import Store
+from entropy_core.files.digests import file_digest
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.manifest import DROPPED, VECTORS, temporary_sibling
+from entropy_core.store.store import Store
 
 log = logging.getLogger("entropy_probe.store")
 

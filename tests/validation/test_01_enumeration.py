@@ -20,7 +20,7 @@ from proofs import Proof, power
 from torch import Tensor
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.choices import Baseline
 from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.token_statistics import TokenDerivatives
 

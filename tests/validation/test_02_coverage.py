@@ -21,19 +21,18 @@ from torch import Tensor
 
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
-from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.first_order import score_coefficients
 from entropy_core.numerics.functional import ENTROPY, LENGTH
+from entropy_core.numerics.halves import by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import (
-    Normalization,
     clustered_sum_standard_error,
     entropy_derivative,
     interaction_variance,
     standard_error,
     total_standard_error,
 )
-from entropy_core.stages.halves import by_normalization, entropy_and_length, of_all
 
 pytestmark = pytest.mark.validate
 

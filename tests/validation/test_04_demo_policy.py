@@ -15,16 +15,16 @@ from pipeline_fixtures import Probe, probe
 from proofs import Proof, power
 from torch import Tensor
 
+from entropy_core.config.read import load_config
+from entropy_core.estimates.tables import at_learning_rate
 from entropy_core.numerics import ragged
-from entropy_core.numerics.baselines import Baseline
+from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns
 from entropy_core.numerics.token_statistics import TokenDerivatives
-from entropy_core.numerics.uncertainty import Normalization, entropy_derivative, snis_derivative, standard_error
-from entropy_core.read_config import load_config
-from entropy_core.stages import catalogue as stage
-from entropy_core.stages.columns import read_columns
-from entropy_core.store import Store
-from entropy_core.tables import at_learning_rate
+from entropy_core.numerics.uncertainty import entropy_derivative, snis_derivative, standard_error
+from entropy_core.pipeline import catalogue as stage
+from entropy_core.store.columns import read_columns
+from entropy_core.store.store import Store
 
 pytestmark = pytest.mark.validate
 

@@ -14,7 +14,10 @@ from proofs import Proof, power
 
 from entropy_core.numerics import importance, path_integral
 from entropy_core.numerics.functional import ENTROPY, LENGTH
+from entropy_core.numerics.quadrature import NODES, WEIGHTS
 from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.policy import moves
+from entropy_core.policy.derivatives import token_derivatives
 
 pytestmark = pytest.mark.validate
 
@@ -37,10 +40,11 @@ def by_path(everything: Everything, eta: float) -> tuple[float, float]:
     """ΔH_seq and ΔH_tok by the path integral, its sample means replaced by sums over all responses."""
     world, offsets_N1 = everything.world, everything.offsets_N1
     seq = tok = 0.0
-    for node, weight in zip(path_integral.NODES, path_integral.WEIGHTS, strict=True):
-        with world.policy.moved(everything.v, node * eta):
+    for node, weight in zip(NODES, WEIGHTS, strict=True):
+        with moves.moved(world.policy, everything.v, node * eta):
             columns = processor_of(world).map_tokens(
-                everything.sequences, lambda rows: world.policy.derivatives(rows, everything.v, world.temperature)
+                everything.sequences,
+                lambda rows: token_derivatives(world.policy, rows, everything.v, world.temperature),
             )
         moved = TokenDerivatives(*columns)
         weights = importance.prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, offsets_N1)

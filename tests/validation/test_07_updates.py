@@ -9,13 +9,14 @@ from pipeline_fixtures import Probe, probe, skip_figures, whole
 from proofs import Proof
 from torch import Tensor
 
+from entropy_core.checkpoints.optimizer_step import OptimizerStep
+from entropy_core.losses.files import read_coefficients
 from entropy_core.numerics.adamw import clip_factor
+from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.vectors import dot, global_norm, in_blocks
-from entropy_core.optimizer_step import OptimizerStep
-from entropy_core.policy import Coefficients
-from entropy_core.stages.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
-from entropy_core.stages.loss import read_coefficients
-from entropy_core.stages.sequences import processor_of, read_sequences
+from entropy_core.policy.model import Coefficients
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import processor_of
 
 pytestmark = pytest.mark.validate
 

@@ -1,0 +1,188 @@
+"""LoRA adapters as PEFT saves them, put into a base model in place.
+
+    adapter_base      which base model an adapter says it is for
+    insert_adapter    the adapter's layers into a model; from then on only what was trained requires a gradient
+    check_adapter     the saved tensors are those of these layers; only headers are read
+    fill_adapter      the saved weights into the layers
+
+The layers are replaced inside the base model, which stays what it was otherwise: its trunk, its head, its names of
+parameters. PEFT's own wrapper, whose `base_model` means something else, is never made. Nothing is merged: the step is
+the one that the trainer takes in the adapter's parameters. The only importer of peft.
+"""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from entropy_core.checkpoints.content import StoredTensor, load_tensors, read_json, stored_tensors
+from entropy_core.errors import CheckpointError, one_line, some_names
+from entropy_core.files.checkpoint import SAVE_AGAIN
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # of PEFT's wrapper, in its names of parameters and of saved tensors
+
+_PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base weights alone
+_REFUSED = {
+    "use_dora": "DoRA, whose gradient holds the norm of the weight fixed: it is not the derivative of the policy",
+    "use_qalora": "QALoRA, which belongs to quantised base weights",
+    "alora_invocation_tokens": "activated LoRA, which is another policy before and after its invocation",
+    "layer_replication": "layer replication, which shares base weights between layers",
+    "target_parameters": "LoRA on bare parameters (mixtures of experts)",
+    "megatron_config": "Megatron's parallel layers",
+}
+_PLAIN_LORA = "train with plain LoRA, or merge the adapter into its base and probe that with `optimizer_state: fresh`"
+
+
+def adapter_base(directory: Path) -> str:
+    """The base model that an adapter says it was trained on: a path or a name, or "" if it does not say."""
+    return read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
+
+
+def insert_adapter(model: nn.Module, directory: Path) -> None:
+    """Replace layers of a base model by those of an adapter, on the device of the base and untrained.
+
+    LoRA with ranks and scales per layer, biases, `modules_to_save`, `trainable_token_indices` and tied embeddings.
+
+    Args:
+        model: a base model of transformers; may be on the meta device. It is changed in place: what the adapter trains
+            requires a gradient afterwards, and nothing else does.
+        directory: holds `adapter_config.json`.
+
+    Raises:
+        CheckpointError: the configuration is no JSON, is not of LoRA, is of a variant whose step would be predicted
+            wrong, or does not fit the model.
+    """
+    from peft import inject_adapter_in_model
+
+    config = _read_config(directory)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to those who train, about merging and tied weights
+            inject_adapter_in_model(config, model)
+    except Exception as error:
+        raise CheckpointError(
+            f"the adapter of {directory} does not fit into its base model: {one_line(error)}",
+            cause="the base is another model than the adapter was trained on",
+            way_out="set `policy.base_model` to the base that it was trained on",
+        ) from error
+    if getattr(config, "target_modules_to_tie", None):
+        raise _refusal(directory, "LoRA factors that the embedding shares with the head (ensure_weight_tying)")
+    _untie_containers(model)
+
+
+def check_adapter(model: nn.Module, directory: Path) -> None:
+    """Verify that the saved tensors are those of the adapter's layers, and that every trained parameter is among them.
+
+    Args:
+        model: after `insert_adapter`; may be on the meta device.
+        directory: holds `adapter_model.safetensors`.
+
+    Raises:
+        CheckpointError: the file is damaged, tensors are missing, left over, or of another shape; names them.
+    """
+    stored = adapter_tensors(directory)
+    saved = _as_saved(model)
+    if missing := [name for name in saved if name not in stored]:
+        raise CheckpointError(
+            f"{directory}/{ADAPTER_WEIGHTS} has no weights for {some_names(missing)}",
+            cause="an incomplete save, or an adapter_config.json of another adapter",
+            way_out=SAVE_AGAIN,
+        )
+    frozen = dict(model.named_parameters(remove_duplicate=False))  # PEFT saves an embedding beside its LoRA factors
+    shapes = {name: tuple(tensor.shape) for name, tensor in (frozen | saved).items()}
+    if extra := [name for name in stored if name not in shapes]:
+        raise CheckpointError(
+            f"{directory}/{ADAPTER_WEIGHTS} holds tensors that the adapter does not have: {some_names(extra)}",
+            cause="an adapter_config.json of another adapter, or another base model",
+            way_out="set `policy.base_model` to the base that it was trained on",
+        )
+    if wrong := [f"{n} {of.shape} (here {shapes[n]})" for n, of in stored.items() if of.shape != shapes[n]]:
+        raise CheckpointError(
+            f"{directory}: the adapter has other shapes than its base and its ranks give: {some_names(wrong)}",
+            cause="an adapter of another base model, or a vocabulary that was resized for the training",
+            way_out="set `policy.base_model` to the base that it was trained on",
+        )
+    held = {id(tensor) for tensor in saved.values()}
+    if unsaved := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
+        raise CheckpointError(
+            f"PEFT did not save all that was trained: {some_names(unsaved)} of {directory}",
+            cause="an adapter that trains parameters outside of its layers",
+            way_out=_PLAIN_LORA,
+        )
+
+
+def fill_adapter(model: nn.Module, directory: Path) -> None:
+    """Put the saved weights into the adapter's layers, in the dtype of the base.
+
+    Args:
+        model: after `insert_adapter`, not on the meta device.
+        directory: holds `adapter_model.safetensors`.
+
+    Raises:
+        CheckpointError: as `check_adapter` does.
+    """
+    from peft import set_peft_model_state_dict
+
+    check_adapter(model, directory)
+    tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(directory / ADAPTER_WEIGHTS).items()}
+    set_peft_model_state_dict(model, tensors)
+
+
+def adapter_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """What the adapter's file holds, by the base model's names of modules; only the header is read."""
+    return {name.removeprefix(PEFT_PREFIX): of for name, of in stored_tensors(directory, ADAPTER_WEIGHTS).items()}
+
+
+def _read_config(directory: Path) -> "LoraConfig":
+    from peft import LoraConfig
+
+    path = directory / "adapter_config.json"
+    values = read_json(path)
+    if values.get("peft_type") != "LORA":
+        raise _refusal(directory, f"peft_type {values.get('peft_type')!r}")
+    initialised = values.get("init_lora_weights", True)
+    if initialised not in _PLAIN_INITIALISATIONS:
+        raise _refusal(directory, f"init_lora_weights {initialised!r}, which changes the base weights")
+    known = LoraConfig.__dataclass_fields__
+    variants = {name: name for name, of in known.items() if of.metadata.get("is_lora_variant")} | _REFUSED
+    if asked := [reason for name, reason in variants.items() if values.get(name)]:
+        raise _refusal(directory, "; ".join(asked))
+    if unknown := [name for name, value in values.items() if name not in known and value]:
+        fact = f"{path} has settings that the installed peft does not know: {some_names(unknown)}"
+        raise CheckpointError(fact, cause="saved by a newer version", way_out="install the peft that trained it")
+    # How the weights were initialised no longer matters; plainly is the quickest.
+    taken = {name: value for name, value in values.items() if name in known and not name.endswith("_config")}
+    try:
+        return LoraConfig(**taken | {"inference_mode": False, "init_lora_weights": True})
+    except (TypeError, ValueError) as error:
+        fact = f"{path} is not a configuration of LoRA: {one_line(error)}"
+        raise CheckpointError(fact, cause="the file was edited", way_out=SAVE_AGAIN) from error
+
+
+def _refusal(directory: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"the adapter of {directory} uses {what}, and is not probed", way_out=_PLAIN_LORA)
+
+
+def _as_saved(model: nn.Module) -> dict[str, Tensor]:
+    """PEFT's name for each tensor that it would save, and the model's own tensor."""
+    from peft import get_peft_model_state_dict
+
+    everything: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    return get_peft_model_state_dict(model, state_dict=everything, save_embedding_layers=False)
+
+
+def _untie_containers(model: nn.Module) -> None:
+    """Give each of two tied token adapters its own container of the one parameter that they share.
+
+    `torch.func.functional_call` swaps tensors by name: of a container with two names it would put back its own tensor.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
+            module.trainable_tokens_delta = nn.ParameterDict(module.trainable_tokens_delta)

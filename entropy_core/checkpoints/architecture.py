@@ -1,0 +1,181 @@
+"""The parameters of a checkpoint's model: names, shapes, which of them are trained; no weight is loaded.
+
+The model is built on the meta device from its configuration, an adapter's layers are put into it, and the stored
+tensors are compared with it by their headers.
+"""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from entropy_core.checkpoints.adapters import PEFT_PREFIX, adapter_tensors, check_adapter, insert_adapter
+from entropy_core.checkpoints.content import StoredTensor, read_json, stored_tensors
+from entropy_core.checkpoints.layout import Layout
+from entropy_core.checkpoints.model_config import check_generation_config, check_model_config
+from entropy_core.errors import CheckpointError, one_line, some_names
+from entropy_core.files.checkpoint import SAVE_AGAIN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The patterns of Trainer.get_decay_parameter_names, whose module cannot be imported without accelerate.
+NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", PEFT_PREFIX)  # DistributedDataParallel, torch.compile, PEFT
+FLOATS = ("F64", "F32", "BF16", "F16")  # what safetensors calls the dtypes that can be widened
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Architecture(NamedTuple):
+    """The parameters of a model; each tied one once, under its first name, in `named_parameters()` order.
+
+    Attributes:
+        trained: those that the trainer trains: all of a full model, an adapter's otherwise.
+        everything: all of them, those of an adapter included.
+        of_model: all of them before an adapter is put in.
+        first_name: every name of a parameter → the one in `everything`.
+        buffers: what else a state dict may hold.
+        decay: the trained ones of the Trainer's first group, which decays.
+        no_decay: those of its second.
+        saved_by: version of transformers in config.json.
+        read_by: version that is installed.
+    """
+
+    trained: Shapes
+    everything: Shapes
+    of_model: Shapes
+    first_name: dict[str, str]
+    buffers: set[str]
+    decay: tuple[str, ...]
+    no_decay: tuple[str, ...]
+    saved_by: str | None
+    read_by: str
+
+    def model_name(self, name: str) -> str:
+        """The model's name for a saved one: without the prefixes of wrappers, tied weights under their first name."""
+        bare = name
+        while bare not in self.first_name:
+            prefix = next((prefix for prefix in WRAPPER_PREFIXES if bare.startswith(prefix)), None)
+            if prefix is None:
+                return name
+            bare = bare.removeprefix(prefix)
+        return self.first_name[bare]
+
+
+def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
+    """Build the model without storage, and verify that the stored tensors are its own.
+
+    Args:
+        layout: of the checkpoint.
+
+    Returns:
+        The architecture; and what is to be said about the weights, one sentence each.
+
+    Raises:
+        CheckpointError: the configuration describes no model, the adapter does not fit it, or tensors are missing, left
+            over, of another shape, or quantised; names them.
+    """
+    import transformers
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    model = _empty_model(layout.architecture)
+    of_model = _shapes(model)
+    check_generation_config(layout.architecture, model.get_input_embeddings().weight.shape[0])
+    said = _check_weights(layout.architecture, model)
+    stored = stored_tensors(layout.architecture)
+    if layout.base is not None:
+        insert_adapter(model, layout.model)
+        check_adapter(model, layout.model)
+        stored |= adapter_tensors(layout.model)
+    first = {id(p): name for name, p in model.named_parameters()}
+    trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    decays = set(get_parameter_names(model, [torch.nn.LayerNorm], list(NO_DECAY_PATTERNS)))
+    architecture = Architecture(
+        trained=trained,
+        everything=_shapes(model),
+        of_model=of_model,
+        first_name={name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)},
+        buffers={name for name, _ in model.named_buffers()},
+        decay=tuple(name for name in trained if name in decays),
+        no_decay=tuple(name for name in trained if name not in decays),
+        saved_by=getattr(model.config, "transformers_version", None),
+        read_by=transformers.__version__,
+    )
+    return architecture, (*said, *_precision(layout, stored))
+
+
+def _empty_model(directory: Path) -> "PreTrainedModel":
+    import transformers
+
+    check_model_config(directory)
+    if "quantization_config" in read_json(directory / "config.json"):
+        raise CheckpointError(
+            f"{directory}/config.json has a quantization_config, and quantised weights have no derivative",
+            way_out="probe the model that was quantised; for an adapter, set `policy.base_model` to it",
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            # An explicit dtype leaves torch's process-wide default alone.
+            return transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", dtype=torch.get_default_dtype(), trust_remote_code=False
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory}/config.json does not describe a causal language model of transformers "
+            f"{transformers.__version__}: {one_line(error)}",
+            cause="a newer or a custom architecture",
+            way_out="install the version of transformers that trained it; custom code is not run",
+        ) from error
+
+
+def _shapes(model: torch.nn.Module) -> Shapes:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def _check_weights(directory: Path, model: "PreTrainedModel") -> tuple[str, ...]:
+    """Every parameter is in the files with its shape; what transformers renames on loading must at least add up."""
+    stored = stored_tensors(directory)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    if wrong := [
+        f"{name} {stored[name].shape} (config: {shape})"
+        for name, shape in shapes.items()
+        if name in stored and stored[name].shape != shape
+    ]:
+        raise CheckpointError(
+            f"{directory}: the weights have other shapes than config.json says: {some_names(wrong)}",
+            cause="config.json and weights of two different models",
+            way_out=SAVE_AGAIN,
+        )
+    present = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in stored}
+    missing = [name for name, p in model.named_parameters() if id(p) not in present]
+    if not missing:
+        return ()
+    buffers = {name for name, _ in model.named_buffers()}
+    renamed = [of.shape for name, of in stored.items() if name not in shapes and name not in buffers]
+    if sum(map(math.prod, renamed)) < sum(math.prod(shapes[name]) for name in missing):
+        raise CheckpointError(
+            f"{directory}: no weights for {some_names(missing)}",
+            cause="an incomplete save, or config.json of another model",
+            way_out=SAVE_AGAIN,
+        )
+    return (f"The files store {len(missing)} parameters under other names, for transformers to convert.",)
+
+
+def _precision(layout: Layout, stored: dict[str, StoredTensor]) -> tuple[str, ...]:
+    """What to say of weights that are narrower than they are computed with; quantised ones are refused."""
+    dtypes = {of.dtype for of in stored.values()}
+    if quantised := sorted(dtypes - {*FLOATS, "BOOL", "I64"}):  # the last two are masks and positions
+        raise CheckpointError(
+            f"{layout.architecture} stores weights as {', '.join(quantised)}, and quantised weights have no derivative",
+            way_out="probe the model that was quantised",
+        )
+    narrow = sorted(dtypes & {"BF16", "F16"})
+    if not narrow:
+        return ()
+    return (
+        f"Weights are saved as {' and '.join(narrow)} and widened: the step is that of the wide weights, where a "
+        "trainer that keeps them narrow also rounds its step.",
+    )

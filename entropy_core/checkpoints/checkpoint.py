@@ -1,0 +1,126 @@
+"""One checkpoint of a trainer: its step, its parameters' names and shapes, and the optimizer's state by name.
+
+No weight is loaded here: of the safetensors files only headers are read.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from entropy_core.checkpoints.architecture import Architecture, Shapes, read_architecture
+from entropy_core.checkpoints.content import read_json
+from entropy_core.checkpoints.layout import Layout, find_layout
+from entropy_core.checkpoints.optimizer_file import as_float, load_optimizer
+from entropy_core.checkpoints.optimizer_names import name_slots
+from entropy_core.checkpoints.optimizer_state import OptimizerState, fresh_optimizer, optimizer_by_name
+from entropy_core.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("entropy_probe.checkpoints")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint directory says, its weights aside.
+
+    Attributes:
+        layout: where its parts lie.
+        name: the directory's own name, such as `checkpoint-100`.
+        step: the trainer's `global_step`; 0 for a fresh model that says none.
+        optimizer: Adam's state by name; its tensors are read from `optimizer.pt` when they are used.
+        parameter_shapes: every trained parameter, in `named_parameters()` order (a tied weight once).
+        model_shapes: every parameter of the model without its adapter.
+        assumptions: what the files do not say and was taken to be so, one sentence each.
+    """
+
+    layout: Layout
+    name: str
+    step: int
+    optimizer: OptimizerState
+    parameter_shapes: Shapes
+    model_shapes: Shapes
+    assumptions: tuple[str, ...]
+
+
+def read_checkpoint(
+    directory: Path, learning_rate: float | None = None, base_model: Path | str = "", fresh: bool = False
+) -> Checkpoint:
+    """Read the optimizer's state by name, and verify that it belongs to the model and can make a next step.
+
+    Nothing of the size of the model is read; whether the moments are numbers, `optimizer_state.check_moments` says.
+
+    Args:
+        directory: a checkpoint directory; `checkpoints.layout` says which files it may have.
+        learning_rate: takes the place of the largest saved one; groups keep their ratios. None keeps the saved ones.
+        base_model: takes the place of the base that an adapter names.
+        fresh: the optimizer has made no step: moments of 0, the Trainer's default hyperparameters, and the learning
+            rate, which must be given.
+
+    Returns:
+        The checkpoint; the tensors are on the CPU and map `optimizer.pt` privately.
+
+    Raises:
+        CheckpointError: a file is missing, corrupt, or a pickle with code; the weights do not fit the config; the
+            optimizer is not Adam or AdamW, lacks hyperparameters, does not cover every trained parameter, or has
+            slots that are left over, of a wrong shape, or before their first step; every saved learning rate is 0 and
+            none is given.
+        ConfigError: `learning_rate` is not a positive finite number, or is missing where the optimizer is fresh.
+    """
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise ConfigError(f"learning_rate is {learning_rate}", way_out="give a positive number, or leave it out")
+    if fresh and learning_rate is None:
+        fact = "the optimizer is fresh, and has no learning rate of its own"
+        raise ConfigError(fact, way_out="set `learning_rate` to that of the run")
+    layout = find_layout(directory, base_model, fresh)
+    global_step, peak = _progress(layout)
+    model, said = read_architecture(layout)
+    if layout.optimizer is None:
+        assert learning_rate is not None
+        optimizer, assumed = fresh_optimizer(model.trained, learning_rate)
+    else:
+        optimizer, assumed = _saved_optimizer(layout, model, learning_rate, peak)
+        low, high = min(optimizer.step.values()), max(optimizer.step.values())
+        if not low == high == global_step:
+            taken = str(low) if low == high else f"{low} to {high}"
+            assumed += (
+                f"The optimizer counts {taken} steps, the trainer {global_step}: bias correction uses the optimizer's.",
+            )
+    matched, trained = len(optimizer.exp_avg), len(model.trained)
+    log.info("%s: optimizer state matched by name for %d of %d trained parameters", directory, matched, trained)
+    return Checkpoint(
+        layout=layout,
+        name=layout.directory.resolve().name,
+        step=global_step,
+        optimizer=optimizer,
+        parameter_shapes=model.trained,
+        model_shapes=model.of_model,
+        assumptions=(*said, *assumed),
+    )
+
+
+def _saved_optimizer(
+    layout: Layout, model: Architecture, learning_rate: float | None, peak: float
+) -> tuple[OptimizerState, tuple[str, ...]]:
+    assert layout.optimizer is not None
+    saved, names, guessed = name_slots(load_optimizer(layout.optimizer), model, layout.names)
+    if learning_rate is None and peak > 0 and all(as_float(group["lr"]) == 0 for group in saved.groups):
+        learning_rate = peak
+        guessed.append("The learning rate is that of training_info.json.")
+    optimizer, assumed = optimizer_by_name(saved, names, model.trained, learning_rate)
+    return optimizer, (*guessed, *assumed)
+
+
+def _progress(layout: Layout) -> tuple[int, float]:
+    """The trainer's step, and the learning rate that training_info.json says, 0 where none is said."""
+    if layout.progress is None:
+        return 0, 0.0
+    content = read_json(layout.progress)
+    step = content.get("global_step", content.get("step"))
+    if isinstance(step, bool) or not isinstance(step, int) or step < (0 if layout.optimizer is None else 1):
+        raise CheckpointError(
+            f"{layout.progress} has global_step {step!r}",
+            cause="saved before the first step",
+            way_out="probe a later checkpoint",
+        )
+    rate = as_float(content.get("learning_rate"))
+    return step, rate if 0 < rate < math.inf else 0.0

@@ -1,0 +1,257 @@
+"""Adam's state by parameter name.
+
+    optimizer_by_name    what `optimizer.pt` holds, under its parameters' names: whole, and ready for a next step
+    check_moments        that its moments are numbers, for which they have to be read
+    fresh_optimizer      before the first step
+
+The names themselves are the model's to say.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_core.checkpoints.optimizer_file import SAVE_NAMES, USE_ADAMW, SavedOptimizer, as_float, release
+from entropy_core.errors import CheckpointError, some_names
+from entropy_core.files.checkpoint import SAVE_AGAIN
+
+Shapes = dict[str, tuple[int, ...]]  # by parameter name
+Slots = dict[str, dict[str, Any]]  # by parameter name
+
+
+@dataclass(frozen=True)
+class AdamGroup:
+    """One parameter group of Adam or AdamW.
+
+    Attributes:
+        lr: learning rate of the next step.
+        beta1, beta2: decay rates of the two moments, per step.
+        eps: added to the square root of the second moment.
+        weight_decay: λ, per unit of learning rate.
+        amsgrad: the denominator uses the largest second moment so far.
+        maximize: the step goes up the gradient.
+        names: the group's parameters, in the optimizer's order.
+        decoupled: True for AdamW (decay of the parameter), False for Adam (λθ is added to the gradient).
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+    names: tuple[str, ...]
+    decoupled: bool
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerState:
+    """Adam's state by parameter name. The tensors have the parameter's shape and the dtype they were saved in.
+
+    Attributes:
+        groups: the groups that hold parameters; together they hold every trainable parameter once.
+        step: steps taken so far, per parameter.
+        slot: the parameter's place among the slots of the file; empty where the optimizer is fresh.
+        exp_avg, exp_avg_sq: first and second moment of the gradient, without bias correction.
+        max_exp_avg_sq: largest second moment so far, for the amsgrad groups only.
+    """
+
+    groups: tuple[AdamGroup, ...]
+    step: dict[str, int]
+    slot: dict[str, int]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    max_exp_avg_sq: dict[str, Tensor]
+
+    @property
+    def learning_rate(self) -> float:
+        """The trainer's nominal learning rate: the largest over the groups."""
+        return max(group.lr for group in self.groups)
+
+
+def optimizer_by_name(
+    saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: Shapes, learning_rate: float | None
+) -> tuple[OptimizerState, tuple[str, ...]]:
+    """Give the slots their names, and verify that they belong to the model and can make a next step.
+
+    Nothing of the size of the model is read: `check_moments` does that.
+
+    Args:
+        saved: what the file holds.
+        names: of the parameters, for every group in its order.
+        shapes: every trained parameter; the state must cover them all, and nothing else.
+        learning_rate: takes the place of the largest saved one; groups keep their ratios. None keeps the saved ones.
+
+    Returns:
+        The state; and what was assumed, one sentence each.
+
+    Raises:
+        CheckpointError: a slot is missing, left over, of a wrong shape, or before its first step; a hyperparameter is
+            out of range; every saved learning rate is 0 and none is given.
+    """
+    slot_of = _slots_by_name(saved, names, shapes)
+    place = {id(slot): position for position, slot in enumerate(saved.slots.values())}
+    named = zip(saved.groups, names, strict=True)  # the Trainer makes its second group even when nothing is in it
+    groups = tuple(_adam_group(saved.path, group, members) for group, members in named if members)
+    state = OptimizerState(
+        groups=groups,
+        step=_steps(saved.path, slot_of),
+        slot={name: place[id(slot)] for name, slot in slot_of.items()},
+        exp_avg={name: slot["exp_avg"] for name, slot in slot_of.items()},
+        exp_avg_sq={name: slot["exp_avg_sq"] for name, slot in slot_of.items()},
+        max_exp_avg_sq={n: slot_of[n]["max_exp_avg_sq"] for group in groups if group.amsgrad for n in group.names},
+    )
+    said: tuple[str, ...] = ()
+    if learning_rate is not None:
+        said += (f"Learning rate {learning_rate:g} in place of the saved {state.learning_rate:g}.",)
+    if learning_rate is not None or state.learning_rate == 0:
+        state = _with_learning_rate(saved, state, learning_rate)
+    if any(group.weight_decay for group in groups) and any("decoupled_weight_decay" not in g for g in saved.groups):
+        said += ("optimizer.pt does not tell AdamW from Adam: taken to be AdamW, with decoupled weight decay.",)
+    return state, said
+
+
+def check_moments(path: Path, state: OptimizerState) -> None:
+    """Read all moments, one at a time, and verify that they are numbers.
+
+    Args:
+        path: of `optimizer.pt`.
+        state: what it holds, by parameter name.
+
+    Raises:
+        CheckpointError: a moment is NaN or infinite, or a second one is negative; names it.
+    """
+    slots = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq, "max_exp_avg_sq": state.max_exp_avg_sq}
+    bad = [
+        f"{name} ({key})"
+        for name in state.step
+        for key, by_name in slots.items()
+        if name in by_name and not _is_sound(by_name[name], key)
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{path}: moments are NaN, infinite, or a negative square: {some_names(bad)}",
+            cause="the run diverged before this checkpoint",
+            way_out="probe an earlier checkpoint",
+        )
+
+
+def _is_sound(moment: Tensor, key: str) -> bool:
+    if not moment.numel():
+        return True
+    low, high = (float(x) for x in torch.aminmax(moment))  # NaN if any element is
+    release(moment)
+    return (low >= 0 or key == "exp_avg") and -math.inf < low <= high < math.inf
+
+
+def fresh_optimizer(shapes: Shapes, learning_rate: float) -> tuple[OptimizerState, tuple[str, ...]]:
+    """AdamW before its first step, with the hyperparameters that the Trainer has by default.
+
+    Args:
+        shapes: every trained parameter.
+        learning_rate: of the step.
+
+    Returns:
+        The state, whose moments are float32 zeros; and what was assumed.
+    """
+    group = AdamGroup(learning_rate, 0.9, 0.999, 1e-8, 0.0, False, False, tuple(shapes), True)
+    state = OptimizerState(
+        groups=(group,),
+        step=dict.fromkeys(shapes, 0),
+        slot={},
+        exp_avg={name: torch.zeros(shape) for name, shape in shapes.items()},
+        exp_avg_sq={name: torch.zeros(shape) for name, shape in shapes.items()},
+        max_exp_avg_sq={},
+    )
+    said = f"betas ({group.beta1:g}, {group.beta2:g}), eps {group.eps:g}, weight decay {group.weight_decay:g}"
+    return state, (f"The optimizer is taken to be AdamW before its first step, with {said}.",)
+
+
+def _slots_by_name(saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: Shapes) -> Slots:
+    """One sound slot for every parameter, in the model's order; otherwise an error that names them."""
+    path, slots, groups = saved
+    index_of: dict[str, Any] = {}
+    unknown: list[str] = []
+    for group, members in zip(groups, names, strict=True):
+        for index, name in zip(group["params"], members, strict=True):
+            if name not in shapes or name in index_of:
+                unknown.append(name)
+            index_of[name] = index
+    if unknown:
+        fact = f"{path} names parameters that the model does not have, or names them twice: {some_names(unknown)}"
+        raise CheckpointError(fact, cause="optimizer.pt and config.json of two different models", way_out=SAVE_AGAIN)
+    if missing := [name for name in shapes if not slots.get(index_of.get(name))]:
+        raise CheckpointError(
+            f"{path} covers {len(shapes) - len(missing)} of {len(shapes)} trained parameters; missing: "
+            f"{some_names(missing)}",
+            cause="frozen parameters, or parameters that never received a gradient",
+            way_out="probe a run that trains all parameters",
+        )
+    listed = set(index_of.values())
+    if extra := [str(index) for index in slots if index not in listed]:
+        fact = f"{path} has slots that belong to no parameter group: {some_names(extra)}"
+        raise CheckpointError(fact, cause="the optimizer of another model", way_out=SAVE_AGAIN)
+    slot_of = {name: slots[index_of[name]] for name in shapes}
+    amsgrad = {name for group, members in zip(groups, names, strict=True) if group["amsgrad"] for name in members}
+    _require_moments(path, slot_of, shapes, amsgrad)
+    return slot_of
+
+
+def _require_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: set[str]) -> None:
+    moments: list[tuple[str, str, Any]] = [
+        (name, key, slot.get(key))
+        for name, slot in slot_of.items()
+        for key in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * (name in amsgrad)
+    ]
+    if bad := [f"{n} ({key})" for n, key, m in moments if not isinstance(m, Tensor) or not m.is_floating_point()]:
+        raise CheckpointError(f"{path}: slots lack a moment: {some_names(bad)}", way_out=USE_ADAMW)
+    if bad := [f"{n} ({key} {tuple(m.shape)}, model {shapes[n]})" for n, key, m in moments if m.shape != shapes[n]]:
+        raise CheckpointError(
+            f"{path}: slots have another shape than their parameter: {some_names(bad)}",
+            cause="param groups in another order than the Trainer's, or the optimizer of another model",
+            way_out=SAVE_NAMES,
+        )
+
+
+def _steps(path: Path, slot_of: Slots) -> dict[str, int]:
+    steps = {name: as_float(slot.get("step")) for name, slot in slot_of.items()}
+    if unset := [name for name, step in steps.items() if not 1 <= step < math.inf]:
+        raise CheckpointError(
+            f"{path} has no step count, or one of 0, for {some_names(unset)}",
+            cause="saved before the first step, or an optimizer other than torch's AdamW",
+            way_out="probe a later checkpoint of a run with torch's AdamW",
+        )
+    return {name: int(step) for name, step in steps.items()}
+
+
+def _adam_group(path: Path, group: dict[str, Any], names: tuple[str, ...]) -> AdamGroup:
+    betas = group["betas"] if isinstance(group["betas"], list | tuple) and len(group["betas"]) == 2 else (None, None)
+    lr, beta1, beta2, eps, decay = (as_float(x) for x in (group["lr"], *betas, group["eps"], group["weight_decay"]))
+    if not (0 <= lr < math.inf and 0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < math.inf and abs(decay) < math.inf):
+        saved = ", ".join(f"{key} {group[key]}" for key in ("lr", "betas", "eps", "weight_decay"))
+        raise CheckpointError(f"{path} has hyperparameters out of range: {saved}", way_out=SAVE_AGAIN)
+    amsgrad, maximize = bool(group["amsgrad"]), bool(group.get("maximize", False))
+    decoupled = bool(group.get("decoupled_weight_decay", True))
+    return AdamGroup(lr, beta1, beta2, eps, decay, amsgrad, maximize, names, decoupled)
+
+
+def _with_learning_rate(saved: SavedOptimizer, state: OptimizerState, learning_rate: float | None) -> OptimizerState:
+    """The groups with the asked-for learning rate; `initial_lr` gives the ratios where a schedule has ended in 0."""
+    initial = [as_float(group.get("initial_lr")) for group in saved.groups if group["params"]]
+    if learning_rate is None:
+        peak = f" (the run's peak was {max(initial):g})" if all(rate > 0 for rate in initial) else ""
+        raise CheckpointError(
+            f"{saved.path} has learning rate 0 in every param group",
+            cause="the end of the learning-rate schedule",
+            way_out=f"set `learning_rate` in the config{peak}",
+        )
+    rates = [group.lr for group in state.groups]
+    if max(rates) == 0:
+        rates = initial if all(0 <= r < math.inf for r in initial) and max(initial) > 0 else [1.0] * len(initial)
+    pairs = zip(state.groups, rates, strict=True)
+    return replace(state, groups=tuple(replace(g, lr=learning_rate * (rate / max(rates))) for g, rate in pairs))

@@ -1,0 +1,1 @@
+"""Which code can change a number: the definitions that a function reaches, and the libraries' releases."""

@@ -1,0 +1,99 @@
+"""Paths in a configuration start at the folder of the file that names them.
+
+Pydantic is given that folder as the context of a validation, and each type below makes the path absolute while its
+field is validated, so that a path that leads nowhere is reported together with every other error. Without a context a
+path stays as it is.
+"""
+
+import glob
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, ValidationInfo
+
+from entropy_core.prompts.files import SUFFIXES
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a configuration comes from: the context of its validation.
+
+    Args:
+        folder: that relative paths start at.
+        must_exist: refuse paths that lead nowhere; without it they are only made absolute.
+    """
+
+    folder: Path
+    must_exist: bool = False
+
+    def locate(self, path: str) -> str:
+        """The path from the root; `~` is the user's home, and `..` a step back in the text."""
+        return os.path.normpath(self.folder.absolute() / os.path.expanduser(path))
+
+
+def _with_origin(locate: Callable[[str, Origin], str]) -> AfterValidator:
+    """Validate with the origin, where there is one; an empty text names nothing."""
+
+    def validate(text: str, info: ValidationInfo) -> str:
+        return locate(text, info.context) if text and isinstance(info.context, Origin) else text
+
+    return AfterValidator(validate)
+
+
+def _checkpoints(pattern: str, origin: Origin) -> str:
+    literal = origin.locate(pattern)
+    if os.path.isdir(literal):
+        return literal
+    found = Origin(Path(glob.escape(str(origin.folder.absolute())))).locate(pattern)
+    if origin.must_exist and not any(map(os.path.isdir, glob.iglob(found, recursive=True))):
+        raise ValueError(f"no directory matches {literal}; a run's checkpoints are usually RUN/checkpoint-*")
+    return found
+
+
+def _directory(path: str, origin: Origin) -> str:
+    located = origin.locate(path)
+    if origin.must_exist and not os.path.isdir(located):
+        raise ValueError(f"there is no directory {located}")
+    return located
+
+
+def _dataset(name: str, origin: Origin) -> str:
+    return _file(name, origin) if name.endswith(SUFFIXES) else name
+
+
+def _function(name: str, origin: Origin) -> str:
+    file, colon, function = name.rpartition(":")
+    return f"{_file(file, origin)}:{function}" if colon and file.endswith(".py") else name
+
+
+def _file(path: str, origin: Origin) -> str:
+    located = origin.locate(path)
+    if origin.must_exist and not os.path.isfile(located):
+        raise ValueError(f"there is no file {located}")
+    return located
+
+
+def _store(path: str, origin: Origin) -> str:
+    located = origin.locate(path)
+    if origin.must_exist and os.path.exists(located) and not os.path.isdir(located):
+        raise ValueError(f"{located} is a file, and the store is a folder")
+    return located
+
+
+CheckpointPattern = Annotated[str, _with_origin(_checkpoints)]
+"""A directory, or a pattern that matches directories."""
+
+Directory = Annotated[str, _with_origin(_directory)]
+"""A directory that is there; empty: none."""
+
+DatasetName = Annotated[str, _with_origin(_dataset)]
+"""A known dataset, or the path of a prompt file."""
+
+FunctionName = Annotated[str, _with_origin(_function)]
+"""A known name, `package.module:function`, or `file.py:function`."""
+
+StoreFolder = Annotated[str, _with_origin(_store)]
+"""A folder that is made when something is first written to it."""

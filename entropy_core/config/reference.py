@@ -1,0 +1,123 @@
+"""The reference pages, from the code that they describe; `python -m entropy_core.config.reference` writes docs/."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from entropy_core.config.schema import ProbeConfig, VarianceRequest
+from entropy_core.estimates.tables import RESULTS, TABLES, of_checkpoints
+
+
+def configuration_page() -> str:
+    """Every key of the configuration with its type, default, bounds and meaning, as markdown."""
+    lines = [
+        "# Configuration",
+        "",
+        "One YAML file is one sweep. An unknown key, a wrong type or a value out of range is refused before anything",
+        "runs, all of them together. `checkpoints` is the one key without a default. Paths start at the folder of the",
+        "file; in a form or a parameter of a deployment, where the process that serves it was started.",
+        "",
+        *_section("", ProbeConfig),
+        "## The `request` of entropy-probe/variance",
+        "",
+        "All keys of `variance` above, without the prefix, and the two below. What is not set stays as recorded.",
+        "",
+        *_table({name: VarianceRequest.model_fields[name] for name in ("run", "artifacts")}, ""),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tables_page() -> str:
+    """Every column of the tables of a run with its type, unit and meaning, as markdown."""
+    lines = [
+        "# Columns",
+        "",
+        "The unit and the description are in the metadata of each Arrow field, too. A measurement whose weights",
+        "overflowed is null; nothing is ever NaN.",
+    ]
+    rows_of = {"results": "A row per checkpoint × step size × normalisation × estimator of ΔH."} | {
+        "linearity": "A row per checkpoint × normalisation × estimator that at least two step sizes were measured by.",
+        "eta_pairs": "A row per checkpoint × normalisation × estimator × step size of which the opposite was measured.",
+        "replicates": "A row per checkpoint × normalisation × E batch, where `E_replicates` is above 1.",
+        "predictors": "A row per checkpoint × normalisation × step size × predictor.",
+    }
+    schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
+    for name, schema in schemas.items():
+        lines += [
+            "",
+            f"## {name}.parquet",
+            "",
+            rows_of[name],
+            "",
+            "| column | type | unit | meaning |",
+            "|---|---|---|---|",
+        ]
+        for field in schema:
+            metadata = {key.decode(): value.decode() for key, value in field.metadata.items()}
+            lines.append(f"| `{field.name}` | {field.type} | {metadata['unit']} | {metadata['description']} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"configuration.md": configuration_page, "columns.md": tables_page}
+
+
+def _section(prefix: str, model: type[BaseModel]) -> list[str]:
+    nested = {name: type(field.default) for name, field in model.model_fields.items() if _is_section(field)}
+    plain = {name: field for name, field in model.model_fields.items() if name not in nested}
+    lines = [f"## `{prefix}`" if prefix else "## Top level", "", (model.__doc__ or "").strip(), ""]
+    lines += _table(plain, f"{prefix}." if prefix else "")
+    for name, section in nested.items():
+        lines += _section(name, section)
+    return lines
+
+
+def _table(fields: dict[str, FieldInfo], prefix: str) -> list[str]:
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields.items():
+        default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
+        lines.append(f"| `{prefix}{name}` | {_type(field)} | {default} | {field.description} |")
+    return [*lines, ""]
+
+
+def _type(field: FieldInfo) -> str:
+    kind = field.annotation
+    if get_origin(kind) is dict:
+        return "keys and values"
+    listed = get_origin(kind) is list
+    if listed:
+        kind = get_args(kind)[0]
+        kind = get_args(kind)[0] if get_origin(kind) not in (None, Literal) else kind
+    if get_origin(kind) is Literal:
+        name = ", ".join(f"`{choice if isinstance(choice, str) else _yaml(choice)}`" for choice in get_args(kind))
+    else:
+        name = _TYPES[getattr(kind, "__name__", "")]
+    bounds = [f"{sign} {getattr(m, key)}" for m in field.metadata for key, sign in _BOUNDS.items() if hasattr(m, key)]
+    return ("list of " if listed else "") + name + (f", {', '.join(bounds)}" if bounds else "")
+
+
+def _yaml(default: Any) -> str:
+    """A default as a file would have it."""
+    return json.dumps(default, ensure_ascii=False)
+
+
+_TYPES = {"int": "integer", "float": "number", "str": "text", "bool": "true or false"}
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.default, BaseModel)
+
+
+def main() -> None:
+    """Write the pages."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    for name, page in PAGES.items():
+        (folder / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

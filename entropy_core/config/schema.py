@@ -1,0 +1,344 @@
+"""What a user asks for: frozen, typed, bounded, described. An unknown key is an error; so is a value of another type.
+
+A rule about several keys is checked at the last of them, and only if the others are valid: then every error of a
+configuration is found at once.
+
+The names of the batch and generation keys are those that researchers of this field have in their files already.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+
+from entropy_core.config.paths import CheckpointPattern, DatasetName, Directory, FunctionName, StoreFolder
+from entropy_core.numerics.advantages import Loss, Scaling
+from entropy_core.numerics.choices import Baseline, Estimator, Normalization
+
+Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what a browser can hold exactly
+_Value = TypeVar("_Value")
+_DISTINCT: dict[str, Any] = {"uniqueItems": True}  # for the form: what a validator says later is said at once
+
+
+def _each_once(values: list[_Value]) -> list[_Value]:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is listed twice")
+    return values
+
+
+class Section(BaseModel):
+    """A part of the configuration."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        strict=True,
+        validate_default=True,  # a default path starts at the same folder as one that is written
+        revalidate_instances="always",
+    )
+
+
+class PolicyConfig(Section):
+    """How the checkpoint's weights are computed with."""
+
+    dtype: Literal["float32", "float64"] = Field(
+        "float32", description="Number format of every forward and derivative pass; narrower weights are widened."
+    )
+    attn_implementation: Literal["eager"] = Field(
+        "eager", description="Attention kernel: one that has a forward-mode derivative."
+    )
+    derivative: Literal["forward_mode", "central_difference"] = Field(
+        "forward_mode",
+        description="Derivatives of E's tokens along the step. central_difference: two forward passes in place of "
+        "about three, its width calibrated and its error measured against forward mode.",
+    )
+    base_model: Directory = Field(
+        "", description="Directory of the base model under LoRA adapters; empty: the one that each adapter names."
+    )
+
+
+class BatchConfig(Section):
+    """The evaluation batch E and the update batch U."""
+
+    E_sampling_mode: Literal["replacement", "distinct"] = Field(
+        "replacement",
+        description="E: prompts drawn with replacement, one response each; or distinct prompts with G responses each.",
+    )
+    E_total_sequences: int = Field(4096, ge=2, le=10_000_000, description="Sequences in E (replacement mode).")
+    E_batch_seed: Seed = Field(42, description="Seed of E; the same seed gives the same draws at every checkpoint.")
+    E_replicates: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Independent E batches, of seeds E_batch_seed, +1, …; those after the first for δH₁.",
+    )
+    B_E_values: list[Annotated[int, Field(ge=1, le=10_000_000)]] = Field(
+        [512], min_length=1, max_length=1, description="Distinct prompts in E (distinct mode only)."
+    )
+    B_U: int = Field(
+        64, ge=2, le=1_000_000, description="Distinct prompts in U, the batch that the optimizer step is taken on."
+    )
+    G: int = Field(8, ge=2, le=100_000, description="Responses per prompt in U (and in E in distinct mode).")
+    U_batch_seed: Seed = Field(42, description="Seed of U.")
+    dataset_name: DatasetName = Field(
+        "arithmetic",
+        min_length=1,
+        description="Prompt pool: `arithmetic`, `gsm8k`, `gsm8k_r1_template`, `math`, `reasoning_gym:TASK`, or the "
+        "path of a .jsonl or .parquet file.",
+    )
+    dataset_path: Directory = Field(
+        "", description="Folder of the local copy of `gsm8k` or `math`; empty: the hub cache of this machine."
+    )
+    allow_download: bool = Field(False, description="Fetch `gsm8k` or `math` if they are not on this machine.")
+    dataset_options: dict[str, JsonValue] = Field(
+        {}, description="Of a reasoning-gym task: `size` (512), `seed` (42), and the task's own."
+    )
+    split: str = Field("train", description="Split of the pool, for E and U alike.")
+    E_split: str = Field("", description="Split for E; empty: `split`.")
+    U_split: str = Field("", description="Split for U; empty: `split`.")
+    prompt_column: str = Field("prompt", description="Column that holds the prompt.")
+    add_special_tokens: bool = Field(False, description="Let the tokenizer add its special tokens to a prompt.")
+    apply_chat_template: bool = Field(
+        False, description="Make of a prompt the user's turn in the tokenizer's chat template, and begin the answer."
+    )
+    system_prompt: str = Field("", description="System turn of the chat template; empty: none.")
+    max_prompt_length: int = Field(
+        0,
+        ge=0,
+        le=10_000_000,
+        description="Leave out prompts of more tokens than this, the template's included; 0: no limit.",
+    )
+
+    @field_validator("apply_chat_template")
+    @classmethod
+    def _one_writer_of_special_tokens(cls, apply: bool, info: ValidationInfo) -> bool:
+        if apply and info.data.get("add_special_tokens"):
+            raise ValueError("the chat template writes the special tokens: set add_special_tokens: false")
+        return apply
+
+    @field_validator("system_prompt")
+    @classmethod
+    def _in_a_chat(cls, system_prompt: str, info: ValidationInfo) -> str:
+        if system_prompt and info.data.get("apply_chat_template") is False:
+            raise ValueError("it is a part of the chat template: set apply_chat_template: true")
+        return system_prompt
+
+
+class SamplingConfig(Section):
+    """The law that is sampled, scored and differentiated: softmax(z/τ), nothing cut off."""
+
+    temperature: float = Field(1.0, gt=0, le=100, description="τ, applied before the softmax everywhere.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Must be 1: the sampled and the scored law must be the same.",
+        json_schema_extra={"minimum": 1},
+    )
+    max_new_tokens: int = Field(64, ge=1, le=1_000_000, description="A response is cut here if no EOS came.")
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        max_length=20,
+        description="A response also ends with the token whose text completes one of these, as your trainer's may.",
+    )
+    do_sample: Literal[True] = Field(True, description="Entropy of a greedy policy is not estimated.")
+    gen_batch_size: int = Field(
+        512, ge=1, le=1_000_000, description="Sequences decoded together; does not change the result."
+    )
+    tf_batch_size: int = Field(
+        256, ge=1, le=1_000_000, description="Sequences per teacher-forced pass; does not change the result."
+    )
+
+    @field_validator("top_p")
+    @classmethod
+    def _whole_law(cls, top_p: float) -> float:
+        if top_p < 1:
+            raise ValueError(
+                f"it is {top_p}, but E must be sampled from the policy itself: under a cut-off law the entropy and its "
+                "derivative are those of another policy. Set top_p: 1.0"
+            )
+        return top_p
+
+
+class UpdateConfig(Section):
+    """The optimizer step whose effect is predicted: what a checkpoint does not record. Say what your trainer does."""
+
+    loss: FunctionName = Field(
+        "grpo",
+        min_length=1,
+        description="Objective: grpo, dr_grpo, dapo, rloo, reinforce, or your own, `file.py:function` or "
+        "`package.module:function`.",
+        json_schema_extra={"pattern": f"^({'|'.join(get_args(Loss))})$|:"},
+    )
+    scale_rewards: Scaling = Field(
+        "auto",
+        validate_default=True,
+        description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
+        "(grpo and dapo divide). TRL's trainer divides under any loss: group. A loss of your own needs group or none.",
+    )
+    max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Global-norm gradient clipping; 0 switches it off.")
+    learning_rate: float = Field(
+        0.0, ge=0, le=10, description="Nominal learning rate; 0: the one saved in the checkpoint."
+    )
+    optimizer_state: Literal["checkpoint", "fresh"] = Field(
+        "checkpoint",
+        description="Adam's moments: those of `optimizer.pt`, or none yet (fresh: before the first step; needs "
+        "`learning_rate`).",
+    )
+    kl_beta: float = Field(0.0, ge=0, le=1000, description="β of a KL term to a reference policy in the loss; 0: none.")
+    reference: Directory = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
+    reward: FunctionName = Field(
+        "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
+    )
+
+    @field_validator("loss")
+    @classmethod
+    def _is_known(cls, loss: str) -> str:
+        if loss not in get_args(Loss) and ":" not in loss:
+            raise ValueError(
+                f"unknown loss {loss!r}. Use one of {', '.join(get_args(Loss))}, file.py:function, or "
+                "package.module:function"
+            )
+        return loss
+
+    @field_validator("scale_rewards")
+    @classmethod
+    def _within_groups(cls, scale_rewards: Scaling, info: ValidationInfo) -> Scaling:
+        loss = info.data.get("loss", "")
+        if scale_rewards == "auto" and ":" in loss:
+            raise ValueError(
+                "it is auto, which goes by how a loss was published, and this one is your own. "
+                "Set scale_rewards: group (advantages divided by the standard deviation of their group) or none"
+            )
+        if scale_rewards == "group" and loss == "reinforce":
+            raise ValueError("reinforce compares no responses within a group. Set scale_rewards: auto")
+        return scale_rewards
+
+    @field_validator("optimizer_state")
+    @classmethod
+    def _with_a_learning_rate(cls, optimizer_state: str, info: ValidationInfo) -> str:
+        if optimizer_state == "fresh" and info.data.get("learning_rate") == 0:
+            raise ValueError("a fresh optimizer has no learning rate of its own. Set learning_rate to that of the run")
+        return optimizer_state
+
+    @field_validator("reference")
+    @classmethod
+    def _in_a_kl_term(cls, reference: str, info: ValidationInfo) -> str:
+        if reference and info.data.get("kl_beta") == 0:
+            raise ValueError("a reference policy has no part in a loss without a KL term. Set kl_beta, or leave it out")
+        return reference
+
+
+class ImportanceConfig(Section):
+    """The step sizes at which the real change ΔH is measured."""
+
+    etas: list[float] = Field(
+        [0.0, 0.01, 0.1, 0.3, 1.0, 3.0],
+        min_length=1,
+        description="Step sizes, in the unit below; 0 is exact.",
+        json_schema_extra=_DISTINCT,
+    )
+    eta_unit: Literal["learning_rate", "absolute"] = Field(
+        "learning_rate", description="Whether step sizes are multiples of the checkpoint's learning rate."
+    )
+    estimators: list[Estimator] = Field(
+        ["per_decision", "snis"],
+        min_length=1,
+        description="Estimators of ΔH; each gets its own rows.",
+        json_schema_extra=_DISTINCT,
+    )
+
+    _distinct = field_validator("etas", "estimators")(_each_once)
+
+
+class VarianceConfig(Section):
+    """How the cached per-token columns are turned into estimates and intervals; needs no model."""
+
+    confidence_level: float = Field(0.95, gt=0, le=0.999999, description="Of every interval.")
+    baseline: Baseline = Field("time_loo", description="Baseline of the reward-to-go, from the other sequences.")
+    bootstrap_resamples: int = Field(
+        2000, ge=200, le=100_000, description="Resamples for the bootstrap intervals of δH₁ with the update held fixed."
+    )
+    cluster: Literal["auto", "prompt"] = Field(
+        "auto",
+        description="Independent units of E. auto: sequences when prompts are drawn with replacement (target: the "
+        "pool), prompts in distinct mode. prompt: always prompts (target: prompts like these).",
+    )
+    normalizations: list[Normalization] = Field(
+        ["per_token", "per_sequence"],
+        min_length=1,
+        description="Entropy per token, per sequence, or both.",
+        json_schema_extra=_DISTINCT,
+    )
+
+    _distinct = field_validator("normalizations")(_each_once)
+
+
+class ExecutionConfig(Section):
+    """How the work is done; nothing here changes a result."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the policy runs.")
+    shard_size: int = Field(
+        1024, ge=1, le=10_000_000, description="Sequences per shard, the unit of caching and of resuming."
+    )
+    head_chunk_megabytes: float = Field(
+        64, gt=0, le=1_000_000, description="Memory of the logits that exist at one time; does not change the result."
+    )
+    keep_vectors: bool = Field(
+        True,
+        description="Keep what is of the size of the policy in the store (24 bytes a parameter and checkpoint in "
+        "float32). false: it goes when the sweep is done with it; a later sweep that needs it computes it again.",
+    )
+    library_versions: Literal["same", "recompute"] = Field(
+        "same",
+        description="What to do where results of this sweep were made with other releases of the libraries. same: "
+        "refuse to go on. recompute: compute all of it anew.",
+    )
+    artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
+
+
+class ProbeConfig(Section):
+    """One sweep: which checkpoints, which batches, which step sizes."""
+
+    name: str = Field(
+        "probe",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        max_length=100,
+        description="Begins the names of the results.",
+    )
+    checkpoints: list[CheckpointPattern] = Field(
+        min_length=1, description="Checkpoint directories; patterns such as runs/grpo/checkpoint-* are expanded."
+    )
+    policy: PolicyConfig = PolicyConfig()
+    batch_config: BatchConfig = BatchConfig()
+    generation: SamplingConfig = SamplingConfig()
+    update: UpdateConfig = UpdateConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    variance: VarianceConfig = VarianceConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @property
+    def units_of_e(self) -> Literal["sequence", "prompt"]:
+        """What is independent in E: responses to one prompt are not, unless the prompt was drawn for each of them."""
+        replacement = self.batch_config.E_sampling_mode == "replacement"
+        return "sequence" if replacement and self.variance.cluster == "auto" else "prompt"
+
+    @property
+    def store_root(self) -> Path:
+        """Folder of the store."""
+        return Path(self.execution.artifacts)
+
+
+class VarianceRequest(VarianceConfig):
+    """The statistics of a recorded sweep, again, from cached batches alone. What is not set stays as recorded."""
+
+    run: str = Field("latest", min_length=1, description="Id of a recorded sweep, or latest.")
+    artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
+
+    def applied_to(self, recorded: VarianceConfig) -> VarianceConfig:
+        """The recorded settings with those that were asked for in their place."""
+        asked = self.model_fields_set & set(VarianceConfig.model_fields)
+        return recorded.model_copy(update={name: getattr(self, name) for name in asked})

@@ -1,0 +1,1 @@
+"""Training runs to probe, made from nothing."""

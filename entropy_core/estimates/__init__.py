@@ -1,0 +1,1 @@
+"""From the columns of E to the rows of the result: estimates, intervals, verdicts, diagnostics."""

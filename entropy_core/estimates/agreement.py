@@ -1,0 +1,60 @@
+"""A prediction and a measurement that share no sequence: δH₁ on one E batch beside ΔH on another.
+
+Within one E batch both have most of their sampling noise in common. With `E_replicates` of 2 or more they need not: the
+further batches predict what the first one measures.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from entropy_core.estimates.tables import Row
+from entropy_core.numerics.choices import Estimator
+
+LARGEST_Z = 3.0
+
+
+def independent(
+    rows: Sequence[Row], replicates: Sequence[Row], estimator: Estimator = "snis"
+) -> Iterator[dict[str, Any]]:
+    """Compare ΔH on the first E batch with δH₁ on each further one, the update held fixed in both.
+
+    z = (ΔH − δH₁)/√(SE(ΔH)² + SE(δH₁)²), whose expectation is the curvature over the combined standard error.
+
+    Args:
+        rows: of `results.parquet`.
+        replicates: of `replicates.parquet`.
+        estimator: of ΔH.
+
+    Yields:
+        A row per checkpoint, normalisation, further batch and step size other than 0, with the columns `checkpoint`,
+        `normalization`, `eta_over_lr`, `seed` (of the further batch), `predicted`, `predicted_se`, `delta_h`,
+        `delta_h_se` (nats, per token or per sequence), `z`, `agrees` (|z| < 3, or the verdict is nonlinear),
+        `curvature`, `curvature_se`, `ess_fraction` and `verdict`.
+    """
+    for name, normalization in dict.fromkeys((row["checkpoint"], row["normalization"]) for row in rows):
+        of_pair = [
+            [row for row in table if (row["checkpoint"], row["normalization"]) == (name, normalization)]
+            for table in (rows, replicates)
+        ]
+        measured = [row for row in of_pair[0] if row["estimator"] == estimator and row["eta"] != 0]
+        for further in of_pair[1][1:]:
+            for row in measured:
+                scale = row["eta_over_lr"]  # the replicates' predictions are those at the learning rate
+                predicted, predicted_se = scale * further["delta_h1"], abs(scale) * further["se_given_u"]
+                difference = row["delta_h"] - predicted
+                combined = math.hypot(row["delta_h_se"], predicted_se)
+                z = difference / combined if combined else math.copysign(math.inf, difference) if difference else 0.0
+                yield {
+                    "checkpoint": name,
+                    "normalization": normalization,
+                    "eta_over_lr": scale,
+                    "seed": further["seed"],
+                    "predicted": predicted,
+                    "predicted_se": predicted_se,
+                    "z": z,
+                    "agrees": abs(z) < LARGEST_Z or row["verdict"] == "nonlinear",
+                } | {
+                    column: row[column]
+                    for column in ("delta_h", "delta_h_se", "curvature", "curvature_se", "ess_fraction", "verdict")
+                }

@@ -1,0 +1,95 @@
+"""E from the artifacts of its shards, for the statistics: read again for every reading, a shard in memory at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens
+from entropy_core.numerics.choices import Baseline
+from entropy_core.numerics.functional import TokenPair, Tokens
+from entropy_core.numerics.quadrature import NODES
+from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.store.columns import read_columns
+
+if TYPE_CHECKING:
+    from entropy_core.store.artifact import Artifact
+
+
+def evaluation_batch(
+    scores: "Sequence[Artifact]",
+    derivatives: "Sequence[Artifact]",
+    baseline: Baseline,
+    units: Literal["sequence", "prompt"],
+) -> tuple[EvaluationBatch, dict[str, Any]]:
+    """E at θ.
+
+    Args:
+        scores: the shards of score-e-batch.
+        derivatives: those of first-order-e.
+        baseline: of the reward-to-go.
+        units: what is independent.
+
+    Returns:
+        The batch, and how many sequences it has and which part of them was cut.
+    """
+    tables = [shard.table("scores.parquet") for shard in scores]
+    prompt_ids_N = torch.tensor([prompt for table in tables for prompt in table["prompt_id"].to_pylist()])
+    reasons = [reason for table in tables for reason in table["finish_reason"].to_pylist()]
+    blocks = [partial(_tokens, *shards) for shards in zip(scores, derivatives, strict=True)]
+    batch = EvaluationBatch.of(blocks, prompt_ids_N if units == "prompt" else None, baseline)
+    return batch, {"n_sequences": len(reasons), "truncated_fraction": reasons.count("length") / len(reasons)}
+
+
+def _tokens(scores: "Artifact", derivatives: "Artifact") -> Tokens:
+    scored, offsets_N1 = read_columns([scores], "logprobs", "entropies")
+    along_v, _ = read_columns([derivatives], "dlogprobs", "dentropies")
+    along = TokenPair(along_v["dlogprobs"], along_v["dentropies"])
+    return Tokens(scored["logprobs"], scored["entropies"], offsets_N1, along)
+
+
+def moved_batch(entry: Mapping[str, Any]) -> Moved:
+    """E at a step size.
+
+    Args:
+        entry: `eta`, the `shards` of importance and those of path-integral, `path`.
+
+    Returns:
+        What reads it.
+    """
+    shards, path = entry["shards"], entry["path"]
+
+    def read() -> Iterator[MovedTokens]:
+        for i in range(max(len(shards), len(path))):
+            columns = read_columns([shards[i]], "logprobs", "entropies")[0] if shards else {}
+            yield MovedTokens(columns.get("logprobs"), columns.get("entropies"), _at_nodes(path[i]) if path else ())
+
+    return Moved(entry["eta"], read)
+
+
+def _at_nodes(shard: "Artifact") -> tuple[TokenDerivatives, ...]:
+    names = [name.removesuffix("_K") for name in TokenDerivatives._fields]
+    return tuple(
+        TokenDerivatives(*read_columns([shard], *(f"{name}_{j}" for name in names))[0].values())
+        for j in range(len(NODES))
+    )
+
+
+def moved_of_first(batch: EvaluationBatch, rescored: "Artifact") -> Moved:
+    """The first sequences under other rounding errors, cut into the blocks that they have in the batch.
+
+    Args:
+        batch: these sequences of E.
+        rescored: a draw of rescore-e-batch.
+
+    Returns:
+        What reads it.
+    """
+
+    def read() -> Iterator[MovedTokens]:
+        columns, _ = read_columns([rescored], "logprobs", "entropies")
+        counts = [len(tokens.entropies_K) for tokens, _ in batch.read()]
+        yield from map(MovedTokens, *(columns[name].split(counts) for name in ("logprobs", "entropies")))
+
+    return Moved(1.0, read)

@@ -1,0 +1,197 @@
+"""What tells how far the estimates of a checkpoint can be trusted: noise, tails, linearity, replicates, predictors."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+from entropy_core.estimates.evaluation import EvaluationBatch, Moved, measured
+from entropy_core.estimates.rows import Derivative, Row, change_of
+from entropy_core.numerics import linearity, predictors, ragged, uncertainty
+from entropy_core.numerics.choices import Estimator, Normalization
+from entropy_core.numerics.functional import ENTROPY, LENGTH
+from entropy_core.numerics.uncertainty import Estimate
+
+
+def numerical_noise(batch: EvaluationBatch, rescored: Sequence[Moved], normalization: Normalization) -> float:
+    """Twice the root mean square of the ΔH that rounding alone makes.
+
+    Args:
+        batch: the sequences of E that were scored again.
+        rescored: ℓ and h of the same tokens under other rounding errors, one per draw.
+        normalization: per sequence or per token.
+
+    Returns:
+        Nats.
+    """
+    changes = [
+        change_of(batch, measured(batch, moved, "per_decision"), moved.eta, "per_decision", normalization).value
+        for moved in rescored
+    ]
+    return 2.0 * (sum(change**2 for change in changes) / len(changes)) ** 0.5
+
+
+def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
+    """Entropy and length of E, and the z of its mean score along v, which is zero for correctly scored samples.
+
+    Args:
+        batch: E.
+        normalization: per sequence or per token.
+
+    Returns:
+        Columns of `tables.ESTIMATES`.
+    """
+    S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
+    H, score = uncertainty.entropy(S_N, T_N, normalization), uncertainty.mean(batch.score_N)
+    score_se = batch.standard_error(score)
+    return {
+        "H": H.value,
+        "H_se": batch.standard_error(H),
+        "mean_length": float(T_N.mean()),
+        "mean_score_z": score.value / score_se if score_se else 0.0,
+    }
+
+
+def describe_influence(estimate: Estimate) -> Row:
+    """How heavy the tails of an estimate's influence values are.
+
+    Args:
+        estimate: of ∂_vH.
+
+    Returns:
+        Columns of `tables.ESTIMATES`.
+    """
+    squares_N = estimate.influence_N**2
+    total = float(squares_N.sum())
+    return {
+        "excess_kurtosis": uncertainty.excess_kurtosis(estimate.influence_N),
+        "largest_influence": float(squares_N.max()) / total if total else 0.0,
+    }
+
+
+def linearity_rows(
+    batch: EvaluationBatch,
+    at_eta: Mapping[float, tuple[Estimate, float]],
+    derivative: Derivative,
+    estimator: Estimator,
+    learning_rate: float,
+) -> tuple[list[Row], list[Row]]:
+    """The fit of ΔH/η against η, and the odd and even parts of pairs ±η.
+
+    Args:
+        batch: E.
+        at_eta: η → ΔH and its noise floor, where the weights can be used.
+        derivative: of `rows.derivative_of`.
+        estimator: of ΔH.
+        learning_rate: nominal, to express η in.
+
+    Returns:
+        Rows of `tables.LINEARITY` (none for fewer than two step sizes) and of `tables.ETA_PAIRS`.
+    """
+    etas = [eta for eta in at_eta if eta]
+    changes, floors = [at_eta[eta][0] for eta in etas], [at_eta[eta][1] for eta in etas]
+    matching = derivative.of_estimator[estimator]
+    fits = []
+    if len(etas) >= 2:
+        fit = linearity.fit(etas, changes, floors, matching, batch.clusters_N)
+        errors = {
+            name: (batch.standard_error(estimate) ** 2 + noise**2) ** 0.5
+            for name, estimate, noise in (
+                ("intercept", fit.intercept, fit.intercept_noise),
+                ("difference", fit.difference, fit.intercept_noise),
+                ("curvature", fit.curvature, fit.curvature_noise),
+            )
+        }
+        fits.append(
+            {
+                "estimator": estimator,
+                "etas": fit.points,
+                "derivative": matching.value,
+                "derivative_se": batch.standard_error(matching),
+            }
+            | {name: getattr(fit, name).value for name in errors}
+            | {f"{name}_se": error for name, error in errors.items()}
+        )
+    pairs = []
+    for pair in linearity.pairs(etas, changes):
+        remainder = pair.odd.minus(matching.scaled(pair.eta))
+        pairs.append(
+            {
+                "estimator": estimator,
+                "eta": pair.eta,
+                "eta_over_lr": pair.eta / learning_rate,
+                "odd": pair.odd.value,
+                "odd_se": batch.standard_error(pair.odd),
+                "odd_remainder": remainder.value,
+                "odd_remainder_se": batch.standard_error(remainder),
+                "even": pair.even.value,
+                "even_se": batch.standard_error(pair.even),
+            }
+        )
+    return fits, pairs
+
+
+def replicate_rows(found: Mapping[int, tuple[float, float]], learning_rate: float) -> list[Row]:
+    """δH₁ at the learning rate on independent E batches, and whether they agree within their standard errors.
+
+    Args:
+        found: seed → ∂_vH on that E batch, and its standard error given U.
+        learning_rate: the step size.
+
+    Returns:
+        Rows of `tables.REPLICATES`; none for a single batch.
+    """
+    if len(found) < 2:
+        return []
+    values_R, errors_R = learning_rate * torch.tensor(list(found.values()), dtype=torch.float64).T
+    R, mean = len(found), float(values_R.mean())
+    spread = float((((values_R - mean) / errors_R) ** 2).sum()) if bool((errors_R > 0).all()) else 0.0
+    shared = {
+        "replicates": R,
+        "mean": mean,
+        "mean_se": float(values_R.std()) / R**0.5,
+        "p_value": float(chi2.sf(spread, R - 1)),
+    }
+    return [
+        {"seed": seed, "delta_h1": value, "se_given_u": error} | shared
+        for seed, value, error in zip(found, values_R.tolist(), errors_R.tolist(), strict=True)
+    ]
+
+
+def predicted_changes(
+    logprobs_K: Tensor, entropies_K: Tensor, expected_K: Tensor, advantages_N: Tensor, offsets_N1: Tensor
+) -> dict[str, float]:
+    """Predictors of the literature on U, per unit step and up to a factor: see `numerics.predictors`.
+
+    Args:
+        logprobs_K: ℓ of U, nats, [K].
+        entropies_K: h, nats, [K].
+        expected_K: E_π[S*] of each step, [K].
+        advantages_N: A of each response, [N].
+        offsets_N1: int64 [N + 1].
+
+    Returns:
+        Value by name of the predictor.
+    """
+    advantages_K = torch.repeat_interleave(advantages_N, ragged.lengths(offsets_N1))
+    return {
+        "token_covariance": predictors.token_covariance(logprobs_K, advantages_K),
+        "weighted_token_covariance": predictors.weighted_token_covariance(logprobs_K, advantages_K),
+        "discriminator": predictors.discriminator(logprobs_K, entropies_K, advantages_K, expected_K),
+    }
+
+
+def predictor_rows(row: Row, by_literature: Mapping[str, float]) -> list[Row]:
+    """Predictions of one row of estimates beside its measurement.
+
+    Args:
+        row: of `rows.predict` and `rows.measure`.
+        by_literature: of `predicted_changes`.
+
+    Returns:
+        Rows of `tables.PREDICTORS`, without their normalisation.
+    """
+    shared = {"eta": row["eta"], "eta_over_lr": row["eta_over_lr"], "delta_h": row["delta_h"]}
+    predicted = {"delta_h1": row["delta_h1"]} | {name: row["eta"] * value for name, value in by_literature.items()}
+    return [shared | {"predictor": name, "predicted": value} for name, value in predicted.items()]

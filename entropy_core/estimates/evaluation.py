@@ -1,0 +1,284 @@
+"""E block by block: what its tokens come to, a few numbers for each sequence.
+
+The tokens of one block of sequences (a shard) are in memory at a time, so a batch may be as large as the disk. What a
+sequence must know of the others are sums at each position, which are taken in a reading of their own.
+
+    EvaluationBatch   E at θ
+    Moved             E at θ + ηv
+    measured          what an estimator of ΔH makes of the two
+
+Everything is done for each functional that is asked for: see `numerics.functional`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_core.numerics import baselines, first_order, importance, path_integral, ragged, ridge, uncertainty
+from entropy_core.numerics.choices import Baseline, Estimator
+from entropy_core.numerics.functional import FUNCTIONALS, Columns, Functional, TokenPair, Tokens
+from entropy_core.numerics.importance import PrefixWeights, WeightTotals
+from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.numerics.uncertainty import Estimate
+
+Blocks = Sequence[Callable[[], Tokens]]
+"""Each reads the tokens of some sequences."""
+Bases = Mapping[Functional, Tensor]
+"""The baseline b_k of each functional, [K]."""
+
+
+class EvaluationBatch:
+    """What is known of E at θ, and the units that count as independent.
+
+    Args:
+        read: the blocks, each with its baselines; called for every reading.
+        clusters_N: the independent unit of each sequence; None where sequences are independent.
+        functionals: what is estimated.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Iterable[tuple[Tokens, Bases]]],
+        clusters_N: Tensor | None,
+        functionals: Sequence[Functional] = FUNCTIONALS,
+    ) -> None:
+        self.read, self.clusters_N, self.functionals = read, clusters_N, functionals
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Blocks,
+        clusters_N: Tensor | None,
+        baseline: Baseline,
+        functionals: Sequence[Functional] = FUNCTIONALS,
+    ) -> "EvaluationBatch":
+        """E with a baseline of the reward-to-go.
+
+        Args:
+            blocks: each reads the tokens of some sequences.
+            clusters_N: the independent unit of each sequence; None where sequences are independent.
+            baseline: see `baselines.baselines`.
+            functionals: what is estimated.
+
+        Returns:
+            The batch.
+        """
+        if baseline == "ridge":
+            base_of = _ridge(blocks, clusters_N, functionals)
+        else:
+            base_of = _by_position(blocks, baseline, functionals)
+
+        def read() -> Iterator[tuple[Tokens, Bases]]:
+            for i, block in enumerate(blocks):
+                tokens = block()
+                yield tokens, {functional: base_of(functional, i, tokens) for functional in functionals}
+
+        return cls(read, clusters_N, functionals)
+
+    def first(self, sequences: int) -> "EvaluationBatch":
+        """The first of its sequences, with the baselines that they have in the whole."""
+
+        def read() -> Iterator[tuple[Tokens, Bases]]:
+            left = sequences
+            for tokens, bases in self.read():
+                part = tokens.first(min(left, len(tokens.offsets_N1) - 1))
+                yield part, {functional: base_K[: len(part.entropies_K)] for functional, base_K in bases.items()}
+                left -= len(part.offsets_N1) - 1
+                if not left:
+                    return
+
+        clusters_N = None if self.clusters_N is None else self.clusters_N[:sequences]
+        return EvaluationBatch(read, clusters_N, self.functionals)
+
+    @cached_property
+    def columns(self) -> dict[Functional, Columns]:
+        """Per-sequence terms of each functional and of its derivative."""
+        return _laid_out(
+            {f: first_order.first_order_columns(f, tokens, base_K) for f, base_K in bases.items()}
+            for tokens, bases in self.read()
+        )
+
+    @cached_property
+    def weighted_columns(self) -> dict[Functional, Columns]:
+        """The same of the estimator whose weights are normalised at each position."""
+        totals = _totals({f: first_order.weighted_totals(f, t) for f in self.functionals} for t, _ in self.read())
+        return _laid_out(
+            {f: first_order.weighted_columns(f, t, totals[f]) for f in self.functionals} for t, _ in self.read()
+        )
+
+    @cached_property
+    def score_N(self) -> Tensor:
+        """Σ_k ℓ̇_k of each sequence."""
+        return torch.cat([ragged.sequence_sum(t.derivative.logprob_K, t.offsets_N1) for t, _ in self.read()])
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())).total_N)
+
+    @property
+    def units(self) -> int:
+        """Number of independent units."""
+        return len(self) if self.clusters_N is None else len(self.clusters_N.unique())
+
+    def standard_error(self, estimate: Estimate) -> float:
+        """Of an estimate on this batch, with the update held fixed."""
+        return uncertainty.standard_error(estimate.influence_N, self.clusters_N)
+
+
+class MovedTokens(NamedTuple):
+    """A block of E at θ + ηv: ℓ' and h', or the derivatives at the nodes of the path, or both; each [K]."""
+
+    logprobs_K: Tensor | None = None
+    entropies_K: Tensor | None = None
+    at_nodes: tuple[TokenDerivatives, ...] = ()
+
+
+class Moved(NamedTuple):
+    """E at θ + ηv: reads the blocks that those of the batch have become."""
+
+    eta: float
+    read: Callable[[], Iterable[MovedTokens]]
+
+
+class Measured(NamedTuple):
+    """What an estimator of ΔH made of a batch, per sequence [N]; no columns where nothing was moved.
+
+    Args:
+        columns: of each functional: by node of the path for `path_integral`, else the terms of its value at θ + ηv.
+        weights_N: w of whole sequences; for `path_integral` at its last node.
+        usable: whether no weight over- or underflowed.
+        ess_prefix: the least effective sample size of the prefixes.
+    """
+
+    columns: tuple[dict[Functional, Columns], ...] | dict[Functional, Tensor] | None
+    weights_N: Tensor
+    usable: bool
+    ess_prefix: float
+
+
+def measured(batch: EvaluationBatch, moved: Moved, estimator: Estimator) -> Measured:
+    """E at θ + ηv, by one estimator; see `importance`.
+
+    Args:
+        batch: E at θ.
+        moved: E at θ + ηv.
+        estimator: of ΔH.
+
+    Returns:
+        Its terms, and the weights.
+    """
+    if moved.eta == 0:
+        return Measured(None, torch.ones(len(batch), dtype=torch.float64), True, float(len(batch)))
+
+    def blocks() -> Iterator[tuple[Tokens, Bases, MovedTokens]]:
+        for (tokens, bases), there in zip(batch.read(), moved.read(), strict=True):
+            yield tokens, bases, there
+
+    totals: Mapping[Functional, WeightTotals] = {}
+    if estimator == "weighted_per_decision":
+        of_blocks = (_at_theta_prime(tokens, there) for tokens, _, there in blocks())
+        totals = _totals({f: importance.weight_totals(f, *block) for f in batch.functionals} for block in of_blocks)
+    columns, whole, logs, usable = [], [], None, True
+    for tokens, bases, there in blocks():
+        found, weights = _of_block(tokens, bases, there, estimator, totals)
+        columns.append(found)
+        whole.append(weights.sequence_N)
+        usable = usable and importance.log_weights_are_usable(weights)
+        of_block = importance.log_totals(weights, tokens.offsets_N1)
+        logs = of_block if logs is None else logs.plus(of_block)
+    assert logs is not None
+    ess_prefix = float(importance.prefix_effective_sample_sizes(logs).min()) if usable else 0.0
+    laid_out = (
+        tuple(_laid_out(of_node) for of_node in zip(*columns, strict=True))
+        if estimator == "path_integral"
+        else _laid_out(columns)
+    )
+    return Measured(laid_out, torch.cat(whole), usable, ess_prefix)
+
+
+def _of_block(
+    tokens: Tokens,
+    bases: Bases,
+    there: MovedTokens,
+    estimator: Estimator,
+    totals: Mapping[Functional, WeightTotals],
+) -> tuple[Any, PrefixWeights]:
+    if estimator == "path_integral":
+        at_nodes = [_at(tokens, node.logprobs_K, node.entropies_K, TokenPair(*node[2:])) for node in there.at_nodes]
+        of_nodes = [
+            {f: path_integral.derivative_columns(f, *of_node, base_K) for f, base_K in bases.items()}
+            for of_node in at_nodes
+        ]
+        return of_nodes, at_nodes[-1][1]
+    moved, weights = _at_theta_prime(tokens, there)
+    if estimator == "per_decision":
+        return {f: importance.per_decision_column(f, moved, weights, base_K) for f, base_K in bases.items()}, weights
+    if estimator == "weighted_per_decision":
+        return {f: importance.weighted_per_decision_column(f, moved, weights, totals[f]) for f in bases}, weights
+    return {f: ragged.sequence_sum(f.values(moved), tokens.offsets_N1) for f in bases}, weights
+
+
+def _at_theta_prime(tokens: Tokens, there: MovedTokens) -> tuple[Tokens, PrefixWeights]:
+    assert there.logprobs_K is not None and there.entropies_K is not None
+    return _at(tokens, there.logprobs_K, there.entropies_K)
+
+
+def _at(
+    tokens: Tokens, logprobs_K: Tensor, entropies_K: Tensor, along: TokenPair | None = None
+) -> tuple[Tokens, PrefixWeights]:
+    """A block under another policy, and the weights from its own to that one."""
+    weights = importance.prefix_weights(tokens.logprobs_K, logprobs_K, tokens.offsets_N1)
+    return tokens._replace(logprobs_K=logprobs_K, entropies_K=entropies_K, along=along), weights
+
+
+def _laid_out(parts: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
+    """Per-sequence columns of blocks, one after the other, for each functional."""
+    blocks = list(parts)
+
+    def joined(columns: list[Any]) -> Any:
+        if isinstance(columns[0], Tensor):
+            return torch.cat(columns)
+        return type(columns[0])(*map(torch.cat, zip(*columns, strict=True)))
+
+    return {functional: joined([block[functional] for block in blocks]) for functional in blocks[0]}
+
+
+def _totals(of_blocks: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
+    """Sums over blocks, for each functional."""
+    return reduce(lambda a, b: {functional: total.plus(b[functional]) for functional, total in a.items()}, of_blocks)
+
+
+BaseOf = Callable[[Functional, int, Tokens], Tensor]
+"""The baseline of a functional in the i-th block."""
+
+
+def _by_position(blocks: Blocks, baseline: Baseline, functionals: Sequence[Functional]) -> BaseOf:
+    def totals_of(tokens: Tokens) -> dict[Functional, baselines.TimeTotals]:
+        return {f: baselines.baseline_totals(f, tokens, baseline) for f in functionals}
+
+    totals = _totals(totals_of(block()) for block in blocks)
+    return lambda functional, _, tokens: baselines.baselines(functional, tokens, baseline, totals[functional])
+
+
+def _ridge(blocks: Blocks, clusters_N: Tensor | None, functionals: Sequence[Functional]) -> BaseOf:
+    counts = [len(block().offsets_N1) - 1 for block in blocks]
+    folds_N = ridge.folds_of(torch.arange(sum(counts)) if clusters_N is None else clusters_N)
+    folds = folds_N.split(counts)
+
+    def block_of(functional: Functional, i: int, tokens: Tokens) -> ridge.RidgeBlock:
+        returns_K = baselines.returns_to_go(functional, tokens)
+        features_KF = ridge.prefix_features(tokens.logprobs_K, tokens.entropies_K, tokens.offsets_N1)
+        weights_K = tokens.derivative.logprob_K**2
+        return ridge.RidgeBlock(returns_K, features_KF, weights_K, tokens.offsets_N1, folds[i])
+
+    def fits_of(functional: Functional) -> list[ridge.Fit]:
+        def read() -> Iterator[ridge.RidgeBlock]:
+            for i, block in enumerate(blocks):
+                yield block_of(functional, i, block())
+
+        return ridge.fit(read, int(folds_N.max()) + 1)
+
+    fits = {functional: fits_of(functional) for functional in functionals}
+    return lambda functional, i, tokens: ridge.ridge_baseline(block_of(functional, i, tokens), fits[functional])

@@ -1,0 +1,213 @@
+"""Rows of the result table, from the columns of one evaluation batch: prediction, measurement, verdict."""
+
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from entropy_core.estimates import pareto
+from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.numerics import bootstrap, importance, path_integral, uncertainty
+from entropy_core.numerics.bootstrap import BootstrapIntervals
+from entropy_core.numerics.choices import Estimator, Normalization
+from entropy_core.numerics.functional import ENTROPY, LENGTH
+from entropy_core.numerics.uncertainty import Estimate
+from entropy_core.numerics.verdicts import verdict
+
+Row = dict[str, Any]
+
+POWER_QUANTILE = uncertainty.normal_quantile(0.6)  # a change of (z + 0.84) SE is detected with probability 80 %
+
+
+class Contributions(NamedTuple):
+    """Influence of each U sequence on ∂_vH, float64 [P, G]: along the ∇H of all of E, and of each half, [2, P, G]."""
+
+    whole_PG: Tensor
+    halves_2PG: Tensor
+
+
+class Derivative(NamedTuple):
+    """∂_vH for one normalisation, everything per unit step."""
+
+    estimate: Estimate
+    of_estimator: dict[Estimator, Estimate]  # the exact derivative of each ΔH estimator at η = 0
+    local: float
+    jackknife: float
+    bootstrap: BootstrapIntervals
+    se_given_u: float
+    se_over_u: float
+    interaction: float
+    units_e: int
+    prompts_u: int
+
+
+def derivative_of(
+    batch: EvaluationBatch,
+    normalization: Normalization,
+    contributions: Contributions,
+    confidence_level: float,
+    resamples: int,
+) -> Derivative:
+    """∂_vH with its standard errors over E and over U.
+
+    Args:
+        batch: E.
+        normalization: per sequence or per token.
+        contributions: of U.
+        confidence_level: of the bootstrap intervals.
+        resamples: of the bootstrap.
+
+    Returns:
+        Everything per unit step.
+    """
+    columns = batch.columns
+    estimate = uncertainty.entropy_derivative(columns, normalization)
+    mean_length = float(columns[LENGTH].total_N.mean()) if normalization == "per_token" else 1.0
+    return Derivative(
+        estimate=estimate,
+        of_estimator={
+            "per_decision": estimate,
+            "weighted_per_decision": uncertainty.entropy_derivative(batch.weighted_columns, normalization),
+            "snis": uncertainty.snis_derivative(columns, batch.score_N, normalization),
+            "path_integral": estimate,
+        },
+        local=float(columns[ENTROPY].local_N.mean()) / mean_length,
+        jackknife=uncertainty.jackknife_standard_error(columns, normalization, batch.clusters_N),
+        bootstrap=bootstrap.intervals(columns, normalization, confidence_level, resamples, batch.clusters_N),
+        se_given_u=batch.standard_error(estimate),
+        se_over_u=uncertainty.clustered_sum_standard_error(contributions.whole_PG),
+        interaction=uncertainty.interaction_variance(contributions.whole_PG.sum(1), contributions.halves_2PG.sum(2)),
+        units_e=batch.units,
+        prompts_u=len(contributions.whole_PG),
+    )
+
+
+def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
+    """δH₁ = η·∂_vH with its standard errors and intervals.
+
+    Args:
+        derivative: of `derivative_of`.
+        eta: absolute step size.
+        confidence_level: of the intervals; t quantiles.
+
+    Returns:
+        Columns of `tables.ESTIMATES`, in nats.
+    """
+    total = uncertainty.total_standard_error(
+        derivative.se_given_u, derivative.units_e, derivative.se_over_u, derivative.prompts_u, derivative.interaction
+    )
+    delta_h1 = derivative.estimate.value * eta
+    tail = 0.5 + confidence_level / 2
+    half_total = float(student.ppf(tail, total.degrees_of_freedom)) * total.standard_error * abs(eta)
+    half_given_u = float(student.ppf(tail, derivative.units_e - 1)) * derivative.se_given_u * abs(eta)
+    ends = derivative.bootstrap
+    percentile, bca = (sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
+    return {
+        "delta_h1": delta_h1,
+        "delta_h1_local": derivative.local * eta,
+        "se_given_u": derivative.se_given_u * abs(eta),
+        "se_given_u_jackknife": derivative.jackknife * abs(eta),
+        "se_over_u": derivative.se_over_u * abs(eta),
+        "se_interaction": derivative.interaction**0.5 * abs(eta),
+        "se_total": total.standard_error * abs(eta),
+        "ci_low": delta_h1 - half_total,
+        "ci_high": delta_h1 + half_total,
+        "ci_given_u_low": delta_h1 - half_given_u,
+        "ci_given_u_high": delta_h1 + half_given_u,
+        "percentile_low": percentile[0],
+        "percentile_high": percentile[1],
+        "bca_low": bca[0],
+        "bca_high": bca[1],
+        "confidence_level": confidence_level,
+    }
+
+
+def change_of(
+    batch: EvaluationBatch, there: Measured, eta: float, estimator: Estimator, normalization: Normalization
+) -> Estimate:
+    """ΔH between θ and θ + ηv, paired on the batch.
+
+    Args:
+        batch: E at θ.
+        there: of `evaluation.measured`, by the same estimator; where nothing was moved the change is exactly 0.
+        eta: absolute step size.
+        estimator: of ΔH.
+        normalization: per sequence or per token.
+
+    Returns:
+        The estimate in nats.
+    """
+    S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
+    if there.columns is None:
+        return Estimate(0.0, torch.zeros_like(S_N))
+    if isinstance(there.columns, tuple):
+        return path_integral.entropy_change(there.columns, eta, normalization)
+    moved_S_N, moved_T_N = (there.columns[functional] for functional in (ENTROPY, LENGTH))
+    if estimator == "snis":
+        moved = uncertainty.snis_entropy(there.weights_N, moved_S_N, moved_T_N, normalization)
+    else:
+        moved = uncertainty.entropy(moved_S_N, moved_T_N, normalization)
+    return moved.minus(uncertainty.entropy(S_N, T_N, normalization))
+
+
+def measure(
+    batch: EvaluationBatch,
+    change: Estimate,
+    there: Measured,
+    derivative: Derivative,
+    eta: float,
+    estimator: Estimator,
+    noise_floor: float,
+    quantile: float,
+) -> Row:
+    """ΔH, its difference from δH₁, and what the row is worth.
+
+    Args:
+        batch: E.
+        change: ΔH, of `change_of`.
+        there: of `evaluation.measured`, which it came from.
+        derivative: of `derivative_of`.
+        eta: absolute step size.
+        estimator: of ΔH.
+        noise_floor: of ΔH, nats.
+        quantile: normal quantile of the confidence level.
+
+    Returns:
+        Columns of `tables.ESTIMATES`; the measured ones are None where weights overflowed.
+    """
+    usable = there.usable
+    ess = importance.effective_sample_size(there.weights_N) if usable else 0.0
+    prediction = derivative.estimate.scaled(eta)
+    difference = change.minus(prediction)
+    curvature = change.minus(derivative.of_estimator[estimator].scaled(eta))
+    measured = {
+        "delta_h": change.value,
+        "delta_h_se": batch.standard_error(change),
+        "curvature": curvature.value,
+        "curvature_se": batch.standard_error(curvature),
+    }
+    N = len(batch)
+    k, k_threshold = pareto.pareto_k(there.weights_N) if usable and eta else None, pareto.threshold(N)
+    word, rule = verdict(
+        eta=eta,
+        delta_h1=prediction.value,
+        noise_floor=noise_floor,
+        quantile=quantile,
+        ess_fraction=ess / N,
+        pareto_k=k,
+        pareto_k_threshold=k_threshold,
+        **measured,
+    )
+    measured |= {"paired_difference": difference.value, "paired_difference_se": batch.standard_error(difference)}
+    return {
+        **(measured if usable else dict.fromkeys(measured)),  # overflowed weights measure nothing: null
+        "minimum_detectable": (quantile + POWER_QUANTILE) * measured["delta_h_se"] + noise_floor if usable else None,
+        "ess": ess,
+        "ess_fraction": ess / N,
+        "ess_prefix": there.ess_prefix,
+        "pareto_k": k,
+        "pareto_k_threshold": k_threshold,
+        "verdict": word,
+        "rule": rule,
+    }

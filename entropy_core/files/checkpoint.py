@@ -1,0 +1,169 @@
+"""The files of a checkpoint directory: which ones count, and digests of what they contain.
+
+    find_checkpoints    glob patterns → directories, by step
+    checkpoint_digest   one digest of every file that a result depends on
+    weights_digest      one digest of the files that the policy depends on
+    tokenizer_digest    one digest of the files that the tokenizer is made of
+
+Which files make a checkpoint is said in `checkpoints.layout`. `training_args.bin` is an executable pickle and is never
+opened.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from entropy_core.errors import CheckpointError, one_line
+from entropy_core.files.digests import file_digest
+
+SAVE_AGAIN = "save the checkpoint again, or probe another one"
+
+TRAINER_FILES = ("optimizer.pt", "optimizer_param_names.json", "trainer_state.json", "training_info.json")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "generation_config.json")
+BYSTANDERS = (
+    *("training_args.bin", "rng_state*", "random_states_*", "scheduler.pt", "scaler.pt"),  # to resume a training
+    *("events.out.tfevents.*", "*.log", "*_results.json", "latest", "zero_to_fp32.py"),  # beside it
+    *("*.bin", "*.bin.index.json", "*.pkl", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"),  # never read
+    *("README*", "*.md", "LICENSE*", "NOTICE*", "*.png", "*.html", "*.py", ".*", "*~", "*.tmp", "*.lock"),  # for people
+)
+"""Files on which no result depends. All others count, for a tokenizer may be made of files of any name."""
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
+    """The directories that the patterns match, each once.
+
+    Args:
+        patterns: directories or glob patterns (`**` included), absolute or relative to the working directory.
+
+    Returns:
+        The directories, by the trailing integer of their name (100 after 20; names without one last), then by path.
+
+    Raises:
+        CheckpointError: a pattern matches no directory.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        path = os.path.expanduser(pattern)
+        matches = [path] if os.path.isdir(path) else [m for m in glob.glob(path, recursive=True) if os.path.isdir(m)]
+        if not matches:
+            raise CheckpointError(
+                f"No directory matches {pattern!r} (working directory {os.getcwd()})",
+                way_out="correct the pattern; a run's checkpoints are usually RUN/checkpoint-*",
+            )
+        for match in sorted(matches):
+            found.setdefault(Path(match).resolve(), Path(match))
+
+    def by_step(path: Path) -> tuple[float, str]:
+        digits = re.search(r"\d+$", path.resolve().name)
+        return (int(digits[0]) if digits else math.inf), str(path)
+
+    return sorted(found.values(), key=by_step)
+
+
+def require_directory(directory: Path) -> None:
+    """Refuse a path that is no directory."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"There is no directory {directory} (working directory {os.getcwd()})",
+            way_out="give the path of a checkpoint directory, usually RUN/checkpoint-STEP",
+        )
+
+
+def model_directory(directory: Path) -> Path:
+    """Where the weights of a checkpoint lie: in the directory itself, or else in its `model/`."""
+    has = {path.name for path in directory.iterdir()}
+    own = has & {"config.json", "adapter_config.json"}
+    return directory if own or not (directory / "model").is_dir() else directory / "model"
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]:
+    """Content digests of the files that a result may depend on: all but the known bystanders.
+
+    Args:
+        directory: a checkpoint directory.
+        besides: patterns of further files that do not count.
+
+    Returns:
+        File name → SHA-256 in hexadecimal, sorted by name.
+
+    Raises:
+        CheckpointError: there is no such directory, or a file cannot be read.
+    """
+    directory = Path(directory)
+    require_directory(directory)
+    candidates = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
+    names = sorted(path.relative_to(directory).as_posix() for path in candidates if path.is_file())
+    digests = {}
+    for name in names:
+        if not any(fnmatch(name, pattern) for pattern in (*BYSTANDERS, *besides)):
+            try:
+                digests[name] = file_digest(directory / name)
+            except OSError as error:
+                fact = f"{directory / name} cannot be read: {one_line(error)}"
+                raise CheckpointError(fact, way_out=SAVE_AGAIN) from error
+    return digests
+
+
+def checkpoint_digest(directory: Path) -> str:
+    """One digest of all files that a result depends on, wherever the directory lies; a base model counts by itself.
+
+    Args:
+        directory: a checkpoint directory.
+
+    Returns:
+        The SHA-256 of the canonical JSON of `file_digests`, those of `model/` included where the model lies there.
+
+    Raises:
+        CheckpointError: as `file_digests` does.
+    """
+    directory = Path(directory)
+    digests = file_digests(directory)
+    model = model_directory(directory)
+    if model != directory:
+        digests |= {f"model/{name}": digest for name, digest in file_digests(model, TRAINER_FILES).items()}
+    return _sha256(digests)
+
+
+def weights_digest(directory: Path) -> str:
+    """One digest of the files that may determine the policy: not `optimizer.pt`, which is not read, nor the step.
+
+    Args:
+        directory: of a model or of an adapter.
+
+    Returns:
+        The SHA-256 of the canonical JSON of the digests of these files.
+
+    Raises:
+        CheckpointError: as `file_digests` does.
+    """
+    return _sha256(file_digests(directory, TRAINER_FILES))
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """One digest of the files that the tokenizer may be made of: the checkpoints of a run have the same.
+
+    Args:
+        directory: a checkpoint directory.
+
+    Returns:
+        The SHA-256 of the canonical JSON of the digests of these files.
+
+    Raises:
+        CheckpointError: as `file_digests` does.
+    """
+    return _sha256(file_digests(directory, (*TRAINER_FILES, *WEIGHT_FILES)))
+
+
+def _sha256(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,290 @@
+"""All that needs the policy of one checkpoint, in order; what comes out are the inputs of the variance stage.
+
+What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.files import functions as user_functions
+from entropy_core.files.checkpoint import weights_digest
+from entropy_core.files.sources import content_digest
+from entropy_core.losses import functions as user_losses
+from entropy_core.pipeline import catalogue as stage
+from entropy_core.pipeline.preflight import CheckpointToProbe, encoding, splits
+from entropy_core.prompts import pools as prompts
+from entropy_core.rewards import functions as rewards
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage
+
+Inputs = dict[str, Any]
+
+NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
+"""Ways to round, and on how many sequences: enough for the size of the noise, and less work than one step size."""
+CALIBRATION_SEQUENCES = 64
+"""On which a central difference is compared with forward mode."""
+
+
+class Runner(Protocol):
+    """Runs a stage, or finds its result."""
+
+    def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        """The artifact of this stage for these inputs; `label` is for people."""
+
+
+def source_of(config: ProbeConfig) -> Path | None:
+    """The file or folder behind the prompts; None for a pool that is code."""
+    batch = config.batch_config
+    return prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
+
+
+def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> Artifact:
+    """The prompts of a split.
+
+    Args:
+        config: names the dataset.
+        split: of it.
+        tokenizer: digest of its files.
+        run: runs a stage.
+
+    Returns:
+        Artifact of load-prompts.
+    """
+    batch, source = config.batch_config, source_of(config)
+    inputs = {
+        "dataset_name": "" if batch.dataset_name.endswith(prompts.SUFFIXES) else batch.dataset_name,
+        "options": batch.dataset_options,
+        "split": split,
+        "prompt_column": batch.prompt_column,
+        "source": content_digest(source) if source else "",  # a file counts by its content, wherever it lies
+        "revision": prompts.revision(source) if source else "",
+        "library": prompts.library(batch.dataset_name),
+        "tokenizer": tokenizer,
+        "encoding": encoding(config),
+    }
+    return run(stage.LOAD_PROMPTS, inputs, f"{Path(batch.dataset_name).name} {split}")
+
+
+def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Runner) -> Artifact:
+    """The optimizer's state of a checkpoint, all of it read once and sound.
+
+    Args:
+        config: may say another learning rate, or a fresh optimizer.
+        checkpoint: of `preflight`.
+        run: runs a stage.
+
+    Returns:
+        Artifact of load-checkpoint.
+    """
+    inputs = {
+        "checkpoint": checkpoint.digest,
+        "base": checkpoint.base,
+        "learning_rate": config.update.learning_rate,
+        "optimizer_state": config.update.optimizer_state,
+    }
+    return run(stage.LOAD_CHECKPOINT, inputs, checkpoint.name)
+
+
+def keep(artifact: Artifact) -> None:
+    """Leave the vectors of an artifact where they are."""
+
+
+class Measurement:
+    """The stages of one checkpoint that need its policy.
+
+    Args:
+        config: what to do.
+        checkpoint: of `preflight`.
+        optimizer: artifact of load-checkpoint.
+        pools: split → artifact of load-prompts.
+        run: runs a stage.
+        release: told of an artifact when no stage will open its vectors any more.
+    """
+
+    def __init__(
+        self,
+        config: ProbeConfig,
+        checkpoint: CheckpointToProbe,
+        optimizer: Artifact,
+        pools: Mapping[str, Artifact],
+        run: Runner,
+        release: Callable[[Artifact], None] = keep,
+    ) -> None:
+        self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
+        self.run, self.release = run, release
+        self.e_pool, self.u_pool = (pools[split] for split in splits(config))
+        self.law = {
+            "weights": checkpoint.weights,
+            "base": checkpoint.base,
+            "dtype": config.policy.dtype,
+            "attn_implementation": config.policy.attn_implementation,
+            "temperature": config.generation.temperature,
+        }
+        batch = config.batch_config
+        self.replacement = batch.E_sampling_mode == "replacement"
+        self.together = 1 if self.replacement else batch.G  # responses of E that are not independent of each other
+        self.e_total = batch.E_total_sequences if self.replacement else batch.B_E_values[0] * batch.G
+
+    def variance_inputs(self) -> Inputs:
+        """Everything that the variance stage is given, but for its own settings."""
+        batch, law = self.config.batch_config, self.law
+        e_batch, scores = self._sample_e(batch.E_batch_seed, "")
+        u_batch = self._sample_u()
+        scores_u = self._score(stage.SCORE_U, law, u_batch)
+        update = self._update(u_batch, scores_u)
+        calibration = self._calibration(e_batch, update)
+        half_width = calibration.summary["half_width"] if calibration else 0.0
+
+        def along_v(batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
+            shared = {"law": law, "update": update, "half_width": half_width}
+            return self._over_shards(stage.FIRST_ORDER_E, [shared | {"sequences": b} for b in batches], suffix)
+
+        first_order_e = along_v(e_batch)
+        gradient = self._once(
+            stage.ENTROPY_GRADIENT,
+            {"law": law, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
+        )
+        first_order_u = self._once(
+            stage.FIRST_ORDER_U,
+            {
+                "law": law,
+                "sequences": u_batch,
+                "checkpoint": self.optimizer,
+                "update": update,
+                "gradient": gradient,
+            },
+        )
+        self.release(gradient)
+        learning_rate = self.optimizer.summary["learning_rate"]
+        moved = self._moved(e_batch, update, learning_rate)
+        replicates = []
+        for i in range(1, batch.E_replicates):
+            seed, suffix = batch.E_batch_seed + i, f" · replicate {i + 1}/{batch.E_replicates}"
+            e_again, scores_again = self._sample_e(seed, suffix)
+            replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
+        self.release(update)
+        return {
+            "learning_rate": learning_rate,
+            "seed": batch.E_batch_seed,
+            "scores": scores,
+            "rescores": self._rescored(e_batch),
+            "first_order_e": first_order_e,
+            "first_order_u": first_order_u,
+            "update": update,
+            "scores_u": scores_u,
+            "discriminators_u": self._once(stage.DISCRIMINATE_U, {"law": law, "sequences": u_batch}),
+            "calibration": calibration,
+            "moved": moved,
+            "replicates": replicates,
+            "estimators": self.config.importance.estimators,
+        }
+
+    def _once(self, what: Stage, inputs: Inputs, suffix: str = "") -> Artifact:
+        return self.run(what, inputs, self.checkpoint.name + suffix)
+
+    def _over_shards(self, what: Stage, inputs: Sequence[Inputs], suffix: str = "") -> list[Artifact]:
+        count = len(inputs)
+        return [self._once(what, of_one, f"{suffix} · shard {i}/{count}") for i, of_one in enumerate(inputs, 1)]
+
+    def _sample(self, what: Stage, total: int, inputs: Inputs, suffix: str = "") -> list[Artifact]:
+        size = self.config.execution.shard_size
+        shared = inputs | {
+            "law": self.law,
+            "max_new_tokens": self.config.generation.max_new_tokens,
+            "stop_strings": self.config.generation.stop_strings,
+        }
+        parts = [{"first": first, "count": min(size, total - first)} for first in range(0, total, size)]
+        return self._over_shards(what, [shared | part for part in parts], suffix)
+
+    def _sample_e(self, seed: int, suffix: str) -> tuple[list[Artifact], list[Artifact]]:
+        """An E batch and its scores."""
+        inputs = {
+            "prompts": self.e_pool,
+            "batch": "E",
+            "mode": self.config.batch_config.E_sampling_mode,
+            "responses_per_prompt": self.together,
+            "seed": seed,
+        }
+        e_batch = self._sample(stage.SAMPLE_E, self.e_total, inputs, suffix)
+        return e_batch, self._score(stage.SCORE_E, self.law, e_batch, suffix)
+
+    def _sample_u(self) -> list[Artifact]:
+        batch = self.config.batch_config
+        inputs = {
+            "prompts": self.u_pool,
+            "batch": "U",
+            "mode": "distinct",
+            "responses_per_prompt": batch.G,
+            "seed": batch.U_batch_seed,
+        }
+        return self._sample(stage.SAMPLE_U, batch.B_U * batch.G, inputs)
+
+    def _score(self, what: Stage, law: Inputs, batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
+        return self._over_shards(what, [{"law": law, "sequences": sequences} for sequences in batches], suffix)
+
+    def _first(self, e_batch: Sequence[Artifact], sequences: int) -> Inputs:
+        """The shards of E that hold its first sequences, and how many they are."""
+        shards = e_batch[: -(-sequences // self.config.execution.shard_size)]
+        return {"law": self.law, "sequences": shards, "count": min(sequences, self.e_total)}
+
+    def _rescored(self, e_batch: Sequence[Artifact]) -> list[Artifact]:
+        first = self._first(e_batch, NOISE_SEQUENCES)
+        draws = range(NOISE_DRAWS)
+        return [self._once(stage.RESCORE_E, first | {"draw": d}, f" · draw {d + 1}/{NOISE_DRAWS}") for d in draws]
+
+    def _calibration(self, e_batch: Sequence[Artifact], update: Artifact) -> Artifact | None:
+        if self.config.policy.derivative == "forward_mode":
+            return None
+        return self._once(stage.CALIBRATE, self._first(e_batch, CALIBRATION_SEQUENCES) | {"update": update})
+
+    def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
+        update, reference = self.config.update, []
+        file, file_of_loss = rewards.source_file(update.reward), user_losses.source_file(update.loss)
+        rewarded = {
+            "sequences": u_batch,
+            "prompts": self.u_pool,
+            "reward_name": user_functions.without_folder(update.reward),
+            "source": content_digest(file) if file else "",
+            "library": rewards.library(update.reward),
+        }
+        if update.kl_beta:
+            weights = weights_digest(Path(update.reference)) if update.reference else self.checkpoint.base
+            of_reference = self.law | {"weights": weights, "base": ""}
+            reference = self._score(stage.SCORE_REFERENCE, of_reference, u_batch)
+        inputs = {
+            "law": self.law,
+            "checkpoint": self.optimizer,
+            "sequences": u_batch,
+            "rewards": self._once(stage.REWARD_U, rewarded),
+            "scores": scores_u,
+            "reference": reference,
+            "kl_beta": update.kl_beta,
+            "responses_per_prompt": self.config.batch_config.G,
+            "loss": user_functions.without_folder(update.loss),
+            "loss_source": content_digest(file_of_loss) if file_of_loss else "",
+            "scale_rewards": update.scale_rewards,
+            "max_new_tokens": self.config.generation.max_new_tokens,
+            "max_grad_norm": update.max_grad_norm,
+        }
+        return self._once(stage.COMPUTE_UPDATE, inputs)
+
+    def _moved(self, e_batch: Sequence[Artifact], update: Artifact, learning_rate: float) -> list[Inputs]:
+        """The passes at every step size; at 0 the answer is known."""
+        asked = self.config.importance
+        unit = learning_rate if asked.eta_unit == "learning_rate" else 1.0
+        passes = {
+            "shards": stage.IMPORTANCE if set(asked.estimators) - {"path_integral"} else None,
+            "path": stage.PATH_INTEGRAL if "path_integral" in asked.estimators else None,
+        }
+        moved = []
+        for multiple in asked.etas:
+            eta, step = multiple * unit, f" · η={multiple:g}{' lr' if asked.eta_unit == 'learning_rate' else ''}"
+            shared = {"law": self.law, "update": update, "eta": eta}
+            there = [shared | {"sequences": sequences} for sequences in e_batch]
+            found = {
+                name: self._over_shards(what, there, step) if what and eta else [] for name, what in passes.items()
+            }
+            moved.append({"eta": eta, **found})
+        return moved

@@ -1,0 +1,67 @@
+"""A stage that runs out of memory is run again with half the micro-batches; no key and no result depends on them."""
+
+import gc
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from entropy_core.errors import MemoryShortageError, one_line
+from entropy_core.execution import Execution
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Stage, Store
+
+log = logging.getLogger("entropy_probe.stages")
+
+_SAID_BY_TORCH = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
+
+def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mapping[str, Any]) -> Artifact:
+    """Do what `Store.run` does, and after a want of memory again with half the micro-batches.
+
+    Args:
+        store: where artifacts are.
+        stage: what to run.
+        execution: an `Execution`, which remembers what was small enough for the stage; with anything else, nothing is
+            tried again.
+        inputs: of the stage.
+
+    Returns:
+        The artifact.
+
+    Raises:
+        MemoryShortageError: single sequences do not fit, either.
+    """
+    if isinstance(execution, Execution):
+        execution = execution.within_memory.get(stage.name, execution)
+    while True:
+        try:
+            return store.run(stage, execution, inputs)
+        except (MemoryError, RuntimeError) as error:  # torch's own error is a RuntimeError
+            if not (isinstance(execution, Execution) and _is_shortage(error)):
+                raise
+            said = one_line(error)
+        # Here the error is gone, and with it the frames that held the tensors.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if max(execution.gen_batch_size, execution.tf_batch_size) == 1:
+            raise MemoryShortageError(
+                f"stage {stage.name} runs out of memory even with one sequence at a time: {said}",
+                cause="another process uses the device, or the model and one sequence are too large for it",
+                way_out="free the device, or lower generation.max_new_tokens or execution.head_chunk_megabytes",
+            )
+        execution = execution.within_memory[stage.name] = execution.halved()
+        log.warning(
+            "%s ran out of memory (%s) and is run again with %d sequences generated and %d scored at a time",
+            stage.name,
+            said,
+            execution.gen_batch_size,
+            execution.tf_batch_size,
+        )
+
+
+def _is_shortage(error: Exception) -> bool:
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(words in str(error) for words in _SAID_BY_TORCH)

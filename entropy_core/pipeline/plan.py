@@ -1,0 +1,104 @@
+"""What a sweep would compute, why, and what that takes, found by going through it without computing anything."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.pipeline.measure import Inputs
+from entropy_core.pipeline.preflight import CheckpointToProbe
+from entropy_core.pipeline.sweep import Promised, go_through
+from entropy_core.store import vectors
+from entropy_core.store.artifact import Artifact, upstream
+from entropy_core.store.explain import nearest, recipe
+from entropy_core.store.store import Stage, Store
+
+
+class Step(NamedTuple):
+    """One run of a stage in a sweep."""
+
+    stage: str
+    label: str
+    cached: bool
+    reasons: tuple[str, ...]  # why it is not cached
+
+
+def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> list[Step]:
+    """Say of every run of a stage whether it is cached, and why not.
+
+    Args:
+        config: what to do.
+        checkpoints: of `preflight`.
+        store: where artifacts are; is only read, and data files are not verified.
+
+    Returns:
+        The steps in the order of the sweep.
+    """
+    steps: list[Step] = []
+    step_of: dict[Artifact, int] = {}  # a cached artifact → its place among the steps
+
+    def look(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        awaited = dict.fromkeys(one["stage"] for one in upstream(inputs) if not one["digest"])
+        key = "" if awaited else store.key(stage, inputs)
+        manifest = store.manifest(stage.name, key) if key else {}
+        reasons = [f"{', '.join(awaited)} would run"] if awaited else []
+        if key and not manifest:
+            reasons = _reasons(store, stage, key, inputs)
+        for name in () if manifest else stage.vectors:  # see `VectorKeeper`
+            if inputs[name] in step_of and not vectors.present(inputs[name]):
+                index, why = step_of.pop(inputs[name]), f"its vectors are not in the store, and {stage.name} would run"
+                steps[index] = steps[index]._replace(cached=False, reasons=(why,))
+        steps.append(Step(stage.name, label, bool(manifest), tuple(reasons)))
+        if not manifest:
+            return Promised(stage.name, "", "", Path())
+        artifact = Artifact(stage.name, key, manifest["digest"], store.root)
+        step_of[artifact] = len(steps) - 1
+        return artifact
+
+    go_through(config, checkpoints, look)
+    return steps
+
+
+class Cost(NamedTuple):
+    """What one run of a stage takes."""
+
+    seconds: float
+    bytes: float
+
+
+def typical_costs(store: Store) -> dict[str, Cost]:
+    """Medians over the artifacts of each stage that are in the store, by stage."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for artifact in store.ls():
+        manifest = artifact.manifest
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        found.setdefault(artifact.stage, []).append((manifest["wall_seconds"], size))
+    return {stage: Cost(*map(median, zip(*of_stage, strict=True))) for stage, of_stage in found.items()}
+
+
+def _reasons(store: Store, stage: Stage, key: str, inputs: Inputs) -> list[str]:
+    if (store.root / stage.name / key).exists():
+        return [f"{stage.name}/{key} is there, but unsound"]
+    found = nearest(store, recipe(stage, inputs))
+    return list(map(str, found[1])) if found else ["it was never computed in this store"]
+
+
+def summarize(steps: Iterable[Step]) -> list[str]:
+    """Lines for a reader: per stage how many are cached and how many would run, and each reason once."""
+    by_stage: dict[str, list[Step]] = {}
+    for step in steps:
+        by_stage.setdefault(step.stage, []).append(step)
+    lines = []
+    for stage, of_stage in by_stage.items():
+        cached = sum(step.cached for step in of_stage)
+        lines.append(f"{stage:20} {cached:5} cached {len(of_stage) - cached:5} would run")
+        reasons = list(dict.fromkeys(reason for step in of_stage for reason in step.reasons))
+        lines += [f"    {reason}" for reason in reasons[:MOST]]
+        if len(reasons) > MOST:
+            lines.append(f"    and {len(reasons) - MOST} more reasons")
+    return lines
+
+
+MOST = 8
+"""Reasons that are listed per stage."""

@@ -1,0 +1,225 @@
+"""What can be refused before any expensive work starts is refused here."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from entropy_core.checkpoints.architecture import read_architecture
+from entropy_core.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from entropy_core.checkpoints.content import read_json
+from entropy_core.checkpoints.layout import Layout, find_layout
+from entropy_core.checkpoints.tokenizer import load_tokenizer, tokenizer_directory
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.errors import CheckpointError, ConfigError
+from entropy_core.files.checkpoint import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
+from entropy_core.files.digests import file_digest
+from entropy_core.losses import functions as user_losses
+from entropy_core.numerics import philox
+from entropy_core.numerics.philox import Purpose
+from entropy_core.prompts import pools as prompts
+from entropy_core.prompts.pools import Pool
+from entropy_core.prompts.tokens import encode
+from entropy_core.rewards import functions as rewards
+
+log = logging.getLogger("entropy_probe.preflight")
+
+
+@dataclass(frozen=True)
+class CheckpointToProbe:
+    """A checkpoint that can be probed.
+
+    Args:
+        directory: where it is.
+        name: of the directory, unique in the sweep.
+        step: of the trainer.
+        digest: of all files that a result depends on.
+        weights: of those that the policy depends on.
+        base: of those of the base model under an adapter; empty for a full model.
+        tokenizer: of those that the tokenizer is made of.
+        paths: of each of these digests.
+        assumptions: what the files do not say.
+    """
+
+    directory: Path
+    name: str
+    step: int
+    digest: str
+    weights: str
+    base: str
+    tokenizer: str
+    paths: Mapping[str, Path]
+    assumptions: tuple[str, ...]
+
+
+def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
+    """Check everything that the configuration names; loads no weights and samples nothing.
+
+    Args:
+        config: what is asked for.
+
+    Returns:
+        The checkpoints, by step.
+
+    Raises:
+        ProbeError: something is missing, broken or too small; says what to do.
+    """
+    batch = config.batch_config
+    user_losses.check_loss(config.update.loss, config.update.kl_beta, config.generation.max_new_tokens)
+    located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
+    pools = {
+        split: prompts.load_pool(batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options)
+        for split in dict.fromkeys(splits(config))
+    }
+    if not batch.max_prompt_length:
+        _check_batches(config, pools)
+    longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
+    directories = find_checkpoints(config.checkpoints)
+    found = []
+    for directory, name in zip(directories, _unique_names(directories), strict=True):
+        fresh, base_model = config.update.optimizer_state == "fresh", config.policy.base_model
+        checkpoint = read_checkpoint(directory, config.update.learning_rate or None, base_model, fresh)
+        layout = checkpoint.layout
+        digest, weights = checkpoint_digest(directory), weights_digest(layout.model)
+        base = weights_digest(layout.base) if layout.base else ""
+        home = tokenizer_directory(layout.model, layout.base)
+        tokenizer = tokenizer_digest(home)
+        paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
+        paths |= {base: layout.base} if layout.base else {}
+        paths |= {file_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
+        found.append(
+            CheckpointToProbe(
+                directory=directory.resolve(),
+                name=name,
+                step=checkpoint.step,
+                digest=digest,
+                weights=weights,
+                base=base,
+                tokenizer=tokenizer,
+                paths={digest: path.resolve() for digest, path in paths.items()},
+                assumptions=checkpoint.assumptions,
+            )
+        )
+        if tokenizer not in longest:
+            longest[tokenizer] = _longest_prompt(config, pools, home)
+        _check_positions(checkpoint, longest[tokenizer], config.generation.max_new_tokens)
+        if config.update.kl_beta:
+            _check_reference(config.update.reference, layout, name)
+    if config.policy.base_model and not any(checkpoint.base for checkpoint in found):
+        raise ConfigError(
+            f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter",
+            way_out="leave it out, or give the directories of adapters",
+        )
+    return found
+
+
+def _check_reference(reference: str, layout: Layout, name: str) -> None:
+    """Refuse a KL term to a policy that is missing, cannot be loaded, or has other tokens."""
+    if not reference:
+        if layout.base is None:
+            raise ConfigError(
+                f"update.kl_beta is set, and {name} is no adapter, whose base would be the reference policy",
+                way_out="set update.reference to the directory that training started from",
+            )
+        return
+    other = find_layout(Path(reference), fresh=True)
+    read_architecture(other)
+    theirs, ours = (read_json(of.architecture / "config.json").get("vocab_size") for of in (other, layout))
+    if theirs != ours:
+        raise CheckpointError(
+            f"the reference policy {reference} has {theirs} tokens, and {name} has {ours}",
+            cause="it is not what training started from",
+            way_out="correct update.reference",
+        )
+
+
+def encoding(config: ProbeConfig) -> dict[str, Any]:
+    """How prompts become tokens, see `prompts.tokens.encode`."""
+    batch = config.batch_config
+    return {
+        "add_special_tokens": batch.add_special_tokens,
+        "apply_chat_template": batch.apply_chat_template,
+        "system_prompt": batch.system_prompt,
+        "max_prompt_length": batch.max_prompt_length,
+    }
+
+
+def splits(config: ProbeConfig) -> tuple[str, str]:
+    """The splits that E and U draw from."""
+    batch = config.batch_config
+    return batch.E_split or batch.split, batch.U_split or batch.split
+
+
+def _unique_names(directories: Sequence[Path]) -> list[str]:
+    """The last part of each path, with as many parents as it takes to tell it from the others."""
+    paths = [directory.resolve().parts for directory in directories]
+
+    def name(parts: tuple[str, ...]) -> str:
+        length = 1
+        while sum(other[-length:] == parts[-length:] for other in paths) > 1:
+            length += 1
+        return "/".join(parts[-length:])
+
+    return [name(parts) for parts in paths]
+
+
+def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
+    """Check the pools and the reward."""
+    batch = config.batch_config
+    e_split, u_split = splits(config)
+    e_pool, u_pool = pools[e_split].table, pools[u_split].table
+    _check_size("B_U", batch.B_U, u_pool, u_split)
+    prompts_e = e_pool.num_rows
+    if batch.E_sampling_mode == "distinct":
+        prompts_e = batch.B_E_values[0]
+        _check_size("B_E_values", prompts_e, e_pool, e_split)
+    if config.units_of_e == "prompt" and prompts_e < 2:
+        raise ConfigError(
+            "prompts are the independent units of E, and there is one: a standard error needs two",
+            cause="B_E_values of 1 in distinct mode, or variance.cluster: prompt with a pool of one prompt",
+            way_out="take more prompts, or E_sampling_mode: replacement with variance.cluster: auto",
+        )
+    # One call on empty responses: a reward that cannot be called on U is found before the sampling, not after.
+    drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
+    columns = {name: drawn[name].to_pylist() for name in drawn.column_names if name != "prompt"}
+    rewards.compute_rewards(config.update.reward, drawn["prompt"].to_pylist(), [""] * batch.B_U, columns)
+
+
+def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
+    if wanted > pool.num_rows:
+        raise ConfigError(
+            f"batch_config.{key} asks for {wanted} distinct prompts, but split {split!r} has {pool.num_rows}",
+            way_out=f"set {key} to at most {pool.num_rows}, or use a larger pool",
+        )
+
+
+def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: Path) -> int:
+    """The number of tokens of the longest prompt that is kept, from the checkpoint's own tokenizer."""
+    tokenizer, kept, longest = load_tokenizer(directory), {}, 0
+    for split, pool in pools.items():
+        kept[split], token_ids = encode(pool, tokenizer, **encoding(config))
+        longest = max(longest, *map(len, token_ids))
+        for note in kept[split].notes:
+            log.warning("split %s: %s", split, note)
+    if config.batch_config.max_prompt_length:
+        _check_batches(config, kept)
+    return longest
+
+
+def _check_positions(checkpoint: Checkpoint, longest: int, max_new_tokens: int) -> None:
+    """Refuse sequences that run over a learned table of positions, in which every forward pass would fail."""
+    tables = [
+        shape[0]
+        for name, shape in checkpoint.model_shapes.items()
+        if len(shape) == 2 and re.search(r"(^|\.)(wpe|embed_positions|position_embeddings)\.weight$", name)
+    ]
+    if tables and longest + max_new_tokens > min(tables):
+        raise ConfigError(
+            f"prompts of up to {longest} tokens and max_new_tokens of {max_new_tokens} do not fit into the "
+            f"{min(tables)} positions of {checkpoint.layout.directory}",
+            way_out=f"set generation.max_new_tokens to at most {min(tables) - longest}, or use shorter prompts",
+        )

@@ -1,0 +1,303 @@
+"""The stages in order: one sweep over checkpoints, and the statistics of a recorded sweep again.
+
+What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Without Prefect it is `direct_runner`.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from entropy_core.config import plain_yaml
+from entropy_core.config.read import parse_config
+from entropy_core.config.schema import ProbeConfig, VarianceRequest
+from entropy_core.errors import StoreError
+from entropy_core.execution import Execution
+from entropy_core.files.checkpoint import weights_digest
+from entropy_core.files.sources import Sources, content_digest
+from entropy_core.losses import functions as user_losses
+from entropy_core.pipeline import catalogue as stage
+from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
+from entropy_core.pipeline.measure import Inputs, Measurement, Runner, keep, load_checkpoint, load_pool, source_of
+from entropy_core.pipeline.memory import run_within_memory
+from entropy_core.pipeline.preflight import CheckpointToProbe, splits
+from entropy_core.pipeline.repairs import with_repairs
+from entropy_core.rewards import functions as rewards
+from entropy_core.store import runs
+from entropy_core.store.artifact import Artifact, artifacts_in, upstream
+from entropy_core.store.manifest import recipe_key
+from entropy_core.store.relatives import Relatives
+from entropy_core.store.store import Stage, Store, recipe_of
+
+log = logging.getLogger("entropy_probe.pipeline")
+
+RECORD_FORMAT = 2
+"""Of run.json: raised when the inputs of the variance stage change."""
+
+
+def direct_runner(store: Store, execution: Execution) -> Runner:
+    """A runner that calls the stages in this process."""
+
+    def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        return run_within_memory(store, stage, execution, inputs)
+
+    return run
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep leaves: its report, and the folder with copies of the files people open."""
+
+    run_id: str
+    run_directory: Path
+    report: Artifact
+
+
+def execution_for(
+    config: ProbeConfig,
+    checkpoints: Sequence[CheckpointToProbe],
+    progress: Callable[[int, int], None] = Execution.progress,
+) -> Execution:
+    """The execution settings of a sweep."""
+    paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
+    if config.update.reference:
+        reference = Path(config.update.reference).resolve()
+        paths.setdefault(weights_digest(reference), reference)
+    of_functions = rewards.source_file(config.update.reward), user_losses.source_file(config.update.loss)
+    for file in (source_of(config), *of_functions):
+        if file is not None:
+            paths[content_digest(file)] = file
+    return Execution(
+        paths=paths,
+        device=config.execution.device,
+        gen_batch_size=config.generation.gen_batch_size,
+        tf_batch_size=config.generation.tf_batch_size,
+        head_chunk_megabytes=config.execution.head_chunk_megabytes,
+        progress=progress,
+    )
+
+
+def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store, run: Runner) -> SweepResult:
+    """Probe every checkpoint and report.
+
+    Args:
+        config: what to do.
+        checkpoints: of `preflight`.
+        store: where artifacts are.
+        run: runs a stage.
+
+    Returns:
+        The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
+    """
+
+    def work() -> SweepResult:
+        keeper = VectorKeeper(store, run, config.execution.keep_vectors)
+        recorded = _measured(config, checkpoints, keeper, keeper.release)
+        return _record(recorded, _reported(recorded, config, run), config, store)
+
+    with store.in_use():
+        if config.execution.library_versions == "same":
+            _require_same_versions(config, checkpoints, store)
+        return with_repairs(store, work)
+
+
+def go_through(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> None:
+    """Ask for every stage of a sweep, in order, and record nothing; `run` may return what is `Promised`."""
+    _reported(_measured(config, checkpoints, run), config, run)
+
+
+class Promised(Artifact):
+    """What stands for an artifact in a sweep that is only gone through."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Values that lead through every stage; they are in no key, as what depends on them is promised, too."""
+        return {"learning_rate": 1.0, "half_width": 1.0, "notes": []}
+
+
+def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult:
+    """The statistics of a recorded sweep with other settings, from cached columns alone.
+
+    Args:
+        request: which run, and the settings.
+        store: where artifacts are.
+        run: runs a stage.
+
+    Returns:
+        As `sweep`.
+
+    Raises:
+        StoreError: there is no such run, or an artifact that it needs is gone; names it.
+        ConfigError: the run was recorded by a version with other settings.
+    """
+    directory = runs.find(store.root, request.run)
+    with runs.understood(directory / runs.RECORD) as record:
+        found = record.get("format")
+    if found != RECORD_FORMAT:
+        raise StoreError(
+            f"run {directory.name} was recorded in format {found}, and this is {RECORD_FORMAT}",
+            cause="another version of entropy-probe recorded it",
+            way_out=f"`entropy-probe sweep {directory / 'config.yaml'}`: what is cached is reused",
+        )
+    config = parse_config(record["config"], str(directory / runs.RECORD))
+    config = config.model_copy(update={"variance": request.applied_to(config.variance)})
+    with runs.understood(directory / runs.RECORD) as record:
+        recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
+        for entry in recorded:
+            signature(stage.VARIANCE.function).bind(None, None, **entry["inputs"], **_chosen(config))
+            _ = entry["checkpoint"], entry["step"], [*entry["notes"]]
+
+    def work() -> SweepResult:
+        for entry in recorded:
+            for artifact in artifacts_in(entry["inputs"]):
+                if store.find(artifact.stage, artifact.key) is None:
+                    raise StoreError(
+                        f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
+                        cause="it was deleted, or the store was moved without it",
+                        way_out=f"make it again: `entropy-probe sweep {directory / 'config.yaml'}`",
+                    )
+        return _record(recorded, _reported(recorded, config, run), config, store)
+
+    with store.in_use():
+        return with_repairs(store, work)
+
+
+def _require_same_versions(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> None:
+    """Refuse to go on with a sweep whose results so far were made with other releases of the libraries."""
+    relatives = Relatives(store)
+    others: dict[str, tuple[str, str]] = {}
+
+    def look(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        if not all(one["digest"] for one in upstream(inputs)):
+            return Promised(stage.name, "", "", Path())
+        recipe = recipe_of(stage, inputs)
+        if manifest := store.manifest(stage.name, recipe_key(recipe)):
+            return Artifact(stage.name, manifest["key"], manifest["digest"], store.root)
+        for made in relatives.of(recipe):
+            if made["code"] == recipe["code"]:
+                then, now = made["libraries"], recipe["libraries"]
+                others.update({name: (then.get(name, ""), now[name]) for name in now if then.get(name) != now[name]})
+        return Promised(stage.name, "", "", Path())
+
+    go_through(config, checkpoints, look)
+    if others:
+        then, now = (", ".join(f"{name} {pair[i] or '(none)'}" for name, pair in others.items()) for i in (0, 1))
+        raise StoreError(
+            f"results of this sweep in {store.root} were made with {then}, and here is {now}",
+            cause="libraries were upgraded since, which can change numbers: one sweep mixes no two releases",
+            way_out=f"install {then} again to go on; or run `entropy-probe store adopt CONFIG`, which "
+            "recomputes one artifact of each stage and takes the others over where it is equal; or compute everything "
+            "anew with execution.library_versions: recompute",
+        )
+
+
+def _measured(
+    config: ProbeConfig,
+    checkpoints: Sequence[CheckpointToProbe],
+    run: Runner,
+    release: Callable[[Artifact], None] = keep,
+) -> list[Inputs]:
+    """All that needs a policy: per checkpoint, what the variance stage is given."""
+    optimizers = [load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints]  # a broken one is found early
+    by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run has one, as a rule
+    measured = []
+    for checkpoint, optimizer in zip(checkpoints, optimizers, strict=True):
+        if checkpoint.tokenizer not in by_tokenizer:
+            asked = dict.fromkeys(splits(config))
+            by_tokenizer[checkpoint.tokenizer] = {s: load_pool(config, s, checkpoint.tokenizer, run) for s in asked}
+        pools = by_tokenizer[checkpoint.tokenizer]
+        measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
+        try:
+            inputs = measurement.variance_inputs()
+        except OtherNumbers as error:  # another device or number of threads: nothing of before may be mixed with it
+            log.warning("%s, and all that depends on it is computed again, too", error)
+            inputs = measurement.variance_inputs()
+        of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
+        measured.append(
+            {
+                "checkpoint": checkpoint.name,
+                "step": checkpoint.step,
+                "inputs": inputs,
+                "notes": [*checkpoint.assumptions, *of_pools],
+            }
+        )
+    return measured
+
+
+def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artifact:
+    """Statistics of every checkpoint, and the report."""
+    estimated = [
+        {
+            "checkpoint": entry["checkpoint"],
+            "step": entry["step"],
+            "estimates": run(stage.VARIANCE, entry["inputs"] | _chosen(config), entry["checkpoint"]),
+            "attribution": entry["inputs"]["first_order_u"],
+        }
+        for entry in recorded
+    ]
+    notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
+    return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, "notes": notes}, config.name)
+
+
+def _chosen(config: ProbeConfig) -> Inputs:
+    """The settings of the variance stage."""
+    return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
+
+
+def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
+    """The folder of the run."""
+    run_id = f"{config.name}-{report.digest[:12]}"  # the same results are the same run
+    document = config.model_dump(mode="json")
+    record = {
+        "format": RECORD_FORMAT,
+        "run_id": run_id,
+        "finished": datetime.now(UTC).isoformat(),
+        "config": document,
+        "report": report.to_dict(),
+        "checkpoints": [entry | {"inputs": _freeze(entry["inputs"])} for entry in recorded],
+    }
+    with runs.writing(store, run_id) as folder:
+        for file in report.manifest["files"]:
+            shutil.copyfile(report.path(file), folder / file)
+        (folder / "config.yaml").write_text(plain_yaml.dump(document), encoding="utf-8")
+        (folder / runs.RECORD).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+    return SweepResult(run_id, runs.folder(store.root, run_id), report)
+
+
+def assumptions(config: ProbeConfig) -> list[str]:
+    """What a checkpoint does not record and the configuration says in its place."""
+    update = config.update
+    divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
+    scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
+    clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
+    reference = f"`{Path(update.reference).name}`" if update.reference else "the base without its adapter"
+    kl = f"with {update.kl_beta:g} · KL to {reference}" if update.kl_beta else "without a KL term"
+    return [
+        f"The step is that of the `{Path(update.loss).name}` loss{scaled} on {config.batch_config.B_U} prompts "
+        f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; "
+        f"on-policy, {kl}, cut responses included.",
+        f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
+        f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
+    ]
+
+
+def _freeze(value: Any) -> Any:
+    """Inputs as JSON, artifacts as references."""
+    if isinstance(value, Artifact):
+        return {"artifact": value.to_dict()}
+    if isinstance(value, Mapping):
+        return {key: _freeze(item) for key, item in value.items()}
+    return [_freeze(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _revive(value: Any, store: Store) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"artifact"}:
+            return Artifact.from_dict(value["artifact"], store.root)
+        return {key: _revive(item, store) for key, item in value.items()}
+    return [_revive(item, store) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""The model as one function of its parameters: scored, moved and differentiated."""

@@ -1,0 +1,179 @@
+"""Well-known datasets of the Hugging Face hub, read from this machine: `gsm8k`, `gsm8k_r1_template` and `math`.
+
+Nothing is fetched unless the configuration says so. Where the copy lies does not matter: results are keyed by what is
+in it.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from entropy_core.errors import PromptError, one_line, some_names
+from entropy_core.prompts.files import read_rows
+
+R1_TEMPLATE = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
+    "first thinks about the reasoning process and then gives the User the answer. The reasoning process is enclosed in "
+    "<think> </think> tags and the answer in <answer> </answer> tags, that is, <think> reasoning process here </think> "
+    "<answer> answer here </answer>.\nUser: {question}\nAssistant: <think>"
+)
+"""The response goes on inside `<think>`, and is to end with `<answer>…</answer>`."""
+
+
+class HubDataset(NamedTuple):
+    """A dataset on the hub.
+
+    Args:
+        repository: its name there.
+        folder: of the Parquet files that count; a repository may hold several configurations.
+        question: column of the question.
+        template: the prompt, with `{question}` in it.
+    """
+
+    repository: str
+    folder: str
+    question: str
+    template: str = "{question}"
+
+
+DATASETS = {
+    "gsm8k": HubDataset("openai/gsm8k", "main", "question"),
+    "gsm8k_r1_template": HubDataset("openai/gsm8k", "main", "question", R1_TEMPLATE),
+    "math": HubDataset("DigitalLearningGmbH/MATH-lighteval", "data", "problem"),
+}
+
+
+def locate(name: str, directory: str, allow_download: bool) -> Path:
+    """The folder of the local copy.
+
+    Args:
+        name: of the dataset.
+        directory: what `datasets` wrote with `save_to_disk`; or a folder with the repository's Parquet files, such as a
+            clone, a snapshot of the hub cache, or its `datasets--…` folder. Empty: the hub cache of this machine.
+        allow_download: whether it may be fetched from the hub if the hub cache does not have it.
+
+    Returns:
+        The folder with the files.
+
+    Raises:
+        PromptError: there is no copy, and fetching it was not allowed or failed.
+    """
+    if directory:
+        path = Path(directory).expanduser()
+        if not path.is_dir():
+            raise PromptError(
+                f"there is no directory {path}",
+                cause="batch_config.dataset_path is misspelt, or relative to another folder",
+                way_out=f"give the folder of a local copy of {DATASETS[name].repository}",
+            )
+        return _snapshot(path)
+    found = _in_hub_cache(name)
+    return found or _download(name, allow_download)
+
+
+def revision(directory: Path) -> str:
+    """Which commit of its repository a folder of the hub cache holds; empty for any other folder."""
+    return directory.name if directory.parent.name == "snapshots" else ""
+
+
+def rows(name: str, split: str, directory: Path) -> list[dict]:
+    """The questions of one split, as prompts; the other columns are those of the dataset.
+
+    Args:
+        name: of the dataset.
+        split: which split.
+        directory: of the local copy, see `locate`.
+
+    Returns:
+        One dictionary per question, with the column `prompt`.
+
+    Raises:
+        PromptError: the folder holds no such split, or something else.
+    """
+    dataset = DATASETS[name]
+    found = _read(directory, split, dataset.folder)
+    for row in found:
+        question = row.pop(dataset.question, None)
+        if not isinstance(question, str):
+            raise PromptError(
+                f"{directory} is not {dataset.repository}: a row has no text in column {dataset.question!r}, only "
+                f"{some_names(sorted(row))}",
+                way_out=f"give the folder of a copy of {dataset.repository}, or make a .jsonl file of these rows",
+            )
+        row["prompt"] = dataset.template.replace("{question}", question)
+    return found
+
+
+def _snapshot(path: Path) -> Path:
+    """The current snapshot, if the folder is one of the hub cache."""
+    reference = path / "refs" / "main"
+    return path / "snapshots" / reference.read_text(encoding="utf-8").strip() if reference.is_file() else path
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    from huggingface_hub import constants
+
+    repository = DATASETS[name].repository.replace("/", "--")
+    snapshot = _snapshot(Path(constants.HF_HUB_CACHE) / f"datasets--{repository}")
+    return snapshot if any((snapshot / DATASETS[name].folder).glob("*.parquet")) else None
+
+
+def _download(name: str, allowed: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, folder = DATASETS[name].repository, DATASETS[name].folder
+    if not allowed:
+        raise PromptError(
+            f"dataset {name!r} ({repository}) is not on this machine",
+            cause="it was never fetched, or lies somewhere else",
+            way_out="name its folder with batch_config.dataset_path, or set batch_config.allow_download: true",
+        )
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[f"{folder}/*.parquet"]))
+    except Exception as error:  # the network fails in many ways
+        raise PromptError(
+            f"{repository} cannot be fetched: {one_line(error)}",
+            cause="there is no connection to the hub",
+            way_out="fetch it where there is one, and name its folder with batch_config.dataset_path",
+        ) from error
+
+
+def _read(directory: Path, split: str, folder: str) -> list[dict]:
+    if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
+        return _read_saved(directory, split)
+    base = directory / folder if (directory / folder).is_dir() else directory
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(base.rglob("*.parquet")):  # train-00000-of-00001.parquet, or train/0000.parquet
+        name = file.parent.name if re.fullmatch(r"\d+", file.stem) else re.sub(r"-\d+-of-\d+$", "", file.stem)
+        splits.setdefault(name, []).append(file)
+    if not splits:
+        raise PromptError(
+            f"{directory} holds no dataset: neither Parquet files nor what `datasets` writes with save_to_disk",
+            way_out="give the folder of a local copy with batch_config.dataset_path",
+        )
+    if split not in splits:
+        raise _no_split(directory, split, splits)
+    return [row for file in splits[split] for row in read_rows(file)]
+
+
+def _read_saved(directory: Path, split: str) -> list[dict]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(directory))
+    except Exception as error:  # of the formats that it may be in, each has its own
+        raise PromptError(
+            f"{directory} cannot be read: {one_line(error)}",
+            cause="the copy was interrupted",
+            way_out="save the dataset again",
+        ) from error
+    splits = dict(saved) if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
+    if split not in splits:
+        raise _no_split(directory, split, splits)
+    return splits[split].to_list()
+
+
+def _no_split(directory: Path, split: str, splits: dict) -> PromptError:
+    return PromptError(
+        f"{directory} has no split {split!r}", way_out=f"set batch_config.split to one of {some_names(sorted(splits))}"
+    )

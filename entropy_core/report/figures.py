@@ -1,0 +1,173 @@
+"""The figures of a sweep."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from entropy_core.estimates.tables import Row, at_learning_rate, by_checkpoint, first_of_each, unit_of
+from entropy_core.numerics.uncertainty import normal_quantile
+from entropy_core.report import tokens_in_text
+
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 9,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a checkpoint may be called anything
+    "svg.hashsalt": "entropy-probe",  # element ids would be random otherwise, and the file's digest with them
+}
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Figure]:
+    """The three figures of a sweep, of its first normalisation.
+
+    Args:
+        rows: of the result table.
+
+    Returns:
+        Figures by name: prediction against measurement, ΔH against η, entropy and δH₁ along the training.
+    """
+    normalization = rows[0]["normalization"]
+    shown = [row for row in rows if row["normalization"] == normalization]
+    unit = unit_of(normalization)
+    with matplotlib.rc_context(STYLE):
+        return {
+            "prediction": _draw(_prediction, shown, unit),
+            "eta_sweep": _draw(_eta_sweep, shown, unit),
+            "training": _draw(_training, shown, unit),
+        }
+
+
+def token_figure(tokens: Sequence[Row], sequences: Sequence[Row], rows: Sequence[Row], checkpoint: str) -> Figure:
+    """The tokens of U that move the entropy most, in their text.
+
+    Args:
+        tokens: of first-order-u.
+        sequences: of first-order-u.
+        rows: of the result table; the first normalisation counts.
+        checkpoint: its name.
+
+    Returns:
+        The figure.
+    """
+    normalization = rows[0]["normalization"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(layout="constrained")
+        shown = tokens_in_text.passages(tokens, sequences, f"share_{normalization}")
+        tokens_in_text.draw(figure, shown, f"Which tokens do it: {checkpoint}", unit_of(normalization))
+        return figure
+
+
+def save_figure(figure: Figure, png: Path, svg: Path) -> None:
+    """Write a figure in both formats, without dates, so that equal figures are equal files."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # tokens may be in any script
+        figure.savefig(png, dpi=144, metadata={"Software": None})
+        figure.savefig(svg, metadata={"Date": None, "Creator": None})
+
+
+def _draw(draw: Callable[[Figure, Sequence[Row], str], None], rows: Sequence[Row], unit: str) -> Figure:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    draw(figure, rows, unit)
+    return figure
+
+
+def _prediction(figure: Figure, rows: Sequence[Row], unit: str) -> None:
+    axes = figure.subplots()
+    quantile = normal_quantile(rows[0]["confidence_level"])
+    estimator = rows[0]["estimator"]
+    shown = [row for row in at_learning_rate(rows) if row["delta_h"] is not None and row["estimator"] == estimator]
+    for row in shown:
+        axes.errorbar(
+            row["delta_h1"],
+            row["delta_h"],
+            xerr=[[row["delta_h1"] - row["ci_low"]], [row["ci_high"] - row["delta_h1"]]],
+            yerr=quantile * row["delta_h_se"],
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1,
+            label=row["checkpoint"],
+        )
+    ends = [value for row in shown for value in (row["ci_low"], row["ci_high"], row["delta_h"])] or [0.0]
+    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="ΔH = δH₁")
+    axes.set(
+        xlabel=f"predicted δH₁ [{unit}], interval over E and U",
+        ylabel=f"measured ΔH [{unit}], given U",
+        title=f"Predicted and measured entropy change, η = {shown[0]['eta_over_lr']:g} × lr" if shown else "",
+    )
+    axes.legend()
+
+
+def _eta_sweep(figure: Figure, rows: Sequence[Row], unit: str) -> None:
+    groups = by_checkpoint(rows)
+    columns = min(len(groups), 3)
+    lines = -(-len(groups) // columns)
+    figure.set_size_inches(6.4, 1.0 + 2.6 * lines)
+    panels: list[Axes] = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    quantile = normal_quantile(rows[0]["confidence_level"])
+    for axes, (checkpoint, group) in zip(panels, groups.items(), strict=False):
+        measured = [row for row in group if row["delta_h"] is not None]
+        line = sorted(measured or group, key=lambda row: row["eta"])
+        x = [row["eta_over_lr"] for row in line]
+        axes.plot(x, [row["delta_h1"] for row in line], color="black", linewidth=0.8, label="δH₁")
+        low, high = [row["ci_low"] for row in line], [row["ci_high"] for row in line]
+        axes.fill_between(x, low, high, color="black", alpha=0.12, linewidth=0)
+        for estimator in dict.fromkeys(row["estimator"] for row in group):
+            part = [row for row in line if row["estimator"] == estimator and row["delta_h"] is not None]
+            axes.errorbar(
+                [row["eta_over_lr"] for row in part],
+                [row["delta_h"] for row in part],
+                yerr=[quantile * row["delta_h_se"] for row in part],
+                fmt="o" if estimator == "per_decision" else "x",
+                markersize=4,
+                capsize=2,
+                linewidth=1,
+                label=f"ΔH {estimator}",
+            )
+        axes.set_title(checkpoint, fontsize=9)
+        axes.set_xlabel("η / lr", fontsize=9)
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    figure.supylabel(f"entropy change [{unit}]", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+
+
+def _training(figure: Figure, rows: Sequence[Row], unit: str) -> None:
+    above, below = figure.subplots(2, 1, sharex=True)
+    at_lr = first_of_each(at_learning_rate(rows))
+    first = first_of_each(rows)
+    quantile = normal_quantile(rows[0]["confidence_level"])
+    above.errorbar(
+        [row["step"] for row in first],
+        [row["H"] for row in first],
+        yerr=[quantile * row["H_se"] for row in first],
+        fmt="o-",
+        markersize=4,
+        capsize=2,
+        linewidth=1,
+    )
+    above.set(ylabel=f"H [{unit}]", title="Entropy, and what the next step does to it")
+    if at_lr:
+        below.errorbar(
+            [row["step"] for row in at_lr],
+            [row["delta_h1"] for row in at_lr],
+            yerr=[
+                [row["delta_h1"] - row["ci_low"] for row in at_lr],
+                [row["ci_high"] - row["delta_h1"] for row in at_lr],
+            ],
+            fmt="o-",
+            markersize=4,
+            capsize=2,
+            linewidth=1,
+        )
+        multiples = {round(row["eta_over_lr"], 9) for row in at_lr}
+        below.set(ylabel=f"δH₁ at {multiples.pop():g} × lr" if len(multiples) == 1 else "δH₁ closest to the lr")
+    below.axhline(0, color="black", linewidth=0.8)
+    below.set(xlabel="training step")

@@ -1,0 +1,178 @@
+"""The page of a sweep, as markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
+from entropy_core.report.sections import SECTIONS, markdown_rows
+
+COLUMNS = {
+    "checkpoint": "checkpoint",
+    "eta_over_lr": "η / lr",
+    "estimator": "estimator",
+    "H": "H",
+    "delta_h1": "δH₁",
+    "se_given_u": "SE given U",
+    "se_over_u": "SE over U",
+    "ci_low": "CI low",
+    "ci_high": "CI high",
+    "delta_h": "ΔH",
+    "delta_h_se": "SE ΔH",
+    "paired_difference": "ΔH − δH₁",
+    "paired_difference_se": "paired SE",
+    "ess_fraction": "ESS/N",
+    "verdict": "verdict",
+}
+
+
+def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]], notes: Sequence[str]) -> str:
+    """The page of a sweep.
+
+    Args:
+        name: of the sweep.
+        rows: of the result table.
+        tables: rows of the other tables, by the names of `tables.TABLES`.
+        notes: what was assumed.
+
+    Returns:
+        Markdown; figures are linked by file name.
+    """
+    checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
+    normalization = rows[0]["normalization"]
+    shown = [row for row in rows if row["normalization"] == normalization]
+    first = shown[0]
+    lines = [
+        f"# {name}: what one optimizer step does to the entropy",
+        "",
+        f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
+        f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
+        "",
+        *_headlines(shown),
+        "",
+        "![predicted against measured entropy change](prediction.png)",
+        "",
+        "![entropy change against step size](eta_sweep.png)",
+        "",
+        "![entropy and its predicted change along the training](training.png)",
+        "",
+        "## Where it comes from",
+        "",
+        *_origins(shown),
+        "",
+        "The three columns in the middle add up to δH₁, and so do the last two: *local* is the change of the entropy "
+        "of each step on E, *future* what a changed choice of tokens does to the entropy of the steps after it.",
+        "",
+        f"The tokens of U that lower the entropy most and those that raise it most, for {checkpoints[-1]}:",
+        "",
+        "![the tokens that move the entropy most](tokens.png)",
+        "",
+        "## Results",
+        "",
+        markdown_table(shown),
+        "",
+        "δH₁ is the first-order prediction η·⟨∇H, v⟩, ΔH the change measured by importance sampling. *SE given U* "
+        "holds the update fixed and lets E vary, *SE over U* the reverse; the interval covers both. δH₁ and ΔH come "
+        "from one E batch and share its noise: their agreement shows that the step is linear, not that δH₁ is "
+        "accurate. The interval says how accurate it is.",
+        "",
+        "## Checks",
+        "",
+        *_checks(shown, checkpoints),
+    ]
+    for title, section in SECTIONS.items():
+        of_section = section(
+            {t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()}
+        )
+        if of_section:
+            lines += ["", f"## {title}", "", *of_section]
+    uninformative = max(row["equal_reward_fraction"] for row in shown)
+    if uninformative >= 0.9:
+        lines += [
+            "",
+            f"**Up to {uninformative:.0%} of the prompts of U have equal rewards** and say nothing about the spread "
+            "over U: *SE over U* and the interval are too small. Take a larger U, or prompts of another difficulty.",
+        ]
+    if notes:
+        lines += ["", "## Taken to be so", "", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The main columns of result rows as a markdown table, rounded."""
+    head = "| " + " | ".join(COLUMNS.values()) + " |"
+    rule = "|" + "|".join("---" if name in {"checkpoint", "estimator", "verdict"} else "---:" for name in COLUMNS) + "|"
+    body = ["| " + " | ".join(format_value(name, row[name]) for name in COLUMNS) + " |" for row in rows]
+    return "\n".join([head, rule, *body])
+
+
+def format_value(name: str, value: Any) -> str:
+    """A cell of the result table, rounded to what a reader can use."""
+    if value is None:
+        return "–"
+    if isinstance(value, str | int):
+        return str(value)
+    if name in {"H", "ess_fraction"}:
+        return f"{value:.3f}"
+    if name == "eta_over_lr":
+        return f"{value:g}"
+    if value == 0:
+        return "0"
+    return f"{value:.3g}" if name.endswith("_se") or name.startswith("se_") else f"{value:+.4g}"
+
+
+def _headlines(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in first_of_each(at_learning_rate(rows)):
+        measured = "not measurable" if row["delta_h"] is None else f"{row['delta_h']:+.3g} ± {row['delta_h_se']:.2g}"
+        lines.append(
+            f"- **{row['checkpoint']}**: H = {row['H']:.4f}; a step of {row['eta_over_lr']:g} × lr changes it by "
+            f"δH₁ = {row['delta_h1']:+.3g} [{row['ci_low']:+.3g}, {row['ci_high']:+.3g}], measured "
+            f"{measured} ({row['verdict']})"
+        )
+    return lines
+
+
+def _origins(rows: Sequence[Row]) -> list[str]:
+    head = ("checkpoint", "δH₁", "from U's gradient", "from momentum", "from weight decay", "local on E", "future on E")
+    body = []
+    for row in first_of_each(at_learning_rate(rows)):
+        gradient = row["inner_product"] - row["delta_h1_momentum"] - row["delta_h1_decay"]
+        parts = (gradient, row["delta_h1_momentum"], row["delta_h1_decay"])
+        on_e = (row["delta_h1_local"], row["delta_h1"] - row["delta_h1_local"])
+        cells = [f"{value:+.3g}" for value in (row["delta_h1"], *parts, *on_e)]
+        body.append((row["checkpoint"], *cells))
+    return markdown_rows(head, body)
+
+
+def _checks(rows: Sequence[Row], checkpoints: Sequence[str]) -> list[str]:
+    head = (
+        "checkpoint",
+        "⟨∇H, v⟩ against forward mode",
+        "attribution closure",
+        "mean score z",
+        "largest noise floor",
+        "kurtosis",
+        "largest influence",
+        "smallest prefix ESS",
+        "cut responses",
+        "clip factor",
+        "equal rewards",
+    )
+    body = []
+    for checkpoint in checkpoints:
+        group = [row for row in rows if row["checkpoint"] == checkpoint]
+        row, noise = group[0], max(row["noise_floor"] for row in group)
+        cells = (
+            f"{row['gradient_check']:.1e}",
+            f"{row['attribution_closure']:.1e}",
+            f"{row['mean_score_z']:+.2f}",
+            f"{noise:.1e}",
+            f"{row['excess_kurtosis']:.1f}",
+            f"{row['largest_influence']:.2%}",
+            f"{min((r['ess_prefix'] for r in group if r['verdict'] != 'weights-unreliable'), default=0.0):.0f}",
+            f"{row['truncated_fraction']:.1%}",
+            f"{row['clip_factor']:.3f}",
+            f"{row['equal_reward_fraction']:.0%}",
+        )
+        body.append((checkpoint, *cells))
+    return markdown_rows(head, body)

@@ -1,0 +1,142 @@
+"""Reward functions, with TRL's signature: `f(prompts, completions, **columns) -> list[float]`.
+
+    exact_match              the whole response is the column `answer`
+    arithmetic, gsm8k        the final answer of the demo's task, the number after `####`
+    boxed, answer_tag        what is in \\boxed{…} or <answer>…</answer>, compared by math-verify
+    reasoning_gym            the scorer of the task
+    PATH.py:function, package.module:function        of the user
+
+Prompts and completions are text, whether a chat template was applied or not: the prompt as the pool has it, and the
+response without special tokens.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from entropy_core.errors import ProbeError, RewardError, one_line
+from entropy_core.files import functions as user_functions
+from entropy_core.prompts import arithmetic, reasoning_tasks
+from entropy_core.rewards import math_answers
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+def exact_match(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 where the whole response, stripped, equals the column `answer`; else 0."""
+    return [float(c.strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "answer_tag": math_answers.answer_tag,
+    "arithmetic": arithmetic.exact_match,
+    "boxed": math_answers.boxed,
+    "exact_match": exact_match,
+    "gsm8k": math_answers.gsm8k,
+    "reasoning_gym": reasoning_tasks.score,
+}
+
+
+def load_reward(name: str) -> RewardFunction:
+    """A reward function by its name in `REWARDS`, by `package.module:function`, or by `file.py:function`.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    return user_functions.load("reward", name, REWARDS)
+
+
+def source_file(name: str) -> Path | None:
+    """The file that a reward is looked up in; None for a built-in one, which is part of the code digest.
+
+    Raises:
+        ConfigError: there is no such function, or no such file.
+    """
+    return user_functions.source_file("reward", name, REWARDS)
+
+
+def library(name: str) -> str:
+    """The library that a reward leaves the decision to, with its version; empty where there is none."""
+    if name in {"answer_tag", "boxed"}:
+        return math_answers.version()
+    return reasoning_tasks.version() if name == "reasoning_gym" else ""
+
+
+def compute_rewards(
+    name: str, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+) -> list[float]:
+    """One finite reward per response.
+
+    Args:
+        name: of the reward.
+        prompts: text of each prompt.
+        completions: text of each response.
+        columns: further columns of the pool, one entry per response.
+
+    Returns:
+        As many rewards as responses.
+
+    Raises:
+        RewardError: it raised, returned another number of rewards, or one that is not a finite number; names the
+            sequence. True and False are 1 and 0; None is refused.
+    """
+    function = load_reward(name)
+
+    def call(first: int, stop: int) -> Any:
+        own = {column: values[first:stop] for column, values in columns.items()}
+        return function(prompts=list(prompts[first:stop]), completions=list(completions[first:stop]), **own)
+
+    rewards: Any
+    try:
+        rewards = call(0, len(completions))
+    except ProbeError:
+        raise
+    except (Exception, SystemExit) as error:  # user code may raise anything; nothing of it may turn into a reward
+        i = _culprit(call, len(completions))
+        whose = "" if i is None else f"sequence {i}, prompt {prompts[i]!r:.80}, response {completions[i]!r:.80}"
+        raise RewardError(
+            f"reward {name!r} raised {type(error).__name__}: {one_line(error)} on "
+            f"{whose or f'{len(completions)} responses together, and not on either half of them'}",
+            cause="a response that the function does not expect, or a column that the pool does not have",
+            way_out=f"correct the function; the pool's columns are {sorted(columns)}",
+        ) from error
+    rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # arrays and tensors
+    if not isinstance(rewards, Sequence) or len(rewards) != len(completions):
+        got = f"{len(rewards)} values" if isinstance(rewards, Sequence) else type(rewards).__name__
+        raise RewardError(f"reward {name!r} returned {got} for {len(completions)} responses", way_out="return a list")
+    rewards = [reward.item() if getattr(reward, "ndim", None) == 0 else reward for reward in rewards]
+    for i, reward in enumerate(rewards):
+        if not isinstance(reward, Real) or not abs(reward) <= sys.float_info.max:  # type: ignore[operator]
+            raise RewardError(
+                f"reward {name!r} returned {reward!r:.80} for sequence {i}, prompt {prompts[i]!r:.80}",
+                cause="it says that the response is not its business, which TRL averages over the other rewards; here "
+                "there are none"
+                if reward is None
+                else "",
+                way_out="return a finite float for every response",
+            )
+    return [float(reward) for reward in rewards]
+
+
+def _culprit(call: Callable[[int, int], Any], count: int) -> int | None:
+    """A sequence on which the function raises by itself, found by halving; None where it raises on neither half."""
+
+    def raises(first: int, stop: int) -> bool:
+        try:
+            call(first, stop)
+        except (Exception, SystemExit):
+            return True
+        return False
+
+    first, stop = 0, count
+    while stop - first > 1:
+        middle = (first + stop) // 2
+        if raises(first, middle):
+            stop = middle
+        elif raises(middle, stop):
+            first = middle
+        else:
+            return None
+    return first

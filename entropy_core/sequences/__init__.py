@@ -1,0 +1,1 @@
+"""Sequences: sampled, scored, differentiated, and kept on disk."""

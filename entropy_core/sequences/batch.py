@@ -1,0 +1,128 @@
+"""Sequences and what is known of their tokens, flat with offsets; the micro-batches that a policy is given of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from entropy_core.errors import NonFiniteError
+from entropy_core.numerics import ragged
+from entropy_core.policy.scorer import TeacherForcedRows
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class BatchedSequences:
+    """N prompts with one response each. Token ids are flat int64 with offsets [N + 1]."""
+
+    sequence_ids_N: Tensor
+    prompt_ids_N: Tensor  # index into the pool
+    draws_N: Tensor  # 0 for the first response to a prompt in this batch, 1 for the second, …
+    prompt_tokens: Tensor
+    prompt_offsets_N1: Tensor
+    response_tokens_K: Tensor
+    response_offsets_N1: Tensor
+    finish_reasons: tuple[FinishReason, ...]
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids_N)
+
+    @property
+    def lengths_N(self) -> Tensor:
+        """Response lengths T, int64, the EOS token counted."""
+        return ragged.lengths(self.response_offsets_N1)
+
+    def select(self, chosen_B: Tensor) -> "BatchedSequences":
+        """Some of the sequences, in the given order."""
+        return BatchedSequences(
+            sequence_ids_N=self.sequence_ids_N[chosen_B],
+            prompt_ids_N=self.prompt_ids_N[chosen_B],
+            draws_N=self.draws_N[chosen_B],
+            prompt_tokens=self.prompt_tokens[ragged.token_index(self.prompt_offsets_N1, chosen_B)],
+            prompt_offsets_N1=ragged.offsets_from_lengths(ragged.lengths(self.prompt_offsets_N1)[chosen_B]),
+            response_tokens_K=self.response_tokens_K[ragged.token_index(self.response_offsets_N1, chosen_B)],
+            response_offsets_N1=ragged.offsets_from_lengths(self.lengths_N[chosen_B]),
+            finish_reasons=tuple(self.finish_reasons[i] for i in chosen_B.tolist()),
+        )
+
+    def prompt(self, i: int) -> Tensor:
+        """Token ids of prompt i."""
+        return self.prompt_tokens[self.prompt_offsets_N1[i] : self.prompt_offsets_N1[i + 1]]
+
+    def response(self, i: int) -> Tensor:
+        """Token ids of response i."""
+        return self.response_tokens_K[self.response_offsets_N1[i] : self.response_offsets_N1[i + 1]]
+
+
+@dataclass(frozen=True)
+class LogprobResults:
+    """Per response token, flat [K]: ℓ = log π(token) and h = full-softmax entropy of its step, in nats."""
+
+    logprobs_K: Tensor
+    entropies_K: Tensor
+    offsets_N1: Tensor
+
+
+@dataclass(frozen=True)
+class DiagnosticsResults:
+    """Per sequence, float64 [N], in nats: Σℓ, Σh, and the largest surprisal −ℓ of a token."""
+
+    sum_logprobs_N: Tensor
+    sum_entropies_N: Tensor
+    max_surprisal_N: Tensor
+
+
+def require_finite(values_K: Tensor, sequences: BatchedSequences) -> None:
+    """Stop at the first NaN or infinity.
+
+    Raises:
+        NonFiniteError: names the sequence and the position.
+    """
+    bad_K = ~torch.isfinite(values_K)
+    if bad_K.any():
+        token = int(bad_K.nonzero()[0])
+        i = int(torch.searchsorted(sequences.response_offsets_N1, token, right=True)) - 1
+        raise NonFiniteError(
+            f"{int(bad_K.sum())} token value(s) are not finite, the first in sequence "
+            f"{int(sequences.sequence_ids_N[i])} at position {token - int(sequences.response_offsets_N1[i])}",
+            cause="the weights hold a NaN, or the step size is so large that the moved policy overflows",
+            way_out="check the checkpoint, or take smaller step sizes",
+        )
+
+
+def teacher_forced_rows(
+    sequences: BatchedSequences, chosen_B: Tensor, device: torch.device
+) -> tuple[Tensor, TeacherForcedRows]:
+    """A micro-batch.
+
+    Args:
+        sequences: what to choose from.
+        chosen_B: int64 [B], indices.
+        device: where to put it.
+
+    Returns:
+        The flat token indices [K] that it covers, on the CPU, and the micro-batch.
+    """
+    token_index_K = ragged.token_index(sequences.response_offsets_N1, chosen_B)
+    tokens_K = sequences.response_tokens_K[token_index_K]
+    prompts_B1, responses_B1 = (
+        ragged.offsets_from_lengths(ragged.lengths(offsets_N1)[chosen_B])
+        for offsets_N1 in (sequences.prompt_offsets_N1, sequences.response_offsets_N1)
+    )
+    prompt_lengths_B, row_K = ragged.lengths(prompts_B1), ragged.sequence_index(responses_B1)
+    column_K = ragged.position_index(responses_B1) + prompt_lengths_B[row_K]
+    longest = int((prompt_lengths_B + ragged.lengths(responses_B1)).max())
+    input_ids_BL = tokens_K.new_zeros(len(chosen_B), longest)  # pads with token 0, which nobody attends
+    of_prompts = ragged.token_index(sequences.prompt_offsets_N1, chosen_B)
+    where = ragged.sequence_index(prompts_B1), ragged.position_index(prompts_B1)
+    input_ids_BL[where] = sequences.prompt_tokens[of_prompts]
+    input_ids_BL[row_K, column_K] = tokens_K
+    rows = TeacherForcedRows(input_ids_BL, row_K, column_K - 1, tokens_K)
+    return token_index_K, TeacherForcedRows(*(to_device(tensor, device) for tensor in rows))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device; a GPU fetches it from pinned memory while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

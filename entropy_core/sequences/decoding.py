@@ -1,0 +1,319 @@
+"""Continuous batching: many responses, decoded in the rows of one batch whose places are refilled as responses end.
+
+The key-value cache is aligned on the right: every row ends in the newest column, and what lies before its prompt is
+masked. So a row can be given to another prompt at any time, no row waits for the longest response of its batch, and
+nothing is asked of an architecture but that it knows padding on the left. Waiting prompts are sorted by length, the
+longest first, so that a new one always fits into the columns that are there.
+
+Columns that no row needs any more are dropped, and once nothing waits, so are rows. What is drawn for a sequence is a
+function of (seed, purpose, sequence id, position), so none of this changes the draws.
+
+The host keeps the books. A step asks the device for one thing, the tokens that it drew: whatever else is read from a
+GPU would make it wait for the host.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from entropy_core.errors import NonFiniteError
+from entropy_core.numerics import philox
+from entropy_core.numerics.philox import Purpose
+from entropy_core.policy.attention import fused_attention
+from entropy_core.policy.model import Policy
+from entropy_core.sequences.batch import FinishReason
+
+ROOM = 64  # columns by which a full buffer grows
+STALE_COLUMNS = 16  # that no row needs: from so many on they are dropped
+REFILL = 16  # rows are given out again when one in so many is free: prefilling one at a time reads all weights for it
+SPARSE = 0.75  # rows are dropped when no more than this share of them is busy
+CACHE_SHARE = 0.5  # of the memory that is free before the first prompt
+DRAWN_AHEAD = 32  # positions whose uniforms are made together
+
+IDLE = -1
+NOT_FINITE = -1
+
+
+@dataclass(frozen=True)
+class DecodingRequest:
+    """What to decode: a prompt with its sequence id each, and which draws are theirs."""
+
+    prompts: Sequence[Sequence[int]]
+    sequence_ids_N: Tensor
+    seed: int
+    purpose: Purpose
+    temperature: float
+    max_new_tokens: int
+    stop_strings: Sequence[str] = ()
+
+
+class Response(NamedTuple):
+    """Token ids and why they end there; an EOS that was sampled is the last of them."""
+
+    tokens: list[int]
+    finish_reason: FinishReason
+
+
+class _Layer(DynamicLayer):
+    """Keys and values [rows, heads, columns, width] of a layer, as views of buffers with room for more columns."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; all columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = [states[:, :, :0] for states in (key_states, value_states)]
+        first = self.get_seq_length()
+        last = first + key_states.shape[2]
+        if last > self._buffers[0].shape[2]:
+            self._copy(slice(None), 0, first, last + ROOM)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, first:last] = states
+        return self._show(last)
+
+    def keep(self, rows: Tensor | slice, first: int) -> None:
+        """Only these rows, and only the columns from `first` on."""
+        last = self.get_seq_length()
+        self._copy(rows, first, last, last - first + ROOM)
+        self._show(last - first)
+
+    def replace(self, rows: Tensor, fresh: "_Layer") -> None:
+        """Give rows to other sequences, which end in the newest column like all."""
+        last, new = self.get_seq_length(), fresh.get_seq_length()
+        for buffer, states in zip(self._buffers, (fresh.keys, fresh.values), strict=True):
+            buffer[rows, :, last - new : last] = states
+
+    def _copy(self, rows: Tensor | slice, first: int, last: int, room: int) -> None:
+        for i, buffer in enumerate(self._buffers):
+            kept = buffer[rows, :, first:last]
+            self._buffers[i] = kept.new_zeros(*kept.shape[:2], room, kept.shape[3])
+            self._buffers[i][:, :, : last - first] = kept
+
+    def _show(self, columns: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (buffer[:, :, :columns] for buffer in self._buffers)
+        return self.keys, self.values
+
+
+@dataclass
+class _Rows:
+    """What the rows of the batch are at. A row that is idle is computed like the others, and nobody looks.
+
+    On the device are the mask [rows, columns], 1 for a row's own tokens, and the latest token of each row. The host has
+    the sequence of each row or `IDLE`, the column of its first token, and its response so far.
+    """
+
+    mask_BL: Tensor
+    latest_B1: Tensor
+    sequences: list[int]
+    first_columns: list[int]
+    tokens: list[list[int]]
+
+    @classmethod
+    def idle(cls, mask_BL: Tensor) -> "_Rows":
+        count = len(mask_BL)
+        return cls(mask_BL, mask_BL.new_zeros(count, 1), [IDLE] * count, [0] * count, [[] for _ in range(count)])
+
+    @property
+    def busy(self) -> list[int]:
+        return [row for row, sequence in enumerate(self.sequences) if sequence != IDLE]
+
+    @property
+    def free(self) -> list[int]:
+        return [row for row, sequence in enumerate(self.sequences) if sequence == IDLE]
+
+
+class Decoding:
+    """One request on its way.
+
+    Args:
+        policy: the policy.
+        request: what to decode.
+        rows: how many at a time, at most.
+        progress: called with (sequences done, sequences in all).
+    """
+
+    def __init__(
+        self, policy: Policy, request: DecodingRequest, rows: int, progress: Callable[[int, int], None]
+    ) -> None:
+        self.policy, self.request, self.progress = policy, request, progress
+        self.waiting = deque(sorted(range(len(request.prompts)), key=self._length, reverse=True))
+        self.responses: dict[int, Response] = {}
+        self.rows = min(rows, len(request.prompts))
+        self.eos = frozenset(policy.eos_token_ids)
+        self.cache = Cache(layer_class_to_replicate=_Layer)
+        self.batch = _Rows.idle(torch.zeros(0, 0, dtype=torch.long, device=policy.device))
+        self.uniforms: deque[Tensor] = deque()  # [rows], of the next positions
+
+    @torch.no_grad()
+    def run(self) -> list[Response]:
+        """Decode everything.
+
+        Returns:
+            The responses, in the order of the prompts.
+
+        Raises:
+            NonFiniteError: a logit is NaN or infinite; names the sequence.
+        """
+        with fused_attention(self.policy):
+            if self.waiting:
+                self.rows = min(self.rows, self._rows_within_memory())
+            while True:
+                busy = len(self.batch.busy)
+                if self.waiting and (not busy or self.rows - busy >= max(1, self.rows // REFILL)):
+                    self._admit(busy)
+                elif busy:
+                    self._drop()
+                    self._step()
+                else:
+                    return [self.responses[i] for i in range(len(self.request.prompts))]
+
+    def _admit(self, busy: int) -> None:
+        """Give free rows to the longest waiting prompts."""
+        taken = [self.waiting.popleft()]
+        # In float64 without padding: several architectures cast the mask to float32, where its most negative number is
+        # −inf, and a row of padding becomes NaN.
+        shortest = self._length(taken[0]) if self.policy.dtype == torch.float64 else 0
+        while self.waiting and len(taken) < self.rows - busy and self._length(self.waiting[0]) >= shortest:
+            taken.append(self.waiting.popleft())
+        mask_RL, logits_RV, fresh = self._prefill(taken)
+        if not busy:
+            self.cache, self.batch = fresh, _Rows.idle(mask_RL)
+        rows = self._free_rows(len(taken))
+        batch, rows_R = self.batch, self._on_device(rows)
+        if busy:
+            for layer, new in zip(self.cache.layers, fresh.layers, strict=True):
+                layer.replace(rows_R, new)
+            batch.mask_BL[rows_R] = nn.functional.pad(mask_RL, (batch.mask_BL.shape[1] - mask_RL.shape[1], 0))
+        for row, sequence in zip(rows, taken, strict=True):
+            batch.sequences[row], batch.tokens[row] = sequence, []
+            batch.first_columns[row] = batch.mask_BL.shape[1] - self._length(sequence)
+        ids_R = self.request.sequence_ids_N[torch.tensor(taken)]
+        uniforms_R = philox.uniforms(self.request.seed, self.request.purpose, ids_R)
+        batch.latest_B1[rows_R] = self._draw(rows, logits_RV, uniforms_R.to(self.policy.device)).unsqueeze(1)
+        self.uniforms.clear()
+
+    def _step(self) -> None:
+        """One more token in every row."""
+        batch = self.batch
+        batch.mask_BL = nn.functional.pad(batch.mask_BL, (0, 1), value=1)
+        logits_BV, _ = self.policy.next_logits(batch.latest_B1, batch.mask_BL, self.cache)
+        batch.latest_B1 = self._draw(range(len(batch.sequences)), logits_BV, self._next_uniforms()).unsqueeze(1)
+
+    def _next_uniforms(self) -> Tensor:
+        """The uniform of the next position of every row, float64 [rows]; of an idle row any."""
+        if not self.uniforms:
+            batch, request = self.batch, self.request
+            ids_B = request.sequence_ids_N[torch.tensor(batch.sequences).clamp_min(0)]
+            first_B1 = torch.tensor([[len(tokens)] for tokens in batch.tokens])
+            position_BC = first_B1 + torch.arange(DRAWN_AHEAD)
+            uniforms_BC = philox.uniforms(request.seed, request.purpose, ids_B.unsqueeze(1), position_BC)
+            self.uniforms.extend(uniforms_BC.to(self.policy.device).unbind(1))
+        return self.uniforms.popleft()
+
+    def _draw(self, rows: Sequence[int], logits_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+        """Draw the next token of some rows [R], note those of the busy ones, and free the rows that have ended."""
+        request, batch = self.request, self.batch
+        tokens_R = philox.inverse_cdf_tokens(logits_RV, uniforms_R, request.temperature)
+        finite_R = torch.isfinite(logits_RV.amax(dim=-1))  # −inf alone is a token that cannot be
+        done = len(self.responses)
+        for row, token in zip(rows, torch.where(finite_R, tokens_R, NOT_FINITE).tolist(), strict=True):
+            sequence, tokens = batch.sequences[row], batch.tokens[row]
+            if sequence == IDLE:
+                continue
+            if token == NOT_FINITE:
+                raise NonFiniteError(
+                    f"the logits of sequence {int(request.sequence_ids_N[sequence])} are not finite at position "
+                    f"{len(tokens)}",
+                    cause="the weights hold a NaN",
+                    way_out="check the checkpoint: the run may have diverged before it",
+                )
+            tokens.append(token)
+            if reason := self._ended(tokens):
+                self.responses[sequence] = Response(tokens, reason)
+                batch.sequences[row] = IDLE
+        if len(self.responses) > done:
+            self.progress(len(self.responses), len(request.prompts))
+        return tokens_R.where(finite_R, 0)
+
+    def _ended(self, tokens: list[int]) -> FinishReason | None:
+        """Why a response ends with its latest token; None if it does not."""
+        if tokens[-1] in self.eos:
+            return "eos"
+        if self.request.stop_strings and self._stopped(tokens):
+            return "stop"
+        return "length" if len(tokens) == self.request.max_new_tokens else None
+
+    def _stopped(self, tokens: list[int]) -> bool:
+        """Whether the text has come to a stop string; only as many tokens are looked at as it has bytes."""
+        window = max(len(string.encode()) for string in self.request.stop_strings) + 1
+        end = self.policy.tokenizer.decode(tokens[-window:])
+        return any(string in end for string in self.request.stop_strings)
+
+    def _drop(self) -> None:
+        """Columns that no row needs any more, and rows that nobody waits for."""
+        batch, busy = self.batch, self.batch.busy
+        first = min(batch.first_columns[row] for row in busy)
+        spare_rows = not self.waiting and len(busy) <= SPARSE * len(batch.sequences)
+        if first >= STALE_COLUMNS or spare_rows:
+            self._keep(busy if spare_rows else list(range(len(batch.sequences))), first)
+
+    def _keep(self, rows: list[int], first: int) -> None:
+        batch = self.batch
+        if rows == list(range(len(batch.sequences))):
+            chosen: Tensor | slice = slice(None)
+        else:
+            chosen = self._on_device(rows)
+            self.uniforms.clear()
+        for layer in self.cache.layers:
+            layer.keep(chosen, first)
+        self.batch = _Rows(
+            batch.mask_BL[chosen, first:],
+            batch.latest_B1[chosen],
+            [batch.sequences[row] for row in rows],
+            [batch.first_columns[row] - first for row in rows],
+            [batch.tokens[row] for row in rows],
+        )
+
+    def _free_rows(self, count: int) -> list[int]:
+        """Rows that are not busy; where there are too few, the batch gets more."""
+        there = len(self.batch.sequences)
+        missing = count - len(self.batch.free)
+        if missing > 0:
+            self._keep([*range(there), *[0] * missing], 0)
+            self.batch.sequences[there:] = [IDLE] * missing
+        return self.batch.free[:count]
+
+    def _length(self, sequence: int) -> int:
+        return len(self.request.prompts[sequence])
+
+    def _on_device(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, device=self.policy.device)
+
+    def _prefill(self, sequences: list[int]) -> tuple[Tensor, Tensor, Cache]:
+        """Mask, next logits and cache of some prompts, padded on the left."""
+        prompts = [list(self.request.prompts[i]) for i in sequences]
+        longest = max(map(len, prompts))
+        device, cache = self.policy.device, Cache(layer_class_to_replicate=_Layer)
+        ids_RL = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        mask_RL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        return mask_RL, self.policy.next_logits(ids_RL, mask_RL, cache)[0], cache
+
+    def _rows_within_memory(self) -> int:
+        """How many rows the cache may have, from what one prompt takes."""
+        mask_1L, _, cache = self._prefill([self.waiting[0]])
+        taken = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+        columns = mask_1L.shape[1] + self.request.max_new_tokens + ROOM + STALE_COLUMNS
+        return max(1, int(CACHE_SHARE * _free_bytes(self.policy.device) / (columns * taken / mask_1L.shape[1])))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """On a GPU what no process holds, and what torch holds for this one without using it."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held

@@ -1,0 +1,23 @@
+"""The policy moved along the step of an update."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from entropy_core.errors import NonFiniteError
+from entropy_core.policy import moves
+from entropy_core.sequences.processor import SequenceProcessor
+
+if TYPE_CHECKING:
+    from entropy_core.store.artifact import Artifact
+
+
+@contextmanager
+def moved_by(processor: SequenceProcessor, update: "Artifact", eta: float) -> Iterator[None]:
+    """Within the context the policy is at θ + ηv, and what it cannot compute there is said with η."""
+    try:
+        with moves.moved(processor.policy, update.vector("direction"), eta):
+            yield
+    except NonFiniteError as error:
+        fact = f"at the step size η = {eta:g}: {error.fact}"
+        raise NonFiniteError(fact, cause=error.cause, way_out=error.way_out) from None

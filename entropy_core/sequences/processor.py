@@ -1,0 +1,251 @@
+"""Sequences: one path that generates them, one that scores them, used by E and U alike.
+
+A sequence is identified by its `sequence_id`; what is drawn for it is a pure function of (seed, purpose, sequence id,
+position), so the batch size, the order, the shard and the worker do not matter.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from entropy_core.errors import PromptError
+from entropy_core.numerics import philox, ragged
+from entropy_core.numerics.philox import Purpose
+from entropy_core.policy.model import Policy
+from entropy_core.policy.scorer import TeacherForcedRows
+from entropy_core.sequences.batch import (
+    BatchedSequences,
+    DiagnosticsResults,
+    LogprobResults,
+    require_finite,
+    teacher_forced_rows,
+)
+from entropy_core.sequences.decoding import Decoding, DecodingRequest
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The sampled law, and how many sequences are worked on at a time (which does not change the result)."""
+
+    temperature: float
+    max_new_tokens: int
+    gen_batch_size: int = 512
+    tf_batch_size: int = 256
+    stop_strings: tuple[str, ...] = ()
+
+
+class SequenceProcessor:
+    """Generates and scores sequences with one policy.
+
+    Args:
+        policy: the policy.
+        config: the law and the micro-batch sizes.
+        progress: called with (sequences done, sequences in all).
+    """
+
+    def __init__(self, policy: Policy, config: GenerationConfig, progress: Progress | None = None) -> None:
+        self.policy, self.config = policy, config
+        self.progress = progress or (lambda done, total: None)
+
+    def require_vocabulary(self, pool: Sequence[Sequence[int]]) -> None:
+        """Refuse token ids that the policy has no embedding for.
+
+        Args:
+            pool: token ids of the prompts.
+
+        Raises:
+            PromptError: there is one; names the prompt.
+        """
+        vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]
+        for i, ids in enumerate(pool):
+            if max(ids) >= vocabulary:
+                raise PromptError(
+                    f"prompt {i} becomes {len(ids)} tokens, the largest {max(ids)}, and the policy knows {vocabulary}",
+                    cause="the prompts are for another tokenizer",
+                    way_out="use a dataset that fits this policy",
+                )
+
+    def generate_with_replacement_sampling(
+        self, pool: Sequence[Sequence[int]], total_sequences: int, seed: int, first: int = 0
+    ) -> BatchedSequences:
+        """E batch: sequence i answers prompt ⌊u_i·M⌋ once, so that the pairs are i.i.d. draws of D(p)·π(t|p).
+
+        Args:
+            pool: token ids of the M prompts.
+            total_sequences: how many, from `first` on; a batch of 8,192 begins with the 4,096 of the same seed.
+            seed: of the batch.
+            first: id of the first sequence.
+
+        Returns:
+            The sequences `first`, …, `first + total_sequences − 1`.
+        """
+        stop = first + total_sequences
+        drawn = philox.draw_with_replacement(seed, Purpose.E_PROMPT, torch.arange(stop), len(pool))
+        return self._generate(
+            pool, torch.arange(first, stop), drawn[first:], _draws(drawn)[first:], seed, Purpose.E_TOKEN
+        )
+
+    def generate_distinct(
+        self,
+        pool: Sequence[Sequence[int]],
+        total_sequences: int,
+        G: int,
+        seed: int,
+        purpose: Literal["E", "U"],
+        first: int = 0,
+    ) -> BatchedSequences:
+        """G responses to each of the first prompts of a permutation of the pool; sequence i answers the ⌊i/G⌋-th.
+
+        Args:
+            pool: token ids of the M prompts.
+            total_sequences: how many, from `first` on.
+            G: responses per prompt.
+            seed: of the batch.
+            purpose: which batch; E and U are independent at the same seed.
+            first: id of the first sequence.
+
+        Returns:
+            The sequences `first`, …, `first + total_sequences − 1`.
+        """
+        prompt_purpose, token_purpose = (
+            (Purpose.E_PROMPT, Purpose.E_TOKEN) if purpose == "E" else (Purpose.U_PROMPT, Purpose.U_TOKEN)
+        )
+        order = philox.permutation(seed, prompt_purpose, len(pool))
+        ids_N = torch.arange(first, first + total_sequences)
+        return self._generate(pool, ids_N, order[ids_N // G], ids_N % G, seed, token_purpose)
+
+    def generate_with_logprobs(
+        self, prompts: Sequence[Sequence[int]], G: int, seed: int
+    ) -> tuple[BatchedSequences, LogprobResults, DiagnosticsResults]:
+        """G responses to each of the given prompts, in their order, scored.
+
+        Args:
+            prompts: token ids.
+            G: responses per prompt.
+            seed: of the batch.
+
+        Returns:
+            Sequences, per-token results, per-sequence diagnostics.
+        """
+        ids_N = torch.arange(len(prompts) * G)
+        sequences = self._generate(prompts, ids_N, ids_N // G, ids_N % G, seed, Purpose.U_TOKEN)
+        return sequences, *self.score(sequences)
+
+    def score(self, sequences: BatchedSequences) -> tuple[LogprobResults, DiagnosticsResults]:
+        """ℓ and h of every response token by teacher forcing.
+
+        Args:
+            sequences: what to score.
+
+        Returns:
+            Per-token results on the CPU and per-sequence diagnostics.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; names the sequence.
+        """
+        logprobs_K, entropies_K = self.map_tokens(
+            sequences, lambda rows: self.policy.statistics(rows, self.config.temperature)
+        )
+        offsets_N1 = sequences.response_offsets_N1
+        surprisal_N = torch.zeros(len(sequences), dtype=torch.float64).scatter_reduce_(
+            0, ragged.sequence_index(offsets_N1), -logprobs_K.double(), "amax", include_self=False
+        )
+        diagnostics = DiagnosticsResults(
+            ragged.sequence_sum(logprobs_K, offsets_N1), ragged.sequence_sum(entropies_K, offsets_N1), surprisal_N
+        )
+        return LogprobResults(logprobs_K, entropies_K, offsets_N1), diagnostics
+
+    def map_tokens(
+        self, sequences: BatchedSequences, function: Callable[[TeacherForcedRows], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Apply a per-token function micro-batch by micro-batch and lay the results out flat, in sequence order.
+
+        Args:
+            sequences: what to work on.
+            function: from a micro-batch to tensors [K] of its tokens.
+
+        Returns:
+            One CPU tensor [K] per tensor of the function, in the order of `sequences`.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; names the sequence.
+        """
+        # results stay on the device until the last micro-batch: to fetch each would make it wait for the host
+        done = [(token_index_K, function(rows)) for token_index_K, rows in self.micro_batches(sequences)]
+        if not done:
+            return []
+        indices, parts = zip(*done, strict=True)
+        order_K, flat = torch.cat(indices), []
+        for column in zip(*parts, strict=True):
+            mixed_K = torch.cat(column).cpu()
+            flat.append(torch.empty_like(mixed_K).index_copy_(0, order_K, mixed_K))
+        for whole_K in flat:
+            require_finite(whole_K, sequences)
+        return flat
+
+    def micro_batches(self, sequences: BatchedSequences) -> Iterator[tuple[Tensor, TeacherForcedRows]]:
+        """Micro-batches of sequences of similar length, longest first.
+
+        Args:
+            sequences: what to work on.
+
+        Yields:
+            The flat token indices [K] that a micro-batch covers, and the micro-batch on the policy's device.
+        """
+        prompt_lengths_N = ragged.lengths(sequences.prompt_offsets_N1)
+        order_N = torch.argsort(prompt_lengths_N + sequences.lengths_N, descending=True, stable=True)
+        done = 0
+        for chosen_B in order_N.split(self.config.tf_batch_size) if len(order_N) else ():
+            yield teacher_forced_rows(sequences, chosen_B, self.policy.device)
+            done += len(chosen_B)
+            self.progress(done, len(sequences))
+
+    def _generate(
+        self,
+        pool: Sequence[Sequence[int]],
+        sequence_ids_N: Tensor,
+        prompt_ids_N: Tensor,
+        draws_N: Tensor,
+        seed: int,
+        purpose: Purpose,
+    ) -> BatchedSequences:
+        prompts = [pool[i] for i in prompt_ids_N.tolist()]
+        law = self.config
+        request = DecodingRequest(
+            prompts, sequence_ids_N, seed, purpose, law.temperature, law.max_new_tokens, law.stop_strings
+        )
+        responses = Decoding(self.policy, request, law.gen_batch_size, self.progress).run()
+        tokens = [response.tokens for response in responses]
+        return BatchedSequences(
+            sequence_ids_N=sequence_ids_N,
+            prompt_ids_N=prompt_ids_N,
+            draws_N=draws_N,
+            prompt_tokens=_flat(prompts),
+            prompt_offsets_N1=_offsets(prompts),
+            response_tokens_K=_flat(tokens),
+            response_offsets_N1=_offsets(tokens),
+            finish_reasons=tuple(response.finish_reason for response in responses),
+        )
+
+
+def _draws(drawn_N: Tensor) -> Tensor:
+    """How often each entry occurred before: [3, 5, 3] → [0, 0, 1]."""
+    order_N = torch.argsort(drawn_N, stable=True)
+    ordered_N = drawn_N[order_N]
+    first_N = torch.searchsorted(ordered_N, ordered_N)
+    result_N = torch.empty_like(drawn_N)
+    result_N[order_N] = torch.arange(len(drawn_N)) - first_N
+    return result_N
+
+
+def _flat(lists: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([token for tokens in lists for token in tokens], dtype=torch.long)
+
+
+def _offsets(lists: Sequence[Sequence[int]]) -> Tensor:
+    return ragged.offsets_from_lengths(torch.tensor([len(tokens) for tokens in lists], dtype=torch.long))

@@ -1,0 +1,131 @@
+"""compute-update: the step v that the optimizer would take on U, and the gradient that it is made of."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+
+from entropy_core.checkpoints.optimizer_step import OptimizerStep
+from entropy_core.errors import NonFiniteError
+from entropy_core.losses.files import loss_of, write_tokens
+from entropy_core.losses.functions import token_coefficients
+from entropy_core.numerics.adamw import clip_factor
+from entropy_core.numerics.advantages import Scaling, group_advantages
+from entropy_core.numerics.losses import LossBatch
+from entropy_core.numerics.vectors import global_norm, in_blocks, squares
+from entropy_core.policy.model import Coefficients
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import Law, processor_of
+from entropy_core.store.columns import read_columns
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
+
+
+def compute_update(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    law: Law,
+    checkpoint: "Artifact",
+    sequences: "Sequence[Artifact]",
+    rewards: "Artifact",
+    scores: "Sequence[Artifact]",
+    reference: "Sequence[Artifact]",
+    kl_beta: float,
+    responses_per_prompt: int,
+    loss: str,
+    loss_source: str,
+    scale_rewards: Scaling,
+    max_new_tokens: int,
+    max_grad_norm: float,
+) -> dict[str, Any]:
+    """Gradient of the loss on U, then the next AdamW step per unit of learning rate.
+
+    Args:
+        out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
+            `coefficients.safetensors` (∂L/∂ℓ and ∂L/∂h of each token, at the on-policy point); `loss.safetensors` (what
+            the loss reads of each token); `sequences.parquet` (reward, advantage).
+        execution: device and micro-batch.
+        law: the policy.
+        checkpoint: artifact of load-checkpoint.
+        sequences: the shards of sample-u-batch.
+        rewards: artifact of reward-u-batch.
+        scores: the shards of score-u-batch.
+        reference: the shards of score-u-reference; none without a KL term.
+        kl_beta: β of the KL term.
+        responses_per_prompt: G.
+        loss: the objective, see `loss.loss_of`.
+        loss_source: digest of the file that defines the loss, empty for one of this package.
+        scale_rewards: whether advantages are divided by the standard deviation of their group.
+        max_new_tokens: where responses were cut; the constant length of `dr_grpo`.
+        max_grad_norm: of the clipping; 0 for none.
+
+    Returns:
+        Norms, clip factor, and how many prompts had equal rewards.
+    """
+    processor = processor_of(law, execution)
+    policy = processor.policy
+    rewards_N = torch.tensor(rewards.table("rewards.parquet")["reward"].to_pylist(), dtype=torch.float64)
+    rewards_PG = rewards_N.view(-1, responses_per_prompt)
+    # a loss of the user is given the advantages of GRPO, divided or not as the configuration says
+    advantages_PG = group_advantages(rewards_PG, "grpo" if loss_source else loss, scale_rewards)
+    shards = [read_sequences(shard) for shard in sequences]
+    lengths_N = torch.cat([shard.lengths_N for shard in shards])
+    scored, offsets_N1 = read_columns(scores, "logprobs", "entropies")
+    batch = LossBatch.on_policy(
+        scored["logprobs"],
+        scored["entropies"],
+        offsets_N1,
+        advantages_PG,
+        rewards_PG,
+        max_new_tokens=max_new_tokens,
+        reference_logprobs_K=read_columns(reference, "logprobs")[0]["logprobs"] if reference else None,
+        kl_beta=kl_beta,
+    )
+    coefficients = token_coefficients(loss, loss_of(execution, loss, loss_source), batch)
+
+    gradient = policy.new_accumulator()
+    start = 0
+    for shard in shards:
+        stop = start + len(shard.response_tokens_K)
+        for index_K, rows in processor.micro_batches(shard):
+            weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
+            policy.add_gradients(rows, [weights], law["temperature"], [gradient])
+        start = stop
+    g = in_blocks(gradient)
+    norm = global_norm(g)
+    if not math.isfinite(norm):
+        raise NonFiniteError(
+            "the gradient on U is not finite", cause="the weights hold a NaN", way_out="check the checkpoint"
+        )
+    clip = clip_factor(norm, max_grad_norm)
+    step = OptimizerStep(checkpoint, execution, policy.named_parameters(), g, clip)
+    shapes, dtype = {name: tuple(t.shape) for name, t in gradient.items()}, getattr(torch, law["dtype"])
+    of_direction = []
+    with out.vector("direction", shapes, dtype) as direction, out.vector("gradient", shapes, dtype) as loss_gradient:
+        for block in step:
+            v = step[block].direction
+            of_direction.append(squares(v))
+            direction.write(block, v)
+            loss_gradient.write(block, g[block])
+    write_tokens(out, batch, coefficients)
+    table = rewards.table("rewards.parquet")
+    table = table.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
+    out.table(table.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
+    return {
+        "gradient_norm": norm,
+        "clip_factor": clip,
+        "max_grad_norm": max_grad_norm,
+        "update_norm": sum(of_direction) ** 0.5,
+        "prompts": len(advantages_PG),
+        "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
+        "loss": loss,
+        "loss_source": loss_source,
+        "kl_beta": kl_beta,
+        "max_new_tokens": max_new_tokens,
+        "mean_reward": float(rewards_N.mean()),
+    }

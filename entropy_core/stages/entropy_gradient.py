@@ -1,0 +1,115 @@
+"""entropy-gradient: ∇H_seq and ∇L of each half of E, by a backward pass each."""
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from entropy_core.numerics import ragged
+from entropy_core.numerics.baselines import TimeTotals, baseline_totals
+from entropy_core.numerics.choices import Baseline
+from entropy_core.numerics.first_order import score_coefficients
+from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, Functional, Tokens
+from entropy_core.numerics.halves import HALVES
+from entropy_core.numerics.vectors import in_blocks
+from entropy_core.policy.model import Coefficients
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.law import Law, processor_of
+from entropy_core.store.columns import read_columns
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
+
+BASELINE: Baseline = "time_loo"
+"""Fixed: every baseline has the same mean, this one has little noise, and changing it would cost a backward pass."""
+
+
+def entropy_gradient(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    law: Law,
+    sequences: "Sequence[Artifact]",
+    scores: "Sequence[Artifact]",
+    responses_per_prompt: int,
+) -> dict[str, Any]:
+    """Gradients of the estimated entropy and length, of each functional E[Σ_k f_k].
+
+        ∇E[F] = (1/N) Σ_i Σ_k [∇f_k + (R_k − b_k)∇ℓ_k]
+
+    Two independent halves are kept apart, because their errors are independent: that tells what the variance over U is
+    for a known ∇H.
+
+    Args:
+        out: the vectors `entropy_0`, `length_0` and the same of half 1, by parameter name.
+        execution: device and micro-batch.
+        law: the policy.
+        sequences: the shards of sample-e-batch.
+        scores: the shards of score-e-batch, in the same order.
+        responses_per_prompt: sequences of one prompt that stay in one half; 1 where prompts are drawn with replacement.
+
+    Returns:
+        Of each half: its number of sequences, entropy per token and mean length; and the baseline.
+    """
+    processor = processor_of(law, execution)
+    policy, dtype = processor.policy, getattr(torch, law["dtype"])
+    totals, S_N, T_N = _of_all(scores)
+    ids_N = torch.cat([read_sequences(artifact).sequence_ids_N for artifact in sequences])
+    half_N = ids_N // responses_per_prompt % 2
+    summary = []
+    for half in HALVES:
+        mine_N = half_N == half
+        count = int(mine_N.sum())
+        for functional in FUNCTIONALS:  # one after the other, at the price of a forward pass
+            gradient = policy.new_accumulator()
+            for batch, tokens in _shards(sequences, scores):
+                here_N = batch.sequence_ids_N // responses_per_prompt % 2 == half
+                here_K = torch.repeat_interleave(here_N, batch.lengths_N)
+                of_tokens = _coefficients(functional, tokens, totals[functional])
+                weights = [values_K[here_K] / count for values_K in of_tokens]
+                for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
+                    of_rows = Coefficients(*(values_K[index_K] for values_K in weights))
+                    policy.add_gradients(rows, [of_rows], law["temperature"], [gradient])
+            _write(out, f"{functional.name}_{half}", gradient, dtype)
+            del gradient  # before there is another one: an accumulator takes 8 bytes a parameter
+        H_tok = float(S_N[mine_N].sum() / T_N[mine_N].sum())
+        summary.append({"sequences": count, "H_tok": H_tok, "mean_length": float(T_N[mine_N].mean())})
+    return {"halves": summary, "baseline": BASELINE}
+
+
+def _write(out: "Writer", name: str, gradient: dict[str, Tensor], dtype: torch.dtype) -> None:
+    with out.vector(name, {of: tuple(g.shape) for of, g in gradient.items()}, dtype) as file:
+        for block, values in in_blocks(gradient).items():
+            file.write(block, values)
+
+
+def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) -> Coefficients:
+    """What ∇E[F] weighs the ∇ℓ_k and ∇h_k of these tokens with, but for 1/N."""
+    slopes = functional.slopes(tokens)
+    return Coefficients(score_coefficients(functional, tokens, BASELINE, totals) + slopes.logprob_K, slopes.entropy_K)
+
+
+def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> Iterator[tuple[BatchedSequences, Tokens]]:
+    """Each shard with what the policy says of its tokens, one in memory at a time."""
+    for of_sequences, scored in zip(sequences, scores, strict=True):
+        yield read_sequences(of_sequences), _tokens(scored)
+
+
+def _tokens(scored: "Artifact") -> Tokens:
+    columns, offsets_N1 = read_columns([scored], "logprobs", "entropies")
+    return Tokens(columns["logprobs"], columns["entropies"], offsets_N1)
+
+
+def _of_all(scores: "Sequence[Artifact]") -> tuple[dict[Functional, TimeTotals], Tensor, Tensor]:
+    """What the baselines need to know of all sequences, and the entropy S and the length T of each, float64 [N]."""
+    totals, S, T = [], [], []
+    for tokens in map(_tokens, scores):
+        totals.append([baseline_totals(functional, tokens, BASELINE) for functional in FUNCTIONALS])
+        S.append(ragged.sequence_sum(ENTROPY.values(tokens), tokens.offsets_N1))
+        T.append(ragged.lengths(tokens.offsets_N1).double())
+    of_all = [reduce(TimeTotals.plus, of_functional) for of_functional in zip(*totals, strict=True)]
+    return dict(zip(FUNCTIONALS, of_all, strict=True)), torch.cat(S), torch.cat(T)

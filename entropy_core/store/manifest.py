@@ -1,0 +1,319 @@
+"""What an artifact's manifest says, and how an artifact is verified against it.
+
+The manifest is written last, when every data file is on the disk, so a directory that has one is complete. It holds
+what the key is made of, the SHA-256 of every data file, the stage's summary, and how the result came about; and a seal,
+the SHA-256 of all the rest, so that not a byte of it changes unnoticed.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from entropy_core.errors import StoreError
+from entropy_core.files.digests import SETTLED_NS, Identity, file_digest, identity_of
+
+MANIFEST = "manifest.json"
+VECTORS = "vectors/"
+"""Where an artifact has its files of the size of the policy. Their digests count for good; they themselves may go."""
+DROPPED = "vectors.dropped"
+"""Says that they went on purpose: without it, they are lost."""
+TEMPORARY = ".tmp-"
+"""Begins the name of what is being written, or was left by a process that died."""
+FORMAT = 1
+"""Of what `Writer` makes of a stage's results, and `Artifact` of its files: raised when either changes."""
+
+_KEYED = ("format", "stage", "code", "libraries", "inputs")
+_LIBRARIES = ("torch", "transformers", "peft", "pyarrow", "safetensors")
+
+_manifests: dict[Identity, dict[str, Any]] = {}
+_altered: set[Identity] = set()  # data files that were opened and found to be others
+
+
+def may_name(stage_name: Any, key: Any) -> bool:
+    """Whether an artifact can be called so. What comes from a record or an archive may lead anywhere else."""
+    return _matches(r"[a-z0-9]+(-[a-z0-9]+)*", stage_name) and _matches("[0-9a-f]{32}", key)
+
+
+def may_name_file(name: str) -> bool:
+    """Whether a data file of an artifact can be called so: it lies within the artifact and is not the manifest."""
+    path = PurePosixPath(name)
+    return (
+        str(path) == name and not path.is_absolute() and ".." not in path.parts and name not in (".", MANIFEST, DROPPED)
+    )
+
+
+def _matches(pattern: str, text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch(pattern, text) is not None
+
+
+def recipe_key(recipe: Mapping[str, Any]) -> str:
+    """Hash what makes a result.
+
+    Args:
+        recipe: format, stage, code, libraries and inputs as JSON values; a manifest has them among others, which do not
+            count.
+
+    Returns:
+        The first 32 hex digits of the SHA-256 of the canonical JSON. 128 bits are enough: among a million million
+        keys, the probability that any two agree is 1e-15; and directory names stay short.
+    """
+    return _sha256({name: recipe[name] for name in _KEYED})[:32]
+
+
+def content_digest(files: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+    """Identify an artifact by its data: the SHA-256 of the canonical JSON of its files' SHA-256 and its summary.
+
+    Args:
+        files: file name → its entry in the manifest.
+        summary: what the stage's function returned.
+
+    Returns:
+        64 hex digits.
+    """
+    return _sha256({"files": {name: entry["sha256"] for name, entry in files.items()}, "summary": summary})
+
+
+def commit(
+    temporary: Path, final: Path, manifest: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """Record every file in the manifest, bring all of it to the disk, and make it visible.
+
+    Args:
+        temporary: directory with the data files, beside `final`.
+        final: what it will be called.
+        manifest: all but `files` and `digest`.
+        files: file name → its entry, where these are known; otherwise the files are read.
+
+    Returns:
+        The content digest.
+    """
+    if files is None:
+        paths = sorted(temporary.rglob("*"))
+        files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths if path.is_file()}
+    digest = content_digest(files, manifest["summary"])
+    (temporary / MANIFEST).write_bytes(_sealed({**manifest, "files": files, "digest": digest}))
+    make_visible(temporary, final)
+    return digest
+
+
+@contextmanager
+def temporary_sibling(final: Path) -> Iterator[Path]:
+    """A new directory beside `final`, to be filled and given its name; what is left of it at the end is deleted."""
+    temporary = final.with_name(f"{TEMPORARY}{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_visible(temporary: Path, final: Path) -> None:
+    """Bring a directory and all that is in it to the disk, and give it its name in one step."""
+    for path in [*sorted(temporary.rglob("*")), temporary]:
+        _fsync(path)
+    os.rename(temporary, final)
+    _fsync(final.parent)
+    _fsync(final.parent.parent)
+
+
+def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str, Any], str]:
+    """Read a manifest and check that it is of this artifact and as it was written.
+
+    Args:
+        directory: of the artifact.
+        stage_name: name of its stage.
+        key: its key.
+
+    Returns:
+        The manifest and "", or else an empty dict and what is wrong.
+    """
+    try:
+        manifest = _read_once(directory / MANIFEST)
+        if "format" not in manifest:
+            return {}, "it was made by an earlier version"
+        if (manifest["stage"], manifest["key"]) != (stage_name, key):
+            return {}, f"its manifest is that of {manifest['stage']}/{manifest['key']}"
+        if recipe_key(manifest) != key or content_digest(manifest["files"], manifest["summary"]) != manifest["digest"]:
+            return {}, "its manifest was edited"
+        if not may_name(stage_name, key) or not all(map(may_name_file, manifest["files"])):
+            return {}, "its manifest names what is no part of it"
+        return manifest, ""
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return {}, "it has no manifest"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return {}, f"its manifest was damaged or edited: {error}"
+
+
+def check_files(
+    directory: Path, files: Mapping[str, Mapping[str, Any]], digest: Callable[[Path], str] | None = None
+) -> str:
+    """Check the data files of an artifact against their entries in the manifest, but for `VECTORS` that were dropped.
+
+    Args:
+        directory: of the artifact.
+        files: file name → entry.
+        digest: see `check_file`; None: that a file is there and has its size is enough.
+
+    Returns:
+        What is wrong first, or "".
+    """
+    dropped = (directory / DROPPED).exists()
+    for name, entry in files.items():
+        path = directory / name
+        if dropped and name.startswith(VECTORS):
+            continue
+        if fault := check_file(path, entry, digest) if digest else check_presence(path, entry):
+            return fault
+    return ""
+
+
+def check_presence(path: Path, entry: Mapping[str, Any]) -> str:
+    """Check that a data file is there, is as large as its entry in the manifest says, and was not found to be altered.
+
+    Nothing of it is read: `check_file` does that when the file is opened.
+
+    Returns:
+        What is wrong, or "".
+    """
+    try:
+        stat = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path.name} is missing"
+    if stat.st_size != entry.get("bytes"):
+        return f"{path.name} has {stat.st_size} bytes instead of {entry.get('bytes')}"
+    return _alteration(path) if identity_of(stat) in _altered else ""
+
+
+def check_file(path: Path, entry: Mapping[str, Any], digest: Callable[[Path], str] = file_digest) -> str:
+    """Check a data file against its entry in the manifest, its content included.
+
+    Args:
+        path: the file.
+        entry: of the manifest.
+        digest: how its content is digested, such as `file_digests.read_digest`, which trusts nothing but the disk.
+
+    Returns:
+        What is wrong, or "".
+    """
+    fault = check_presence(path, entry)
+    if not fault and digest(path) != entry["sha256"]:
+        _altered.add(identity_of(path.stat()))
+        fault = _alteration(path)
+    return fault
+
+
+def _alteration(path: Path) -> str:
+    return f"{path.name} was altered: its SHA-256 is another"
+
+
+def as_json(value: Any, what: str) -> dict[str, Any]:
+    """Make of a dict what will be read back from the manifest.
+
+    Args:
+        value: the dict.
+        what: what it is, for the error message.
+
+    Returns:
+        The dict of JSON values.
+
+    Raises:
+        StoreError: it is no dict, or something in it is no JSON value.
+    """
+    try:
+        plain = json.loads(json_text(value))
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"{what} is not JSON: {error}", way_out="use plain, finite values; write data to files"
+        ) from error
+    if not isinstance(plain, dict):
+        raise StoreError(f"{what} is {value!r:.80} and not a dict")
+    return plain
+
+
+def json_text(value: Any) -> str:
+    """JSON for a file, with sorted keys. Raises ValueError on a NaN or an infinity, TypeError on what is not JSON."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that make the numbers; and of Prefect, if it is loaded."""
+    found = {"python": platform.python_version()}
+    for library in (*_LIBRARIES, *({"prefect"} & sys.modules.keys())):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return found
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held since it started; the system counts in KiB, but on macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _sha256(document: Any) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """The manifest's entry for a file."""
+    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        entry["tensors"] = {name: {"dtype": of["dtype"], "shape": of["shape"]} for name, of in header.items()}
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        metadata = pyarrow.parquet.read_metadata(path)
+        entry["num_rows"] = metadata.num_rows
+        entry["schema"] = metadata.schema.to_arrow_schema().to_string(show_schema_metadata=False)
+    return entry
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it is written."""
+    seal = hashlib.sha256(json_text(manifest).encode()).hexdigest()
+    return json_text({**manifest, "seal": seal}).encode()
+
+
+def _read_once(path: Path) -> dict[str, Any]:
+    """The manifest, parsed once per process as long as the file does not change."""
+    identity = identity_of(path.stat())
+    if identity not in _manifests:
+        manifest = _read_manifest(path)
+        if time.time_ns() - identity[-1] < SETTLED_NS:
+            return manifest
+        _manifests[identity] = manifest
+    return _manifests[identity]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises ValueError if it is not, byte for byte, what was written."""
+    content = path.read_bytes()
+    manifest = json.loads(content)
+    if _sealed({name: value for name, value in manifest.items() if name != "seal"}) != content:
+        raise ValueError("it is not as it was written")
+    return manifest
