@@ -39,7 +39,7 @@ def vectors() -> Iterator[Row]:
             stored = found[key] / count
             yield Row(
                 f"bytes per parameter in the store, {when}, {size}", f"{stored:.2f} B", "4 B, the model", stored, mark
-            ).because(lambda: "counted are the files of the size of the policy, with their headers")
+            ).because(lambda: "counted are the numbers in files of the size of the policy")
     yield _step()
 
 

@@ -139,8 +139,14 @@ class Meter:
         return artifact
 
     def in_store(self) -> int:
-        """Bytes of all vectors that are there."""
-        return sum(path.stat().st_size for path in self.root.glob(f"*/*/{VECTORS}*"))
+        """Bytes of all numbers of the size of the model that are there: of their files, less their headers."""
+        return sum(path.stat().st_size - _header(path) for path in self.root.glob(f"*/*/{VECTORS}*"))
+
+
+def _header(path: Path) -> int:
+    """Bytes in front of the numbers of a safetensors file: the header's length, and the header."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _settle() -> tuple[int, int]:

@@ -186,7 +186,8 @@ COUNTS = {  # EDITED becomes another number, and the digest another digest
 
 COUNTS_NOT = {
     "a stage that is made beside it": project(
-        "from entropy_core.store.store import Stage\ndef stage(): ...\nA = Stage('a', stage)\nB = Stage('EDITED', stage)"
+        "from entropy_core.store.store import Stage\n"
+        "def stage(): ...\nA = Stage('a', stage)\nB = Stage('EDITED', stage)"
     )
     | {"../entropy_core/store/store.py": "class Stage:\n    def __init__(self, name, function): print(EDITED)"},
     "another function": project("from .tool import used\ndef stage(): return used()", tool=TOOL),

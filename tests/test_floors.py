@@ -1,5 +1,6 @@
 """The floors of the house: imports go downwards only, and each heavy library has its own door.
 
+A room is a package of entropy_core, or a module that lies beside them; `tasks` and `flows` are the two rooms on top.
 Imports are read from the syntax trees, those inside functions and `if TYPE_CHECKING:` included, so nothing hides.
 """
 
@@ -17,12 +18,36 @@ import pytest
 
 from entropy_core.code.identity import code_of
 from entropy_core.code.reached import GIVEN
-from entropy_core.pipeline.catalogue import STAGES
-from entropy_core.store.store import Stage
+from entropy_core.pipeline.catalogue import STAGES as CATALOGUE
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("entropy_core", "flows", "tasks")
 LONGEST = 450
+
+FLOORS = (
+    "errors",
+    "numerics",
+    "files",
+    "execution",
+    "code",
+    "store",
+    "checkpoints",
+    "policy",
+    "sequences",
+    "prompts",
+    "rewards",
+    "losses",
+    "estimates",
+    "report",
+    "stages",
+    "config",  # above the stages: what a stage reads of it is an input, and so in its key
+    "pipeline",
+    "demo",
+    "tasks",
+    "flows",
+    "commands",
+)
+"""From the bottom up. A room imports from those below it, so no two rooms can import each other."""
 
 
 def name_of(path: Path) -> str:
@@ -30,13 +55,13 @@ def name_of(path: Path) -> str:
 
 
 FILES = {name_of(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
-def imported(name: str) -> Iterator[str]:
-    """Dotted names that a module imports; an attribute of a module counts as the module."""
-    path = FILES[name]
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported(name: str, tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a part of a module imports; an attribute of a module counts as the module."""
+    package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -46,23 +71,44 @@ def imported(name: str) -> Iterator[str]:
                 yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base
 
 
-IMPORTS = {name: set(imported(name)) for name in FILES}
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+IMPORTS = {name: set(imported(name, tree)) for name, tree in TREES.items()}
+AT_RUN_TIME = {
+    name: {other for node in tree.body if not is_for_types(node) for other in imported(name, node)}
+    for name, tree in TREES.items()
+}
 OURS = {name: {other for other in found if other.partition(".")[0] in PACKAGES} for name, found in IMPORTS.items()}
 FOREIGN = {
     name: {other for other in found if other.partition(".")[0] not in {*PACKAGES, *sys.stdlib_module_names}}
     for name, found in IMPORTS.items()
 }
 
-FLOORS = ("errors", "numerics", "core", "stages", "tasks", "flows")
+
+def room(name: str) -> str:
+    """The room of a module; a command, which nobody imports, is above all of them."""
+    package, *inside = name.split(".")
+    if name.endswith(".__main__"):
+        return "commands"
+    return inside[0] if package == "entropy_core" and inside else package
 
 
 def floor(name: str) -> int:
-    if name == "entropy_core.errors":
-        return FLOORS.index("errors")
-    for prefix, its_floor in (("entropy_core.numerics", "numerics"), ("entropy_core.stages", "stages")):
-        if name == prefix or name.startswith(f"{prefix}."):
-            return FLOORS.index(its_floor)
-    return FLOORS.index({"entropy_core": "core"}.get(name.partition(".")[0], name.partition(".")[0]))
+    return FLOORS.index(room(name))
+
+
+def reached(name: str) -> set[str]:
+    """What a module loads of ours when it is run, itself included: by what it imports, and by what that imports."""
+    found: set[str] = set()
+    ahead = [name]
+    while ahead:
+        name = ahead.pop()
+        if name in FILES and name not in found:
+            found.add(name)
+            ahead += AT_RUN_TIME[name]
+    return found
 
 
 def importers(*libraries: str) -> set[str]:
@@ -78,23 +124,32 @@ def core(*names: str) -> set[str]:
     return {f"entropy_core.{name}" for name in names}
 
 
-def test_every_floor_was_read():
-    assert {floor(name) for name in FILES} == set(range(len(FLOORS)))
-    assert {"entropy_core.policy", "entropy_core.stages.variance", "flows.entropy_probe", "tasks.stages"} <= set(FILES)
+STAGES = {name for name in FILES if name.startswith("entropy_core.stages.")}
+
+
+def test_everything_was_read():
+    assert {room(name) for name in FILES if name != "entropy_core"} <= set(FLOORS)
+    some = {"entropy_core.policy.model", "entropy_core.stages.variance", "flows.entropy_probe", "tasks.stages"}
+    assert some <= set(FILES)
     assert "entropy_core.numerics.ragged" in OURS["entropy_core.estimates.evaluation"]
-    assert (
-        "transformers.trainer_pt_utils" in FOREIGN["entropy_core.checkpoints.architecture"]
-    )  # imported inside a function
+    architecture = FOREIGN["entropy_core.checkpoints.architecture"]
+    assert "transformers.trainer_pt_utils" in architecture  # imported inside a function
     assert "entropy_core.execution" in OURS["entropy_core.stages.rescore"]  # for the type checker only
+    assert "entropy_core.execution" not in reached("entropy_core.stages.rescore")
 
 
 def test_imports_go_downwards():
-    upwards = [(name, other) for name, found in OURS.items() for other in found if floor(other) > floor(name)]
+    upwards = [
+        f"{name} imports {other}"
+        for name, found in OURS.items()
+        for other in found - {"entropy_core"}
+        if floor(other) > floor(name)
+    ]
     assert upwards == []
 
 
 def test_no_import_goes_round_in_a_circle():
-    """Within a floor, too: somebody who reads a module never has to have read it before."""
+    """Within a room, too: somebody who reads a module never has to have read it before."""
     below: dict[str, set[str]] = {}
 
     def visit(name: str, above: tuple[str, ...]) -> set[str]:
@@ -109,8 +164,15 @@ def test_no_import_goes_round_in_a_circle():
         visit(name, ())
 
 
+def test_a_package_is_its_docstring():
+    """So that a module loads what it imports and nothing else of the room that it is in."""
+    for name, path in FILES.items():
+        if name.startswith("entropy_core") and path.name == "__init__.py":
+            assert ast.get_docstring(TREES[name]) and len(TREES[name].body) == 1, name
+
+
 def test_the_numerics_know_torch_and_nothing_else():
-    numerics = [name for name in FILES if floor(name) == FLOORS.index("numerics")]
+    numerics = [name for name in FILES if room(name) == "numerics"]
     assert len(numerics) > 5
     for name in numerics:
         assert all(other.startswith("entropy_core.numerics") for other in OURS[name]), name
@@ -121,24 +183,38 @@ def test_the_errors_know_nothing():
     assert OURS["entropy_core.errors"] == FOREIGN["entropy_core.errors"] == set()
 
 
+def test_each_file_of_the_stages_is_one_stage():
+    """A function of the file's name that is given where to write and how to compute; and the catalogue has it."""
+
+    def stages_in(name: str) -> list[str]:
+        functions = [node for node in TREES[name].body if isinstance(node, ast.FunctionDef)]
+        return [f.name for f in functions if [a.arg for a in f.args.args] == ["out", "execution"]]
+
+    assert {name: stages_in(name) for name in STAGES} == {name: [name.rpartition(".")[2]] for name in STAGES}
+    assert OURS["entropy_core.pipeline.catalogue"] & STAGES == STAGES
+    assert not any(OURS[name] & STAGES for name in STAGES)
+
+
 def test_each_library_has_its_own_door():
-    of_the_model = core("policy", "pretrained", "scorer", "decoding", "tokenizer", "architecture")
-    assert importers("transformers") == of_the_model | core("demo", "smollm2", "training_run")
-    assert importers("psutil") == core("decoding") | {"flows.door"}
-    assert importers("peft") == core("adapters", "smollm2")
-    assert importers("trl") == core("training_run")
-    assert importers("tokenizers") == core("demo")
-    assert importers("datasets") == core("hub_datasets", "training_run")
-    assert importers("huggingface_hub") == core("hub_datasets", "training_run")
-    assert importers("reasoning_gym") == core("reasoning_tasks")
-    assert importers("math_verify") == core("math_answers")
-    assert importers("matplotlib") == core("figures", "tokens_in_text")
-    assert importers("arviz_stats", "numpy") == core("pareto")
-    assert importers("scipy") == core("estimates", "diagnostics")
-    assert importers("safetensors") == core("artifact", "checkpoint_content")
-    assert importers("pyarrow.parquet") == core("artifact", "manifest", "prompt_files") | {"flows.results"}
-    assert importers("yaml") == core("plain_yaml")
-    assert importers("prefect") == {name for name in importers("prefect") if floor(name) >= FLOORS.index("tasks")}
+    of_the_model = core("policy.model", "policy.pretrained", "policy.scorer", "sequences.decoding")
+    of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture")
+    of_the_demo = core("demo.run", "demo.smollm2", "demo.training_run")
+    assert importers("transformers") == of_the_model | of_the_checkpoint | of_the_demo
+    assert importers("psutil") == core("sequences.decoding") | {"flows.door"}
+    assert importers("peft") == core("checkpoints.adapters", "demo.smollm2")
+    assert importers("trl") == core("demo.training_run")
+    assert importers("tokenizers") == core("demo.run")
+    assert importers("datasets") == core("prompts.hub_datasets", "demo.training_run")
+    assert importers("huggingface_hub") == core("prompts.hub_datasets", "demo.training_run")
+    assert importers("reasoning_gym") == core("prompts.reasoning_tasks")
+    assert importers("math_verify") == core("rewards.math_answers")
+    assert importers("matplotlib") == core("report.figures", "report.tokens_in_text")
+    assert importers("arviz_stats", "numpy") == core("estimates.pareto")
+    assert importers("scipy") == core("estimates.rows", "estimates.diagnostics")
+    assert importers("safetensors") == core("store.artifact", "checkpoints.content")
+    assert importers("pyarrow.parquet") == core("store.artifact", "store.manifest", "prompts.files") | {"flows.results"}
+    assert importers("yaml") == core("config.plain_yaml")
+    assert importers("prefect") == {name for name in importers("prefect") if room(name) in ("tasks", "flows")}
     assert importers("prefect") >= {"flows.entropy_probe", "tasks.stages", "tasks.artifact_cache"}
 
 
@@ -152,38 +228,57 @@ def test_nothing_is_imported_that_is_not_declared():
     assert used - known <= come_along
 
 
-def reached(stage: Stage) -> set[str]:
-    """The modules of which a stage reaches anything."""
-    return {name.partition(":")[0] for name in code_of(stage.function).definitions}
-
-
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage.name in ("variance", "report")])
+@pytest.mark.parametrize("stage", ["variance", "report"])
 def test_the_statistics_reach_no_policy(stage):
-    assert f"entropy_core.stages.{stage.name}" in reached(stage)
-    assert not reached(stage) & core("policy", "sequence_processor", "checkpoints", "stages.sequences", "arithmetic")
+    modules = reached(f"entropy_core.stages.{stage}")
+    assert {"entropy_core.estimates.tables", f"entropy_core.stages.{stage}"} <= modules
+    assert {room(name) for name in modules} <= {"errors", "numerics", "files", "store", "estimates", "report", "stages"}
     assert not {
-        other
-        for name in reached(stage)
-        for other in FOREIGN[name]
-        if other.partition(".")[0] in {"transformers", "prefect"}
+        other for name in modules for other in FOREIGN[name] if other.partition(".")[0] in {"transformers", "prefect"}
     }
 
 
 def test_what_handles_no_sequence_does_not_reach_the_policy():
     """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
-    without = {stage.name for stage in STAGES if "entropy_core.policy" not in reached(stage)}
-    assert without == {"load-checkpoint", "load-prompts", "reward-u-batch", "variance", "report"}
+    without = {name for name in STAGES if not any(room(other) == "policy" for other in reached(name))}
+    names = ("load_checkpoint", "load_prompts", "reward", "variance", "report")
+    assert without == {f"entropy_core.stages.{name}" for name in names}
 
 
-def test_no_stage_reaches_what_it_has_no_use_for():
-    """The store and the sources that it looks after, and what comes before or after a stage in a sweep."""
-    no_use = core("store", "manifest", "sources", "code_identity", "config", "execution")
-    no_use |= core("stages.pipeline", "stages.measure", "stages.preflight", "stages.memory")
-    assert not {stage.name: found for stage in STAGES if (found := reached(stage) & no_use)}
-    sampling = reached(next(stage for stage in STAGES if stage.name == "sample-e-batch"))
-    assert not sampling & core("numerics.direct_derivatives", "numerics.uncertainty", "stages.derivatives")
-    backward = reached(next(stage for stage in STAGES if stage.name == "entropy-gradient"))
-    assert not backward & core("estimates", "evaluation", "numerics.bootstrap", "stages.variance")
+FORWARD_MODE = core("policy.derivatives", "sequences.derivatives", "numerics.direct_derivatives")
+MOVES = core("policy.moves", "sequences.moves")
+STATISTICS = core("numerics.uncertainty", "numerics.bootstrap", "numerics.importance", "numerics.linearity")
+OPTIMIZER = core("numerics.adamw", "checkpoints.optimizer_state")
+POOLS = core("prompts.pools", "rewards.functions")
+
+
+@pytest.mark.parametrize(
+    ("stages", "beyond"),
+    [
+        ("sample score discriminate", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER | POOLS),
+        ("rescore importance", FORWARD_MODE | STATISTICS | OPTIMIZER | POOLS),
+        ("entropy_gradient", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER | POOLS),
+        ("compute_update", FORWARD_MODE | MOVES | STATISTICS | POOLS),
+        ("calibrate first_order_e first_order_u path_integral", STATISTICS | POOLS),
+        ("load_checkpoint", FORWARD_MODE | MOVES | STATISTICS | POOLS),
+        ("load_prompts reward", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER),
+    ],
+)
+def test_a_stage_reaches_no_idea_that_is_not_its_own(stages, beyond):
+    assert beyond <= set(FILES)
+    for stage in stages.split():
+        assert reached(f"entropy_core.stages.{stage}") & beyond == set(), stage
+
+
+def test_a_key_holds_no_room_that_a_stage_has_no_use_for():
+    """Neither the store and the files that it looks after, nor what comes before or after a stage in a sweep.
+
+    What is given to a stage is no part of its code: an artifact, and where to write.
+    """
+    for stage in CATALOGUE:
+        modules = {name.partition(":")[0] for name in code_of(stage.function).definitions}
+        assert not {room(name) for name in modules} & {"execution", "code", "config", "pipeline"}, stage.name
+        assert not modules & core("store.store", "store.manifest", "files.sources", "files.digests"), stage.name
 
 
 def test_what_the_store_gives_to_a_stage_is_where_the_digest_looks_for_it():
@@ -199,7 +294,7 @@ import sys
 def loaded(): print(*sorted({name.partition(".")[0] for name in sys.modules}))
 import entropy_core.stages.variance, entropy_core.stages.report
 loaded()
-import entropy_core.pipeline.sweep, entropy_core.demo
+import entropy_core.pipeline.sweep, entropy_core.demo.run
 loaded()
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

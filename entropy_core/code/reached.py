@@ -13,14 +13,15 @@ from entropy_core.code.passive import CALLS_NO_METHOD, PASSIVE
 from entropy_core.code.reading import Chain
 
 GIVEN = {
-    *("entropy_core.store.artifact:Artifact", "entropy_core.store.artifact:Writer", "entropy_core.execution:Execution"),
-    *(
-        "entropy_core.store.tensor_file:TensorFile",
-        "entropy_core.store.tensor_file:TensorWriter",
-        "entropy_core.store.store:Stage",
-    ),
+    "entropy_core.execution:Execution",
+    "entropy_core.files.digests:file_digest",
+    "entropy_core.store.artifact:Artifact",
+    "entropy_core.store.artifact:Writer",
+    "entropy_core.store.store:Stage",
+    "entropy_core.store.tensor_file:TensorFile",
+    "entropy_core.store.tensor_file:TensorWriter",
 }
-"""What the store gives to a stage or makes of it, which is no part of the stage's code."""
+"""What is given to a stage, or made of it, and is no part of its code: where bytes lie, and what their SHA-256 is."""
 
 Link = tuple[Target, Chain]
 """What a chain leads to, and the attributes of it that are asked for."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics.choices import Normalization
-from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
-from entropy_core.numerics.uncertainty import cluster_sums, ratio_slope
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional, ratio_slope
+from entropy_core.numerics.uncertainty import cluster_sums
 
 CHUNK_COUNTS = 1 << 18  # counts that exist at a time; does not change the result
 

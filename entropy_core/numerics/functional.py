@@ -9,7 +9,7 @@ derivative along a direction follows by the chain rule,
     ḟ_k = (∂f_k/∂ℓ_k) ℓ̇_k + (∂f_k/∂h_k) ḣ_k,
 
 and so does its gradient. The formulas of `baselines`, `first_order`, `importance` and `path_integral` are written once,
-for any functional. What is a ratio of two, such as the entropy per token, is made in `uncertainty`.
+for any functional. What is a ratio of two, such as the entropy per token, is estimated in `uncertainty`.
 """
 
 from collections.abc import Callable
@@ -120,3 +120,8 @@ ENTROPY = Functional("entropy", _entropies)
 LENGTH = Functional("length", _ones)
 FUNCTIONALS = (ENTROPY, LENGTH)
 """Those that a sweep estimates."""
+
+
+def ratio_slope(dnumerator: Tensor, ddenominator: Tensor, ratio: Tensor | float, denominator: Tensor | float) -> Tensor:
+    """Derivative of a ratio a/b, (ȧ − (a/b)ḃ)/b, from ȧ, ḃ, a/b and b; of the shape of ȧ and ḃ."""
+    return (dnumerator - ratio * ddenominator) / denominator

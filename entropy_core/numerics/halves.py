@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from entropy_core.numerics.choices import Normalization
-from entropy_core.numerics.functional import FUNCTIONALS
-from entropy_core.numerics.uncertainty import ratio_slope
+from entropy_core.numerics.functional import FUNCTIONALS, ratio_slope
 
 KINDS, HALVES = tuple(functional.name for functional in FUNCTIONALS), (0, 1)
 

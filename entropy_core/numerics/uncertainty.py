@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics.choices import Normalization
-from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
+from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional, ratio_slope
 
 
 class Estimate(NamedTuple):
@@ -53,11 +53,6 @@ def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
     """
     value = numerator.value / denominator.value
     return Estimate(value, (numerator.influence_N - value * denominator.influence_N) / denominator.value)
-
-
-def ratio_slope(dnumerator: Tensor, ddenominator: Tensor, ratio: Tensor | float, denominator: Tensor | float) -> Tensor:
-    """Derivative of a ratio a/b, (ȧ − (a/b)ḃ)/b, from ȧ, ḃ, a/b and b; of the shape of ȧ and ḃ."""
-    return (dnumerator - ratio * ddenominator) / denominator
 
 
 def ratio_derivative(numerator: Columns, denominator: Columns) -> Estimate:

@@ -1,4 +1,4 @@
-"""What the stages that handle sequences share: the policy of a law, and sequences on disk."""
+"""The policy of a law, and what samples and scores sequences with it."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -10,7 +10,8 @@
 
 A stage is a function `(out, execution, **inputs) → summary`. Its keyword arguments are exactly what goes into its key,
 so it cannot read a setting that the key does not know; `execution` says how to compute and is in no key. Each stage
-has a module of its own, so that an edit reaches only the stages that import it.
+has a file of its own name here, and nothing else is here: what several of them need is in the rooms below.
 
-`catalogue` names them all, `measure` has the order of those that need the policy of a checkpoint, `pipeline` the rest.
+`pipeline.catalogue` names them all, `pipeline.measure` has the order of those that need the policy of a checkpoint, and
+`pipeline.sweep` that of the rest.
 """
