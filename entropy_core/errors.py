@@ -11,7 +11,7 @@
     ├── NonFiniteError     a NaN or an infinity appeared; names the sequence
     └── MemoryShortageError    one sequence at a time is too much for the device
 
-Every message says the fact, the usual cause, and the way out, on one line; a fact that is a list has a line for each
+Every message says the fact, the likely cause, and the fix, on one line; a fact that is a list has a line for each
 of its entries.
 """
 
@@ -24,24 +24,24 @@ class ProbeError(Exception):
     Args:
         fact: what is so, with the names and numbers involved.
         cause: what usually leads to it; may be empty when the fact says it all.
-        way_out: what to do.
+        fix: what to do.
     """
 
-    def __init__(self, fact: str, *, cause: str = "", way_out: str = "") -> None:
-        self.fact, self.cause, self.way_out = fact, cause, way_out
+    def __init__(self, fact: str, *, cause: str = "", fix: str = "") -> None:
+        self.fact, self.cause, self.fix = fact, cause, fix
         parts = [fact.rstrip(".") + "."]
         if cause:
-            parts.append(f"Usual cause: {cause.rstrip('.')}.")
-        if way_out:
-            parts.append(f"Way out: {way_out.rstrip('.')}.")
+            parts.append(f"Likely cause: {cause.rstrip('.')}.")
+        if fix:
+            parts.append(f"Fix: {fix.rstrip('.')}.")
         super().__init__(("\n" if "\n" in fact else " ").join(parts))
 
     def __reduce__(self):  # keyword arguments must survive a process boundary
-        return _rebuild, (type(self), self.fact, self.cause, self.way_out), self.__dict__
+        return _rebuild, (type(self), self.fact, self.cause, self.fix), self.__dict__
 
 
-def _rebuild(kind: "type[ProbeError]", fact: str, cause: str, way_out: str) -> ProbeError:
-    return kind(fact, cause=cause, way_out=way_out)
+def _rebuild(kind: "type[ProbeError]", fact: str, cause: str, fix: str) -> ProbeError:
+    return kind(fact, cause=cause, fix=fix)
 
 
 class ConfigError(ProbeError):

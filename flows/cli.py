@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         cause = "a file or a folder that you may not read or write, a full disk, or a file server that is away"
-        print(ProbeError(one_line(error), cause=cause, way_out="see to it, and run the same again"), file=sys.stderr)
+        print(ProbeError(one_line(error), cause=cause, fix="see to it, and run the same again"), file=sys.stderr)
         return 2
 
 

@@ -49,7 +49,7 @@ def listen(port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         fact = f"port {port} cannot be used: {getattr(error, 'strerror', None) or error}"
-        raise DoorError(fact + _taken_by(port), way_out="name another port; 0 takes any that is free") from None
+        raise DoorError(fact + _taken_by(port), fix="name another port; 0 takes any that is free") from None
     return listener
 
 
@@ -79,9 +79,9 @@ def make_private(folder: Path) -> None:
         folder.chmod(0o700)
         owner = folder.stat().st_uid
     except OSError as error:
-        raise DoorError(f"{folder} cannot be made private: {error.strerror}", way_out="move it away") from None
+        raise DoorError(f"{folder} cannot be made private: {error.strerror}", fix="move it away") from None
     if owner != os.geteuid():
-        raise DoorError(f"{folder} belongs to another user (uid {owner})", way_out="move it away, or work in a copy")
+        raise DoorError(f"{folder} belongs to another user (uid {owner})", fix="move it away, or work in a copy")
 
 
 def make_key(folder: Path) -> None:

@@ -88,7 +88,7 @@ def _folder() -> Path:
         raise ConfigError(
             f"the folder {folder} cannot be entered on this machine: {error.strerror}",
             cause="the deployments were registered in it, on another machine",
-            way_out="make it here, or register them in a folder that every machine has",
+            fix="make it here, or register them in a folder that every machine has",
         ) from None
     return Path(folder)
 

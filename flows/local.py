@@ -82,7 +82,7 @@ def up(config_path: Path | None, port: int) -> NoReturn:
     with service.service(port, config_path) as (api_url, started_here):
         url = api_url.removesuffix("/api")
         if not started_here:
-            raise ServiceError(f"the Prefect of this store is up already, at {url}", way_out="use that one")
+            raise ServiceError(f"the Prefect of this store is up already, at {url}", fix="use that one")
         key = shlex.quote(str(key_file(service.HOME)))
         commands = "\n".join(f"    prefect deployment run {FLOW}/{name} --watch" for name in DEPLOYMENTS)
         print(

@@ -134,8 +134,8 @@ def request(url: str, body: Any = None, timeout: float = 30.0) -> Any:
             if getattr(error, "code", None) == HTTPStatus.SERVICE_UNAVAILABLE and time.monotonic() < deadline:
                 time.sleep(0.5)
                 continue
-            way_out = f"read {HOME / 'server.log'}"
-            raise ServiceError(f"the Prefect server does not answer {url}: {error}", way_out=way_out) from None
+            fix = f"read {HOME / 'server.log'}"
+            raise ServiceError(f"the Prefect server does not answer {url}: {error}", fix=fix) from None
 
 
 @contextmanager
@@ -200,7 +200,7 @@ def _start(stack: ExitStack, listener: socket.socket, api_url: str, options: lis
             listener.close()
         for name, process in (("server", server), ("serve", serving)):
             if process.poll() is not None:
-                raise ServiceError(f"Prefect's {name} process ended", way_out=f"read {HOME / name}.log and start again")
+                raise ServiceError(f"Prefect's {name} process ended", fix=f"read {HOME / name}.log and start again")
 
     stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, check))
 
@@ -266,7 +266,7 @@ def _wait(ready: Callable[[], Any], **processes: subprocess.Popen[str]) -> None:
     state = f"was not ready after {_STARTUP_SECONDS} seconds" if processes[name].poll() is None else "ended"
     log = HOME / f"{name}.log"
     last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "it printed nothing")
-    raise ServiceError(f"Prefect's {name} process {state}: {last.strip()}", way_out=f"read {log}")
+    raise ServiceError(f"Prefect's {name} process {state}: {last.strip()}", fix=f"read {log}")
 
 
 def _end_orphans(api_url: str) -> None:

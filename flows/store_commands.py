@@ -72,7 +72,7 @@ def explain(store: Store, what: Sequence[str], of_config: bool) -> int:
         ProbeError: there is no such artifact, or the configuration is wrong.
     """
     if len(what) > 2:
-        raise ConfigError(f"explain was given {len(what)} things", way_out="give one key, two keys or a configuration")
+        raise ConfigError(f"explain was given {len(what)} things", fix="give one key, two keys or a configuration")
     if len(what) == 2:
         return explain_two(store, what[0], what[1])
     if Path(what[0]).suffix in (".yaml", ".yml", ".json"):
@@ -222,4 +222,4 @@ def print_reasons(reasons: Sequence[object]) -> None:
 def _manifest(store: Store, name: runs.Name) -> dict:
     if manifest := store.manifest(*name):
         return manifest
-    raise StoreError(f"{'/'.join(name)} is unsound", way_out="`entropy-probe store verify` says why")
+    raise StoreError(f"{'/'.join(name)} is unsound", fix="`entropy-probe store verify` says why")

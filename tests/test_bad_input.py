@@ -62,7 +62,7 @@ def config_of(home: Path, **sections: Any) -> dict[str, Any]:
 def one_line(error: ProbeError) -> None:
     """What the user sees says what is so and what to do, and is one line."""
     assert "\n" not in str(error)
-    assert "Way out: " in str(error) or isinstance(error, ConfigError)
+    assert "Fix: " in str(error) or isinstance(error, ConfigError)
     assert str(error).endswith(".")
 
 

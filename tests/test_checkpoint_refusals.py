@@ -212,7 +212,7 @@ def test_a_broken_checkpoint_is_refused(sound: Path, case: str) -> None:
         assert checkpoint.layout.optimizer is not None
         check_moments(checkpoint.layout.optimizer, checkpoint.optimizer)
     said = str(refusal.value)
-    assert "\n" not in said and str(sound) in said and refusal.value.way_out
+    assert "\n" not in said and str(sound) in said and refusal.value.fix
 
 
 @pytest.mark.attack("code in the pickle of an optimizer")

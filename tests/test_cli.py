@@ -266,5 +266,5 @@ def test_what_is_wrong_in_a_configuration_is_reported_together_before_anything_s
             "  update.learning_rate: must be a number, not true",
             f"  update.reward: there is no file {home}/configs/rewards.py",
             "  importance.etas: 1.0 is listed twice.",
-            "Way out: correct them; docs/configuration.md lists all keys.",
+            "Fix: correct them; docs/configuration.md lists all keys.",
         ]

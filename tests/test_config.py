@@ -176,7 +176,7 @@ def test_a_value_out_of_range_is_named(dotted, value):
         parse_config(with_value(dotted, value))
     message = str(raised.value)
     assert message.startswith(f"the configuration: {dotted}")
-    assert "Way out: " in message
+    assert "Fix: " in message
     assert "\n" not in message
 
 
@@ -203,7 +203,7 @@ def test_every_wrong_key_is_named_at_once():
         "  batch_config.B_U: must be greater than or equal to 2, not 0",
         "  batch_config.g: unknown key; the nearest known one is batch_config.G",
         '  generation.max_new_tokens: must be an integer, not the text "many".',
-        "Way out: correct them; docs/configuration.md lists all keys.",
+        "Fix: correct them; docs/configuration.md lists all keys.",
     ]
 
 

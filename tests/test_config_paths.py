@@ -99,7 +99,7 @@ def test_every_path_that_leads_nowhere_is_named(home):
         f"  update.reference: there is no directory {configs}/no-reference",
         f"  update.reward: there is no file {configs}/no.py",
         f"  execution.artifacts: {configs}/pool.jsonl is a file, and the store is a folder.",
-        "Way out: correct them; docs/configuration.md lists all keys.",
+        "Fix: correct them; docs/configuration.md lists all keys.",
     ]
 
 

@@ -86,7 +86,7 @@ def test_a_half_finished_sweep_is_not_continued_with_another_release(run, tmp_pa
         assert half.store.names() == before, "it is refused before any work"
         assert f"were made with transformers {installed}, and here is transformers 99.1" in caught.value.fact
         for way in (f"install transformers {installed} again", "adopt CONFIG", "library_versions: recompute"):
-            assert way in caught.value.way_out
+            assert way in caught.value.fix
 
         willing = config | {"execution": config["execution"] | {"library_versions": "recompute"}}
         anew = probe(willing)

@@ -71,7 +71,7 @@ def test_what_was_small_enough_is_remembered_for_the_stage_alone(store):
 
 
 def test_a_sequence_that_does_not_fit_alone_is_an_error_that_says_so(store):
-    with pytest.raises(MemoryShortageError, match=r"hungry runs out of memory even with one sequence.*Way out: free"):
+    with pytest.raises(MemoryShortageError, match=r"hungry runs out of memory even with one sequence.*Fix: free"):
         run_within_memory(store, HUNGRY, Execution(gen_batch_size=4, tf_batch_size=2), {"how": "never"})
     assert [tf for _, tf, _ in TRIED] == [2, 1, 1]
     assert list((store.root / "hungry").iterdir()) == []

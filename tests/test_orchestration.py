@@ -57,7 +57,7 @@ def add(out, execution, *, draws):
 
 def refuse(out, execution):
     CALLS.append("refuse")
-    raise ConfigError("E has 3 sequences", cause="a small pool", way_out="take more")
+    raise ConfigError("E has 3 sequences", cause="a small pool", fix="take more")
 
 
 def stumble(out, execution):
@@ -193,7 +193,7 @@ def test_a_probe_error_is_not_tried_again_and_passes_through(store):
 
     with pytest.raises(ConfigError) as raised:
         refusing()
-    assert (raised.value.fact, raised.value.way_out) == ("E has 3 sequences", "take more")
+    assert (raised.value.fact, raised.value.fix) == ("E has 3 sequences", "take more")
     assert CALLS == ["refuse"]
     assert not [path for path in store.root.rglob("*") if path.is_file() and path.parent.name != ".locks"]
 

@@ -1,4 +1,4 @@
-"""Pools: what a file must look like, and that every other file is refused with the line and the way out."""
+"""Pools: what a file must look like, and that every other file is refused with the line and the fix."""
 
 import json
 
@@ -145,7 +145,7 @@ def test_what_is_no_pool_is_refused(pool_of, content, message):
     with pytest.raises(PromptError, match=message) as raised:
         pool_of(content)
     assert "\n" not in str(raised.value)
-    assert "Way out: " in str(raised.value)
+    assert "Fix: " in str(raised.value)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

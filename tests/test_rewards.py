@@ -163,7 +163,7 @@ def test_whatever_is_no_list_of_finite_numbers_is_an_error(file, value, message)
     with pytest.raises(RewardError, match=message) as raised:
         compute_rewards(file(returning(value)), PROMPTS, COMPLETIONS, COLUMNS)
     assert "\n" not in str(raised.value)
-    assert "Way out: " in str(raised.value)
+    assert "Fix: " in str(raised.value)
 
 
 def test_an_error_of_many_lines_is_told_on_one(file):

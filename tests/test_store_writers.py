@@ -30,7 +30,7 @@ def test_an_exception_leaves_nothing(store, error, kind):
 def test_a_full_disk_is_explained_and_leaves_nothing(store, how):
     if how == "device" and not Path("/dev/full").is_char_device():
         pytest.skip("needs /dev/full")
-    with pytest.raises(StoreError, match=r"cannot be written.*No space left.*Way out: make room"):
+    with pytest.raises(StoreError, match=r"cannot be written.*No space left.*Fix: make room"):
         store.run(FILLS, None, {"how": how})
     assert list((store.root / "fills").iterdir()) == []
 

@@ -98,7 +98,7 @@ def test_the_source_of_a_loss_is_its_file(file, tmp_path):
 def test_what_is_no_loss_is_refused_before_anything_runs(file, text: str, message: str):
     with pytest.raises(LossError, match=message) as raised:
         check_loss(file(text), 0.0, 8)
-    assert "\n" not in str(raised.value) and "Way out: " in str(raised.value) and "losses.py" in str(raised.value)
+    assert "\n" not in str(raised.value) and "Fix: " in str(raised.value) and "losses.py" in str(raised.value)
 
 
 ONCE = """import torch

@@ -68,7 +68,7 @@ def insert_adapter(model: nn.Module, directory: Path) -> None:
         raise CheckpointError(
             f"the adapter of {directory} does not fit into its base model: {one_line(error)}",
             cause="the base is another model than the adapter was trained on",
-            way_out="set `policy.base_model` to the base that it was trained on",
+            fix="set `policy.base_model` to the base that it was trained on",
         ) from error
     if getattr(config, "target_modules_to_tie", None):
         raise _refusal(directory, "LoRA factors that the embedding shares with the head (ensure_weight_tying)")
@@ -91,7 +91,7 @@ def check_adapter(model: nn.Module, directory: Path) -> None:
         raise CheckpointError(
             f"{directory}/{ADAPTER_WEIGHTS} has no weights for {some_names(missing)}",
             cause="an incomplete save, or an adapter_config.json of another adapter",
-            way_out=SAVE_AGAIN,
+            fix=SAVE_AGAIN,
         )
     frozen = dict(model.named_parameters(remove_duplicate=False))  # PEFT saves an embedding beside its LoRA factors
     shapes = {name: tuple(tensor.shape) for name, tensor in (frozen | saved).items()}
@@ -99,20 +99,20 @@ def check_adapter(model: nn.Module, directory: Path) -> None:
         raise CheckpointError(
             f"{directory}/{ADAPTER_WEIGHTS} holds tensors that the adapter does not have: {some_names(extra)}",
             cause="an adapter_config.json of another adapter, or another base model",
-            way_out="set `policy.base_model` to the base that it was trained on",
+            fix="set `policy.base_model` to the base that it was trained on",
         )
     if wrong := [f"{n} {of.shape} (here {shapes[n]})" for n, of in stored.items() if of.shape != shapes[n]]:
         raise CheckpointError(
             f"{directory}: the adapter has other shapes than its base and its ranks give: {some_names(wrong)}",
             cause="an adapter of another base model, or a vocabulary that was resized for the training",
-            way_out="set `policy.base_model` to the base that it was trained on",
+            fix="set `policy.base_model` to the base that it was trained on",
         )
     held = {id(tensor) for tensor in saved.values()}
     if unsaved := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
         raise CheckpointError(
             f"PEFT did not save all that was trained: {some_names(unsaved)} of {directory}",
             cause="an adapter that trains parameters outside of its layers",
-            way_out=_PLAIN_LORA,
+            fix=_PLAIN_LORA,
         )
 
 
@@ -154,18 +154,18 @@ def _read_config(directory: Path) -> "LoraConfig":
         raise _refusal(directory, "; ".join(asked))
     if unknown := [name for name, value in values.items() if name not in known and value]:
         fact = f"{path} has settings that the installed peft does not know: {some_names(unknown)}"
-        raise CheckpointError(fact, cause="saved by a newer version", way_out="install the peft that trained it")
+        raise CheckpointError(fact, cause="saved by a newer version", fix="install the peft that trained it")
     # How the weights were initialised no longer matters; plainly is the quickest.
     taken = {name: value for name, value in values.items() if name in known and not name.endswith("_config")}
     try:
         return LoraConfig(**taken | {"inference_mode": False, "init_lora_weights": True})
     except (TypeError, ValueError) as error:
         fact = f"{path} is not a configuration of LoRA: {one_line(error)}"
-        raise CheckpointError(fact, cause="the file was edited", way_out=SAVE_AGAIN) from error
+        raise CheckpointError(fact, cause="the file was edited", fix=SAVE_AGAIN) from error
 
 
 def _refusal(directory: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"the adapter of {directory} uses {what}, and is not probed", way_out=_PLAIN_LORA)
+    return CheckpointError(f"the adapter of {directory} uses {what}, and is not probed", fix=_PLAIN_LORA)
 
 
 def _as_saved(model: nn.Module) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ def _empty_model(directory: Path) -> "PreTrainedModel":
     if "quantization_config" in read_json(directory / "config.json"):
         raise CheckpointError(
             f"{directory}/config.json has a quantization_config, and quantised weights have no derivative",
-            way_out="probe the model that was quantised; for an adapter, set `policy.base_model` to it",
+            fix="probe the model that was quantised; for an adapter, set `policy.base_model` to it",
         )
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -127,7 +127,7 @@ def _empty_model(directory: Path) -> "PreTrainedModel":
             f"{directory}/config.json does not describe a causal language model of transformers "
             f"{transformers.__version__}: {one_line(error)}",
             cause="a newer or a custom architecture",
-            way_out="install the version of transformers that trained it; custom code is not run",
+            fix="install the version of transformers that trained it; custom code is not run",
         ) from error
 
 
@@ -147,7 +147,7 @@ def _check_weights(directory: Path, model: "PreTrainedModel") -> tuple[str, ...]
         raise CheckpointError(
             f"{directory}: the weights have other shapes than config.json says: {some_names(wrong)}",
             cause="config.json and weights of two different models",
-            way_out=SAVE_AGAIN,
+            fix=SAVE_AGAIN,
         )
     present = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in stored}
     missing = [name for name, p in model.named_parameters() if id(p) not in present]
@@ -159,7 +159,7 @@ def _check_weights(directory: Path, model: "PreTrainedModel") -> tuple[str, ...]
         raise CheckpointError(
             f"{directory}: no weights for {some_names(missing)}",
             cause="an incomplete save, or config.json of another model",
-            way_out=SAVE_AGAIN,
+            fix=SAVE_AGAIN,
         )
     return (f"The files store {len(missing)} parameters under other names, for transformers to convert.",)
 
@@ -170,7 +170,7 @@ def _precision(layout: Layout, stored: dict[str, StoredTensor]) -> tuple[str, ..
     if quantised := sorted(dtypes - {*FLOATS, "BOOL", "I64"}):  # the last two are masks and positions
         raise CheckpointError(
             f"{layout.architecture} stores weights as {', '.join(quantised)}, and quantised weights have no derivative",
-            way_out="probe the model that was quantised",
+            fix="probe the model that was quantised",
         )
     narrow = sorted(dtypes & {"BF16", "F16"})
     if not narrow:

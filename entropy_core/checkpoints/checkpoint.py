@@ -67,10 +67,10 @@ def read_checkpoint(
         ConfigError: `learning_rate` is not a positive finite number, or is missing where the optimizer is fresh.
     """
     if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise ConfigError(f"learning_rate is {learning_rate}", way_out="give a positive number, or leave it out")
+        raise ConfigError(f"learning_rate is {learning_rate}", fix="give a positive number, or leave it out")
     if fresh and learning_rate is None:
         fact = "the optimizer is fresh, and has no learning rate of its own"
-        raise ConfigError(fact, way_out="set `learning_rate` to that of the run")
+        raise ConfigError(fact, fix="set `learning_rate` to that of the run")
     layout = find_layout(directory, base_model, fresh)
     global_step, peak = _progress(layout)
     model, said = read_architecture(layout)
@@ -120,7 +120,7 @@ def _progress(layout: Layout) -> tuple[int, float]:
         raise CheckpointError(
             f"{layout.progress} has global_step {step!r}",
             cause="saved before the first step",
-            way_out="probe a later checkpoint",
+            fix="probe a later checkpoint",
         )
     rate = as_float(content.get("learning_rate"))
     return step, rate if 0 < rate < math.inf else 0.0

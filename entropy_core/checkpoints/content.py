@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     content = _json(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object", way_out=SAVE_AGAIN)
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object", fix=SAVE_AGAIN)
     return content
 
 
@@ -43,7 +43,7 @@ def read_names(path: Path) -> list[str]:
     """
     content = _json(path)
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{path} is not a JSON list of names", way_out=SAVE_AGAIN)
+        raise CheckpointError(f"{path} is not a JSON list of names", fix=SAVE_AGAIN)
     return content
 
 
@@ -51,7 +51,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {one_line(error)}", way_out=SAVE_AGAIN) from error
+        raise CheckpointError(f"{path} is not readable JSON: {one_line(error)}", fix=SAVE_AGAIN) from error
 
 
 class StoredTensor(NamedTuple):
@@ -82,12 +82,12 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
     if not (directory / single).exists() and (directory / index).exists():  # transformers prefers the single file, too
         expected = read_json(directory / index).get("weight_map") or {}
         if not isinstance(expected, dict) or not expected:
-            raise CheckpointError(f"{directory / index} has no weight_map", way_out=SAVE_AGAIN)
+            raise CheckpointError(f"{directory / index} has no weight_map", fix=SAVE_AGAIN)
         if wrong := [str(shard) for shard in expected.values() if not _is_file_name(shard)]:
             raise CheckpointError(
                 f"{directory / index} names shards that are not files beside it: {some_names(dict.fromkeys(wrong))}",
                 cause="the index was edited, or belongs to another folder",
-                way_out="have all shards in one folder, under plain names",
+                fix="have all shards in one folder, under plain names",
             )
         shards = sorted(set(expected.values()))
     found: dict[str, StoredTensor] = {}
@@ -102,13 +102,13 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
             raise CheckpointError(
                 f"{directory / shard} cannot be opened as safetensors: {one_line(error)}",
                 cause="the save or the copy was interrupted",
-                way_out=SAVE_AGAIN,
+                fix=SAVE_AGAIN,
             ) from error
     if lost := [name for name, shard in expected.items() if where.get(name) != shard]:
         raise CheckpointError(
             f"{directory}: tensors are not in the shard that {index} names: {some_names(lost)}",
             cause="shards of two saves are mixed",
-            way_out=SAVE_AGAIN,
+            fix=SAVE_AGAIN,
         )
     return found
 

@@ -76,7 +76,7 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
     progress = next((directory / name for name in PROGRESS_FILES if name in has), None)
     if progress is None and not fresh:
         fact = f"{directory} has no {' or '.join(PROGRESS_FILES)}"
-        raise CheckpointError(fact, cause="the save was interrupted", way_out=SAVE_AGAIN)
+        raise CheckpointError(fact, cause="the save was interrupted", fix=SAVE_AGAIN)
     names = directory / "optimizer_param_names.json"
     return Layout(directory, model, base, optimizer, names if optimizer and names.exists() else None, progress)
 
@@ -86,13 +86,13 @@ def _require_adapter_files(directory: Path, has: set[str]) -> None:
         raise CheckpointError(
             f"{directory} holds both an adapter (adapter_config.json) and a model ({', '.join(sorted(full))})",
             cause="the model was merged or saved beside its adapter",
-            way_out="give each a directory of its own, with the optimizer.pt that belongs to it",
+            fix="give each a directory of its own, with the optimizer.pt that belongs to it",
         )
     if ADAPTER_WEIGHTS not in has:
         raise CheckpointError(
             f"{directory} has an adapter_config.json and no {ADAPTER_WEIGHTS}",
             cause="adapter_model.bin, which is a pickle" if "adapter_model.bin" in has else "an interrupted save",
-            way_out="save the adapter as safetensors",
+            fix="save the adapter as safetensors",
         )
 
 
@@ -105,12 +105,12 @@ def _base_directory(adapter: Path, base_model: Path | str) -> Path:
         raise CheckpointError(
             f"the base model of the adapter in {adapter} is not on this machine: {told}, which is no directory here",
             cause="it was trained elsewhere, or on a model by its name, and nothing is downloaded",
-            way_out="set `policy.base_model` to the directory of that model",
+            fix="set `policy.base_model` to the directory of that model",
         )
     inside = {path.name for path in base.iterdir()}
     if "adapter_config.json" in inside:
         fact = f"the base model {base} of the adapter in {adapter} is an adapter itself"
-        raise CheckpointError(fact, way_out="merge the lower adapter into its base, and set `policy.base_model` to it")
+        raise CheckpointError(fact, fix="merge the lower adapter into its base, and set `policy.base_model` to it")
     _require_model_files(base, inside)
     return base
 
@@ -124,7 +124,7 @@ def _require_model_files(directory: Path, has: set[str]) -> None:
         raise CheckpointError(
             f"{directory} has no config.json",
             cause=cause,
-            way_out=f"give {directory}/checkpoint-*" if inside else "give a directory that a trainer saved",
+            fix=f"give {directory}/checkpoint-*" if inside else "give a directory that a trainer saved",
         )
     if not has & {"model.safetensors", "model.safetensors.index.json"}:
         pickled = sorted(name for name in has if name.startswith("pytorch_model") and ".bin" in name)
@@ -132,7 +132,7 @@ def _require_model_files(directory: Path, has: set[str]) -> None:
         raise CheckpointError(
             f"{directory} has no weights: neither model.safetensors nor model.safetensors.index.json",
             cause=cause,
-            way_out=f"convert {pickled[0]} to safetensors" if pickled else convert or SAVE_AGAIN,
+            fix=f"convert {pickled[0]} to safetensors" if pickled else convert or SAVE_AGAIN,
         )
 
 
@@ -142,13 +142,13 @@ def _optimizer(directory: Path, has: set[str]) -> Path:
         raise CheckpointError(
             f"{directory} has no optimizer.pt",
             cause=cause or "save_only_model=True",
-            way_out=convert or f"save checkpoints with save_only_model=False; {_FRESH}",
+            fix=convert or f"save checkpoints with save_only_model=False; {_FRESH}",
         )
     return directory / "optimizer.pt"
 
 
 def _sharded(has: set[str]) -> tuple[str, str]:
-    """The cause and the way out where a sharded trainer has saved; both empty where not."""
+    """The cause and the fix where a sharded trainer has saved; both empty where not."""
     shards = re.compile(r"global_step\d+$|pytorch_model_fsdp|optimizer_\d+$|optimizer\.bin$")
     sharded = sorted(filter(shards.match, has))
     if not sharded:

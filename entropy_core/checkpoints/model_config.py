@@ -28,7 +28,7 @@ def check_model_config(directory: Path) -> None:
             raise CheckpointError(
                 f"{directory}/config.json asks for {key} {value!r}, which is code on the hub",
                 cause="it was trained with that kernel, or the file was edited",
-                way_out=f"remove {key}: attention is computed with kernels that have a derivative",
+                fix=f"remove {key}: attention is computed with kernels that have a derivative",
             )
 
 
@@ -51,7 +51,7 @@ def check_generation_config(directory: Path, vocabulary: int) -> None:
         raise CheckpointError(
             f"{path} says that {wrong[0]!r} ends a response, and the model has tokens 0 to {vocabulary - 1}",
             cause="it belongs to another model, or was damaged",
-            way_out=SAVE_AGAIN,
+            fix=SAVE_AGAIN,
         )
 
 

@@ -59,11 +59,11 @@ def load_optimizer(path: Path) -> SavedOptimizer:
         raise CheckpointError(
             f"{path} is not a complete archive of torch.save, and was not read",
             cause="the save or the copy was interrupted, or it is a bare pickle",
-            way_out=SAVE_AGAIN,
+            fix=SAVE_AGAIN,
         )
     if (order := _byte_order(path)) != sys.byteorder:
         fact = f"{path} was saved by a machine that is {order}-endian"
-        raise CheckpointError(fact, way_out="load it there and save it again from one like this")
+        raise CheckpointError(fact, fix="load it there and save it again from one like this")
     try:
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's own message is not repeated: it recommends to switch the safety off
@@ -72,17 +72,17 @@ def load_optimizer(path: Path) -> SavedOptimizer:
             raise CheckpointError(
                 f"{path} holds more than tensors and numbers ({code[1]}), and was not executed",
                 cause="an optimizer that saves its own classes, or code from an untrusted source",
-                way_out=USE_ADAMW,
+                fix=USE_ADAMW,
             ) from error
         fact = f"{path} cannot be read as tensors and numbers ({type(error).__name__})"
-        raise CheckpointError(fact, cause="a damaged file", way_out=SAVE_AGAIN) from error
+        raise CheckpointError(fact, cause="a damaged file", fix=SAVE_AGAIN) from error
     saved = saved if isinstance(saved, dict) else {}
     slots, groups = saved.get("state"), saved.get("param_groups")
     is_state = isinstance(slots, dict) and all(isinstance(slot, dict) for slot in slots.values())
     is_list = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
     if not (is_state and is_list and groups and all(isinstance(group.get("params"), list) for group in groups)):
         fact = f"{path} is not the state_dict of a torch optimizer (`state` and `param_groups`)"
-        raise CheckpointError(fact, way_out=USE_ADAMW)
+        raise CheckpointError(fact, fix=USE_ADAMW)
     _require_adam(path, slots, groups)
     return SavedOptimizer(path, slots, groups)
 
@@ -97,20 +97,20 @@ def _require_adam(path: Path, slots: dict[Any, dict[str, Any]], groups: list[dic
         raise CheckpointError(
             f"{path} is not the state of Adam or AdamW: its slots are {some_names(sorted(kinds)) or 'empty'}",
             cause=f"the run used {known[0]}",
-            way_out=USE_ADAMW,
+            fix=USE_ADAMW,
         )
     if not kinds:
         fact = f"{path} has no slots"
-        raise CheckpointError(fact, cause="saved before the first step", way_out="probe a later checkpoint")
+        raise CheckpointError(fact, cause="saved before the first step", fix="probe a later checkpoint")
     for number, group in enumerate(groups):
         if lacking := [key for key in ("lr", "betas", "eps", "weight_decay") if group.get(key) is None]:
             fact = f"{path} has no {', '.join(lacking)} in param group {number}"
-            raise CheckpointError(fact, cause="an optimizer other than torch's AdamW", way_out=USE_ADAMW)
+            raise CheckpointError(fact, cause="an optimizer other than torch's AdamW", fix=USE_ADAMW)
         if "amsgrad" not in group:  # RAdam and fused third-party variants have Adam's slots and another rule
             raise CheckpointError(
                 f"{path} has no amsgrad in param group {number}, so that it is not torch's Adam or AdamW",
                 cause="RAdam or a third-party optimizer with the same slots",
-                way_out=USE_ADAMW,
+                fix=USE_ADAMW,
             )
 
 

@@ -53,7 +53,7 @@ def _group_names(saved: SavedOptimizer, model: Architecture, names_file: Path | 
             raise CheckpointError(
                 f"{names_file} lists {len(listed)} names, {path.name} {sum(sizes)} parameters",
                 cause="the two files of two different saves",
-                way_out=SAVE_AGAIN,
+                fix=SAVE_AGAIN,
             )
         in_order = iter(map(model.model_name, listed))
         return [tuple(islice(in_order, size)) for size in sizes], []
@@ -69,7 +69,7 @@ def _group_names(saved: SavedOptimizer, model: Architecture, names_file: Path | 
         raise CheckpointError(
             f"{path} has {len(groups)} param groups and no parameter names",
             cause="a custom create_optimizer",
-            way_out="build the optimizer from named parameters (torch 2.6 or newer saves the names) and save again",
+            fix="build the optimizer from named parameters (torch 2.6 or newer saves the names) and save again",
         )
     if sizes != [len(names) for names in expected]:
         moments = [slot.get("exp_avg") for slot in slots.values()]
@@ -80,11 +80,11 @@ def _group_names(saved: SavedOptimizer, model: Architecture, names_file: Path | 
             f"{' + '.join(str(len(names)) for names in expected)}"
             + (f"; by shape, {lacking.total()} missing among {some_names(among)}" if among else ""),
             cause="frozen parameters, or a custom create_optimizer",
-            way_out=f"train all parameters, or {SAVE_NAMES}",
+            fix=f"train all parameters, or {SAVE_NAMES}",
         )
     if len(groups) == 2 and groups[1]["params"] and as_float(groups[1]["weight_decay"]) != 0:
         fact = f"{path} decays its second param group too, so that the groups are not the Trainer's"
-        raise CheckpointError(fact, cause="a custom create_optimizer", way_out=SAVE_NAMES)
+        raise CheckpointError(fact, cause="a custom create_optimizer", fix=SAVE_NAMES)
     said = [f"optimizer.pt has no parameter names: {how}."]
     if model.saved_by and model.saved_by.split(".")[:2] != model.read_by.split(".")[:2]:
         by = model.read_by
@@ -104,7 +104,7 @@ def _without_frozen(saved: SavedOptimizer, names: GroupNames, model: Architectur
         raise CheckpointError(
             f"{saved.path} has slots of parameters that the adapter does not train: {some_names(moved)}",
             cause="base weights were trained beside the adapter, and are not in the checkpoint",
-            way_out="train the adapter alone, or name those layers in modules_to_save",
+            fix="train the adapter alone, or name those layers in modules_to_save",
         )
     kept = [
         [(index, name) for index, name in zip(group["params"], members, strict=True) if name not in frozen]

@@ -137,7 +137,7 @@ def check_moments(path: Path, state: OptimizerState) -> None:
         raise CheckpointError(
             f"{path}: moments are NaN, infinite, or a negative square: {some_names(bad)}",
             cause="the run diverged before this checkpoint",
-            way_out="probe an earlier checkpoint",
+            fix="probe an earlier checkpoint",
         )
 
 
@@ -184,18 +184,18 @@ def _slots_by_name(saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: 
             index_of[name] = index
     if unknown:
         fact = f"{path} names parameters that the model does not have, or names them twice: {some_names(unknown)}"
-        raise CheckpointError(fact, cause="optimizer.pt and config.json of two different models", way_out=SAVE_AGAIN)
+        raise CheckpointError(fact, cause="optimizer.pt and config.json of two different models", fix=SAVE_AGAIN)
     if missing := [name for name in shapes if not slots.get(index_of.get(name))]:
         raise CheckpointError(
             f"{path} covers {len(shapes) - len(missing)} of {len(shapes)} trained parameters; missing: "
             f"{some_names(missing)}",
             cause="frozen parameters, or parameters that never received a gradient",
-            way_out="probe a run that trains all parameters",
+            fix="probe a run that trains all parameters",
         )
     listed = set(index_of.values())
     if extra := [str(index) for index in slots if index not in listed]:
         fact = f"{path} has slots that belong to no parameter group: {some_names(extra)}"
-        raise CheckpointError(fact, cause="the optimizer of another model", way_out=SAVE_AGAIN)
+        raise CheckpointError(fact, cause="the optimizer of another model", fix=SAVE_AGAIN)
     slot_of = {name: slots[index_of[name]] for name in shapes}
     amsgrad = {name for group, members in zip(groups, names, strict=True) if group["amsgrad"] for name in members}
     _require_moments(path, slot_of, shapes, amsgrad)
@@ -209,12 +209,12 @@ def _require_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: set[st
         for key in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * (name in amsgrad)
     ]
     if bad := [f"{n} ({key})" for n, key, m in moments if not isinstance(m, Tensor) or not m.is_floating_point()]:
-        raise CheckpointError(f"{path}: slots lack a moment: {some_names(bad)}", way_out=USE_ADAMW)
+        raise CheckpointError(f"{path}: slots lack a moment: {some_names(bad)}", fix=USE_ADAMW)
     if bad := [f"{n} ({key} {tuple(m.shape)}, model {shapes[n]})" for n, key, m in moments if m.shape != shapes[n]]:
         raise CheckpointError(
             f"{path}: slots have another shape than their parameter: {some_names(bad)}",
             cause="param groups in another order than the Trainer's, or the optimizer of another model",
-            way_out=SAVE_NAMES,
+            fix=SAVE_NAMES,
         )
 
 
@@ -224,7 +224,7 @@ def _steps(path: Path, slot_of: Slots) -> dict[str, int]:
         raise CheckpointError(
             f"{path} has no step count, or one of 0, for {some_names(unset)}",
             cause="saved before the first step, or an optimizer other than torch's AdamW",
-            way_out="probe a later checkpoint of a run with torch's AdamW",
+            fix="probe a later checkpoint of a run with torch's AdamW",
         )
     return {name: int(step) for name, step in steps.items()}
 
@@ -234,7 +234,7 @@ def _adam_group(path: Path, group: dict[str, Any], names: tuple[str, ...]) -> Ad
     lr, beta1, beta2, eps, decay = (as_float(x) for x in (group["lr"], *betas, group["eps"], group["weight_decay"]))
     if not (0 <= lr < math.inf and 0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < math.inf and abs(decay) < math.inf):
         saved = ", ".join(f"{key} {group[key]}" for key in ("lr", "betas", "eps", "weight_decay"))
-        raise CheckpointError(f"{path} has hyperparameters out of range: {saved}", way_out=SAVE_AGAIN)
+        raise CheckpointError(f"{path} has hyperparameters out of range: {saved}", fix=SAVE_AGAIN)
     amsgrad, maximize = bool(group["amsgrad"]), bool(group.get("maximize", False))
     decoupled = bool(group.get("decoupled_weight_decay", True))
     return AdamGroup(lr, beta1, beta2, eps, decay, amsgrad, maximize, names, decoupled)
@@ -248,7 +248,7 @@ def _with_learning_rate(saved: SavedOptimizer, state: OptimizerState, learning_r
         raise CheckpointError(
             f"{saved.path} has learning rate 0 in every param group",
             cause="the end of the learning-rate schedule",
-            way_out=f"set `learning_rate` in the config{peak}",
+            fix=f"set `learning_rate` in the config{peak}",
         )
     rates = [group.lr for group in state.groups]
     if max(rates) == 0:

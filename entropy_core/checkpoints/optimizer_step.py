@@ -91,6 +91,6 @@ def _moments(digest: str, execution: "Execution") -> SavedMoments | None:
         raise CheckpointError(
             f"{path} changed after the sweep had begun",
             cause="the trainer is still writing, or rotates its checkpoints",
-            way_out="run the sweep again when the checkpoint is complete",
+            fix="run the sweep again when the checkpoint is complete",
         )
     return SavedMoments(path)

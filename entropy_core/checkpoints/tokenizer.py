@@ -24,5 +24,5 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{directory} has no tokenizer that can be loaded ({type(error).__name__})",
             cause="the trainer was not given the tokenizer, and did not save it",
-            way_out="save the tokenizer into the checkpoint directory",
+            fix="save the tokenizer into the checkpoint directory",
         ) from error

@@ -75,7 +75,7 @@ def code_of(function: Callable[..., Any]) -> Code:
         raise StoreError(
             f"{function!r} cannot be identified by its source",
             cause="it is a lambda, a nested function or a callable object, which may close over values",
-            way_out="define it with `def` at the top level of a module and pass what it needs as inputs",
+            fix="define it with `def` at the top level of a module and pass what it needs as inputs",
         )
     return code_at(name_of(function))
 
@@ -107,7 +107,7 @@ def code_at(name: str, find: Callable[[str], Module | None] | None = None) -> Co
         raise StoreError(
             f"module {module_name} has no source file, so results cannot be keyed by its code",
             cause="it was typed into an interpreter, or run as a script",
-            way_out="put the function in an importable module",
+            fix="put the function in an importable module",
         )
     reached = walk(sources, module_name, function)
     if not reached.definitions:

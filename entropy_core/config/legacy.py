@@ -95,7 +95,7 @@ def _checkpoint(c: Converter, origin: Origin) -> None:
         raise ConfigError(
             "the old configuration names no checkpoint",
             cause="its runner was told on the command line",
-            way_out="write the path to checkpoint.checkpoint_path and convert it again",
+            fix="write the path to checkpoint.checkpoint_path and convert it again",
         )
     path = str(c.old[key])
     whole = path.removesuffix("/").removesuffix("/model")
@@ -204,7 +204,7 @@ def _number(value: Any) -> float | int:
     try:
         return value if isinstance(value, int | float) else float(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{value!r:.80} is not a number", way_out="correct the old configuration") from None
+        raise ConfigError(f"{value!r:.80} is not a number", fix="correct the old configuration") from None
 
 
 def _shown(key: str, value: Any) -> str:
@@ -225,11 +225,11 @@ def convert_file(path: Path) -> int:
     """
     old, repeated = plain_yaml.read(path, old=True)
     if repeated:
-        raise ConfigError(f"{path}: {'; '.join(repeated)}", way_out="remove what does not hold")
+        raise ConfigError(f"{path}: {'; '.join(repeated)}", fix="remove what does not hold")
     if not isinstance(old, Mapping) or not all(isinstance(key, str) for key in old):
-        raise ConfigError(f"{path} is no configuration: it is not a list of keys", way_out="give an old YAML file")
+        raise ConfigError(f"{path} is no configuration: it is not a list of keys", fix="give an old YAML file")
     if "checkpoints" in old:
-        raise ConfigError(f"{path} is a configuration of this version", way_out="use it as it is")
+        raise ConfigError(f"{path} is a configuration of this version", fix="use it as it is")
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem) or "probe"
     new, remarks = convert(old, name, Path.cwd())
     print(*remarks, sep="\n", file=sys.stderr)

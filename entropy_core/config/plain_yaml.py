@@ -79,12 +79,12 @@ def read(path: Path | str, old: bool = False) -> tuple[Any, list[str]]:
         finally:
             loader.dispose()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})", way_out="give the path of a YAML file") from None
+        raise ConfigError(f"{path} cannot be read ({error.strerror})", fix="give the path of a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = one_line(ValueError(getattr(error, "problem", None) or error))
-        raise ConfigError(f"{path} is not valid YAML{where}: {problem}", way_out="correct the file") from None
+        raise ConfigError(f"{path} is not valid YAML{where}: {problem}", fix="correct the file") from None
 
 
 def _lines(second: int, first: int) -> str:

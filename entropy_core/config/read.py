@@ -63,7 +63,7 @@ def load_config(path: Path | str, must_exist: bool = False) -> ProbeConfig:
 
 def _parsed(model: type[_Model], values: Any, source: str, origin: Origin | None, problems: list[str]) -> _Model:
     if values is None:
-        raise ConfigError(f"{source} is empty", way_out="begin with `checkpoints: [RUN/checkpoint-*]`")
+        raise ConfigError(f"{source} is empty", fix="begin with `checkpoints: [RUN/checkpoint-*]`")
     try:
         parsed = model.model_validate(values, context=origin)
     except ValidationError as error:
@@ -73,7 +73,7 @@ def _parsed(model: type[_Model], values: Any, source: str, origin: Origin | None
     listed = f": {problems[0]}" if len(problems) == 1 else f" has {len(problems)} errors:\n  " + "\n  ".join(problems)
     raise ConfigError(
         source + listed,
-        way_out="correct " + ("it" if len(problems) == 1 else "them") + "; docs/configuration.md lists all keys",
+        fix="correct " + ("it" if len(problems) == 1 else "them") + "; docs/configuration.md lists all keys",
     )
 
 

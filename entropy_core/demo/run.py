@@ -57,19 +57,19 @@ class DemoSettings:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value <= 0 and name != "seed":
-                raise ConfigError(f"The demo run's {name} is {value}", way_out="give a positive number")
+                raise ConfigError(f"The demo run's {name} is {value}", fix="give a positive number")
         if self.hidden_size % self.heads:
             fact = f"The demo run's {self.heads} heads do not divide its hidden size {self.hidden_size}"
-            raise ConfigError(fact, way_out="give a hidden size that is a multiple of the heads")
+            raise ConfigError(fact, fix="give a hidden size that is a multiple of the heads")
         if self.generations < 2:
             fact, cause = (
                 "The demo run draws one response per prompt",
                 "an advantage compares the responses of one prompt",
             )
-            raise ConfigError(fact, cause=cause, way_out="give two generations or more")
+            raise ConfigError(fact, cause=cause, fix="give two generations or more")
         if self.steps < self.save_every:
             fact = f"The demo run would save no checkpoint: {self.steps} steps, one checkpoint every {self.save_every}"
-            raise ConfigError(fact, way_out="lower save_every")
+            raise ConfigError(fact, fix="lower save_every")
 
 
 def build_tokenizer() -> "PreTrainedTokenizerFast":

@@ -67,13 +67,13 @@ def make_once(
         raise StoreError(
             f"{out} cannot be written: {error}",
             cause="a full disk, missing permissions, or a file in the way",
-            way_out="free that path or choose another one",
+            fix="free that path or choose another one",
         ) from error
     print(f"{out} is ready")
     return out
 
 
-def versions(what: str, libraries: Sequence[str], way_out: str) -> dict[str, str]:
+def versions(what: str, libraries: Sequence[str], fix: str) -> dict[str, str]:
     """Of Python and of the libraries that a run depends on.
 
     Raises:
@@ -85,7 +85,7 @@ def versions(what: str, libraries: Sequence[str], way_out: str) -> dict[str, str
         raise ProbeError(
             f"The {what} needs {error.name}, which is not installed",
             cause="entropy-probe was installed without the packages that make it",
-            way_out=way_out,
+            fix=fix,
         ) from None
     return {"python": ".".join(map(str, sys.version_info[:2])), **found}
 
@@ -197,7 +197,7 @@ def _is_complete(out: Path, what: str, manifest: str, own: str, identity: dict[s
         return False
     if not out.is_dir() or any(p.name != manifest and not re.fullmatch(own, p.name) for p in out.iterdir()):
         cause = "the path belongs to something else"
-        raise StoreError(f"{out} exists and is no {what}", cause=cause, way_out="choose another --out")
+        raise StoreError(f"{out} exists and is no {what}", cause=cause, fix="choose another --out")
     try:
         made = json.loads((out / manifest).read_text(encoding="utf-8"))
         was = {**made["settings"], **made["versions"]}
@@ -210,6 +210,6 @@ def _is_complete(out: Path, what: str, manifest: str, own: str, identity: dict[s
         raise StoreError(
             f"{out} holds a {what} made with {', '.join(differing)}",
             cause="other settings, or a library upgraded since",
-            way_out="choose another --out, or delete that directory",
+            fix="choose another --out, or delete that directory",
         )
     return files.items() <= _sizes(out).items()

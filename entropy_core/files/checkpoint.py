@@ -56,7 +56,7 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
         if not matches:
             raise CheckpointError(
                 f"No directory matches {pattern!r} (working directory {os.getcwd()})",
-                way_out="correct the pattern; a run's checkpoints are usually RUN/checkpoint-*",
+                fix="correct the pattern; a run's checkpoints are usually RUN/checkpoint-*",
             )
         for match in sorted(matches):
             found.setdefault(Path(match).resolve(), Path(match))
@@ -73,7 +73,7 @@ def require_directory(directory: Path) -> None:
     if not directory.is_dir():
         raise CheckpointError(
             f"There is no directory {directory} (working directory {os.getcwd()})",
-            way_out="give the path of a checkpoint directory, usually RUN/checkpoint-STEP",
+            fix="give the path of a checkpoint directory, usually RUN/checkpoint-STEP",
         )
 
 
@@ -111,7 +111,7 @@ def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]
                 digests[name] = file_digest(directory / name)
             except OSError as error:
                 fact = f"{directory / name} cannot be read: {one_line(error)}"
-                raise CheckpointError(fact, way_out=SAVE_AGAIN) from error
+                raise CheckpointError(fact, fix=SAVE_AGAIN) from error
     return digests
 
 

@@ -35,14 +35,14 @@ def load(what: str, name: str, known: Mapping[str, Any]) -> Any:
     module_name, colon, attribute = name.rpartition(":")
     choices = f"use one of {', '.join(sorted(known))}, package.module:function, or file.py:function"
     if not colon:
-        raise ConfigError(f"unknown {what} {name!r}", cause="a misspelt name", way_out=choices)
+        raise ConfigError(f"unknown {what} {name!r}", cause="a misspelt name", fix=choices)
     try:
         function = pkgutil.resolve_name(f"{_import(what, module_name).__name__}:{attribute}")
     except (Exception, SystemExit) as error:  # user code may raise anything while it is imported
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ConfigError(f"{what} {name!r} cannot be imported ({reason})", way_out=choices) from error
+        raise ConfigError(f"{what} {name!r} cannot be imported ({reason})", fix=choices) from error
     if not callable(function):
-        raise ConfigError(f"{what} {name!r} is not a function", way_out=choices)
+        raise ConfigError(f"{what} {name!r} is not a function", fix=choices)
     return function
 
 
@@ -70,7 +70,7 @@ def source_file(what: str, name: str, known: Mapping[str, Any]) -> Path | None:
     if not file or not file.endswith(".py"):
         raise ConfigError(
             f"{what} {name!r} has no source file, so results cannot be keyed by its code",
-            way_out="wrap it in a function of your own, in a .py file",
+            fix="wrap it in a function of your own, in a .py file",
         )
     return Path(file)
 

@@ -26,7 +26,7 @@ class Sources(dict[str, Path]):
         raise ConfigError(
             f"a file of digest {digest[:12]} is none of those that the sweep began with",
             cause="a prompt, reward or loss file changed after the sweep had begun",
-            way_out="run the sweep again: what does not depend on it is reused",
+            fix="run the sweep again: what does not depend on it is reused",
         )
 
 
@@ -110,10 +110,10 @@ def _changed(path: Path, when: str) -> ProbeError:
         return CheckpointError(
             f"the files of {path} changed {when}",
             cause="the trainer is still writing, or rotates its checkpoints",
-            way_out="run the sweep again when the checkpoint is complete",
+            fix="run the sweep again when the checkpoint is complete",
         )
     return ConfigError(
         f"{path} changed {when}",
         cause="it was edited or deleted meanwhile",
-        way_out="run the sweep again: what does not depend on it is reused",
+        fix="run the sweep again: what does not depend on it is reused",
     )

@@ -59,11 +59,11 @@ def load_loss(name: str) -> LossFunction:
             frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
             line = frames[-1].lineno if frames else _first_line(function)
             raise LossError(
-                f"loss {name!r} raised {type(error).__name__}: {one_line(error)} at {file}:{line}", way_out=SIGNATURE
+                f"loss {name!r} raised {type(error).__name__}: {one_line(error)} at {file}:{line}", fix=SIGNATURE
             ) from error
         fault = _fault(value)
         if fault:
-            raise LossError(f"loss {name!r} {fault}, in {file}:{_first_line(function)}", way_out=SIGNATURE)
+            raise LossError(f"loss {name!r} {fault}, in {file}:{_first_line(function)}", fix=SIGNATURE)
         return value
 
     return loss
@@ -89,7 +89,7 @@ def token_coefficients(name: str, loss: LossFunction, batch: LossBatch) -> Token
         raise LossError(
             f"loss {name!r} cannot be differentiated ({one_line(error)})",
             cause="a tensor that was changed in place, or an operation of its own without a derivative",
-            way_out="use torch's operations, and leave the tensors of the batch as they are",
+            fix="use torch's operations, and leave the tensors of the batch as they are",
         ) from error
     bad_K = ~(torch.isfinite(found.logprob_K) & torch.isfinite(found.entropy_K))
     if bad_K.any():
@@ -98,7 +98,7 @@ def token_coefficients(name: str, loss: LossFunction, batch: LossBatch) -> Token
             f"the gradient of loss {name!r} is not finite in {int(bad_K.sum())} tokens, the first in response {i} "
             f"(advantage {float(batch.advantages_N[i]):g}, {int(batch.lengths_N[i])} tokens)",
             cause="a division by zero, a logarithm or a root of zero, or an exponential that overflows",
-            way_out="bound what is divided by, as in batch.lengths_N.clamp_min(1)",
+            fix="bound what is divided by, as in batch.lengths_N.clamp_min(1)",
         )
     return found
 
@@ -125,19 +125,19 @@ def check_loss(name: str, kl_beta: float, max_new_tokens: int) -> None:
         raise LossError(
             f"loss {name!r} does not depend on the log-probabilities, {where}",
             cause="it uses them detached, as numbers, or not at all",
-            way_out=SIGNATURE,
+            fix=SIGNATURE,
         )
     again = losses.coefficients(loss, batch)
     if not all(map(torch.equal, found, again)):
         raise LossError(
             f"loss {name!r} gave two gradients for one batch, {where}",
             cause="it draws random numbers, or keeps something from one call to the next",
-            way_out="make it a function of the batch alone",
+            fix="make it a function of the batch alone",
         )
     if kl_beta and not _depends_on_reference(loss, batch):
         raise ConfigError(
             f"update.kl_beta is {kl_beta:g}, and loss {name!r} makes no use of the reference policy, {where}",
-            way_out="add batch.kl_beta * losses.kl(batch) to it, or leave kl_beta out",
+            fix="add batch.kl_beta * losses.kl(batch) to it, or leave kl_beta out",
         )
     _check_weights(name, loss, batch, where)
 
@@ -155,7 +155,7 @@ def _check_weights(name: str, loss: LossFunction, batch: LossBatch, where: str) 
         raise LossError(
             f"loss {name!r} does not count a response of weight 2 as two responses, {where}",
             cause="a sum over responses that leaves batch.weights_N out, or a division by a number of its own",
-            way_out="sum the tokens of a response with batch.sequence_sum, go from responses to one number with "
+            fix="sum the tokens of a response with batch.sequence_sum, go from responses to one number with "
             "batch.mean, and divide by batch.mean(batch.lengths_N) for a mean over tokens",
         )
     try:
@@ -164,7 +164,7 @@ def _check_weights(name: str, loss: LossFunction, batch: LossBatch, where: str) 
         raise LossError(
             f"loss {name!r} cannot be differentiated twice ({one_line(error)}), {where}",
             cause="an operation of its own without a second derivative",
-            way_out="use torch's operations",
+            fix="use torch's operations",
         ) from error
 
 

@@ -50,7 +50,7 @@ def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mappin
             raise MemoryShortageError(
                 f"stage {stage.name} runs out of memory even with one sequence at a time: {said}",
                 cause="another process uses the device, or the model and one sequence are too large for it",
-                way_out="free the device, or lower generation.max_new_tokens or execution.head_chunk_megabytes",
+                fix="free the device, or lower generation.max_new_tokens or execution.head_chunk_megabytes",
             )
         execution = execution.within_memory[stage.name] = execution.halved()
         log.warning(

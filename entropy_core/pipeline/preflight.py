@@ -112,7 +112,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     if config.policy.base_model and not any(checkpoint.base for checkpoint in found):
         raise ConfigError(
             f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter",
-            way_out="leave it out, or give the directories of adapters",
+            fix="leave it out, or give the directories of adapters",
         )
     return found
 
@@ -123,7 +123,7 @@ def _check_reference(reference: str, layout: Layout, name: str) -> None:
         if layout.base is None:
             raise ConfigError(
                 f"update.kl_beta is set, and {name} is no adapter, whose base would be the reference policy",
-                way_out="set update.reference to the directory that training started from",
+                fix="set update.reference to the directory that training started from",
             )
         return
     other = find_layout(Path(reference), fresh=True)
@@ -133,7 +133,7 @@ def _check_reference(reference: str, layout: Layout, name: str) -> None:
         raise CheckpointError(
             f"the reference policy {reference} has {theirs} tokens, and {name} has {ours}",
             cause="it is not what training started from",
-            way_out="correct update.reference",
+            fix="correct update.reference",
         )
 
 
@@ -181,7 +181,7 @@ def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
         raise ConfigError(
             "prompts are the independent units of E, and there is one: a standard error needs two",
             cause="B_E_values of 1 in distinct mode, or variance.cluster: prompt with a pool of one prompt",
-            way_out="take more prompts, or E_sampling_mode: replacement with variance.cluster: auto",
+            fix="take more prompts, or E_sampling_mode: replacement with variance.cluster: auto",
         )
     # One call on empty responses: a reward that cannot be called on U is found before the sampling, not after.
     drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
@@ -193,7 +193,7 @@ def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
     if wanted > pool.num_rows:
         raise ConfigError(
             f"batch_config.{key} asks for {wanted} distinct prompts, but split {split!r} has {pool.num_rows}",
-            way_out=f"set {key} to at most {pool.num_rows}, or use a larger pool",
+            fix=f"set {key} to at most {pool.num_rows}, or use a larger pool",
         )
 
 
@@ -221,5 +221,5 @@ def _check_positions(checkpoint: Checkpoint, longest: int, max_new_tokens: int) 
         raise ConfigError(
             f"prompts of up to {longest} tokens and max_new_tokens of {max_new_tokens} do not fit into the "
             f"{min(tables)} positions of {checkpoint.layout.directory}",
-            way_out=f"set generation.max_new_tokens to at most {min(tables) - longest}, or use shorter prompts",
+            fix=f"set generation.max_new_tokens to at most {min(tables) - longest}, or use shorter prompts",
         )

@@ -142,7 +142,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         raise StoreError(
             f"run {directory.name} was recorded in format {found}, and this is {RECORD_FORMAT}",
             cause="another version of entropy-probe recorded it",
-            way_out=f"`entropy-probe sweep {directory / 'config.yaml'}`: what is cached is reused",
+            fix=f"`entropy-probe sweep {directory / 'config.yaml'}`: what is cached is reused",
         )
     config = parse_config(record["config"], str(directory / runs.RECORD))
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
@@ -159,7 +159,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
                     raise StoreError(
                         f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
                         cause="it was deleted, or the store was moved without it",
-                        way_out=f"make it again: `entropy-probe sweep {directory / 'config.yaml'}`",
+                        fix=f"make it again: `entropy-probe sweep {directory / 'config.yaml'}`",
                     )
         return _record(recorded, _reported(recorded, config, run), config, store)
 
@@ -190,7 +190,7 @@ def _require_same_versions(config: ProbeConfig, checkpoints: Sequence[Checkpoint
         raise StoreError(
             f"results of this sweep in {store.root} were made with {then}, and here is {now}",
             cause="libraries were upgraded since, which can change numbers: one sweep mixes no two releases",
-            way_out=f"install {then} again to go on; or run `entropy-probe store adopt CONFIG`, which "
+            fix=f"install {then} again to go on; or run `entropy-probe store adopt CONFIG`, which "
             "recomputes one artifact of each stage and takes the others over where it is equal; or compute everything "
             "anew with execution.library_versions: recompute",
         )

@@ -49,6 +49,6 @@ def token_derivatives(
             raise CheckpointError(
                 f"{type(policy.model).__name__} has no forward-mode derivative: {one_line(error)}",
                 cause="an operation that brings its own gradient, and no derivative in the forward direction",
-                way_out="probe an architecture that is made of torch's own operations; most are",
+                fix="probe an architecture that is made of torch's own operations; most are",
             ) from error
     return TokenDerivatives(*values, *derivatives)

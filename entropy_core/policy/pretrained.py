@@ -63,7 +63,7 @@ def load_policy(
     """
     if base is None and (directory / "adapter_config.json").exists():
         fact = f"{directory} holds an adapter where a whole model is needed"
-        raise CheckpointError(fact, way_out="give the directory of its base, or of the merged model")
+        raise CheckpointError(fact, fix="give the directory of its base, or of the merged model")
     home = base or directory
     check_model_config(home)
     try:
@@ -80,7 +80,7 @@ def load_policy(
         raise CheckpointError(
             f"{directory} cannot be loaded as a causal language model: {first_line}",
             cause="a file is missing or belongs to another model",
-            way_out="check that transformers' AutoModelForCausalLM.from_pretrained loads it",
+            fix="check that transformers' AutoModelForCausalLM.from_pretrained loads it",
         ) from error
     check_generation_config(home, model.get_input_embeddings().weight.shape[0])
     if base is not None:

@@ -51,12 +51,12 @@ def problems(split: str, size: int = 512) -> list[dict[str, str]]:
         raise PromptError(
             f"The arithmetic task has no split {split!r}",
             cause="a typing error in the configuration",
-            way_out=f"choose one of {', '.join(SPLITS)}",
+            fix=f"choose one of {', '.join(SPLITS)}",
         )
     if not 1 <= size <= MAX_SIZE:
         raise PromptError(
             f"The arithmetic task was asked for {size} problems",
-            way_out=f"ask for 1 to {MAX_SIZE}",
+            fix=f"ask for 1 to {MAX_SIZE}",
         )
     rng = random.Random(_digest(f"arithmetic/{split}"))
     found: dict[str, dict[str, str]] = {}

@@ -30,16 +30,14 @@ def _read_parquet(path: Path) -> list[dict]:
     try:
         return pq.ParquetFile(path).read().to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise PromptError(
-            f"{path} cannot be read: {one_line(error)}", way_out="give the path of a Parquet file"
-        ) from None
+        raise PromptError(f"{path} cannot be read: {one_line(error)}", fix="give the path of a Parquet file") from None
 
 
 def _read_jsonl(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut texts at U+2028, too
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read: {error}", way_out="give the path of a UTF-8 .jsonl file") from None
+        raise PromptError(f"{path} cannot be read: {error}", fix="give the path of a UTF-8 .jsonl file") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -47,8 +45,8 @@ def _read_jsonl(path: Path) -> list[dict]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise PromptError(f"{path}:{number} is not JSON: {one_line(error)}", way_out="correct the line") from None
+            raise PromptError(f"{path}:{number} is not JSON: {one_line(error)}", fix="correct the line") from None
         if not isinstance(row, dict):
-            raise PromptError(f"{path}:{number} is not a JSON object", way_out="write one object per line")
+            raise PromptError(f"{path}:{number} is not a JSON object", fix="write one object per line")
         rows.append(row)
     return rows

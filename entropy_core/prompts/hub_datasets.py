@@ -64,7 +64,7 @@ def locate(name: str, directory: str, allow_download: bool) -> Path:
             raise PromptError(
                 f"there is no directory {path}",
                 cause="batch_config.dataset_path is misspelt, or relative to another folder",
-                way_out=f"give the folder of a local copy of {DATASETS[name].repository}",
+                fix=f"give the folder of a local copy of {DATASETS[name].repository}",
             )
         return _snapshot(path)
     found = _in_hub_cache(name)
@@ -98,7 +98,7 @@ def rows(name: str, split: str, directory: Path) -> list[dict]:
             raise PromptError(
                 f"{directory} is not {dataset.repository}: a row has no text in column {dataset.question!r}, only "
                 f"{some_names(sorted(row))}",
-                way_out=f"give the folder of a copy of {dataset.repository}, or make a .jsonl file of these rows",
+                fix=f"give the folder of a copy of {dataset.repository}, or make a .jsonl file of these rows",
             )
         row["prompt"] = dataset.template.replace("{question}", question)
     return found
@@ -126,7 +126,7 @@ def _download(name: str, allowed: bool) -> Path:
         raise PromptError(
             f"dataset {name!r} ({repository}) is not on this machine",
             cause="it was never fetched, or lies somewhere else",
-            way_out="name its folder with batch_config.dataset_path, or set batch_config.allow_download: true",
+            fix="name its folder with batch_config.dataset_path, or set batch_config.allow_download: true",
         )
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[f"{folder}/*.parquet"]))
@@ -134,7 +134,7 @@ def _download(name: str, allowed: bool) -> Path:
         raise PromptError(
             f"{repository} cannot be fetched: {one_line(error)}",
             cause="there is no connection to the hub",
-            way_out="fetch it where there is one, and name its folder with batch_config.dataset_path",
+            fix="fetch it where there is one, and name its folder with batch_config.dataset_path",
         ) from error
 
 
@@ -149,7 +149,7 @@ def _read(directory: Path, split: str, folder: str) -> list[dict]:
     if not splits:
         raise PromptError(
             f"{directory} holds no dataset: neither Parquet files nor what `datasets` writes with save_to_disk",
-            way_out="give the folder of a local copy with batch_config.dataset_path",
+            fix="give the folder of a local copy with batch_config.dataset_path",
         )
     if split not in splits:
         raise _no_split(directory, split, splits)
@@ -165,7 +165,7 @@ def _read_saved(directory: Path, split: str) -> list[dict]:
         raise PromptError(
             f"{directory} cannot be read: {one_line(error)}",
             cause="the copy was interrupted",
-            way_out="save the dataset again",
+            fix="save the dataset again",
         ) from error
     splits = dict(saved) if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
     if split not in splits:
@@ -175,5 +175,5 @@ def _read_saved(directory: Path, split: str) -> list[dict]:
 
 def _no_split(directory: Path, split: str, splits: dict) -> PromptError:
     return PromptError(
-        f"{directory} has no split {split!r}", way_out=f"set batch_config.split to one of {some_names(sorted(splits))}"
+        f"{directory} has no split {split!r}", fix=f"set batch_config.split to one of {some_names(sorted(splits))}"
     )

@@ -51,7 +51,7 @@ def locate(dataset_name: str, dataset_path: str = "", allow_download: bool = Fal
     if dataset_path:
         raise ConfigError(
             f"batch_config.dataset_path is given, and dataset {dataset_name!r} has no local copy to name",
-            way_out=f"leave it out, or use one of {', '.join(hub_datasets.DATASETS)}",
+            fix=f"leave it out, or use one of {', '.join(hub_datasets.DATASETS)}",
         )
     return Path(dataset_name).expanduser() if dataset_name.endswith(SUFFIXES) else None
 
@@ -93,14 +93,14 @@ def load_pool(
     """
     rows = _rows(dataset_name, split, path, dict(options or {}))
     if not rows:
-        raise PromptError(f"dataset {dataset_name!r} has no prompts in split {split!r}", way_out="add prompts")
+        raise PromptError(f"dataset {dataset_name!r} has no prompts in split {split!r}", fix="add prompts")
     for number, row in enumerate(rows):
         if not isinstance(row.get(prompt_column), str) or not row[prompt_column]:
             conversation = isinstance(row.get(prompt_column), list)
             raise PromptError(
                 f"row {number} of {dataset_name!r} has no text in column {prompt_column!r}; it has {sorted(row)}",
                 cause="the prompts are conversations" if conversation else "the prompts are in another column",
-                way_out="give the text of the user's turn, and set batch_config.apply_chat_template"
+                fix="give the text of the user's turn, and set batch_config.apply_chat_template"
                 if conversation
                 else "name it with batch_config.prompt_column",
             )
@@ -111,7 +111,7 @@ def load_pool(
             twice = next(prompt for prompt, count in counts.items() if count > 1)
             raise PromptError(
                 f"{copies} prompts of {dataset_name!r} occur twice, for example {twice!r:.80}",
-                way_out="remove the copies: the pool is a uniform law over distinct prompts",
+                fix="remove the copies: the pool is a uniform law over distinct prompts",
             )
         notes = (f"{copies} of {len(rows)} prompts of {dataset_name} are copies and were left out",)
         first: dict[str, dict] = {}
@@ -126,7 +126,7 @@ def _rows(dataset_name: str, split: str, path: Path | None, options: dict[str, A
     if options and not made:
         raise ConfigError(
             f"batch_config.dataset_options are given, and dataset {dataset_name!r} has none",
-            way_out=f"leave them out, or use {reasoning_tasks.PREFIX}TASK",
+            fix=f"leave them out, or use {reasoning_tasks.PREFIX}TASK",
         )
     if dataset_name == "arithmetic":
         return list(arithmetic.problems(split))
@@ -136,11 +136,11 @@ def _rows(dataset_name: str, split: str, path: Path | None, options: dict[str, A
         raise PromptError(
             f"unknown dataset {dataset_name!r}",
             cause="a misspelt name",
-            way_out=f"use one of {', '.join(KNOWN)}, or the path of a .jsonl or .parquet file",
+            fix=f"use one of {', '.join(KNOWN)}, or the path of a .jsonl or .parquet file",
         )
     if split != "train":
         what = "is made by a program" if made else "is one file"
-        raise PromptError(f"{dataset_name} {what} and has no split {split!r}", way_out="set batch_config.split: train")
+        raise PromptError(f"{dataset_name} {what} and has no split {split!r}", fix="set batch_config.split: train")
     if made:
         return reasoning_tasks.problems(dataset_name.removeprefix(reasoning_tasks.PREFIX), options)
     return read_rows(path or Path(dataset_name).expanduser())
@@ -156,5 +156,5 @@ def _table(rows: list[dict], dataset_name: str, prompt_column: str) -> pa.Table:
         raise PromptError(
             f"the columns of {dataset_name!r} cannot be made a table: {one_line(error)}",
             cause="one column holds values of two kinds, text and numbers say",
-            way_out="give every column one kind of value",
+            fix="give every column one kind of value",
         ) from None

@@ -73,7 +73,7 @@ def _library() -> ModuleType:
         raise ConfigError(
             f"reasoning-gym cannot be imported ({one_line(error)})",
             cause="entropy-probe was installed without its reasoning-gym extra",
-            way_out="pip install -e '.[reasoning-gym]'",
+            fix="pip install -e '.[reasoning-gym]'",
         ) from None
     return reasoning_gym
 
@@ -85,7 +85,7 @@ def _dataset(recipe: str) -> Any:
 
     if asked["task"] not in DATASETS:
         raise ConfigError(
-            f"reasoning-gym has no task {asked['task']!r}", way_out=f"use one of {', '.join(sorted(DATASETS))}"
+            f"reasoning-gym has no task {asked['task']!r}", fix=f"use one of {', '.join(sorted(DATASETS))}"
         )
     try:
         return library.create_dataset(asked["task"], **asked["options"])
@@ -94,7 +94,7 @@ def _dataset(recipe: str) -> Any:
             f"reasoning-gym does not make {asked['task']!r} with {asked['options']}: "
             f"{type(error).__name__}: {one_line(error)}",
             cause="an option that the task does not have, or a value out of its range",
-            way_out="correct batch_config.dataset_options",
+            fix="correct batch_config.dataset_options",
         ) from error
 
 
@@ -120,10 +120,10 @@ def _problems(recipe: str) -> list[dict[str, Any]]:
         except Exception as error:
             raise PromptError(
                 f"problem {number} of {recipe} cannot be made: {type(error).__name__}: {one_line(error)}",
-                way_out="use other options or another task",
+                fix="use other options or another task",
             ) from error
         if unlike:
-            raise PromptError(f"problem {number} of {recipe} cannot be written down", way_out="use another task")
+            raise PromptError(f"problem {number} of {recipe} cannot be written down", fix="use another task")
         answer = entry["answer"] if isinstance(entry["answer"], str) else None
         rows.append({"prompt": entry["question"], "answer": answer, "task": recipe, "entry": literal})
     return rows

@@ -42,21 +42,21 @@ def encode(
         raise PromptError(
             f"the tokenizer of {tokenizer.name_or_path} cannot encode every prompt: {one_line(error)}",
             cause="the prompts have characters that its vocabulary does not have",
-            way_out="use a dataset that fits this policy",
+            fix="use a dataset that fits this policy",
         ) from error
     for text, ids in zip(texts, encoded, strict=True):
         if not ids:
             raise PromptError(
                 f"prompt {text!r:.80} becomes 0 tokens",
                 cause="the prompts are for another tokenizer",
-                way_out="use a dataset that fits this policy",
+                fix="use a dataset that fits this policy",
             )
     kept = [i for i, ids in enumerate(encoded) if not max_prompt_length or len(ids) <= max_prompt_length]
     if not kept:
         raise PromptError(
             f"all {len(encoded)} prompts are longer than max_prompt_length of {max_prompt_length} tokens; the shortest "
             f"has {min(map(len, encoded))}",
-            way_out="raise batch_config.max_prompt_length, or set it to 0 for no limit",
+            fix="raise batch_config.max_prompt_length, or set it to 0 for no limit",
         )
     if len(kept) == len(encoded):
         return pool, encoded
@@ -72,7 +72,7 @@ def _conversations(texts: Sequence[str], tokenizer: Any, system_prompt: str) -> 
         raise PromptError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template",
             cause="it is that of a base model, which was never taught to chat",
-            way_out="set batch_config.apply_chat_template: false, or save the template that you train with into the "
+            fix="set batch_config.apply_chat_template: false, or save the template that you train with into the "
             "checkpoint directory, as chat_template.jinja",
         )
     before = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -83,5 +83,5 @@ def _conversations(texts: Sequence[str], tokenizer: Any, system_prompt: str) -> 
         raise PromptError(
             f"the chat template of {tokenizer.name_or_path} failed: {one_line(error)}",
             cause="it knows no system role" if system_prompt else "it is not for conversations of this form",
-            way_out="set batch_config.system_prompt to nothing" if system_prompt else "correct chat_template.jinja",
+            fix="set batch_config.system_prompt to nothing" if system_prompt else "correct chat_template.jinja",
         ) from error

@@ -100,12 +100,12 @@ def compute_rewards(
             f"reward {name!r} raised {type(error).__name__}: {one_line(error)} on "
             f"{whose or f'{len(completions)} responses together, and not on either half of them'}",
             cause="a response that the function does not expect, or a column that the pool does not have",
-            way_out=f"correct the function; the pool's columns are {sorted(columns)}",
+            fix=f"correct the function; the pool's columns are {sorted(columns)}",
         ) from error
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # arrays and tensors
     if not isinstance(rewards, Sequence) or len(rewards) != len(completions):
         got = f"{len(rewards)} values" if isinstance(rewards, Sequence) else type(rewards).__name__
-        raise RewardError(f"reward {name!r} returned {got} for {len(completions)} responses", way_out="return a list")
+        raise RewardError(f"reward {name!r} returned {got} for {len(completions)} responses", fix="return a list")
     rewards = [reward.item() if getattr(reward, "ndim", None) == 0 else reward for reward in rewards]
     for i, reward in enumerate(rewards):
         if not isinstance(reward, Real) or not abs(reward) <= sys.float_info.max:  # type: ignore[operator]
@@ -115,7 +115,7 @@ def compute_rewards(
                 "there are none"
                 if reward is None
                 else "",
-                way_out="return a finite float for every response",
+                fix="return a finite float for every response",
             )
     return [float(reward) for reward in rewards]
 

@@ -74,7 +74,7 @@ def version() -> str:
         raise ConfigError(
             "the rewards boxed and answer_tag need math-verify, which is not installed",
             cause="entropy-probe was installed without its math extra",
-            way_out="pip install -e '.[math]'",
+            fix="pip install -e '.[math]'",
         ) from None
 
 
@@ -84,7 +84,7 @@ def _verified(found: list[str], answer: Any, solution: Any) -> list[float]:
     if right is None:
         raise RewardError(
             "the pool has no right answers: neither a column `answer` nor a column `solution`",
-            way_out="add one of them to the prompts, or use another reward",
+            fix="add one of them to the prompts, or use another reward",
         )
     pairs: dict[tuple[str, str], list[int]] = {}
     for i, (text, gold) in enumerate(zip(found, right, strict=True)):
@@ -99,7 +99,7 @@ def _verified(found: list[str], answer: Any, solution: Any) -> list[float]:
                 f"math-verify did not decide within {SECONDS} s whether {pair[1]!r:.80} is {pair[0]!r:.80}, in "
                 f"sequence {sequences[0]}",
                 cause="a response with a very large power, or a very long expression",
-                way_out="use a reward function of your own that decides such cases as your trainer does",
+                fix="use a reward function of your own that decides such cases as your trainer does",
             )
         for i in sequences:
             rewards[i] = float(equal)
@@ -128,7 +128,7 @@ def _equal(pairs: list[tuple[str, str]]) -> list[bool | None]:
         raise RewardError(
             f"math-verify failed on {pairs[len(verdicts)][1]!r:.80}: "
             f"{one_line(Exception(done.stderr.strip().rpartition(chr(10))[2] or f'exit status {done.returncode}'))}",
-            way_out="use a reward function of your own",
+            fix="use a reward function of your own",
         )
     return verdicts if len(verdicts) == len(pairs) else [*verdicts, None]
 
@@ -147,7 +147,7 @@ def _no_answer(i: int, answer: Any) -> RewardError:
     return RewardError(
         f"the right answer of sequence {i} is {answer!r:.80}, in which there is no answer",
         cause="the column `answer` is empty in this row of the pool, or of another kind",
-        way_out="correct the prompts, or use another reward",
+        fix="correct the prompts, or use another reward",
     )
 
 

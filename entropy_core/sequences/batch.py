@@ -88,7 +88,7 @@ def require_finite(values_K: Tensor, sequences: BatchedSequences) -> None:
             f"{int(bad_K.sum())} token value(s) are not finite, the first in sequence "
             f"{int(sequences.sequence_ids_N[i])} at position {token - int(sequences.response_offsets_N1[i])}",
             cause="the weights hold a NaN, or the step size is so large that the moved policy overflows",
-            way_out="check the checkpoint, or take smaller step sizes",
+            fix="check the checkpoint, or take smaller step sizes",
         )
 
 

@@ -230,7 +230,7 @@ class Decoding:
                     f"the logits of sequence {int(request.sequence_ids_N[sequence])} are not finite at position "
                     f"{len(tokens)}",
                     cause="the weights hold a NaN",
-                    way_out="check the checkpoint: the run may have diverged before it",
+                    fix="check the checkpoint: the run may have diverged before it",
                 )
             tokens.append(token)
             if reason := self._ended(tokens):

@@ -20,4 +20,4 @@ def moved_by(processor: SequenceProcessor, update: "Artifact", eta: float) -> It
             yield
     except NonFiniteError as error:
         fact = f"at the step size η = {eta:g}: {error.fact}"
-        raise NonFiniteError(fact, cause=error.cause, way_out=error.way_out) from None
+        raise NonFiniteError(fact, cause=error.cause, fix=error.fix) from None

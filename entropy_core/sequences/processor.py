@@ -67,7 +67,7 @@ class SequenceProcessor:
                 raise PromptError(
                     f"prompt {i} becomes {len(ids)} tokens, the largest {max(ids)}, and the policy knows {vocabulary}",
                     cause="the prompts are for another tokenizer",
-                    way_out="use a dataset that fits this policy",
+                    fix="use a dataset that fits this policy",
                 )
 
     def generate_with_replacement_sampling(

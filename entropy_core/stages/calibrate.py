@@ -58,6 +58,6 @@ def calibrate(
         raise NonFiniteError(
             f"the central difference misses forward mode by {difference:.0%}",
             cause="the policy bends too strongly along this step, or rounds too coarsely, for a finite difference",
-            way_out="set policy.derivative: forward_mode",
+            fix="set policy.derivative: forward_mode",
         )
     return {"half_width": half_width, "difference": difference}

@@ -100,7 +100,7 @@ def compute_update(
     norm = global_norm(g)
     if not math.isfinite(norm):
         raise NonFiniteError(
-            "the gradient on U is not finite", cause="the weights hold a NaN", way_out="check the checkpoint"
+            "the gradient on U is not finite", cause="the weights hold a NaN", fix="check the checkpoint"
         )
     clip = clip_factor(norm, max_grad_norm)
     step = OptimizerStep(checkpoint, execution, policy.named_parameters(), g, clip)

@@ -227,5 +227,5 @@ def _require_numbers(rows: Sequence[Row]) -> None:
             raise NonFiniteError(
                 f"{', '.join(bad)} came out as NaN at eta = {row['eta']:g}",
                 cause="fewer than two independent units: sequences of E, prompts of U, or clusters",
-                way_out="take a larger batch, or variance.cluster: auto",
+                fix="take a larger batch, or variance.cluster: auto",
             )

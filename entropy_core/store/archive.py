@@ -53,7 +53,7 @@ def export(store: Store, run_id: str, file: Path, everything: bool = False, vect
                         archive.add(path, name, filter=_anonymous)
             (temporary / file.name).replace(file)
     except OSError as error:
-        raise StoreError(f"{file} cannot be written: {error}", way_out="choose another place") from None
+        raise StoreError(f"{file} cannot be written: {error}", fix="choose another place") from None
     return sorted(wanted)
 
 
@@ -69,7 +69,7 @@ def _members(store: Store, name: runs.Name, run: Path, vectors: bool) -> list[Pa
         raise StoreError(
             f"the artifact {'/'.join(name)} of the run {run.name} is {fault or 'missing'}",
             cause="it was deleted or damaged, or the store was moved without it",
-            way_out=f"run the sweep of {run / 'config.yaml'} again",
+            fix=f"run the sweep of {run / 'config.yaml'} again",
         )
     return sorted(folder / file for file in [*packed, MANIFEST, *([DROPPED] if len(packed) < len(files) else [])])
 
@@ -174,5 +174,5 @@ def _refused(file: Path, fault: str) -> StoreError:
     return StoreError(
         f"{file} is refused: {fault}",
         cause="it was cut short, altered, or not made by `entropy-probe store export`",
-        way_out="export the run again",
+        fix="export the run again",
     )

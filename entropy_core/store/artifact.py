@@ -73,12 +73,12 @@ class Artifact:
         entry = self.manifest["files"].get(name)
         if entry is None:
             fact = f"artifact {self.stage}/{self.key} in {self.root} has no file {name}"
-            raise StoreError(fact, cause="another version of this stage made it", way_out="run the sweep again")
+            raise StoreError(fact, cause="another version of this stage made it", fix="run the sweep again")
         if name.startswith(VECTORS) and (self.directory / DROPPED).exists():
             raise StoreError(
                 f"{name} of artifact {self.stage}/{self.key} is not kept",
                 cause="another sweep with execution.keep_vectors: false let it go meanwhile",
-                way_out="run the sweep again: what it needs of it is computed anew",
+                fix="run the sweep again: what it needs of it is computed anew",
             )
         if fault := check_file(self.directory / name, entry):
             raise self._unsound(fault)
@@ -119,7 +119,7 @@ class Artifact:
         error = UnsoundError(
             f"artifact {self.stage}/{self.key} in {self.root} cannot be used: {fault}",
             cause="a file was deleted, edited or damaged after it was written",
-            way_out="run the sweep again: what is unsound is set aside and computed anew",
+            fix="run the sweep again: what is unsound is set aside and computed anew",
         )
         error.stage, error.key = self.stage, self.key
         return error
@@ -142,7 +142,7 @@ class Writer:
         """
         path = self._directory / name
         if not may_name_file(name):
-            raise StoreError(f"{name!r} cannot name a data file", way_out=f"use a relative path other than {MANIFEST}")
+            raise StoreError(f"{name!r} cannot name a data file", fix=f"use a relative path other than {MANIFEST}")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -227,7 +227,7 @@ def canonical(value: Any, where: str = "inputs") -> Any:
     raise StoreError(
         f"{where} = {value!r:.80} ({type(value).__name__}) has no exact JSON form, so no result can be keyed by it",
         cause="a path, a set, a tensor, an object or a number that is not finite was passed as a setting",
-        way_out="pass plain values; what does not influence the result belongs to the execution settings",
+        fix="pass plain values; what does not influence the result belongs to the execution settings",
     )
 
 
@@ -254,6 +254,6 @@ def _sort_metadata(path: Path) -> None:
             header = {"__metadata__": dict(sorted(metadata.items())), **header}
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
             if len(text) > length:
-                raise StoreError(f"the metadata of {path.name} cannot be sorted", way_out="use plain characters")
+                raise StoreError(f"the metadata of {path.name} cannot be sorted", fix="use plain characters")
             file.seek(8)
             file.write(text.ljust(length))

@@ -65,7 +65,7 @@ def resolve(store: Store, text: str) -> runs.Name:
     if len(found) == 1:
         return found[0]
     listed = f"{len(found)} artifacts: {', '.join('/'.join(name) for name in found[:4])}, …" if found else "no artifact"
-    raise StoreError(f"{text!r} names {listed} in {store.root}", way_out="`entropy-probe store ls` lists what is there")
+    raise StoreError(f"{text!r} names {listed} in {store.root}", fix="`entropy-probe store ls` lists what is there")
 
 
 def differences(store: Store, before: Recipe, after: Recipe) -> list[Difference]:

@@ -102,17 +102,17 @@ def alone(folder: Path) -> Iterator[None]:
             users = {path: _read(path.read_bytes()) for path in sorted(folder.glob("users/*"))}
         except OSError as error:
             fact = f"whether a sweep is under way in {folder.parent} cannot be told: {error}"
-            raise StoreError(fact, way_out="delete nothing there, or make the store writable") from None
+            raise StoreError(fact, fix="delete nothing there, or make the store writable") from None
         for path, user in users.items():
             if not free or not _is_dead(user):
                 raise HeldError(
                     f"a sweep is under way in {folder.parent}: {_in_words(user)}",
                     cause="" if not free else "it has not said that it has ended",
-                    way_out=f"try again when it has ended; if it was killed on another machine, delete {path}",
+                    fix=f"try again when it has ended; if it was killed on another machine, delete {path}",
                 )
             path.unlink(missing_ok=True)
         if not free:
-            raise HeldError(f"a sweep is under way in {folder.parent}", way_out="try again when it has ended")
+            raise HeldError(f"a sweep is under way in {folder.parent}", fix="try again when it has ended")
         yield
 
 
@@ -143,7 +143,7 @@ def _flock(descriptor: int, operation: int, folder: Path) -> bool:
         raise StoreError(
             f"files in {folder} cannot be locked: {error.strerror}",
             cause="the file system has no locks, or they are switched off",
-            way_out="have the store on one that has them",
+            fix="have the store on one that has them",
         ) from None
     return True
 

@@ -235,9 +235,7 @@ def as_json(value: Any, what: str) -> dict[str, Any]:
     try:
         plain = json.loads(json_text(value))
     except (TypeError, ValueError) as error:
-        raise StoreError(
-            f"{what} is not JSON: {error}", way_out="use plain, finite values; write data to files"
-        ) from error
+        raise StoreError(f"{what} is not JSON: {error}", fix="use plain, finite values; write data to files") from error
     if not isinstance(plain, dict):
         raise StoreError(f"{what} is {value!r:.80} and not a dict")
     return plain

@@ -59,7 +59,7 @@ def waste(store: Store, keep_runs: int | None = None) -> list[Waste]:
         if (store.root / stage / key).exists() and not store.manifest(stage, key):
             raise StoreError(
                 f"what {stage}/{key} of the run {of[0]} was made from cannot be told: its manifest is unsound",
-                way_out="run that sweep again, which sets the artifact aside and computes it anew",
+                fix="run that sweep again, which sets the artifact aside and computes it anew",
             )
     found = [Waste(runs.folder(store.root, run_id), "it is not kept") for run_id in recorded if run_id not in kept]
     unneeded = [store.root.joinpath(*name) for name in store.names() if name not in needed]
@@ -71,7 +71,7 @@ def _can_be_told(store: Store, recorded: list[str]) -> None:
     for run_id in sorted(set(runs.present(store.root)) - set(recorded)):
         raise StoreError(
             f"what the run {run_id} needs cannot be told: its {runs.RECORD} cannot be read",
-            way_out=f"run its sweep again, or delete the folder {runs.folder(store.root, run_id)}",
+            fix=f"run its sweep again, or delete the folder {runs.folder(store.root, run_id)}",
         )
 
 

@@ -62,7 +62,7 @@ def understood(path: Path) -> Iterator[Any]:
         raise StoreError(
             f"{path} does not say what the run needs: {one_line(error)}",
             cause="it was edited, damaged, or written by another version",
-            way_out="run the sweep again, or delete the folder",
+            fix="run the sweep again, or delete the folder",
         ) from None
 
 
@@ -84,7 +84,7 @@ def find(root: Path, run_id: str) -> Path:
     listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
     raise StoreError(
         f"there is no run {run_id!r} in {root / 'runs'}; {listed}",
-        way_out="give one of these ids, or run `entropy-probe sweep` first",
+        fix="give one of these ids, or run `entropy-probe sweep` first",
     )
 
 

@@ -72,7 +72,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
-            raise StoreError(f"{self.name!r} cannot name a stage", way_out="use lower-case words joined by hyphens")
+            raise StoreError(f"{self.name!r} cannot name a stage", fix="use lower-case words joined by hyphens")
 
 
 class Store:
@@ -236,7 +236,7 @@ class Store:
             raise StoreError(
                 f"the store at {self.root} cannot be written: {error}",
                 cause="the disk or the quota is full" if full else "the store is read-only for you",
-                way_out="make room or choose another store, and run again: what is finished is reused"
+                fix="make room or choose another store, and run again: what is finished is reused"
                 if full
                 else f"choose another store; `cp -rs {self.root} NEW` makes one that reads what is finished from there",
             ) from error
@@ -260,7 +260,7 @@ class Store:
                 raise StoreError(
                     f"the code of stage {stage.name} changed before all of it was loaded, so its result has no key",
                     cause="a module of the project was edited, or a library was upgraded, during the run",
-                    way_out="run again",
+                    fix="run again",
                 )
             require_untouched(before, look(named), stage.name)
             manifest = {
