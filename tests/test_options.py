@@ -11,7 +11,7 @@ from scipy import stats
 from entropy_core.config.read import parse_config
 from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError
 from entropy_core.numerics import ragged
-from entropy_core.sequences import law as sequences
+from entropy_core.policy.spec import policy_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.stages import calibrate
 from entropy_core.store.columns import read_columns
@@ -189,7 +189,7 @@ def test_predictors_are_computed_on_the_tokens_of_u(plain):
     assert at_lr["delta_h1"]["predicted"] == measured["delta_h1"]
     assert len(rows) == 2 * 4 * 4
     # E_π[S*] of every step, from the model's own logits
-    model = sequences.policy_of(plain.run.inputs("score-u-batch")["law"], plain.run.execution).model
+    model = policy_of(plain.run.inputs("score-u-batch")["policy"], plain.run.execution).model
     prompt, response = shards[0].prompt(0), shards[0].response(0)
     logits = model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
     logp = torch.log_softmax(logits, -1)

@@ -21,6 +21,18 @@ from entropy_core.store.columns import read_columns
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.inputs import (
+        AlongV,
+        AtStepSize,
+        Attribution,
+        Calibration,
+        Discriminators,
+        Replicate,
+        Rescores,
+        ScoresOfE,
+        ScoresOfU,
+        Update,
+    )
 
 
 def variance(
@@ -28,17 +40,17 @@ def variance(
     execution: "Execution",
     *,
     learning_rate: float,
-    scores: "Sequence[Artifact]",
-    rescores: "Sequence[Artifact]",
-    first_order_e: "Sequence[Artifact]",
-    first_order_u: "Artifact",
-    update: "Artifact",
-    scores_u: "Sequence[Artifact]",
-    discriminators_u: "Artifact",
-    calibration: "Artifact | None",
-    moved: "Sequence[Mapping[str, Any]]",
+    scores: "Sequence[ScoresOfE]",
+    rescores: "Sequence[Rescores]",
+    first_order_e: "Sequence[AlongV]",
+    first_order_u: "Attribution",
+    update: "Update",
+    scores_u: "Sequence[ScoresOfU]",
+    discriminators_u: "Discriminators",
+    calibration: "Calibration | None",
+    moved: "Sequence[AtStepSize]",
     seed: int,
-    replicates: "Sequence[Mapping[str, Any]]",
+    replicates: "Sequence[Replicate]",
     estimators: Sequence[Estimator],
     normalizations: Sequence[Normalization],
     baseline: Baseline,
@@ -111,9 +123,9 @@ def variance(
                 row = _row(batch, there, change, entry["eta"], estimator, shared, learning_rate, confidence_level)
                 found[normalization, estimator].append((row, change))
     by_seed = {seed: _values(batch, normalizations)}
-    for entry in replicates:
-        replicate, _ = evaluation_batch(entry["scores"], entry["first_order_e"], baseline, units)
-        by_seed[entry["seed"]] = _values(replicate, normalizations)
+    for another in replicates:
+        replicate, _ = evaluation_batch(another["scores"], another["first_order_e"], baseline, units)
+        by_seed[another["seed"]] = _values(replicate, normalizations)
 
     tables: dict[str, list[Row]] = {name: [] for name in TABLES}
 
