@@ -17,9 +17,10 @@ from entropy_core.numerics.losses import LossBatch
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
+from entropy_core.sequences.batch import tokens_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
-from entropy_core.store.columns import read_columns
+from entropy_core.store.columns import read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -49,8 +50,8 @@ def compute_update(
 
     Args:
         out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
-            `coefficients.safetensors` (∂L/∂ℓ and ∂L/∂h of each token, at the on-policy point); `loss.safetensors` (what
-            the loss reads of each token); `sequences.parquet` (reward, advantage).
+            `loss.safetensors` (what the loss reads of each token, and ∂L/∂ℓ and ∂L/∂h there); `sequences.parquet`
+            (reward, advantage).
         execution: device and micro-batch.
         policy: whose sequences they are, and how it is computed.
         checkpoint: artifact of load-checkpoint.
@@ -77,15 +78,17 @@ def compute_update(
     advantages_PG = group_advantages(rewards_PG, "grpo" if loss_source else loss, scale_rewards)
     shards = [read_sequences(shard) for shard in sequences]
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
-    scored, offsets_N1 = read_columns(scores, "logprobs", "entropies")
+    table = tokens_of(shards).join(read_tokens(scores, "logprobs", "entropies"))
+    if reference:
+        table = table.join(read_tokens(reference, "logprobs").named({"logprobs": "reference_logprobs"}))
     batch = LossBatch.on_policy(
-        scored["logprobs"],
-        scored["entropies"],
-        offsets_N1,
+        table["logprobs"],
+        table["entropies"],
+        table.offsets_N1,
         advantages_PG,
         rewards_PG,
         max_new_tokens=max_new_tokens,
-        reference_logprobs_K=read_columns(reference, "logprobs")[0]["logprobs"] if reference else None,
+        reference_logprobs_K=table["reference_logprobs"] if reference else None,
         kl_beta=kl_beta,
     )
     coefficients = token_coefficients(loss, loss_of(execution, loss, loss_source), batch)
@@ -114,7 +117,7 @@ def compute_update(
             of_direction.append(squares(v))
             direction.write(block, v)
             loss_gradient.write(block, g[block])
-    write_tokens(out, batch, coefficients)
+    write_tokens(out, table, coefficients)
     table = rewards.table("rewards.parquet")
     table = table.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
     out.table(table.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from entropy_core.numerics import ragged
 from entropy_core.policy.discriminators import expected_discriminators
 from entropy_core.policy.scorer import TeacherForcedRows
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
+from entropy_core.store.columns import concatenate
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -29,7 +28,7 @@ def discriminate(
     """E_π[S*] of the step of every token of U, for the predictor of arXiv:2602.03392.
 
     Args:
-        out: `tokens.safetensors` (expected, offsets).
+        out: `tokens.safetensors` (expected).
         execution: device and micro-batch.
         policy: whose sequences they are, and how it is computed.
         sequences: the shards of sample-u-batch.
@@ -43,7 +42,6 @@ def discriminate(
     def expected(rows: TeacherForcedRows) -> list[Tensor]:
         return [expected_discriminators(processor.policy, rows, policy.temperature)]
 
-    expected_K = torch.cat([processor.map_tokens(shard, expected)[0] for shard in shards])
-    offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])
-    out.tensors({"expected": expected_K, "offsets": offsets_N1}, "tokens.safetensors")
-    return {"sequences": len(offsets_N1) - 1}
+    table = concatenate([shard.table({"expected": processor.map_tokens(shard, expected)[0]}) for shard in shards])
+    table.write(out)
+    return {"sequences": len(table.sequences_N)}

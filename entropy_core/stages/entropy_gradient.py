@@ -19,7 +19,7 @@ from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
-from entropy_core.store.columns import read_columns
+from entropy_core.store.columns import TokenTable, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -98,18 +98,22 @@ def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) ->
 def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> Iterator[tuple[BatchedSequences, Tokens]]:
     """Each shard with what the policy says of its tokens, one in memory at a time."""
     for of_sequences, scored in zip(sequences, scores, strict=True):
-        yield read_sequences(of_sequences), _tokens(scored)
+        batch = read_sequences(of_sequences)
+        yield batch, _tokens(_scores(scored).require(batch.identities_N, batch.response_offsets_N1))
 
 
-def _tokens(scored: "Artifact") -> Tokens:
-    columns, offsets_N1 = read_columns([scored], "logprobs", "entropies")
-    return Tokens(columns["logprobs"], columns["entropies"], offsets_N1)
+def _scores(scored: "Artifact") -> TokenTable:
+    return read_tokens([scored], "logprobs", "entropies")
+
+
+def _tokens(table: TokenTable) -> Tokens:
+    return Tokens(table["logprobs"], table["entropies"], table.offsets_N1)
 
 
 def _of_all(scores: "Sequence[Artifact]") -> tuple[dict[Functional, TimeTotals], Tensor, Tensor]:
     """What the baselines need to know of all sequences, and the entropy S and the length T of each, float64 [N]."""
     totals, S, T = [], [], []
-    for tokens in map(_tokens, scores):
+    for tokens in map(_tokens, map(_scores, scores)):
         totals.append([baseline_totals(functional, tokens, BASELINE) for functional in FUNCTIONALS])
         S.append(ragged.sequence_sum(ENTROPY.values(tokens), tokens.offsets_N1))
         T.append(ragged.lengths(tokens.offsets_N1).double())

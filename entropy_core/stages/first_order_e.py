@@ -26,7 +26,7 @@ def first_order_e(
     """Derivatives of ℓ and h along v for every token of one shard.
 
     Args:
-        out: `tokens.safetensors`: dlogprobs, dentropies, offsets.
+        out: `tokens.safetensors` (dlogprobs, dentropies).
         execution: device and micro-batch.
         policy: whose sequences they are, and how it is computed.
         sequences: a shard of sample-e-batch.
@@ -44,6 +44,5 @@ def first_order_e(
     else:
         attention = policy.attn_implementation
         _, _, dlogprobs_K, dentropies_K = forward_mode(processor, batch, direction)
-    columns = {"dlogprobs": dlogprobs_K, "dentropies": dentropies_K, "offsets": batch.response_offsets_N1}
-    out.tensors(columns, "tokens.safetensors")
+    batch.table({"dlogprobs": dlogprobs_K, "dentropies": dentropies_K}).write(out)
     return {"sequences": len(batch), "attention": attention}

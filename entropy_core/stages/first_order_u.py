@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
-from entropy_core.losses.files import loss_of, read_batch, read_coefficients
+from entropy_core.losses.files import loss_of, read_batch
 from entropy_core.numerics import adamw, losses, ragged
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
@@ -16,10 +16,11 @@ from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_no
 from entropy_core.policy.derivatives import tangent_of
 from entropy_core.policy.model import Policy
 from entropy_core.policy.spec import PolicySpec
-from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.batch import BatchedSequences, tokens_of
 from entropy_core.sequences.derivatives import forward_mode
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
+from entropy_core.store.columns import TokenTable
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -69,10 +70,10 @@ def first_order_u(
     """
     processor = processor_of(policy, execution)
     model = processor.policy
-    settings, batch, coefficients = update.summary, read_batch(update), read_coefficients(update)
+    settings, shards = update.summary, [read_sequences(shard) for shard in sequences]
+    of_u = tokens_of(shards)
+    offsets_N1, (batch, coefficients) = of_u.offsets_N1, read_batch(update, of_u)
     loss = loss_of(execution, settings["loss"], settings["loss_source"])
-    shards = [read_sequences(shard) for shard in sequences]
-    offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])
 
     # of the size of the policy: each is read or computed block by block, anew for every use
     blocks = blocks_of(model.named_parameters())
@@ -100,7 +101,8 @@ def first_order_u(
         whole = _whole(halves, covectors)
         preconditioned.append(along(_product(preconditioner, whole, settings["clip_factor"])))
         inner_products.append(torch.tensor([dot(whole, part) for part in (direction, *parts)], dtype=torch.float64))
-    out.tensors(_named(preconditioned, pulled_back, getattr(torch, policy.dtype)), "sensitivities.safetensors")
+    sensitivities = _named(preconditioned, pulled_back, getattr(torch, policy.dtype))
+    TokenTable(of_u.sequences_N, offsets_N1, sensitivities).write(out, "sensitivities.safetensors")
 
     influences_N = [[losses.influence(loss, batch, pair) for pair in of_halves] for of_halves in pulled_back]
     shares_K = [coefficients.dot(pair) for pair in preconditioned]

@@ -25,7 +25,7 @@ def importance(
     """Score one shard under θ + ηv.
 
     Args:
-        out: `tokens.safetensors` (logprobs, entropies, offsets).
+        out: `tokens.safetensors` (logprobs, entropies).
         execution: device and micro-batch.
         policy: at θ.
         sequences: a shard of sample-e-batch.
@@ -39,8 +39,5 @@ def importance(
     batch = read_sequences(sequences)
     with moved_by(processor, update, eta):
         results, _ = processor.score(batch)
-    out.tensors(
-        {"logprobs": results.logprobs_K, "entropies": results.entropies_K, "offsets": results.offsets_N1},
-        "tokens.safetensors",
-    )
+    batch.table({"logprobs": results.logprobs_K, "entropies": results.entropies_K}).write(out)
     return {"sequences": len(batch)}

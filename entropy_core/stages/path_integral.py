@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from entropy_core.numerics.quadrature import NODES
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.derivatives import forward_mode
@@ -27,7 +29,7 @@ def path_integral(
     """ℓ, h and their derivatives along v for every token of one shard, at each node between θ and θ + ηv.
 
     Args:
-        out: `tokens.safetensors`: logprobs_j, entropies_j, dlogprobs_j and dentropies_j of node j, offsets.
+        out: `tokens.safetensors`: logprobs_j, entropies_j, dlogprobs_j and dentropies_j of node j.
         execution: device and micro-batch.
         policy: at θ.
         sequences: a shard of sample-e-batch.
@@ -39,10 +41,10 @@ def path_integral(
     """
     processor = processor_of(policy, execution)
     batch, direction = read_sequences(sequences), update.vector("direction")
-    columns = {"offsets": batch.response_offsets_N1}
+    columns: dict[str, Tensor] = {}
     for j, node in enumerate(NODES):
         with moved_by(processor, update, node * eta):
             there = forward_mode(processor, batch, direction)
         columns |= {f"{name.removesuffix('_K')}_{j}": column_K for name, column_K in there._asdict().items()}
-    out.tensors(columns, "tokens.safetensors")
+    batch.table(columns).write(out)
     return {"sequences": len(batch)}

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from entropy_core.numerics import ragged
 from entropy_core.policy import moves
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
+from entropy_core.store.columns import concatenate
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -32,7 +30,7 @@ def rescore(
     What they do to ΔH shows when the parameters move by no more than their own rounding.
 
     Args:
-        out: `tokens.safetensors` (logprobs, entropies, offsets).
+        out: `tokens.safetensors` (logprobs, entropies).
         execution: device and micro-batch.
         policy: whose sequences they are, and how it is computed.
         sequences: the shards of sample-e-batch that hold them.
@@ -44,14 +42,10 @@ def rescore(
     """
     processor = processor_of(policy, execution)
     with moves.jittered(processor.policy, seed=draw):
-        results = [processor.score(read_sequences(shard))[0] for shard in sequences]
-    offsets_N1 = ragged.concatenate([result.offsets_N1 for result in results])[: count + 1]
-    columns = {
-        "logprobs": torch.cat([result.logprobs_K for result in results]),
-        "entropies": torch.cat([result.entropies_K for result in results]),
-    }
-    tokens = int(offsets_N1[-1])
-    out.tensors(
-        {name: column[:tokens] for name, column in columns.items()} | {"offsets": offsets_N1}, "tokens.safetensors"
-    )
-    return {"sequences": len(offsets_N1) - 1}
+        tables = []
+        for batch in map(read_sequences, sequences):
+            results, _ = processor.score(batch)
+            tables.append(batch.table({"logprobs": results.logprobs_K, "entropies": results.entropies_K}))
+    table = concatenate(tables).first(count)
+    table.write(out)
+    return {"sequences": len(table.sequences_N)}

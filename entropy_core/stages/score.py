@@ -18,7 +18,7 @@ def score(out: "Writer", execution: "Execution", *, policy: PolicySpec, sequence
     """Score one shard by teacher forcing.
 
     Args:
-        out: `tokens.safetensors` (logprobs, entropies, offsets) and `scores.parquet` (a row per sequence).
+        out: `tokens.safetensors` (logprobs, entropies) and `scores.parquet` (a row per sequence).
         execution: device and micro-batch.
         policy: whose sequences they are, and how it is computed.
         sequences: artifact of a sampling stage.
@@ -28,10 +28,7 @@ def score(out: "Writer", execution: "Execution", *, policy: PolicySpec, sequence
     """
     batch = read_sequences(sequences)
     results, diagnostics = processor_of(policy, execution).score(batch)
-    out.tensors(
-        {"logprobs": results.logprobs_K, "entropies": results.entropies_K, "offsets": results.offsets_N1},
-        "tokens.safetensors",
-    )
+    batch.table({"logprobs": results.logprobs_K, "entropies": results.entropies_K}).write(out)
     out.table(
         pa.table(
             {
