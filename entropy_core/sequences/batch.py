@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from entropy_core.errors import NonFiniteError
+from entropy_core.errors import NonFiniteError, StoreError
 from entropy_core.numerics import ragged
 from entropy_core.policy.scorer import TeacherForcedRows
 from entropy_core.store.columns import TokenTable, concatenate
@@ -81,6 +81,20 @@ class BatchedSequences:
 def tokens_of(shards: Sequence[BatchedSequences]) -> TokenTable:
     """The sequences of all shards, as a table that has no columns yet."""
     return concatenate([shard.table({}) for shard in shards])
+
+
+def require_ids(shards: Sequence[BatchedSequences], sequence_ids: Sequence[int]) -> None:
+    """Make sure that the rows of a table are those of the sequences of all shards, in their order.
+
+    Raises:
+        StoreError: they are of others.
+    """
+    if [i for shard in shards for i in shard.sequence_ids_N.tolist()] != list(sequence_ids):
+        raise StoreError(
+            f"a table of {len(sequence_ids)} rows is of other sequences than it is to be put beside",
+            cause="artifacts of two batches were mixed, or the store was edited",
+            fix="`entropy-probe store verify`, then run the sweep again",
+        )
 
 
 @dataclass(frozen=True)

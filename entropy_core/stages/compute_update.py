@@ -17,7 +17,7 @@ from entropy_core.numerics.losses import LossBatch
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
-from entropy_core.sequences.batch import tokens_of
+from entropy_core.sequences.batch import require_ids, tokens_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
 from entropy_core.store.columns import read_tokens
@@ -72,11 +72,12 @@ def compute_update(
     """
     processor = processor_of(policy, execution)
     model = processor.policy
-    rewards_N = torch.tensor(rewards.table("rewards.parquet")["reward"].to_pylist(), dtype=torch.float64)
+    shards, rewarded = [read_sequences(shard) for shard in sequences], rewards.table("rewards.parquet")
+    require_ids(shards, rewarded["sequence_id"].to_pylist())
+    rewards_N = torch.tensor(rewarded["reward"].to_pylist(), dtype=torch.float64)
     rewards_PG = rewards_N.view(-1, responses_per_prompt)
     # a loss of the user is given the advantages of GRPO, divided or not as the configuration says
     advantages_PG = group_advantages(rewards_PG, "grpo" if loss_source else loss, scale_rewards)
-    shards = [read_sequences(shard) for shard in sequences]
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
     table = tokens_of(shards).join(read_tokens(scores, "logprobs", "entropies"))
     if reference:
@@ -118,9 +119,8 @@ def compute_update(
             direction.write(block, v)
             loss_gradient.write(block, g[block])
     write_tokens(out, table, coefficients)
-    table = rewards.table("rewards.parquet")
-    table = table.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
-    out.table(table.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
+    rewarded = rewarded.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
+    out.table(rewarded.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
     return {
         "gradient_norm": norm,
         "clip_factor": clip,
