@@ -17,6 +17,7 @@ from entropy_core.files.sources import content_digest
 from entropy_core.losses.files import read_batch
 from entropy_core.numerics import losses
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.numerics.loss_batch import LossBatch, Objective
 from entropy_core.pipeline import catalogue
 from entropy_core.sequences.files import read_sequences
 from entropy_core.store.artifact import Artifact
@@ -320,7 +321,7 @@ def test_a_token_without_an_advantage_has_sensitivities_too(exact):
         assert column(of_u, f"sensitivity_{normalization}")[nothing_K].all()
 
 
-def batch_of(update: Artifact, of_u: Artifact) -> losses.LossBatch:
+def batch_of(update: Artifact, of_u: Artifact) -> LossBatch:
     batch, _ = read_batch(update, read_tokens([of_u], file="sensitivities.safetensors"))
     return batch
 
@@ -328,7 +329,7 @@ def batch_of(update: Artifact, of_u: Artifact) -> losses.LossBatch:
 def test_another_weighting_of_the_tokens_is_a_dot_product(exact, oracle, weighed):
     """What DAPO's gradient would do through the same preconditioner, without a pass over the model."""
     update, of_u = weighed
-    other = losses.coefficients(losses.dapo, replace(batch_of(update, of_u), kl_beta=0.0))
+    other = losses.coefficients(losses.dapo, replace(batch_of(update, of_u), objective=Objective()))
     preconditioner = oracle.vector(clipped_preconditioner(exact, update))
     gradient = oracle.gradient("dapo", torch.ones(P, dtype=torch.float64))
     for normalization, dH in gradients(exact, oracle).items():
@@ -341,7 +342,7 @@ def test_the_influences_can_be_made_from_the_sensitivities_again(weighed):
     update, of_u = weighed
     raw = of_u.tensors("sensitivities.safetensors")
 
-    def mine(batch: losses.LossBatch) -> torch.Tensor:
+    def mine(batch: LossBatch) -> torch.Tensor:
         return losses.grpo(batch) - 0.01 * batch.mean(batch.sequence_sum(batch.entropies_K) / batch.lengths_N)
 
     for half in HALVES:

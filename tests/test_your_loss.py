@@ -86,7 +86,8 @@ def test_a_loss_that_fails_is_refused_before_anything_is_computed(home: Path):
 
 
 def test_the_page_names_what_a_loss_is_given():
-    from entropy_core.numerics.losses import LOSSES, LossBatch
+    from entropy_core.numerics.loss_batch import LossBatch
+    from entropy_core.numerics.losses import LOSSES
 
     page = PAGE.read_text(encoding="utf-8")
     for name in LossBatch.__dataclass_fields__.keys() - {"weights_N"}:

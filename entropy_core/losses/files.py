@@ -7,7 +7,8 @@ import torch
 from entropy_core.files import functions as user_functions
 from entropy_core.losses import functions as user_losses
 from entropy_core.numerics.functional import TokenPair
-from entropy_core.numerics.losses import LossBatch, LossFunction
+from entropy_core.numerics.loss_batch import LossBatch, Objective
+from entropy_core.numerics.losses import LossFunction
 from entropy_core.store.columns import TokenTable, read_tokens
 
 if TYPE_CHECKING:
@@ -73,6 +74,6 @@ def read_batch(update: "Artifact", sequences: TokenTable) -> tuple[LossBatch, To
         rewards_PG,
         max_new_tokens=summary["max_new_tokens"],
         reference_logprobs_K=tokens.columns.get("reference_logprobs"),
-        kl_beta=summary["kl_beta"],
+        objective=Objective(kl_beta=summary["kl_beta"]),
     )
     return batch, TokenPair(tokens["coefficient"], tokens["entropy_coefficient"])

@@ -13,7 +13,7 @@ from entropy_core.losses.files import loss_of, write_tokens
 from entropy_core.losses.functions import token_coefficients
 from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.advantages import Scaling, group_advantages
-from entropy_core.numerics.losses import LossBatch
+from entropy_core.numerics.loss_batch import LossBatch, Objective
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
@@ -90,7 +90,7 @@ def compute_update(
         rewards_PG,
         max_new_tokens=max_new_tokens,
         reference_logprobs_K=table["reference_logprobs"] if reference else None,
-        kl_beta=kl_beta,
+        objective=Objective(kl_beta=kl_beta),
     )
     coefficients = token_coefficients(loss, loss_of(execution, loss, loss_source), batch)
 
