@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from entropy_core.files import functions as user_functions
-from entropy_core.losses import functions as user_losses
 from entropy_core.numerics.functional import TokenPair
-from entropy_core.numerics.losses import LossBatch, LossFunction
+from entropy_core.numerics.losses import LossBatch
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Artifact, Writer
 
 
-def loss_of(execution: "Execution", loss: str, source: str) -> LossFunction:
-    """The function of a loss.
+def name_of(execution: "Execution", loss: str, source: str) -> str:
+    """The name of a loss, by which it can be found.
 
     Args:
         execution: knows where the file of a user lies.
@@ -24,9 +23,9 @@ def loss_of(execution: "Execution", loss: str, source: str) -> LossFunction:
         source: digest of the user's file; empty for a loss of this package.
 
     Returns:
-        See `user_losses.load_loss`.
+        See `functions.load_loss`.
     """
-    return user_losses.load_loss(user_functions.in_file(loss, execution.paths[source] if source else None))
+    return user_functions.in_file(loss, execution.paths[source] if source else None)
 
 
 def write_tokens(out: "Writer", batch: LossBatch, coefficients: TokenPair) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
-from entropy_core.losses.files import loss_of, read_batch, read_coefficients
-from entropy_core.numerics import adamw, losses, ragged
+from entropy_core.losses.apart import influences
+from entropy_core.losses.files import name_of, read_batch, read_coefficients
+from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm
@@ -67,7 +68,7 @@ def first_order_u(
     processor = processor_of(law, execution)
     policy = processor.policy
     settings, batch, coefficients = update.summary, read_batch(update), read_coefficients(update)
-    loss = loss_of(execution, settings["loss"], settings["loss_source"])
+    loss = name_of(execution, settings["loss"], settings["loss_source"])
     shards = [read_sequences(shard) for shard in sequences]
     offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])
 
@@ -99,7 +100,8 @@ def first_order_u(
         inner_products.append(torch.tensor([dot(whole, part) for part in (direction, *parts)], dtype=torch.float64))
     out.tensors(_named(preconditioned, pulled_back, getattr(torch, law["dtype"])), "sensitivities.safetensors")
 
-    influences_N = [[losses.influence(loss, batch, pair) for pair in of_halves] for of_halves in pulled_back]
+    found_N = iter(influences(loss, batch, [pair for pairs in pulled_back for pair in pairs], execution.isolation))
+    influences_N = [[next(found_N) for _ in of_halves] for of_halves in pulled_back]
     shares_K = [coefficients.dot(pair) for pair in preconditioned]
     H_tok, mean_length = entropy_and_length(halves)
     of_all_N = by_normalization([of_all(halves, of_halves_N) for of_halves_N in influences_N], H_tok, mean_length)
