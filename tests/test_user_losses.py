@@ -71,7 +71,8 @@ def test_a_loss_with_a_bonus(file):
 
 def test_a_process_of_its_own_changes_no_bit(file):
     """Of sums that are long enough to be taken in several parts."""
-    name, generator = file(BONUS), torch.Generator().manual_seed(3)
+    value = "batch.mean(batch.sequence_sum(batch.logprobs_K)) * batch.logprobs_K.sum().sin()"
+    name, generator = file(returning(value)), torch.Generator().manual_seed(3)
     lengths_N = torch.randint(1, 100, (2048,), generator=generator)
     numbers_2K = torch.randn(2, int(lengths_N.sum()), generator=generator, dtype=torch.float64)
     rewards_PG = torch.randn(256, 8, generator=generator, dtype=torch.float64)

@@ -172,7 +172,7 @@ class _Watch:
             end = "ended" if answer is None else "answered"
         printed = (self.first + self.last).decode(errors="replace")
         left_out = max(0, self.printed - 2 * KEPT)
-        report = {"end": end, "status": self.status, "printed": printed, "left_out": left_out, "started": self.started}
+        report = {"end": end, "status": self.status or 0, "printed": printed, "left_out": left_out}
         return report, (answer or b"") if end == "answered" else b""
 
     def _is_over(self) -> bool:
@@ -226,7 +226,7 @@ class _Watch:
         if self.printed > PRINTED:
             return "printed"
         if time.monotonic() > self.deadline:
-            return "time"
+            return "time" if self.started else "start"
         return "memory" if self.status is None and self._takes_too_much() else ""
 
     def _takes_too_much(self) -> bool:

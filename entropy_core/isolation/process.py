@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -85,7 +86,7 @@ class Isolation:
         line, _, answer = out.partition(b"\n")
         if not line:
             ended.without_report(status, complaint)
-        return ended.answer_of(json.loads(line), answer)
+        return ended.answer_of(ended.report_of(line), answer)
 
 
 def _run(task: bytes, seconds: float) -> tuple[int, bytes, bytes]:
@@ -131,6 +132,16 @@ class _Ended:
     error: type[ProbeError]
     limits: Isolation
 
+    def report_of(self, line: bytes) -> dict[str, Any]:
+        """What the guard says; raises where it cannot have said it."""
+        report: Any = None
+        with suppress(ValueError, RecursionError):
+            report = json.loads(line)
+        kinds = {"end": str, "status": int, "printed": str, "left_out": int}
+        if not isinstance(report, dict) or {name: type(value) for name, value in report.items()} != kinds:
+            self.stopped("foreign", 0, "")
+        return report
+
     def answer_of(self, report: dict[str, Any], answer: bytes) -> bytes:
         """The answer; raises where there is none, or where it is an error."""
         end, printed = report["end"], plain_text(report["printed"])
@@ -145,9 +156,13 @@ class _Ended:
             self.failed(answer[1:])
         return answer[1:]
 
-    def stopped(self, end: str, status: int | None, printed: str) -> NoReturn:
+    def stopped(self, end: str, status: int, printed: str) -> NoReturn:
         """Raise what a call that did not answer died of."""
         where = self._where(printed)
+        if end == "start":
+            raise self.error(
+                f"the process that {self.whose} runs in did not begin in time", cause="a busy machine, or a slow disk"
+            )
         if end == "time":
             raise self.error(
                 f"{self.whose} took longer than {self.limits.seconds:g} s and was stopped{where}",
@@ -172,7 +187,7 @@ class _Ended:
             )
         if end == "large":
             raise self.error(f"{self.whose} returned more than was asked for", fix="return what the documentation says")
-        self._died(status or 0, where, printed)
+        self._died(status, where, printed)
 
     def _died(self, status: int, where: str, printed: str) -> NoReturn:
         last = f"; it printed at last: {printed.splitlines()[-1]:.200}" if printed and not where else ""
@@ -195,7 +210,7 @@ class _Ended:
             kind, *texts = json.loads(answer)
             fact, cause, fix = (" ".join(plain_text(text[:2000]).split()) for text in texts)
         except (ValueError, TypeError, AttributeError):
-            self.stopped("foreign", None, "")
+            self.stopped("foreign", 0, "")
         if not kind:
             raise self.error(f"{self.whose} ended its call: {fact}", fix=_CORRECT)
         raise (ConfigError if kind == "ConfigError" else self.error)(fact, cause=cause, fix=fix)
