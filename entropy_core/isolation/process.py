@@ -108,8 +108,8 @@ def _run(task: bytes, seconds: float) -> tuple[int, bytes, bytes]:
         os.close(read)
     try:
         out, complaint = guard.communicate(task, seconds)
-    except subprocess.TimeoutExpired:
-        out, complaint = b"", b""
+    except subprocess.TimeoutExpired:  # it was stopped
+        out, complaint = json.dumps({"end": "time", "status": 0, "printed": "", "left_out": 0}).encode(), b""
     finally:
         os.close(write)
         try:

@@ -113,7 +113,7 @@ def influences_of(name: str, loss: LossFunction, batch: LossBatch, pairs: Sequen
         return [losses.influence(loss, batch, pair) for pair in pairs]
     except RuntimeError as error:
         raise LossError(
-            f"loss {name!r} cannot be differentiated twice ({one_line(error)}), in {source_file(name)}",
+            f"loss {name!r} cannot be differentiated twice ({one_line(error)})",
             cause="an operation of its own without a second derivative",
             fix="use torch's operations",
         ) from error
@@ -146,9 +146,9 @@ def check_loss(name: str, kl_beta: float, max_new_tokens: int) -> None:
         LossError: it fails, does not depend on ℓ, differs from call to call, or sums over responses without their
             weights.
     """
+    where = f"in {source_file(name)}"
     loss, batch = load_loss(name), _made_up(kl_beta, max_new_tokens)
     found = coefficients_of(name, loss, batch)
-    where = f"in {source_file(name)}"
     if not found.logprob_K.any():
         raise LossError(
             f"loss {name!r} does not depend on the log-probabilities, {where}",

@@ -135,7 +135,7 @@ def _called(
     name: str, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
 ) -> list[float]:
     """Call it here, and make sure of what it returns."""
-    function = load_reward(name)
+    function, file = load_reward(name), source_file(name)
 
     def call(first: int, stop: int) -> Any:
         own = {column: values[first:stop] for column, values in columns.items()}
@@ -148,7 +148,6 @@ def _called(
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything; nothing of it may turn into a reward
         i = _culprit(call, len(completions))
-        file = source_file(name)
         line = user_functions.line_of(error, file) if file else ""
         whose = "" if i is None else f"sequence {i}, prompt {prompts[i]!r:.80}, response {completions[i]!r:.80}"
         raise RewardError(
