@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
 from entropy_core.config.paths import CheckpointPattern, DatasetName, Directory, FunctionName, StoreFolder
+from entropy_core.isolation.process import Isolation
 from entropy_core.numerics.advantages import Loss, Scaling
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
 
@@ -297,7 +298,24 @@ class ExecutionConfig(Section):
         description="What to do where results of this sweep were made with other releases of the libraries. same: "
         "refuse to go on. recompute: compute all of it anew.",
     )
+    user_code_seconds: float = Field(
+        600,
+        gt=0,
+        le=7 * 24 * 3600,
+        description="Time that one call of your own reward or loss may take; then it is stopped, and the sweep fails.",
+    )
+    user_code_gigabytes: float = Field(
+        16,
+        gt=0,
+        le=1_000_000,
+        description="Memory that your own reward or loss may take, with all processes that it starts.",
+    )
     artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
+
+    @property
+    def isolation(self) -> Isolation:
+        """How functions of the user are called."""
+        return Isolation(self.user_code_seconds, self.user_code_gigabytes)
 
 
 class ProbeConfig(Section):

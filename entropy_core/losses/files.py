@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from entropy_core.files import functions as user_functions
-from entropy_core.losses import functions as user_losses
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.loss_batch import LossBatch, Objective
-from entropy_core.numerics.losses import LossFunction
 from entropy_core.store.columns import TokenTable, read_tokens
 
 if TYPE_CHECKING:
@@ -19,8 +17,8 @@ if TYPE_CHECKING:
 _FILE = "loss.safetensors"
 
 
-def loss_of(execution: "Execution", loss: str, source: str) -> LossFunction:
-    """The function of a loss.
+def name_of(execution: "Execution", loss: str, source: str) -> str:
+    """The name of a loss, by which it can be found.
 
     Args:
         execution: knows where the file of a user lies.
@@ -28,9 +26,9 @@ def loss_of(execution: "Execution", loss: str, source: str) -> LossFunction:
         source: digest of the user's file; empty for a loss of this package.
 
     Returns:
-        See `user_losses.load_loss`.
+        See `functions.load_loss`.
     """
-    return user_losses.load_loss(user_functions.in_file(loss, execution.paths[source] if source else None))
+    return user_functions.in_file(loss, execution.paths[source] if source else None)
 
 
 def write_tokens(out: "Writer", tokens: TokenTable, coefficients: TokenPair) -> None:

@@ -18,7 +18,7 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.files.checkpoint import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
 from entropy_core.files.digests import file_digest
-from entropy_core.losses import functions as user_losses
+from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
 from entropy_core.prompts import pools as prompts
@@ -69,7 +69,8 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
         ProbeError: something is missing, broken or too small; says what to do.
     """
     batch = config.batch_config
-    user_losses.check_loss(config.update.loss, config.update.kl_beta, config.generation.max_new_tokens)
+    isolation, longest_response = config.execution.isolation, config.generation.max_new_tokens
+    check_loss(config.update.loss, config.update.kl_beta, longest_response, isolation)
     located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
     pools = {
         split: prompts.load_pool(batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options)
@@ -186,7 +187,8 @@ def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
     # One call on empty responses: a reward that cannot be called on U is found before the sampling, not after.
     drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
     columns = {name: drawn[name].to_pylist() for name in drawn.column_names if name != "prompt"}
-    rewards.compute_rewards(config.update.reward, drawn["prompt"].to_pylist(), [""] * batch.B_U, columns)
+    isolation = config.execution.isolation
+    rewards.compute_rewards(config.update.reward, drawn["prompt"].to_pylist(), [""] * batch.B_U, columns, isolation)
 
 
 def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:

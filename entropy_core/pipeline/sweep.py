@@ -66,6 +66,7 @@ def execution_for(
         gen_batch_size=config.generation.gen_batch_size,
         tf_batch_size=config.generation.tf_batch_size,
         head_chunk_megabytes=config.execution.head_chunk_megabytes,
+        isolation=config.execution.isolation,
         progress=progress,
     )
 

@@ -9,8 +9,8 @@ import torch
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.errors import NonFiniteError
-from entropy_core.losses.files import loss_of, write_tokens
-from entropy_core.losses.functions import token_coefficients
+from entropy_core.losses.apart import token_coefficients
+from entropy_core.losses.files import name_of, write_tokens
 from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.advantages import Scaling, group_advantages
 from entropy_core.numerics.loss_batch import LossBatch, Objective
@@ -61,7 +61,7 @@ def compute_update(
         reference: the shards of score-u-reference; none without a KL term.
         kl_beta: β of the KL term.
         responses_per_prompt: G.
-        loss: the objective, see `loss.loss_of`.
+        loss: the objective, see `losses.functions.load_loss`.
         loss_source: digest of the file that defines the loss, empty for one of this package.
         scale_rewards: whether advantages are divided by the standard deviation of their group.
         max_new_tokens: where responses were cut; the constant length of `dr_grpo`.
@@ -92,7 +92,7 @@ def compute_update(
         reference_logprobs_K=table["reference_logprobs"] if reference else None,
         objective=Objective(kl_beta=kl_beta),
     )
-    coefficients = token_coefficients(loss, loss_of(execution, loss, loss_source), batch)
+    coefficients = token_coefficients(name_of(execution, loss, loss_source), batch, execution.isolation)
 
     gradient = model.new_accumulator()
     start = 0
