@@ -19,9 +19,10 @@ import pytest
 from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, values
 from test_hostile_code import with_mark
 
-from entropy_core.errors import LossError, ProbeError, RewardError
+from entropy_core.errors import ConfigError, LossError, ProbeError, RewardError
 from entropy_core.isolation import guard, process
 from entropy_core.isolation.process import Isolation
+from entropy_core.rewards import functions
 from entropy_core.rewards.functions import compute_rewards
 
 THREE = (["a"] * 3, ["b"] * 3, {})
@@ -127,8 +128,18 @@ def test_a_process_without_our_code(file, monkeypatch):
         compute_rewards(file(), *THREE)
 
 
+def test_code_that_was_edited_meanwhile(file, monkeypatch):
+    """The process would run it, and the key holds what was there before."""
+    sources = process._sources()
+    assert sources[functions.__file__] and len(sources) > 100
+    monkeypatch.setattr(process, "_sources", lambda: sources | {functions.__file__: "0"})
+    with pytest.raises(ConfigError, match=r"rewards/functions\.py was edited while the sweep ran"):
+        compute_rewards(file(), *THREE)
+
+
 SCRIPT = """
 import sys
+from entropy_core.rewards import functions
 from entropy_core.rewards.functions import compute_rewards
 compute_rewards(sys.argv[1], ["a"] * 3, ["b"] * 3, {})
 """
@@ -155,7 +166,7 @@ def test_nothing_stays_when_the_sweep_is_killed(file, tmp_path, number):
     sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
     try:
         wait_until((tmp_path / "ready").exists)
-        assert len(with_mark(mark)) == 4  # the sweep, the guard, its child, the daemon
+        assert len(with_mark(mark)) >= 3  # the sweep, the child, the daemon; and the guard, where we are root
         sweep.send_signal(number)
         sweep.wait(60)
     finally:

@@ -13,6 +13,7 @@ and then the bytes of the answer.
 
 import ctypes
 import faulthandler
+import hashlib
 import importlib
 import json
 import os
@@ -24,11 +25,12 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
-from entropy_core.errors import ProbeError, one_line
+from entropy_core.errors import ConfigError, ProbeError, one_line
 
 STARTING = 300.0
 """Seconds until the libraries of the function that calls the user's are loaded; they do not count as the user's."""
@@ -40,7 +42,7 @@ KEPT = 4096
 """Bytes that are kept of the first that is printed, and of the last."""
 
 _POLL, _LOOK = 0.02, 0.25  # seconds between looks at the child, and at all that it has started
-_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
+_SET_PDEATHSIG, _SET_DUMPABLE, _SET_CHILD_SUBREAPER = 1, 4, 36  # of Linux's prctl
 
 
 class Task(NamedTuple):
@@ -53,7 +55,7 @@ class Task(NamedTuple):
         seconds: that the call may take.
         memory: bytes that the child and what it starts may hold together.
         largest: bytes that the answer may have.
-        path: where Python looks for modules.
+        sources: path → SHA-256 of our own code as the sweep has loaded it.
     """
 
     module: str
@@ -62,7 +64,7 @@ class Task(NamedTuple):
     seconds: float
     memory: float
     largest: int
-    path: list[str]
+    sources: dict[str, str]
 
 
 class _Pipes(NamedTuple):
@@ -85,6 +87,7 @@ def main(lifeline: int) -> None:
     if child == 0:
         _call(task, pipes, nonce, guard)
         return
+    _prctl(_SET_DUMPABLE, 0)  # of a user who is not root, nobody writes into our descriptors
     for _, write in pipes:
         os.close(write)
     try:
@@ -111,6 +114,7 @@ def _call(task: Task, pipes: _Pipes, nonce: bytes, guard: int) -> None:
     me, mark = os.getpid(), nonce
     try:
         function, arguments = getattr(importlib.import_module(task.module), task.function), pickle.loads(task.arguments)
+        _require_the_same_code(task.sources)
         faulthandler.dump_traceback_later(task.seconds, file=2)
         os.write(answer, mark)  # from here on the seconds count
         mark = b""
@@ -132,6 +136,14 @@ def _call(task: Task, pipes: _Pipes, nonce: bytes, guard: int) -> None:
     os.close(answer)
 
 
+def _require_the_same_code(sources: dict[str, str]) -> None:
+    """What is loaded here is read anew, and the key of a result holds the code that the sweep has loaded."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file in sources and hashlib.sha256(Path(file).read_bytes()).hexdigest() != sources[file]:
+            raise ConfigError(f"{file} was edited while the sweep ran", fix="run the sweep again")
+
+
 def _only_these_descriptors(pipes: _Pipes) -> int:
     """Nothing to read from stdin, stdout and stderr into a pipe; returns the descriptor of the answer, 3."""
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -148,6 +160,7 @@ class _Watch:
 
     def __init__(self, task: Task, child: int, lifeline: int, pipes: _Pipes, nonce: bytes) -> None:
         self.task, self.child, self.nonce = task, child, nonce
+        self.begins = 2 * len(nonce) + 8  # where the answer does
         self.status: int | None = None
         self.said, self.first, self.last, self.printed = bytearray(), bytearray(), bytearray(), 0
         self.deadline, self.look = time.monotonic() + STARTING, time.monotonic()
@@ -197,7 +210,7 @@ class _Watch:
 
     def _note(self, name: str, data: bytes) -> None:
         if name == "said":
-            self.said += data
+            self.said += data[: self.begins + self.task.largest - len(self.said)]  # what comes later is nobody's
             if not self.started and self.said.startswith(self.nonce):
                 self.started, self.deadline = True, time.monotonic() + self.task.seconds + 0.25
         elif name == "printed":
@@ -208,20 +221,23 @@ class _Watch:
 
     def _answer(self) -> bytes | None:
         """The whole answer, once it is there."""
-        begins = 2 * len(self.nonce) + 8
-        length = int.from_bytes(self.said[begins - 8 : begins], "little")
-        whole = len(self.said) >= begins and len(self.said) >= begins + length
-        return bytes(self.said[begins : begins + length]) if whole else None
+        length = self._length()
+        whole = length is not None and len(self.said) >= self.begins + length
+        return bytes(self.said[self.begins : self.begins + (length or 0)]) if whole else None
+
+    def _length(self) -> int | None:
+        """How long the answer is, once that is there."""
+        there = len(self.said) >= self.begins
+        return int.from_bytes(self.said[self.begins - 8 : self.begins], "little") if there else None
 
     def _fault(self) -> str:
         """Which limit is passed; empty for none."""
         marks = 2 * self.nonce
-        begins = len(marks) + 8
         if self.orphaned:
             return "orphaned"
         if self.said[: len(marks)] != marks[: len(self.said)]:
             return "foreign"
-        if len(self.said) >= begins and int.from_bytes(self.said[begins - 8 : begins], "little") > self.task.largest:
+        if (self._length() or 0) > self.task.largest:
             return "large"
         if self.printed > PRINTED:
             return "printed"

@@ -5,6 +5,7 @@ the working directory, ignore signals, or leave processes behind. It is a wall a
 runs as the user, with the user's files and network.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 from entropy_core.errors import ConfigError, ProbeError
@@ -43,6 +46,9 @@ class Isolation:
 
     seconds: float = 600.0
     gigabytes: float = 16.0
+
+    def __post_init__(self) -> None:
+        _sources()
 
     def call(
         self,
@@ -72,7 +78,7 @@ class Isolation:
         from entropy_core.isolation import guard  # its numbers; it loads psutil
 
         limits = self.seconds, self.gigabytes * 1e9, largest
-        task = (function.__module__, function.__qualname__, pickle.dumps(arguments), *limits, sys.path)
+        task = (function.__module__, function.__qualname__, pickle.dumps(arguments), *limits, _sources())
         ended = _Ended(whose, file, error, self)
         waits = guard.STARTING + self.seconds + guard.LEAVING + SLACK
         try:
@@ -89,12 +95,20 @@ class Isolation:
         return ended.answer_of(ended.report_of(line), answer)
 
 
+@cache
+def _sources() -> dict[str, str]:
+    """Path → SHA-256 of each module of this package, as it was when this was first asked."""
+    paths = Path(__file__).parents[1].rglob("*.py")
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 def _run(task: bytes, seconds: float) -> tuple[int, bytes, bytes]:
     """Status, output and complaint of a guard; when this returns or raises, it has ended, or been killed."""
     read, write = os.pipe()  # the lifeline: closed, also by the end of this process, it ends the guard
+    path = [folder for folder in sys.path if isinstance(folder, str)]  # as Python itself leaves others out
     try:
         guard = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(read)],
+            [sys.executable, "-c", _BOOT, json.dumps(path), str(read)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
