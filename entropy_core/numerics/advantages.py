@@ -45,6 +45,11 @@ def group_advantages(rewards_PG: Tensor, loss: str, scaling: Scaling = "auto") -
     if loss not in rule and loss != "reinforce":
         raise ValueError(f"unknown loss {loss!r}")
     advantages_PG = rule.get(loss, rewards_PG)
-    if scaling == "group" or (scaling == "auto" and loss in ("grpo", "dapo")):
+    if divides(loss, scaling):
         return advantages_PG / (rewards_PG.std(dim=1, keepdim=True) + STD_EPSILON)
     return advantages_PG
+
+
+def divides(loss: str, scaling: Scaling) -> bool:
+    """Whether advantages are divided by the standard deviation of their group."""
+    return scaling == "group" or (scaling == "auto" and loss in ("grpo", "dapo"))

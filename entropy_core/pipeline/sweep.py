@@ -25,7 +25,7 @@ from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.pipeline.measure import Inputs, Measurement, Runner, keep, load_checkpoint, load_pool, source_of
 from entropy_core.pipeline.memory import run_within_memory
-from entropy_core.pipeline.preflight import CheckpointToProbe, splits
+from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config, splits
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.rewards import functions as rewards
 from entropy_core.store import runs
@@ -36,8 +36,8 @@ from entropy_core.store.store import Stage, Store, recipe_of
 
 log = logging.getLogger("entropy_probe.pipeline")
 
-RECORD_FORMAT = 2
-"""Of run.json: raised when the inputs of the variance stage change."""
+RECORD_FORMAT = 3
+"""Of run.json: raised when the inputs of the variance stage change, or what is recorded beside them."""
 
 
 def direct_runner(store: Store, execution: Execution) -> Runner:
@@ -64,6 +64,7 @@ def execution_for(
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
     """The execution settings of a sweep."""
+    config = settled_config(config, checkpoints)
     paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
     if config.update.reference:
         reference = Path(config.update.reference).resolve()
@@ -94,6 +95,7 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
+    config = settled_config(config, checkpoints)
 
     def work() -> SweepResult:
         keeper = VectorKeeper(store, run, config.execution.keep_vectors)
@@ -108,6 +110,7 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
 
 def go_through(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> None:
     """Ask for every stage of a sweep, in order, and record nothing; `run` may return what is `Promised`."""
+    config = settled_config(config, checkpoints)
     _reported(_measured(config, checkpoints, run), config, run)
 
 
@@ -150,7 +153,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
         for entry in recorded:
             signature(stage.VARIANCE.function).bind(None, None, **entry["inputs"], **_chosen(config))
-            _ = entry["checkpoint"], entry["step"], [*entry["notes"]]
+            _ = entry["checkpoint"], entry["step"], [*entry["notes"]], [*entry["settings"]], [*entry["warnings"]]
 
     def work() -> SweepResult:
         for entry in recorded:
@@ -224,6 +227,8 @@ def _measured(
                 "step": checkpoint.step,
                 "inputs": inputs,
                 "notes": [*checkpoint.assumptions, *of_pools],
+                "settings": [setting._asdict() for setting in checkpoint.settings],
+                "warnings": list(checkpoint.warnings),
             }
         )
     return measured
@@ -241,7 +246,8 @@ def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artif
         for entry in recorded
     ]
     notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
-    return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, "notes": notes}, config.name)
+    said = {"settings": recorded[0]["settings"], "warnings": recorded[0]["warnings"], "notes": notes}
+    return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, **said}, config.name)
 
 
 def _chosen(config: ProbeConfig) -> Inputs:
