@@ -295,16 +295,16 @@ def test_the_nearest_known_key_is_named(dotted, near):
 
 def test_a_rule_about_two_keys_is_broken_beside_every_other_error():
     """And is not spoken of where the other key is wrong: nobody knows what was meant there."""
-    values = with_value("update.optimizer_state", "fresh") | {"importance": {"etas": [1, 1]}, "colour": "red"}
-    values["batch_config"] = {"system_prompt": "Be brief."}
+    values = with_value("update.scale_rewards", "group") | {"importance": {"etas": [1, 1]}, "colour": "red"}
+    values["update"] |= {"loss": "reinforce", "optimizer_state": "fresh"}
     values["generation"] = {"top_p": 0.9, "temperature": -1}
     with pytest.raises(ConfigError) as raised:
         parse_config(values)
     keys = [line.split(":")[0].strip() for line in str(raised.value).splitlines()[1:-1]]
     assert keys == [
-        "batch_config.system_prompt",
         "generation.temperature",
         "generation.top_p",
+        "update.scale_rewards",
         "update.optimizer_state",
         "importance.etas",
         "colour",

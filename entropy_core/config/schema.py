@@ -209,6 +209,13 @@ class UpdateConfig(Section):
             )
         return loss
 
+    @field_validator("scale_rewards")
+    @classmethod
+    def _within_groups(cls, scale_rewards: Scaling, info: ValidationInfo) -> Scaling:
+        if scale_rewards == "group" and info.data.get("loss") == "reinforce":
+            raise ValueError("reinforce compares no responses within a group. Set scale_rewards: auto")
+        return scale_rewards
+
     @field_validator("optimizer_state")
     @classmethod
     def _with_a_learning_rate(cls, optimizer_state: str, info: ValidationInfo) -> str:

@@ -86,7 +86,11 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
         )
     given = set_keys(config)
     of_each = {name: readings(of_one) for name, of_one in files.items()}
-    found = _agreed({name: read for name, (read, _) in of_each.items()}, given)
+    said: dict[str, dict[str, Reading]] = {}  # by key, by checkpoint
+    for name, (readings_of_one, _) in of_each.items():
+        for reading in readings_of_one:
+            said.setdefault(reading.key, {})[name] = reading
+    found = _agreed(said, given)
     differences: dict[Difference, list[str]] = {}
     for name, (_, differ) in of_each.items():
         for difference in differ:
@@ -96,7 +100,12 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
     parse_config(settled.model_dump(mode="json"), "what the configuration and the checkpoints say")
     _check_combination(settled)
     _refuse(differences, given, config)
-    warnings = [*_contradictions(config, found, given), *_left_out(differences, len(files))]
+    warnings = [
+        *_contradictions(config, said, given, len(files)),
+        *(_sentence(d, names, len(files)) for d, names in differences.items() if d.weight != "note"),
+    ]
+    if silent := [name for name, of_one in files.items() if found and not of_one.arguments]:
+        warnings.append(f"{some_names(silent)}: nothing says how it was trained; taken to be as the others were.")
     notes = [_sentence(d, names, len(files)) for d, names in differences.items() if d.weight == "note"]
     return Settled(read, tuple(_table(settled, found, given, files)), tuple(warnings), tuple(notes))
 
@@ -131,12 +140,8 @@ def value_of(config: ProbeConfig, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _agreed(read: Mapping[str, list[Reading]], given: set[str]) -> dict[str, Reading]:
+def _agreed(said: Mapping[str, Mapping[str, Reading]], given: set[str]) -> dict[str, Reading]:
     """What the checkpoints say, by key; refuses what they disagree about and nobody settles."""
-    said: dict[str, dict[str, Reading]] = {}
-    for name, of_one in read.items():
-        for reading in of_one:
-            said.setdefault(reading.key, {})[name] = reading
     differing = {
         key: by_name
         for key, by_name in said.items()
@@ -178,25 +183,26 @@ def _refuse(differences: Mapping[Difference, list[str]], given: set[str], config
     )
 
 
-def _left_out(differences: Mapping[Difference, list[str]], total: int) -> Iterator[str]:
-    for difference, names in differences.items():
-        if difference.weight != "note":
-            yield _sentence(difference, names, total)
-
-
 def _sentence(difference: Difference, names: list[str], total: int) -> str:
     where = "" if len(names) == total else f" ({some_names(names)})"
     return f"{difference.sentence[0].upper()}{difference.sentence[1:]}{where}."
 
 
-def _contradictions(config: ProbeConfig, found: Mapping[str, Reading], given: set[str]) -> Iterator[str]:
+def _contradictions(
+    config: ProbeConfig, said: Mapping[str, Mapping[str, Reading]], given: set[str], total: int
+) -> Iterator[str]:
     """Where the user says one thing and the trainer's files another."""
-    for key, reading in found.items():
+    for key in (key for key in said if key in given):
         mine = value_of(config, key)
         if key == "update.scale_rewards" and mine == "auto":
             mine = "group" if divides(config.update.loss, mine) else "none"
-        if key in given and mine != reading.value:
-            yield f"`{key}` is {_text(mine)} in the configuration, and {_text(reading.value)} in {reading.source}."
+        others: dict[str, list[str]] = {}
+        for name, reading in said[key].items():
+            if reading.value != mine:
+                others.setdefault(f"{_text(reading.value)} in {reading.source}", []).append(name)
+        for other, names in others.items():
+            where = "" if len(names) == total else f" of {some_names(names)}"
+            yield f"`{key}` is {_text(mine)} in the configuration, and {other}{where}."
 
 
 def _table(
@@ -232,10 +238,6 @@ def _check_combination(config: ProbeConfig) -> None:
         raise ConfigError(
             "update.scale_rewards: it is auto, which goes by how a loss was published, and this one is your own",
             fix="Set scale_rewards: group (advantages divided by the standard deviation of their group) or none",
-        )
-    if update.scale_rewards == "group" and update.loss == "reinforce":
-        raise ConfigError(
-            "update.scale_rewards: reinforce compares no responses within a group", fix="Set scale_rewards: auto"
         )
 
 
