@@ -22,6 +22,9 @@ from pathlib import Path
 from entropy_core.errors import CheckpointError, one_line
 from entropy_core.files.digests import file_digest
 
+RUN_HINT = "entropy-probe.yaml"
+"""In a run directory: what checkpoints do not record, such as the prompts and the reward, as a configuration has it."""
+
 SAVE_AGAIN = "save the checkpoint again, or probe another one"
 
 TRAINER_FILES = ("optimizer.pt", "optimizer_param_names.json", "trainer_state.json", "training_info.json")

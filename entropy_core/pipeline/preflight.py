@@ -2,10 +2,10 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -29,6 +29,7 @@ from entropy_core.prompts.tokens import encode
 from entropy_core.rewards import functions as rewards
 
 log = logging.getLogger("entropy_probe.preflight")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,34 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     Raises:
         ProbeError: something is missing, broken or too small; says what to do.
     """
-    readable, warnings = _readable(config)
+
+    def read(directory: Path, name: str) -> _Readable:
+        checkpoint = _checkpoint(config, directory)
+        layout = checkpoint.layout
+        home = tokenizer_directory(layout.model, layout.base)
+        return _Readable(
+            name=name,
+            checkpoint=checkpoint,
+            trainer=read_trainer_files(layout),
+            digest=checkpoint_digest(directory),
+            weights=weights_digest(layout.model),
+            base=weights_digest(layout.base) if layout.base else "",
+            home=home,
+            tokenizer=tokenizer_digest(home),
+        )
+
+    readable, warnings = _usable(config, read)
     settled = settle(config, {one.name: one.trainer for one in readable})
-    config = with_read(config, settled.read)
     warnings += settled.warnings
     for warning in warnings:
         log.warning("%s", warning)
+    return _checked(with_read(config, settled.read), readable, settled, tuple(warnings))
+
+
+def _checked(
+    config: ProbeConfig, readable: Sequence[_Readable], settled: Settled, warnings: tuple[str, ...]
+) -> list[CheckpointToProbe]:
+    """Check the prompts, the reward and the loss of the settings as they are now, and each checkpoint against them."""
     pools = _pools(config)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
@@ -116,7 +139,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
                 assumptions=(*checkpoint.assumptions, *settled.notes),
                 read=settled.read,
                 settings=settled.settings,
-                warnings=tuple(warnings),
+                warnings=warnings,
             )
         )
         if tokenizer not in longest:
@@ -142,33 +165,39 @@ def settled_config(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]
     return with_read(config, checkpoints[0].read)
 
 
-def read_settings(config: ProbeConfig) -> tuple[ProbeConfig, Settled]:
-    """The settings of a sweep, without its prompts and its reward.
+def read_settings(config: ProbeConfig) -> tuple[ProbeConfig, Settled, dict[str, TrainerFiles]]:
+    """The settings of a sweep, without its prompts and its reward; nothing large is read.
 
     Args:
         config: what is asked for.
 
     Returns:
-        The configuration with what the checkpoints say, and where each setting is from.
+        The configuration with what the checkpoints say, where each setting is from, and what was read of each
+        checkpoint that can be probed, by its name.
 
     Raises:
         ProbeError: no checkpoint can be probed, or as `settle`.
     """
-    readable, _ = _readable(config)
-    settled = settle(config, {one.name: one.trainer for one in readable})
-    return with_read(config, settled.read), settled
+
+    def trainer(directory: Path, name: str) -> tuple[str, TrainerFiles]:
+        return name, read_trainer_files(_checkpoint(config, directory).layout)
+
+    usable, _ = _usable(config, trainer)
+    trainers = dict(usable)
+    settled = settle(config, trainers)
+    return with_read(config, settled.read), settled, trainers
 
 
-def _readable(config: ProbeConfig) -> tuple[list[_Readable], list[str]]:
-    """The checkpoints that can be probed, and a sentence about each that cannot."""
+def _usable(config: ProbeConfig, read: Callable[[Path, str], _Found]) -> tuple[list[_Found], list[str]]:
+    """What is read of each checkpoint that can be probed, and a sentence about each that cannot."""
     directories = find_checkpoints(config.checkpoints)
     strict = config.execution.unusable_checkpoints == "refuse" or len(directories) == 1
-    found: list[_Readable] = []
+    found: list[_Found] = []
     skipped: list[str] = []
     first: CheckpointError | None = None
     for directory, name in zip(directories, _unique_names(directories), strict=True):
         try:
-            found.append(_read(config, directory, name))
+            found.append(read(directory, name))
         except (CheckpointError, FileNotFoundError) as error:  # a file that goes meanwhile: its trainer rotates
             if not isinstance(error, CheckpointError):
                 error = CheckpointError(one_line(error), cause="the trainer removed it", fix="probe another one")
@@ -181,21 +210,9 @@ def _readable(config: ProbeConfig) -> tuple[list[_Readable], list[str]]:
     return found, skipped
 
 
-def _read(config: ProbeConfig, directory: Path, name: str) -> _Readable:
-    fresh, base_model = config.update.optimizer_state == "fresh", config.policy.base_model
-    checkpoint = read_checkpoint(directory, config.update.learning_rate or None, base_model, fresh)
-    layout = checkpoint.layout
-    home = tokenizer_directory(layout.model, layout.base)
-    return _Readable(
-        name=name,
-        checkpoint=checkpoint,
-        trainer=read_trainer_files(layout),
-        digest=checkpoint_digest(directory),
-        weights=weights_digest(layout.model),
-        base=weights_digest(layout.base) if layout.base else "",
-        home=home,
-        tokenizer=tokenizer_digest(home),
-    )
+def _checkpoint(config: ProbeConfig, directory: Path) -> Checkpoint:
+    fresh = config.update.optimizer_state == "fresh"
+    return read_checkpoint(directory, config.update.learning_rate or None, config.policy.base_model, fresh)
 
 
 def _pools(config: ProbeConfig) -> dict[str, Pool]:

@@ -57,12 +57,14 @@ class Settled:
         settings: all of those of the training.
         warnings: contradictions, and what the trainer does that is left out; one sentence each.
         notes: what makes no difference but for rounding; one sentence each.
+        left_out: settings of the trainer that would be refused, were they not left out.
     """
 
     read: Mapping[str, Any]
     settings: tuple[Setting, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    left_out: tuple[str, ...]
 
 
 def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
@@ -107,7 +109,9 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
     if silent := [name for name, of_one in files.items() if found and not of_one.arguments]:
         warnings.append(f"{some_names(silent)}: nothing says how it was trained; taken to be as the others were.")
     notes = [_sentence(d, names, len(files)) for d, names in differences.items() if d.weight == "note"]
-    return Settled(read, tuple(_table(settled, found, given, files)), tuple(warnings), tuple(notes))
+    left_out = [d.name for d in differences if d.weight == "refuse" and d.key not in given]
+    table = _table(settled, found, given, files)
+    return Settled(read, tuple(table), tuple(warnings), tuple(notes), tuple(dict.fromkeys(left_out)))
 
 
 def with_read(config: ProbeConfig, read: Mapping[str, Any]) -> ProbeConfig:
