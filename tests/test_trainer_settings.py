@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from lora_fixtures import make_base, make_lora
+from pipeline_fixtures import NAMES, make_run, probe, skip_figures, values
 
-from entropy_core.checkpoints.trainer_files import TrainerFiles
+from entropy_core.checkpoints.layout import find_layout
+from entropy_core.checkpoints.trainer_files import TrainerFiles, read_trainer_files
 from entropy_core.checkpoints.training_args import read_training_arguments
 from entropy_core.config import trainer_fields as fields
 from entropy_core.config.read import parse_config
-from entropy_core.config.schema import ProbeConfig
+from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.config.trainer_settings import LEFT_OUT
 from entropy_core.errors import ConfigError
 from entropy_core.pipeline.settings import OF_THE_TRAINING, Settled, settle, value_of, with_read
+from entropy_core.pipeline.sweep import variance
 
 trl = pytest.importorskip("trl")
 
@@ -242,6 +246,57 @@ def test_what_nobody_knows_is_said(tmp_path):
     assert settle(asked(), {"a": quiet}).warnings == ()
     (other,) = settle(asked(), {"a": TrainerFiles("SFTConfig", {"max_grad_norm": 0.3, "beta": 9})}).warnings
     assert "SFTConfig" in other
+
+
+def test_a_quantised_base_that_another_one_stands_for_is_said(tmp_path):
+    base = make_base(tmp_path / "base")
+    checkpoint = make_lora(tmp_path / "checkpoint-3", base)
+    path = checkpoint / "adapter_config.json"
+    assert read_trainer_files(find_layout(checkpoint)).quantised_base == ""
+    for name in ("unsloth/Qwen3-8B-bnb-4bit", str(tmp_path / "narrow")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+        (tmp_path / "narrow").mkdir(exist_ok=True)
+        (tmp_path / "narrow" / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+        files = read_trainer_files(find_layout(checkpoint, base))
+        assert files.quantised_base == name and files.is_adapter
+        assert name in settle(asked(), {"a": files}).warnings[-1]
+
+
+# --- a sweep ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_takes_what_is_read_and_its_report_says_so(tmp_path, monkeypatch):
+    """What is read and what is set to the same are the same results; another value is a warning above all."""
+    skip_figures(monkeypatch)
+    run = make_run(tmp_path / "run")
+    for name in NAMES:
+        saved(run / name, temperature=0.9, max_completion_length=8, num_generations=4, loss_type="dr_grpo")
+    own: dict[str, Any] = {"batch_config": {"E_total_sequences": 8}, "generation": {}, "update": {}}
+    given: dict[str, Any] = values(run, tmp_path / "artifacts", checkpoints=[str(run)], update={"reward": "arithmetic"})
+    read = probe(given | own | {"update": given["update"]})
+    assert read.run.inputs("sample-e-batch")["max_new_tokens"] == 8
+    assert read.run.inputs("compute-update")["loss"] == "dr_grpo"
+    assert read.run.inputs("score-e-batch")["law"]["temperature"] == 0.9
+    page = (read.result.run_directory / "report.md").read_text()
+    assert "**Warning:**" not in page
+    assert "| `generation.temperature` | `0.9` | read from training_args.bin (temperature) |" in page
+    assert '| `update.reward` | `"arithmetic"` | set by you |' in page
+
+    same = {"batch_config": {"E_total_sequences": 8, "B_U": 4, "G": 4}, "update": given["update"] | {"loss": "dr_grpo"}}
+    again = probe(given | same | {"generation": {"temperature": 0.9, "max_new_tokens": 8}})
+    assert again.run.was_computed == {"report": 1}
+
+    other = probe(given | own | {"update": given["update"], "generation": {"temperature": 1.0}})
+    page = (other.result.run_directory / "report.md").read_text().splitlines()
+    assert page[2].startswith(
+        "> **Warning:** `generation.temperature` is 1.0 in the configuration, and 0.9 in training"
+    )
+    changed = variance(
+        VarianceRequest(run=other.result.run_id, artifacts=str(tmp_path / "artifacts"), confidence_level=0.5),
+        other.run.store,
+        other.run,
+    )
+    assert page[2] in (changed.run_directory / "report.md").read_text()  # also where no checkpoint is read again
 
 
 # --- precedence -------------------------------------------------------------------------------------------------------

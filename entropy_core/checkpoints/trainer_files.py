@@ -13,6 +13,7 @@ from entropy_core.checkpoints.training_args import TRAINING_ARGUMENTS, read_trai
 
 ENTROPY_CONTROL = "entropy_ctrl_state.json"
 _DROPOUT = re.compile(r"(dropout|dropout_rate|dropout_p|pdrop|drop_path_rate)$")
+_QUANTISED = re.compile(r"(4|8)[-_]?bit|bnb|gptq|awq|int[48]\b|nf4|fp8", re.IGNORECASE)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -30,6 +31,7 @@ class TrainerFiles:
         is_adapter: the checkpoint holds an adapter.
         has_reference: an adapter `ref` lies in the checkpoint.
         has_experts: the model is a mixture of experts.
+        quantised_base: the quantised model that the adapter names as its base, where it is computed with another one.
     """
 
     kind: str = ""
@@ -41,6 +43,7 @@ class TrainerFiles:
     is_adapter: bool = False
     has_reference: bool = False
     has_experts: bool = False
+    quantised_base: str = ""
 
 
 def read_trainer_files(layout: Layout) -> TrainerFiles:
@@ -61,11 +64,10 @@ def read_trainer_files(layout: Layout) -> TrainerFiles:
     if (path := directory / TRAINING_ARGUMENTS).exists():
         name, arguments = read_training_arguments(path)
         kind = _kind(arguments) or name.rpartition(".")[2]
-    adapter = layout.model / "adapter_config.json"
+    adapter = _read(layout.model / "adapter_config.json") if layout.base else {}
     config = _read(layout.architecture / "config.json")
     rates = {f"config.json: {key}": rate for key, rate in _rates(config)}
-    if layout.base is not None:
-        rates |= {f"adapter_config.json: {key}": rate for key, rate in _rates(_read(adapter))}
+    rates |= {f"adapter_config.json: {key}": rate for key, rate in _rates(adapter)}
     experts = [value for key, value in _entries(config) if key in _EXPERTS]
     return TrainerFiles(
         kind=kind,
@@ -77,6 +79,7 @@ def read_trainer_files(layout: Layout) -> TrainerFiles:
         is_adapter=layout.base is not None,
         has_reference=(layout.model / "ref" / "adapter_config.json").exists(),
         has_experts=any(isinstance(count, int) and count > 1 for count in experts),
+        quantised_base="" if "quantization_config" in config else _quantised(adapter.get("base_model_name_or_path")),
     )
 
 
@@ -85,6 +88,15 @@ def _kind(arguments: Mapping[str, Any]) -> str:
     if "num_generations" not in arguments:
         return ""
     return "RLOO" if "normalize_advantages" in arguments else "GRPO" if "epsilon" in arguments else ""
+
+
+def _quantised(name: Any) -> str:
+    """The base that an adapter names, if it is quantised as its name or its own files say."""
+    if not isinstance(name, str) or not name:
+        return ""
+    config = Path(name).expanduser() / "config.json"
+    is_quantised = "quantization_config" in read_json(config) if config.is_file() else _QUANTISED.search(name)
+    return name if is_quantised else ""
 
 
 def _read(path: Path) -> dict[str, Any]:

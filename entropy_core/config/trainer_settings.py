@@ -182,6 +182,9 @@ def _differences(files: TrainerFiles) -> Iterator[Difference]:
     if files.dropout and not arguments.get("disable_dropout"):
         rates = ", ".join(f"{name} = {rate:g}" for name, rate in files.dropout.items())
         yield Difference("", f"dropout was on in the trainer's step as a rule ({rates}), and is off here", "warn")
+    if files.quantised_base:
+        what = f"the adapter was trained on {files.quantised_base!r}, which is quantised, and the base here is not"
+        yield Difference("", what, "warn")
 
 
 def _waits(files: TrainerFiles) -> bool:

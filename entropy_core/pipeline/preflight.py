@@ -109,6 +109,9 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     readable, warnings = _usable(config, read)
     settled = settle(config, {one.name: one.trainer for one in readable})
     warnings += settled.warnings
+    steps = [one.checkpoint.step for one in readable if one.checkpoint.layout.optimizer is None]
+    if max(steps, default=0):
+        warnings.append(f"The optimizer is taken to be fresh, and the trainer had made {max(steps)} steps.")
     for warning in warnings:
         log.warning("%s", warning)
     return _checked(with_read(config, settled.read), readable, settled, tuple(warnings))
