@@ -58,8 +58,8 @@ def test_every_setting_of_the_trainer_is_in_exactly_one_list(kind):
 
 
 def test_the_keys_of_the_table_are_ours():
-    keys = {*fields.SETTINGS.values(), *(rule.key for rule in fields.MODELLED_AT.values() if rule.key)}
-    for key in (*keys, *OF_THE_TRAINING):
+    keys = {*fields.SETTINGS.values(), *(rule.key for rule in fields.MODELLED_AT.values())}
+    for key in (*(keys - {"", fields.OWN_LOSS}), *OF_THE_TRAINING):
         value_of(asked(), key)
 
 
@@ -208,6 +208,10 @@ def test_an_own_setting_in_the_place_of_one_that_is_not_modelled_is_enough(tmp_p
     (warning,) = settled(tmp_path, asked(update={"loss": "grpo"}), loss_type="luspo").warnings
     assert "luspo" in warning
     settled(tmp_path, asked(generation={"top_p": 1.0}), top_p=0.9)
+    own = asked(update={"loss": "mine.py:with_bonus"})  # in which the bonus can be
+    assert len(settled(tmp_path, own, entropy_coef=0.01).warnings) == 2
+    with pytest.raises(ConfigError, match=r"set update\.loss: file\.py:function"):
+        settled(tmp_path, asked(update={"loss": "grpo"}), entropy_coef=0.01)
 
 
 def test_what_can_be_left_out_has_a_name(tmp_path):

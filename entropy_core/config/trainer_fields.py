@@ -63,6 +63,9 @@ def _one_generation(value: Any, arguments: Arguments) -> bool:
     return not isinstance(value, int) or value <= arguments.get("gradient_accumulation_steps", value)
 
 
+OWN_LOSS = "update.loss: file.py:function"
+"""The key of what a loss of the user's own can do as the trainer does."""
+
 _TRUNCATED = "responses were not sampled from the policy itself"
 MODELLED_AT = {
     # the law that is sampled
@@ -95,10 +98,10 @@ MODELLED_AT = {
     "normalize_advantages": Rule(_is(False), "advantages were normalised over the batch"),
     # the loss
     "mask_truncated_completions": Rule(_is(False), "responses that were cut did not count"),
-    "top_entropy_quantile": Rule(_is(1), "only the tokens of the highest entropy counted"),
-    "entropy_coef": Rule(_is(0), "the loss had an entropy bonus"),
-    "use_adaptive_entropy": Rule(_is(False), "the loss had an entropy bonus that adapts itself"),
-    "use_bias_correction_kl": Rule(_without_kl(False), "the KL term had another gradient"),
+    "top_entropy_quantile": Rule(_is(1), "only the tokens of the highest entropy counted", key=OWN_LOSS),
+    "entropy_coef": Rule(_is(0), "the loss had an entropy bonus", key=OWN_LOSS),
+    "use_adaptive_entropy": Rule(_is(False), "the loss had an entropy bonus that adapts itself", key=OWN_LOSS),
+    "use_bias_correction_kl": Rule(_without_kl(False), "the KL term had another gradient", key=OWN_LOSS),
     "sync_ref_model": Rule(_without_kl(False), "the reference policy followed the policy", key="update.reference"),
     "delta": Rule(lambda value, _: value is None or value > 1, "tokens were clipped on-policy"),
     "router_aux_loss_coef": Rule(_is(0), "the loss had a term that balances the load of the experts"),

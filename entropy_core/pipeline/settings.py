@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from entropy_core.checkpoints.trainer_files import TrainerFiles
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
+from entropy_core.config.trainer_fields import OWN_LOSS
 from entropy_core.config.trainer_settings import LEFT_OUT, Difference, Reading, readings
 from entropy_core.errors import ConfigError, some_names
 from entropy_core.numerics.advantages import divides
@@ -101,7 +102,8 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
     settled = with_read(config, read)
     parse_config(settled.model_dump(mode="json"), "what the configuration and the checkpoints say")
     _check_combination(settled)
-    _refuse(differences, given, config)
+    known = given | ({OWN_LOSS} if ":" in config.update.loss else set())
+    _refuse(differences, known, config)
     warnings = [
         *_contradictions(config, said, given, len(files)),
         *(_sentence(d, names, len(files)) for d, names in differences.items() if d.weight != "note"),
@@ -109,7 +111,7 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
     if silent := [name for name, of_one in files.items() if found and not of_one.arguments]:
         warnings.append(f"{some_names(silent)}: nothing says how it was trained; taken to be as the others were.")
     notes = [_sentence(d, names, len(files)) for d, names in differences.items() if d.weight == "note"]
-    left_out = [d.name for d in differences if d.weight == "refuse" and d.key not in given]
+    left_out = [d.name for d in differences if d.weight == "refuse" and d.key not in known]
     table = _table(settled, found, given, files)
     return Settled(read, tuple(table), tuple(warnings), tuple(notes), tuple(dict.fromkeys(left_out)))
 
