@@ -1,7 +1,8 @@
 """The trainer's own next step: TRL's GRPOTrainer takes it on a batch, and the probe is given the same batch.
 
-The trainer saves a checkpoint, draws responses, scores them, and steps; the probe reads the checkpoint, is given these
-responses and rewards in the place of its own U batch, and predicts v. The change of the saved weights is lr·v.
+The trainer saves a checkpoint, draws responses, scores them, and steps; the probe reads the checkpoint and the settings
+in it, is given these responses and rewards in the place of its own U batch, and predicts v. The change of the saved
+weights is lr·v.
 """
 
 import warnings
@@ -166,23 +167,22 @@ class Recorded(Counting):
         return artifact
 
 
-def predicted(home: Path, batch: Batch, **update: Any) -> tuple[Artifact, float, dict[str, dict[str, Tensor]]]:
-    """compute-update on the trainer's batch, the learning rate of the step, and its parts."""
-    temperature = update.pop("temperature", 1.0)
-    config = parse_config(
-        values(
-            home / "run",
-            home / "artifacts",
-            checkpoints=[str(home / "run" / f"checkpoint-{STEPS - 1}")],
-            policy={"dtype": "float32"},
-            batch_config={"B_U": PROMPTS, "G": G, "E_total_sequences": 4},
-            generation={"max_new_tokens": MAX_NEW_TOKENS, "temperature": temperature},
-            update={"reward": write_reward(home)} | update,
-            importance={"etas": [0]},
-            execution={"shard_size": PROMPTS * G},
-        )
+def predicted(home: Path, batch: Batch) -> tuple[Artifact, float, dict[str, dict[str, Tensor]]]:
+    """compute-update on the trainer's batch, the learning rate of the step, and its parts; told nothing but the run."""
+    asked = values(
+        home / "run",
+        home / "artifacts",
+        checkpoints=[str(home / "run" / f"checkpoint-{STEPS - 1}")],
+        policy={"dtype": "float32"},
+        update={"reward": write_reward(home)},
+        importance={"etas": [0]},
+        execution={"shard_size": PROMPTS * G},
     )
+    del asked["generation"]["max_new_tokens"]
+    asked["batch_config"] = {"E_total_sequences": 4}
+    config = parse_config(asked)
     checkpoints = preflight(config)
+    assert checkpoints[0].warnings == ()
     store = Store(config.store_root)
     run = Recorded(store, execution_for(config, checkpoints))
     run.batch = batch
@@ -222,6 +222,11 @@ CASES: dict[str, dict[str, Any]] = {  # settings of the trainer; LoRA where ther
     },
     "full, dapo": {"loss_type": "dapo", "optim": "adamw_torch_fused", "adam_beta2": 0.95},
     "full, dr_grpo": {"loss_type": "dr_grpo"},
+    "full, not divided": {"scale_rewards": "none"},
+    "full, bnpo": {"loss_type": "bnpo"},
+    "full, cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "full, sapo": {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+    "full, vespo": {"loss_type": "vespo"},
     "lora": {"lora": {}},
     "lora, clipped, with norms and the head": {
         "lora": {"modules_to_save": ["norm", "lm_head"], "rank_pattern": {"up_proj": 2}},
@@ -252,11 +257,7 @@ def test_v_is_the_step_that_the_trainer_takes(tmp_path: Path, case: str):
         peft_config = LoraConfig(task_type="CAUSAL_LM", **LORA | lora)
     batches = train(tmp_path / "run", model, peft_config, **settings)
 
-    same = ("max_grad_norm", "temperature")
-    told = {"loss": settings.get("loss_type", "grpo"), "scale_rewards": "group"} | {
-        k: settings[k] for k in same if k in settings
-    }
-    done, lr, parts = predicted(tmp_path, batches[-1], **told)
+    done, lr, parts = predicted(tmp_path, batches[-1])
     before, after = (weights(tmp_path / "run" / f"checkpoint-{step}") for step in (STEPS - 1, STEPS))
     change = {name: after[name].double() - before[name].double() for name in before}
     step = {as_stored(name): lr * v.double() for name, v in done.vector("direction").items()}

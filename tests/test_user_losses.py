@@ -9,7 +9,9 @@ from entropy_core.errors import ConfigError, LossError, ProbeError
 from entropy_core.losses import apart
 from entropy_core.losses.functions import check_loss, coefficients_of, influences_of, load_loss, source_file
 from entropy_core.numerics import losses, ragged
-from entropy_core.numerics.losses import LOSSES, LossBatch, TokenPair
+from entropy_core.numerics.loss_batch import LossBatch
+from entropy_core.numerics.losses import LOSSES, TokenPair
+from entropy_core.pipeline.settings import settle
 
 BONUS = '''from entropy_core.numerics.losses import grpo
 
@@ -193,8 +195,8 @@ def test_a_gradient_that_is_not_finite_names_the_response(file):
 )
 def test_the_configuration_says_what_goes_together(update, message: str):
     with pytest.raises(ProbeError, match=message):
-        parse_config({"checkpoints": ["somewhere"], "update": update})
-    assert parse_config({"checkpoints": ["x"], "update": {"loss": "mine.py:loss", "scale_rewards": "none"}})
+        settle(parse_config({"checkpoints": ["somewhere"], "update": update}), {})
+    assert settle(parse_config({"checkpoints": ["x"], "update": {"loss": "mine.py:loss", "scale_rewards": "none"}}), {})
 
 
 def test_pairs_multiply_token_by_token():

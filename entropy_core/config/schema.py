@@ -165,7 +165,7 @@ class SamplingConfig(Section):
 
 
 class UpdateConfig(Section):
-    """The optimizer step whose effect is predicted: what a checkpoint does not record. Say what your trainer does."""
+    """The optimizer step whose effect is predicted: that of your trainer."""
 
     loss: FunctionName = Field(
         "grpo",
@@ -176,7 +176,6 @@ class UpdateConfig(Section):
     )
     scale_rewards: Scaling = Field(
         "auto",
-        validate_default=True,
         description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
         "(grpo and dapo divide). TRL's trainer divides under any loss: group. A loss of your own needs group or none.",
     )
@@ -194,6 +193,12 @@ class UpdateConfig(Section):
     reward: FunctionName = Field(
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
     )
+    leave_out: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        max_length=100,
+        description="Settings of your trainer, by its own names, that the step here may leave out: what is not "
+        "modelled is then warned of, and otherwise refused.",
+    )
 
     @field_validator("loss")
     @classmethod
@@ -208,13 +213,7 @@ class UpdateConfig(Section):
     @field_validator("scale_rewards")
     @classmethod
     def _within_groups(cls, scale_rewards: Scaling, info: ValidationInfo) -> Scaling:
-        loss = info.data.get("loss", "")
-        if scale_rewards == "auto" and ":" in loss:
-            raise ValueError(
-                "it is auto, which goes by how a loss was published, and this one is your own. "
-                "Set scale_rewards: group (advantages divided by the standard deviation of their group) or none"
-            )
-        if scale_rewards == "group" and loss == "reinforce":
+        if scale_rewards == "group" and info.data.get("loss") == "reinforce":
             raise ValueError("reinforce compares no responses within a group. Set scale_rewards: auto")
         return scale_rewards
 
@@ -224,13 +223,6 @@ class UpdateConfig(Section):
         if optimizer_state == "fresh" and info.data.get("learning_rate") == 0:
             raise ValueError("a fresh optimizer has no learning rate of its own. Set learning_rate to that of the run")
         return optimizer_state
-
-    @field_validator("reference")
-    @classmethod
-    def _in_a_kl_term(cls, reference: str, info: ValidationInfo) -> str:
-        if reference and info.data.get("kl_beta") == 0:
-            raise ValueError("a reference policy has no part in a loss without a KL term. Set kl_beta, or leave it out")
-        return reference
 
 
 class ImportanceConfig(Section):
@@ -310,6 +302,11 @@ class ExecutionConfig(Section):
         le=1_000_000,
         description="Memory that your own reward or loss may take, with all processes that it starts.",
     )
+    unusable_checkpoints: Literal["skip", "refuse"] = Field(
+        "skip",
+        description="What to do with one of several checkpoints that is half-written or cannot be probed. skip: leave "
+        "it out and say so. refuse: end with the reason.",
+    )
     artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
 
     @property
@@ -328,7 +325,9 @@ class ProbeConfig(Section):
         description="Begins the names of the results.",
     )
     checkpoints: list[CheckpointPattern] = Field(
-        min_length=1, description="Checkpoint directories; patterns such as runs/grpo/checkpoint-* are expanded."
+        min_length=1,
+        description="Checkpoint directories, or run directories, which stand for their checkpoint-*; patterns such as "
+        "runs/grpo/checkpoint-* are expanded.",
     )
     policy: PolicyConfig = PolicyConfig()
     batch_config: BatchConfig = BatchConfig()
@@ -348,6 +347,11 @@ class ProbeConfig(Section):
     def store_root(self) -> Path:
         """Folder of the store."""
         return Path(self.execution.artifacts)
+
+    def as_given(self) -> dict[str, Any]:
+        """What was set, as JSON has it, and the folder of the store: for another process to read as this one did."""
+        given = self.model_dump(mode="json", exclude_unset=True)
+        return given | {"execution": given.get("execution", {}) | {"artifacts": self.execution.artifacts}}
 
 
 class VarianceRequest(VarianceConfig):

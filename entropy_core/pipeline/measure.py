@@ -8,6 +8,7 @@ from entropy_core.files import functions as user_functions
 from entropy_core.files.checkpoint import weights_digest
 from entropy_core.files.sources import content_digest
 from entropy_core.losses import functions as user_losses
+from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding, splits
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -253,7 +254,7 @@ class Measurement:
             "responses_per_prompt": self.config.batch_config.G,
             "loss": user_functions.without_folder(update.loss),
             "loss_source": content_digest(file_of_loss) if file_of_loss else "",
-            "scale_rewards": update.scale_rewards,
+            "scale_rewards": divided_by(update.loss, update.scale_rewards),
             "max_new_tokens": self.config.generation.max_new_tokens,
             "max_grad_norm": update.max_grad_norm,
         }

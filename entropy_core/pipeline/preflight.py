@@ -2,10 +2,10 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -14,19 +14,22 @@ from entropy_core.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
 from entropy_core.checkpoints.tokenizer import load_tokenizer, tokenizer_directory
+from entropy_core.checkpoints.trainer_files import TrainerFiles, read_trainer_files
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.errors import CheckpointError, ConfigError
+from entropy_core.errors import CheckpointError, ConfigError, one_line
 from entropy_core.files.checkpoint import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
 from entropy_core.files.digests import file_digest
 from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
+from entropy_core.pipeline.settings import Setting, Settled, settle, with_read
 from entropy_core.prompts import pools as prompts
 from entropy_core.prompts.pools import Pool
 from entropy_core.prompts.tokens import encode
 from entropy_core.rewards import functions as rewards
 
 log = logging.getLogger("entropy_probe.preflight")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class CheckpointToProbe:
         tokenizer: of those that the tokenizer is made of.
         paths: of each of these digests.
         assumptions: what the files do not say.
+        read: settings that the configuration of the sweep leaves open, as the checkpoints say them; see `settings`.
+        settings: those of the training, each with where it is from.
+        warnings: what is to be said before anything else.
     """
 
     directory: Path
@@ -54,6 +60,22 @@ class CheckpointToProbe:
     tokenizer: str
     paths: Mapping[str, Path]
     assumptions: tuple[str, ...]
+    read: Mapping[str, Any]
+    settings: tuple[Setting, ...]
+    warnings: tuple[str, ...]
+
+
+class _Readable(NamedTuple):
+    """A checkpoint whose files are sound, as far as that shows without reading its weights."""
+
+    name: str
+    checkpoint: Checkpoint
+    trainer: TrainerFiles
+    digest: str
+    weights: str
+    base: str
+    home: Path  # of the tokenizer
+    tokenizer: str
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -68,33 +90,48 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     Raises:
         ProbeError: something is missing, broken or too small; says what to do.
     """
-    batch = config.batch_config
-    isolation, longest_response = config.execution.isolation, config.generation.max_new_tokens
-    check_loss(config.update.loss, config.update.kl_beta, longest_response, isolation)
-    located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
-    pools = {
-        split: prompts.load_pool(batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options)
-        for split in dict.fromkeys(splits(config))
-    }
-    if not batch.max_prompt_length:
-        _check_batches(config, pools)
-    longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
-    directories = find_checkpoints(config.checkpoints)
-    found = []
-    for directory, name in zip(directories, _unique_names(directories), strict=True):
-        fresh, base_model = config.update.optimizer_state == "fresh", config.policy.base_model
-        checkpoint = read_checkpoint(directory, config.update.learning_rate or None, base_model, fresh)
+
+    def read(directory: Path, name: str) -> _Readable:
+        checkpoint = _checkpoint(config, directory)
         layout = checkpoint.layout
-        digest, weights = checkpoint_digest(directory), weights_digest(layout.model)
-        base = weights_digest(layout.base) if layout.base else ""
         home = tokenizer_directory(layout.model, layout.base)
-        tokenizer = tokenizer_digest(home)
+        return _Readable(
+            name=name,
+            checkpoint=checkpoint,
+            trainer=read_trainer_files(layout),
+            digest=checkpoint_digest(directory),
+            weights=weights_digest(layout.model),
+            base=weights_digest(layout.base) if layout.base else "",
+            home=home,
+            tokenizer=tokenizer_digest(home),
+        )
+
+    readable, warnings = _usable(config, read)
+    settled = settle(config, {one.name: one.trainer for one in readable})
+    warnings += settled.warnings
+    steps = [one.checkpoint.step for one in readable if one.checkpoint.layout.optimizer is None]
+    if max(steps, default=0):
+        warnings.append(f"The optimizer is taken to be fresh, and the trainer had made {max(steps)} steps.")
+    for warning in warnings:
+        log.warning("%s", warning)
+    return _checked(with_read(config, settled.read), readable, settled, tuple(warnings))
+
+
+def _checked(
+    config: ProbeConfig, readable: Sequence[_Readable], settled: Settled, warnings: tuple[str, ...]
+) -> list[CheckpointToProbe]:
+    """Check the prompts, the reward and the loss of the settings as they are now, and each checkpoint against them."""
+    pools = _pools(config)
+    longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
+    found = []
+    for name, checkpoint, _, digest, weights, base, home, tokenizer in readable:
+        layout = checkpoint.layout
         paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
         paths |= {file_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
         found.append(
             CheckpointToProbe(
-                directory=directory.resolve(),
+                directory=layout.directory.resolve(),
                 name=name,
                 step=checkpoint.step,
                 digest=digest,
@@ -102,7 +139,10 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
                 base=base,
                 tokenizer=tokenizer,
                 paths={digest: path.resolve() for digest, path in paths.items()},
-                assumptions=checkpoint.assumptions,
+                assumptions=(*checkpoint.assumptions, *settled.notes),
+                read=settled.read,
+                settings=settled.settings,
+                warnings=warnings,
             )
         )
         if tokenizer not in longest:
@@ -116,6 +156,81 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
             fix="leave it out, or give the directories of adapters",
         )
     return found
+
+
+def settled_config(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]) -> ProbeConfig:
+    """The configuration of a sweep with what its checkpoints say in the place of what it leaves open.
+
+    Args:
+        config: that `preflight` was given.
+        checkpoints: of `preflight`.
+    """
+    return with_read(config, checkpoints[0].read)
+
+
+def read_settings(config: ProbeConfig) -> tuple[ProbeConfig, Settled, dict[str, TrainerFiles]]:
+    """The settings of a sweep, without its prompts and its reward; nothing large is read.
+
+    Args:
+        config: what is asked for.
+
+    Returns:
+        The configuration with what the checkpoints say, where each setting is from, and what was read of each
+        checkpoint that can be probed, by its name.
+
+    Raises:
+        ProbeError: no checkpoint can be probed, or as `settle`.
+    """
+
+    def trainer(directory: Path, name: str) -> tuple[str, TrainerFiles]:
+        return name, read_trainer_files(_checkpoint(config, directory).layout)
+
+    usable, _ = _usable(config, trainer)
+    trainers = dict(usable)
+    settled = settle(config, trainers)
+    return with_read(config, settled.read), settled, trainers
+
+
+def _usable(config: ProbeConfig, read: Callable[[Path, str], _Found]) -> tuple[list[_Found], list[str]]:
+    """What is read of each checkpoint that can be probed, and a sentence about each that cannot."""
+    directories = find_checkpoints(config.checkpoints)
+    strict = config.execution.unusable_checkpoints == "refuse" or len(directories) == 1
+    found: list[_Found] = []
+    skipped: list[str] = []
+    first: CheckpointError | None = None
+    for directory, name in zip(directories, _unique_names(directories), strict=True):
+        try:
+            found.append(read(directory, name))
+        except (CheckpointError, FileNotFoundError) as error:  # a file that goes meanwhile: its trainer rotates
+            if not isinstance(error, CheckpointError):
+                error = CheckpointError(one_line(error), cause="the trainer removed it", fix="probe another one")
+            if strict:
+                raise error from None
+            first = first or error
+            skipped.append(f"{name} is left out: {' '.join(str(error).split())}")
+    if first is not None and not found:
+        raise first
+    return found, skipped
+
+
+def _checkpoint(config: ProbeConfig, directory: Path) -> Checkpoint:
+    fresh = config.update.optimizer_state == "fresh"
+    return read_checkpoint(directory, config.update.learning_rate or None, config.policy.base_model, fresh)
+
+
+def _pools(config: ProbeConfig) -> dict[str, Pool]:
+    """The prompts of each split; they and the loss are looked at as far as that goes without a tokenizer."""
+    batch = config.batch_config
+    isolation, longest = config.execution.isolation, config.generation.max_new_tokens
+    check_loss(config.update.loss, config.update.kl_beta, longest, isolation)
+    located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
+    pools = {
+        split: prompts.load_pool(batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options)
+        for split in dict.fromkeys(splits(config))
+    }
+    if not batch.max_prompt_length:
+        _check_batches(config, pools)
+    return pools
 
 
 def _check_reference(reference: str, layout: Layout, name: str) -> None:

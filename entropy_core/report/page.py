@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
-from entropy_core.report.sections import SECTIONS, markdown_rows
+from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
 
 COLUMNS = {
     "checkpoint": "checkpoint",
@@ -25,7 +25,14 @@ COLUMNS = {
 }
 
 
-def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]], notes: Sequence[str]) -> str:
+def markdown(
+    name: str,
+    rows: Sequence[Row],
+    tables: Mapping[str, Sequence[Row]],
+    notes: Sequence[str],
+    settings: Sequence[Mapping[str, Any]] = (),
+    warnings: Sequence[str] = (),
+) -> str:
     """The page of a sweep.
 
     Args:
@@ -33,6 +40,8 @@ def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]]
         rows: of the result table.
         tables: rows of the other tables, by the names of `tables.TABLES`.
         notes: what was assumed.
+        settings: those of the training, with where each is from.
+        warnings: what stands above all.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -44,6 +53,7 @@ def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]]
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
+        *(f"> **Warning:** {warning}\n" for warning in warnings),
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
@@ -92,6 +102,8 @@ def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]]
             f"**Up to {uninformative:.0%} of the prompts of U have equal rewards** and say nothing about the spread "
             "over U: *SE over U* and the interval are too small. Take a larger U, or prompts of another difficulty.",
         ]
+    if settings:
+        lines += ["", "## Settings of the training", "", *settings_table(settings)]
     if notes:
         lines += ["", "## Taken to be so", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
