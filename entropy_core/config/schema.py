@@ -170,14 +170,15 @@ class UpdateConfig(Section):
     loss: FunctionName = Field(
         "grpo",
         min_length=1,
-        description="Objective: grpo, dr_grpo, dapo, rloo, reinforce, or your own, `file.py:function` or "
+        description=f"Objective: {', '.join(get_args(Loss))}, or your own, `file.py:function` or "
         "`package.module:function`.",
         json_schema_extra={"pattern": f"^({'|'.join(get_args(Loss))})$|:"},
     )
     scale_rewards: Scaling = Field(
         "auto",
-        description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
-        "(grpo and dapo divide). TRL's trainer divides under any loss: group. A loss of your own needs group or none.",
+        description="What advantages are divided by: the standard deviation of their group, that of all rewards of U "
+        "(batch), or none. auto: as the loss was published (dr_grpo, rloo and reinforce do not divide). TRL's trainer "
+        "divides under any loss: group. A loss of your own needs another one than auto.",
     )
     max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Global-norm gradient clipping; 0 switches it off.")
     learning_rate: float = Field(
@@ -188,7 +189,44 @@ class UpdateConfig(Section):
         description="Adam's moments: those of `optimizer.pt`, or none yet (fresh: before the first step; needs "
         "`learning_rate`).",
     )
-    kl_beta: float = Field(0.0, ge=0, le=1000, description="β of a KL term to a reference policy in the loss; 0: none.")
+    kl_beta: float = Field(0.0, ge=0, le=1000, description="β of a KL term to a reference policy; 0: none.")
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss", description="Where the KL term is: in the loss, per token, or in the reward of a response (TRL's RLOO)."
+    )
+    use_bias_correction_kl: bool = Field(
+        False,
+        description="The KL term of a token is multiplied by its importance ratio, so that its gradient is that of the "
+        "KL divergence, as TRL does by default.",
+    )
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        "token", description="sequence: one importance ratio for a whole response (GSPO)."
+    )
+    top_entropy_quantile: float = Field(
+        1.0, gt=0, le=1, description="Share of the tokens, those of the highest entropy, that have a policy term."
+    )
+    entropy_coef: float = Field(
+        0.0,
+        ge=-100,
+        le=100,
+        description="Coefficient of an entropy bonus; an adaptive one: as of the next step.",
+    )
+    epsilon_high: float = Field(0.0, ge=0, le=1e6, description="Cap of the weights of cispo; 0: none.")
+    reward_clip_range: list[Annotated[float, Field(ge=-1e9, le=1e9)]] = Field(
+        default_factory=list, max_length=2, description="Lower and upper bound that rewards are clipped to; []: none."
+    )
+    normalize_advantages: bool = Field(
+        False, description="Advantages are standardised over all of U in the end, as TRL's RLOO can."
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="Responses that were cut at `max_new_tokens` do not count in the loss."
+    )
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        le=10_000_000,
+        description="Responses in a micro-batch of the trainer, if it accumulates gradients: bnpo, an entropy bonus "
+        "and top_entropy_quantile average over each of them. 0: all are in one.",
+    )
     reference: Directory = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
     reward: FunctionName = Field(
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
@@ -216,6 +254,13 @@ class UpdateConfig(Section):
         if scale_rewards == "group" and info.data.get("loss") == "reinforce":
             raise ValueError("reinforce compares no responses within a group. Set scale_rewards: auto")
         return scale_rewards
+
+    @field_validator("reward_clip_range")
+    @classmethod
+    def _is_a_range(cls, reward_clip_range: list[float]) -> list[float]:
+        if reward_clip_range and (len(reward_clip_range) != 2 or not reward_clip_range[0] < reward_clip_range[1]):
+            raise ValueError("it must be a lower and a larger upper bound, or empty")
+        return reward_clip_range
 
     @field_validator("optimizer_state")
     @classmethod

@@ -23,9 +23,18 @@ SETTINGS = {
     "loss_type": "update.loss",
     "scale_rewards": "update.scale_rewards",
     "beta": "update.kl_beta",
+    "use_bias_correction_kl": "update.use_bias_correction_kl",
+    "importance_sampling_level": "update.importance_sampling_level",
+    "top_entropy_quantile": "update.top_entropy_quantile",
+    "entropy_coef": "update.entropy_coef",
+    "use_adaptive_entropy": "update.entropy_coef",
+    "mask_truncated_completions": "update.mask_truncated_completions",
+    "epsilon_high": "update.epsilon_high",
+    "reward_clip_range": "update.reward_clip_range",
+    "normalize_advantages": "update.normalize_advantages",
     "max_grad_norm": "update.max_grad_norm",
 }
-"""Setting of the trainer → key of ours. Several make B_U, together."""
+"""Setting of the trainer → key of ours. Several make B_U, and with it `update.micro_batch`."""
 
 OPTIMIZER = {
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
@@ -63,9 +72,6 @@ def _one_generation(value: Any, arguments: Arguments) -> bool:
     return not isinstance(value, int) or value <= arguments.get("gradient_accumulation_steps", value)
 
 
-OWN_LOSS = "update.loss: file.py:function"
-"""The key of what a loss of the user's own can do as the trainer does."""
-
 _TRUNCATED = "responses were not sampled from the policy itself"
 MODELLED_AT = {
     # the law that is sampled
@@ -94,14 +100,7 @@ MODELLED_AT = {
     # the rewards
     "reward_weights": Rule(_is([1.0]), "the reward is a weighted sum of several", "warn", key="update.reward"),
     "multi_objective_aggregation": Rule(_is("sum_then_normalize"), "each reward was normalised before the sum"),
-    "reward_clip_range": Rule(_is(), "rewards were clipped"),
-    "normalize_advantages": Rule(_is(False), "advantages were normalised over the batch"),
     # the loss
-    "mask_truncated_completions": Rule(_is(False), "responses that were cut did not count"),
-    "top_entropy_quantile": Rule(_is(1), "only the tokens of the highest entropy counted", key=OWN_LOSS),
-    "entropy_coef": Rule(_is(0), "the loss had an entropy bonus", key=OWN_LOSS),
-    "use_adaptive_entropy": Rule(_is(False), "the loss had an entropy bonus that adapts itself", key=OWN_LOSS),
-    "use_bias_correction_kl": Rule(_without_kl(False), "the KL term had another gradient", key=OWN_LOSS),
     "sync_ref_model": Rule(_without_kl(False), "the reference policy followed the policy", key="update.reference"),
     "delta": Rule(lambda value, _: value is None or value > 1, "tokens were clipped on-policy"),
     "router_aux_loss_coef": Rule(_is(0), "the loss had a term that balances the load of the experts"),
@@ -164,7 +163,7 @@ NO_EFFECT = {
     *("vllm_max_model_length", "vllm_max_model_len", "vllm_tensor_parallel_size", "vllm_device", "vllm_dtype"),
     *("vllm_enable_prefix_caching",),
     # what is at work off-policy only: at the policy that sampled U every ratio is 1, and every such weight
-    *("epsilon", "epsilon_high", "importance_sampling_level", "off_policy_mask_threshold"),
+    *("epsilon", "off_policy_mask_threshold"),
     *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg"),
     *("vespo_lambda_neg", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
     *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap"),
@@ -200,13 +199,9 @@ GENERATION = {
 """Of the model's generation_config.json: what TRL leaves open, and `generate` then takes from there. TRL itself sets
 temperature, top_p, top_k and repetition_penalty."""
 
-LOSSES: dict[str, tuple[str, Callable[[Arguments], bool]]] = {
-    "grpo": ("grpo", lambda _: True),
-    "dapo": ("dapo", lambda _: True),
-    "dr_grpo": ("dr_grpo", lambda _: True),
-    "sapo": ("grpo", lambda _: True),
-    "vespo": ("dapo", lambda _: True),
-    "cispo": ("dapo", lambda a: (a.get("epsilon_high") or a.get("epsilon", 0)) >= 1),
-    "bnpo": ("dapo", lambda a: a.get("gradient_accumulation_steps") == 1 and a.get("processes") == 1),
+LOSSES = {
+    **{name: name for name in ("grpo", "dapo", "dr_grpo", "bnpo", "luspo", "cispo")},
+    "sapo": "grpo",
+    "vespo": "dapo",
 }
-"""`loss_type` → the loss here that has the same gradient on-policy, and whether it has it beside other settings."""
+"""`loss_type` → the loss here that has the same gradient on-policy."""

@@ -84,7 +84,7 @@ class _Reader:
 
     def _number(self, name: str, value: Any, kind: type) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            self.found.append(Reading(SETTINGS[name], kind(value), f"{TRAINING_ARGUMENTS} ({name})"))
+            self._say(SETTINGS[name], kind(value), name)
 
     def _prompts_per_step(self) -> None:
         """B_U: responses of one optimizer step over those to one prompt."""
@@ -103,7 +103,7 @@ class _Reader:
                 Difference("per_device_train_batch_size", f"{fact}: {few}", "refuse", "batch_config.B_U")
             )
         else:
-            self.found.append(Reading("batch_config.B_U", total // responses, f"{TRAINING_ARGUMENTS} ({said})"))
+            self._say("batch_config.B_U", total // responses, said)
 
     def _count(self, name: str) -> int:
         value = self.arguments.get(name)
@@ -122,31 +122,71 @@ class _Reader:
 
     def _grpo(self) -> None:
         name = self.arguments.get("loss_type", "grpo")  # of releases that had one loss
-        loss, has_it = LOSSES.get(name, ("", None)) if isinstance(name, str) else ("", None)
-        if has_it is None or not has_it(self.arguments):
+        loss = LOSSES.get(name) if isinstance(name, str) else None
+        if loss is None:
             what = f"the trainer had loss_type = {_shown(name)}: that loss is not modelled"
-            what += " beside its other settings" if has_it else ""
             self.differ.append(Difference("loss_type", what, "refuse", "update.loss"))
         else:
             same = "" if loss == name else f" = {name}, whose gradient is that of {loss} on-policy"
-            self.found.append(Reading("update.loss", loss, f"{TRAINING_ARGUMENTS} (loss_type{same})"))
+            self._say("update.loss", loss, f"loss_type{same}")
         scaled = self.arguments.get("scale_rewards", True)
-        if scaled in (True, "group", False, "none"):
-            value = "group" if scaled in (True, "group") else "none"
-            self.found.append(Reading("update.scale_rewards", value, f"{TRAINING_ARGUMENTS} (scale_rewards)"))
+        if scaled in (True, "group", "batch", False, "none"):
+            named = {True: "group", False: "none"}.get(scaled, scaled)
+            self._say("update.scale_rewards", named, "scale_rewards")
         else:
             what = f"the trainer had scale_rewards = {_shown(scaled)}: advantages were divided otherwise"
             self.differ.append(Difference("scale_rewards", what, "refuse", "update.scale_rewards"))
         self._number("beta", self.arguments.get("beta"), float)
+        self._flag("mask_truncated_completions")
+        if self.arguments.get("beta"):
+            self._flag("use_bias_correction_kl")
+        if (level := self.arguments.get("importance_sampling_level")) in ("token", "sequence"):
+            self._say("update.importance_sampling_level", level, "importance_sampling_level")
+        if loss == "cispo":
+            cap = self.arguments.get("epsilon_high")
+            self._number("epsilon_high", self.arguments.get("epsilon") if cap is None else cap, float)
+        self._of_high_entropy(loss)
         if self.files.has_reference and self.arguments.get("beta"):
             what = "the reference policy of the KL term is the adapter in `ref`, not the base without an adapter"
             self.differ.append(Difference("ref", what, "refuse", "update.reference"))
 
+    def _of_high_entropy(self, loss: str | None) -> None:
+        """The entropy bonus, the quantile of the entropies, and the micro-batches over which they and BNPO average."""
+        self._number("top_entropy_quantile", self.arguments.get("top_entropy_quantile"), float)
+        coefficient = self.arguments.get("entropy_coef")
+        if self.arguments.get("use_adaptive_entropy"):
+            control = self.files.entropy_control
+            coefficient = 0.0 if _waits(self.files) else control.get("entropy_coef", coefficient)
+            self._number("use_adaptive_entropy", coefficient, float)
+        else:
+            self._number("entropy_coef", coefficient, float)
+        quantile = self.arguments.get("top_entropy_quantile")
+        of_quantile = isinstance(quantile, int | float) and quantile < 1
+        one, processes = self._count("per_device_train_batch_size"), self.arguments.get("processes", 1)
+        parts = self._count("gradient_accumulation_steps") * processes
+        if one and parts > 1 and (loss == "bnpo" or coefficient or of_quantile):
+            size = one * max(1, self._count("_n_gpu"))
+            self._say("update.micro_batch", size, "per_device_train_batch_size")
+        if of_quantile and processes > 1:
+            what = "the threshold of top_entropy_quantile was taken over all processes, and is that of one here"
+            self.differ.append(Difference("top_entropy_quantile", what, "warn"))
+
+    def _say(self, key: str, value: Any, name: str) -> None:
+        self.found.append(Reading(key, value, f"{TRAINING_ARGUMENTS} ({name})"))
+
+    def _flag(self, name: str) -> None:
+        if isinstance(value := self.arguments.get(name), bool):
+            self._say(SETTINGS[name], value, name)
+
     def _rloo(self) -> None:
-        self.found.append(Reading("update.loss", "rloo", f"{TRAINING_ARGUMENTS} (RLOO)"))
-        if beta := self.arguments.get("beta"):
-            what = f"the trainer had beta = {_shown(beta)}: its KL term was in the reward, not in the loss"
-            self.differ.append(Difference("beta", what, "refuse"))
+        self._say("update.loss", "rloo", "RLOO")
+        self._flag("normalize_advantages")
+        if bounds := self.arguments.get("reward_clip_range"):
+            self._say("update.reward_clip_range", [float(bound) for bound in bounds], "reward_clip_range")
+        self._flag("mask_truncated_completions")
+        if self.arguments.get("beta"):
+            self._number("beta", self.arguments["beta"], float)
+            self._say("update.kl_in", "reward", "RLOO")
 
 
 def _differences(files: TrainerFiles) -> Iterator[Difference]:
@@ -155,10 +195,6 @@ def _differences(files: TrainerFiles) -> Iterator[Difference]:
     if files.kind in ("GRPO", "RLOO"):
         for name, rule in MODELLED_AT.items():
             value = arguments.get(name)
-            if name == "use_adaptive_entropy" and _waits(files):
-                continue
-            if name == "entropy_coef" and arguments.get("use_adaptive_entropy"):
-                continue
             if name == "router_aux_loss_coef" and files.has_experts and value is None:
                 what = "the model has experts, and the loss may have had a term that balances their load"
                 yield Difference(name, what, "warn")

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from entropy_core.files import functions as user_functions
+from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.functional import TokenPair
-from entropy_core.numerics.loss_batch import LossBatch, Objective
+from entropy_core.numerics.loss_batch import LossBatch
 from entropy_core.store.columns import TokenTable, read_tokens
 
 if TYPE_CHECKING:
@@ -56,22 +57,10 @@ def read_batch(update: "Artifact", sequences: TokenTable) -> tuple[LossBatch, To
     Raises:
         StoreError: the step was taken on other sequences.
     """
-    summary, table = update.summary, update.table("sequences.parquet")
+    spec, table = LossSpec(**update.summary["loss"]), update.table("sequences.parquet")
     names = ["logprobs", "entropies", "coefficient", "entropy_coefficient"]
-    names += ["reference_logprobs"] if summary["kl_beta"] else []
+    names += ["reference_logprobs"] if spec.kl_beta else []
     tokens = sequences.join(read_tokens([update], *names, file=_FILE))
-    advantages_PG, rewards_PG = (
-        torch.tensor(table[name].to_pylist(), dtype=torch.float64).view(summary["prompts"], -1)
-        for name in ("advantage", "reward")
-    )
-    batch = LossBatch.on_policy(
-        tokens["logprobs"],
-        tokens["entropies"],
-        tokens.offsets_N1,
-        advantages_PG,
-        rewards_PG,
-        max_new_tokens=summary["max_new_tokens"],
-        reference_logprobs_K=tokens.columns.get("reference_logprobs"),
-        objective=Objective(kl_beta=summary["kl_beta"]),
-    )
+    rewards_PG = torch.tensor(table["reward"].to_pylist(), dtype=torch.float64).view(update.summary["prompts"], -1)
+    batch = spec.batch(tokens, rewards_PG, torch.tensor(table["truncated"].to_pylist()))
     return batch, TokenPair(tokens["coefficient"], tokens["entropy_coefficient"])

@@ -52,6 +52,11 @@ def group_advantages(rewards_PG: Tensor, loss: str, scaling: Scaling = "auto") -
     return advantages_PG / (rewards_PG.std() + STD_EPSILON) if divided == "batch" else advantages_PG
 
 
+def standardised(advantages_PG: Tensor) -> Tensor:
+    """Advantages less their mean over the batch, over their standard deviation + 1e-4."""
+    return (advantages_PG - advantages_PG.mean()) / (advantages_PG.std() + STD_EPSILON)
+
+
 def divided_by(loss: str, scaling: Scaling) -> Literal["group", "batch", "none"]:
     """The standard deviation that advantages are divided by, `auto` resolved."""
     if scaling == "auto":

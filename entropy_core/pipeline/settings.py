@@ -16,7 +16,6 @@ from pydantic import BaseModel
 from entropy_core.checkpoints.trainer_files import TrainerFiles
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.config.trainer_fields import OWN_LOSS
 from entropy_core.config.trainer_settings import LEFT_OUT, Difference, Reading, readings
 from entropy_core.errors import ConfigError, some_names
 from entropy_core.numerics.advantages import divided_by
@@ -26,12 +25,22 @@ OF_THE_TRAINING = (
     *("batch_config.prompt_column", "batch_config.add_special_tokens", "batch_config.apply_chat_template"),
     *("batch_config.system_prompt", "batch_config.max_prompt_length", "generation.temperature"),
     *("generation.max_new_tokens", "generation.stop_strings", "update.loss", "update.scale_rewards"),
-    *("update.max_grad_norm", "update.learning_rate", "update.optimizer_state", "update.kl_beta", "update.reference"),
-    "update.reward",
+    *("update.max_grad_norm", "update.learning_rate", "update.optimizer_state", "update.kl_beta", "update.kl_in"),
+    *("update.use_bias_correction_kl", "update.reference", "update.importance_sampling_level"),
+    *("update.top_entropy_quantile", "update.entropy_coef", "update.epsilon_high", "update.mask_truncated_completions"),
+    *("update.micro_batch", "update.reward", "update.reward_clip_range", "update.normalize_advantages"),
 )
 """Keys that say what the trainer does, in the order of a configuration; the others are the user's own choice."""
 
 _PATHS = ("policy.base_model", "batch_config.dataset_name", "update.loss", "update.reference", "update.reward")
+_OF_SOME_RUNS = {
+    f"update.{name}"
+    for name in (
+        *("kl_in", "use_bias_correction_kl", "importance_sampling_level", "top_entropy_quantile", "entropy_coef"),
+        *("epsilon_high", "mask_truncated_completions", "micro_batch", "reward_clip_range", "normalize_advantages"),
+    )
+}
+"""Keys that are not listed where nobody says anything of them."""
 SET, ASSUMED = "set by you", "assumed"
 
 
@@ -102,8 +111,7 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
     settled = with_read(config, read)
     parse_config(settled.model_dump(mode="json"), "what the configuration and the checkpoints say")
     _check_combination(settled)
-    known = given | ({OWN_LOSS} if ":" in config.update.loss else set())
-    _refuse(differences, known, config)
+    _refuse(differences, given, config)
     warnings = [
         *_contradictions(config, said, given, len(files)),
         *(_sentence(d, names, len(files)) for d, names in differences.items() if d.weight != "note"),
@@ -111,7 +119,7 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
     if silent := [name for name, of_one in files.items() if found and not of_one.arguments]:
         warnings.append(f"{some_names(silent)}: nothing says how it was trained; taken to be as the others were.")
     notes = [_sentence(d, names, len(files)) for d, names in differences.items() if d.weight == "note"]
-    left_out = [d.name for d in differences if d.weight == "refuse" and d.key not in known]
+    left_out = [d.name for d in differences if d.weight == "refuse" and d.key not in given]
     table = _table(settled, found, given, files)
     return Settled(read, tuple(table), tuple(warnings), tuple(notes), tuple(dict.fromkeys(left_out)))
 
@@ -151,7 +159,7 @@ def _agreed(said: Mapping[str, Mapping[str, Reading]], given: set[str]) -> dict[
     differing = {
         key: by_name
         for key, by_name in said.items()
-        if key not in given and len({reading.value for reading in by_name.values()}) > 1
+        if key not in given and len({_text(reading.value) for reading in by_name.values()}) > 1
     }
     if differing:
         lines = [
@@ -228,6 +236,8 @@ def _table(
         elif key == "policy.base_model":
             if any(of_one.is_adapter for of_one in files.values()):
                 yield Setting(key, value, "read from adapter_config.json")
+        elif key in _OF_SOME_RUNS:
+            continue
         elif key != "update.optimizer_state" and (key != "update.reference" or settled.update.kl_beta):
             yield Setting(key, value, ASSUMED)
 

@@ -74,7 +74,7 @@ def first_order_u(
     settings, shards = update.summary, [read_sequences(shard) for shard in sequences]
     of_u = tokens_of(shards)
     offsets_N1, (batch, coefficients) = of_u.offsets_N1, read_batch(update, of_u)
-    loss = name_of(execution, settings["loss"], settings["loss_source"])
+    loss = name_of(execution, settings["loss"]["name"], settings["loss"]["source"])
 
     # of the size of the policy: each is read or computed block by block, anew for every use
     blocks = blocks_of(model.named_parameters())
