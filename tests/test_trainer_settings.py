@@ -83,10 +83,12 @@ READ = {
     "not scaled": ({"scale_rewards": False}, "update.scale_rewards", "none"),
     "dr_grpo": ({"loss_type": "dr_grpo"}, "update.loss", "dr_grpo"),
     "dapo": ({"loss_type": "dapo"}, "update.loss", "dapo"),
-    "bnpo": ({"loss_type": "bnpo"}, "update.loss", "dapo"),
+    "bnpo": ({"loss_type": "bnpo"}, "update.loss", "bnpo"),
+    "luspo": ({"loss_type": "luspo"}, "update.loss", "luspo"),
+    "scaled by the batch": ({"scale_rewards": "batch"}, "update.scale_rewards", "batch"),
     "sapo": ({"loss_type": "sapo"}, "update.loss", "grpo"),
     "vespo": ({"loss_type": "vespo"}, "update.loss", "dapo"),
-    "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0}, "update.loss", "dapo"),
+    "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0}, "update.loss", "cispo"),
     "prompts": ({"per_device_train_batch_size": 32, "num_generations": 4}, "batch_config.B_U", 8),
     "accumulated": (
         {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 6, "num_generations": 4},
@@ -158,10 +160,8 @@ REFUSED = {
     "sync_ref_model": {"beta": 0.04, "use_bias_correction_kl": False, "sync_ref_model": True},
     "delta": {"delta": 0.9},
     "multi_objective_aggregation": {"multi_objective_aggregation": "normalize_then_sum"},
-    "scale_rewards": {"scale_rewards": "batch"},
-    "loss_type": {"loss_type": "luspo"},
-    "loss_type ": {"loss_type": "cispo"},  # whose ε_high is below 1 by default
-    "loss_type  ": {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
+    "loss_type": {"loss_type": "cispo"},  # whose ε_high is below 1 by default
+    "loss_type ": {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
     "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
     "router_aux_loss_coef": {"router_aux_loss_coef": 0.01},
     "per_device_train_batch_size": {"per_device_train_batch_size": 12, "steps_per_generation": 2},
@@ -205,8 +205,8 @@ def test_several_are_refused_together(tmp_path):
 
 
 def test_an_own_setting_in_the_place_of_one_that_is_not_modelled_is_enough(tmp_path):
-    (warning,) = settled(tmp_path, asked(update={"loss": "grpo"}), loss_type="luspo").warnings
-    assert "luspo" in warning
+    (warning,) = settled(tmp_path, asked(update={"loss": "grpo"}), loss_type="cispo").warnings
+    assert "cispo" in warning
     settled(tmp_path, asked(generation={"top_p": 1.0}), top_p=0.9)
     own = asked(update={"loss": "mine.py:with_bonus"})  # in which the bonus can be
     assert len(settled(tmp_path, own, entropy_coef=0.01).warnings) == 2
@@ -280,7 +280,7 @@ def test_a_sweep_takes_what_is_read_and_its_report_says_so(tmp_path, monkeypatch
     read = probe(given | own | {"update": given["update"]})
     assert read.run.inputs("sample-e-batch")["max_new_tokens"] == 8
     assert read.run.inputs("compute-update")["loss"] == "dr_grpo"
-    assert read.run.inputs("score-e-batch")["law"]["temperature"] == 0.9
+    assert read.run.inputs("score-e-batch")["policy"].temperature == 0.9
     page = (read.result.run_directory / "report.md").read_text()
     assert "**Warning:**" not in page
     assert "| `generation.temperature` | `0.9` | read from training_args.bin (temperature) |" in page

@@ -124,7 +124,7 @@ def test_a_loss_that_has_no_second_derivative_is_refused(file):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ppo", r"unknown loss 'ppo'.*use one of dapo, .*rloo, package\.module:function"),
+        ("ppo", r"unknown loss 'ppo'.*use one of bnpo, .*rloo, package\.module:function"),
         ("no.such.module:loss", "cannot be imported .ModuleNotFoundError"),
         ("/no/such/file.py:loss", "cannot be imported .FileNotFoundError"),
         ("math:pi", "'math:pi' is not a function"),

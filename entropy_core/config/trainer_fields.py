@@ -204,9 +204,10 @@ LOSSES: dict[str, tuple[str, Callable[[Arguments], bool]]] = {
     "grpo": ("grpo", lambda _: True),
     "dapo": ("dapo", lambda _: True),
     "dr_grpo": ("dr_grpo", lambda _: True),
+    "luspo": ("luspo", lambda _: True),
     "sapo": ("grpo", lambda _: True),
     "vespo": ("dapo", lambda _: True),
-    "cispo": ("dapo", lambda a: (a.get("epsilon_high") or a.get("epsilon", 0)) >= 1),
-    "bnpo": ("dapo", lambda a: a.get("gradient_accumulation_steps") == 1 and a.get("processes") == 1),
+    "cispo": ("cispo", lambda a: (a.get("epsilon_high") or a.get("epsilon", 0)) >= 1),
+    "bnpo": ("bnpo", lambda a: a.get("gradient_accumulation_steps") == 1 and a.get("processes") == 1),
 }
 """`loss_type` → the loss here that has the same gradient on-policy, and whether it has it beside other settings."""

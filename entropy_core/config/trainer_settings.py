@@ -131,8 +131,7 @@ class _Reader:
             same = "" if loss == name else f" = {name}, whose gradient is that of {loss} on-policy"
             self.found.append(Reading("update.loss", loss, f"{TRAINING_ARGUMENTS} (loss_type{same})"))
         scaled = self.arguments.get("scale_rewards", True)
-        if scaled in (True, "group", False, "none"):
-            value = "group" if scaled in (True, "group") else "none"
+        if value := {True: "group", False: "none"}.get(scaled, scaled if scaled in ("group", "batch", "none") else ""):
             self.found.append(Reading("update.scale_rewards", value, f"{TRAINING_ARGUMENTS} (scale_rewards)"))
         else:
             what = f"the trainer had scale_rewards = {_shown(scaled)}: advantages were divided otherwise"

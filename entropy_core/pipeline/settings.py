@@ -19,7 +19,7 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.config.trainer_fields import OWN_LOSS
 from entropy_core.config.trainer_settings import LEFT_OUT, Difference, Reading, readings
 from entropy_core.errors import ConfigError, some_names
-from entropy_core.numerics.advantages import divides
+from entropy_core.numerics.advantages import scaling_of
 
 OF_THE_TRAINING = (
     *("policy.base_model", "batch_config.B_U", "batch_config.G", "batch_config.dataset_name", "batch_config.split"),
@@ -201,7 +201,7 @@ def _contradictions(
     for key in (key for key in said if key in given):
         mine = value_of(config, key)
         if key == "update.scale_rewards" and mine == "auto":
-            mine = "group" if divides(config.update.loss, mine) else "none"
+            mine = scaling_of(config.update.loss, mine)
         others: dict[str, list[str]] = {}
         for name, reading in said[key].items():
             if reading.value != mine:
