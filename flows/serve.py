@@ -16,7 +16,7 @@ from prefect.flows import EntrypointType
 from entropy_core.config.read import load_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import ProbeError
-from entropy_core.pipeline.preflight import read_settings
+from entropy_core.pipeline.usable import read_settings
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.heartbeat import watch_heartbeats
 from flows.service import FOLDER, ROOT

@@ -20,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {  # settings of the trainer; LoRA where ther
     "full, dapo": {"loss_type": "dapo", "optim": "adamw_torch_fused", "adam_beta2": 0.95},
     "full, dr_grpo": {"loss_type": "dr_grpo"},
     "full, not divided": {"scale_rewards": "none"},
+    "full, divided by the batch": {"scale_rewards": "batch"},
+    "full, luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "max_grad_norm": 0.02},
     "full, bnpo": {"loss_type": "bnpo"},
     "full, cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
     "full, sapo": {"loss_type": "sapo", "importance_sampling_level": "sequence"},

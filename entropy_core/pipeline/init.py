@@ -15,8 +15,8 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.config.trainer_settings import LEFT_OUT
 from entropy_core.errors import ConfigError
 from entropy_core.files.checkpoint import RUN_HINT
-from entropy_core.pipeline.preflight import read_settings
 from entropy_core.pipeline.settings import ASSUMED, Setting, Settled
+from entropy_core.pipeline.usable import read_settings
 
 _SECTIONS = ("policy", "batch_config", "generation", "update")
 _OWN = {"batch_config.E_total_sequences": "your choice: more sequences, narrower intervals"}

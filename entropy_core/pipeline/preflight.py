@@ -2,34 +2,32 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 from entropy_core.checkpoints.architecture import read_architecture
-from entropy_core.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from entropy_core.checkpoints.checkpoint import Checkpoint
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
-from entropy_core.checkpoints.tokenizer import load_tokenizer, tokenizer_directory
-from entropy_core.checkpoints.trainer_files import TrainerFiles, read_trainer_files
+from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.errors import CheckpointError, ConfigError, one_line
-from entropy_core.files.checkpoint import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
+from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.files.digests import file_digest
 from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
 from entropy_core.pipeline.settings import Setting, Settled, settle, with_read
+from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
 from entropy_core.prompts import pools as prompts
 from entropy_core.prompts.pools import Pool
 from entropy_core.prompts.tokens import encode
 from entropy_core.rewards import functions as rewards
 
 log = logging.getLogger("entropy_probe.preflight")
-_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,6 @@ class CheckpointToProbe:
     warnings: tuple[str, ...]
 
 
-class _Readable(NamedTuple):
-    """A checkpoint whose files are sound, as far as that shows without reading its weights."""
-
-    name: str
-    checkpoint: Checkpoint
-    trainer: TrainerFiles
-    digest: str
-    weights: str
-    base: str
-    home: Path  # of the tokenizer
-    tokenizer: str
-
-
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     """Check everything that the configuration names; loads no weights and samples nothing.
 
@@ -90,41 +75,25 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     Raises:
         ProbeError: something is missing, broken or too small; says what to do.
     """
-
-    def read(directory: Path, name: str) -> _Readable:
-        checkpoint = _checkpoint(config, directory)
-        layout = checkpoint.layout
-        home = tokenizer_directory(layout.model, layout.base)
-        return _Readable(
-            name=name,
-            checkpoint=checkpoint,
-            trainer=read_trainer_files(layout),
-            digest=checkpoint_digest(directory),
-            weights=weights_digest(layout.model),
-            base=weights_digest(layout.base) if layout.base else "",
-            home=home,
-            tokenizer=tokenizer_digest(home),
-        )
-
-    readable, warnings = _usable(config, read)
-    settled = settle(config, {one.name: one.trainer for one in readable})
+    usable, warnings = usable_checkpoints(config)
+    settled = settle(config, {one.name: one.trainer for one in usable})
     warnings += settled.warnings
-    steps = [one.checkpoint.step for one in readable if one.checkpoint.layout.optimizer is None]
+    steps = [one.checkpoint.step for one in usable if one.checkpoint.layout.optimizer is None]
     if max(steps, default=0):
         warnings.append(f"The optimizer is taken to be fresh, and the trainer had made {max(steps)} steps.")
     for warning in warnings:
         log.warning("%s", warning)
-    return _checked(with_read(config, settled.read), readable, settled, tuple(warnings))
+    return _checked(with_read(config, settled.read), usable, settled, tuple(warnings))
 
 
 def _checked(
-    config: ProbeConfig, readable: Sequence[_Readable], settled: Settled, warnings: tuple[str, ...]
+    config: ProbeConfig, usable: Sequence[UsableCheckpoint], settled: Settled, warnings: tuple[str, ...]
 ) -> list[CheckpointToProbe]:
     """Check the prompts, the reward and the loss of the settings as they are now, and each checkpoint against them."""
     pools = _pools(config)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
-    for name, checkpoint, _, digest, weights, base, home, tokenizer in readable:
+    for name, checkpoint, _, digest, weights, base, home, tokenizer in usable:
         layout = checkpoint.layout
         paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
@@ -166,56 +135,6 @@ def settled_config(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]
         checkpoints: of `preflight`.
     """
     return with_read(config, checkpoints[0].read)
-
-
-def read_settings(config: ProbeConfig) -> tuple[ProbeConfig, Settled, dict[str, TrainerFiles]]:
-    """The settings of a sweep, without its prompts and its reward; nothing large is read.
-
-    Args:
-        config: what is asked for.
-
-    Returns:
-        The configuration with what the checkpoints say, where each setting is from, and what was read of each
-        checkpoint that can be probed, by its name.
-
-    Raises:
-        ProbeError: no checkpoint can be probed, or as `settle`.
-    """
-
-    def trainer(directory: Path, name: str) -> tuple[str, TrainerFiles]:
-        return name, read_trainer_files(_checkpoint(config, directory).layout)
-
-    usable, _ = _usable(config, trainer)
-    trainers = dict(usable)
-    settled = settle(config, trainers)
-    return with_read(config, settled.read), settled, trainers
-
-
-def _usable(config: ProbeConfig, read: Callable[[Path, str], _Found]) -> tuple[list[_Found], list[str]]:
-    """What is read of each checkpoint that can be probed, and a sentence about each that cannot."""
-    directories = find_checkpoints(config.checkpoints)
-    strict = config.execution.unusable_checkpoints == "refuse" or len(directories) == 1
-    found: list[_Found] = []
-    skipped: list[str] = []
-    first: CheckpointError | None = None
-    for directory, name in zip(directories, _unique_names(directories), strict=True):
-        try:
-            found.append(read(directory, name))
-        except (CheckpointError, FileNotFoundError) as error:  # a file that goes meanwhile: its trainer rotates
-            if not isinstance(error, CheckpointError):
-                error = CheckpointError(one_line(error), cause="the trainer removed it", fix="probe another one")
-            if strict:
-                raise error from None
-            first = first or error
-            skipped.append(f"{name} is left out: {' '.join(str(error).split())}")
-    if first is not None and not found:
-        raise first
-    return found, skipped
-
-
-def _checkpoint(config: ProbeConfig, directory: Path) -> Checkpoint:
-    fresh = config.update.optimizer_state == "fresh"
-    return read_checkpoint(directory, config.update.learning_rate or None, config.policy.base_model, fresh)
 
 
 def _pools(config: ProbeConfig) -> dict[str, Pool]:
@@ -268,19 +187,6 @@ def splits(config: ProbeConfig) -> tuple[str, str]:
     """The splits that E and U draw from."""
     batch = config.batch_config
     return batch.E_split or batch.split, batch.U_split or batch.split
-
-
-def _unique_names(directories: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many parents as it takes to tell it from the others."""
-    paths = [directory.resolve().parts for directory in directories]
-
-    def name(parts: tuple[str, ...]) -> str:
-        length = 1
-        while sum(other[-length:] == parts[-length:] for other in paths) > 1:
-            length += 1
-        return "/".join(parts[-length:])
-
-    return [name(parts) for parts in paths]
 
 
 def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
