@@ -15,7 +15,8 @@ from typing import Any
 from benchmarks.common import status_kilobytes
 from entropy_core.config.read import parse_config
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.pipeline.runner import direct_runner
+from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.store.manifest import MANIFEST
 from entropy_core.store.store import Store
 

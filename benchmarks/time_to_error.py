@@ -23,12 +23,14 @@ from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.uncertainty import entropy_derivative
 from entropy_core.pipeline.measure import Measurement, load_checkpoint, load_pool
 from entropy_core.pipeline.preflight import preflight, splits
-from entropy_core.pipeline.sweep import direct_runner, execution_for
+from entropy_core.pipeline.runner import direct_runner
+from entropy_core.pipeline.sweep import execution_for
 from entropy_core.policy import moves
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import BatchedSequences, LogprobResults
 from entropy_core.sequences.derivatives import forward_mode
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.law import processor_of
+from entropy_core.sequences.processor import processor_of
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Store
 
@@ -61,8 +63,8 @@ class _Enough(Exception):
 def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as store:
         values = values | {"execution": {"artifacts": store}, "importance": {"etas": [1], "estimators": ["snis"]}}
-        found, law, execution = _artifacts(values)
-        processor = processor_of(law, execution)
+        found, spec, execution = _artifacts(values)
+        processor = processor_of(spec, execution)
         policy, batch = processor.policy, read_sequences(found["sample-e-batch"][0])
         learning_rate = found["load-checkpoint"][0].summary["learning_rate"]
         v = dict(found["compute-update"][0].vector("direction"))
@@ -110,8 +112,8 @@ def _why(ours: Run, theirs: Run, batch: BatchedSequences) -> str:
     return f"{found}; both recipes take the trunk over prompts of {prompt:.0f} tokens and answers of {response:.0f}"
 
 
-def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], dict[str, Any], Any]:
-    """The artifacts of the last checkpoint up to the update, by stage; its law, and how it is executed."""
+def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], PolicySpec, Any]:
+    """The artifacts of the last checkpoint up to the update, by stage; its policy, and how it is executed."""
     config = parse_config(values)
     checkpoint = preflight(config)[-1]
     execution = execution_for(config, [checkpoint])
@@ -128,7 +130,7 @@ def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], dict[
     measurement = Measurement(config, checkpoint, load_checkpoint(config, checkpoint, run), pools, run)
     with suppress(_Enough):
         measurement.variance_inputs()
-    return found, measurement.law, execution
+    return found, measurement.policy, execution
 
 
 def _errors(found: dict[str, Any], learning_rate: float) -> Iterator[tuple[str, float, float]]:

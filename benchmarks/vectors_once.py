@@ -20,12 +20,12 @@ import torch
 
 from benchmarks.common import status_kilobytes
 from entropy_core.config.read import parse_config
-from entropy_core.pipeline.measure import Inputs
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.pipeline.runner import Inputs, direct_runner
+from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.policy.derivatives import token_derivatives
 from entropy_core.policy.model import Coefficients
-from entropy_core.sequences.law import policy_of
+from entropy_core.policy.spec import PolicySpec, policy_of
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.manifest import VECTORS
 from entropy_core.store.store import Stage, Store
@@ -186,14 +186,8 @@ def main() -> None:
 
 def _load(checkpoint: Any, execution: Any) -> int:
     """Load the policy as the stages do, and use each kind of pass once, on three tokens; how many parameters it has."""
-    law = {
-        "weights": checkpoint.weights,
-        "base": "",
-        "dtype": "float32",
-        "attn_implementation": "eager",
-        "temperature": 1.0,
-    }
-    policy = policy_of(law, execution)
+    spec = PolicySpec(weights=checkpoint.weights, dtype="float32", attn_implementation="eager", temperature=1.0)
+    policy = policy_of(spec, execution)
     parameters = policy.named_parameters()
     ids = torch.tensor([[3, 4, 5]])
     rows = policy_rows(ids.to(policy.device))

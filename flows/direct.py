@@ -8,9 +8,9 @@ from entropy_core.config.read import load_config
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.execution import Execution
 from entropy_core.pipeline import sweep as pipeline
-from entropy_core.pipeline.measure import Inputs, Runner
 from entropy_core.pipeline.plan import plan, typical_costs
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 from flows.plan import plan_total
@@ -78,7 +78,7 @@ def terminal_runner(store: Store, execution: Execution) -> Runner:
         _say(f"{'reused' if found else 'computed':9} {stage.name} · {label}  ({seconds})")
         return artifact
 
-    return run
+    return Runner(run)
 
 
 def _say(line: str) -> None:

@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
-from entropy_core.pipeline.measure import Inputs, Runner
 from entropy_core.pipeline.plan import Cost, Step
+from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.manifest import peak_rss_bytes
 from entropy_core.store.store import Stage
@@ -45,7 +45,7 @@ class Progress:
             self._say(f"{self._done} of {self._total} stages, {self._pace()}")
             return artifact
 
-        return watched_run
+        return Runner(watched_run)
 
     def within(self, done: int, total: int) -> None:
         """Note that the stage under way has done `done` of its `total` parts."""

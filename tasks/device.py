@@ -13,8 +13,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from entropy_core.pipeline.measure import Inputs
 from entropy_core.pipeline.memory import run_within_memory
+from entropy_core.pipeline.runner import Inputs
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 
@@ -70,5 +71,6 @@ def compute(store: Store, stage: Stage, execution: Any, inputs: Inputs) -> Artif
         execution: how to compute; see `Store.run`.
         inputs: of the stage.
     """
-    with device_slot(device_name(execution.device) if "law" in inputs else ""):
+    asks_a_policy = any(isinstance(value, PolicySpec) for value in inputs.values())
+    with device_slot(device_name(execution.device) if asks_a_policy else ""):
         return run_within_memory(store, stage, execution, inputs)

@@ -6,7 +6,7 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 
 from entropy_core.errors import MemoryShortageError
-from entropy_core.pipeline.measure import Inputs, Runner
+from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 from tasks.artifact_cache import StoreStorage, cache_policy
@@ -71,10 +71,10 @@ def prefect_runner(store: Store, execution: Any) -> Runner:
         execution: how to compute; see `Store.run`.
 
     Returns:
-        `run(stage, inputs, label) -> artifact`, to be called inside a flow run.
+        The runner, to be called inside a flow run.
     """
 
     def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
         return stage_task(stage, store, execution)(inputs=inputs, label=label)
 
-    return run
+    return Runner(run)

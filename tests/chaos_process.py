@@ -12,7 +12,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from entropy_core.config.read import parse_config
 from entropy_core.errors import ProbeError
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.pipeline.runner import direct_runner
+from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.store.store import Store
 
 

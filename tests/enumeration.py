@@ -24,6 +24,7 @@ from entropy_core.numerics.functional import (
     TokenPair,
     Tokens,
 )
+from entropy_core.numerics.loss_batch import LossBatch
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.policy import moves
 from entropy_core.policy.derivatives import token_derivatives
@@ -179,7 +180,7 @@ def rloo_coefficients(rewards_PG: Tensor, lengths_N: Tensor) -> Tensor:
     offsets_N1 = ragged.offsets_from_lengths(lengths_N)
     zero_K = torch.zeros(int(offsets_N1[-1]))
     advantages_PG = group_advantages(rewards_PG, "rloo")
-    batch = losses.LossBatch.on_policy(zero_K, zero_K, offsets_N1, advantages_PG, rewards_PG, max_new_tokens=3)
+    batch = LossBatch.on_policy(zero_K, zero_K, offsets_N1, advantages_PG, rewards_PG, max_new_tokens=3)
     return losses.coefficients(losses.rloo, batch).logprob_K[offsets_N1[:-1]]
 
 

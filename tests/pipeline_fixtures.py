@@ -9,7 +9,7 @@ Responses end at random, so lengths and finish reasons differ.
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer
 from entropy_core.numerics.vectors import Block, in_blocks
 from entropy_core.pipeline.preflight import CheckpointToProbe, preflight
-from entropy_core.pipeline.sweep import Inputs, SweepResult, direct_runner, execution_for, sweep
+from entropy_core.pipeline.runner import Inputs, Runner, direct_runner
+from entropy_core.pipeline.sweep import SweepResult, execution_for, sweep
+from entropy_core.policy.spec import policy_of
 from entropy_core.prompts.arithmetic import problems
 from entropy_core.report import figures
-from entropy_core.sequences.law import policy_of
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 
@@ -127,16 +128,17 @@ def skip_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "save_figure", lambda *_: None)
 
 
-@dataclass
-class Counting:
+class Counting(Runner):
     """A runner that calls the stages directly and notes what it was asked for and what was not there yet."""
 
-    store: Store
-    execution: Any
-    computed: Counter[str] = field(default_factory=Counter)
-    asked: list[tuple[str, Inputs, Artifact]] = field(default_factory=list)
+    def __init__(self, store: Store, execution: Any) -> None:
+        super().__init__(self.note)
+        self.store, self.execution = store, execution
+        self.computed: Counter[str] = Counter()
+        self.asked: list[tuple[str, Inputs, Artifact]] = []
 
-    def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
+    def note(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        """The artifact, noted."""
         fresh = not (self.store.root / stage.name / self.store.key(stage, inputs) / "manifest.json").exists()
         artifact = direct_runner(self.store, self.execution)(stage, inputs, label)
         self.computed[stage.name] += fresh
@@ -186,7 +188,7 @@ def parts_of(update: Artifact, run: Counting) -> dict[str, dict[str, torch.Tenso
         artifact for artifact in run.artifacts("load-checkpoint") if artifact.to_dict() in update.manifest["upstream"]
     ]
     inputs = next(inputs for _, inputs, artifact in run.asked if artifact.stage == "compute-update")
-    parameters = policy_of(inputs["law"], run.execution).named_parameters()
+    parameters = policy_of(inputs["policy"], run.execution).named_parameters()
     gradient = in_blocks(update.vector("gradient"))
     step = OptimizerStep(loaded, run.execution, parameters, gradient, update.summary["clip_factor"])
     names = ("direction", "momentum", "gradient", "decay", "preconditioner", "jacobian")

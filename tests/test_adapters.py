@@ -312,18 +312,24 @@ def test_the_base_counts_by_its_content(home: Path, tmp_path: Path):
 
 def test_a_base_that_changes_under_the_sweep_is_noticed(home: Path, tmp_path: Path):
     from entropy_core.execution import Execution
-    from entropy_core.sequences.law import policy_of as policy_of_law
+    from entropy_core.policy.spec import PolicySpec, policy_of
 
     base = Path(shutil.copytree(home / "base", tmp_path / "moved"))
     config = parse_config(
         config_of(home, tmp_path / "a", "plain/checkpoint-3", policy={"dtype": "float32", "base_model": str(base)})
     )
     (checkpoint,) = preflight(config)
-    law = {"weights": checkpoint.weights, "base": checkpoint.base, "dtype": "float32", "attn_implementation": "eager"}
-    assert policy_of_law(law, Execution(checkpoint.paths, device="cpu")).dtype == torch.float32
+    spec = PolicySpec(
+        weights=checkpoint.weights,
+        base=checkpoint.base,
+        dtype="float32",
+        attn_implementation="eager",
+        temperature=1.0,
+    )
+    assert policy_of(spec, Execution(checkpoint.paths, device="cpu")).dtype == torch.float32
     write_json(base / "generation_config.json", {"eos_token_id": 5})
     with pytest.raises(CheckpointError, match="changed after the sweep had begun"):
-        policy_of_law(law, Execution(checkpoint.paths, device="cpu"))
+        policy_of(spec, Execution(checkpoint.paths, device="cpu"))
 
 
 def test_the_tokenizer_is_the_bases_where_the_adapter_has_none(home: Path, tmp_path: Path):

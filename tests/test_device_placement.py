@@ -19,10 +19,10 @@ from entropy_core.config.read import parse_config
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.sweep import execution_for
 from entropy_core.policy import moves, pretrained
+from entropy_core.policy import spec as specs
 from entropy_core.policy.model import Coefficients, Policy
 from entropy_core.sequences import batch as batched_sequences
 from entropy_core.sequences import decoding, derivatives
-from entropy_core.sequences.law import policy_of as policy_of_law
 from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 ROWS, TOKENS = 8, 12
@@ -160,9 +160,11 @@ def test_the_shadow_of_a_tensor_is_no_tensor_of_the_cpu():
 def test_a_stage_computes_in_full_precision_whatever_was_set_before(run, tmp_path):
     config = parse_config(values(run, tmp_path, checkpoints=[str(run / "checkpoint-3")], policy={"dtype": "float32"}))
     checkpoints = preflight(config)
-    law = {"weights": checkpoints[0].weights, "base": "", "dtype": "float32", "attn_implementation": "eager"}
+    spec = specs.PolicySpec(
+        weights=checkpoints[0].weights, dtype="float32", attn_implementation="eager", temperature=1.0
+    )
     for _ in range(2):  # loaded, and found loaded
         torch.set_float32_matmul_precision("medium")
-        policy_of_law(law, execution_for(config, checkpoints))
+        specs.policy_of(spec, execution_for(config, checkpoints))
         assert torch.get_float32_matmul_precision() == "highest"
     pretrained.load_policy.cache_clear()

@@ -1,5 +1,6 @@
 """The functions with forward-mode derivatives of their own: torch's values, to rounding, and in use."""
 
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -123,3 +124,38 @@ def test_what_is_constant_costs_no_product():
     assert dx is not None
     assert dweight is None
     assert dbias is None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: functional.softmax(x, 0),
+        lambda x: functional.linear(x, x[None]),
+        lambda x: x * x,
+        lambda x: x**2,
+    ],
+    ids=["softmax", "linear", "mul", "pow"],
+)
+def test_a_second_level_of_forward_mode_is_refused(function: Callable[[torch.Tensor], torch.Tensor]):
+    """Without a refusal it would be 0 wherever one of these functions is the only one that bends."""
+    x, v = torch.randn(2, 4, dtype=torch.float64)
+    with DirectDerivatives():
+        jvp(function, (x,), (v,))
+        with pytest.raises(NotImplementedError, match="a second level of forward mode"):
+            jvp(lambda x: jvp(function, (x,), (v,))[1], (x,), (v,))
+
+
+def test_a_second_level_through_a_policy_is_refused():
+    policy = policy_of(llama())
+    rows = TeacherForcedRows(
+        torch.tensor([[1, 2, 3]]), torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([2, 3])
+    )
+    v = random_direction(policy)
+
+    def along(scale: torch.Tensor) -> torch.Tensor:
+        return token_derivatives(policy, rows, {name: scale * tensor for name, tensor in v.items()}, 1.0).dlogprobs_K
+
+    one = torch.ones((), dtype=policy.dtype)
+    along(one)
+    with pytest.raises(NotImplementedError, match="a second level of forward mode"):
+        jvp(along, (one,), (one,))

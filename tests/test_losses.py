@@ -1,6 +1,7 @@
 """Losses against the formulas of their gradients, against trainers' code, and against added copies of a response."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from entropy_core.numerics import losses, ragged
 from entropy_core.numerics.advantages import Loss, group_advantages
-from entropy_core.numerics.losses import LOSSES, LossBatch, LossFunction, TokenPair
+from entropy_core.numerics.loss_batch import LossBatch, Objective
+from entropy_core.numerics.losses import LOSSES, LossFunction, TokenPair
 
 P, G, LONGEST, N = 3, 4, 6, 12
 KL_BETA = 0.3
+TOKEN_MEANS = ("dapo", "bnpo", "cispo")
 each = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -32,7 +35,7 @@ def batch_of(name: str = "grpo", kl_beta: float = 0.0, seed: int = 0) -> LossBat
         rewards_PG,
         max_new_tokens=LONGEST,
         reference_logprobs_K=-noise_3K[2].abs() if kl_beta else None,
-        kl_beta=kl_beta,
+        objective=Objective(kl_beta=kl_beta),
     )
 
 
@@ -54,7 +57,7 @@ def bonus_over_tokens(batch: LossBatch) -> Tensor:
 def test_every_published_loss_is_there():
     assert tuple(LOSSES) == get_args(Loss)
     for name, loss in LOSSES.items():
-        assert loss.__name__ == name and ("arXiv:" in inspect.getdoc(loss) or "doi:" in inspect.getdoc(loss))
+        assert loss.__name__ == name and re.search("arXiv:|doi:|TRL", inspect.getdoc(loss))
 
 
 # --- the gradient ----------------------------------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def test_every_published_loss_is_there():
 def denominators(name: str, lengths_N: Tensor) -> Tensor:
     """Z_i of −(1/N) Σ_i A_i (1/Z_i) Σ_k ℓ_ik."""
     T_N = lengths_N.double()
-    constant = {"dapo": T_N.mean(), "dr_grpo": torch.tensor(LONGEST).double(), "rloo": T_N.new_ones(())}
+    constant = {"dr_grpo": torch.tensor(LONGEST).double()} | dict.fromkeys(TOKEN_MEANS, T_N.mean())
     return {"grpo": T_N}.get(name, constant.get(name, T_N.new_ones(())).expand(len(T_N)))
 
 
@@ -132,9 +135,11 @@ def test_an_entropy_bonus_by_hand():
     torch.testing.assert_close(found.logprob_K, without.logprob_K, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES.values(), bonus, bonus_over_tokens])
+@pytest.mark.parametrize(
+    "loss", [*(loss for loss in LOSSES.values() if loss is not losses.cispo), bonus, bonus_over_tokens]
+)
 def test_coefficients_are_slopes_token_by_token(loss: LossFunction):
-    """By central differences in every ℓ and every h, the old policy held fixed."""
+    """By central differences in every ℓ and every h, the old policy held fixed; the weights of `cispo` would move."""
     batch, step = batch_of(kl_beta=KL_BETA), 1e-5
     found = losses.coefficients(loss, batch)
     for column, gradient_K in zip(("logprobs_K", "entropies_K"), found, strict=True):
@@ -174,7 +179,7 @@ def test_influence_by_formula(name: str, kl_beta: float):
     found_N = losses.influence(LOSSES[name], batch, direction)
     terms_N = ragged.sequence_sum(losses.coefficients(LOSSES[name], batch).dot(direction), batch.offsets_N1)
     lengths_N = ragged.lengths(batch.offsets_N1).double()
-    expected_N = terms_N - lengths_N / lengths_N.sum() * terms_N.sum() if name == "dapo" else terms_N
+    expected_N = terms_N - lengths_N / lengths_N.sum() * terms_N.sum() if name in TOKEN_MEANS else terms_N
     torch.testing.assert_close(found_N, expected_N, rtol=1e-12, atol=1e-15)
 
 
@@ -206,7 +211,10 @@ def test_what_one_more_copy_of_a_response_does_to_the_gradient(loss: LossFunctio
             batch,
             **{c: getattr(batch, c)[pick_K] for c in ("logprobs_K", "entropies_K", "old_logprobs_K", "mask_K")},
             offsets_N1=offsets_N1,
-            **{c: getattr(batch, c)[chosen] for c in ("advantages_N", "rewards_N", "prompts_N", "weights_N")},
+            **{
+                c: getattr(batch, c)[chosen]
+                for c in ("advantages_N", "rewards_N", "prompts_N", "weights_N", "micro_batches_N")
+            },
             responses=N * copies,
         )
         return losses.coefficients(loss, repeated).dot(TokenPair(*(x_K[pick_K] for x_K in direction))).sum().item()

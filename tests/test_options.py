@@ -11,10 +11,10 @@ from scipy import stats
 from entropy_core.config.read import parse_config
 from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError
 from entropy_core.numerics import ragged
-from entropy_core.sequences import law as sequences
+from entropy_core.policy.spec import policy_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.stages import calibrate
-from entropy_core.store.columns import read_columns
+from entropy_core.store.columns import read_tokens
 
 SEED = 42
 
@@ -98,7 +98,7 @@ def test_central_differences_give_the_same_and_say_how_far_off_they_are(folder, 
         assert row["delta_h1"] == pytest.approx(exact["delta_h1"], rel=1e-3)
         assert row["gradient_check"] < 1e-3
     calibration = found.run.artifacts("calibrate")[0].summary
-    derivatives, _ = read_columns(plain.run.artifacts("first-order-e"), "dlogprobs")
+    derivatives = read_tokens(plain.run.artifacts("first-order-e"), "dlogprobs")
     change = calibration["half_width"] * float(derivatives["dlogprobs"].square().mean().sqrt())
     assert change == pytest.approx(min(calibrate.RMS_CHANGES), rel=1e-6)  # all of this E is compared on
 
@@ -174,7 +174,7 @@ def test_pairs_of_opposite_steps(plain):
 def test_predictors_are_computed_on_the_tokens_of_u(plain):
     shards = [read_sequences(shard) for shard in plain.run.artifacts("sample-u-batch")]
     lengths_N = torch.cat([ragged.lengths(shard.response_offsets_N1) for shard in shards])
-    columns, _ = read_columns(plain.run.artifacts("score-u-batch"), "logprobs", "entropies")
+    columns = read_tokens(plain.run.artifacts("score-u-batch"), "logprobs", "entropies")
     update = plain.run.artifacts("compute-update")[0].table("sequences.parquet")
     advantages_K = torch.repeat_interleave(torch.tensor(update["advantage"].to_pylist()), lengths_N).double()
     logp_K = columns["logprobs"]
@@ -189,7 +189,7 @@ def test_predictors_are_computed_on_the_tokens_of_u(plain):
     assert at_lr["delta_h1"]["predicted"] == measured["delta_h1"]
     assert len(rows) == 2 * 4 * 4
     # E_π[S*] of every step, from the model's own logits
-    model = sequences.policy_of(plain.run.inputs("score-u-batch")["law"], plain.run.execution).model
+    model = policy_of(plain.run.inputs("score-u-batch")["policy"], plain.run.execution).model
     prompt, response = shards[0].prompt(0), shards[0].response(0)
     logits = model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
     logp = torch.log_softmax(logits, -1)

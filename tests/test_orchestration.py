@@ -29,6 +29,7 @@ from entropy_core.execution import Execution
 from entropy_core.files.digests import file_digest
 from entropy_core.pipeline.plan import plan
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 from flows.entropy_probe import checkpoint_sweep, variance
@@ -67,9 +68,14 @@ def stumble(out, execution):
     return {}
 
 
-def weigh(out, execution, *, law):
-    CALLS.append(f"weigh {law['weights']}")
-    return law
+def weigh(out, execution, *, policy):
+    CALLS.append(f"weigh {policy.weights}")
+    return {"weights": policy.weights}
+
+
+def of(weights: str) -> dict[str, PolicySpec]:
+    spec = PolicySpec(weights=weights, dtype="float32", attn_implementation="eager", temperature=1.0)
+    return {"policy": spec}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,13 +126,11 @@ def test_what_is_cached_does_not_wait_for_the_device(store, tmp_path, monkeypatc
     monkeypatch.setattr("tasks.device.device_name", lambda device: "a-gpu")
     held: list[Artifact] = []
     with ThreadPoolExecutor(1) as pool, device_slot("a-gpu"):
-        store.run(Stage("weigh", weigh), Execution(), {"law": {"weights": "a"}})
+        store.run(Stage("weigh", weigh), Execution(), of("a"))
 
         @flow
         def weighing(weights: str):
-            return stages.prefect_runner(store, Execution())(
-                Stage("weigh", weigh), {"law": {"weights": weights}}, "one"
-            )
+            return stages.prefect_runner(store, Execution())(Stage("weigh", weigh), of(weights), "one")
 
         held.append(weighing("a"))
         other = pool.submit(weighing, "b")

@@ -31,7 +31,7 @@ from entropy_core.pipeline import catalogue
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.measure import NOISE_DRAWS
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.sequences import law as sequences
+from entropy_core.policy import spec
 from entropy_core.store.store import Store
 
 ETAS = [0, 0.01, 0.02, 1]
@@ -93,7 +93,7 @@ def no_model(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(sequences, "load_policy", refuse)
+    monkeypatch.setattr(spec, "load_policy", refuse)
     for name in ("policy.pretrained.AutoModelForCausalLM", "checkpoints.tokenizer.AutoTokenizer"):
         monkeypatch.setattr(f"entropy_core.{name}.from_pretrained", refuse)
 
@@ -347,7 +347,7 @@ def test_a_new_step_size_costs_only_itself(redo):
 
 
 def test_a_step_size_less_costs_only_the_statistics(redo, monkeypatch):
-    monkeypatch.setattr(sequences, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(spec, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     assert redo(importance={"etas": [0, 1]}).run.was_computed == {"variance": len(NAMES), "report": 1}
 
 

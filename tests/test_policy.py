@@ -291,3 +291,20 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path: Path):
 def test_a_directory_without_a_model_is_refused_by_name(tmp_path: Path):
     with pytest.raises(CheckpointError, match=f"{tmp_path.name}/config.json is not readable"):
         load_policy(tmp_path, "digest", "float32", "eager", "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch.compile itself
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a layer", "its forward"])
+def test_a_compiled_model_is_refused(how):
+    """Its forward-mode derivatives would be those of torch's own, or none, without a word."""
+    model = llama()
+    if how == "wrapped":
+        model = torch.compile(model)
+    elif how == "in place":
+        model.compile()
+    elif how == "a layer":
+        model.model.layers[1].compile()
+    else:
+        model.forward = torch.compile(model.forward)
+    with pytest.raises(CheckpointError, match=r"is compiled, and .* Fix: pass the model as it was"):
+        policy_of(model)

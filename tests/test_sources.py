@@ -164,10 +164,10 @@ def during(monkeypatch, where: str, before: Callable[[], None], after: Callable[
 
 
 READING = {
-    "optimizer.pt": ("load-checkpoint", "entropy_core.stages.load.read_checkpoint", CheckpointError),
-    "model.safetensors": ("sample-e-batch", "entropy_core.sequences.law.load_policy", CheckpointError),
-    "generation_config.json": ("sample-e-batch", "entropy_core.sequences.law.load_policy", CheckpointError),
-    "pool.jsonl": ("load-prompts", "entropy_core.stages.load.load_pool", ConfigError),
+    "optimizer.pt": ("load-checkpoint", "entropy_core.stages.load_checkpoint.read_checkpoint", CheckpointError),
+    "model.safetensors": ("sample-e-batch", "entropy_core.policy.spec.load_policy", CheckpointError),
+    "generation_config.json": ("sample-e-batch", "entropy_core.policy.spec.load_policy", CheckpointError),
+    "pool.jsonl": ("load-prompts", "entropy_core.stages.load_prompts.load_pool", ConfigError),
     "reward.py": ("reward-u-batch", "entropy_core.stages.reward.compute_rewards", ConfigError),
 }
 

@@ -131,7 +131,7 @@ def test_explain_two_keys_names_the_field_through_all_that_comes_before(home, fi
     status, said = store(home / "artifacts", "explain", a[:12], f"variance/{b}")
     [line] = said.splitlines()[1:]
     assert status == 0
-    assert line.startswith("    inputs.law.temperature: 1.0 → 0.5 (")
+    assert line.startswith("    inputs.policy.temperature: 1.0 → 0.5 (")
     assert "sample-e-batch" in line and "score-e-batch" in line
     assert store(home / "artifacts", "explain", a, a)[1].endswith("nothing differs\n")
 

@@ -22,7 +22,8 @@ from entropy_core.demo.run import build_model, build_tokenizer
 from entropy_core.demo.training_run import quiet
 from entropy_core.numerics import ragged
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.pipeline.runner import direct_runner
+from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.prompts.arithmetic import problems
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.files import write_sequences
@@ -153,13 +154,13 @@ class Recorded(Counting):
 
     batch: Batch
 
-    def __call__(self, stage: Stage, inputs: dict[str, Any], label: str) -> Artifact:
+    def note(self, stage: Stage, inputs: dict[str, Any], label: str) -> Artifact:
         prompts, responses, rewards = self.batch
         if stage.name == "sample-u-batch":
-            stage = Stage("recorded-sequences", recorded_sequences)
+            stage = Stage(stage.name, recorded_sequences)
             inputs = {"prompts": prompts, "responses": responses}
         elif stage.name == "reward-u-batch":
-            stage, inputs = Stage("recorded-rewards", recorded_rewards), {"rewards": rewards}
+            stage, inputs = Stage(stage.name, recorded_rewards), {"rewards": rewards}
         artifact = direct_runner(self.store, self.execution)(stage, inputs, label)
         self.asked.append((stage.name, inputs, artifact))
         return artifact

@@ -23,7 +23,8 @@ import yaml
 
 from entropy_core.config.read import load_config
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.pipeline.runner import direct_runner
+from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.store.store import Store
 from flows import door, service
 

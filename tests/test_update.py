@@ -17,9 +17,11 @@ from entropy_core.files.sources import content_digest
 from entropy_core.losses.files import read_batch
 from entropy_core.numerics import losses
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.numerics.loss_batch import LossBatch, Objective
 from entropy_core.pipeline import catalogue
 from entropy_core.sequences.files import read_sequences
 from entropy_core.store.artifact import Artifact
+from entropy_core.store.columns import read_tokens
 
 P, G = 8, 4
 KL_BETA = 0.3
@@ -319,10 +321,15 @@ def test_a_token_without_an_advantage_has_sensitivities_too(exact):
         assert column(of_u, f"sensitivity_{normalization}")[nothing_K].all()
 
 
+def batch_of(update: Artifact, of_u: Artifact) -> LossBatch:
+    batch, _ = read_batch(update, read_tokens([of_u], file="sensitivities.safetensors"))
+    return batch
+
+
 def test_another_weighting_of_the_tokens_is_a_dot_product(exact, oracle, weighed):
     """What DAPO's gradient would do through the same preconditioner, without a pass over the model."""
     update, of_u = weighed
-    other = losses.coefficients(losses.dapo, replace(read_batch(update), kl_beta=0.0))
+    other = losses.coefficients(losses.dapo, replace(batch_of(update, of_u), objective=Objective()))
     preconditioner = oracle.vector(clipped_preconditioner(exact, update))
     gradient = oracle.gradient("dapo", torch.ones(P, dtype=torch.float64))
     for normalization, dH in gradients(exact, oracle).items():
@@ -335,18 +342,19 @@ def test_the_influences_can_be_made_from_the_sensitivities_again(weighed):
     update, of_u = weighed
     raw = of_u.tensors("sensitivities.safetensors")
 
-    def mine(batch: losses.LossBatch) -> torch.Tensor:
+    def mine(batch: LossBatch) -> torch.Tensor:
         return losses.grpo(batch) - 0.01 * batch.mean(batch.sequence_sum(batch.entropies_K) / batch.lengths_N)
 
     for half in HALVES:
         pair = losses.TokenPair(*(raw[f"pulled_back/entropy/{half}/{of}"] for of in ("logprob", "entropy")))
-        found_N = losses.influence(mine, read_batch(update), pair)
+        found_N = losses.influence(mine, batch_of(update, of_u), pair)
         expected_N = column(of_u, f"influence_per_sequence_half_{half}", "sequences")
         torch.testing.assert_close(found_N, expected_N, rtol=1e-9, atol=1e-14)
     halves = [f"pulled_back/{kind}/{half}" for kind in KINDS for half in HALVES]
     parts = halves + [f"preconditioned/{kind}" for kind in KINDS]
-    assert set(raw) == {f"{part}/{of}" for part in parts for of in ("logprob", "entropy")}
-    assert {len(values_K) for values_K in raw.values()} == {len(column(of_u, "position"))}
+    names = {f"{part}/{of}" for part in parts for of in ("logprob", "entropy")}
+    assert set(raw) == names | {"sequences", "offsets"}
+    assert {len(raw[name]) for name in names} == {len(column(of_u, "position"))}
 
 
 def test_the_gradient_of_all_of_e_is_that_of_its_halves(exact, oracle):

@@ -156,7 +156,7 @@ def test_a_loss_that_has_no_second_derivative_is_refused(file):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ppo", r"unknown loss 'ppo'.*use one of dapo, .*rloo, package\.module:function"),
+        ("ppo", r"unknown loss 'ppo'.*use one of bnpo, .*rloo, package\.module:function"),
         ("no.such.module:loss", "cannot be imported .there is no module no"),
         ("/no/such/file.py:loss", "cannot be imported .there is no file"),
         ("math:pi", "'math:pi' has no source file"),

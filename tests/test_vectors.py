@@ -284,10 +284,11 @@ def test_an_archive_leaves_them_out_unless_told(home, tmp_path, capsys):
 OPENED = """
 import json, sys
 from pathlib import Path
-from entropy_core import figures
+from entropy_core.report import figures
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.execution import Execution
-from entropy_core.pipeline.sweep import direct_runner, variance
+from entropy_core.pipeline.runner import direct_runner
+from entropy_core.pipeline.sweep import variance
 from entropy_core.store.store import Store
 for name in ("figures", "token_figure", "save_figure"):
     setattr(figures, name, lambda *_: {})

@@ -22,7 +22,8 @@ from entropy_core.code.reached import GIVEN
 from entropy_core.config.read import parse_config
 from entropy_core.pipeline.catalogue import STAGES
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.sweep import direct_runner, execution_for, sweep
+from entropy_core.pipeline.runner import direct_runner
+from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.policy.pretrained import load_policy
 from entropy_core.store.store import Stage, Store
 

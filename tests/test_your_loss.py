@@ -55,7 +55,7 @@ def test_the_gradient_is_that_of_the_loss_on_the_model(home: Path):
     assert found.keys() == expected.keys()
     for name, g in expected.items():
         torch.testing.assert_close(found[name], g, rtol=0, atol=1e-10)
-    assert update.tensors("coefficients.safetensors")["entropy_K"].max() < 0
+    assert update.tensors("loss.safetensors")["entropy_coefficient"].max() < 0
     assert "that of the `my_loss.py:with_bonus` loss (advantages divided" in report(done)
     for row in done.rows:
         assert row["attribution_closure"] < 1e-8 and row["gradient_check"] < 1e-8
@@ -86,7 +86,8 @@ def test_a_loss_that_fails_is_refused_before_anything_is_computed(home: Path):
 
 
 def test_the_page_names_what_a_loss_is_given():
-    from entropy_core.numerics.losses import LOSSES, LossBatch
+    from entropy_core.numerics.loss_batch import LossBatch
+    from entropy_core.numerics.losses import LOSSES
 
     page = PAGE.read_text(encoding="utf-8")
     for name in LossBatch.__dataclass_fields__.keys() - {"weights_N"}:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.device.models import write_checkpoint
 from entropy_core.config.read import parse_config
-from entropy_core.pipeline.measure import Inputs
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.sweep import direct_runner, execution_for, go_through
+from entropy_core.pipeline.runner import Inputs, direct_runner
+from entropy_core.pipeline.sweep import execution_for, go_through
 from entropy_core.policy.pretrained import load_policy
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store

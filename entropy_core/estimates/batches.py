@@ -1,7 +1,8 @@
 """E from the artifacts of its shards, for the statistics: read again for every reading, a shard in memory at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,10 +12,14 @@ from entropy_core.numerics.choices import Baseline
 from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.quadrature import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
-from entropy_core.store.columns import read_columns
+from entropy_core.store.columns import TokenTable, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.store.artifact import Artifact
+    from entropy_core.store.inputs import AtStepSize
+
+_COLUMNS = [[f"{name.removesuffix('_K')}_{j}" for name in TokenDerivatives._fields] for j in range(len(NODES))]
+"""Of path-integral: by node."""
 
 
 def evaluation_batch(
@@ -43,17 +48,17 @@ def evaluation_batch(
 
 
 def _tokens(scores: "Artifact", derivatives: "Artifact") -> Tokens:
-    scored, offsets_N1 = read_columns([scores], "logprobs", "entropies")
-    along_v, _ = read_columns([derivatives], "dlogprobs", "dentropies")
-    along = TokenPair(along_v["dlogprobs"], along_v["dentropies"])
-    return Tokens(scored["logprobs"], scored["entropies"], offsets_N1, along)
+    table = read_tokens([scores], "logprobs", "entropies").join(read_tokens([derivatives], "dlogprobs", "dentropies"))
+    along = TokenPair(table["dlogprobs"], table["dentropies"])
+    return Tokens(table["logprobs"], table["entropies"], table.offsets_N1, along)
 
 
-def moved_batch(entry: Mapping[str, Any]) -> Moved:
+def moved_batch(entry: "AtStepSize", sequences: Sequence[TokenTable]) -> Moved:
     """E at a step size.
 
     Args:
         entry: `eta`, the `shards` of importance and those of path-integral, `path`.
+        sequences: those of each shard; others are refused.
 
     Returns:
         What reads it.
@@ -62,33 +67,32 @@ def moved_batch(entry: Mapping[str, Any]) -> Moved:
 
     def read() -> Iterator[MovedTokens]:
         for i in range(max(len(shards), len(path))):
-            columns = read_columns([shards[i]], "logprobs", "entropies")[0] if shards else {}
-            yield MovedTokens(columns.get("logprobs"), columns.get("entropies"), _at_nodes(path[i]) if path else ())
+            moved = sequences[i]
+            moved = moved.join(read_tokens([shards[i]], "logprobs", "entropies")) if shards else moved
+            at_nodes = _at_nodes(moved.join(read_tokens([path[i]], *chain(*_COLUMNS)))) if path else ()
+            yield MovedTokens(moved.columns.get("logprobs"), moved.columns.get("entropies"), at_nodes)
 
     return Moved(entry["eta"], read)
 
 
-def _at_nodes(shard: "Artifact") -> tuple[TokenDerivatives, ...]:
-    names = [name.removesuffix("_K") for name in TokenDerivatives._fields]
-    return tuple(
-        TokenDerivatives(*read_columns([shard], *(f"{name}_{j}" for name in names))[0].values())
-        for j in range(len(NODES))
-    )
+def _at_nodes(table: TokenTable) -> tuple[TokenDerivatives, ...]:
+    return tuple(TokenDerivatives(*(table[name] for name in of_node)) for of_node in _COLUMNS)
 
 
-def moved_of_first(batch: EvaluationBatch, rescored: "Artifact") -> Moved:
+def moved_of_first(batch: EvaluationBatch, rescored: "Artifact", sequences: TokenTable) -> Moved:
     """The first sequences under other rounding errors, cut into the blocks that they have in the batch.
 
     Args:
         batch: these sequences of E.
         rescored: a draw of rescore-e-batch.
+        sequences: those of the batch; others are refused.
 
     Returns:
         What reads it.
     """
 
     def read() -> Iterator[MovedTokens]:
-        columns, _ = read_columns([rescored], "logprobs", "entropies")
+        columns = sequences.join(read_tokens([rescored], "logprobs", "entropies"))
         counts = [len(tokens.entropies_K) for tokens, _ in batch.read()]
         yield from map(MovedTokens, *(columns[name].split(counts) for name in ("logprobs", "entropies")))
 

@@ -19,7 +19,8 @@ from entropy_core.losses import functions
 from entropy_core.losses.functions import SIGNATURE, load_loss, source_file
 from entropy_core.numerics import losses
 from entropy_core.numerics.functional import TokenPair
-from entropy_core.numerics.losses import LOSSES, LossBatch
+from entropy_core.numerics.loss_batch import LossBatch
+from entropy_core.numerics.losses import LOSSES
 
 _DEFAULT_LIMITS = Isolation()
 

@@ -1,6 +1,6 @@
 """The loss that `update.loss` names: one of `numerics.losses`, or a function of the user.
 
-    def loss(batch: LossBatch) -> torch.Tensor          a float64 scalar, see `numerics.losses.LossBatch`
+    def loss(batch: LossBatch) -> torch.Tensor          a float64 scalar, see `numerics.loss_batch.LossBatch`
 
 A user's function is checked on a made-up batch before anything expensive runs, and what it returns is checked whenever
 it is called: nothing becomes a gradient that is not one. All of it happens in a process of its own, see `apart`.
@@ -18,7 +18,8 @@ from entropy_core.errors import ConfigError, LossError, ProbeError, one_line
 from entropy_core.files import functions as user_functions
 from entropy_core.numerics import losses, ragged
 from entropy_core.numerics.functional import TokenPair
-from entropy_core.numerics.losses import LOSSES, LossBatch, LossFunction
+from entropy_core.numerics.loss_batch import LossBatch, Objective
+from entropy_core.numerics.losses import LOSSES, LossFunction
 
 SIGNATURE = "write def loss(batch): … that returns a scalar tensor made of batch.logprobs_K"
 
@@ -208,6 +209,7 @@ def _with_responses(batch: LossBatch, chosen_M: Tensor) -> tuple[LossBatch, Tens
         offsets_N1=offsets_M1,
         advantages_N=batch.advantages_N[chosen_M],
         rewards_N=batch.rewards_N[chosen_M],
+        micro_batches_N=batch.micro_batches_N[chosen_M],
         prompts_N=batch.prompts_N[chosen_M] + copies_M * (batch.prompts_N.max() + 1),
         weights_N=torch.ones(len(chosen_M), dtype=torch.float64),
     ), pick_K
@@ -235,7 +237,7 @@ def _made_up(kl_beta: float, max_new_tokens: int) -> LossBatch:
         rewards_PG=rewards_PG,
         max_new_tokens=max_new_tokens,
         reference_logprobs_K=-1.2 - (2 * steps_K).sin() if kl_beta else None,
-        kl_beta=kl_beta,
+        objective=Objective(kl_beta=kl_beta),
     )
 
 

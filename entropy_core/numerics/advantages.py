@@ -2,21 +2,22 @@
 
 | loss       | A_i                                             | source                  |
 |------------|-------------------------------------------------|-------------------------|
-| grpo, dapo | (r_i − mean)/(std + 1e-4), std with G − 1       | arXiv:2402.03300        |
+| grpo, …    | (r_i − mean)/(std + 1e-4), std with G − 1       | arXiv:2402.03300        |
 | dr_grpo    | r_i − mean                                      | arXiv:2503.20783        |
 | rloo       | r_i − mean of the other responses of the prompt | arXiv:2402.14740        |
 | reinforce  | r_i                                             | Williams 1992           |
 
-Trainers also let the division by the standard deviation be switched by itself (TRL's `scale_rewards`), for any loss.
+Those of grpo are those of dapo, bnpo, luspo and cispo, too. Trainers also let the division be chosen by itself, for any
+loss (TRL's `scale_rewards`): by the standard deviation of the group, by that of all rewards of the batch, or none.
 What the losses make of advantages is in `losses`.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-Loss = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce"]
-Scaling = Literal["auto", "group", "none"]
+Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "rloo", "reinforce"]
+Scaling = Literal["auto", "group", "batch", "none"]
 STD_EPSILON = 1e-4  # as in TRL's GRPOTrainer
 
 
@@ -26,7 +27,8 @@ def group_advantages(rewards_PG: Tensor, loss: str, scaling: Scaling = "auto") -
     Args:
         rewards_PG: float64 [P, G], G ≥ 2.
         loss: which rule, a `Loss`.
-        scaling: whether the advantages of a group are divided by std + 1e-4; `auto`: as in the table.
+        scaling: advantages are divided by the std of their `group`, or of the whole `batch`, plus 1e-4, or by `none`;
+            `auto`: as in the table.
 
     Returns:
         float64 [P, G]; a group of equal rewards has advantages of exactly zero, but under `reinforce`.
@@ -41,10 +43,12 @@ def group_advantages(rewards_PG: Tensor, loss: str, scaling: Scaling = "auto") -
     # the mean of equal numbers can miss them by a rounding error, which the standardisation would blow up
     equal_P1 = rewards_PG.amax(dim=1, keepdim=True) == rewards_PG.amin(dim=1, keepdim=True)
     centred_PG = centred_PG.masked_fill(equal_P1, 0.0)
-    rule = {"grpo": centred_PG, "dapo": centred_PG, "dr_grpo": centred_PG, "rloo": centred_PG * (G / (G - 1))}
-    if loss not in rule and loss != "reinforce":
+    if loss not in get_args(Loss):
         raise ValueError(f"unknown loss {loss!r}")
-    advantages_PG = rule.get(loss, rewards_PG)
-    if scaling == "group" or (scaling == "auto" and loss in ("grpo", "dapo")):
+    rule = {"rloo": centred_PG * (G / (G - 1)), "reinforce": rewards_PG}
+    advantages_PG = rule.get(loss, centred_PG)
+    if scaling == "auto":
+        scaling = "group" if loss not in ("dr_grpo", "rloo", "reinforce") else "none"
+    if scaling == "group":
         return advantages_PG / (rewards_PG.std(dim=1, keepdim=True) + STD_EPSILON)
-    return advantages_PG
+    return advantages_PG / (rewards_PG.std() + STD_EPSILON) if scaling == "batch" else advantages_PG

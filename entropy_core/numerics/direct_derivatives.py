@@ -21,13 +21,29 @@ class DirectDerivatives(TorchFunctionMode):
 
     `mul` and `pow(x, 2)`: ẋ·y + x·ẏ and 2·x·ẋ, in one new tensor each. Torch's own makes three, and to fill new memory
     takes longer than the arithmetic.
+
+    These derivatives cannot be differentiated forward again: torch would take them for constants, so a second level is
+    refused.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call `func`, or what replaces it."""
-        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+        """Call `func`, or what replaces it. Raises NotImplementedError within a second level of forward mode."""
+        replacement = _REPLACED.get(func)
+        if replacement is None:
+            return func(*args, **(kwargs or {}))
+        _require_one_level()
+        return replacement(*args, **(kwargs or {}))
+
+
+def _require_one_level() -> None:
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+        raise NotImplementedError(
+            "a second level of forward mode over DirectDerivatives would come out as 0; take the derivative of the "
+            "derivative outside of this context"
+        )
 
 
 def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,9 +11,9 @@ where a_k and b_k are the derivatives of ℓ_k and h_k along some direction, and
 response of weight 2 counts twice in every sum over responses, those in a denominator included; the number of responses
 that were drawn is a constant of the experiment, and no weight changes it.
 
-Write x_k for what a token adds. With the response's advantage A, π/π_old = exp(ℓ − ℓ_old) and a KL term,
+Write x_k for what a token adds. With the response's advantage A, ρ = π/π_old = exp(ℓ − ℓ_old) and a KL term,
 
-    x_k = −A·π/π_old + β·kl_k
+    x_k = −A·ρ_k + β·kl_k
 
 and the losses differ in how they average it:
 
@@ -22,121 +22,24 @@ and the losses differ in how they average it:
 | grpo      | mean over responses of (1/T) Σ_k x_k           | arXiv:2402.03300, eq. 3                          |
 | dr_grpo   | mean over responses of Σ_k x_k/max_new_tokens  | arXiv:2503.20783                                 |
 | dapo      | mean over tokens of x_k                        | arXiv:2503.14476, eq. 8                          |
-| rloo      | mean over responses of −A·Π_k π/π_old          | arXiv:2402.14740                                 |
+| bnpo      | mean over the tokens of each micro-batch       | TRL's GRPOTrainer                                |
+| luspo     | mean over responses of Σ_k x_k                 | arXiv:2602.05261                                 |
+| cispo     | mean over tokens, x_k with −A·ρ̄_k·ℓ_k for −A·ρ_k, ρ̄ capped and constant | arXiv:2506.13585       |
+| rloo      | mean over responses of −A·Π_k ρ_k              | arXiv:2402.14740                                 |
 | reinforce | mean over responses of −A·Σ_k ℓ_k              | Williams 1992, doi:10.1007/BF00992696            |
 
-Advantages are a function of the rewards alone: see `advantages`. The ratio π/π_old is 1 at the on-policy point, where
-clipping it does nothing, so the losses do without.
+`Objective` has what TRL's settings change about the first six. Advantages are a function of the rewards alone: see
+`advantages`. The ratio ρ is 1 at the on-policy point, where clipping it does nothing, so the losses do without.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import TokenPair
-
-
-@dataclass(frozen=True)
-class LossBatch:
-    """The update batch U as a loss sees it: N responses, flat, K tokens in all; response i has the tokens
-    `offsets_N1[i]:offsets_N1[i + 1]`.
-
-    Args:
-        logprobs_K: ℓ, log-probability of each token, nats, float64; to be differentiated.
-        entropies_K: h, full-softmax entropy of the step of each token, nats, float64; to be differentiated.
-        old_logprobs_K: ℓ_old under the policy that sampled U, float64; equal to ℓ on-policy, and constant.
-        reference_logprobs_K: ℓ_ref under the reference policy, float64; None without a KL term.
-        mask_K: 1 for a token that counts, 0 for one that does not, float64.
-        offsets_N1: int64 [N + 1].
-        advantages_N: A of each response, float64.
-        rewards_N: its reward, float64.
-        prompts_N: which prompt of U it answers, int64, from 0.
-        weights_N: how often each response counts, float64; `mean` applies it. 1, but for the influence.
-        responses: how many responses were drawn.
-        max_new_tokens: where a response is cut.
-        kl_beta: β of the KL term; 0 for none.
-    """
-
-    logprobs_K: Tensor
-    entropies_K: Tensor
-    old_logprobs_K: Tensor
-    reference_logprobs_K: Tensor | None
-    mask_K: Tensor
-    offsets_N1: Tensor
-    advantages_N: Tensor
-    rewards_N: Tensor
-    prompts_N: Tensor
-    weights_N: Tensor
-    responses: int
-    max_new_tokens: int
-    kl_beta: float
-
-    @classmethod
-    def on_policy(
-        cls,
-        logprobs_K: Tensor,
-        entropies_K: Tensor,
-        offsets_N1: Tensor,
-        advantages_PG: Tensor,
-        rewards_PG: Tensor,
-        *,
-        max_new_tokens: int,
-        reference_logprobs_K: Tensor | None = None,
-        kl_beta: float = 0.0,
-    ) -> "LossBatch":
-        """U at the policy that sampled it, with every token and every response counting once.
-
-        Args:
-            logprobs_K: ℓ, nats, [K].
-            entropies_K: h, nats, [K].
-            offsets_N1: int64 [N + 1], the responses to one prompt together.
-            advantages_PG: of P prompts × G responses.
-            rewards_PG: likewise.
-            max_new_tokens: where a response is cut.
-            reference_logprobs_K: ℓ_ref, nats, [K]; None without a KL term.
-            kl_beta: β of the KL term.
-
-        Returns:
-            The batch, in float64.
-        """
-        P, G = rewards_PG.shape
-        logprobs_K, ones_K = logprobs_K.double(), torch.ones(len(logprobs_K), dtype=torch.float64)
-        return cls(
-            logprobs_K=logprobs_K,
-            entropies_K=entropies_K.double(),
-            old_logprobs_K=logprobs_K,
-            reference_logprobs_K=None if reference_logprobs_K is None else reference_logprobs_K.double(),
-            mask_K=ones_K,
-            offsets_N1=offsets_N1,
-            advantages_N=advantages_PG.double().flatten(),
-            rewards_N=rewards_PG.double().flatten(),
-            prompts_N=torch.arange(P).repeat_interleave(G),
-            weights_N=torch.ones(P * G, dtype=torch.float64),
-            responses=P * G,
-            max_new_tokens=max_new_tokens,
-            kl_beta=kl_beta,
-        )
-
-    @property
-    def lengths_N(self) -> Tensor:
-        """T: how many tokens of each response count, float64 [N]."""
-        return ragged.sequence_sum(self.mask_K, self.offsets_N1)
-
-    def sequence_sum(self, values_K: Tensor) -> Tensor:
-        """Σ_k x_k over the tokens of each response that count, float64 [N]."""
-        return ragged.sequence_sum(self.mask_K * values_K, self.offsets_N1)
-
-    def of_tokens(self, values_N: Tensor) -> Tensor:
-        """What holds for a response, for each of its tokens, [K]."""
-        return torch.repeat_interleave(values_N, ragged.lengths(self.offsets_N1))
-
-    def mean(self, values_N: Tensor) -> Tensor:
-        """(1/N) Σ_i w_i x_i over the responses: the way from responses to one number, where the weights enter."""
-        return (self.weights_N * values_N).sum() / self.responses
-
+from entropy_core.numerics.loss_batch import LossBatch
 
 LossFunction = Callable[[LossBatch], Tensor]
 """The loss of a batch: a float64 scalar, differentiable twice."""
@@ -151,25 +54,89 @@ def kl(batch: LossBatch) -> Tensor:
     return log_ratio_K.expm1() - log_ratio_K
 
 
+def importance_ratio(batch: LossBatch) -> Tensor:
+    """ρ of every token, or of its whole response: see `Objective.importance_sampling_level`; [K]."""
+    log_ratio_K = batch.logprobs_K - batch.old_logprobs_K
+    if batch.objective.importance_sampling_level == "sequence":
+        log_ratio_K = batch.of_tokens(batch.sequence_sum(log_ratio_K) / batch.lengths_N.clamp_min(1))
+    return log_ratio_K.exp()
+
+
+def high_entropy_mask(batch: LossBatch) -> Tensor:
+    """1 for the tokens of each micro-batch that count and whose entropy is in the top quantile, float64 [K].
+
+    The threshold is the (1 − q)-quantile of the entropies in float32, as TRL's `get_high_entropy_mask` takes it.
+    """
+    share = batch.objective.top_entropy_quantile
+    if share >= 1:
+        return batch.mask_K
+    entropies_K, chosen_K = batch.entropies_K.detach().float(), torch.zeros_like(batch.mask_K)
+    micro_batches_K = batch.of_tokens(batch.micro_batches_N)
+    for micro_batch in range(int(batch.micro_batches_N.max()) + 1):
+        here_K = (micro_batches_K == micro_batch) & (batch.mask_K > 0)
+        if here_K.any():
+            threshold = torch.quantile(entropies_K[here_K], 1 - share)
+            chosen_K[here_K & (entropies_K >= threshold)] = 1
+    return chosen_K
+
+
 def policy_gradient(batch: LossBatch) -> Tensor:
-    """x_k = −A·π/π_old + β·kl of every token, [K]."""
-    ratio_K = (batch.logprobs_K - batch.old_logprobs_K).exp()
-    return -batch.of_tokens(batch.advantages_N) * ratio_K + batch.kl_beta * kl(batch)
+    """x_k = −A·ρ_k + β·kl_k of every token, with its settings in `Objective`, [K]."""
+    return _with_kl(batch, importance_ratio(batch))
+
+
+def _with_kl(batch: LossBatch, ratio_K: Tensor) -> Tensor:
+    """−A·ρ of the tokens that have a policy term, with the KL term; ρ as the loss has it."""
+    x_K = -batch.of_tokens(batch.advantages_N) * ratio_K * high_entropy_mask(batch)
+    if not batch.kl_beta:
+        return x_K
+    correction_K = importance_ratio(batch) if batch.objective.kl_correction else 1.0
+    return x_K + batch.kl_beta * kl(batch) * correction_K
+
+
+def entropy_bonus(batch: LossBatch) -> Tensor | float:
+    """`entropy_coef` times the mean entropy of the tokens with a policy term, of each micro-batch."""
+    if not batch.objective.entropy_coef:
+        return 0.0
+    mask_K = high_entropy_mask(batch)
+    sum_N, count_N = (batch.sequence_sum(mask_K * x_K) for x_K in (batch.entropies_K, torch.ones_like(mask_K)))
+    return batch.objective.entropy_coef * batch.micro_mean(sum_N, count_N)
 
 
 def grpo(batch: LossBatch) -> Tensor:
     """Group relative policy optimisation, arXiv:2402.03300, eq. 3: each response averages over its own tokens."""
-    return batch.mean(batch.sequence_sum(policy_gradient(batch)) / batch.lengths_N.clamp_min(1))
+    return batch.mean(batch.sequence_sum(policy_gradient(batch)) / batch.lengths_N.clamp_min(1)) - entropy_bonus(batch)
 
 
 def dr_grpo(batch: LossBatch) -> Tensor:
     """GRPO done right, arXiv:2503.20783: a constant in the place of the length."""
-    return batch.mean(batch.sequence_sum(policy_gradient(batch))) / batch.max_new_tokens
+    return batch.mean(batch.sequence_sum(policy_gradient(batch))) / batch.max_new_tokens - entropy_bonus(batch)
 
 
 def dapo(batch: LossBatch) -> Tensor:
     """DAPO, arXiv:2503.14476, eq. 8: all tokens of the batch count alike."""
-    return batch.mean(batch.sequence_sum(policy_gradient(batch))) / batch.mean(batch.lengths_N)
+    return _token_mean(batch, policy_gradient(batch)) - entropy_bonus(batch)
+
+
+def bnpo(batch: LossBatch) -> Tensor:
+    """TRL's BNPO: all tokens of a micro-batch count alike, and all micro-batches."""
+    return batch.micro_mean(batch.sequence_sum(policy_gradient(batch)), batch.lengths_N) - entropy_bonus(batch)
+
+
+def luspo(batch: LossBatch) -> Tensor:
+    """LUSPO, arXiv:2602.05261, as TRL has it: the sum over a response, whatever its length."""
+    return batch.mean(batch.sequence_sum(policy_gradient(batch))) - entropy_bonus(batch)
+
+
+def cispo(batch: LossBatch) -> Tensor:
+    """CISPO, arXiv:2506.13585: the ratio is a constant weight with a cap, and ℓ is what is differentiated."""
+    ratio_K, cap = importance_ratio(batch).detach(), batch.objective.epsilon_high
+    capped_K = ratio_K if cap is None else ratio_K.clamp_max(cap)
+    return _token_mean(batch, _with_kl(batch, capped_K * batch.logprobs_K)) - entropy_bonus(batch)
+
+
+def _token_mean(batch: LossBatch, x_K: Tensor) -> Tensor:
+    return batch.mean(batch.sequence_sum(x_K)) / batch.mean(batch.lengths_N)
 
 
 def rloo(batch: LossBatch) -> Tensor:
@@ -188,6 +155,9 @@ LOSSES: dict[str, LossFunction] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "dapo": dapo,
+    "bnpo": bnpo,
+    "luspo": luspo,
+    "cispo": cispo,
     "rloo": rloo,
     "reinforce": reinforce,
 }

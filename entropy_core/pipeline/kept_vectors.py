@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from entropy_core.pipeline.measure import Inputs, Runner
+from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store import vectors
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
@@ -24,7 +24,7 @@ class _Made(NamedTuple):
 
 @dataclass
 class VectorKeeper:
-    """A runner that sees to it that a stage finds the vectors it opens, whatever became of them since they were made.
+    """Sees to it that a stage finds the vectors it opens, whatever became of them since; a runner calls it.
 
     A vector is of the size of the policy. Nobody looks at it until a stage that opens it has to be computed; the stages
     that are cached do not need it any more.

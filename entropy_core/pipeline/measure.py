@@ -1,11 +1,7 @@
-"""All that needs the policy of one checkpoint, in order; what comes out are the inputs of the variance stage.
-
-What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`.
-"""
+"""All that needs the policy of one checkpoint, in order; what comes out are the inputs of the variance stage."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.files import functions as user_functions
@@ -14,24 +10,17 @@ from entropy_core.files.sources import content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding, splits
+from entropy_core.pipeline.runner import Inputs, Runner
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.prompts import pools as prompts
 from entropy_core.rewards import functions as rewards
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage
 
-Inputs = dict[str, Any]
-
 NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
 """Ways to round, and on how many sequences: enough for the size of the noise, and less work than one step size."""
 CALIBRATION_SEQUENCES = 64
 """On which a central difference is compared with forward mode."""
-
-
-class Runner(Protocol):
-    """Runs a stage, or finds its result."""
-
-    def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        """The artifact of this stage for these inputs; `label` is for people."""
 
 
 def source_of(config: ProbeConfig) -> Path | None:
@@ -115,13 +104,13 @@ class Measurement:
         self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
         self.run, self.release = run, release
         self.e_pool, self.u_pool = (pools[split] for split in splits(config))
-        self.law = {
-            "weights": checkpoint.weights,
-            "base": checkpoint.base,
-            "dtype": config.policy.dtype,
-            "attn_implementation": config.policy.attn_implementation,
-            "temperature": config.generation.temperature,
-        }
+        self.policy = PolicySpec(
+            weights=checkpoint.weights,
+            base=checkpoint.base,
+            dtype=config.policy.dtype,
+            attn_implementation=config.policy.attn_implementation,
+            temperature=config.generation.temperature,
+        )
         batch = config.batch_config
         self.replacement = batch.E_sampling_mode == "replacement"
         self.together = 1 if self.replacement else batch.G  # responses of E that are not independent of each other
@@ -129,27 +118,27 @@ class Measurement:
 
     def variance_inputs(self) -> Inputs:
         """Everything that the variance stage is given, but for its own settings."""
-        batch, law = self.config.batch_config, self.law
+        batch, policy = self.config.batch_config, self.policy
         e_batch, scores = self._sample_e(batch.E_batch_seed, "")
         u_batch = self._sample_u()
-        scores_u = self._score(stage.SCORE_U, law, u_batch)
+        scores_u = self._score(stage.SCORE_U, policy, u_batch)
         update = self._update(u_batch, scores_u)
         calibration = self._calibration(e_batch, update)
         half_width = calibration.summary["half_width"] if calibration else 0.0
 
         def along_v(batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
-            shared = {"law": law, "update": update, "half_width": half_width}
+            shared = {"policy": policy, "update": update, "half_width": half_width}
             return self._over_shards(stage.FIRST_ORDER_E, [shared | {"sequences": b} for b in batches], suffix)
 
         first_order_e = along_v(e_batch)
         gradient = self._once(
             stage.ENTROPY_GRADIENT,
-            {"law": law, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
+            {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
         )
         first_order_u = self._once(
             stage.FIRST_ORDER_U,
             {
-                "law": law,
+                "policy": policy,
                 "sequences": u_batch,
                 "checkpoint": self.optimizer,
                 "update": update,
@@ -174,7 +163,7 @@ class Measurement:
             "first_order_u": first_order_u,
             "update": update,
             "scores_u": scores_u,
-            "discriminators_u": self._once(stage.DISCRIMINATE_U, {"law": law, "sequences": u_batch}),
+            "discriminators_u": self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch}),
             "calibration": calibration,
             "moved": moved,
             "replicates": replicates,
@@ -185,13 +174,13 @@ class Measurement:
         return self.run(what, inputs, self.checkpoint.name + suffix)
 
     def _over_shards(self, what: Stage, inputs: Sequence[Inputs], suffix: str = "") -> list[Artifact]:
-        count = len(inputs)
-        return [self._once(what, of_one, f"{suffix} · shard {i}/{count}") for i, of_one in enumerate(inputs, 1)]
+        labels = [f"{self.checkpoint.name}{suffix} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
+        return self.run.map(what, inputs, labels)
 
     def _sample(self, what: Stage, total: int, inputs: Inputs, suffix: str = "") -> list[Artifact]:
         size = self.config.execution.shard_size
         shared = inputs | {
-            "law": self.law,
+            "policy": self.policy,
             "max_new_tokens": self.config.generation.max_new_tokens,
             "stop_strings": self.config.generation.stop_strings,
         }
@@ -208,7 +197,7 @@ class Measurement:
             "seed": seed,
         }
         e_batch = self._sample(stage.SAMPLE_E, self.e_total, inputs, suffix)
-        return e_batch, self._score(stage.SCORE_E, self.law, e_batch, suffix)
+        return e_batch, self._score(stage.SCORE_E, self.policy, e_batch, suffix)
 
     def _sample_u(self) -> list[Artifact]:
         batch = self.config.batch_config
@@ -221,18 +210,18 @@ class Measurement:
         }
         return self._sample(stage.SAMPLE_U, batch.B_U * batch.G, inputs)
 
-    def _score(self, what: Stage, law: Inputs, batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
-        return self._over_shards(what, [{"law": law, "sequences": sequences} for sequences in batches], suffix)
+    def _score(self, what: Stage, policy: PolicySpec, batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
+        return self._over_shards(what, [{"policy": policy, "sequences": sequences} for sequences in batches], suffix)
 
     def _first(self, e_batch: Sequence[Artifact], sequences: int) -> Inputs:
         """The shards of E that hold its first sequences, and how many they are."""
         shards = e_batch[: -(-sequences // self.config.execution.shard_size)]
-        return {"law": self.law, "sequences": shards, "count": min(sequences, self.e_total)}
+        return {"policy": self.policy, "sequences": shards, "count": min(sequences, self.e_total)}
 
     def _rescored(self, e_batch: Sequence[Artifact]) -> list[Artifact]:
         first = self._first(e_batch, NOISE_SEQUENCES)
-        draws = range(NOISE_DRAWS)
-        return [self._once(stage.RESCORE_E, first | {"draw": d}, f" · draw {d + 1}/{NOISE_DRAWS}") for d in draws]
+        labels = [f"{self.checkpoint.name} · draw {d}/{NOISE_DRAWS}" for d in range(1, NOISE_DRAWS + 1)]
+        return self.run.map(stage.RESCORE_E, [first | {"draw": d} for d in range(NOISE_DRAWS)], labels)
 
     def _calibration(self, e_batch: Sequence[Artifact], update: Artifact) -> Artifact | None:
         if self.config.policy.derivative == "forward_mode":
@@ -251,10 +240,10 @@ class Measurement:
         }
         if update.kl_beta:
             weights = weights_digest(Path(update.reference)) if update.reference else self.checkpoint.base
-            of_reference = self.law | {"weights": weights, "base": ""}
+            of_reference = self.policy.model_copy(update={"weights": weights, "base": ""})
             reference = self._score(stage.SCORE_REFERENCE, of_reference, u_batch)
         inputs = {
-            "law": self.law,
+            "policy": self.policy,
             "checkpoint": self.optimizer,
             "sequences": u_batch,
             "rewards": self._once(stage.REWARD_U, rewarded),
@@ -281,7 +270,7 @@ class Measurement:
         moved = []
         for multiple in asked.etas:
             eta, step = multiple * unit, f" · η={multiple:g}{' lr' if asked.eta_unit == 'learning_rate' else ''}"
-            shared = {"law": self.law, "update": update, "eta": eta}
+            shared = {"policy": self.policy, "update": update, "eta": eta}
             there = [shared | {"sequences": sequences} for sequences in e_batch]
             found = {
                 name: self._over_shards(what, there, step) if what and eta else [] for name, what in passes.items()

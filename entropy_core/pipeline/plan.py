@@ -6,8 +6,8 @@ from statistics import median
 from typing import NamedTuple
 
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.pipeline.measure import Inputs
 from entropy_core.pipeline.preflight import CheckpointToProbe
+from entropy_core.pipeline.runner import Inputs
 from entropy_core.pipeline.sweep import Promised, go_through
 from entropy_core.store import vectors
 from entropy_core.store.artifact import Artifact, upstream

@@ -1,7 +1,4 @@
-"""The stages in order: one sweep over checkpoints, and the statistics of a recorded sweep again.
-
-What runs a stage is a parameter: `run(stage, inputs, label) -> Artifact`. Without Prefect it is `direct_runner`.
-"""
+"""The stages in order: one sweep over checkpoints, and the statistics of a recorded sweep again."""
 
 import json
 import logging
@@ -9,7 +6,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +19,14 @@ from entropy_core.files.sources import Sources, content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
-from entropy_core.pipeline.measure import Inputs, Measurement, Runner, keep, load_checkpoint, load_pool, source_of
-from entropy_core.pipeline.memory import run_within_memory
+from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, load_pool, source_of
 from entropy_core.pipeline.preflight import CheckpointToProbe, splits
 from entropy_core.pipeline.repairs import with_repairs
+from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.rewards import functions as rewards
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact, artifacts_in, upstream
+from entropy_core.store.inputs import require_inputs
 from entropy_core.store.manifest import recipe_key
 from entropy_core.store.relatives import Relatives
 from entropy_core.store.store import Stage, Store, recipe_of
@@ -38,15 +35,6 @@ log = logging.getLogger("entropy_probe.pipeline")
 
 RECORD_FORMAT = 2
 """Of run.json: raised when the inputs of the variance stage change."""
-
-
-def direct_runner(store: Store, execution: Execution) -> Runner:
-    """A runner that calls the stages in this process."""
-
-    def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        return run_within_memory(store, stage, execution, inputs)
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -98,7 +86,7 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
 
     def work() -> SweepResult:
         keeper = VectorKeeper(store, run, config.execution.keep_vectors)
-        recorded = _measured(config, checkpoints, keeper, keeper.release)
+        recorded = _measured(config, checkpoints, Runner(keeper), keeper.release)
         return _record(recorded, _reported(recorded, config, run), config, store)
 
     with store.in_use():
@@ -107,8 +95,17 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
         return with_repairs(store, work)
 
 
-def go_through(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], run: Runner) -> None:
-    """Ask for every stage of a sweep, in order, and record nothing; `run` may return what is `Promised`."""
+def go_through(
+    config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], look: Callable[[Stage, Inputs, str], Artifact]
+) -> None:
+    """Ask for every stage of a sweep, in order, and record nothing.
+
+    Args:
+        config: what to do.
+        checkpoints: of `preflight`.
+        look: see `Runner`; may return what is `Promised`.
+    """
+    run = Runner(look)
     _reported(_measured(config, checkpoints, run), config, run)
 
 
@@ -150,7 +147,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
     with runs.understood(directory / runs.RECORD) as record:
         recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
         for entry in recorded:
-            signature(stage.VARIANCE.function).bind(None, None, **entry["inputs"], **_chosen(config))
+            require_inputs(stage.VARIANCE, entry["inputs"] | _chosen(config))
             _ = entry["checkpoint"], entry["step"], [*entry["notes"]]
 
     def work() -> SweepResult:

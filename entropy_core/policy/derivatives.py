@@ -9,6 +9,7 @@ from torch.func import functional_call, jvp
 from entropy_core.errors import CheckpointError, one_line
 from entropy_core.numerics.direct_derivatives import DirectDerivatives
 from entropy_core.numerics.token_statistics import TokenDerivatives, TokenStatistics
+from entropy_core.numerics.vectors import Block
 from entropy_core.policy.model import Policy
 from entropy_core.policy.scorer import TeacherForcedRows
 
@@ -17,6 +18,17 @@ def as_tangent(direction: Mapping[str, Tensor], policy: Policy) -> dict[str, Ten
     """A direction in the dtype and on the device of the policy's parameters."""
     parameters = policy.named_parameters()
     return {name: v.to(parameters[name]) for name, v in direction.items()}
+
+
+def tangent_of(direction: Mapping[Block, Tensor], policy: Policy) -> dict[str, Tensor]:
+    """The same of a direction that comes in blocks."""
+    tangent = {
+        name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in policy.named_parameters().items()
+    }
+    flat = {name: tensor.view(-1) for name, tensor in tangent.items()}
+    for (name, start, stop), values in direction.items():
+        flat[name][start:stop] = values
+    return tangent
 
 
 def token_derivatives(

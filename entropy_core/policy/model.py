@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from entropy_core.errors import CheckpointError
 from entropy_core.numerics.token_statistics import TokenStatistics
 from entropy_core.policy.scorer import Scorer, TeacherForcedRows
 
@@ -40,6 +41,23 @@ def _add_to(total: Tensor, leaf: Tensor) -> None:
     leaf.grad = None
 
 
+def _require_not_compiled(model: nn.Module) -> None:
+    """Refuse what torch.compile made: it drops the derivatives of `DirectDerivatives`, and says nothing."""
+    if any(_is_compiled(module) for module in model.modules()):
+        raise CheckpointError(
+            f"{type(model).__name__} is compiled, and a compiled model loses its forward-mode derivatives",
+            cause="torch.compile was called on it, or on a part of it",
+            fix="pass the model as it was before torch.compile",
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)`, by `module.compile()`, or by a compiled `forward`."""
+    wrapped = type(module).__module__.startswith("torch._dynamo")  # whose import takes a second
+    compiled_forward = hasattr(module.forward, "_torchdynamo_orig_callable")
+    return wrapped or compiled_forward or module._compiled_call_impl is not None
+
+
 class Policy:
     """A model in evaluation mode, with its tokenizer.
 
@@ -48,10 +66,14 @@ class Policy:
         tokenizer: its tokenizer.
         head_chunk_rows: positions whose logits exist at one time.
 
+    Raises:
+        CheckpointError: the model is compiled.
+
     With `recompute_activations` a backward pass keeps only the inputs of the layers, and computes the rest again.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
+        _require_not_compiled(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.scorer = Scorer(self.model, head_chunk_rows)

@@ -116,7 +116,7 @@ def _equal(pairs: list[tuple[str, str]]) -> list[bool | None]:
         return []
     done = subprocess.run(
         [sys.executable, "-m", __spec__.name, str(SECONDS)],
-        cwd=Path(__file__).parents[1],  # so that it is this code, wherever the package lies
+        cwd=Path(__file__).parents[2],  # so that -m finds this copy of the package
         input="".join(json.dumps(pair) + "\n" for pair in pairs),
         capture_output=True,
         text=True,

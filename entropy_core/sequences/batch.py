@@ -1,14 +1,18 @@
 """Sequences and what is known of their tokens, flat with offsets; the micro-batches that a policy is given of them."""
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from entropy_core.errors import NonFiniteError
+from entropy_core.errors import NonFiniteError, StoreError
 from entropy_core.numerics import ragged
 from entropy_core.policy.scorer import TeacherForcedRows
+from entropy_core.store.columns import TokenTable, concatenate
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -47,6 +51,24 @@ class BatchedSequences:
             finish_reasons=tuple(self.finish_reasons[i] for i in chosen_B.tolist()),
         )
 
+    @cached_property
+    def identities_N(self) -> Tensor:
+        """Who each sequence is, int64: 8 bytes of the SHA-256 of its sequence id, its prompt and its response.
+
+        Numbers of one sequence are found beside those of another only where both have the same.
+        """
+        found = []
+        for i, sequence_id in enumerate(self.sequence_ids_N.tolist()):
+            digest = hashlib.sha256(f"{sequence_id}:{len(self.prompt(i))}:".encode())
+            digest.update(self.prompt(i).numpy().tobytes())
+            digest.update(self.response(i).numpy().tobytes())
+            found.append(int.from_bytes(digest.digest()[:8], "little", signed=True))
+        return torch.tensor(found, dtype=torch.int64)
+
+    def table(self, columns: Mapping[str, Tensor]) -> TokenTable:
+        """Columns [K] of numbers, one for each token of the responses."""
+        return TokenTable(self.identities_N, self.response_offsets_N1, columns)
+
     def prompt(self, i: int) -> Tensor:
         """Token ids of prompt i."""
         return self.prompt_tokens[self.prompt_offsets_N1[i] : self.prompt_offsets_N1[i + 1]]
@@ -54,6 +76,25 @@ class BatchedSequences:
     def response(self, i: int) -> Tensor:
         """Token ids of response i."""
         return self.response_tokens_K[self.response_offsets_N1[i] : self.response_offsets_N1[i + 1]]
+
+
+def tokens_of(shards: Sequence[BatchedSequences]) -> TokenTable:
+    """The sequences of all shards, as a table that has no columns yet."""
+    return concatenate([shard.table({}) for shard in shards])
+
+
+def require_ids(shards: Sequence[BatchedSequences], sequence_ids: Sequence[int]) -> None:
+    """Make sure that the rows of a table are those of the sequences of all shards, in their order.
+
+    Raises:
+        StoreError: they are of others.
+    """
+    if [i for shard in shards for i in shard.sequence_ids_N.tolist()] != list(sequence_ids):
+        raise StoreError(
+            f"a table of {len(sequence_ids)} rows is of other sequences than it is to be put beside",
+            cause="artifacts of two batches were mixed, or the store was edited",
+            fix="`entropy-probe store verify`, then run the sweep again",
+        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ position), so the batch size, the order, the shard and the worker do not matter.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from entropy_core.numerics import philox, ragged
 from entropy_core.numerics.philox import Purpose
 from entropy_core.policy.model import Policy
 from entropy_core.policy.scorer import TeacherForcedRows
+from entropy_core.policy.spec import PolicySpec, policy_of
 from entropy_core.sequences.batch import (
     BatchedSequences,
     DiagnosticsResults,
@@ -25,12 +26,15 @@ from entropy_core.sequences.batch import (
 )
 from entropy_core.sequences.decoding import Decoding, DecodingRequest
 
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The sampled law, and how many sequences are worked on at a time (which does not change the result)."""
+    """How responses are sampled, and how many are worked on at a time, which does not change the result."""
 
     temperature: float
     max_new_tokens: int
@@ -44,7 +48,7 @@ class SequenceProcessor:
 
     Args:
         policy: the policy.
-        config: the law and the micro-batch sizes.
+        config: temperature, where responses end, and micro-batch sizes.
         progress: called with (sequences done, sequences in all).
     """
 
@@ -215,11 +219,11 @@ class SequenceProcessor:
         purpose: Purpose,
     ) -> BatchedSequences:
         prompts = [pool[i] for i in prompt_ids_N.tolist()]
-        law = self.config
+        how = self.config
         request = DecodingRequest(
-            prompts, sequence_ids_N, seed, purpose, law.temperature, law.max_new_tokens, law.stop_strings
+            prompts, sequence_ids_N, seed, purpose, how.temperature, how.max_new_tokens, how.stop_strings
         )
-        responses = Decoding(self.policy, request, law.gen_batch_size, self.progress).run()
+        responses = Decoding(self.policy, request, how.gen_batch_size, self.progress).run()
         tokens = [response.tokens for response in responses]
         return BatchedSequences(
             sequence_ids_N=sequence_ids_N,
@@ -249,3 +253,23 @@ def _flat(lists: Sequence[Sequence[int]]) -> Tensor:
 
 def _offsets(lists: Sequence[Sequence[int]]) -> Tensor:
     return ragged.offsets_from_lengths(torch.tensor([len(tokens) for tokens in lists], dtype=torch.long))
+
+
+def processor_of(
+    spec: PolicySpec, execution: "Execution", max_new_tokens: int = 0, stop_strings: Sequence[str] = ()
+) -> SequenceProcessor:
+    """What samples and scores sequences with a policy.
+
+    Args:
+        spec: which policy.
+        execution: how to compute.
+        max_new_tokens: where responses are cut; matters for generating only.
+        stop_strings: what ends a response beside its EOS; matters for generating only.
+
+    Returns:
+        The processor, with the policy loaded.
+    """
+    config = GenerationConfig(
+        spec.temperature, max_new_tokens, execution.gen_batch_size, execution.tf_batch_size, tuple(stop_strings)
+    )
+    return SequenceProcessor(policy_of(spec, execution), config, execution.progress)

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entropy_core.errors import NonFiniteError
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.derivatives import central_difference, forward_mode
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.law import Law, processor_of
+from entropy_core.sequences.processor import processor_of
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import SequencesOfE, Update
 
 RMS_CHANGES = (1e-2, 3e-3, 1e-3, 3e-4)
 """Of the log-probabilities of tokens: how wide a central difference may be. Wider ones bend, narrower ones round."""
@@ -20,7 +22,13 @@ LARGEST_DIFFERENCE = 0.05
 
 
 def calibrate(
-    out: "Writer", execution: "Execution", *, law: Law, sequences: "Sequence[Artifact]", count: int, update: "Artifact"
+    out: "Writer",
+    execution: "Execution",
+    *,
+    policy: PolicySpec,
+    sequences: "Sequence[SequencesOfE]",
+    count: int,
+    update: "Update",
 ) -> dict[str, Any]:
     """The ε of the central difference along v, and how far it is from forward mode on some sequences.
 
@@ -30,7 +38,7 @@ def calibrate(
     Args:
         out: not written to.
         execution: device and micro-batch.
-        law: the policy.
+        policy: whose sequences they are, and how it is computed.
         sequences: the shards of sample-e-batch that hold the sequences.
         count: how many sequences to compare on.
         update: artifact of compute-update.
@@ -41,7 +49,7 @@ def calibrate(
     Raises:
         NonFiniteError: the difference is more than 5 %.
     """
-    processor = processor_of(law, execution)
+    processor = processor_of(policy, execution)
     direction = update.vector("direction")
     parts = [batch.select(torch.arange(min(count, len(batch)))) for batch in map(read_sequences, sequences)]
     by_forward_mode = [forward_mode(processor, part, direction)[2:] for part in parts]

@@ -13,28 +13,31 @@ from entropy_core.losses.apart import token_coefficients
 from entropy_core.losses.files import name_of, write_tokens
 from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.advantages import Scaling, group_advantages
-from entropy_core.numerics.losses import LossBatch
+from entropy_core.numerics.loss_batch import LossBatch, Objective
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.policy.model import Coefficients
+from entropy_core.policy.spec import PolicySpec
+from entropy_core.sequences.batch import require_ids, tokens_of
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.law import Law, processor_of
-from entropy_core.store.columns import read_columns
+from entropy_core.sequences.processor import processor_of
+from entropy_core.store.columns import read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import Checkpoint, Rewards, ScoresOfReference, ScoresOfU, SequencesOfU
 
 
 def compute_update(
     out: "Writer",
     execution: "Execution",
     *,
-    law: Law,
-    checkpoint: "Artifact",
-    sequences: "Sequence[Artifact]",
-    rewards: "Artifact",
-    scores: "Sequence[Artifact]",
-    reference: "Sequence[Artifact]",
+    policy: PolicySpec,
+    checkpoint: "Checkpoint",
+    sequences: "Sequence[SequencesOfU]",
+    rewards: "Rewards",
+    scores: "Sequence[ScoresOfU]",
+    reference: "Sequence[ScoresOfReference]",
     kl_beta: float,
     responses_per_prompt: int,
     loss: str,
@@ -47,10 +50,10 @@ def compute_update(
 
     Args:
         out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
-            `coefficients.safetensors` (∂L/∂ℓ and ∂L/∂h of each token, at the on-policy point); `loss.safetensors` (what
-            the loss reads of each token); `sequences.parquet` (reward, advantage).
+            `loss.safetensors` (what the loss reads of each token, and ∂L/∂ℓ and ∂L/∂h there); `sequences.parquet`
+            (reward, advantage).
         execution: device and micro-batch.
-        law: the policy.
+        policy: whose sequences they are, and how it is computed.
         checkpoint: artifact of load-checkpoint.
         sequences: the shards of sample-u-batch.
         rewards: artifact of reward-u-batch.
@@ -67,34 +70,37 @@ def compute_update(
     Returns:
         Norms, clip factor, and how many prompts had equal rewards.
     """
-    processor = processor_of(law, execution)
-    policy = processor.policy
-    rewards_N = torch.tensor(rewards.table("rewards.parquet")["reward"].to_pylist(), dtype=torch.float64)
+    processor = processor_of(policy, execution)
+    model = processor.policy
+    shards, rewarded = [read_sequences(shard) for shard in sequences], rewards.table("rewards.parquet")
+    require_ids(shards, rewarded["sequence_id"].to_pylist())
+    rewards_N = torch.tensor(rewarded["reward"].to_pylist(), dtype=torch.float64)
     rewards_PG = rewards_N.view(-1, responses_per_prompt)
     # a loss of the user is given the advantages of GRPO, divided or not as the configuration says
     advantages_PG = group_advantages(rewards_PG, "grpo" if loss_source else loss, scale_rewards)
-    shards = [read_sequences(shard) for shard in sequences]
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
-    scored, offsets_N1 = read_columns(scores, "logprobs", "entropies")
+    table = tokens_of(shards).join(read_tokens(scores, "logprobs", "entropies"))
+    if reference:
+        table = table.join(read_tokens(reference, "logprobs").named({"logprobs": "reference_logprobs"}))
     batch = LossBatch.on_policy(
-        scored["logprobs"],
-        scored["entropies"],
-        offsets_N1,
+        table["logprobs"],
+        table["entropies"],
+        table.offsets_N1,
         advantages_PG,
         rewards_PG,
         max_new_tokens=max_new_tokens,
-        reference_logprobs_K=read_columns(reference, "logprobs")[0]["logprobs"] if reference else None,
-        kl_beta=kl_beta,
+        reference_logprobs_K=table["reference_logprobs"] if reference else None,
+        objective=Objective(kl_beta=kl_beta),
     )
     coefficients = token_coefficients(name_of(execution, loss, loss_source), batch, execution.isolation)
 
-    gradient = policy.new_accumulator()
+    gradient = model.new_accumulator()
     start = 0
     for shard in shards:
         stop = start + len(shard.response_tokens_K)
         for index_K, rows in processor.micro_batches(shard):
             weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-            policy.add_gradients(rows, [weights], law["temperature"], [gradient])
+            model.add_gradients(rows, [weights], policy.temperature, [gradient])
         start = stop
     g = in_blocks(gradient)
     norm = global_norm(g)
@@ -103,8 +109,8 @@ def compute_update(
             "the gradient on U is not finite", cause="the weights hold a NaN", fix="check the checkpoint"
         )
     clip = clip_factor(norm, max_grad_norm)
-    step = OptimizerStep(checkpoint, execution, policy.named_parameters(), g, clip)
-    shapes, dtype = {name: tuple(t.shape) for name, t in gradient.items()}, getattr(torch, law["dtype"])
+    step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip)
+    shapes, dtype = {name: tuple(t.shape) for name, t in gradient.items()}, getattr(torch, policy.dtype)
     of_direction = []
     with out.vector("direction", shapes, dtype) as direction, out.vector("gradient", shapes, dtype) as loss_gradient:
         for block in step:
@@ -112,10 +118,9 @@ def compute_update(
             of_direction.append(squares(v))
             direction.write(block, v)
             loss_gradient.write(block, g[block])
-    write_tokens(out, batch, coefficients)
-    table = rewards.table("rewards.parquet")
-    table = table.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
-    out.table(table.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
+    write_tokens(out, table, coefficients)
+    rewarded = rewarded.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
+    out.table(rewarded.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
     return {
         "gradient_norm": norm,
         "clip_factor": clip,

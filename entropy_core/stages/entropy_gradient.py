@@ -15,14 +15,16 @@ from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, Functional, T
 from entropy_core.numerics.halves import HALVES
 from entropy_core.numerics.vectors import in_blocks
 from entropy_core.policy.model import Coefficients
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.law import Law, processor_of
-from entropy_core.store.columns import read_columns
+from entropy_core.sequences.processor import processor_of
+from entropy_core.store.columns import TokenTable, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.inputs import ScoresOfE, SequencesOfE
 
 BASELINE: Baseline = "time_loo"
 """Fixed: every baseline has the same mean, this one has little noise, and changing it would cost a backward pass."""
@@ -32,9 +34,9 @@ def entropy_gradient(
     out: "Writer",
     execution: "Execution",
     *,
-    law: Law,
-    sequences: "Sequence[Artifact]",
-    scores: "Sequence[Artifact]",
+    policy: PolicySpec,
+    sequences: "Sequence[SequencesOfE]",
+    scores: "Sequence[ScoresOfE]",
     responses_per_prompt: int,
 ) -> dict[str, Any]:
     """Gradients of the estimated entropy and length, of each functional E[Σ_k f_k].
@@ -47,7 +49,7 @@ def entropy_gradient(
     Args:
         out: the vectors `entropy_0`, `length_0` and the same of half 1, by parameter name.
         execution: device and micro-batch.
-        law: the policy.
+        policy: whose sequences they are, and how it is computed.
         sequences: the shards of sample-e-batch.
         scores: the shards of score-e-batch, in the same order.
         responses_per_prompt: sequences of one prompt that stay in one half; 1 where prompts are drawn with replacement.
@@ -55,8 +57,8 @@ def entropy_gradient(
     Returns:
         Of each half: its number of sequences, entropy per token and mean length; and the baseline.
     """
-    processor = processor_of(law, execution)
-    policy, dtype = processor.policy, getattr(torch, law["dtype"])
+    processor = processor_of(policy, execution)
+    model, dtype = processor.policy, getattr(torch, policy.dtype)
     totals, S_N, T_N = _of_all(scores)
     ids_N = torch.cat([read_sequences(artifact).sequence_ids_N for artifact in sequences])
     half_N = ids_N // responses_per_prompt % 2
@@ -65,7 +67,7 @@ def entropy_gradient(
         mine_N = half_N == half
         count = int(mine_N.sum())
         for functional in FUNCTIONALS:  # one after the other, at the price of a forward pass
-            gradient = policy.new_accumulator()
+            gradient = model.new_accumulator()
             for batch, tokens in _shards(sequences, scores):
                 here_N = batch.sequence_ids_N // responses_per_prompt % 2 == half
                 here_K = torch.repeat_interleave(here_N, batch.lengths_N)
@@ -73,7 +75,7 @@ def entropy_gradient(
                 weights = [values_K[here_K] / count for values_K in of_tokens]
                 for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
                     of_rows = Coefficients(*(values_K[index_K] for values_K in weights))
-                    policy.add_gradients(rows, [of_rows], law["temperature"], [gradient])
+                    model.add_gradients(rows, [of_rows], policy.temperature, [gradient])
             _write(out, f"{functional.name}_{half}", gradient, dtype)
             del gradient  # before there is another one: an accumulator takes 8 bytes a parameter
         H_tok = float(S_N[mine_N].sum() / T_N[mine_N].sum())
@@ -96,18 +98,22 @@ def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) ->
 def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> Iterator[tuple[BatchedSequences, Tokens]]:
     """Each shard with what the policy says of its tokens, one in memory at a time."""
     for of_sequences, scored in zip(sequences, scores, strict=True):
-        yield read_sequences(of_sequences), _tokens(scored)
+        batch = read_sequences(of_sequences)
+        yield batch, _tokens(_scores(scored).require(batch.identities_N, batch.response_offsets_N1))
 
 
-def _tokens(scored: "Artifact") -> Tokens:
-    columns, offsets_N1 = read_columns([scored], "logprobs", "entropies")
-    return Tokens(columns["logprobs"], columns["entropies"], offsets_N1)
+def _scores(scored: "Artifact") -> TokenTable:
+    return read_tokens([scored], "logprobs", "entropies")
+
+
+def _tokens(table: TokenTable) -> Tokens:
+    return Tokens(table["logprobs"], table["entropies"], table.offsets_N1)
 
 
 def _of_all(scores: "Sequence[Artifact]") -> tuple[dict[Functional, TimeTotals], Tensor, Tensor]:
     """What the baselines need to know of all sequences, and the entropy S and the length T of each, float64 [N]."""
     totals, S, T = [], [], []
-    for tokens in map(_tokens, scores):
+    for tokens in map(_tokens, map(_scores, scores)):
         totals.append([baseline_totals(functional, tokens, BASELINE) for functional in FUNCTIONALS])
         S.append(ragged.sequence_sum(ENTROPY.values(tokens), tokens.offsets_N1))
         T.append(ragged.lengths(tokens.offsets_N1).double())

@@ -9,31 +9,35 @@ from torch import Tensor
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.losses.apart import influences
-from entropy_core.losses.files import name_of, read_batch, read_coefficients
+from entropy_core.losses.files import name_of, read_batch
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm
+from entropy_core.policy.derivatives import tangent_of
 from entropy_core.policy.model import Policy
-from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.policy.spec import PolicySpec
+from entropy_core.sequences.batch import BatchedSequences, tokens_of
 from entropy_core.sequences.derivatives import forward_mode
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.law import Law, processor_of, tangent_of
+from entropy_core.sequences.processor import processor_of
+from entropy_core.store.columns import TokenTable
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.inputs import Checkpoint, Gradient, SequencesOfU, Update
 
 
 def first_order_u(
     out: "Writer",
     execution: "Execution",
     *,
-    law: Law,
-    sequences: "Sequence[Artifact]",
-    checkpoint: "Artifact",
-    update: "Artifact",
-    gradient: "Artifact",
+    policy: PolicySpec,
+    sequences: "Sequence[SequencesOfU]",
+    checkpoint: "Checkpoint",
+    update: "Update",
+    gradient: "Gradient",
 ) -> dict[str, Any]:
     """How the entropy answers to every token of U, and what each token, response and prompt therefore did to it.
 
@@ -55,7 +59,7 @@ def first_order_u(
             `influence_…`, the same for the ∇H of each half of E, and `share_…`). Tables have both normalisations, in
             nats per unit step.
         execution: device and micro-batch.
-        law: the policy.
+        policy: whose sequences they are, and how it is computed.
         sequences: the shards of sample-u-batch.
         checkpoint: artifact of load-checkpoint, for J and P, which are computed anew from the stored gradient.
         update: artifact of compute-update.
@@ -65,23 +69,23 @@ def first_order_u(
         For both normalisations ⟨∇H, v⟩, its parts from momentum and decay, and by how much the shares miss the whole,
         relative to it; and the baseline of ∇H.
     """
-    processor = processor_of(law, execution)
-    policy = processor.policy
-    settings, batch, coefficients = update.summary, read_batch(update), read_coefficients(update)
+    processor = processor_of(policy, execution)
+    model = processor.policy
+    settings, shards = update.summary, [read_sequences(shard) for shard in sequences]
+    of_u = tokens_of(shards)
+    offsets_N1, (batch, coefficients) = of_u.offsets_N1, read_batch(update, of_u)
     loss = name_of(execution, settings["loss"], settings["loss_source"])
-    shards = [read_sequences(shard) for shard in sequences]
-    offsets_N1 = ragged.concatenate([shard.response_offsets_N1 for shard in shards])
 
     # of the size of the policy: each is read or computed block by block, anew for every use
-    blocks = blocks_of(policy.named_parameters())
+    blocks = blocks_of(model.named_parameters())
     direction, loss_gradient = (_stored(update, name, blocks) for name in ("direction", "gradient"))
-    step = OptimizerStep(checkpoint, execution, policy.named_parameters(), loss_gradient, settings["clip_factor"])
+    step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])
     jacobian, preconditioner, *parts = map(step.part, ("jacobian", "preconditioner", "momentum", "decay"))
 
     def along(covector: Mapping[Block, Tensor]) -> TokenPair:
         """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token, float64 [K]."""
         scale = global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
-        unit = tangent_of(Lazy(blocks, lambda block: covector[block] / scale), policy)
+        unit = tangent_of(Lazy(blocks, lambda block: covector[block] / scale), model)
         found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
         return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
 
@@ -98,7 +102,8 @@ def first_order_u(
         whole = _whole(halves, covectors)
         preconditioned.append(along(_product(preconditioner, whole, settings["clip_factor"])))
         inner_products.append(torch.tensor([dot(whole, part) for part in (direction, *parts)], dtype=torch.float64))
-    out.tensors(_named(preconditioned, pulled_back, getattr(torch, law["dtype"])), "sensitivities.safetensors")
+    sensitivities = _named(preconditioned, pulled_back, getattr(torch, policy.dtype))
+    TokenTable(of_u.sequences_N, offsets_N1, sensitivities).write(out, "sensitivities.safetensors")
 
     found_N = iter(influences(loss, batch, [pair for pairs in pulled_back for pair in pairs], execution.isolation))
     influences_N = [[next(found_N) for _ in of_halves] for of_halves in pulled_back]
@@ -112,7 +117,7 @@ def first_order_u(
         columns |= {f"influence_{normalization}_half_{half}": x_N for normalization, x_N in of_half_N.items()}
 
     of_sequences = update.table("sequences.parquet")
-    of_tokens = _tokens(shards, offsets_N1, of_sequences, policy)
+    of_tokens = _tokens(shards, offsets_N1, of_sequences, model)
     per_token = {"coefficient": coefficients.logprob_K, "entropy_coefficient": coefficients.entropy_K}
     by_kind = [torch.stack(pair) for pair in preconditioned]
     for normalization, (of_logprob_K, of_entropy_K) in by_normalization(by_kind, H_tok, mean_length).items():
@@ -132,7 +137,7 @@ def first_order_u(
         of_tokens = of_tokens.append_column(name, pa.array(column_K.tolist()))
     for name, column_N in columns.items():
         of_sequences = of_sequences.append_column(name, pa.array(column_N.tolist()))
-    prompts = [policy.tokenizer.decode(shard.prompt(i)) for shard in shards for i in range(len(shard))]
+    prompts = [model.tokenizer.decode(shard.prompt(i)) for shard in shards for i in range(len(shard))]
     out.table(of_tokens, "tokens.parquet")
     out.table(of_sequences.append_column("prompt", pa.array(prompts)), "sequences.parquet")
     return summary | {"baseline": gradient.summary["baseline"]}
@@ -167,10 +172,10 @@ def _named(
     }
 
 
-def _tokens(shards: Sequence[BatchedSequences], offsets_N1: Tensor, sequences: pa.Table, policy: Policy) -> pa.Table:
+def _tokens(shards: Sequence[BatchedSequences], offsets_N1: Tensor, sequences: pa.Table, model: Policy) -> pa.Table:
     """A row per U token: whose it is, where, and its text."""
     tokens_K = torch.cat([shard.response_tokens_K for shard in shards]).tolist()
-    text_of = {token: policy.tokenizer.decode([token]) for token in set(tokens_K)}
+    text_of = {token: model.tokenizer.decode([token]) for token in set(tokens_K)}
     index_K = pa.array(ragged.sequence_index(offsets_N1).tolist())
     return pa.table(
         {name: sequences[name].take(index_K) for name in ("sequence_id", "prompt_id", "reward", "advantage")}

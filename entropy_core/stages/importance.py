@@ -2,24 +2,32 @@
 
 from typing import TYPE_CHECKING, Any
 
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.law import Law, processor_of
 from entropy_core.sequences.moves import moved_by
+from entropy_core.sequences.processor import processor_of
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import SequencesOfE, Update
 
 
 def importance(
-    out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact", update: "Artifact", eta: float
+    out: "Writer",
+    execution: "Execution",
+    *,
+    policy: PolicySpec,
+    sequences: "SequencesOfE",
+    update: "Update",
+    eta: float,
 ) -> dict[str, Any]:
     """Score one shard under θ + ηv.
 
     Args:
-        out: `tokens.safetensors` (logprobs, entropies, offsets).
+        out: `tokens.safetensors` (logprobs, entropies).
         execution: device and micro-batch.
-        law: the policy at θ.
+        policy: at θ.
         sequences: a shard of sample-e-batch.
         update: artifact of compute-update.
         eta: absolute step size.
@@ -27,12 +35,9 @@ def importance(
     Returns:
         Number of sequences.
     """
-    processor = processor_of(law, execution)
+    processor = processor_of(policy, execution)
     batch = read_sequences(sequences)
     with moved_by(processor, update, eta):
         results, _ = processor.score(batch)
-    out.tensors(
-        {"logprobs": results.logprobs_K, "entropies": results.entropies_K, "offsets": results.offsets_N1},
-        "tokens.safetensors",
-    )
+    batch.table({"logprobs": results.logprobs_K, "entropies": results.entropies_K}).write(out)
     return {"sequences": len(batch)}

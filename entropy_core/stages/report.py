@@ -9,6 +9,7 @@ from entropy_core.report import page as pages
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import ReportedCheckpoint
 
 
 def report(
@@ -16,7 +17,7 @@ def report(
     execution: "Execution",
     *,
     name: str,
-    checkpoints: "Sequence[Mapping[str, Any]]",
+    checkpoints: "Sequence[ReportedCheckpoint]",
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """Gather the estimates of all checkpoints.

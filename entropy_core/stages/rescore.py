@@ -3,20 +3,26 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from entropy_core.numerics import ragged
 from entropy_core.policy import moves
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.law import Law, processor_of
+from entropy_core.sequences.processor import processor_of
+from entropy_core.store.columns import concatenate
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import SequencesOfE
 
 
 def rescore(
-    out: "Writer", execution: "Execution", *, law: Law, sequences: "Sequence[Artifact]", count: int, draw: int
+    out: "Writer",
+    execution: "Execution",
+    *,
+    policy: PolicySpec,
+    sequences: "Sequence[SequencesOfE]",
+    count: int,
+    draw: int,
 ) -> dict[str, Any]:
     """Score the first sequences of E with other rounding errors.
 
@@ -24,9 +30,9 @@ def rescore(
     What they do to ΔH shows when the parameters move by no more than their own rounding.
 
     Args:
-        out: `tokens.safetensors` (logprobs, entropies, offsets).
+        out: `tokens.safetensors` (logprobs, entropies).
         execution: device and micro-batch.
-        law: the policy.
+        policy: whose sequences they are, and how it is computed.
         sequences: the shards of sample-e-batch that hold them.
         count: how many sequences; fixed, so that the noise does not depend on the size of a shard.
         draw: which of several independent ways to round.
@@ -34,16 +40,12 @@ def rescore(
     Returns:
         Number of sequences.
     """
-    processor = processor_of(law, execution)
+    processor = processor_of(policy, execution)
     with moves.jittered(processor.policy, seed=draw):
-        results = [processor.score(read_sequences(shard))[0] for shard in sequences]
-    offsets_N1 = ragged.concatenate([result.offsets_N1 for result in results])[: count + 1]
-    columns = {
-        "logprobs": torch.cat([result.logprobs_K for result in results]),
-        "entropies": torch.cat([result.entropies_K for result in results]),
-    }
-    tokens = int(offsets_N1[-1])
-    out.tensors(
-        {name: column[:tokens] for name, column in columns.items()} | {"offsets": offsets_N1}, "tokens.safetensors"
-    )
-    return {"sequences": len(offsets_N1) - 1}
+        tables = []
+        for batch in map(read_sequences, sequences):
+            results, _ = processor.score(batch)
+            tables.append(batch.table({"logprobs": results.logprobs_K, "entropies": results.entropies_K}))
+    table = concatenate(tables).first(count)
+    table.write(out)
+    return {"sequences": len(table.sequences_N)}

@@ -10,15 +10,16 @@ from entropy_core.rewards.functions import compute_rewards
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import Prompts, SequencesOfU
 
 
 def reward(
     out: "Writer",
     execution: "Execution",
     *,
-    sequences: "Sequence[Artifact]",
-    prompts: "Artifact",
+    sequences: "Sequence[SequencesOfU]",
+    prompts: "Prompts",
     reward_name: str,
     source: str,
     library: str,

@@ -6,20 +6,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from entropy_core.policy.attention import attention_without_derivative
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import write_sequences
-from entropy_core.sequences.law import Law, processor_of
+from entropy_core.sequences.processor import processor_of
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import Prompts
 
 
 def sample(
     out: "Writer",
     execution: "Execution",
     *,
-    law: Law,
-    prompts: "Artifact",
+    policy: PolicySpec,
+    prompts: "Prompts",
     batch: Literal["E", "U"],
     mode: Literal["replacement", "distinct"],
     responses_per_prompt: int,
@@ -34,7 +36,7 @@ def sample(
     Args:
         out: `tokens.safetensors` (flat ids with offsets) and `sequences.parquet` (a row per sequence).
         execution: device and decoding batch.
-        law: the policy.
+        policy: whose sequences they are, and how it is computed.
         prompts: artifact of load-prompts.
         batch: E and U draw from independent streams.
         mode: prompts with replacement and one response each, or distinct prompts.
@@ -49,7 +51,7 @@ def sample(
         Number of sequences and of tokens, how many responses were cut, and the attention kernel that sampled them.
     """
     table = prompts.table("prompts.parquet")
-    processor = processor_of(law, execution, max_new_tokens, stop_strings)
+    processor = processor_of(policy, execution, max_new_tokens, stop_strings)
     pool = prompts.table("prompt_tokens.parquet")["token_ids"].to_pylist()
     processor.require_vocabulary(pool)
     if mode == "replacement":

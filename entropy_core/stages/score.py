@@ -4,32 +4,31 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.law import Law, processor_of
+from entropy_core.sequences.processor import processor_of
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import Sequences
 
 
-def score(out: "Writer", execution: "Execution", *, law: Law, sequences: "Artifact") -> dict[str, Any]:
+def score(out: "Writer", execution: "Execution", *, policy: PolicySpec, sequences: "Sequences") -> dict[str, Any]:
     """Score one shard by teacher forcing.
 
     Args:
-        out: `tokens.safetensors` (logprobs, entropies, offsets) and `scores.parquet` (a row per sequence).
+        out: `tokens.safetensors` (logprobs, entropies) and `scores.parquet` (a row per sequence).
         execution: device and micro-batch.
-        law: the policy.
+        policy: whose sequences they are, and how it is computed.
         sequences: artifact of a sampling stage.
 
     Returns:
         Number of sequences, and the sum of their entropies in nats.
     """
     batch = read_sequences(sequences)
-    results, diagnostics = processor_of(law, execution).score(batch)
-    out.tensors(
-        {"logprobs": results.logprobs_K, "entropies": results.entropies_K, "offsets": results.offsets_N1},
-        "tokens.safetensors",
-    )
+    results, diagnostics = processor_of(policy, execution).score(batch)
+    batch.table({"logprobs": results.logprobs_K, "entropies": results.entropies_K}).write(out)
     out.table(
         pa.table(
             {

@@ -16,11 +16,23 @@ from entropy_core.estimates.tables import ESTIMATES, TABLES, to_table
 from entropy_core.numerics import uncertainty
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
 from entropy_core.numerics.uncertainty import Estimate
-from entropy_core.store.columns import read_columns
+from entropy_core.store.columns import concatenate, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.inputs import (
+        AlongV,
+        AtStepSize,
+        Attribution,
+        Calibration,
+        Discriminators,
+        Replicate,
+        Rescores,
+        ScoresOfE,
+        ScoresOfU,
+        Update,
+    )
 
 
 def variance(
@@ -28,17 +40,17 @@ def variance(
     execution: "Execution",
     *,
     learning_rate: float,
-    scores: "Sequence[Artifact]",
-    rescores: "Sequence[Artifact]",
-    first_order_e: "Sequence[Artifact]",
-    first_order_u: "Artifact",
-    update: "Artifact",
-    scores_u: "Sequence[Artifact]",
-    discriminators_u: "Artifact",
-    calibration: "Artifact | None",
-    moved: "Sequence[Mapping[str, Any]]",
+    scores: "Sequence[ScoresOfE]",
+    rescores: "Sequence[Rescores]",
+    first_order_e: "Sequence[AlongV]",
+    first_order_u: "Attribution",
+    update: "Update",
+    scores_u: "Sequence[ScoresOfU]",
+    discriminators_u: "Discriminators",
+    calibration: "Calibration | None",
+    moved: "Sequence[AtStepSize]",
     seed: int,
-    replicates: "Sequence[Mapping[str, Any]]",
+    replicates: "Sequence[Replicate]",
     estimators: Sequence[Estimator],
     normalizations: Sequence[Normalization],
     baseline: Baseline,
@@ -83,8 +95,10 @@ def variance(
     of_batch |= {"derivative_check": calibration.summary["difference"] if calibration else None}
     of_u, of_sequences = first_order_u.summary, first_order_u.table("sequences.parquet")
     as_backward, _ = evaluation_batch(scores, first_order_e, of_u["baseline"], units)
-    again = batch.first(rescores[0].summary["sequences"])
-    rescored = [moved_of_first(again, draw) for draw in rescores]
+    few = rescores[0].summary["sequences"]
+    sequences = [read_tokens([shard]) for shard in scores]
+    again, of_few = batch.first(few), concatenate(sequences).first(few)
+    rescored = [moved_of_first(again, draw, of_few) for draw in rescores]
     common: dict[Normalization, _Common] = {}
     for normalization in normalizations:
         contributions = _contributions(of_sequences, normalization, of_batch["n_prompts_u"])
@@ -105,15 +119,15 @@ def variance(
     }
     for entry in moved:
         for estimator in estimators:
-            there = evaluation.measured(batch, moved_batch(entry), estimator)
+            there = evaluation.measured(batch, moved_batch(entry, sequences), estimator)
             for normalization, shared in common.items():
                 change = estimates.change_of(batch, there, entry["eta"], estimator, normalization)
                 row = _row(batch, there, change, entry["eta"], estimator, shared, learning_rate, confidence_level)
                 found[normalization, estimator].append((row, change))
     by_seed = {seed: _values(batch, normalizations)}
-    for entry in replicates:
-        replicate, _ = evaluation_batch(entry["scores"], entry["first_order_e"], baseline, units)
-        by_seed[entry["seed"]] = _values(replicate, normalizations)
+    for another in replicates:
+        replicate, _ = evaluation_batch(another["scores"], another["first_order_e"], baseline, units)
+        by_seed[another["seed"]] = _values(replicate, normalizations)
 
     tables: dict[str, list[Row]] = {name: [] for name in TABLES}
 
@@ -197,11 +211,10 @@ def _contributions(of_sequences: pa.Table, normalization: Normalization, prompts
 def _by_literature(
     scores_u: "Sequence[Artifact]", discriminators_u: "Artifact", update: "Artifact"
 ) -> dict[str, float]:
-    scored, offsets_N1 = read_columns(scores_u, "logprobs", "entropies")
-    expected, _ = read_columns([discriminators_u], "expected")
+    of_u = read_tokens(scores_u, "logprobs", "entropies").join(read_tokens([discriminators_u], "expected"))
     advantages_N = torch.tensor(update.table("sequences.parquet")["advantage"].to_pylist(), dtype=torch.float64)
     return diagnostics.predicted_changes(
-        scored["logprobs"], scored["entropies"], expected["expected"], advantages_N, offsets_N1
+        of_u["logprobs"], of_u["entropies"], of_u["expected"], advantages_N, of_u.offsets_N1
     )
 
 

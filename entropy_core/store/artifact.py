@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,11 +84,27 @@ class Artifact:
             raise self._unsound(fault)
         return self.directory / name
 
-    def tensors(self, name: str = "tensors.safetensors") -> "dict[str, torch.Tensor]":
-        """Load the tensors of a safetensors file, onto the CPU. Raises UnsoundError as `path` does."""
-        from safetensors.torch import load_file
+    def tensors(self, name: str = "tensors.safetensors", only: Sequence[str] = ()) -> "dict[str, torch.Tensor]":
+        """Load the tensors of a safetensors file onto the CPU, all or some.
 
-        return load_file(self.path(name))
+        Args:
+            name: of the file.
+            only: which tensors to read; all of them where none is named.
+
+        Returns:
+            Tensors by name.
+
+        Raises:
+            StoreError: the artifact has no such file, or the file no such tensor.
+            UnsoundError: as `path` does.
+        """
+        from safetensors import safe_open
+
+        with safe_open(self.path(name), framework="pt") as file:
+            if missing := [one for one in only if one not in file.keys()]:  # noqa: SIM118 (no mapping)
+                fact = f"{name} of artifact {self.stage}/{self.key} in {self.root} has no {', '.join(missing)}"
+                raise StoreError(fact, cause="another version of this stage made it", fix="run the sweep again")
+            return {one: file.get_tensor(one) for one in only or file.keys()}
 
     def vector(self, name: str) -> "TensorFile":
         """Open a file of `VECTORS`, to be read a tensor or a block at a time. Raises StoreError as `path` does."""

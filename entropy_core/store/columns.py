@@ -1,27 +1,102 @@
-"""Per-token columns on disk: flat tensors with offsets, one file per shard. Needs no model."""
+"""Per-token numbers on disk: a table of columns that lie flat, which says whose tokens they are. Needs no model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from entropy_core.errors import StoreError
 from entropy_core.numerics import ragged
 
 if TYPE_CHECKING:
-    from entropy_core.store.artifact import Artifact
+    from entropy_core.store.artifact import Artifact, Writer
+
+TOKENS = "tokens.safetensors"
 
 
-def read_columns(shards: "Sequence[Artifact]", *names: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Per-token columns of all shards, one after the other.
+@dataclass(frozen=True, eq=False)
+class TokenTable:
+    """Columns of numbers, one for each response token of some sequences.
+
+    Attributes:
+        sequences_N: int64, who each sequence is: see `BatchedSequences.identities_N`.
+        offsets_N1: int64 [N + 1]; sequence i has the tokens `offsets_N1[i]:offsets_N1[i + 1]`.
+        columns: [K] by name.
+    """
+
+    sequences_N: Tensor
+    offsets_N1: Tensor
+    columns: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def require(self, sequences_N: Tensor, offsets_N1: Tensor) -> "TokenTable":
+        """Make sure that the table is of these sequences, in this order.
+
+        Args:
+            sequences_N: int64.
+            offsets_N1: int64 [N + 1].
+
+        Returns:
+            The table itself.
+
+        Raises:
+            StoreError: it is of others.
+        """
+        if not (torch.equal(self.sequences_N, sequences_N) and torch.equal(self.offsets_N1, offsets_N1)):
+            raise StoreError(
+                f"the columns {', '.join(self.columns)} of {len(self.sequences_N)} sequences are of others than the "
+                f"{len(sequences_N)} that they are to be put beside",
+                cause="artifacts of two batches were mixed, or the store was edited",
+                fix="`entropy-probe store verify`, then run the sweep again",
+            )
+        return self
+
+    def join(self, other: "TokenTable") -> "TokenTable":
+        """The columns of both. Raises StoreError where the other is of other sequences."""
+        other.require(self.sequences_N, self.offsets_N1)
+        return TokenTable(self.sequences_N, self.offsets_N1, {**self.columns, **other.columns})
+
+    def named(self, names: Mapping[str, str]) -> "TokenTable":
+        """The same under other names, old → new."""
+        columns = {names.get(name, name): column_K for name, column_K in self.columns.items()}
+        return TokenTable(self.sequences_N, self.offsets_N1, columns)
+
+    def first(self, sequences: int) -> "TokenTable":
+        """The same of the first sequences."""
+        offsets_N1 = self.offsets_N1[: sequences + 1]
+        columns = {name: column_K[: int(offsets_N1[-1])] for name, column_K in self.columns.items()}
+        return TokenTable(self.sequences_N[:sequences], offsets_N1, columns)
+
+    def write(self, out: "Writer", name: str = TOKENS) -> None:
+        """Persist the table in a safetensors file."""
+        out.tensors({"sequences": self.sequences_N, "offsets": self.offsets_N1, **self.columns}, name)
+
+
+def concatenate(tables: Sequence[TokenTable]) -> TokenTable:
+    """Tables with the same columns, one after the other."""
+    return TokenTable(
+        torch.cat([table.sequences_N for table in tables]),
+        ragged.concatenate([table.offsets_N1 for table in tables]),
+        {name: torch.cat([table[name] for table in tables]) for name in tables[0].columns},
+    )
+
+
+def read_tokens(shards: "Sequence[Artifact]", *names: str, file: str = TOKENS) -> TokenTable:
+    """Read the table of some shards, one after the other.
 
     Args:
-        shards: artifacts with `tokens.safetensors`, holding `offsets` and the columns.
-        names: of the columns.
+        shards: artifacts that a `TokenTable` was written to.
+        names: of the columns that are wanted; may be none.
+        file: which of their files.
 
     Returns:
-        Each column [K] by name, and the offsets [N + 1] of all sequences.
+        The table.
     """
-    files = [shard.tensors("tokens.safetensors") for shard in shards]
-    columns = {name: torch.cat([file[name] for file in files]) for name in names}
-    return columns, ragged.concatenate([file["offsets"] for file in files])
+    found = [shard.tensors(file, ("sequences", "offsets", *names)) for shard in shards]
+    return concatenate(
+        [TokenTable(of_one["sequences"], of_one["offsets"], {name: of_one[name] for name in names}) for of_one in found]
+    )

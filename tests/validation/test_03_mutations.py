@@ -122,7 +122,7 @@ MUTATIONS = (
     ),
     Mutation(
         "1/B_U dropped",
-        "numerics/losses",
+        "numerics/loss_batch",
         "return (self.weights_N * values_N).sum() / self.responses",
         "return (self.weights_N * values_N).sum()",
         "test_losses",

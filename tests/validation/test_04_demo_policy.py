@@ -23,7 +23,7 @@ from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import entropy_derivative, snis_derivative, standard_error
 from entropy_core.pipeline import catalogue as stage
-from entropy_core.store.columns import read_columns
+from entropy_core.store.columns import read_tokens
 from entropy_core.store.store import Store
 
 pytestmark = pytest.mark.validate
@@ -110,9 +110,9 @@ def batches(swept: Probe) -> Iterator[tuple[str, TokenDerivatives, Tensor]]:
     """Columns along the direction of the step, on one E batch: of each demo checkpoint, and of the tiny policies."""
     names = list(dict.fromkeys(row["checkpoint"] for row in swept.rows))
     for name, inputs in zip(names, variance_inputs(swept), strict=True):
-        scored, offsets_N1 = read_columns(inputs["scores"], "logprobs", "entropies")
-        along_v, _ = read_columns(inputs["first_order_e"], "dlogprobs", "dentropies")
-        yield name, TokenDerivatives(*scored.values(), *along_v.values()), offsets_N1
+        scored = read_tokens(inputs["scores"], "logprobs", "entropies")
+        table = scored.join(read_tokens(inputs["first_order_e"], "dlogprobs", "dentropies"))
+        yield name, TokenDerivatives(*table.columns.values()), table.offsets_N1
     for name, model in (("tiny GPT-2, random v", gpt2), ("tiny Llama, random v", llama64)):
         world = World(policy_of(model()), [[1], [2, 0], [3, 1, 0, 2]], temperature=0.7, max_new_tokens=4)
         batch = enumerate_world(world, random_direction(world.policy)).drawn(2048)
@@ -182,7 +182,7 @@ def test_the_cost_of_the_variance_stage(record: Proof, swept: Probe, tmp_path: P
         artifact = store.run(stage.VARIANCE, swept.run.execution, inputs)
         seconds.append(time.perf_counter() - started)
     rows = artifact.table("estimates.parquet").to_pylist()
-    tokens = read_columns(inputs["scores"], "entropies")[1][-1]
+    tokens = read_tokens(inputs["scores"]).offsets_N1[-1]
     runs = ", ".join(f"{s:.2f}" for s in seconds)
     record.row(
         swept.rows[-1]["checkpoint"], rows[0]["n_sequences"], int(tokens), len(rows), runs, f"{median(seconds):.2f}"

@@ -16,7 +16,7 @@ from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entrop
 from entropy_core.numerics.vectors import dot, global_norm, in_blocks
 from entropy_core.policy.model import Coefficients
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.law import processor_of
+from entropy_core.sequences.processor import processor_of
 
 pytestmark = pytest.mark.validate
 
@@ -54,7 +54,7 @@ def entropy_gradients(found: Probe) -> dict[str, dict[str, Tensor]]:
 def prompt_gradients(found: Probe) -> list[dict[str, Tensor]]:
     """Gradient of each prompt's terms of the loss, by a backward pass of its own."""
     inputs = found.run.inputs("compute-update")
-    processor = processor_of(inputs["law"], found.run.execution)
+    processor = processor_of(inputs["policy"], found.run.execution)
     coefficients = read_coefficients(found.run.artifacts("compute-update")[0])
     gradients, start = [], 0
     for shard in map(read_sequences, inputs["sequences"]):
@@ -64,7 +64,7 @@ def prompt_gradients(found: Probe) -> list[dict[str, Tensor]]:
             gradient = processor.policy.new_accumulator()
             for index_K, rows in processor.micro_batches(of_prompt):
                 weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-                processor.policy.add_gradients(rows, [weights], inputs["law"]["temperature"], [gradient])
+                processor.policy.add_gradients(rows, [weights], inputs["policy"].temperature, [gradient])
             gradients.append(gradient)
             start = stop
     return gradients
@@ -73,7 +73,7 @@ def prompt_gradients(found: Probe) -> list[dict[str, Tensor]]:
 def steps_without_one(found: Probe, max_norm: float) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """v of the whole step, and of the steps on all prompts but one: clipping, moments and all."""
     inputs = found.run.inputs("compute-update")
-    processor = processor_of(inputs["law"], found.run.execution)
+    processor = processor_of(inputs["policy"], found.run.execution)
     parameters = {name: p.detach().double() for name, p in processor.policy.named_parameters().items()}
     of_prompts = prompt_gradients(found)
     of_all_prompts = {name: torch.stack([g[name] for g in of_prompts]).sum(0) for name in of_prompts[0]}

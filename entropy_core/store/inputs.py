@@ -1,0 +1,106 @@
+"""The types of what stages are given, and the check that a stage is given what it says.
+
+An artifact's type is the stage that made it: a stage that reads the scores of E takes `ScoresOfE`, so that those of
+U, or of anything else, are refused when a sweep is planned and not when their numbers are odd.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
+
+from entropy_core.store.artifact import Artifact
+
+if TYPE_CHECKING:
+    from entropy_core.store.store import Stage
+
+
+_STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True, extra="forbid")
+
+
+def made_by(*stages: str) -> AfterValidator:
+    """Refuse an artifact that none of these stages made."""
+
+    def check(artifact: Artifact) -> Artifact:
+        if artifact.stage not in stages:
+            raise ValueError(f"an artifact of {artifact.stage}, not of {' or '.join(stages)}")
+        return artifact
+
+    return AfterValidator(check)
+
+
+Prompts = Annotated[Artifact, made_by("load-prompts")]
+Checkpoint = Annotated[Artifact, made_by("load-checkpoint")]
+Sequences = Annotated[Artifact, made_by("sample-e-batch", "sample-u-batch")]
+SequencesOfE = Annotated[Artifact, made_by("sample-e-batch")]
+SequencesOfU = Annotated[Artifact, made_by("sample-u-batch")]
+ScoresOfE = Annotated[Artifact, made_by("score-e-batch")]
+ScoresOfU = Annotated[Artifact, made_by("score-u-batch")]
+ScoresOfReference = Annotated[Artifact, made_by("score-u-reference")]
+Rescores = Annotated[Artifact, made_by("rescore-e-batch")]
+Rewards = Annotated[Artifact, made_by("reward-u-batch")]
+Discriminators = Annotated[Artifact, made_by("discriminate-u")]
+Update = Annotated[Artifact, made_by("compute-update")]
+Gradient = Annotated[Artifact, made_by("entropy-gradient")]
+Calibration = Annotated[Artifact, made_by("calibrate")]
+AlongV = Annotated[Artifact, made_by("first-order-e")]
+Attribution = Annotated[Artifact, made_by("first-order-u")]
+MovedScores = Annotated[Artifact, made_by("importance")]
+Path = Annotated[Artifact, made_by("path-integral")]
+Estimates = Annotated[Artifact, made_by("variance")]
+
+
+@with_config(_STRICT)
+class AtStepSize(TypedDict):
+    """What was measured of E at one step size η; nothing at 0."""
+
+    eta: float
+    shards: Sequence[MovedScores]
+    path: Sequence[Path]
+
+
+@with_config(_STRICT)
+class Replicate(TypedDict):
+    """A further E."""
+
+    seed: int
+    scores: Sequence[ScoresOfE]
+    first_order_e: Sequence[AlongV]
+
+
+@with_config(_STRICT)
+class ReportedCheckpoint(TypedDict):
+    """What the report says of a checkpoint."""
+
+    checkpoint: str
+    step: int
+    estimates: Estimates
+    attribution: Attribution
+
+
+def require_inputs(stage: "Stage", inputs: Mapping[str, Any]) -> None:
+    """Make sure that a stage is given its inputs, all of them and no others, each of its type.
+
+    Args:
+        stage: its function's keyword arguments say what it takes.
+        inputs: by name.
+
+    Raises:
+        TypeError: an input is missing, unknown, or of another type; names it.
+    """
+    try:
+        _adapter(stage.function).validate_python(dict(inputs))
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:4])
+        raise TypeError(f"{stage.name} is not given what it takes: {said}") from None
+
+
+@cache
+def _adapter(function: Callable[..., Any]) -> TypeAdapter[Any]:
+    names = {"Writer": Any, "Execution": Any} | globals()
+    hints = get_type_hints(function, globalns=function.__globals__ | names, include_extras=True)
+    arguments = function.__code__.co_varnames[2 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
+    taken = TypedDict("taken", {name: hints.get(name, Any) for name in arguments})  # type: ignore[misc]
+    return TypeAdapter(with_config(_STRICT)(taken))
