@@ -185,10 +185,10 @@ def list_runs(root: Path) -> int:
     """List the recorded runs, the latest last: when they finished, their checkpoints, and where their files are."""
     rows = []
     for run_id in runs.recorded(root):
-        record = json.loads((runs.folder(root, run_id) / runs.RECORD).read_text(encoding="utf-8"))
-        names = [entry["checkpoint"] for entry in record["checkpoints"]]
-        shown = names if len(names) <= 2 else [names[0], "…", names[-1]]
-        of = f"{' '.join(shown)} ({len(names)})"
+        with runs.understood(runs.folder(root, run_id) / runs.RECORD) as record:
+            names = [entry["checkpoint"] for entry in record["checkpoints"]]
+            shown = names if len(names) <= 2 else [names[0], "…", names[-1]]
+            of = f"{' '.join(shown)} ({len(names)})"
         rows.append((f"{record['finished'][:16]}Z", run_id, of, str(runs.folder(root.absolute(), run_id))))
     print_table(("finished", "run", "checkpoints", "files"), rows)
     print(f"{len(rows)} runs" + ("" if rows else f" in {root.absolute()}; `entropy-probe sweep` records one"))

@@ -3,8 +3,8 @@
     @pytest.mark.attack("who tries what")
     def test_it_gets_nothing(): ...
 
-Every case of such a test is one try. They are part of `make test` where they take seconds; the page is written when all
-of them are asked for, by `pytest -m attack`.
+Every case of such a test is one try, unless it records how many it made: `record_property("tries", 50)`. They are part
+of `make test` where they take seconds; the page is written when all of them are asked for, by `pytest -m attack`.
 """
 
 import re
@@ -39,7 +39,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     report = yield
     if (marker := item.get_closest_marker("attack")) and (call.when == "call" or not report.passed):
         tries = item.config.stash.setdefault(FOUND, {}).setdefault(marker.args[0], Counter())
-        tries[report.outcome] += 1
+        tries[report.outcome] += dict(report.user_properties).get("tries", 1)
     return report
 
 

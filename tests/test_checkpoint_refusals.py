@@ -197,8 +197,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         optimizer(lambda s: s["state"][0]["exp_avg_sq"][3].fill_(-1.0)),
         rf"{EMBEDDING} \(exp_avg_sq\)",
     ),
-    "no step count": (optimizer(lambda s: s["state"][0].pop("step")), f"no step count, or one of 0, for {EMBEDDING}"),
-    "step 0": (each_slot(lambda slot: slot["step"].zero_()), "no step count, or one of 0"),
+    "no step count": (
+        optimizer(lambda s: s["state"][0].pop("step")),
+        f"no step count, or one that cannot be, for {EMBEDDING}",
+    ),
+    "step 0": (each_slot(lambda slot: slot["step"].zero_()), "no step count, or one that cannot be"),
 }
 
 

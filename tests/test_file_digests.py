@@ -94,7 +94,7 @@ def test_a_sweep_is_planned_again_without_reading_its_checkpoints(tmp_path, cach
 PROGRAM = """
 import sys
 from pathlib import Path
-from entropy_core import file_digests
+from entropy_core.files import digests as file_digests
 file_digests.SETTLED_NS = 0
 if sys.argv[1] == "read":
     file_digests.hashlib.file_digest = None

@@ -14,7 +14,7 @@ from entropy_core.checkpoints.adapters import PEFT_PREFIX, adapter_tensors, chec
 from entropy_core.checkpoints.content import StoredTensor, read_json, stored_tensors
 from entropy_core.checkpoints.layout import Layout
 from entropy_core.checkpoints.model_config import check_generation_config, check_model_config
-from entropy_core.errors import CheckpointError, one_line, some_names
+from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _empty_model(directory: Path) -> "PreTrainedModel":
                 config, attn_implementation="eager", dtype=torch.get_default_dtype(), trust_remote_code=False
             )
     except Exception as error:
-        raise CheckpointError(
+        raise shortage(error) or CheckpointError(
             f"{directory}/config.json does not describe a causal language model of transformers "
             f"{transformers.__version__}: {one_line(error)}",
             cause="a newer or a custom architecture",

@@ -146,11 +146,13 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         )
     config = parse_config(record["config"], str(directory / runs.RECORD))
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
+    runs.named(store.root, directory.name)  # nothing but artifacts
     with runs.understood(directory / runs.RECORD) as record:
         recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
         for entry in recorded:
             signature(stage.VARIANCE.function).bind(None, None, **entry["inputs"], **_chosen(config))
-            _ = entry["checkpoint"], entry["step"], [*entry["notes"]]
+            if type(entry["step"]) is not int or {type(t) for t in (entry["checkpoint"], *entry["notes"])} != {str}:
+                raise TypeError("the name, the step or a note of a checkpoint is of another type")
 
     def work() -> SweepResult:
         for entry in recorded:

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from entropy_core.errors import PromptError, one_line
+from entropy_core.errors import PromptError, one_line, shortage
+from entropy_core.files.regular import require_readable
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -28,23 +28,27 @@ def read_rows(path: Path) -> list[dict]:
 
 def _read_parquet(path: Path) -> list[dict]:
     try:
-        return pq.ParquetFile(path).read().to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise PromptError(f"{path} cannot be read: {one_line(error)}", fix="give the path of a Parquet file") from None
+        return pq.ParquetFile(require_readable(path)).read().to_pylist()
+    except Exception as error:  # of values of all kinds, some have no form in Python
+        refused = PromptError(f"{path} cannot be read: {one_line(error)}", fix="give the path of a Parquet file")
+        raise shortage(error) or refused from None
 
 
 def _read_jsonl(path: Path) -> list[dict]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut texts at U+2028, too
+        lines = (
+            require_readable(path).read_text(encoding="utf-8-sig").split("\n")
+        )  # splitlines() would cut texts at U+2028, too
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read: {error}", fix="give the path of a UTF-8 .jsonl file") from None
+        refused = PromptError(f"{path} cannot be read: {one_line(error)}", fix="give the path of a UTF-8 .jsonl file")
+        raise shortage(error) or refused from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PromptError(f"{path}:{number} is not JSON: {one_line(error)}", fix="correct the line") from None
         if not isinstance(row, dict):
             raise PromptError(f"{path}:{number} is not a JSON object", fix="write one object per line")

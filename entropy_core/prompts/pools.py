@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from entropy_core.errors import ConfigError, PromptError, one_line
+from entropy_core.errors import ConfigError, PromptError, one_line, some_names
 from entropy_core.prompts import arithmetic, hub_datasets, reasoning_tasks
 from entropy_core.prompts.files import SUFFIXES, read_rows
 
@@ -98,7 +98,8 @@ def load_pool(
         if not isinstance(row.get(prompt_column), str) or not row[prompt_column]:
             conversation = isinstance(row.get(prompt_column), list)
             raise PromptError(
-                f"row {number} of {dataset_name!r} has no text in column {prompt_column!r}; it has {sorted(row)}",
+                f"row {number} of {dataset_name!r} has no text in column {prompt_column!r:.80}; it has "
+                f"[{some_names(map(repr, sorted(row)))}]",
                 cause="the prompts are conversations" if conversation else "the prompts are in another column",
                 fix="give the text of the user's turn, and set batch_config.apply_chat_template"
                 if conversation

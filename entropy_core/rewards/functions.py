@@ -16,7 +16,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from entropy_core.errors import ProbeError, RewardError, one_line
+from entropy_core.errors import ProbeError, RewardError, one_line, some_names
 from entropy_core.files import functions as user_functions
 from entropy_core.prompts import arithmetic, reasoning_tasks
 from entropy_core.rewards import math_answers
@@ -100,7 +100,7 @@ def compute_rewards(
             f"reward {name!r} raised {type(error).__name__}: {one_line(error)} on "
             f"{whose or f'{len(completions)} responses together, and not on either half of them'}",
             cause="a response that the function does not expect, or a column that the pool does not have",
-            fix=f"correct the function; the pool's columns are {sorted(columns)}",
+            fix=f"correct the function; the pool's columns are [{some_names(map(repr, sorted(columns)))}]",
         ) from error
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # arrays and tensors
     if not isinstance(rewards, Sequence) or len(rewards) != len(completions):

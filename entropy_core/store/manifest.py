@@ -22,8 +22,10 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from entropy_core.errors import StoreError
+from entropy_core.errors import StoreError, one_line
 from entropy_core.files.digests import SETTLED_NS, Identity, file_digest, identity_of
+from entropy_core.files.regular import require_readable
+from entropy_core.store.manifest_form import require_form
 
 MANIFEST = "manifest.json"
 VECTORS = "vectors/"
@@ -50,9 +52,8 @@ def may_name(stage_name: Any, key: Any) -> bool:
 def may_name_file(name: str) -> bool:
     """Whether a data file of an artifact can be called so: it lies within the artifact and is not the manifest."""
     path = PurePosixPath(name)
-    return (
-        str(path) == name and not path.is_absolute() and ".." not in path.parts and name not in (".", MANIFEST, DROPPED)
-    )
+    inside = str(path) == name and not path.is_absolute() and ".." not in path.parts
+    return inside and name.isprintable() and name not in (".", MANIFEST, DROPPED)
 
 
 def _matches(pattern: str, text: Any) -> bool:
@@ -154,7 +155,7 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}, "it has no manifest"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        return {}, f"its manifest was damaged or edited: {error}"
+        return {}, f"its manifest was damaged or edited: {one_line(error)}"
 
 
 def check_files(
@@ -310,8 +311,10 @@ def _read_once(path: Path) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError if it is not, byte for byte, what was written."""
-    content = path.read_bytes()
+    content = require_readable(path).read_bytes()
     manifest = json.loads(content)
     if _sealed({name: value for name, value in manifest.items() if name != "seal"}) != content:
         raise ValueError("it is not as it was written")
+    if "format" in manifest:  # else an earlier version made it, which is said in its own words
+        require_form(manifest)
     return manifest
