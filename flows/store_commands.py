@@ -41,15 +41,16 @@ def ls(store: Store) -> int:
 def verify(store: Store) -> int:
     """Check every file against its manifest, and every run against what it needs; name what is unsound."""
     faults = []
-    names = store.names()
-    for stage, key in names:
-        _, fault = store.check(stage, key, read_digest)
-        if fault:
-            faults.append(f"{stage}/{key}: {fault}")
-    recorded = runs.recorded(store.root)
-    for run_id in recorded:
-        for stage, key in sorted(runs.named(store.root, run_id) - set(names)):
-            faults.append(f"{stage}/{key}: it is missing, and the run {run_id} needs it")
+    with store.in_use():  # nothing is pruned meanwhile, but a sweep may go on
+        recorded = runs.recorded(store.root)  # before the artifacts: what these need is there by now
+        names = store.names()
+        for stage, key in names:
+            if store.check(stage, key, read_digest)[1]:
+                _, fault = store.check(stage, key, read_digest)  # and not what a sweep just set aside or let go
+                faults += [f"{stage}/{key}: {fault}"] if fault else []
+        for run_id in recorded:
+            for stage, key in sorted(runs.named(store.root, run_id) - set(names)):
+                faults.append(f"{stage}/{key}: it is missing, and the run {run_id} needs it")
     for fault in faults:
         print(fault)
     sound = "all sound" if not faults else f"{len(faults)} unsound; run the sweep again: they are computed anew"

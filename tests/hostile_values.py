@@ -41,7 +41,7 @@ PLAIN = [None, True, False, [], {}, [[]], [{}], [None], {"": ""}, {"a": {}}, [0,
 junk = st.one_of(
     st.sampled_from(TEXTS),
     st.sampled_from(NUMBERS),
-    st.sampled_from(PLAIN),
+    st.sampled_from(PLAIN).map(copy.deepcopy),  # which may be changed further
     st.text(max_size=20),
     st.integers(),
     st.floats(),

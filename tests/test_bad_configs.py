@@ -1,4 +1,4 @@
-"""Forty bad configurations, by the command line and by what the form posts: refused before a run exists, or failed.
+"""Forty-one bad configurations, by the command line and by what the form posts: refused before a run exists, or failed.
 
 What the form's schema can say is refused by the server and makes no run. The rest makes a run that fails before any
 stage, and its state, which the UI shows, gives the reason on one line.
@@ -72,6 +72,7 @@ FAILED = {
     "one prompt": Bad(
         {"batch_config": {"E_sampling_mode": "distinct", "B_E_values": [1]}}, "a standard error needs two"
     ),
+    "a GPU that is not there": Bad({"execution": {"device": "cuda"}}, r"execution\.device is cuda, .* finds no GPU"),
     "two writers": Bad({"batch_config": {"apply_chat_template": True, "add_special_tokens": True}}, "special tokens"),
     "an unknown reward": Bad({"update": {"reward": "no.such:reward"}}, r"no\.such:reward"),
     "a reference without KL": Bad({"update": {"reference": "."}}, "Set kl_beta"),
@@ -83,8 +84,8 @@ FAILED = {
 BAD = REFUSED | FAILED
 
 
-def test_there_are_forty():
-    assert len(BAD) == 40
+def test_there_are_forty_one():
+    assert len(BAD) == 41
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
         buffers={name for name, _ in model.named_buffers()},
         decay=tuple(name for name in trained if name in decays),
         no_decay=tuple(name for name in trained if name not in decays),
-        saved_by=getattr(model.config, "transformers_version", None),
+        saved_by=str(getattr(model.config, "transformers_version", None) or "") or None,
         read_by=transformers.__version__,
     )
     return architecture, (*said, *_precision(layout, stored))

@@ -116,7 +116,7 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
 
 
 def _is_file_name(shard: object) -> bool:
-    return isinstance(shard, str) and shard not in ("", ".", "..") and not set(shard) & {"/", "\\", "\0"}
+    return isinstance(shard, str) and shard.isprintable() and shard not in ("", ".", "..") and not set(shard) & {*"/\\"}
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":

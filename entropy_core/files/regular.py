@@ -6,6 +6,10 @@ import stat
 from pathlib import Path
 
 
+class NotAFileError(OSError):
+    """What is in place of a file is none."""
+
+
 def require_readable(path: Path) -> Path:
     """Refuse what is there in place of a file and would be waited for, or never end: a pipe, a device.
 
@@ -16,9 +20,15 @@ def require_readable(path: Path) -> Path:
         The path.
 
     Raises:
-        OSError: it leads to something else, to itself, or nowhere.
+        NotAFileError: there is a pipe, a device, or a link that leads to itself.
+        OSError: there is nothing.
     """
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise NotAFileError(errno.ELOOP, "it is a link that leads to itself", str(path)) from None
+        raise
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # whoever opens a folder is told so
-        raise OSError(errno.EINVAL, "it is a pipe or a device, and not a file", str(path))
+        raise NotAFileError(errno.EINVAL, "it is a pipe or a device, and not a file", str(path))
     return path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from entropy_core.checkpoints.architecture import read_architecture
 from entropy_core.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -68,6 +69,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     Raises:
         ProbeError: something is missing, broken or too small; says what to do.
     """
+    check_device(config.execution.device)
     batch = config.batch_config
     user_losses.check_loss(config.update.loss, config.update.kl_beta, config.generation.max_new_tokens)
     located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
@@ -115,6 +117,16 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
             fix="leave it out, or give the directories of adapters",
         )
     return found
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there. Raises ConfigError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"execution.device is cuda, and torch {torch.__version__} finds no GPU on this machine",
+            cause="a torch without CUDA, a driver that is missing or too old, or CUDA_VISIBLE_DEVICES",
+            fix="set execution.device: auto or cpu, or run where there is one",
+        )
 
 
 def _check_reference(reference: str, layout: Layout, name: str) -> None:

@@ -10,7 +10,6 @@ Prompts and completions are text, whether a chat template was applied or not: th
 response without special tokens.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -20,6 +19,9 @@ from entropy_core.errors import ProbeError, RewardError, one_line, some_names
 from entropy_core.files import functions as user_functions
 from entropy_core.prompts import arithmetic, reasoning_tasks
 from entropy_core.rewards import math_answers
+
+LARGEST = 1e30
+"""A larger reward makes a gradient that no float32 holds."""
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -108,14 +110,14 @@ def compute_rewards(
         raise RewardError(f"reward {name!r} returned {got} for {len(completions)} responses", fix="return a list")
     rewards = [reward.item() if getattr(reward, "ndim", None) == 0 else reward for reward in rewards]
     for i, reward in enumerate(rewards):
-        if not isinstance(reward, Real) or not abs(reward) <= sys.float_info.max:  # type: ignore[operator]
+        if not isinstance(reward, Real) or not abs(reward) <= LARGEST:  # type: ignore[operator]
             raise RewardError(
                 f"reward {name!r} returned {reward!r:.80} for sequence {i}, prompt {prompts[i]!r:.80}",
                 cause="it says that the response is not its business, which TRL averages over the other rewards; here "
                 "there are none"
                 if reward is None
                 else "",
-                fix="return a finite float for every response",
+                fix=f"return a finite float for every response, of at most {LARGEST:g} in size",
             )
     return [float(reward) for reward in rewards]
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from entropy_core.errors import StoreError, one_line
 from entropy_core.files.digests import SETTLED_NS, Identity, file_digest, identity_of
-from entropy_core.files.regular import require_readable
+from entropy_core.files.regular import NotAFileError, require_readable
 from entropy_core.store.manifest_form import require_form
 
 MANIFEST = "manifest.json"
@@ -154,6 +154,8 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
         return manifest, ""
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}, "it has no manifest"
+    except NotAFileError as error:
+        return {}, f"its manifest is no file: {error.strerror}"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return {}, f"its manifest was damaged or edited: {one_line(error)}"
 
@@ -190,9 +192,11 @@ def check_presence(path: Path, entry: Mapping[str, Any]) -> str:
         What is wrong, or "".
     """
     try:
-        stat = path.stat()
+        stat = require_readable(path).stat()
     except (FileNotFoundError, NotADirectoryError):
         return f"{path.name} is missing"
+    except NotAFileError as error:
+        return f"{path.name} is no file: {error.strerror}"
     if stat.st_size != entry.get("bytes"):
         return f"{path.name} has {stat.st_size} bytes instead of {entry.get('bytes')}"
     return _alteration(path) if identity_of(stat) in _altered else ""
@@ -300,7 +304,7 @@ def _sealed(manifest: Mapping[str, Any]) -> bytes:
 
 def _read_once(path: Path) -> dict[str, Any]:
     """The manifest, parsed once per process as long as the file does not change."""
-    identity = identity_of(path.stat())
+    identity = identity_of(require_readable(path).stat())
     if identity not in _manifests:
         manifest = _read_manifest(path)
         if time.time_ns() - identity[-1] < SETTLED_NS:
@@ -311,7 +315,7 @@ def _read_once(path: Path) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError if it is not, byte for byte, what was written."""
-    content = require_readable(path).read_bytes()
+    content = path.read_bytes()
     manifest = json.loads(content)
     if _sealed({name: value for name, value in manifest.items() if name != "seal"}) != content:
         raise ValueError("it is not as it was written")

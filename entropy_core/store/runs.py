@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_core.errors import StoreError, one_line
-from entropy_core.files.regular import require_readable
+from entropy_core.files.regular import NotAFileError, require_readable
 from entropy_core.store.manifest import TEMPORARY, may_name, temporary_sibling
 from entropy_core.store.store import Store
 
@@ -59,7 +59,7 @@ def understood(path: Path) -> Iterator[Any]:
     """
     try:
         yield json.loads(require_readable(path).read_text(encoding="utf-8"))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (NotAFileError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(
             f"{path} does not say what the run needs: {one_line(error)}",
             cause="it was edited, damaged, or written by another version",
