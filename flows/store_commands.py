@@ -12,11 +12,12 @@ from entropy_core.pipeline.memory import run_within_memory
 from entropy_core.pipeline.plan import plan, summarize
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.sweep import Promised, execution_for, go_through
-from entropy_core.store import archive, runs, vectors
+from entropy_core.store import archive, runs, signature, vectors
 from entropy_core.store.adoption import Adoption
 from entropy_core.store.explain import differences, nearest, of_this_code, resolve
-from entropy_core.store.manifest import VECTORS
+from entropy_core.store.manifest import VECTORS, sign
 from entropy_core.store.pruning import needs, waste
+from entropy_core.store.signature import SignatureError
 from entropy_core.store.store import Store
 
 
@@ -45,9 +46,8 @@ def verify(store: Store) -> int:
         recorded = runs.recorded(store.root)  # before the artifacts: what these need is there by now
         names = store.names()
         for stage, key in names:
-            if store.check(stage, key, read_digest)[1]:
-                _, fault = store.check(stage, key, read_digest)  # and not what a sweep just set aside or let go
-                faults += [f"{stage}/{key}: {fault}"] if fault else []
+            if _fault(store, stage, key) and (fault := _fault(store, stage, key)):  # a sweep may just have let it go
+                faults.append(f"{stage}/{key}: {fault}")
         for run_id in recorded:
             for stage, key in sorted(runs.named(store.root, run_id) - set(names)):
                 faults.append(f"{stage}/{key}: it is missing, and the run {run_id} needs it")
@@ -55,6 +55,32 @@ def verify(store: Store) -> int:
         print(fault)
     sound = "all sound" if not faults else f"{len(faults)} unsound; run the sweep again: they are computed anew"
     print(f"{len(names)} artifacts of {len(recorded)} recorded runs: {sound}")
+    return 1 if faults else 0
+
+
+def _fault(store: Store, stage: str, key: str) -> str:
+    """What is wrong with an artifact, all of it read from the disk; or nothing."""
+    try:
+        return store.check(stage, key, read_digest)[1]
+    except SignatureError as error:
+        return error.fact
+
+
+def seal(store: Store) -> int:
+    """Sign what is there with the key that is set, so that a store can be shared from now on."""
+    if not signature.key():
+        raise ConfigError(f"{signature.VARIABLE} is not set", fix="set it to a long random text, and keep it")
+    faults = []
+    with store.in_use(), store.writing():
+        names = store.names()
+        for stage, key in names:
+            with store.lock(stage, key):
+                fault = sign(store.root / stage / key, stage, key) or store.check(stage, key, read_digest)[1]
+                faults += [f"{stage}/{key}: {fault}"] if fault else []
+    for fault in faults:
+        print(fault)
+    left = f", {len(faults)} of them unsound" if faults else ""
+    print(f"{len(names)} artifacts are signed with the key of {signature.VARIABLE}{left}")
     return 1 if faults else 0
 
 

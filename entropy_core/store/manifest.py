@@ -2,7 +2,7 @@
 
 The manifest is written last, when every data file is on the disk, so a directory that has one is complete. It holds
 what the key is made of, the SHA-256 of every data file, the stage's summary, and how the result came about; and a seal,
-the SHA-256 of all the rest, so that not a byte of it changes unnoticed.
+the SHA-256 of all the rest, so that not a byte of it changes unnoticed. Against lies there is `signature`.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from entropy_core.errors import StoreError, one_line
 from entropy_core.files.digests import SETTLED_NS, Identity, file_digest, identity_of
 from entropy_core.files.regular import NotAFileError, require_readable
 from entropy_core.store.manifest_form import require_form
+from entropy_core.store.signature import SIGNATURE, SignatureError, require_signature, signature
 
 MANIFEST = "manifest.json"
 VECTORS = "vectors/"
@@ -140,6 +141,9 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
 
     Returns:
         The manifest and "", or else an empty dict and what is wrong.
+
+    Raises:
+        SignatureError: it is as it was written, and not signed as it must be.
     """
     try:
         manifest = _read_once(directory / MANIFEST)
@@ -151,6 +155,7 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
             return {}, "its manifest was edited"
         if not may_name(stage_name, key) or not all(map(may_name_file, manifest["files"])):
             return {}, "its manifest names what is no part of it"
+        require_signature(manifest, directory)
         return manifest, ""
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}, "it has no manifest"
@@ -297,9 +302,34 @@ def _fsync(path: Path) -> None:
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written."""
+    """The manifest as it is written, signed with the key that is set."""
     seal = hashlib.sha256(json_text(manifest).encode()).hexdigest()
-    return json_text({**manifest, "seal": seal}).encode()
+    return json_text({**manifest, "seal": seal, **signature(seal)}).encode()
+
+
+def sign(directory: Path, stage_name: str, key: str) -> str:
+    """Sign a manifest with the key that is set, whatever key it was signed with; its lock is held.
+
+    Args:
+        directory: of the artifact.
+        stage_name: name of its stage.
+        key: its key.
+
+    Returns:
+        What is wrong with it, in which case nothing was changed; or "".
+    """
+    with suppress(SignatureError):
+        fault = check_manifest(directory, stage_name, key)[1]
+        if fault:
+            return fault
+    manifest = json.loads((directory / MANIFEST).read_bytes())
+    with temporary_sibling(directory) as temporary:
+        path = temporary / MANIFEST
+        path.write_bytes(_sealed({name: value for name, value in manifest.items() if name not in ("seal", SIGNATURE)}))
+        _fsync(path)
+        path.replace(directory / MANIFEST)
+    _fsync(directory)
+    return ""
 
 
 def _read_once(path: Path) -> dict[str, Any]:
@@ -317,7 +347,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError if it is not, byte for byte, what was written."""
     content = path.read_bytes()
     manifest = json.loads(content)
-    if _sealed({name: value for name, value in manifest.items() if name != "seal"}) != content:
+    rest = {name: value for name, value in manifest.items() if name not in ("seal", SIGNATURE)}
+    signed = {SIGNATURE: manifest[SIGNATURE]} if SIGNATURE in manifest else {}
+    seal = hashlib.sha256(json_text(rest).encode()).hexdigest()
+    if json_text({**rest, "seal": seal, **signed}).encode() != content:
         raise ValueError("it is not as it was written")
     if "format" in manifest:  # else an earlier version made it, which is said in its own words
         require_form(manifest)
