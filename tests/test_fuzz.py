@@ -39,8 +39,9 @@ def in_order(error: ProbeError) -> None:
     """One line, or a list: a line for each entry, set in, between what is listed and what to do."""
     first, *rest = str(error).split("\n")
     entries, last = rest[:-1], rest[-1:]
-    assert str(error).isprintable() or all(line.isprintable() for line in (first, *rest)), ascii(str(error))
-    assert all(entry.startswith("  ") for entry in entries) and all(line.startswith("Fix: ") for line in last)
+    assert all(line.isprintable() for line in (first, *rest)), ascii(str(error))
+    assert all(entry.startswith("  ") for entry in entries), str(error)
+    assert all(line.startswith("Fix: ") for line in last), str(error)
     assert len(str(error)) < 5000
 
 
