@@ -19,6 +19,9 @@ from entropy_core.errors import ProbeError
 
 INPUTS = int(os.environ.get("ENTROPY_PROBE_FUZZ_INPUTS", "5000"))
 FEW = 24
+SHARES = dict.fromkeys(TARGETS, 2) | {"configurations": 5, "prompt files": 4, "files of a model": 3}
+SHARES |= {"archives": 1, "manifests and records": 1}
+"""Of the inputs: those that are tried quickly have more."""
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,6 @@ def test_a_hostile_file_ends_in_a_result_or_in_one_error(home, tmp_path, name):
 )
 @pytest.mark.parametrize("name", TARGETS)
 def test_thousands_of_hostile_files_do(home, tmp_path, name, record_property):
-    inputs = -(-INPUTS // len(TARGETS))
+    inputs = max(1, INPUTS * SHARES[name] // sum(SHARES.values()))
     fuzz(name, home, tmp_path / "here", inputs, again=False)
     record_property("tries", inputs)

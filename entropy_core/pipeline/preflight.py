@@ -70,6 +70,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
         ProbeError: something is missing, broken or too small; says what to do.
     """
     check_device(config.execution.device)
+    _check_shards(config)
     batch = config.batch_config
     user_losses.check_loss(config.update.loss, config.update.kl_beta, config.generation.max_new_tokens)
     located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
@@ -117,6 +118,25 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
             fix="leave it out, or give the directories of adapters",
         )
     return found
+
+
+MOST_SHARDS = 10_000
+"""Per checkpoint. Each is a few runs of stages, folders and keys, so that more of them take longer than the work."""
+
+
+def _check_shards(config: ProbeConfig) -> None:
+    """Refuse a sweep in more pieces than can be looked after."""
+    batch, size = config.batch_config, config.execution.shard_size
+    replacement = batch.E_sampling_mode == "replacement"
+    in_e = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
+    passes = batch.E_replicates + len(config.importance.etas)
+    sequences = in_e * passes + batch.B_U * batch.G
+    shards = -(-in_e // size) * passes + -(-batch.B_U * batch.G // size)
+    if shards > MOST_SHARDS:
+        raise ConfigError(
+            f"this sweep has {shards} shards of {size} sequences per checkpoint, and {MOST_SHARDS} are possible",
+            fix=f"set execution.shard_size to at least {-(-2 * sequences // MOST_SHARDS)}",
+        )
 
 
 def check_device(device: str) -> None:
