@@ -46,8 +46,8 @@ class ProbeError(Exception):
 
 
 def _visible(text: str) -> str:
-    """The text with escape sequences for what is not printable, line breaks included, but for those of a list."""
-    lines = re.split(r"\n(?=  )", text)
+    """The text with escape sequences for what is not printable, its lines cut; line breaks are kept before a list."""
+    lines = [line if len(line) <= 2000 else line[:1999] + "…" for line in re.split(r"\n(?=  )", text)]
     return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
 

@@ -105,6 +105,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         text("config.json", '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}'),
         "custom code is not run",
     ),
+    "layers without number": (
+        entries("config.json", num_hidden_layers=10**9),
+        "it says 1000000000 layers, and the files hold 21 tensors",
+    ),
     "a kernel on the hub": (
         entries("config.json", attn_implementation="kernels-community/flash-attn3"),
         "asks for attn_implementation 'kernels-community/flash-attn3', which is code on the hub",

@@ -39,6 +39,7 @@ def test_what_a_terminal_would_act_on_is_shown(name, shown):
 def test_names_are_cut_and_counted():
     assert some_names(map(str, range(10))) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
     assert len(some_names(["x" * 5000])) == 200
+    assert len(str(ProbeError("x" * 50_000))) < 2010
 
 
 def test_it_survives_a_process_boundary():

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from lora_fixtures import make_base, make_lora
 from pipeline_fixtures import make_run, values
 from watching import watched
@@ -23,11 +25,19 @@ ROOT = Path(__file__).parents[1]
 POOL = '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "2+1=", "answer": "3"}\n'
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    make_run(folder / "run")
+    make_base(folder / "base")
+    make_lora(folder / "lora", folder / "base", "folder")
+    (folder / "pool.jsonl").write_text(POOL)
+    return folder
+
+
 @pytest.fixture
-def home(tmp_path) -> Path:
-    make_run(tmp_path / "run")
-    (tmp_path / "pool.jsonl").write_text(POOL)
-    return tmp_path
+def home(original, tmp_path) -> Path:
+    return Path(shutil.copytree(original, tmp_path, dirs_exist_ok=True))
 
 
 def config(home: Path, checkpoint: Path | None = None, **batch: object) -> dict:
@@ -80,8 +90,6 @@ print(*said, sep=",")
 
 def test_few_descriptors_are_no_damage(home):
     """Whichever file is the first that cannot be opened."""
-    import yaml
-
     (home / "config.yaml").write_text(yaml.safe_dump(config(home, dataset_name=str(home / "pool.jsonl"))))
     done = subprocess.run(
         [sys.executable, "-c", SHORT, str(home / "config.yaml")], cwd=ROOT, capture_output=True, text=True
@@ -158,8 +166,7 @@ def test_a_file_of_a_checkpoint_is_not_waited_for(home, plant, name):
 @pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED)
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "training_info.json"])
 def test_nor_is_one_of_an_adapter(home, plant, name):
-    make_base(home / "base")
-    directory = make_lora(home / "lora", home / "base", "folder")
+    directory = home / "lora"
     plant(directory / name if name == "training_info.json" else directory / "model" / name)
     with watched(home), pytest.raises(CheckpointError):
         preflight(parse_config(config(home, directory)))

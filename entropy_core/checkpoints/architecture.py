@@ -115,8 +115,12 @@ def _empty_model(directory: Path) -> "PreTrainedModel":
             f"{directory}/config.json has a quantization_config, and quantised weights have no derivative",
             fix="probe the model that was quantised; for an adapter, set `policy.base_model` to it",
         )
+    tensors = len(stored_tensors(directory))
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > tensors:  # a million of them take minutes, and no file has them
+            raise ValueError(f"it says {layers} layers, and the files hold {tensors} tensors")
         with torch.device("meta"):
             # An explicit dtype leaves torch's process-wide default alone.
             return transformers.AutoModelForCausalLM.from_config(

@@ -1,11 +1,13 @@
 """Prompt files of the user: one JSON object per line, or the rows of a Parquet file."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from entropy_core.errors import PromptError, one_line, shortage
+from entropy_core.errors import PromptError, one_line, shortage, some_names
 from entropy_core.files.regular import require_readable
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -26,9 +28,22 @@ def read_rows(path: Path) -> list[dict]:
     return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
 
 
+def holds(column: pa.DataType, kind: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type is of a kind, or has one of it inside."""
+    return kind(column) or any(holds(column.field(i).type, kind) for i in range(column.num_fields))
+
+
 def _read_parquet(path: Path) -> list[dict]:
     try:
-        return pq.ParquetFile(require_readable(path)).read().to_pylist()
+        table = pq.ParquetFile(require_readable(path)).read()
+        if maps := [field.name for field in table.schema if holds(field.type, pa.types.is_map)]:
+            raise PromptError(
+                f"{path} has columns of maps, whose entries have no names: {some_names(map(repr, maps))}",
+                fix="write them as structs, as lists of pairs, or as a text of JSON",
+            )
+        return table.to_pylist()
+    except PromptError:
+        raise
     except Exception as error:  # of values of all kinds, some have no form in Python
         refused = PromptError(f"{path} cannot be read: {one_line(error)}", fix="give the path of a Parquet file")
         raise shortage(error) or refused from None

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from entropy_core.errors import ConfigError, PromptError, one_line, some_names
 from entropy_core.prompts import arithmetic, hub_datasets, reasoning_tasks
-from entropy_core.prompts.files import SUFFIXES, read_rows
+from entropy_core.prompts.files import SUFFIXES, holds, read_rows
 
 KNOWN = ("arithmetic", *hub_datasets.DATASETS, f"{reasoning_tasks.PREFIX}TASK")
 
@@ -150,7 +150,7 @@ def _rows(dataset_name: str, split: str, path: Path | None, options: dict[str, A
 def _table(rows: list[dict], dataset_name: str, prompt_column: str) -> pa.Table:
     names = [n for n in dict.fromkeys(key for row in rows for key in row) if n not in {prompt_column, "prompt"}]
     try:
-        return pa.table(
+        table = pa.table(
             {"prompt": [row[prompt_column] for row in rows]} | {name: [row.get(name) for row in rows] for name in names}
         )
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -159,3 +159,15 @@ def _table(rows: list[dict], dataset_name: str, prompt_column: str) -> pa.Table:
             cause="one column holds values of two kinds, text and numbers say",
             fix="give every column one kind of value",
         ) from None
+    empty = [field.name for field in table.schema if holds(field.type, _is_empty)]
+    if empty:
+        raise PromptError(
+            f"columns of {dataset_name!r} have objects that are empty in every row: {some_names(map(repr, empty))}",
+            fix="leave them out, or give each object a key",
+        )
+    return table
+
+
+def _is_empty(column: pa.DataType) -> bool:
+    """A struct of no fields, which no Parquet file can have."""
+    return pa.types.is_struct(column) and column.num_fields == 0
