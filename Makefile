@@ -96,7 +96,7 @@ docs: .venv/.installed
 	$(BIN)/python -m entropy_core.config.reference docs
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build ./*.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
