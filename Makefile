@@ -40,7 +40,8 @@ help:
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, race for a key (docs/chaos.md is written from it);"
-	@echo "             fill the disk, kill servers and runners; then attack (a quarter of an hour)"
+	@echo "             fill the disk, kill servers and runners; then attack, with 5,000 hostile files and 450 replacements"
+	@echo "             of what is read (half an hour)"
 	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (long)"
 	@echo "make check-device   whether the device here computes what a CPU does, how fast, and what fits (eight minutes on a GPU);"
 	@echo "             TINY=1: small models only, under a minute; OUT=$(OUT): where the JSON goes"
@@ -95,7 +96,7 @@ docs: .venv/.installed
 	$(BIN)/python -m entropy_core.config.reference docs
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build ./*.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -9,12 +9,17 @@
     ├── StoreError         an artifact is missing, or the store cannot be written
     │   └── UnsoundError   an artifact was found damaged when it was used
     ├── NonFiniteError     a NaN or an infinity appeared; names the sequence
-    └── MemoryShortageError    one sequence at a time is too much for the device
+    └── ShortageError      the process may open no more files
+        └── MemoryShortageError    one sequence at a time is too much for the device, or a file for the address space
 
 Every message says the fact, the likely cause, and the fix, on one line; a fact that is a list has a line for each
-of its entries.
+of its entries, set in by two spaces. Names and texts in it may come from anywhere: what a terminal would act on, and
+what cannot be encoded, is shown as an escape sequence.
 """
 
+import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -28,7 +33,7 @@ class ProbeError(Exception):
     """
 
     def __init__(self, fact: str, *, cause: str = "", fix: str = "") -> None:
-        self.fact, self.cause, self.fix = fact, cause, fix
+        fact, cause, fix = self.fact, self.cause, self.fix = _visible(fact), _visible(cause), _visible(fix)
         parts = [fact.rstrip(".") + "."]
         if cause:
             parts.append(f"Likely cause: {cause.rstrip('.')}.")
@@ -38,6 +43,12 @@ class ProbeError(Exception):
 
     def __reduce__(self):  # keyword arguments must survive a process boundary
         return _rebuild, (type(self), self.fact, self.cause, self.fix), self.__dict__
+
+
+def _visible(text: str) -> str:
+    """The text with escape sequences for what is not printable, its lines cut; line breaks are kept before a list."""
+    lines = [line if len(line) <= 2000 else line[:1999] + "…" for line in re.split(r"\n(?=  )", text)]
+    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
 
 def _rebuild(kind: "type[ProbeError]", fact: str, cause: str, fix: str) -> ProbeError:
@@ -79,13 +90,47 @@ class NonFiniteError(ProbeError):
     """A NaN or an infinity appeared in a computation."""
 
 
-class MemoryShortageError(ProbeError):
-    """A stage does not fit into memory, however small its micro-batches."""
+class ShortageError(ProbeError):
+    """The process may not have more of something that files need; says nothing about the files."""
+
+
+class MemoryShortageError(ShortageError):
+    """A stage does not fit into memory, however small its micro-batches; or a file not into the address space."""
+
+
+def shortage(error: BaseException) -> ShortageError | None:
+    """What to raise in place of an error in reading a file, where the file is not to blame.
+
+    Args:
+        error: of the system, or of a library, which may only quote the system's.
+
+    Returns:
+        The error to raise; None where the file may well be to blame.
+    """
+    said = one_line(error)
+    code = getattr(error, "errno", None)
+    if code in (errno.EMFILE, errno.ENFILE) or any(map(str(error).__contains__, _NO_DESCRIPTORS)):
+        return ShortageError(
+            f"no more files can be opened: {said}",
+            cause="a low limit of open files, or many processes that have files open",
+            fix="raise the limit (`ulimit -n 4096`), and run again",
+        )
+    if code == errno.ENOMEM or isinstance(error, MemoryError) or any(map(str(error).__contains__, _NO_MEMORY)):
+        return MemoryShortageError(
+            f"there is no memory for a file: {said}",
+            cause="a limit of memory or of address space (`ulimit -v`), or other processes that take it",
+            fix="raise the limit or free memory, and run again",
+        )
+    return None
+
+
+_NO_DESCRIPTORS = (os.strerror(errno.EMFILE), os.strerror(errno.ENFILE))
+_NO_MEMORY = (os.strerror(errno.ENOMEM), "DefaultCPUAllocator", "std::bad_alloc")
 
 
 def some_names(names: Iterable[str]) -> str:
     """The first 8 names, and how many more there are, for a message."""
-    listed = list(names)
+    listed = [name if len(name) <= 200 else name[:199] + "…" for name in names]
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 

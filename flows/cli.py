@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_artifacts(command("runs", "list the recorded sweeps", _runs))
 
     store = commands.add_parser(
-        "store", help="look after what was computed: ls, verify, explain, adopt, prune, export, import"
+        "store", help="look after what was computed: ls, verify, seal, explain, adopt, prune, export, import"
     )
     of_store = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     store_command("ls", "list what there is: size, time, and which runs need it")
     store_command("verify", "check every file; exit with 1 and name what is unsound")
+    store_command("seal", "sign what is there with the key in ENTROPY_PROBE_SEAL_KEY, for a store that is shared")
     explain = store_command("explain", "say why two keys differ, or why a stage would run again")
     explain.add_argument("what", nargs="+", metavar="KEY | CONFIG", help="one key, two keys, or a configuration")
     adopt = store_command("adopt", "take over what an edit changed nothing of: one of each stage is recomputed")
@@ -219,6 +220,8 @@ def _store(options: argparse.Namespace) -> int:
             return commands.ls(store)
         case "verify":
             return commands.verify(store)
+        case "seal":
+            return commands.seal(store)
         case "explain":
             return commands.explain(store, options.what, of_config=options.artifacts is None)
         case "adopt":

@@ -43,6 +43,10 @@ def sweep(config_path: Path) -> int:
         ProbeError: the configuration is wrong, or Prefect does not start.
     """
     config = load_config(config_path, must_exist=True)
+    if config.execution.device == "cuda":
+        from entropy_core.pipeline.preflight import check_device  # which loads torch: not for nothing
+
+        check_device("cuda")
     service.use(config.store_root)
     return _run("checkpoint-sweep", {"config": config.as_given()}, config_path)
 

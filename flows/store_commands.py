@@ -12,11 +12,12 @@ from entropy_core.pipeline.memory import run_within_memory
 from entropy_core.pipeline.plan import plan, summarize
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.sweep import Promised, execution_for, go_through
-from entropy_core.store import archive, runs, vectors
+from entropy_core.store import archive, runs, signature, vectors
 from entropy_core.store.adoption import Adoption
 from entropy_core.store.explain import differences, nearest, of_this_code, resolve
-from entropy_core.store.manifest import VECTORS
+from entropy_core.store.manifest import VECTORS, sign
 from entropy_core.store.pruning import needs, waste
+from entropy_core.store.signature import SignatureError
 from entropy_core.store.store import Store
 
 
@@ -41,19 +42,45 @@ def ls(store: Store) -> int:
 def verify(store: Store) -> int:
     """Check every file against its manifest, and every run against what it needs; name what is unsound."""
     faults = []
-    names = store.names()
-    for stage, key in names:
-        _, fault = store.check(stage, key, read_digest)
-        if fault:
-            faults.append(f"{stage}/{key}: {fault}")
-    recorded = runs.recorded(store.root)
-    for run_id in recorded:
-        for stage, key in sorted(runs.named(store.root, run_id) - set(names)):
-            faults.append(f"{stage}/{key}: it is missing, and the run {run_id} needs it")
+    with store.in_use():  # nothing is pruned meanwhile, but a sweep may go on
+        recorded = runs.recorded(store.root)  # before the artifacts: what these need is there by now
+        names = store.names()
+        for stage, key in names:
+            if _fault(store, stage, key) and (fault := _fault(store, stage, key)):  # a sweep may just have let it go
+                faults.append(f"{stage}/{key}: {fault}")
+        for run_id in recorded:
+            for stage, key in sorted(runs.named(store.root, run_id) - set(names)):
+                faults.append(f"{stage}/{key}: it is missing, and the run {run_id} needs it")
     for fault in faults:
         print(fault)
     sound = "all sound" if not faults else f"{len(faults)} unsound; run the sweep again: they are computed anew"
     print(f"{len(names)} artifacts of {len(recorded)} recorded runs: {sound}")
+    return 1 if faults else 0
+
+
+def _fault(store: Store, stage: str, key: str) -> str:
+    """What is wrong with an artifact, all of it read from the disk; or nothing."""
+    try:
+        return store.check(stage, key, read_digest)[1]
+    except SignatureError as error:
+        return error.fact
+
+
+def seal(store: Store) -> int:
+    """Sign what is there with the key that is set, so that a store can be shared from now on."""
+    if not signature.key():
+        raise ConfigError(f"{signature.VARIABLE} is not set", fix="set it to a long random text, and keep it")
+    faults = []
+    with store.in_use(), store.writing():
+        names = store.names()
+        for stage, key in names:
+            with store.lock(stage, key):
+                fault = sign(store.root / stage / key, stage, key) or store.check(stage, key, read_digest)[1]
+                faults += [f"{stage}/{key}: {fault}"] if fault else []
+    for fault in faults:
+        print(fault)
+    left = f", {len(faults)} of them unsound" if faults else ""
+    print(f"{len(names)} artifacts are signed with the key of {signature.VARIABLE}{left}")
     return 1 if faults else 0
 
 
@@ -185,10 +212,10 @@ def list_runs(root: Path) -> int:
     """List the recorded runs, the latest last: when they finished, their checkpoints, and where their files are."""
     rows = []
     for run_id in runs.recorded(root):
-        record = json.loads((runs.folder(root, run_id) / runs.RECORD).read_text(encoding="utf-8"))
-        names = [entry["checkpoint"] for entry in record["checkpoints"]]
-        shown = names if len(names) <= 2 else [names[0], "…", names[-1]]
-        of = f"{' '.join(shown)} ({len(names)})"
+        with runs.understood(runs.folder(root, run_id) / runs.RECORD) as record:
+            names = [entry["checkpoint"] for entry in record["checkpoints"]]
+            shown = names if len(names) <= 2 else [names[0], "…", names[-1]]
+            of = f"{' '.join(shown)} ({len(names)})"
         rows.append((f"{record['finished'][:16]}Z", run_id, of, str(runs.folder(root.absolute(), run_id))))
     print_table(("finished", "run", "checkpoints", "files"), rows)
     print(f"{len(rows)} runs" + ("" if rows else f" in {root.absolute()}; `entropy-probe sweep` records one"))

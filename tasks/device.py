@@ -5,14 +5,16 @@ Runs through Prefect and runs without it take turns with each other.
 
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from entropy_core.errors import StoreError
 from entropy_core.pipeline.memory import run_within_memory
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.policy.spec import PolicySpec
@@ -50,7 +52,7 @@ def device_slot(name: str) -> Iterator[None]:
     if not name:
         yield
         return
-    lock = FileLock(Path(tempfile.gettempdir()) / f"entropy-probe-{os.getuid()}-{name}.lock")
+    lock = FileLock(_folder() / f"{name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -60,6 +62,21 @@ def device_slot(name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _folder() -> Path:
+    """Where the slots are: for this user only, since whoever may write there can hold them, or make them links."""
+    folder = Path(tempfile.gettempdir()) / f"entropy-probe-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise StoreError(
+            f"{folder} is not a folder of this user alone",
+            cause="somebody else made it",
+            fix="remove it, or set TMPDIR to a folder of your own",
+        )
+    return folder
 
 
 def compute(store: Store, stage: Stage, execution: Any, inputs: Inputs) -> Artifact:

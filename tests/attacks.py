@@ -3,8 +3,8 @@
     @pytest.mark.attack("who tries what")
     def test_it_gets_nothing(): ...
 
-Every case of such a test is one try. They are part of `make test` where they take seconds; the page is written when all
-of them are asked for, by `pytest -m attack`.
+Every case of such a test is one try, unless it records how many it made: `record_property("tries", 50)`. They are part
+of `make test` where they take seconds; the page is written when all of them are asked for, by `pytest -m attack`.
 """
 
 import re
@@ -38,14 +38,28 @@ def in_place(page: str, section: str) -> str:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report = yield
     if (marker := item.get_closest_marker("attack")) and (call.when == "call" or not report.passed):
-        tries = item.config.stash.setdefault(FOUND, {}).setdefault(marker.args[0], Counter())
-        tries[report.outcome] += 1
+        report.user_properties.append(("attack", marker.args[0]))
     return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    found = config.stash.setdefault(FOUND, {})
+
+    class Counts:
+        """Where reports arrive: from this process, or from those that run the tests for it."""
+
+        @staticmethod
+        def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+            properties = dict(report.user_properties)
+            if "attack" in properties:
+                found.setdefault(properties["attack"], Counter())[report.outcome] += properties.get("tries", 1)
+
+    config.pluginmanager.register(Counts())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Write the section, if every attack was asked for."""
-    found = config.stash.get(FOUND, {})
+    found = config.stash[FOUND]
     part = config.option.markexpr != "attack" or config.option.keyword or config.args_source == config.ArgsSource.ARGS
     if not found or part:
         return

@@ -1,4 +1,4 @@
-"""Forty bad configurations, by the command line and by what the form posts: refused before a run exists, or failed.
+"""Forty-two bad configurations, by the command line and by what the form posts: refused before a run exists, or failed.
 
 What the form's schema can say is refused by the server and makes no run. The rest makes a run that fails before any
 stage, and its state, which the UI shows, gives the reason on one line.
@@ -72,6 +72,11 @@ FAILED = {
     "one prompt": Bad(
         {"batch_config": {"E_sampling_mode": "distinct", "B_E_values": [1]}}, "a standard error needs two"
     ),
+    "a GPU that is not there": Bad({"execution": {"device": "cuda"}}, r"execution\.device is cuda, .* finds no GPU"),
+    "shards beyond number": Bad(
+        {"batch_config": {"E_total_sequences": 10_000_000}, "execution": {"shard_size": 1}},
+        "30000016 shards of 1 sequences per checkpoint, .*shard_size to at least 6001",
+    ),
     "two writers": Bad({"batch_config": {"apply_chat_template": True, "add_special_tokens": True}}, "special tokens"),
     "an unknown reward": Bad({"update": {"reward": "no.such:reward"}}, r"no\.such:reward"),
     "a reference without KL": Bad({"update": {"reference": "."}}, "Set kl_beta"),
@@ -83,8 +88,8 @@ FAILED = {
 BAD = REFUSED | FAILED
 
 
-def test_there_are_forty():
-    assert len(BAD) == 40
+def test_there_are_forty_two():
+    assert len(BAD) == 42
 
 
 @pytest.fixture(scope="module")

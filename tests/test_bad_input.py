@@ -330,6 +330,7 @@ def test_a_reward_that_does_not_exist(home, name):
     [
         ("return [{}[c] if c else 0.0 for c in completions]", "raised KeyError: "),
         ("return [0.0] * (1 if any(completions) else len(completions))", "returned 1 values for 4 responses"),
+        ("return [1e308 if any(completions) else 0.0] * len(completions)", r"returned 1e\+308 .* of at most 1e\+30"),
         ("return [float('nan') if c else 0.0 for c in completions]", "returned nan for sequence"),
     ],
 )

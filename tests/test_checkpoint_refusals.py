@@ -105,6 +105,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         text("config.json", '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}'),
         "custom code is not run",
     ),
+    "layers without number": (
+        entries("config.json", num_hidden_layers=10**9),
+        "it says 1000000000 layers, and the files hold 21 tensors",
+    ),
     "a kernel on the hub": (
         entries("config.json", attn_implementation="kernels-community/flash-attn3"),
         "asks for attn_implementation 'kernels-community/flash-attn3', which is code on the hub",
@@ -197,8 +201,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         optimizer(lambda s: s["state"][0]["exp_avg_sq"][3].fill_(-1.0)),
         rf"{EMBEDDING} \(exp_avg_sq\)",
     ),
-    "no step count": (optimizer(lambda s: s["state"][0].pop("step")), f"no step count, or one of 0, for {EMBEDDING}"),
-    "step 0": (each_slot(lambda slot: slot["step"].zero_()), "no step count, or one of 0"),
+    "no step count": (
+        optimizer(lambda s: s["state"][0].pop("step")),
+        f"no step count, or one that cannot be, for {EMBEDDING}",
+    ),
+    "step 0": (each_slot(lambda slot: slot["step"].zero_()), "no step count, or one that cannot be"),
 }
 
 

@@ -142,6 +142,7 @@ def test_an_unknown_key_is_named(dotted, value):
         ("batch_config.dataset_options", {"size": float("nan")}),
         ("batch_config.max_prompt_length", -1),
         ("generation.temperature", 0),
+        ("generation.temperature", 1e-320),
         ("generation.temperature", float("nan")),
         ("generation.temperature", float("inf")),
         ("generation.max_new_tokens", 0),

@@ -1,5 +1,6 @@
 """One slot for each GPU, held by one run at a time and by nobody who is dead."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from uuid import uuid4
 import pytest
 import torch
 
+from entropy_core.errors import StoreError
 from tasks.device import device_name, device_slot
 
 
@@ -65,6 +67,27 @@ with device_slot({name!r}):
             assert not waiting.done()
             process.kill()
             assert waiting.result(timeout=20) == 1
+
+
+def others_folder(folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+@pytest.mark.attack("another user has made the folder of the GPUs' slots, or put a link in its place")
+@pytest.mark.parametrize("plant", [others_folder, lambda f: f.symlink_to(f.parent), lambda f: f.touch()])
+def test_a_folder_that_others_write_to_has_no_slots(name, tmp_path, plant):
+    plant(tmp_path / f"entropy-probe-{os.getuid()}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match=r"is not a folder of this user alone.*TMPDIR"), device_slot(name):
+        pytest.fail("a slot was taken")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_slots_are_for_this_user_only(name, tmp_path):
+    with device_slot(name):
+        [folder] = tmp_path.iterdir()
+        assert folder.stat().st_mode & 0o777 == 0o700 and [path.name for path in folder.iterdir()] == [f"{name}.lock"]
 
 
 def test_a_device_is_named_by_its_own_identity(monkeypatch):

@@ -33,7 +33,7 @@ def users(store: Store) -> list[Path]:
 
 def test_who_waits_says_for_whom_and_since_when(store, caplog, monkeypatch):
     monkeypatch.setattr(locks, "_SECONDS_BETWEEN_LINES", 0.3)
-    caplog.set_level(logging.INFO, "entropy_probe.store")
+    caplog.set_level(logging.WARNING, "entropy_probe.store")  # as `--direct` shows them
     key = store.key(DRAW, {"seed": 1})
     with ThreadPoolExecutor(1) as pool, store.lock("draw", key):
         waiting = pool.submit(store.run, DRAW, None, {"seed": 1})
@@ -43,6 +43,13 @@ def test_who_waits_says_for_whom_and_since_when(store, caplog, monkeypatch):
     assert waiting.result(timeout=30).key == key
     said = f"waits for draw {key[:12]}, which is being computed by process {os.getpid()} of this machine since 20"
     assert caplog.text.count(said) >= 2
+
+
+def test_a_wait_has_an_end(store, monkeypatch):
+    monkeypatch.setattr(locks, "_MOST_SECONDS", 0.2)
+    said = rf"draw/{KEY} is still being worked on by process {os.getpid()} of this machine since 20.*end it"
+    with store.lock("draw", KEY), pytest.raises(locks.HeldError, match=said), store.lock("draw", KEY):
+        pytest.fail("it was held twice")
 
 
 def test_a_lock_that_is_not_waited_for_says_who_holds_it(store):

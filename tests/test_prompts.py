@@ -85,6 +85,21 @@ def test_a_parquet_file_is_a_row_per_row(tmp_path):
         load_pool(str(tmp_path / "missing.parquet"), "train")
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), "columns of maps, whose entries have no names: 'x'"),
+        (pa.array([[[("a", 1)]]], pa.list_(pa.map_(pa.string(), pa.int64()))), "columns of maps"),
+        (pa.array([2**62], pa.duration("s")), r"pool\.parquet cannot be read"),
+    ],
+)
+def test_a_parquet_file_of_what_has_no_form_here_is_refused(tmp_path, column, message):
+    parquet.write_table(pa.table({"prompt": ["a"], "x": column}), tmp_path / "pool.parquet")
+    with pytest.raises(PromptError, match=message) as raised:
+        load_pool(str(tmp_path / "pool.parquet"), "train")
+    assert "\n" not in str(raised.value) and "Fix: " in str(raised.value)
+
+
 def test_what_belongs_to_another_kind_of_pool_is_refused(pool_of, tmp_path):
     with pytest.raises(ConfigError, match="dataset_path is given, and dataset 'arithmetic' has no local copy"):
         locate("arithmetic", str(tmp_path))
@@ -139,6 +154,8 @@ def test_equal_files_are_equal_pools(pool_of):
         ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": [1]}', "cannot be made a table"),
         ('{"prompt": "a", "n": ' + "9" * 30 + "}", "cannot be made a table"),
         (r'{"prompt": "\ud800"}', "cannot be made a table"),
+        ('{"prompt": "a", "x": {}}', "have objects that are empty in every row: 'x'"),
+        ('{"prompt": "a", "x": [{"y": {}}]}\n{"prompt": "b"}', "have objects that are empty in every row: 'x'"),
     ],
 )
 def test_what_is_no_pool_is_refused(pool_of, content, message):

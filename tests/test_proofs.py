@@ -78,6 +78,11 @@ import pytest
 def test_a_door(times): ...
 
 
+@pytest.mark.attack("a lock is picked")
+def test_a_lock(record_property):
+    record_property("tries", 50)
+
+
 @pytest.mark.attack("a wall is run against")
 def test_a_wall():
     assert not "standing"
@@ -108,6 +113,7 @@ def test_a_row_for_each_attack_and_the_rest_of_the_page_stays(tmp_path):
     assert rows == [
         "| a door is knocked at | 2 | held |",
         "| a gate that is not there | 0 | not tried on this machine |",
+        "| a lock is picked | 50 | held |",
         "| a wall is run against | 1 | **1 FAILED** |",
     ]
     assert page.read_text().startswith(before)

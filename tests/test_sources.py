@@ -5,7 +5,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -42,10 +42,15 @@ def variants(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         ("reward.py", Path(write_reward(folder).rpartition(":")[0]).read_text(), ("01234", "56789")),
         ("pool.jsonl", POOL, ("1+1", "1+2")),
         ("generation_config.json", (run / "checkpoint-3" / "generation_config.json").read_text(), ("1", "2")),
+        ("config.json", (run / "checkpoint-3" / "config.json").read_text(), ("1e-06", "1e-02")),
+        ("trainer_state.json", (run / "checkpoint-3" / "trainer_state.json").read_text(), (": 3", ": 4")),
+        ("tokenizer.json", (run / "checkpoint-3" / "tokenizer.json").read_text(), ('"0": 2', '"0": 3')),
+        ("tokenizer_config.json", (run / "checkpoint-3" / "tokenizer_config.json").read_text(), ("left", "right")),
     ]:
         paths = folder / f"one-{name}", folder / f"other-{name}"
         paths[0].write_text(one)
         paths[1].write_text(one.replace(*other))
+        assert paths[0].read_text() != paths[1].read_text()
         found[name] = paths
     return found
 
@@ -109,20 +114,28 @@ def test_replacements_at_random_moments_leave_no_wrong_number(sweeps):
     for name in NAMES:
         sweeps.put(name, 0)
 
-    chance, done = random.Random(3), threading.Event()
-    replaced = []
+    replaced, refused = disturbed(sweeps, NAMES, expected, random.Random(3))
+    assert refused > 5 and replaced == REPLACEMENTS
+    final = probe(sweeps.settings("disturbed"))
+    assert final.rows and contents(sweeps.folder / "disturbed").items() <= expected.items()
+
+
+def disturbed(
+    sweeps: Sweeps, names: Sequence[str], expected: dict[tuple[str, str], str], chance: random.Random
+) -> tuple[int, int]:
+    """Sweep again and again while files are replaced and put back; how often that was done, and refused to go on."""
+    done, replaced, refused = threading.Event(), [], 0
 
     def disturb() -> None:
         while len(replaced) < REPLACEMENTS:
             time.sleep(chance.uniform(0.0, 0.25))
-            name, how = chance.choice(NAMES), chance.choice(("in place", "another file"))
+            name, how = chance.choice(names), chance.choice(("in place", "another file"))
             sweeps.put(name, 1, how)
             time.sleep(chance.choice((0.0, 0.01, 0.05, 0.2)))
             sweeps.put(name, 0, chance.choice(("in place", "another file")))
             replaced.append(name)
         done.set()
 
-    refused = 0
     disturber = threading.Thread(target=disturb)
     disturber.start()
     try:
@@ -140,9 +153,23 @@ def test_replacements_at_random_moments_leave_no_wrong_number(sweeps):
                 shutil.rmtree(sweeps.folder / "disturbed", ignore_errors=True)
     finally:
         disturber.join()
-    assert refused > 5 and len(replaced) == REPLACEMENTS
-    final = probe(sweeps.settings("disturbed"))
-    assert final.rows and contents(sweeps.folder / "disturbed").items() <= expected.items()
+    return len(replaced), refused
+
+
+@pytest.mark.chaos
+@pytest.mark.attack("a file that a stage reads is replaced, and put back, at a random moment of a sweep: each of nine")
+@pytest.mark.parametrize(
+    "name", [*NAMES, "config.json", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"]
+)
+def test_fifty_replacements_of_each_file_leave_no_wrong_number(sweeps, name, record_property):
+    for variant in (1, 0):
+        sweeps.put(name, variant)
+        probe(sweeps.settings("undisturbed"))
+    expected = contents(sweeps.folder / "undisturbed")
+    replaced, _ = disturbed(sweeps, [name], expected, random.Random(name))
+    final, undisturbed = probe(sweeps.settings("disturbed")), probe(sweeps.settings("undisturbed"))
+    assert final.rows == undisturbed.rows
+    record_property("tries", replaced)
 
 
 @contextmanager

@@ -99,6 +99,42 @@ def test_a_manifest_does_not_lead_out_of_its_artifact(copied, tmp_path, name):
     assert copied.find(stage, key) is None
 
 
+SENSELESS = {
+    "no time": lambda made: made.pop("created"),
+    "a time that is none": lambda made: made.update(created=None),
+    "a time that moves the cursor": lambda made: made.update(created="\x1b[2J" * 8),
+    "seconds in words": lambda made: made.update(wall_seconds="long"),
+    "seconds without end": lambda made: made.update(wall_seconds=-1),
+    "a file without a size": lambda made: made["files"].update(x={"sha256": "0" * 64}),
+    "a file of no digest": lambda made: made["files"].update(x={"bytes": 1, "sha256": "x"}),
+    "a name that moves the cursor": lambda made: made["files"].update({"\x1b[2J": {"bytes": 1, "sha256": "0" * 64}}),
+    "upstream that is none": lambda made: made.update(upstream=[5]),
+    "upstream elsewhere": lambda made: made.update(upstream=[{"stage": "..", "key": "0" * 32, "digest": "0" * 64}]),
+    "definitions in a list": lambda made: made.update(definitions=["x"]),
+    "a summary that is a list": lambda made: made.update(summary=[]),
+    "a number that is tagged and is none": lambda made: made["inputs"].update(x={"float": 5}),
+    "libraries that are numbers": lambda made: made["libraries"].update(torch=2.8),
+}
+
+
+@pytest.mark.attack("a manifest that makes no sense, under its own key and rightly sealed")
+@pytest.mark.parametrize("change", SENSELESS.values(), ids=SENSELESS)
+def test_a_manifest_that_makes_no_sense_is_unsound(copied, change, capsys):
+    [run_id] = runs.recorded(copied.root)
+    stage, key = next(one for one in runs.named(copied.root, run_id) if one[0] == "report")
+    content = json.loads((copied.root / stage / key / "manifest.json").read_text())
+    content.pop("seal")
+    change(content)
+    content["key"] = manifest.recipe_key(content)
+    content["digest"] = manifest.content_digest(content["files"], content["summary"])
+    folder = (copied.root / stage / key).rename(copied.root / stage / content["key"])
+    (folder / "manifest.json").write_bytes(manifest._sealed(content))
+    assert manifest.check_manifest(folder, stage, content["key"])[1].startswith("its manifest ")
+    for command in ("ls", "verify", "prune"):
+        assert main(["store", command, "--artifacts", str(copied.root)]) in (0, 1, 2)
+    assert "\x1b" not in "".join(capsys.readouterr())
+
+
 @pytest.mark.attack("a copied store whose record makes no sense")
 @pytest.mark.parametrize(
     "change",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from entropy_core.checkpoints.content import StoredTensor, load_tensors, read_json, stored_tensors
-from entropy_core.errors import CheckpointError, one_line, some_names
+from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def insert_adapter(model: nn.Module, directory: Path) -> None:
             warnings.simplefilter("ignore")  # advice to those who train, about merging and tied weights
             inject_adapter_in_model(config, model)
     except Exception as error:
-        raise CheckpointError(
+        raise shortage(error) or CheckpointError(
             f"the adapter of {directory} does not fit into its base model: {one_line(error)}",
             cause="the base is another model than the adapter was trained on",
             fix="set `policy.base_model` to the base that it was trained on",

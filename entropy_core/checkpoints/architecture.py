@@ -14,7 +14,7 @@ from entropy_core.checkpoints.adapters import PEFT_PREFIX, adapter_tensors, chec
 from entropy_core.checkpoints.content import StoredTensor, read_json, stored_tensors
 from entropy_core.checkpoints.layout import Layout
 from entropy_core.checkpoints.model_config import check_generation_config, check_model_config
-from entropy_core.errors import CheckpointError, one_line, some_names
+from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
         buffers={name for name, _ in model.named_buffers()},
         decay=tuple(name for name in trained if name in decays),
         no_decay=tuple(name for name in trained if name not in decays),
-        saved_by=getattr(model.config, "transformers_version", None),
+        saved_by=str(getattr(model.config, "transformers_version", None) or "") or None,
         read_by=transformers.__version__,
     )
     return architecture, (*said, *_precision(layout, stored))
@@ -115,15 +115,19 @@ def _empty_model(directory: Path) -> "PreTrainedModel":
             f"{directory}/config.json has a quantization_config, and quantised weights have no derivative",
             fix="probe the model that was quantised; for an adapter, set `policy.base_model` to it",
         )
+    tensors = len(stored_tensors(directory))
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > tensors:  # a million of them take minutes, and no file has them
+            raise ValueError(f"it says {layers} layers, and the files hold {tensors} tensors")
         with torch.device("meta"):
             # An explicit dtype leaves torch's process-wide default alone.
             return transformers.AutoModelForCausalLM.from_config(
                 config, attn_implementation="eager", dtype=torch.get_default_dtype(), trust_remote_code=False
             )
     except Exception as error:
-        raise CheckpointError(
+        raise shortage(error) or CheckpointError(
             f"{directory}/config.json does not describe a causal language model of transformers "
             f"{transformers.__version__}: {one_line(error)}",
             cause="a newer or a custom architecture",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from entropy_core.checkpoints.architecture import Architecture, Shapes, read_architecture
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
-from entropy_core.checkpoints.optimizer_file import as_float, load_optimizer
+from entropy_core.checkpoints.optimizer_file import LATEST, as_float, load_optimizer
 from entropy_core.checkpoints.optimizer_names import name_slots
 from entropy_core.checkpoints.optimizer_state import OptimizerState, fresh_optimizer, optimizer_by_name
 from entropy_core.errors import CheckpointError, ConfigError
@@ -124,7 +124,11 @@ def _progress(layout: Layout) -> tuple[int, LoggedRate]:
         return 0, LoggedRate(0.0, "")
     content = read_json(layout.progress)
     step = content.get("global_step", content.get("step"))
-    if isinstance(step, bool) or not isinstance(step, int) or step < (0 if layout.optimizer is None else 1):
+    if (
+        isinstance(step, bool)
+        or not isinstance(step, int)
+        or not (0 if layout.optimizer is None else 1) <= step < LATEST
+    ):
         raise CheckpointError(
             f"{layout.progress} has global_step {step!r}",
             cause="saved before the first step",

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from entropy_core.errors import CheckpointError, one_line, some_names
+from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
+from entropy_core.files.regular import require_readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +50,10 @@ def read_names(path: Path) -> list[str]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {one_line(error)}", fix=SAVE_AGAIN) from error
+        return json.loads(require_readable(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        refused = CheckpointError(f"{path} is not readable JSON: {one_line(error)}", fix=SAVE_AGAIN)
+        raise shortage(error) or refused from error
 
 
 class StoredTensor(NamedTuple):
@@ -94,12 +96,12 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
     where: dict[str, str] = {}
     for shard in shards:
         try:
-            with safe_open(directory / shard, framework="np") as file:
+            with safe_open(require_readable(directory / shard), framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
                     header = file.get_slice(name)
                     found[name], where[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype()), shard
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
+            raise shortage(error) or CheckpointError(
                 f"{directory / shard} cannot be opened as safetensors: {one_line(error)}",
                 cause="the save or the copy was interrupted",
                 fix=SAVE_AGAIN,
@@ -114,7 +116,7 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
 
 
 def _is_file_name(shard: object) -> bool:
-    return isinstance(shard, str) and shard not in ("", ".", "..") and not set(shard) & {"/", "\\", "\0"}
+    return isinstance(shard, str) and shard.isprintable() and shard not in ("", ".", "..") and not set(shard) & {*"/\\"}
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":

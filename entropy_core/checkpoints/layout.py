@@ -15,7 +15,7 @@ from pathlib import Path
 
 from entropy_core.checkpoints.adapters import ADAPTER_WEIGHTS, adapter_base
 from entropy_core.errors import CheckpointError, some_names
-from entropy_core.files.checkpoint import SAVE_AGAIN, model_directory, require_directory
+from entropy_core.files.checkpoint import SAVE_AGAIN, model_directory, names_in, require_directory
 
 PROGRESS_FILES = ("trainer_state.json", "training_info.json")
 _FRESH = "if its optimizer has not made a step yet, say `optimizer_state: fresh`"
@@ -63,9 +63,9 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
     """
     directory = Path(directory)
     require_directory(directory)
-    has = {path.name for path in directory.iterdir()}
+    has = names_in(directory)
     model = model_directory(directory)
-    inside = {path.name for path in model.iterdir()}
+    inside = names_in(model)
     base = None
     if "adapter_config.json" in inside:
         _require_adapter_files(model, inside)
@@ -107,7 +107,7 @@ def _base_directory(adapter: Path, base_model: Path | str) -> Path:
             cause="it was trained elsewhere, or on a model by its name, and nothing is downloaded",
             fix="set `policy.base_model` to the directory of that model",
         )
-    inside = {path.name for path in base.iterdir()}
+    inside = names_in(base)
     if "adapter_config.json" in inside:
         fact = f"the base model {base} of the adapter in {adapter} is an adapter itself"
         raise CheckpointError(fact, fix="merge the lower adapter into its base, and set `policy.base_model` to it")

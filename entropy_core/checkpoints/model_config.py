@@ -3,6 +3,7 @@
 transformers takes an unreadable generation config for none, and a name with a slash for an attention kernel on the hub.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def check_generation_config(directory: Path, vocabulary: int) -> None:
         CheckpointError: as above. That there is none is no error.
     """
     path = directory / GENERATION
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is no config that is not there
         return
     said = read_json(path).get("eos_token_id")
     ids = said if isinstance(said, list) else [] if said is None else [said]

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_core.errors import CheckpointError, some_names
+from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
+from entropy_core.files.regular import require_readable
 from entropy_core.numerics.adamw import AdamState
 
 OTHER_OPTIMIZERS = {
@@ -27,6 +28,8 @@ OTHER_OPTIMIZERS = {
     "state1": "an optimizer of bitsandbytes, such as 8-bit AdamW",
     "sum": "Adagrad",
 }
+LATEST = 2**53
+"""A step that no run comes to."""
 STRIDE = 2**16  # numbers of a moment that are in memory at one time, more or less: to take each block out takes long
 _madvise = getattr(ctypes.CDLL(None), "madvise", None)  # the system's own function, where there is one
 
@@ -55,7 +58,7 @@ def load_optimizer(path: Path) -> SavedOptimizer:
         CheckpointError: the file is damaged, or a pickle with code; the optimizer is not Adam or AdamW, has not made a
             step, or lacks hyperparameters.
     """
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         raise CheckpointError(
             f"{path} is not a complete archive of torch.save, and was not read",
             cause="the save or the copy was interrupted, or it is a bare pickle",
@@ -75,7 +78,7 @@ def load_optimizer(path: Path) -> SavedOptimizer:
                 fix=USE_ADAMW,
             ) from error
         fact = f"{path} cannot be read as tensors and numbers ({type(error).__name__})"
-        raise CheckpointError(fact, cause="a damaged file", fix=SAVE_AGAIN) from error
+        raise shortage(error) or CheckpointError(fact, cause="a damaged file", fix=SAVE_AGAIN) from error
     saved = saved if isinstance(saved, dict) else {}
     slots, groups = saved.get("state"), saved.get("param_groups")
     is_state = isinstance(slots, dict) and all(isinstance(slot, dict) for slot in slots.values())
@@ -85,6 +88,16 @@ def load_optimizer(path: Path) -> SavedOptimizer:
         raise CheckpointError(fact, fix=USE_ADAMW)
     _require_adam(path, slots, groups)
     return SavedOptimizer(path, slots, groups)
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a whole archive; `is_zipfile` takes one that cannot be opened for none."""
+    try:
+        with require_readable(path).open("rb") as file:
+            return zipfile.is_zipfile(file)
+    except OSError as error:
+        refused = CheckpointError(f"{path} cannot be read: {one_line(error)}", fix=SAVE_AGAIN)
+        raise shortage(error) or refused from error
 
 
 def _require_adam(path: Path, slots: dict[Any, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
@@ -173,6 +186,9 @@ def release(tensor: Tensor) -> None:
 
 
 def as_float(value: Any) -> float:
-    """A number or a one-element tensor as a float; NaN for anything else."""
+    """A number or a one-element tensor as a float; NaN for anything else, or what no float can hold."""
     is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-    return float(value) if is_number else math.nan
+    try:
+        return float(value) if is_number else math.nan
+    except (OverflowError, RuntimeError):
+        return math.nan

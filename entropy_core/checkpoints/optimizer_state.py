@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.optimizer_file import SAVE_NAMES, USE_ADAMW, SavedOptimizer, as_float, release
+from entropy_core.checkpoints.optimizer_file import LATEST, SAVE_NAMES, USE_ADAMW, SavedOptimizer, as_float, release
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
@@ -220,9 +220,9 @@ def _require_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: set[st
 
 def _steps(path: Path, slot_of: Slots) -> dict[str, int]:
     steps = {name: as_float(slot.get("step")) for name, slot in slot_of.items()}
-    if unset := [name for name, step in steps.items() if not 1 <= step < math.inf]:
+    if unset := [name for name, step in steps.items() if not 1 <= step < LATEST]:
         raise CheckpointError(
-            f"{path} has no step count, or one of 0, for {some_names(unset)}",
+            f"{path} has no step count, or one that cannot be, for {some_names(unset)}",
             cause="saved before the first step, or an optimizer other than torch's AdamW",
             fix="probe a later checkpoint of a run with torch's AdamW",
         )

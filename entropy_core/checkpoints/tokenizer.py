@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from entropy_core.errors import CheckpointError
+from entropy_core.errors import CheckpointError, shortage
 
 
 def tokenizer_directory(model: Path, base: Path | None) -> Path:
@@ -21,7 +21,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers of all kinds raise errors of all kinds
-        raise CheckpointError(
+        raise shortage(error) or CheckpointError(
             f"{directory} has no tokenizer that can be loaded ({type(error).__name__})",
             cause="the trainer was not given the tokenizer, and did not save it",
             fix="save the tokenizer into the checkpoint directory",

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from entropy_core.errors import ConfigError, one_line
+from entropy_core.errors import ConfigError, one_line, shortage
+from entropy_core.files.regular import require_readable
 
 _PLAIN = (  # tag, what it looks like, with which characters it begins
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -72,14 +73,15 @@ def read(path: Path | str, old: bool = False) -> tuple[Any, list[str]]:
         ConfigError: the file is missing, or is not YAML.
     """
     try:
-        loader = (_OldLoader if old else _Loader)(Path(path).read_text(encoding="utf-8"))
+        loader = (_OldLoader if old else _Loader)(require_readable(Path(path)).read_text(encoding="utf-8"))
         try:
             values = loader.get_single_data()
             return values, [f"{key}: is there twice, {_lines(*lines)}" for *lines, key in sorted(loader.repeated)]
         finally:
             loader.dispose()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})", fix="give the path of a YAML file") from None
+        refused = ConfigError(f"{path} cannot be read ({error.strerror})", fix="give the path of a YAML file")
+        raise shortage(error) or refused from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -68,6 +68,8 @@ def _parsed(model: type[_Model], values: Any, source: str, origin: Origin | None
         parsed = model.model_validate(values, context=origin)
     except ValidationError as error:
         problems = [*problems, *(_problem(item, model) for item in error.errors())]
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON and YAML can spell
+        raise ConfigError(f"{source} has a text that is no Unicode: {error.object!r:.80}", fix="correct it") from None
     if not problems:
         return parsed
     listed = f": {problems[0]}" if len(problems) == 1 else f" has {len(problems)} errors:\n  " + "\n  ".join(problems)

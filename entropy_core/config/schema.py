@@ -131,7 +131,7 @@ class BatchConfig(Section):
 class SamplingConfig(Section):
     """The law that is sampled, scored and differentiated: softmax(z/τ), nothing cut off."""
 
-    temperature: float = Field(1.0, gt=0, le=100, description="τ, applied before the softmax everywhere.")
+    temperature: float = Field(1.0, ge=1e-6, le=100, description="τ, applied before the softmax everywhere.")
     top_p: float = Field(
         1.0,
         gt=0,

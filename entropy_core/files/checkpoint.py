@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from entropy_core.errors import CheckpointError, one_line
+from entropy_core.errors import CheckpointError, one_line, shortage
 from entropy_core.files.digests import file_digest
 
 RUN_HINT = "entropy-probe.yaml"
@@ -89,9 +89,21 @@ def require_directory(directory: Path) -> None:
         )
 
 
+def names_in(directory: Path) -> set[str]:
+    """Names of the files and folders in a directory. Raises CheckpointError if one of them is neither.
+
+    Nobody who reads it, a library above all, may be left waiting for a pipe, or reading a device without end.
+    """
+    found = list(directory.iterdir())
+    for path in found:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is a pipe or a device, and not a file", fix="remove it, or probe a copy")
+    return {path.name for path in found}
+
+
 def model_directory(directory: Path) -> Path:
     """Where the weights of a checkpoint lie: in the directory itself, or else in its `model/`."""
-    has = {path.name for path in directory.iterdir()}
+    has = names_in(directory)
     own = has & {"config.json", "adapter_config.json"}
     return directory if own or not (directory / "model").is_dir() else directory / "model"
 
@@ -123,7 +135,7 @@ def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]
                 digests[name] = file_digest(directory / name)
             except OSError as error:
                 fact = f"{directory / name} cannot be read: {one_line(error)}"
-                raise CheckpointError(fact, fix=SAVE_AGAIN) from error
+                raise shortage(error) or CheckpointError(fact, fix=SAVE_AGAIN) from error
     return digests
 
 

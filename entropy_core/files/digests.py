@@ -22,6 +22,8 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
+from entropy_core.files.regular import require_readable
+
 Identity = tuple[int, ...]
 """Of a file that has not changed: device, inode, size, mtime, ctime."""
 
@@ -53,7 +55,7 @@ def file_digest(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    with Path(path).open("rb") as file:
+    with require_readable(Path(path)).open("rb") as file:
         identity = identity_of(os.fstat(file.fileno()))
         if (seen := _seen.get()) is not None:
             seen.add(identity)
@@ -67,7 +69,7 @@ def file_digest(path: Path) -> str:
 
 def read_digest(path: Path) -> str:
     """Content digest of one file, read from the disk whatever is known of it. Raises OSError."""
-    with Path(path).open("rb") as file:
+    with require_readable(Path(path)).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

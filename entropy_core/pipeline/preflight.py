@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from entropy_core.checkpoints.architecture import read_architecture
 from entropy_core.checkpoints.checkpoint import Checkpoint
@@ -75,6 +76,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     Raises:
         ProbeError: something is missing, broken or too small; says what to do.
     """
+    check_device(config.execution.device)
     usable, warnings = usable_checkpoints(config)
     settled = settle(config, {one.name: one.trainer for one in usable})
     warnings += settled.warnings
@@ -90,6 +92,7 @@ def _checked(
     config: ProbeConfig, usable: Sequence[UsableCheckpoint], settled: Settled, warnings: tuple[str, ...]
 ) -> list[CheckpointToProbe]:
     """Check the prompts, the reward and the loss of the settings as they are now, and each checkpoint against them."""
+    _check_shards(config)
     pools = _pools(config)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
@@ -150,6 +153,35 @@ def _pools(config: ProbeConfig) -> dict[str, Pool]:
     if not batch.max_prompt_length:
         _check_batches(config, pools)
     return pools
+
+
+MOST_SHARDS = 10_000
+"""Per checkpoint. Each is a few runs of stages, folders and keys, so that more of them take longer than the work."""
+
+
+def _check_shards(config: ProbeConfig) -> None:
+    """Refuse a sweep in more pieces than can be looked after."""
+    batch, size = config.batch_config, config.execution.shard_size
+    replacement = batch.E_sampling_mode == "replacement"
+    in_e = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
+    passes = batch.E_replicates + len(config.importance.etas)
+    sequences = in_e * passes + batch.B_U * batch.G
+    shards = -(-in_e // size) * passes + -(-batch.B_U * batch.G // size)
+    if shards > MOST_SHARDS:
+        raise ConfigError(
+            f"this sweep has {shards} shards of {size} sequences per checkpoint, and {MOST_SHARDS} are possible",
+            fix=f"set execution.shard_size to at least {-(-2 * sequences // MOST_SHARDS)}",
+        )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there. Raises ConfigError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"execution.device is cuda, and torch {torch.__version__} finds no GPU on this machine",
+            cause="a torch without CUDA, a driver that is missing or too old, or CUDA_VISIBLE_DEVICES",
+            fix="set execution.device: auto or cpu, or run where there is one",
+        )
 
 
 def _check_reference(reference: str, layout: Layout, name: str) -> None:

@@ -23,6 +23,7 @@ from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, lo
 from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config, splits
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
+from entropy_core.pipeline.settings import Setting
 from entropy_core.rewards import functions as rewards
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact, artifacts_in, upstream
@@ -146,11 +147,15 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         )
     config = parse_config(record["config"], str(directory / runs.RECORD))
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
+    runs.named(store.root, directory.name)  # nothing but artifacts
     with runs.understood(directory / runs.RECORD) as record:
         recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
         for entry in recorded:
             require_inputs(stage.VARIANCE, entry["inputs"] | _chosen(config))
-            _ = entry["checkpoint"], entry["step"], [*entry["notes"]], [*entry["settings"]], [*entry["warnings"]]
+            texts = (entry["checkpoint"], *entry["notes"], *entry["warnings"])
+            if type(entry["step"]) is not int or {type(text) for text in texts} != {str}:
+                raise TypeError("the name, the step or a note of a checkpoint is of another type")
+            _ = [Setting(**setting) for setting in entry["settings"]]
 
     def work() -> SweepResult:
         for entry in recorded:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from entropy_core.checkpoints.adapters import fill_adapter, insert_adapter
 from entropy_core.checkpoints.model_config import check_generation_config, check_model_config
 from entropy_core.checkpoints.tokenizer import load_tokenizer, tokenizer_directory
-from entropy_core.errors import CheckpointError
+from entropy_core.errors import CheckpointError, one_line, shortage
 from entropy_core.policy.model import Policy
 
 log = logging.getLogger("entropy_probe.policy")
@@ -75,10 +75,11 @@ def load_policy(
             trust_remote_code=False,
         )
         tokenizer = load_tokenizer(tokenizer_directory(directory, base))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{directory} cannot be loaded as a causal language model: {first_line}",
+    except CheckpointError:
+        raise
+    except Exception as error:  # models of all kinds raise errors of all kinds
+        raise shortage(error) or CheckpointError(
+            f"{directory} cannot be loaded as a causal language model: {one_line(error)}",
             cause="a file is missing or belongs to another model",
             fix="check that transformers' AutoModelForCausalLM.from_pretrained loads it",
         ) from error

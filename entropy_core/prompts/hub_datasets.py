@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from entropy_core.errors import PromptError, one_line, some_names
+from entropy_core.errors import PromptError, one_line, shortage, some_names
 from entropy_core.prompts.files import read_rows
 
 R1_TEMPLATE = (
@@ -162,7 +162,7 @@ def _read_saved(directory: Path, split: str) -> list[dict]:
     try:
         saved = load_from_disk(str(directory))
     except Exception as error:  # of the formats that it may be in, each has its own
-        raise PromptError(
+        raise shortage(error) or PromptError(
             f"{directory} cannot be read: {one_line(error)}",
             cause="the copy was interrupted",
             fix="save the dataset again",

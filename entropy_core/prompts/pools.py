@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from entropy_core.errors import ConfigError, PromptError, one_line
+from entropy_core.errors import ConfigError, PromptError, one_line, some_names
 from entropy_core.prompts import arithmetic, hub_datasets, reasoning_tasks
-from entropy_core.prompts.files import SUFFIXES, read_rows
+from entropy_core.prompts.files import SUFFIXES, holds, read_rows
 
 KNOWN = ("arithmetic", *hub_datasets.DATASETS, f"{reasoning_tasks.PREFIX}TASK")
 
@@ -98,7 +98,8 @@ def load_pool(
         if not isinstance(row.get(prompt_column), str) or not row[prompt_column]:
             conversation = isinstance(row.get(prompt_column), list)
             raise PromptError(
-                f"row {number} of {dataset_name!r} has no text in column {prompt_column!r}; it has {sorted(row)}",
+                f"row {number} of {dataset_name!r} has no text in column {prompt_column!r:.80}; it has "
+                f"[{some_names(map(repr, sorted(row)))}]",
                 cause="the prompts are conversations" if conversation else "the prompts are in another column",
                 fix="give the text of the user's turn, and set batch_config.apply_chat_template"
                 if conversation
@@ -149,7 +150,7 @@ def _rows(dataset_name: str, split: str, path: Path | None, options: dict[str, A
 def _table(rows: list[dict], dataset_name: str, prompt_column: str) -> pa.Table:
     names = [n for n in dict.fromkeys(key for row in rows for key in row) if n not in {prompt_column, "prompt"}]
     try:
-        return pa.table(
+        table = pa.table(
             {"prompt": [row[prompt_column] for row in rows]} | {name: [row.get(name) for row in rows] for name in names}
         )
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -158,3 +159,15 @@ def _table(rows: list[dict], dataset_name: str, prompt_column: str) -> pa.Table:
             cause="one column holds values of two kinds, text and numbers say",
             fix="give every column one kind of value",
         ) from None
+    empty = [field.name for field in table.schema if holds(field.type, _is_empty)]
+    if empty:
+        raise PromptError(
+            f"columns of {dataset_name!r} have objects that are empty in every row: {some_names(map(repr, empty))}",
+            fix="leave them out, or give each object a key",
+        )
+    return table
+
+
+def _is_empty(column: pa.DataType) -> bool:
+    """A struct of no fields, which no Parquet file can have."""
+    return pa.types.is_struct(column) and column.num_fields == 0

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from entropy_core.errors import PromptError, one_line
+from entropy_core.errors import PromptError, one_line, shortage
 from entropy_core.prompts.pools import Pool
 
 
@@ -39,7 +39,7 @@ def encode(
     try:
         encoded = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
     except Exception as error:  # tokenizers of all kinds raise errors of all kinds
-        raise PromptError(
+        raise shortage(error) or PromptError(
             f"the tokenizer of {tokenizer.name_or_path} cannot encode every prompt: {one_line(error)}",
             cause="the prompts have characters that its vocabulary does not have",
             fix="use a dataset that fits this policy",

@@ -15,18 +15,20 @@ response without special tokens.
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from entropy_core.errors import ProbeError, RewardError, one_line
+from entropy_core.errors import ProbeError, RewardError, one_line, some_names
 from entropy_core.files import functions as user_functions
 from entropy_core.isolation.process import Isolation
 from entropy_core.prompts import arithmetic, reasoning_tasks
 from entropy_core.rewards import math_answers
+
+LARGEST = 1e30
+"""A larger reward makes a gradient that no float32 holds."""
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -154,7 +156,7 @@ def _called(
             f"reward {name!r} raised {type(error).__name__}: {one_line(error)}{line and f' at {line}'} on "
             f"{whose or f'{len(completions)} responses together, and not on either half of them'}",
             cause="a response that the function does not expect, or a column that the pool does not have",
-            fix=f"correct the function; the pool's columns are {sorted(columns)}",
+            fix=f"correct the function; the pool's columns are [{some_names(map(repr, sorted(columns)))}]",
         ) from error
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # arrays and tensors
     if not isinstance(rewards, Sequence) or len(rewards) != len(completions):
@@ -162,14 +164,14 @@ def _called(
         raise RewardError(f"reward {name!r} returned {got} for {len(completions)} responses", fix="return a list")
     rewards = [reward.item() if getattr(reward, "ndim", None) == 0 else reward for reward in rewards]
     for i, reward in enumerate(rewards):
-        if not isinstance(reward, Real) or not abs(reward) <= sys.float_info.max:  # type: ignore[operator]
+        if not isinstance(reward, Real) or not abs(reward) <= LARGEST:  # type: ignore[operator]
             raise RewardError(
                 f"reward {name!r} returned {reward!r:.80} for sequence {i}, prompt {prompts[i]!r:.80}",
                 cause="it says that the response is not its business, which TRL averages over the other rewards; here "
                 "there are none"
                 if reward is None
                 else "",
-                fix="return a finite float for every response",
+                fix=f"return a finite float for every response, of at most {LARGEST:g} in size",
             )
     return [float(reward) for reward in rewards]
 

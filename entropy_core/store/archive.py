@@ -14,6 +14,7 @@ from entropy_core.errors import StoreError
 from entropy_core.files.digests import file_digest
 from entropy_core.store import runs
 from entropy_core.store.manifest import DROPPED, MANIFEST, VECTORS, check_files, make_visible, temporary_sibling
+from entropy_core.store.signature import SignatureError
 from entropy_core.store.store import Store
 
 _ARTIFACT = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*/[0-9a-f]{32}/[^/].*")
@@ -152,7 +153,10 @@ def _unpack(file: Path, into: Path) -> None:
 
 def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name], run_ids: Collection[str]) -> None:
     for stage, key in names:
-        artifact, fault = arrived.check(stage, key, file_digest)
+        try:
+            artifact, fault = arrived.check(stage, key, file_digest)
+        except SignatureError as error:
+            raise _refused(file, error.fact.replace(f"{arrived.root}/", "")) from None
         if artifact is None:
             raise _refused(file, f"{stage}/{key} is unsound: {fault}")
         folder = artifact.directory

@@ -26,6 +26,7 @@ log = logging.getLogger("entropy_probe.store")
 
 _SECONDS_BETWEEN_TRIES = 0.1
 _SECONDS_BETWEEN_LINES = 600.0
+_MOST_SECONDS = 86_400.0
 
 
 class HeldError(StoreError):
@@ -40,23 +41,30 @@ def key_lock(folder: Path, stage_name: str, key: str, wait: bool = True) -> Iter
         folder: of the locks.
         stage_name: name of the stage.
         key: its key.
-        wait: until it is free, however long that takes.
+        wait: until it is free, for a day at most.
 
     Raises:
-        HeldError: it is not free, and waiting was not asked for.
+        HeldError: it is not free, and waiting was not asked for, or took too long.
         StoreError: the file system has no locks.
         OSError: the folder cannot be written.
     """
     with _opened(folder / f"{stage_name}-{key}.lock") as descriptor:
-        next_line = time.monotonic()
+        began = next_line = time.monotonic()
         while not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, folder):
-            holder = _in_words(_read(os.pread(descriptor, 1000, 0)))
+            holder = _read(os.pread(descriptor, 1000, 0))
             if not wait:
-                raise HeldError(f"{stage_name}/{key} is being worked on by {holder}")
+                raise HeldError(f"{stage_name}/{key} is being worked on by {_in_words(holder)}")
             if time.monotonic() >= next_line:
                 next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-                log.info("waits for %s %s, which is being computed by %s", stage_name, key[:12], holder)
+                log.warning("waits for %s %s, which is being computed by %s", stage_name, key[:12], _in_words(holder))
             time.sleep(_SECONDS_BETWEEN_TRIES)
+            if time.monotonic() - began >= _MOST_SECONDS:
+                raise HeldError(
+                    f"{stage_name}/{key} is still being worked on by {_in_words(holder)}: {_MOST_SECONDS / 3600:g} "
+                    "hours were waited for it",
+                    cause="that process hangs, or was killed and has left another one behind",
+                    fix="end it, and run again; if it computes, let it",
+                )
         with suppress(OSError):  # a file that can only be read is a lock all the same
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _me(), 0)
@@ -76,7 +84,7 @@ def in_use(folder: Path) -> Iterator[None]:
             descriptor = stack.enter_context(_opened(folder / "in-use"))
             with suppress(StoreError):  # then the file that follows must do
                 if not _flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, folder):
-                    log.info("waits until what is not needed is deleted from the store")
+                    log.warning("waits until what is not needed is deleted from the store")
                     _flock(descriptor, fcntl.LOCK_SH, folder)
             (folder / "users").mkdir(exist_ok=True)
             (folder / "users" / name).write_bytes(_me())

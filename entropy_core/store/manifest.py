@@ -2,7 +2,7 @@
 
 The manifest is written last, when every data file is on the disk, so a directory that has one is complete. It holds
 what the key is made of, the SHA-256 of every data file, the stage's summary, and how the result came about; and a seal,
-the SHA-256 of all the rest, so that not a byte of it changes unnoticed.
+the SHA-256 of all the rest, so that not a byte of it changes unnoticed. Against lies there is `signature`.
 """
 
 import hashlib
@@ -22,8 +22,11 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from entropy_core.errors import StoreError
+from entropy_core.errors import StoreError, one_line
 from entropy_core.files.digests import SETTLED_NS, Identity, file_digest, identity_of
+from entropy_core.files.regular import NotAFileError, require_readable
+from entropy_core.store.manifest_form import require_form
+from entropy_core.store.signature import SIGNATURE, SignatureError, require_signature, signature
 
 MANIFEST = "manifest.json"
 VECTORS = "vectors/"
@@ -50,9 +53,8 @@ def may_name(stage_name: Any, key: Any) -> bool:
 def may_name_file(name: str) -> bool:
     """Whether a data file of an artifact can be called so: it lies within the artifact and is not the manifest."""
     path = PurePosixPath(name)
-    return (
-        str(path) == name and not path.is_absolute() and ".." not in path.parts and name not in (".", MANIFEST, DROPPED)
-    )
+    inside = str(path) == name and not path.is_absolute() and ".." not in path.parts
+    return inside and name.isprintable() and name not in (".", MANIFEST, DROPPED)
 
 
 def _matches(pattern: str, text: Any) -> bool:
@@ -139,6 +141,9 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
 
     Returns:
         The manifest and "", or else an empty dict and what is wrong.
+
+    Raises:
+        SignatureError: it is as it was written, and not signed as it must be.
     """
     try:
         manifest = _read_once(directory / MANIFEST)
@@ -150,11 +155,14 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
             return {}, "its manifest was edited"
         if not may_name(stage_name, key) or not all(map(may_name_file, manifest["files"])):
             return {}, "its manifest names what is no part of it"
+        require_signature(manifest, directory)
         return manifest, ""
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}, "it has no manifest"
+    except NotAFileError as error:
+        return {}, f"its manifest is no file: {error.strerror}"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        return {}, f"its manifest was damaged or edited: {error}"
+        return {}, f"its manifest was damaged or edited: {one_line(error)}"
 
 
 def check_files(
@@ -189,9 +197,11 @@ def check_presence(path: Path, entry: Mapping[str, Any]) -> str:
         What is wrong, or "".
     """
     try:
-        stat = path.stat()
+        stat = require_readable(path).stat()
     except (FileNotFoundError, NotADirectoryError):
         return f"{path.name} is missing"
+    except NotAFileError as error:
+        return f"{path.name} is no file: {error.strerror}"
     if stat.st_size != entry.get("bytes"):
         return f"{path.name} has {stat.st_size} bytes instead of {entry.get('bytes')}"
     return _alteration(path) if identity_of(stat) in _altered else ""
@@ -292,14 +302,39 @@ def _fsync(path: Path) -> None:
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written."""
+    """The manifest as it is written, signed with the key that is set."""
     seal = hashlib.sha256(json_text(manifest).encode()).hexdigest()
-    return json_text({**manifest, "seal": seal}).encode()
+    return json_text({**manifest, "seal": seal, **signature(seal)}).encode()
+
+
+def sign(directory: Path, stage_name: str, key: str) -> str:
+    """Sign a manifest with the key that is set, whatever key it was signed with; its lock is held.
+
+    Args:
+        directory: of the artifact.
+        stage_name: name of its stage.
+        key: its key.
+
+    Returns:
+        What is wrong with it, in which case nothing was changed; or "".
+    """
+    with suppress(SignatureError):
+        fault = check_manifest(directory, stage_name, key)[1]
+        if fault:
+            return fault
+    manifest = json.loads((directory / MANIFEST).read_bytes())
+    with temporary_sibling(directory) as temporary:
+        path = temporary / MANIFEST
+        path.write_bytes(_sealed({name: value for name, value in manifest.items() if name not in ("seal", SIGNATURE)}))
+        _fsync(path)
+        path.replace(directory / MANIFEST)
+    _fsync(directory)
+    return ""
 
 
 def _read_once(path: Path) -> dict[str, Any]:
     """The manifest, parsed once per process as long as the file does not change."""
-    identity = identity_of(path.stat())
+    identity = identity_of(require_readable(path).stat())
     if identity not in _manifests:
         manifest = _read_manifest(path)
         if time.time_ns() - identity[-1] < SETTLED_NS:
@@ -312,6 +347,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError if it is not, byte for byte, what was written."""
     content = path.read_bytes()
     manifest = json.loads(content)
-    if _sealed({name: value for name, value in manifest.items() if name != "seal"}) != content:
+    rest = {name: value for name, value in manifest.items() if name not in ("seal", SIGNATURE)}
+    signed = {SIGNATURE: manifest[SIGNATURE]} if SIGNATURE in manifest else {}
+    seal = hashlib.sha256(json_text(rest).encode()).hexdigest()
+    if json_text({**rest, "seal": seal, **signed}).encode() != content:
         raise ValueError("it is not as it was written")
+    if "format" in manifest:  # else an earlier version made it, which is said in its own words
+        require_form(manifest)
     return manifest

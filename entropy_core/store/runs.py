@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from entropy_core.errors import StoreError, one_line
-from entropy_core.store.manifest import TEMPORARY, temporary_sibling
+from entropy_core.files.regular import NotAFileError, require_readable
+from entropy_core.store.manifest import TEMPORARY, may_name, temporary_sibling
 from entropy_core.store.store import Store
 
 RECORD = "run.json"
@@ -57,8 +58,8 @@ def understood(path: Path) -> Iterator[Any]:
         StoreError: it cannot be understood.
     """
     try:
-        yield json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        yield json.loads(require_readable(path).read_text(encoding="utf-8"))
+    except (NotAFileError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(
             f"{path} does not say what the run needs: {one_line(error)}",
             cause="it was edited, damaged, or written by another version",
@@ -131,7 +132,10 @@ def named(root: Path, run_id: str) -> set[Name]:
     """
     with understood(folder(root, run_id) / RECORD) as record:
         found = [*references(record["checkpoints"]), record["report"]]
-        return {(reference["stage"], reference["key"]) for reference in found}
+        names = {(reference["stage"], reference["key"]) for reference in found}
+        if wrong := [name for name in names if not may_name(*name)]:
+            raise ValueError(f"{wrong[0]} names no artifact")
+        return names
 
 
 def with_upstream(store: Store, names: set[Name]) -> set[Name]:

@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +46,7 @@ from entropy_core.store.manifest import (
     temporary_sibling,
     versions,
 )
+from entropy_core.store.signature import SignatureError
 
 log = logging.getLogger("entropy_probe.store")
 
@@ -162,7 +163,11 @@ class Store:
     def ls(self) -> Iterator[Artifact]:
         """List the complete artifacts, by stage and key. Their manifests are verified, their data files are not."""
         for stage, key in self.names():
-            manifest, fault = check_manifest(self.root / stage / key, stage, key)
+            try:
+                manifest, fault = check_manifest(self.root / stage / key, stage, key)
+            except SignatureError as error:
+                log.warning("%s", error.fact)
+                continue
             if fault:
                 log.warning("%s/%s is unsound: %s", stage, key, fault)
             else:
@@ -180,6 +185,9 @@ class Store:
             stage_name: name of the stage.
             key: its key.
             digest: what says the content of a data file; None: that its size is right is enough.
+
+        Raises:
+            SignatureError: it is not signed as it must be.
         """
         directory = self.root / stage_name / key
         if not may_name(stage_name, key) or not directory.exists():
@@ -189,8 +197,10 @@ class Store:
         return (None, fault) if fault else (Artifact(stage_name, key, manifest["digest"], self.root), "")
 
     def manifest(self, stage_name: str, key: str) -> dict[str, Any]:
-        """What is known of an artifact; empty when it is not there or its manifest is unsound."""
-        return check_manifest(self.root / stage_name / key, stage_name, key)[0]
+        """What is known of an artifact; empty when it is not there, or its manifest is unsound or not signed."""
+        with suppress(SignatureError):
+            return check_manifest(self.root / stage_name / key, stage_name, key)[0]
+        return {}
 
     def lock(self, stage_name: str, key: str, wait: bool = True) -> AbstractContextManager[None]:
         """Hold the lock of one key; see `locks.key_lock`."""
