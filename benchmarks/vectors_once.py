@@ -21,7 +21,7 @@ import torch
 from benchmarks.common import status_kilobytes
 from entropy_core.config.read import parse_config
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.runner import Inputs, direct_runner
+from entropy_core.pipeline.runner import Inputs, Runner, direct_runner
 from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.policy.derivatives import token_derivatives
 from entropy_core.policy.model import Coefficients
@@ -176,7 +176,7 @@ def main() -> None:
         meter = Meter(direct_runner(Store(config.store_root), execution), config.store_root)
         count = _load(checkpoints[0], execution)
         meter.begin()
-        sweep(config, checkpoints, Store(config.store_root), meter)
+        sweep(config, checkpoints, Store(config.store_root), Runner(meter))
         for into, found in ((host, meter.host), (device, meter.device)):
             into |= {name: max(found[name], into.get(name, 0)) for name in found}
         store, after = max(store, meter.store), max(after, meter.in_store())

@@ -159,6 +159,7 @@ def test_while_a_sweep_runs_only_what_it_still_needs_is_there(home):
     checkpoints = preflight(config)
     from pipeline_fixtures import Counting
 
+    from entropy_core.pipeline.runner import Runner
     from entropy_core.pipeline.sweep import execution_for, sweep
 
     run = Counting(Store(config.store_root), execution_for(config, checkpoints))
@@ -170,7 +171,7 @@ def test_while_a_sweep_runs_only_what_it_still_needs_is_there(home):
         seen[stage.name] = max(size, seen.get(stage.name, 0))
         return artifact
 
-    sweep(config, checkpoints, Store(config.store_root), weighing)
+    sweep(config, checkpoints, Store(config.store_root), Runner(weighing))
     count = run.artifacts("load-checkpoint")[0].summary["parameters"]
     headers = 6 * 2048
     assert 24 * count < seen["entropy-gradient"] <= 24 * count + headers

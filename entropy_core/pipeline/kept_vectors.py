@@ -1,7 +1,7 @@
 """What is of the size of the policy, during a sweep: made again where it is needed and gone, let go where it is not."""
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -22,9 +22,8 @@ class _Made(NamedTuple):
     label: str
 
 
-@dataclass
-class VectorKeeper:
-    """Sees to it that a stage finds the vectors it opens, whatever became of them since; a runner calls it.
+class VectorKeeper(Runner):
+    """Sees to it that a stage finds the vectors it opens, whatever became of them since.
 
     A vector is of the size of the policy. Nobody looks at it until a stage that opens it has to be computed; the stages
     that are cached do not need it any more.
@@ -35,31 +34,43 @@ class VectorKeeper:
         keep: whether vectors stay in the store when the sweep is done with them.
     """
 
-    store: Store
-    run: Runner
-    keep: bool
-    _made: dict[Artifact, _Made] = field(default_factory=dict)
+    def __init__(self, store: Store, run: Runner, keep: bool) -> None:
+        super().__init__(run)
+        self._store, self._runner, self._keep = store, run, keep
+        self._made: dict[Artifact, _Made] = {}
 
     def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
         """The artifact of this stage for these inputs; see `Runner`."""
-        if stage.vectors and self.store.find(stage.name, self.store.key(stage, inputs)) is None:
+        self._prepare(stage, inputs)
+        return self._noted(self._runner(stage, inputs, label), _Made(stage, inputs, label))
+
+    def map(self, stage: Stage, inputs: Sequence[Inputs], labels: Sequence[str]) -> list[Artifact]:
+        """The same of several inputs; see `Runner`."""
+        for of_one in inputs:
+            self._prepare(stage, of_one)
+        found = zip(self._runner.map(stage, inputs, labels), inputs, labels, strict=True)
+        return [self._noted(artifact, _Made(stage, of_one, label)) for artifact, of_one, label in found]
+
+    def _prepare(self, stage: Stage, inputs: Inputs) -> None:
+        if stage.vectors and self._store.find(stage.name, self._store.key(stage, inputs)) is None:
             for name in stage.vectors:
                 self._require(inputs[name])
-        artifact = self.run(stage, inputs, label)
-        self._made[artifact] = _Made(stage, inputs, label)
+
+    def _noted(self, artifact: Artifact, made: _Made) -> Artifact:
+        self._made[artifact] = made
         return artifact
 
     def release(self, artifact: Artifact) -> None:
         """Say that the sweep is done with the vectors of an artifact."""
-        if not self.keep:
-            vectors.drop(self.store, artifact)
+        if not self._keep:
+            vectors.drop(self._store, artifact)
 
     def _require(self, artifact: Artifact) -> None:
         """Have the vectors of an artifact in the store, sound; raises OtherNumbers where they come out otherwise."""
-        if vectors.require(self.store, artifact):
+        if vectors.require(self._store, artifact):
             return
         log.info("%s/%s is computed again: its vectors are needed", artifact.stage, artifact.key[:12])
         stage, inputs, label = self._made[artifact]
-        again = self.run(stage, inputs, label)
+        again = self._runner(stage, inputs, label)
         if again != artifact:
             raise OtherNumbers(f"{label}: {stage.name} gives other numbers than before")

@@ -89,7 +89,7 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
 
     def work() -> SweepResult:
         keeper = VectorKeeper(store, run, config.execution.keep_vectors)
-        recorded = _measured(config, checkpoints, Runner(keeper), keeper.release)
+        recorded = _measured(config, checkpoints, keeper, keeper.release)
         return _record(recorded, _reported(recorded, config, run), config, store)
 
     with store.in_use():
