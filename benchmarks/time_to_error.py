@@ -23,7 +23,7 @@ from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.uncertainty import entropy_derivative
 from entropy_core.pipeline.measure import Measurement, load_checkpoint, load_pool
 from entropy_core.pipeline.preflight import preflight, splits
-from entropy_core.pipeline.runner import direct_runner
+from entropy_core.pipeline.runner import Runner, direct_runner
 from entropy_core.pipeline.sweep import execution_for
 from entropy_core.policy import moves
 from entropy_core.policy.spec import PolicySpec
@@ -119,13 +119,14 @@ def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], Polic
     execution = execution_for(config, [checkpoint])
     plain, found = direct_runner(Store(config.store_root), execution), defaultdict(list)
 
-    def run(stage: Any, inputs: Any, label: str) -> Artifact:
+    def noted(stage: Any, inputs: Any, label: str) -> Artifact:
         artifact = plain(stage, inputs, label)
         found[stage.name].append(artifact)
         if stage.name == "compute-update":
             raise _Enough
         return artifact
 
+    run = Runner(noted)
     pools = {split: load_pool(config, split, checkpoint.tokenizer, run) for split in set(splits(config))}
     measurement = Measurement(config, checkpoint, load_checkpoint(config, checkpoint, run), pools, run)
     with suppress(_Enough):

@@ -13,6 +13,7 @@ from entropy_core.config.read import parse_config
 from entropy_core.errors import StoreError
 from entropy_core.pipeline.catalogue import STAGES
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.runner import Runner
 from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.store.store import Stage, Store
 
@@ -69,7 +70,7 @@ def half_of(config: dict[str, Any]) -> Counting:
         return run(stage, inputs, label)
 
     with pytest.raises(Stopped):
-        sweep(parsed, checkpoints, store, stopping)
+        sweep(parsed, checkpoints, store, Runner(stopping))
     return run
 
 

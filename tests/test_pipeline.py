@@ -31,6 +31,7 @@ from entropy_core.pipeline import catalogue
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.measure import NOISE_DRAWS
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.runner import Runner
 from entropy_core.policy import spec
 from entropy_core.store.store import Store
 
@@ -390,7 +391,7 @@ def test_a_killed_sweep_goes_on_where_it_was(away, first):
     results = []
     for _ in range(3):
         try:
-            results.append(pipeline.sweep(config, checkpoints, store, dying))
+            results.append(pipeline.sweep(config, checkpoints, store, Runner(dying)))
         except KeyboardInterrupt:
             assert not (store.root / "runs").exists()
     assert len(results) == 1
