@@ -24,6 +24,7 @@ from pipeline_fixtures import trainer_groups
 
 from entropy_core.checkpoints.architecture import NO_DECAY_PATTERNS
 from entropy_core.checkpoints.checkpoint import read_checkpoint
+from entropy_core.checkpoints.optimizer_state import OptimizerState
 from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.files.checkpoint import find_checkpoints
 
@@ -39,14 +40,20 @@ def test_names_follow_the_trainers_groups(tmp_path: Path, tied: bool) -> None:
 
     assert ("lm_head.weight" in checkpoint.parameter_shapes) is not tied
     decay, no_decay = checkpoint.optimizer.groups
-    assert (decay.weight_decay, no_decay.weight_decay) == (0.1, 0.0)
+    assert (decay.hyperparameters.weight_decay, no_decay.hyperparameters.weight_decay) == (0.1, 0.0)
     assert all("norm" in name for name in no_decay.names) and len(no_decay.names) == 5
+    shared = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-7, "relative_lr": 1.0, "decoupled": True}
     for group in (decay, no_decay):
-        assert (group.lr, group.beta1, group.beta2, group.eps) == (3e-3, 0.8, 0.95, 1e-7)
-        assert (group.decoupled, group.amsgrad, group.maximize) == (True, False, False)
+        found = group.hyperparameters._asdict()
+        assert found == shared | {"weight_decay": found["weight_decay"], "amsgrad": False, "maximize": False}
     assert checkpoint.optimizer.learning_rate == 3e-3
     assert (checkpoint.name, checkpoint.step) == ("checkpoint-3", 3)
     assert len(checkpoint.assumptions) == 1 and "Trainer's" in checkpoint.assumptions[0]
+
+
+def rates_of(optimizer: OptimizerState) -> list[float]:
+    """The learning rate of each group."""
+    return [optimizer.learning_rate * group.hyperparameters.relative_lr for group in optimizer.groups]
 
 
 def test_position_alone_would_be_wrong(sound: Path) -> None:
@@ -85,7 +92,7 @@ def test_saved_names_are_used_in_any_order(tmp_path: Path, prefix: str) -> None:
     optimizer = torch.optim.AdamW(groups, **HYPERPARAMETERS)
     train(model, optimizer)
     checkpoint = assert_same_state(write(tmp_path / "c", model, optimizer), by_name(model, optimizer))
-    assert [group.lr for group in checkpoint.optimizer.groups] == [1e-4, 3e-3, 3e-3]
+    assert rates_of(checkpoint.optimizer) == pytest.approx([1e-4, 3e-3, 3e-3], rel=1e-15)
     assert checkpoint.optimizer.learning_rate == 3e-3
     assert checkpoint.assumptions == ()
 
@@ -150,7 +157,7 @@ def test_the_trainers_own_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"learning rate 0 .*`learning_rate` .* \(the run's peak was 0\.01\)"):
         read_checkpoint(last)
     checkpoint = assert_same_state(last, KeepTruth.slots[4], learning_rate=1e-2)
-    assert [group.weight_decay for group in checkpoint.optimizer.groups] == [0.05, 0.0]
+    assert [group.hyperparameters.weight_decay for group in checkpoint.optimizer.groups] == [0.05, 0.0]
 
 
 def test_the_decay_patterns_are_the_trainers() -> None:
@@ -171,20 +178,18 @@ def test_the_decay_patterns_are_the_trainers() -> None:
 
 def test_a_given_learning_rate_keeps_the_ratios(sound: Path) -> None:
     edit_optimizer(sound, set_group("lr", 1e-3, torch.tensor(2.5e-4, dtype=torch.float64)))
-    assert [group.lr for group in read_checkpoint(sound).optimizer.groups] == [1e-3, 2.5e-4]
+    assert rates_of(read_checkpoint(sound).optimizer) == [1e-3, 2.5e-4]
     checkpoint = read_checkpoint(sound, learning_rate=4e-6)
-    assert [group.lr for group in checkpoint.optimizer.groups] == pytest.approx([4e-6, 1e-6], rel=1e-12)
+    assert rates_of(checkpoint.optimizer) == pytest.approx([4e-6, 1e-6], rel=1e-12)
     assert checkpoint.optimizer.learning_rate == 4e-6
     assert any("4e-06 in place of the saved 0.001" in line for line in checkpoint.assumptions)
 
 
 def test_a_learning_rate_after_the_end_of_the_schedule(sound: Path) -> None:
     edit_optimizer(sound, set_group("lr", 0.0, 0.0))
-    assert [group.lr for group in read_checkpoint(sound, 2e-6).optimizer.groups] == [2e-6, 2e-6]
+    assert rates_of(read_checkpoint(sound, 2e-6).optimizer) == [2e-6, 2e-6]
     edit_optimizer(sound, set_group("initial_lr", 1e-3, 5e-4))
-    assert [group.lr for group in read_checkpoint(sound, 2e-6).optimizer.groups] == pytest.approx(
-        [2e-6, 1e-6], rel=1e-12
-    )
+    assert rates_of(read_checkpoint(sound, 2e-6).optimizer) == pytest.approx([2e-6, 1e-6], rel=1e-12)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1e-6, math.nan, math.inf])
@@ -200,7 +205,8 @@ def test_amsgrad_and_plain_adam(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(write(tmp_path / "c", model, optimizer))
     for name, slot in by_name(model, optimizer).items():
         torch.testing.assert_close(checkpoint.optimizer.max_exp_avg_sq[name], slot["max_exp_avg_sq"], rtol=0, atol=0)
-    assert all(g.amsgrad and g.maximize and not g.decoupled for g in checkpoint.optimizer.groups)
+    found = [group.hyperparameters for group in checkpoint.optimizer.groups]
+    assert all(of_one.amsgrad and of_one.maximize and not of_one.decoupled for of_one in found)
 
 
 @pytest.mark.parametrize("kernel", [{"foreach": True}, {"fused": True}, {"fused": True, "amsgrad": True}], ids=str)
@@ -238,6 +244,6 @@ def test_what_the_files_do_not_say_is_an_assumption(sound: Path) -> None:
     config = json.loads((sound / "config.json").read_text())
     (sound / "config.json").write_text(json.dumps(config | {"transformers_version": "4.40.1"}))
     checkpoint = read_checkpoint(sound)
-    assert all(group.decoupled for group in checkpoint.optimizer.groups)
+    assert all(group.hyperparameters.decoupled for group in checkpoint.optimizer.groups)
     said = " ".join(checkpoint.assumptions)
     assert "AdamW from Adam" in said and "counts 2 to 3 steps, the trainer 3" in said and "4.40.1" in said

@@ -8,9 +8,9 @@ The names themselves are the model's to say.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,35 +18,22 @@ from torch import Tensor
 from entropy_core.checkpoints.optimizer_file import LATEST, SAVE_NAMES, USE_ADAMW, SavedOptimizer, as_float, release
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
+from entropy_core.numerics.adamw import AdamHyperparameters
 
 Shapes = dict[str, tuple[int, ...]]  # by parameter name
 Slots = dict[str, dict[str, Any]]  # by parameter name
 
 
-@dataclass(frozen=True)
-class AdamGroup:
+class AdamGroup(NamedTuple):
     """One parameter group of Adam or AdamW.
 
     Attributes:
-        lr: learning rate of the next step.
-        beta1, beta2: decay rates of the two moments, per step.
-        eps: added to the square root of the second moment.
-        weight_decay: λ, per unit of learning rate.
-        amsgrad: the denominator uses the largest second moment so far.
-        maximize: the step goes up the gradient.
+        hyperparameters: of its next step.
         names: the group's parameters, in the optimizer's order.
-        decoupled: True for AdamW (decay of the parameter), False for Adam (λθ is added to the gradient).
     """
 
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    amsgrad: bool
-    maximize: bool
+    hyperparameters: AdamHyperparameters
     names: tuple[str, ...]
-    decoupled: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +41,7 @@ class OptimizerState:
     """Adam's state by parameter name. The tensors have the parameter's shape and the dtype they were saved in.
 
     Attributes:
+        learning_rate: the trainer's nominal one, of the next step: the largest over the groups.
         groups: the groups that hold parameters; together they hold every trainable parameter once.
         step: steps taken so far, per parameter.
         slot: the parameter's place among the slots of the file; empty where the optimizer is fresh.
@@ -61,17 +49,13 @@ class OptimizerState:
         max_exp_avg_sq: largest second moment so far, for the amsgrad groups only.
     """
 
+    learning_rate: float
     groups: tuple[AdamGroup, ...]
     step: dict[str, int]
     slot: dict[str, int]
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
     max_exp_avg_sq: dict[str, Tensor]
-
-    @property
-    def learning_rate(self) -> float:
-        """The trainer's nominal learning rate: the largest over the groups."""
-        return max(group.lr for group in self.groups)
 
 
 def optimizer_by_name(
@@ -96,22 +80,31 @@ def optimizer_by_name(
     """
     slot_of = _slots_by_name(saved, names, shapes)
     place = {id(slot): position for position, slot in enumerate(saved.slots.values())}
-    named = zip(saved.groups, names, strict=True)  # the Trainer makes its second group even when nothing is in it
-    groups = tuple(_adam_group(saved.path, group, members) for group, members in named if members)
+    # the Trainer makes its second group even when nothing is in it
+    named = [(group, members) for group, members in zip(saved.groups, names, strict=True) if members]
+    found = [_hyperparameters(saved.path, group) for group, _ in named]
+    saved_rate = max(lr for lr, _ in found)
+    rates = _relative_rates(saved, [lr for lr, _ in found], learning_rate)
+    groups = tuple(
+        AdamGroup(of_group._replace(relative_lr=rate), members)
+        for (_, of_group), rate, (_, members) in zip(found, rates, named, strict=True)
+    )
     state = OptimizerState(
+        learning_rate=saved_rate if learning_rate is None else learning_rate,
         groups=groups,
         step=_steps(saved.path, slot_of),
         slot={name: place[id(slot)] for name, slot in slot_of.items()},
         exp_avg={name: slot["exp_avg"] for name, slot in slot_of.items()},
         exp_avg_sq={name: slot["exp_avg_sq"] for name, slot in slot_of.items()},
-        max_exp_avg_sq={n: slot_of[n]["max_exp_avg_sq"] for group in groups if group.amsgrad for n in group.names},
+        max_exp_avg_sq={
+            n: slot_of[n]["max_exp_avg_sq"] for group in groups if group.hyperparameters.amsgrad for n in group.names
+        },
     )
     said: tuple[str, ...] = ()
     if learning_rate is not None:
-        said += (f"Learning rate {learning_rate:g} in place of the saved {state.learning_rate:g}.",)
-    if learning_rate is not None or state.learning_rate == 0:
-        state = _with_learning_rate(saved, state, learning_rate)
-    if any(group.weight_decay for group in groups) and any("decoupled_weight_decay" not in g for g in saved.groups):
+        said += (f"Learning rate {learning_rate:g} in place of the saved {saved_rate:g}.",)
+    decays = any(group.hyperparameters.weight_decay for group in groups)
+    if decays and any("decoupled_weight_decay" not in group for group in saved.groups):
         said += ("optimizer.pt does not tell AdamW from Adam: taken to be AdamW, with decoupled weight decay.",)
     return state, said
 
@@ -159,16 +152,17 @@ def fresh_optimizer(shapes: Shapes, learning_rate: float) -> tuple[OptimizerStat
     Returns:
         The state, whose moments are float32 zeros; and what was assumed.
     """
-    group = AdamGroup(learning_rate, 0.9, 0.999, 1e-8, 0.0, False, False, tuple(shapes), True)
+    usual = AdamHyperparameters(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
     state = OptimizerState(
-        groups=(group,),
+        learning_rate=learning_rate,
+        groups=(AdamGroup(usual, tuple(shapes)),),
         step=dict.fromkeys(shapes, 0),
         slot={},
         exp_avg={name: torch.zeros(shape) for name, shape in shapes.items()},
         exp_avg_sq={name: torch.zeros(shape) for name, shape in shapes.items()},
         max_exp_avg_sq={},
     )
-    said = f"betas ({group.beta1:g}, {group.beta2:g}), eps {group.eps:g}, weight decay {group.weight_decay:g}"
+    said = f"betas ({usual.beta1:g}, {usual.beta2:g}), eps {usual.eps:g}, weight decay {usual.weight_decay:g}"
     return state, (f"The optimizer is taken to be AdamW before its first step, with {said}.",)
 
 
@@ -229,29 +223,34 @@ def _steps(path: Path, slot_of: Slots) -> dict[str, int]:
     return {name: int(step) for name, step in steps.items()}
 
 
-def _adam_group(path: Path, group: dict[str, Any], names: tuple[str, ...]) -> AdamGroup:
+def _hyperparameters(path: Path, group: dict[str, Any]) -> tuple[float, AdamHyperparameters]:
+    """The learning rate of a group, and its other hyperparameters."""
     betas = group["betas"] if isinstance(group["betas"], list | tuple) and len(group["betas"]) == 2 else (None, None)
     lr, beta1, beta2, eps, decay = (as_float(x) for x in (group["lr"], *betas, group["eps"], group["weight_decay"]))
     if not (0 <= lr < math.inf and 0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < math.inf and abs(decay) < math.inf):
         saved = ", ".join(f"{key} {group[key]}" for key in ("lr", "betas", "eps", "weight_decay"))
         raise CheckpointError(f"{path} has hyperparameters out of range: {saved}", fix=SAVE_AGAIN)
-    amsgrad, maximize = bool(group["amsgrad"]), bool(group.get("maximize", False))
-    decoupled = bool(group.get("decoupled_weight_decay", True))
-    return AdamGroup(lr, beta1, beta2, eps, decay, amsgrad, maximize, names, decoupled)
+    return lr, AdamHyperparameters(
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=decay,
+        maximize=bool(group.get("maximize", False)),
+        decoupled=bool(group.get("decoupled_weight_decay", True)),
+        amsgrad=bool(group["amsgrad"]),
+    )
 
 
-def _with_learning_rate(saved: SavedOptimizer, state: OptimizerState, learning_rate: float | None) -> OptimizerState:
-    """The groups with the asked-for learning rate; `initial_lr` gives the ratios where a schedule has ended in 0."""
-    initial = [as_float(group.get("initial_lr")) for group in saved.groups if group["params"]]
-    if learning_rate is None:
-        peak = f" (the run's peak was {max(initial):g})" if all(rate > 0 for rate in initial) else ""
-        raise CheckpointError(
-            f"{saved.path} has learning rate 0 in every param group",
-            cause="the end of the learning-rate schedule",
-            fix=f"set `learning_rate` in the config{peak}",
-        )
-    rates = [group.lr for group in state.groups]
+def _relative_rates(saved: SavedOptimizer, rates: list[float], learning_rate: float | None) -> list[float]:
+    """Learning rates of the groups over the largest; `initial_lr` gives them where a schedule has ended in 0."""
     if max(rates) == 0:
+        initial = [as_float(group.get("initial_lr")) for group in saved.groups if group["params"]]
+        if learning_rate is None:
+            peak = f" (the run's peak was {max(initial):g})" if all(rate > 0 for rate in initial) else ""
+            raise CheckpointError(
+                f"{saved.path} has learning rate 0 in every param group",
+                cause="the end of the learning-rate schedule",
+                fix=f"set `learning_rate` in the config{peak}",
+            )
         rates = initial if all(0 <= r < math.inf for r in initial) and max(initial) > 0 else [1.0] * len(initial)
-    pairs = zip(state.groups, rates, strict=True)
-    return replace(state, groups=tuple(replace(g, lr=learning_rate * (rate / max(rates))) for g, rate in pairs))
+    return [rate / max(rates) for rate in rates]

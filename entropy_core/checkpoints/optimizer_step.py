@@ -52,19 +52,19 @@ class OptimizerStep(Mapping[Block, NextStep]):
     ) -> None:
         self._moments = _moments(checkpoint.summary["optimizer"], execution)
         self._gradient, self._parameters, self._clip = gradient, in_blocks(parameters), clip
-        self._of: dict[str, tuple[int, int, bool, AdamHyperparameters]] = {}  # parameter → steps, slot, amsgrad, …
+        self._of: dict[str, tuple[int, int, AdamHyperparameters]] = {}  # parameter → steps, slot, its group's
         for group in checkpoint.json("groups.json"):
-            hyperparameters = AdamHyperparameters(**{name: group[name] for name in AdamHyperparameters._fields})
+            hyperparameters = AdamHyperparameters(**group["hyperparameters"])
             for name, (steps, slot) in group["parameters"].items():
-                self._of[name] = steps, slot, group["amsgrad"], hyperparameters
+                self._of[name] = steps, slot, hyperparameters
 
     def __getitem__(self, block: Block) -> NextStep:
         gradient = self._gradient[block] if self._clip == 1.0 else self._clip * self._gradient[block]
-        steps, slot, amsgrad, hyperparameters = self._of[block.name]
+        steps, slot, hyperparameters = self._of[block.name]
         if self._moments is None:
             state = AdamState(steps, torch.zeros_like(gradient), torch.zeros_like(gradient))
         else:
-            state = self._moments.state(slot, steps, amsgrad, block.start, block.stop)
+            state = self._moments.state(slot, steps, hyperparameters.amsgrad, block.start, block.stop)
         return NextStep(gradient, self._parameters[block], state, hyperparameters)
 
     def __iter__(self) -> Iterator[Block]:

@@ -22,7 +22,8 @@ class AdamHyperparameters(NamedTuple):
     """Of one parameter group.
 
     `relative_lr` is its learning rate divided by the nominal one. Weight decay that is not `decoupled` is plain Adam's,
-    where λθ is added to the gradient.
+    where λθ is added to the gradient. With `amsgrad` the denominator uses the largest second moment so far, and with
+    `maximize` the step goes up the gradient.
     """
 
     beta1: float
@@ -32,6 +33,7 @@ class AdamHyperparameters(NamedTuple):
     relative_lr: float = 1.0
     maximize: bool = False
     decoupled: bool = True
+    amsgrad: bool = False
 
 
 class AdamState(NamedTuple):
@@ -60,8 +62,8 @@ class NextStep:
     def __init__(
         self, gradient: Tensor, parameter: Tensor, state: AdamState, hyperparameters: AdamHyperparameters
     ) -> None:
-        beta1, beta2, eps, weight_decay, relative_lr, maximize, self._decoupled = hyperparameters
-        self._sign = -1.0 if maximize else 1.0
+        beta1, beta2, eps, weight_decay, relative_lr, maximize, decoupled, _ = hyperparameters
+        self._sign, self._decoupled = -1.0 if maximize else 1.0, decoupled
         t = state.step + 1
         correction1, correction2 = 1.0 - beta1**t, 1.0 - beta2**t
         self._gradient, self._parameter, self._state = gradient, parameter, state

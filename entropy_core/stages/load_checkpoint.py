@@ -42,14 +42,7 @@ def load_checkpoint(
         check_moments(file, optimizer)
     groups = [
         {
-            "beta1": group.beta1,
-            "beta2": group.beta2,
-            "eps": group.eps,
-            "weight_decay": group.weight_decay,
-            "relative_lr": group.lr / optimizer.learning_rate,
-            "amsgrad": group.amsgrad,
-            "maximize": group.maximize,
-            "decoupled": group.decoupled,
+            "hyperparameters": group.hyperparameters._asdict(),
             "parameters": {name: [optimizer.step[name], optimizer.slot.get(name)] for name in group.names},
         }
         for group in optimizer.groups
