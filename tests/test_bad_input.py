@@ -231,7 +231,7 @@ def test_a_batch_that_cannot_be_drawn(home, batch, kind, message):
     ("lines", "kind", "message"),
     [
         ([*prompts("1+2="), '{"prompt": "3+4="'], PromptError, r"pool\.jsonl:2 is not JSON"),
-        (prompts("1+2=", "1+2="), PromptError, "occur twice"),
+        (prompts("1+2=", "1+2="), PromptError, "repeat an earlier prompt"),
         (prompts("1+2=", "x+y="), PromptError, "tokenizer of .*checkpoint-3 cannot encode .*use a dataset that fits"),
         (prompts("1+2="), ConfigError, "B_U asks for 2 distinct prompts, but split 'train' has 1"),
         ([], PromptError, "has no prompts"),

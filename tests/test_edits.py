@@ -158,7 +158,7 @@ EDITS = {
         ),
         STATISTICS,
     ),
-    "a sentence of the report": Edit(replaces("## Where it comes from", "## Where the change comes from"), {"report"}),
+    "a sentence of the report": Edit(replaces("## Where the change comes from", "## Where it comes from"), {"report"}),
     # what runs on import
     "a statement that runs on import": Edit(
         adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"), POLICY | {"variance"}

@@ -86,9 +86,9 @@ def test_a_parquet_file_is_a_row_per_row(tmp_path):
 
 
 def test_what_belongs_to_another_kind_of_pool_is_refused(pool_of, tmp_path):
-    with pytest.raises(ConfigError, match="dataset_path is given, and dataset 'arithmetic' has no local copy"):
+    with pytest.raises(ConfigError, match="dataset_path does not apply to dataset 'arithmetic'"):
         locate("arithmetic", str(tmp_path))
-    with pytest.raises(ConfigError, match="dataset_options are given, and dataset 'arithmetic' has none"):
+    with pytest.raises(ConfigError, match="dataset_options does not apply to dataset 'arithmetic'"):
         load_pool("arithmetic", "train", options={"size": 3})
 
 
@@ -127,18 +127,18 @@ def test_equal_files_are_equal_pools(pool_of):
         ('{"prompt": "a", "n": ' + "9" * 5000 + "}", r"pool\.jsonl:1 is not JSON"),
         ('{"prompt": "a"}\n["b"]', r"pool\.jsonl:2 is not a JSON object"),
         ('{"prompt": "a"}\nnull', r"pool\.jsonl:2 is not a JSON object"),
-        ('{"question": "a"}', r"row 0 of .* has no text in column 'prompt'; it has \['question'\].*prompt_column"),
+        ('{"question": "a"}', r"row 0 of .* has no string in column 'prompt'; it has \['question'\].*prompt_column"),
         ('{"prompt": "a"}\n{"prompt": ""}', "row 1 of .* has no text"),
         ('{"prompt": "a"}\n{"prompt": null}', "row 1 of .* has no text"),
         (
             '{"prompt": [{"role": "user", "content": "a"}]}',
             "row 0 of .* has no text.*conversations.*apply_chat_template",
         ),
-        ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}', "1 prompts of .* occur twice, for example 'a'"),
-        ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "one"}', "cannot be made a table"),
-        ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": [1]}', "cannot be made a table"),
-        ('{"prompt": "a", "n": ' + "9" * 30 + "}", "cannot be made a table"),
-        (r'{"prompt": "\ud800"}', "cannot be made a table"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}', "1 rows of .* repeat an earlier prompt, for example 'a'"),
+        ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "one"}', "cannot be converted to a table"),
+        ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": [1]}', "cannot be converted to a table"),
+        ('{"prompt": "a", "n": ' + "9" * 30 + "}", "cannot be converted to a table"),
+        (r'{"prompt": "\ud800"}', "cannot be converted to a table"),
     ],
 )
 def test_what_is_no_pool_is_refused(pool_of, content, message):

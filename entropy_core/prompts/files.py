@@ -1,4 +1,4 @@
-"""Prompt files of the user: one JSON object per line, or the rows of a Parquet file."""
+"""Read a user's prompt file: JSON Lines or Parquet."""
 
 import json
 from pathlib import Path
@@ -12,16 +12,16 @@ SUFFIXES = (".jsonl", ".parquet")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file.
+    """Read the rows of a file.
 
     Args:
-        path: of a `.jsonl` or a `.parquet` file.
+        path: a `.jsonl` or `.parquet` file.
 
     Returns:
         One dictionary per row.
 
     Raises:
-        PromptError: it cannot be read; names the line.
+        PromptError: the file cannot be read; names the line of a `.jsonl` file.
     """
     return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
 
@@ -35,7 +35,7 @@ def _read_parquet(path: Path) -> list[dict]:
 
 def _read_jsonl(path: Path) -> list[dict]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut texts at U+2028, too
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split strings at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read: {error}", fix="give the path of a UTF-8 .jsonl file") from None
     rows = []

@@ -1,4 +1,4 @@
-"""reward-u-batch: the reward of every U response."""
+"""reward-u-batch: compute the reward of every response of U."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,19 +24,19 @@ def reward(
     source: str,
     library: str,
 ) -> dict[str, Any]:
-    """Score the responses of U.
+    """Compute the rewards of the responses of U.
 
     Args:
-        out: `rewards.parquet`, a row per sequence.
-        execution: knows where a reward file lies.
-        sequences: the shards of sample-u-batch.
-        prompts: artifact of load-prompts; its further columns are handed to the reward.
-        reward_name: see `rewards.functions.load_reward`; of `file.py:function`, the function alone.
-        source: digest of the file that defines the reward, empty for a built-in one.
-        library: the one that decides, empty where there is none; part of the key.
+        out: writer of `rewards.parquet`, one row per sequence.
+        execution: path of a user's reward file.
+        sequences: shards of sample-u-batch.
+        prompts: artifact of load-prompts; all its columns are passed to the reward.
+        reward_name: name of the reward, as in `rewards.functions.load_reward`, but `function` for `file.py:function`.
+        source: digest of the file that defines the reward; empty for a built-in reward.
+        library: library that the reward uses, with its version, as part of the key; empty if there is none.
 
     Returns:
-        Mean and number of rewards.
+        Summary: mean and number of rewards.
     """
     table = pa.concat_tables([shard.table("sequences.parquet") for shard in sequences])
     pool = prompts.table("prompts.parquet").take(table["prompt_id"])
