@@ -1,4 +1,4 @@
-"""What is of the size of the policy, during a sweep: made again where it is needed and gone, let go where it is not."""
+"""Parameter-sized vectors during a sweep: recompute them if they are needed and missing, drop them when not needed."""
 
 import logging
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ log = logging.getLogger("entropy_probe.store")
 
 
 class OtherNumbers(Exception):
-    """What was computed again for its vectors is not what it was: what was made from it cannot be used beside it."""
+    """A recomputed artifact differs from the original, so results made from the original cannot be combined with it."""
 
 
 class _Made(NamedTuple):
@@ -24,15 +24,14 @@ class _Made(NamedTuple):
 
 @dataclass
 class VectorKeeper:
-    """Sees to it that a stage finds the vectors it opens, whatever became of them since; a runner calls it.
+    """Runs stages, and makes sure that the parameter-sized vectors a stage opens are in the store.
 
-    A vector is of the size of the policy. Nobody looks at it until a stage that opens it has to be computed; the stages
-    that are cached do not need it any more.
+    Vectors are looked up only if a stage that opens them has to be computed; cached stages do not need them.
 
     Args:
-        store: where the artifacts are.
-        run: runs a stage.
-        keep: whether vectors stay in the store when the sweep is done with them.
+        store: the store of the artifacts.
+        run: the runner that executes stages.
+        keep: whether vectors remain in the store after `release`.
     """
 
     store: Store
@@ -41,7 +40,7 @@ class VectorKeeper:
     _made: dict[Artifact, _Made] = field(default_factory=dict)
 
     def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        """The artifact of this stage for these inputs; see `Runner`."""
+        """Return the artifact of this stage for these inputs, like `Runner`."""
         if stage.vectors and self.store.find(stage.name, self.store.key(stage, inputs)) is None:
             for name in stage.vectors:
                 self._require(inputs[name])
@@ -50,12 +49,12 @@ class VectorKeeper:
         return artifact
 
     def release(self, artifact: Artifact) -> None:
-        """Say that the sweep is done with the vectors of an artifact."""
+        """Drop the vectors of an artifact that the sweep no longer needs, unless `keep` is set."""
         if not self.keep:
             vectors.drop(self.store, artifact)
 
     def _require(self, artifact: Artifact) -> None:
-        """Have the vectors of an artifact in the store, sound; raises OtherNumbers where they come out otherwise."""
+        """Recompute an artifact if its vectors are missing or damaged. Raises OtherNumbers if the result differs."""
         if vectors.require(self.store, artifact):
             return
         log.info("%s/%s is computed again: its vectors are needed", artifact.stage, artifact.key[:12])

@@ -1,4 +1,4 @@
-"""The stages in order: one sweep over checkpoints, and the statistics of a recorded sweep again."""
+"""Run a sweep over checkpoints, or rerun the statistics of a recorded sweep."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ RECORD_FORMAT = 2
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep leaves: its report, and the folder with copies of the files people open."""
+    """Result of a sweep: its report artifact, and the run folder with copies of the result files."""
 
     run_id: str
     run_directory: Path
@@ -51,7 +51,7 @@ def execution_for(
     checkpoints: Sequence[CheckpointToProbe],
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
-    """The execution settings of a sweep."""
+    """Return the execution settings of a sweep."""
     paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
     if config.update.reference:
         reference = Path(config.update.reference).resolve()
@@ -71,16 +71,16 @@ def execution_for(
 
 
 def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store, run: Runner) -> SweepResult:
-    """Probe every checkpoint and report.
+    """Probe every checkpoint and write the report.
 
     Args:
-        config: what to do.
-        checkpoints: of `preflight`.
-        store: where artifacts are.
-        run: runs a stage.
+        config: configuration of the sweep.
+        checkpoints: checkpoints from `preflight`.
+        store: the store of the artifacts.
+        run: runner of stages.
 
     Returns:
-        The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
+        The report, and the run folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
 
     def work() -> SweepResult:
@@ -97,40 +97,40 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
 def go_through(
     config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], look: Callable[[Stage, Inputs, str], Artifact]
 ) -> None:
-    """Ask for every stage of a sweep, in order, and record nothing.
+    """Request every stage of a sweep in order, without recording a run.
 
     Args:
-        config: what to do.
-        checkpoints: of `preflight`.
-        look: see `Runner`; may return what is `Promised`.
+        config: configuration of the sweep.
+        checkpoints: checkpoints from `preflight`.
+        look: runner of stages, which may return `Promised` artifacts.
     """
     run = Runner(look)
     _reported(_measured(config, checkpoints, run), config, run)
 
 
 class Promised(Artifact):
-    """What stands for an artifact in a sweep that is only gone through."""
+    """Placeholder for an artifact in a dry run of a sweep."""
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Values that lead through every stage; they are in no key, as what depends on them is promised, too."""
+        """Summary with values that make every stage run; they enter no key, because dependents are `Promised`."""
         return {"learning_rate": 1.0, "half_width": 1.0, "notes": []}
 
 
 def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult:
-    """The statistics of a recorded sweep with other settings, from cached columns alone.
+    """Rerun the statistics of a recorded sweep with other settings, from cached columns alone.
 
     Args:
-        request: which run, and the settings.
-        store: where artifacts are.
-        run: runs a stage.
+        request: the recorded run, and the new settings.
+        store: the store of the artifacts.
+        run: runner of stages.
 
     Returns:
-        As `sweep`.
+        The report, and the folder of the new run, as from `sweep`.
 
     Raises:
-        StoreError: there is no such run, or an artifact that it needs is gone; names it.
-        ConfigError: the run was recorded by a version with other settings.
+        StoreError: the run does not exist, or one of its artifacts is missing; names the artifact.
+        ConfigError: the run was recorded by a version with different settings.
     """
     directory = runs.find(store.root, request.run)
     with runs.understood(directory / runs.RECORD) as record:
@@ -165,7 +165,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
 
 def _require_same_versions(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> None:
-    """Refuse to go on with a sweep whose results so far were made with other releases of the libraries."""
+    """Refuse to continue a sweep whose cached results were made with other releases of the libraries."""
     relatives = Relatives(store)
     others: dict[str, tuple[str, str]] = {}
 
@@ -199,7 +199,7 @@ def _measured(
     run: Runner,
     release: Callable[[Artifact], None] = keep,
 ) -> list[Inputs]:
-    """All that needs a policy: per checkpoint, what the variance stage is given."""
+    """Run all stages that need a policy; return the inputs of the variance stage for each checkpoint."""
     optimizers = [load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints]  # a broken one is found early
     by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run has one, as a rule
     measured = []
@@ -227,7 +227,7 @@ def _measured(
 
 
 def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artifact:
-    """Statistics of every checkpoint, and the report."""
+    """Run the variance stage of every checkpoint, and the report stage."""
     estimated = [
         {
             "checkpoint": entry["checkpoint"],
@@ -242,12 +242,12 @@ def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artif
 
 
 def _chosen(config: ProbeConfig) -> Inputs:
-    """The settings of the variance stage."""
+    """Return the settings of the variance stage."""
     return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
 
 
 def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
-    """The folder of the run."""
+    """Write the folder of the run and return the result."""
     run_id = f"{config.name}-{report.digest[:12]}"  # the same results are the same run
     document = config.model_dump(mode="json")
     record = {
@@ -267,7 +267,7 @@ def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store
 
 
 def assumptions(config: ProbeConfig) -> list[str]:
-    """What a checkpoint does not record and the configuration says in its place."""
+    """List the settings that a checkpoint does not record and that come from the configuration, as sentences."""
     update = config.update
     divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
     scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
@@ -284,7 +284,7 @@ def assumptions(config: ProbeConfig) -> list[str]:
 
 
 def _freeze(value: Any) -> Any:
-    """Inputs as JSON, artifacts as references."""
+    """Convert inputs to JSON, with artifacts as references."""
     if isinstance(value, Artifact):
         return {"artifact": value.to_dict()}
     if isinstance(value, Mapping):
