@@ -74,7 +74,7 @@ def test_a_parquet_file_is_a_row_per_row(tmp_path):
     assert load_pool(str(path), "train", "question").table.to_pylist() == [
         {"prompt": row["question"], **{k: v for k, v in row.items() if k != "question"}} for row in rows
     ]
-    with pytest.raises(PromptError, match=r"no text in column 'prompt'; it has \['answer', 'level', 'question'"):
+    with pytest.raises(PromptError, match=r"no string in column 'prompt'; it has \['answer', 'level', 'question'"):
         load_pool(str(path), "train")
     with pytest.raises(PromptError, match="no split 'test'"):
         load_pool(str(path), "test", "question")
@@ -128,11 +128,11 @@ def test_equal_files_are_equal_pools(pool_of):
         ('{"prompt": "a"}\n["b"]', r"pool\.jsonl:2 is not a JSON object"),
         ('{"prompt": "a"}\nnull', r"pool\.jsonl:2 is not a JSON object"),
         ('{"question": "a"}', r"row 0 of .* has no string in column 'prompt'; it has \['question'\].*prompt_column"),
-        ('{"prompt": "a"}\n{"prompt": ""}', "row 1 of .* has no text"),
-        ('{"prompt": "a"}\n{"prompt": null}', "row 1 of .* has no text"),
+        ('{"prompt": "a"}\n{"prompt": ""}', "row 1 of .* has no string"),
+        ('{"prompt": "a"}\n{"prompt": null}', "row 1 of .* has no string"),
         (
             '{"prompt": [{"role": "user", "content": "a"}]}',
-            "row 0 of .* has no text.*conversations.*apply_chat_template",
+            "row 0 of .* has no string.*conversations.*apply_chat_template",
         ),
         ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}', "1 rows of .* repeat an earlier prompt, for example 'a'"),
         ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "one"}', "cannot be converted to a table"),

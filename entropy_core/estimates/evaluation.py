@@ -175,16 +175,16 @@ def measured(batch: EvaluationBatch, moved: Moved, estimator: Estimator) -> Meas
         return Measured(None, torch.ones(len(batch), dtype=torch.float64), True, float(len(batch)))
 
     def blocks() -> Iterator[tuple[Tokens, Bases, MovedTokens]]:
-        for (tokens, bases), there in zip(batch.read(), moved.read(), strict=True):
-            yield tokens, bases, there
+        for (tokens, bases), moved_block in zip(batch.read(), moved.read(), strict=True):
+            yield tokens, bases, moved_block
 
     totals: Mapping[Functional, WeightTotals] = {}
     if estimator == "weighted_per_decision":
-        of_blocks = (_at_theta_prime(tokens, there) for tokens, _, there in blocks())
+        of_blocks = (_at_theta_prime(tokens, moved_block) for tokens, _, moved_block in blocks())
         totals = _totals({f: importance.weight_totals(f, *block) for f in batch.functionals} for block in of_blocks)
     columns, whole, logs, usable = [], [], None, True
-    for tokens, bases, there in blocks():
-        found, weights = _of_block(tokens, bases, there, estimator, totals)
+    for tokens, bases, moved_block in blocks():
+        found, weights = _of_block(tokens, bases, moved_block, estimator, totals)
         columns.append(found)
         whole.append(weights.sequence_N)
         usable = usable and importance.log_weights_are_usable(weights)
@@ -203,18 +203,20 @@ def measured(batch: EvaluationBatch, moved: Moved, estimator: Estimator) -> Meas
 def _of_block(
     tokens: Tokens,
     bases: Bases,
-    there: MovedTokens,
+    moved_block: MovedTokens,
     estimator: Estimator,
     totals: Mapping[Functional, WeightTotals],
 ) -> tuple[Any, PrefixWeights]:
     if estimator == "path_integral":
-        at_nodes = [_at(tokens, node.logprobs_K, node.entropies_K, TokenPair(*node[2:])) for node in there.at_nodes]
+        at_nodes = [
+            _at(tokens, node.logprobs_K, node.entropies_K, TokenPair(*node[2:])) for node in moved_block.at_nodes
+        ]
         of_nodes = [
             {f: path_integral.derivative_columns(f, *of_node, base_K) for f, base_K in bases.items()}
             for of_node in at_nodes
         ]
         return of_nodes, at_nodes[-1][1]
-    moved, weights = _at_theta_prime(tokens, there)
+    moved, weights = _at_theta_prime(tokens, moved_block)
     if estimator == "per_decision":
         return {f: importance.per_decision_column(f, moved, weights, base_K) for f, base_K in bases.items()}, weights
     if estimator == "weighted_per_decision":
@@ -222,9 +224,9 @@ def _of_block(
     return {f: ragged.sequence_sum(f.values(moved), tokens.offsets_N1) for f in bases}, weights
 
 
-def _at_theta_prime(tokens: Tokens, there: MovedTokens) -> tuple[Tokens, PrefixWeights]:
-    assert there.logprobs_K is not None and there.entropies_K is not None
-    return _at(tokens, there.logprobs_K, there.entropies_K)
+def _at_theta_prime(tokens: Tokens, moved_block: MovedTokens) -> tuple[Tokens, PrefixWeights]:
+    assert moved_block.logprobs_K is not None and moved_block.entropies_K is not None
+    return _at(tokens, moved_block.logprobs_K, moved_block.entropies_K)
 
 
 def _at(

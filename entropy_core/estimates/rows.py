@@ -127,13 +127,13 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
 
 
 def change_of(
-    batch: EvaluationBatch, there: Measured, eta: float, estimator: Estimator, normalization: Normalization
+    batch: EvaluationBatch, moved_terms: Measured, eta: float, estimator: Estimator, normalization: Normalization
 ) -> Estimate:
     """Estimate ΔH between θ and θ + ηv, paired on the sequences of E.
 
     Args:
         batch: E at θ.
-        there: terms at θ + ηv from `evaluation.measured` with the same estimator; for η = 0 the change is exactly 0.
+        moved_terms: `evaluation.measured` with the same estimator; for η = 0 the change is exactly 0.
         eta: absolute step size.
         estimator: estimator of ΔH.
         normalization: per sequence or per token.
@@ -142,13 +142,13 @@ def change_of(
         ΔH in nats per sequence or per token.
     """
     S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
-    if there.columns is None:
+    if moved_terms.columns is None:
         return Estimate(0.0, torch.zeros_like(S_N))
-    if isinstance(there.columns, tuple):
-        return path_integral.entropy_change(there.columns, eta, normalization)
-    moved_S_N, moved_T_N = (there.columns[functional] for functional in (ENTROPY, LENGTH))
+    if isinstance(moved_terms.columns, tuple):
+        return path_integral.entropy_change(moved_terms.columns, eta, normalization)
+    moved_S_N, moved_T_N = (moved_terms.columns[functional] for functional in (ENTROPY, LENGTH))
     if estimator == "snis":
-        moved = uncertainty.snis_entropy(there.weights_N, moved_S_N, moved_T_N, normalization)
+        moved = uncertainty.snis_entropy(moved_terms.weights_N, moved_S_N, moved_T_N, normalization)
     else:
         moved = uncertainty.entropy(moved_S_N, moved_T_N, normalization)
     return moved.minus(uncertainty.entropy(S_N, T_N, normalization))
@@ -157,7 +157,7 @@ def change_of(
 def measure(
     batch: EvaluationBatch,
     change: Estimate,
-    there: Measured,
+    moved_terms: Measured,
     derivative: Derivative,
     eta: float,
     estimator: Estimator,
@@ -169,7 +169,7 @@ def measure(
     Args:
         batch: E.
         change: ΔH from `change_of`.
-        there: the terms that `change` was computed from.
+        moved_terms: the terms that `change` was computed from.
         derivative: ∂_vH from `derivative_of`.
         eta: absolute step size.
         estimator: estimator of ΔH.
@@ -179,8 +179,8 @@ def measure(
     Returns:
         Columns of `tables.ESTIMATES`; the measured columns are None if weights overflowed.
     """
-    usable = there.usable
-    ess = importance.effective_sample_size(there.weights_N) if usable else 0.0
+    usable = moved_terms.usable
+    ess = importance.effective_sample_size(moved_terms.weights_N) if usable else 0.0
     prediction = derivative.estimate.scaled(eta)
     difference = change.minus(prediction)
     curvature = change.minus(derivative.of_estimator[estimator].scaled(eta))
@@ -191,7 +191,7 @@ def measure(
         "curvature_se": batch.standard_error(curvature),
     }
     N = len(batch)
-    k, k_threshold = pareto.pareto_k(there.weights_N) if usable and eta else None, pareto.threshold(N)
+    k, k_threshold = pareto.pareto_k(moved_terms.weights_N) if usable and eta else None, pareto.threshold(N)
     word, rule = verdict(
         eta=eta,
         delta_h1=prediction.value,
@@ -204,11 +204,11 @@ def measure(
     )
     measured |= {"paired_difference": difference.value, "paired_difference_se": batch.standard_error(difference)}
     return {
-        **(measured if usable else dict.fromkeys(measured)),  # overflowed weights measure nothing: null
+        **(measured if usable else dict.fromkeys(measured)),  # null if weights overflowed
         "minimum_detectable": (quantile + POWER_QUANTILE) * measured["delta_h_se"] + noise_floor if usable else None,
         "ess": ess,
         "ess_fraction": ess / N,
-        "ess_prefix": there.ess_prefix,
+        "ess_prefix": moved_terms.ess_prefix,
         "pareto_k": k,
         "pareto_k_threshold": k_threshold,
         "verdict": word,

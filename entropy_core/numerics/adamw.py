@@ -73,7 +73,7 @@ class NextStep:
         g = gradient if self._decoupled or not weight_decay else gradient + self._of_decay * parameter
         self._g = g if self._sign > 0 else -g
         variance = (state.exp_avg_sq * beta2).add_((self._g * (1.0 - beta2)).mul_(self._g))
-        self._follows_gradient: Tensor | None = None  # where the denominator does; None: everywhere
+        self._follows_gradient: Tensor | None = None  # mask of entries whose denominator depends on g; None: all
         if state.max_exp_avg_sq is not None:
             self._follows_gradient = variance >= state.max_exp_avg_sq
             torch.maximum(variance, state.max_exp_avg_sq, out=variance)
@@ -108,7 +108,7 @@ class NextStep:
     @property
     def direction(self) -> Tensor:
         """The step v per unit of learning rate."""
-        v = self.gradient.addcdiv_(self._state.exp_avg, self._denominator, value=self._of_momentum)  # and the momentum
+        v = self.gradient.addcdiv_(self._state.exp_avg, self._denominator, value=self._of_momentum)  # + momentum
         return v.add_(self.decay)
 
     @property

@@ -103,6 +103,6 @@ def _acceleration(without_U: Tensor) -> float:
 
 def _shifted(level: float, z0: float, acceleration: float) -> float:
     reach = z0 + NormalDist().inv_cdf(level)
-    if acceleration * reach >= 1:  # beyond the pole: the outermost resample
+    if acceleration * reach >= 1:  # beyond the pole of the formula: use the outermost resample
         return float(reach > 0)
     return NormalDist().cdf(z0 + reach / (1 - acceleration * reach))

@@ -47,7 +47,7 @@ def _require_one_level() -> None:
 
 
 def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
-    if dim is None:  # torch guesses one
+    if dim is None:  # deprecated: torch chooses the dimension
         return functional.softmax(input, None, _stacklevel, dtype)
     return _Softmax.apply(input if dtype is None else input.to(dtype), dim)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from entropy_core.numerics import ragged
 
-PENALTY = 1e-2  # on the squared coefficients of features of unit variance, per unit of weight
+PENALTY = 1e-2  # penalty on squared slopes of features scaled to unit variance, per unit of weight
 
 
 def folds_of(units_N: Tensor, count: int = 5) -> Tensor:

@@ -21,9 +21,9 @@ from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage
 
 NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
-"""Ways to round, and on how many sequences: enough for the size of the noise, and less work than one step size."""
+"""Draws and sequences of the rounding noise: enough to estimate its size, and cheaper than one step size."""
 CALIBRATION_SEQUENCES = 64
-"""On which a central difference is compared with forward mode."""
+"""Number of sequences on which central differences are compared with forward mode."""
 
 
 def source_of(config: ProbeConfig) -> Path | None:
@@ -50,7 +50,7 @@ def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> A
         "options": batch.dataset_options,
         "split": split,
         "prompt_column": batch.prompt_column,
-        "source": content_digest(source) if source else "",  # a file counts by its content, wherever it lies
+        "source": content_digest(source) if source else "",  # keyed by content, not by path
         "revision": prompts.revision(source) if source else "",
         "library": prompts.library(batch.dataset_name),
         "tokenizer": tokenizer,
@@ -116,7 +116,9 @@ class Measurement:
         )
         batch = config.batch_config
         self.replacement = batch.E_sampling_mode == "replacement"
-        self.together = 1 if self.replacement else batch.G  # responses of E that are not independent of each other
+        self.together = (
+            1 if self.replacement else batch.G
+        )  # responses of E to the same prompt, which are not independent
         self.e_total = batch.E_total_sequences if self.replacement else batch.B_E_values[0] * batch.G
 
     def variance_inputs(self) -> Inputs:

@@ -41,7 +41,7 @@ def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mappin
             if not (isinstance(execution, Execution) and _is_shortage(error)):
                 raise
             said = one_line(error)
-        # Here the error is gone, and with it the frames that held the tensors.
+        # outside the except block, the error and the frames that held tensors have been freed
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

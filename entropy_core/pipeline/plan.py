@@ -21,7 +21,7 @@ class Step(NamedTuple):
     stage: str
     label: str
     cached: bool
-    reasons: tuple[str, ...]  # why it is not cached
+    reasons: tuple[str, ...]  # why the step is not cached
 
 
 def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> list[Step]:
@@ -36,7 +36,7 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
         The steps in the order of the sweep.
     """
     steps: list[Step] = []
-    step_of: dict[Artifact, int] = {}  # a cached artifact → its place among the steps
+    step_of: dict[Artifact, int] = {}  # index of the step of each cached artifact
 
     def look(stage: Stage, inputs: Inputs, label: str) -> Artifact:
         awaited = dict.fromkeys(one["stage"] for one in upstream(inputs) if not one["digest"])
@@ -45,7 +45,7 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
         reasons = [f"{', '.join(awaited)} would run"] if awaited else []
         if key and not manifest:
             reasons = _reasons(store, stage, key, inputs)
-        for name in () if manifest else stage.vectors:  # see `VectorKeeper`
+        for name in () if manifest else stage.vectors:  # missing vectors are recomputed by `VectorKeeper`
             if inputs[name] in step_of and not vectors.present(inputs[name]):
                 index, why = step_of.pop(inputs[name]), f"its vectors are not in the store, and {stage.name} would run"
                 steps[index] = steps[index]._replace(cached=False, reasons=(why,))
@@ -101,4 +101,4 @@ def summarize(steps: Iterable[Step]) -> list[str]:
 
 
 MOST = 8
-"""Reasons that are listed per stage."""
+"""Maximum number of reasons listed per stage."""

@@ -77,7 +77,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     }
     if not batch.max_prompt_length:
         _check_batches(config, pools)
-    longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
+    longest: dict[str, int] = {}  # tokens of the longest prompt, by tokenizer digest
     directories = find_checkpoints(config.checkpoints)
     found = []
     for directory, name in zip(directories, _unique_names(directories), strict=True):

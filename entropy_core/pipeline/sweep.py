@@ -34,7 +34,7 @@ from entropy_core.store.store import Stage, Store, recipe_of
 log = logging.getLogger("entropy_probe.pipeline")
 
 RECORD_FORMAT = 2
-"""Of run.json: raised when the inputs of the variance stage change."""
+"""Format version of run.json, incremented when the inputs of the variance stage change."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,10 @@ def _measured(
     release: Callable[[Artifact], None] = keep,
 ) -> list[Inputs]:
     """Run all stages that need a policy; return the inputs of the variance stage for each checkpoint."""
-    optimizers = [load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints]  # a broken one is found early
-    by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run has one, as a rule
+    optimizers = [
+        load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints
+    ]  # before any sampling, to find broken ones early
+    by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run usually has a single tokenizer
     measured = []
     for checkpoint, optimizer in zip(checkpoints, optimizers, strict=True):
         if checkpoint.tokenizer not in by_tokenizer:
@@ -211,7 +213,7 @@ def _measured(
         measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
         try:
             inputs = measurement.variance_inputs()
-        except OtherNumbers as error:  # another device or number of threads: nothing of before may be mixed with it
+        except OtherNumbers as error:  # another device or thread count gives other bits; do not mix
             log.warning("%s, and all that depends on it is computed again, too", error)
             inputs = measurement.variance_inputs()
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
@@ -248,7 +250,7 @@ def _chosen(config: ProbeConfig) -> Inputs:
 
 def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
     """Write the folder of the run and return the result."""
-    run_id = f"{config.name}-{report.digest[:12]}"  # the same results are the same run
+    run_id = f"{config.name}-{report.digest[:12]}"  # equal results give the same run id
     document = config.model_dump(mode="json")
     record = {
         "format": RECORD_FORMAT,

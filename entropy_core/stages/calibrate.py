@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from entropy_core.store.inputs import SequencesOfE, Update
 
 RMS_CHANGES = (1e-2, 3e-3, 1e-3, 3e-4)
-"""Of the log-probabilities of tokens: how wide a central difference may be. Wider ones bend, narrower ones round."""
+"""Candidate widths, as rms changes of token log-probabilities: wider ones are nonlinear, narrower ones lose digits."""
 LARGEST_DIFFERENCE = 0.05
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from entropy_core.store.inputs import ScoresOfE, SequencesOfE
 
 BASELINE: Baseline = "time_loo"
-"""Fixed: every baseline has the same mean, this one has little noise, and changing it would cost a backward pass."""
+"""Fixed baseline: all baselines give the same mean, this one has little noise, and a change costs a backward pass."""
 
 
 def entropy_gradient(
@@ -67,7 +67,7 @@ def entropy_gradient(
     for half in HALVES:
         mine_N = half_N == half
         count = int(mine_N.sum())
-        for functional in FUNCTIONALS:  # one after the other, at the price of a forward pass
+        for functional in FUNCTIONALS:  # one at a time saves memory and costs an extra forward pass
             gradient = model.new_accumulator()
             for batch, tokens in _shards(sequences, scores):
                 here_N = batch.sequence_ids_N // responses_per_prompt % 2 == half
@@ -78,7 +78,7 @@ def entropy_gradient(
                     of_rows = Coefficients(*(values_K[index_K] for values_K in weights))
                     model.add_gradients(rows, [of_rows], policy.temperature, [gradient])
             _write(out, f"{functional.name}_{half}", gradient, dtype)
-            del gradient  # before there is another one: an accumulator takes 8 bytes a parameter
+            del gradient  # before the next accumulator, which takes 8 bytes per parameter
         H_tok = float(S_N[mine_N].sum() / T_N[mine_N].sum())
         summary.append({"sequences": count, "H_tok": H_tok, "mean_length": float(T_N[mine_N].mean())})
     return {"halves": summary, "baseline": BASELINE}

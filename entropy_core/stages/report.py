@@ -34,7 +34,7 @@ def report(
     Returns:
         Summary: numbers of rows and checkpoints.
     """
-    from entropy_core.report import figures  # draws, for which a sweep without a report needs no library
+    from entropy_core.report import figures  # here, so that only this stage loads the plotting library
 
     rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")

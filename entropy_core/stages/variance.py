@@ -178,7 +178,7 @@ def _row(
     learning_rate: float,
     confidence_level: float,
 ) -> Row:
-    noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # which subtracts nothing
+    noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # path_integral subtracts nothing
     quantile = uncertainty.normal_quantile(confidence_level)
     return {
         **common.columns,
