@@ -211,7 +211,7 @@ def test_weights_with_a_nan_name_the_sequence(home):
         ({"dataset_name": "/no/such/pool.jsonl"}, PromptError, "cannot be read"),
         ({"split": "validation"}, PromptError, "no split 'validation'.*train, test"),
         ({"U_split": "dev"}, PromptError, "no split 'dev'"),
-        ({"prompt_column": "question"}, PromptError, "no text in column 'question'.*prompt_column"),
+        ({"prompt_column": "question"}, PromptError, "no string in column 'question'.*prompt_column"),
         ({"B_U": 513}, ConfigError, "B_U asks for 513 distinct prompts, but split 'train' has 512.*at most 512"),
         (
             {"E_sampling_mode": "distinct", "B_E_values": [600], "E_split": "test"},
