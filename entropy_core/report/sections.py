@@ -26,7 +26,7 @@ def linearity(tables: Tables) -> list[str]:
     lines = [
         *markdown_rows(head, body, 2),
         "",
-        "Weighted fit of ΔH/η against η, per unit of learning rate. The weights account for the E batch that all step "
+        "Weighted fit of ΔH/η against η, in nats per unit of η. The weights account for the E batch that all step "
         "sizes share. The intercept should equal ∂_vH, the derivative of the same estimator. Batch noise cancels in "
         "their difference, which shows the orders missing from the fit; compare it with the standard error of ∂_vH.",
     ]

@@ -26,7 +26,7 @@ def first_order_e(
     """Compute the derivatives of ℓ and h along v for every token of one shard.
 
     Args:
-        out: writer of `tokens.safetensors`, with columns dlogprobs and dentropies (nats per unit of learning rate).
+        out: writer of `tokens.safetensors`, with columns dlogprobs and dentropies (nats per unit of η).
         execution: device and micro-batch size.
         policy: the policy that sampled E.
         sequences: a shard of sample-e-batch.

@@ -30,7 +30,7 @@ def importance(
         policy: the policy at θ.
         sequences: a shard of sample-e-batch.
         update: artifact of compute-update, which holds v.
-        eta: η, in units of learning rate.
+        eta: step size η; the learning rate gives the trainer's own step.
 
     Returns:
         Summary: the number of sequences.

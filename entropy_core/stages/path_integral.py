@@ -33,12 +33,12 @@ def path_integral(
 
     Args:
         out: writer of `tokens.safetensors`, with columns logprobs_j and entropies_j (nats), dlogprobs_j and
-            dentropies_j (nats per unit of learning rate) for each node j.
+            dentropies_j (nats per unit of η) for each node j.
         execution: device and micro-batch size.
         policy: the policy at θ.
         sequences: a shard of sample-e-batch.
         update: artifact of compute-update, which holds v.
-        eta: η, in units of learning rate.
+        eta: step size η; the learning rate gives the trainer's own step.
 
     Returns:
         Summary: the number of sequences.
