@@ -1,4 +1,7 @@
-"""What a full fine-tune takes per parameter, stage by stage; and the arithmetic of its step beside torch's AdamW."""
+"""Memory and storage of a full fine-tune per parameter, stage by stage; time of the AdamW step compared with torch's.
+
+v is the step of the optimizer per unit of learning rate.
+"""
 
 import json
 import statistics
@@ -22,41 +25,41 @@ ROUNDS = 5
 
 
 def vectors() -> Iterator[Row]:
-    """Bytes per parameter of every stage, for two sizes; then the step."""
+    """Yield rows with the bytes per parameter of every stage for two model sizes, and one row with the step's time."""
     for size in SHAPES:
-        found = _probed(size)
-        count = found["parameters"]
-        for stage, host in found["host"].items():
-            device = f"{found['device'][stage] / count:.1f} B device" if torch.cuda.is_available() else "no device"
+        usage = _probe(size)
+        count = usage["parameters"]
+        for stage, host in usage["host"].items():
+            device = f"{usage['device'][stage] / count:.1f} B device" if torch.cuda.is_available() else "no device"
             yield Row(
                 f"bytes per parameter, {stage}, {size}",
                 f"{host / count:.1f} B host, {device}",
                 "4 B, the loaded model",
                 host / count,
                 HOST,
-            ).because(lambda: "the peak of the process in this stage, above what it held when the model was loaded")
+            ).because(lambda: "peak memory of the process in this stage, minus its memory after the model was loaded")
         for when, key, mark in (("during the sweep", "store", STORE), ("after it, not kept", "after", "≤ 0")):
-            stored = found[key] / count
+            stored = usage[key] / count
             yield Row(
                 f"bytes per parameter in the store, {when}, {size}", f"{stored:.2f} B", "4 B, the model", stored, mark
-            ).because(lambda: "counted are the numbers in files of the size of the policy")
+            ).because(lambda: "only parameter-sized files are counted")
     yield _step()
 
 
-def _probed(size: str) -> dict[str, Any]:
-    """A checkpoint of this size, made in one process and probed in another, which has held nothing before."""
+def _probe(size: str) -> dict[str, Any]:
+    """Make a checkpoint of this size and probe it in a fresh process, so that making it does not count as memory."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.vectors_once", "--size", size, "--folder", folder]
         subprocess.run([*command, "--make"], check=True, stderr=subprocess.DEVNULL)
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def _step() -> Row:
-    """The arithmetic of compute-update: norm, clipping, the step, its norm, and the numbers as they are stored.
+    """Time the arithmetic of compute-update and an in-place step of torch.optim.AdamW.
 
-    Beside it torch's optimizer, which takes the step in place. Both have the same parameters, gradients and moments in
-    memory, and the same threads.
+    compute-update takes the gradient norm, clips, computes the step and its norm, and casts step and gradient to
+    float32 for storage. Both sides use the same parameters, gradients and moments in memory, and as many threads.
     """
     torch.manual_seed(0)
     size = "135M"
@@ -77,29 +80,29 @@ def _step() -> Row:
     def ours() -> None:
         factor = min(1.0, 1.0 / global_norm(g))
 
-        of_direction = []
+        squared_norms = []
         for block in g:
             state = AdamState(1, m[block], u[block])
             v = NextStep(factor * g[block], theta[block], state, hyperparameters).direction
-            of_direction.append(squares(v))
+            squared_norms.append(squares(v))
             _ = v.float(), g[block].float()
 
-    taken = take_turns({"ours": ours, "torch's": lambda: optimizer.step()}, ROUNDS)
-    here, there = (statistics.median(taken[name]) for name in ("ours", "torch's"))
+    seconds = take_turns({"ours": ours, "torch's": lambda: optimizer.step()}, ROUNDS)
+    our_median, torch_median = (statistics.median(seconds[name]) for name in ("ours", "torch's"))
     row = Row(
         f"arithmetic of the step, {size} parameters, {torch.get_num_threads()} threads",
-        f"{here:.3f} s",
-        f"{there:.3f} s, one step of torch.optim.AdamW",
-        median_ratio(taken["ours"], taken["torch's"]),
+        f"{our_median:.3f} s",
+        f"{torch_median:.3f} s, one step of torch.optim.AdamW",
+        median_ratio(seconds["ours"], seconds["torch's"]),
         "≤ 4",
     )
     return row.because(lambda: by_profile(ours, lambda: optimizer.step(), "one step"))
 
 
-def _shapes(of: dict[str, int]) -> list[tuple[int, ...]]:
-    """Of the parameters of a Llama."""
-    hidden, inner = of["hidden_size"], of["intermediate_size"]
-    keys = hidden * of["num_key_value_heads"] // of["num_attention_heads"]
+def _shapes(config: dict[str, int]) -> list[tuple[int, ...]]:
+    """Return the parameter shapes of a Llama model with this configuration."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    keys = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
     layer = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
     layer += [(inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
-    return [(of["vocab_size"], hidden), *(layer * of["num_hidden_layers"]), (hidden,)]
+    return [(config["vocab_size"], hidden), *(layer * config["num_hidden_layers"]), (hidden,)]

@@ -67,7 +67,7 @@ FAILED = {
     "an unknown dataset": Bad({"batch_config": {"dataset_name": "gsm9k"}}, "unknown dataset 'gsm9k'"),
     "a missing file": Bad({"batch_config": {"dataset_name": "/no/such/pool.jsonl"}}, "no file /no/such/pool.jsonl"),
     "a missing split": Bad({"batch_config": {"U_split": "dev"}}, "no split 'dev'"),
-    "a missing column": Bad({"batch_config": {"prompt_column": "question"}}, "no text in column 'question'"),
+    "a missing column": Bad({"batch_config": {"prompt_column": "question"}}, "no string in column 'question'"),
     "a pool that is too small": Bad({"batch_config": {"B_U": 513}}, "B_U asks for 513 distinct prompts"),
     "one prompt": Bad(
         {"batch_config": {"E_sampling_mode": "distinct", "B_E_values": [1]}}, "a standard error needs two"

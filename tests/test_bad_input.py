@@ -243,7 +243,7 @@ def test_weights_with_a_nan_name_the_sequence(home):
         ({"dataset_name": "/no/such/pool.jsonl"}, PromptError, "cannot be read"),
         ({"split": "validation"}, PromptError, "no split 'validation'.*train, test"),
         ({"U_split": "dev"}, PromptError, "no split 'dev'"),
-        ({"prompt_column": "question"}, PromptError, "no text in column 'question'.*prompt_column"),
+        ({"prompt_column": "question"}, PromptError, "no string in column 'question'.*prompt_column"),
         ({"B_U": 513}, ConfigError, "B_U asks for 513 distinct prompts, but split 'train' has 512.*at most 512"),
         (
             {"E_sampling_mode": "distinct", "B_E_values": [600], "E_split": "test"},
@@ -263,7 +263,7 @@ def test_a_batch_that_cannot_be_drawn(home, batch, kind, message):
     ("lines", "kind", "message"),
     [
         ([*prompts("1+2="), '{"prompt": "3+4="'], PromptError, r"pool\.jsonl:2 is not JSON"),
-        (prompts("1+2=", "1+2="), PromptError, "occur twice"),
+        (prompts("1+2=", "1+2="), PromptError, "repeat an earlier prompt"),
         (prompts("1+2=", "x+y="), PromptError, "tokenizer of .*checkpoint-3 cannot encode .*use a dataset that fits"),
         (prompts("1+2="), ConfigError, "B_U asks for 2 distinct prompts, but split 'train' has 1"),
         ([], PromptError, "has no prompts"),

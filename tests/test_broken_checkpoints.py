@@ -105,7 +105,7 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
     "weights that are NaN": (
         "full",
         tensors(lambda s: s["transformer.ln_f.weight"].fill_(math.nan)),
-        "the logits of sequence 0 are not finite at position 0.*weights hold a NaN",
+        "the logits of sequence 0 are not finite at position 0.*weights contain a NaN",
     ),
     "quantised weights": (
         "full",

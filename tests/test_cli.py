@@ -251,10 +251,10 @@ def test_what_is_wrong_in_a_configuration_is_reported_together_before_anything_s
   batch_config: is there twice, in lines 2 and 3
   max_new_tokens: is there twice, in line 4
   checkpoints.1: no directory matches {home}/run/step-*; a run's checkpoints are usually RUN/checkpoint-*
-  batch_config.B_U: must be an integer, not the text "010"
-  batch_config.G: must be an integer, not the text "1:30"
+  batch_config.B_U: must be an integer, not the string "010"
+  batch_config.G: must be an integer, not the string "1:30"
   batch_config.dataset_name: there is no file {home}/configs/pool.jsonl
-  batch_config.E_total_sequence: unknown key; the nearest known one is batch_config.E_total_sequences
+  batch_config.E_total_sequence: unknown key; the closest known key is batch_config.E_total_sequences
   generation.top_p: it is 0.9, but E must be sampled from the policy itself"""
     for arguments in (["sweep", str(path)], ["sweep", str(path), "--direct"], ["plan", str(path)]):
         assert main(arguments) == 2

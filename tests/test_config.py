@@ -202,15 +202,15 @@ def test_every_wrong_key_is_named_at_once():
     assert str(raised.value).splitlines() == [
         "the configuration has 3 errors:",
         "  batch_config.B_U: must be greater than or equal to 2, not 0",
-        "  batch_config.g: unknown key; the nearest known one is batch_config.G",
-        '  generation.max_new_tokens: must be an integer, not the text "many".',
+        "  batch_config.g: unknown key; the closest known key is batch_config.G",
+        '  generation.max_new_tokens: must be an integer, not the string "many".',
         "Fix: correct them; docs/configuration.md lists all keys.",
     ]
 
 
 @pytest.mark.parametrize("values", [None, [], "demo", 3])
 def test_what_is_no_mapping_is_refused(values):
-    with pytest.raises(ConfigError, match=r"the configuration(: it is not a list of keys| is empty)"):
+    with pytest.raises(ConfigError, match=r"the configuration(: must be a mapping of keys to values| is empty)"):
         parse_config(values)
 
 
@@ -225,9 +225,9 @@ def test_what_is_no_mapping_is_refused(values):
         (b"name: !!python/object/apply:os.getcwd []", "is not valid YAML"),
         (b"", r"is empty\. .*checkpoints: \["),
         (b"# nothing yet\n", "is empty"),
-        (b"checkpoints: [a]\nbatch_config:\n", r"batch_config: is empty; give it keys, or leave it out\."),
-        (b"checkpoints: [a]\ngeneration: 3\n", r"generation: must be keys with their values\."),
-        (b"- name: demo", "it is not a list of keys"),
+        (b"checkpoints: [a]\nbatch_config:\n", r"batch_config: is empty; add keys to it, or remove it\."),
+        (b"checkpoints: [a]\ngeneration: 3\n", r"generation: must be a mapping of keys to values\."),
+        (b"- name: demo", "must be a mapping of keys to values"),
     ],
     ids=["open bracket", "tab", "zero byte", "latin-1", "pickle", "code", "empty", "comment", "section", "3", "list"],
 )
@@ -256,20 +256,20 @@ def test_a_file_is_read_as_utf_8_everywhere(tmp_path, monkeypatch):
 
 
 def test_a_value_of_another_type_is_no_value():
-    """Nothing is turned into what was wanted: true is not 1, 16.0 not 16, and "4" is a text."""
+    """Nothing is turned into what was wanted: true is not 1, 16.0 not 16, and "4" is a string."""
     for dotted, value, wanted in (
         ("update.learning_rate", True, "a number, not true"),
-        ("update.learning_rate", "1e-4", 'a number, not the text "1e-4"'),
+        ("update.learning_rate", "1e-4", 'a number, not the string "1e-4"'),
         ("batch_config.G", True, "an integer, not true"),
         ("batch_config.G", 16.0, "an integer, not 16.0"),
-        ("batch_config.G", "4", 'an integer, not the text "4"'),
+        ("batch_config.G", "4", 'an integer, not the string "4"'),
         ("batch_config.allow_download", 1, "true or false, not 1"),
-        ("batch_config.allow_download", "yes", 'true or false, not the text "yes"'),
-        ("batch_config.split", 7, "a text, not 7"),
-        ("name", False, "a text, not false"),
+        ("batch_config.allow_download", "yes", 'true or false, not the string "yes"'),
+        ("batch_config.split", 7, "a string, not 7"),
+        ("name", False, "a string, not false"),
         ("importance.etas", 1, "a list, not 1"),
         ("importance.etas", [0, True], "a number, not true"),
-        ("generation.stop_strings", [None], "a text, not nothing"),
+        ("generation.stop_strings", [None], "a string, not null"),
     ):
         with pytest.raises(ConfigError, match=rf"the configuration: {dotted}(\.\d)?: must be {re.escape(wanted)}\."):
             parse_config(with_value(dotted, value))
@@ -289,7 +289,7 @@ def test_a_value_of_another_type_is_no_value():
     ],
 )
 def test_the_nearest_known_key_is_named(dotted, near):
-    said = rf"{dotted}: unknown key{f'; the nearest known one is {near}' if near else ''}\. "
+    said = rf"{dotted}: unknown key{f'; the closest known key is {near}' if near else ''}\. "
     with pytest.raises(ConfigError, match=said):
         parse_config(with_value(dotted, {}))
 

@@ -158,7 +158,7 @@ EDITS = {
         ),
         STATISTICS,
     ),
-    "a sentence of the report": Edit(replaces("## Where it comes from", "## Where the change comes from"), {"report"}),
+    "a sentence of the report": Edit(replaces("## Where the change comes from", "## Where it comes from"), {"report"}),
     # what runs on import
     "a statement that runs on import": Edit(
         adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"), POLICY | {"variance"}
@@ -181,7 +181,9 @@ EDITS = {
         set(),
     ),
     "a comment": Edit(replaces("REFILL = 16  # rows", "REFILL = 16  # all rows"), set()),
-    "a docstring": Edit(replaces('"""Lengths [N], int64."""', '"""How long the sequences are."""'), set()),
+    "a docstring": Edit(
+        replaces('"""Return the length of each sequence, int64 [N]."""', '"""How long the sequences are."""'), set()
+    ),
     "the layout of a line": Edit(
         replaces("    return offsets_N1.diff()", "    return (\n        offsets_N1.diff()\n    )"), set()
     ),

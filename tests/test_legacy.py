@@ -158,7 +158,7 @@ def test_replacement_sampling_stays_as_it_was():
         ("checkpoint: {checkpoint_path: ''}", "names no checkpoint"),
         (
             "checkpoint: {checkpoint_path: a}\nbatch_config: {B_U: many}",
-            "the new form of old: batch_config.B_U: must be an integer, not the text .many.",
+            "the new form of old: batch_config.B_U: must be an integer, not the string .many.",
         ),
         ("checkpoint: {checkpoint_path: a}\nbatch_config: {B_E: many}", "'many' is not a number"),
         ("checkpoint: {checkpoint_path: a}\nestimator: {eta_list: [[1]]}", r"\[1\] is not a number"),

@@ -97,11 +97,11 @@ def test_a_comparison_that_ends_in_another_way_is_an_error(monkeypatch):
 def test_a_pool_without_right_answers_is_refused(reward):
     with pytest.raises(RewardError, match="neither a column `answer` nor a column `solution`"):
         compute_rewards(reward, ["?"], [""], {"level": ["1"]})
-    with pytest.raises(RewardError, match="the right answer of sequence 1 is None"):
+    with pytest.raises(RewardError, match="the reference answer of sequence 1, None"):
         compute_rewards(reward, ["?", "??"], ["", ""], {"answer": ["1", None]})
-    with pytest.raises(RewardError, match="the right answer of sequence 0 is 42"):
+    with pytest.raises(RewardError, match="the reference answer of sequence 0, 42"):
         compute_rewards(reward, ["?"], [""], {"answer": [42]})
-    with pytest.raises(RewardError, match="the right answer of sequence 0 is 'forty-two'"):
+    with pytest.raises(RewardError, match="the reference answer of sequence 0, 'forty-two'"):
         compute_rewards("gsm8k", ["?"], [""], {"answer": ["forty-two"]})
 
 

@@ -306,5 +306,5 @@ def test_a_compiled_model_is_refused(how):
         model.model.layers[1].compile()
     else:
         model.forward = torch.compile(model.forward)
-    with pytest.raises(CheckpointError, match=r"is compiled, and .* Fix: pass the model as it was"):
+    with pytest.raises(CheckpointError, match=r"is compiled, and .* Fix: pass the uncompiled model"):
         policy_of(model)

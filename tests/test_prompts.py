@@ -74,7 +74,7 @@ def test_a_parquet_file_is_a_row_per_row(tmp_path):
     assert load_pool(str(path), "train", "question").table.to_pylist() == [
         {"prompt": row["question"], **{k: v for k, v in row.items() if k != "question"}} for row in rows
     ]
-    with pytest.raises(PromptError, match=r"no text in column 'prompt'; it has \['answer', 'level', 'question'"):
+    with pytest.raises(PromptError, match=r"no string in column 'prompt'; it has \['answer', 'level', 'question'"):
         load_pool(str(path), "train")
     with pytest.raises(PromptError, match="no split 'test'"):
         load_pool(str(path), "test", "question")
@@ -101,9 +101,9 @@ def test_a_parquet_file_of_what_has_no_form_here_is_refused(tmp_path, column, me
 
 
 def test_what_belongs_to_another_kind_of_pool_is_refused(pool_of, tmp_path):
-    with pytest.raises(ConfigError, match="dataset_path is given, and dataset 'arithmetic' has no local copy"):
+    with pytest.raises(ConfigError, match="dataset_path does not apply to dataset 'arithmetic'"):
         locate("arithmetic", str(tmp_path))
-    with pytest.raises(ConfigError, match="dataset_options are given, and dataset 'arithmetic' has none"):
+    with pytest.raises(ConfigError, match="dataset_options does not apply to dataset 'arithmetic'"):
         load_pool("arithmetic", "train", options={"size": 3})
 
 
@@ -142,12 +142,12 @@ def test_equal_files_are_equal_pools(pool_of):
         ('{"prompt": "a", "n": ' + "9" * 5000 + "}", r"pool\.jsonl:1 is not JSON"),
         ('{"prompt": "a"}\n["b"]', r"pool\.jsonl:2 is not a JSON object"),
         ('{"prompt": "a"}\nnull', r"pool\.jsonl:2 is not a JSON object"),
-        ('{"question": "a"}', r"row 0 of .* has no text in column 'prompt'; it has \['question'\].*prompt_column"),
-        ('{"prompt": "a"}\n{"prompt": ""}', "row 1 of .* has no text"),
-        ('{"prompt": "a"}\n{"prompt": null}', "row 1 of .* has no text"),
+        ('{"question": "a"}', r"row 0 of .* has no string in column 'prompt'; it has \['question'\].*prompt_column"),
+        ('{"prompt": "a"}\n{"prompt": ""}', "row 1 of .* has no string"),
+        ('{"prompt": "a"}\n{"prompt": null}', "row 1 of .* has no string"),
         (
             '{"prompt": [{"role": "user", "content": "a"}]}',
-            "row 0 of .* has no text.*conversations.*apply_chat_template",
+            "row 0 of .* has no string.*conversations.*apply_chat_template",
         ),
         ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}', "1 prompts of .* occur twice, for example 'a'"),
         ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "one"}', "cannot be made a table"),

@@ -90,7 +90,7 @@ def test_copies_are_left_out_and_counted():
     pool = load_pool("reasoning_gym:coin_flip", "train", options={"size": 40, "min_trials": 3, "max_trials": 4})
     assert pool.table.num_rows < 40 and len(set(pool.table["prompt"].to_pylist())) == pool.table.num_rows
     assert pool.notes == (
-        f"{40 - pool.table.num_rows} of 40 prompts of reasoning_gym:coin_flip are copies and were left out",
+        f"{40 - pool.table.num_rows} of 40 prompts of reasoning_gym:coin_flip are duplicates and were removed",
     )
 
 
@@ -105,9 +105,9 @@ def test_a_scorer_that_raises_names_the_sequence():
     ("name", "options", "message"),
     [
         ("reasoning_gym:no_such_task", {}, "no task 'no_such_task'.*use one of .*chain_sum"),
-        (NAME, {"terms": 3}, "does not make 'chain_sum' with .*TypeError.*dataset_options"),
-        (NAME, {"min_terms": 5, "max_terms": 2}, "does not make 'chain_sum' with .*dataset_options"),
-        (NAME, {"size": "many"}, "does not make 'chain_sum' with|cannot be made"),
+        (NAME, {"terms": 3}, "cannot create 'chain_sum' with .*TypeError.*dataset_options"),
+        (NAME, {"min_terms": 5, "max_terms": 2}, "cannot create 'chain_sum' with .*dataset_options"),
+        (NAME, {"size": "many"}, "cannot create 'chain_sum' with|cannot be generated"),
     ],
 )
 def test_what_the_library_does_not_make(name, options, message):
@@ -117,7 +117,7 @@ def test_what_the_library_does_not_make(name, options, message):
 
 
 def test_a_task_has_one_split():
-    with pytest.raises(PromptError, match="made by a program and has no split 'test'"):
+    with pytest.raises(PromptError, match="is generated and has no split 'test'"):
         load_pool(NAME, "test")
 
 

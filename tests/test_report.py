@@ -254,7 +254,7 @@ def test_the_page_has_every_row_of_its_normalization():
         "verdict": "resolved",
     }
     assert "(per_token); intervals at 95%" in page
-    assert page.endswith("## Taken to be so\n\n- Something was assumed.\n")
+    assert page.endswith("## Assumptions\n\n- Something was assumed.\n")
 
 
 def test_the_page_says_it_first_and_in_a_sentence():
@@ -262,7 +262,7 @@ def test_the_page_says_it_first_and_in_a_sentence():
     assert "- **checkpoint-12**: H = 1.1300; a step of 1 × lr changes it by δH₁ = -0.02 [-0.025, -0.015], " in page
     assert "measured -0.018 ± 0.002 (resolved)" in page
     assert page.index("**checkpoint-12**") < page.index("## Results")
-    assert "Taken to be so" not in page
+    assert "## Assumptions" not in page
 
 
 def test_the_page_links_the_figures_by_file_name():

@@ -312,7 +312,7 @@ def test_a_policy_of_nans_cannot_be_sampled():
 def test_tokens_that_the_policy_does_not_know_are_refused():
     maker = processor(policy_of(gpt2()))
     maker.require_vocabulary([[0, 1], [3]])
-    with pytest.raises(PromptError, match="prompt 1 becomes 2 tokens, the largest 9, and the policy knows 4"):
+    with pytest.raises(PromptError, match="prompt 1 contains token id 9, and the policy has only 4 embeddings"):
         maker.require_vocabulary([[0], [2, 9], [3]])
 
 

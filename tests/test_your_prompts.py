@@ -99,13 +99,13 @@ def test_the_example_of_the_documentation(home):
 def test_long_prompts_are_left_out_and_the_report_says_how_many(home, caplog):
     done = swept(home, "checkpoint-*", max_prompt_length=5)
     assert tokens_of_prompts(done) == set(PROMPTS[:2])
-    note = "1 of 3 prompts are longer than 5 tokens and were left out"
+    note = "1 of 3 prompts are longer than 5 tokens and were removed"
     assert f"Split `train`: {note}." in report(done)
     assert note in caplog.text
     (pool,) = done.run.artifacts("load-prompts")  # one tokenizer, one pool
     assert pool.summary == {"prompts": 2, "notes": [f"Split `train`: {note}."]}
     assert pool.table("prompts.parquet")["id"].to_pylist() == ["1", "3"]
-    assert "left out" not in report(swept(home, max_prompt_length=6))
+    assert "were removed" not in report(swept(home, max_prompt_length=6))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,8 @@ def test_another_template_is_another_pool(home):
 def test_a_template_that_fails_says_so(home):
     add_template(home, "{{ raise_exception('System role not supported') }}")
     with pytest.raises(
-        PromptError, match=r"chat template of .* failed: System role not supported.*no system role.*nothing"
+        PromptError,
+        match=r"chat template of .* failed: System role not supported.*no system role.*remove batch_config",
     ):
         swept(home, apply_chat_template=True, system_prompt="0")
     with pytest.raises(PromptError, match=r"failed: System role.*correct chat_template\.jinja"):
@@ -203,7 +204,7 @@ def test_a_dataset_of_the_hub_and_its_revision_are_in_the_report(home):
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
     done = swept(home, dataset_name="gsm8k", dataset_path=str(folder.parent))
     assert "Prompts of `gsm8k`: revision 0123abc." in report(done)
-    assert "1 of 4 prompts of gsm8k are copies and were left out." in report(done)
+    assert "1 of 4 prompts of gsm8k are duplicates and were removed." in report(done)
     again = swept(home, dataset_name="gsm8k", dataset_path=str(folder.parent))
     assert again.run.was_computed == {}
     rows[0]["answer"] = "#### 7"

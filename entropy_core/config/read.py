@@ -1,4 +1,4 @@
-"""A configuration from plain values or from a YAML file; everything that is wrong in it is reported together."""
+"""Read a configuration from plain values or from a YAML file, and report all of its errors together."""
 
 import json
 import reprlib
@@ -18,50 +18,53 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _TYPES = {
     "int_type": "an integer",
     "float_type": "a number",
-    "string_type": "a text",
+    "string_type": "a string",
     "bool_type": "true or false",
     "list_type": "a list",
 }
 
 
 def parse_config(values: Any, source: str = "the configuration", origin: Origin | None = None) -> ProbeConfig:
-    """A `ProbeConfig` from plain values.
+    """Parse plain values into a `ProbeConfig`.
 
     Args:
-        values: nested dictionaries as YAML gives them.
-        source: how to call them in an error.
-        origin: where they come from; without it paths stay as they are, and nobody looks for them.
+        values: nested dictionaries, as a YAML parser returns them.
+        source: name of the configuration in error messages.
+        origin: folder that relative paths start at; None leaves paths as they are, without checking that they exist.
 
     Returns:
         The configuration.
 
     Raises:
-        ConfigError: on an unknown key, a missing one, a value of another type or out of range, or a path that leads
-            nowhere; names each of them, on a line of its own where there are several.
+        ConfigError: a key is unknown or missing, a value has the wrong type or is out of range, or a path does not
+            exist; several errors are listed one per line.
     """
-    return _parsed(ProbeConfig, values, source, origin, [])
+    return _parse(ProbeConfig, values, source, origin, [])
 
 
 def parse_request(values: Any, origin: Origin | None = None) -> VarianceRequest:
-    """A `VarianceRequest` from plain values. Raises ConfigError as `parse_config` does."""
-    return _parsed(VarianceRequest, values, "the request", origin, [])
+    """Parse plain values into a `VarianceRequest`. Raises ConfigError under the conditions of `parse_config`."""
+    return _parse(VarianceRequest, values, "the request", origin, [])
 
 
 def load_config(path: Path | str, must_exist: bool = False) -> ProbeConfig:
-    """A `ProbeConfig` from a YAML file, its paths made absolute: they start at the folder of the file.
+    """Load a `ProbeConfig` from a YAML file; relative paths in it are resolved against the folder of the file.
 
     Args:
-        path: of the file.
-        must_exist: refuse a path that leads nowhere.
+        path: the YAML file.
+        must_exist: refuse a configuration with a path that does not exist.
+
+    Returns:
+        The configuration, with absolute paths.
 
     Raises:
-        ConfigError: the file is missing or is not YAML; or as `parse_config`.
+        ConfigError: the file is missing or is not YAML, or `parse_config` would raise it.
     """
     values, repeated = plain_yaml.read(path)
-    return _parsed(ProbeConfig, values, str(path), Origin(Path(path).parent, must_exist), repeated)
+    return _parse(ProbeConfig, values, str(path), Origin(Path(path).parent, must_exist), repeated)
 
 
-def _parsed(model: type[_Model], values: Any, source: str, origin: Origin | None, problems: list[str]) -> _Model:
+def _parse(model: type[_Model], values: Any, source: str, origin: Origin | None, problems: list[str]) -> _Model:
     if values is None:
         raise ConfigError(f"{source} is empty", fix="begin with `checkpoints: [RUN/checkpoint-*]`")
     try:
@@ -80,17 +83,17 @@ def _parsed(model: type[_Model], values: Any, source: str, origin: Origin | None
 
 
 def _problem(error: Mapping[str, Any], model: type[BaseModel]) -> str:
-    """Which key is wrong, and why, without the full stop."""
+    """Return the key of a validation error and the reason, without a full stop."""
     key = ".".join(map(str, error["loc"]))
     match error["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key{_nearest(key, model)}"
         case "missing":
-            return f"{key}: has to be given"
+            return f"{key}: required key is missing"
         case "model_type" | "model_attributes_type" | "dict_type" if error["input"] is None:
-            return f"{key}: is empty; give it keys, or leave it out"
+            return f"{key}: is empty; add keys to it, or remove it"
         case "model_type" | "model_attributes_type" | "dict_type":  # pydantic would name its class
-            return f"{key}: must be keys with their values" if key else "it is not a list of keys with their values"
+            return f"{key}: must be a mapping of keys to values" if key else "must be a mapping of keys to values"
         case "value_error":
             return f"{key}: {error['msg'].removeprefix('Value error, ')}"
         case "too_long" | "too_short":
@@ -98,18 +101,18 @@ def _problem(error: Mapping[str, Any], model: type[BaseModel]) -> str:
             return f"{key}: must have {bound} entries, not {{actual_length}}".format(**error["ctx"])
         case kind:
             wanted = _TYPES.get(kind) or error["msg"].removeprefix("Input should be ")
-            return f"{key}: must be {wanted}, not {_shown(error['input'])}"
+            return f"{key}: must be {wanted}, not {_show(error['input'])}"
 
 
 def _nearest(key: str, model: type[BaseModel]) -> str:
-    """The known key that was meant, if one is near: of the same section, or else of another one."""
+    """Name the known key closest to a misspelt one, from the same section if possible; empty if none is close."""
     section, _, name = key.rpartition(".")
     known = list(_keys(model))
     here = [other for other in known if other.rpartition(".")[0] == section]
     for candidates in (here, known):
         by_name = {other.rpartition(".")[2].lower(): other for other in candidates}
         if near := get_close_matches(name.lower(), by_name, n=1, cutoff=0.75):
-            return f"; the nearest known one is {by_name[near[0]]}"
+            return f"; the closest known key is {by_name[near[0]]}"
     return ""
 
 
@@ -120,11 +123,11 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _keys(field.annotation, f"{prefix}{name}.")
 
 
-def _shown(value: Any) -> str:
-    """A wrong value as a file would have it, shortened."""
+def _show(value: Any) -> str:
+    """Format a wrong value as YAML would write it, shortened."""
     if isinstance(value, str):
         value = value if len(value) <= 60 else value[:59] + "…"
-        return f"the text {json.dumps(value, ensure_ascii=False)}"
+        return f"the string {json.dumps(value, ensure_ascii=False)}"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return "nothing" if value is None else reprlib.repr(value)
+    return "null" if value is None else reprlib.repr(value)

@@ -1,4 +1,4 @@
-"""The reference pages, from the code that they describe; `python -m entropy_core.config.reference` writes docs/."""
+"""Generate the reference pages from the code; `python -m entropy_core.config.reference` writes them to docs/."""
 
 import json
 import sys
@@ -13,18 +13,19 @@ from entropy_core.estimates.tables import RESULTS, TABLES, of_checkpoints
 
 
 def configuration_page() -> str:
-    """Every key of the configuration with its type, default, bounds and meaning, as markdown."""
+    """Write every key of the configuration with its type, default, bounds and meaning, as markdown."""
     lines = [
         "# Configuration",
         "",
-        "One YAML file is one sweep. An unknown key, a wrong type or a value out of range is refused before anything",
-        "runs, all of them together. `checkpoints` is the one key without a default. Paths start at the folder of the",
-        "file; in a form or a parameter of a deployment, where the process that serves it was started.",
+        "One YAML file describes one sweep. Unknown keys, wrong types and values out of range are reported together,",
+        "before anything runs. `checkpoints` is the only key without a default. Relative paths are resolved against",
+        "the folder of the file; in a form or a deployment parameter, against the folder where its server was started.",
         "",
         *_section("", ProbeConfig),
         "## The `request` of entropy-probe/variance",
         "",
-        "All keys of `variance` above, without the prefix, and the two below. What is not set stays as recorded.",
+        "All keys of `variance` above, without the prefix, and the two below. Keys that are not set keep their",
+        "recorded values.",
         "",
         *_table({name: VarianceRequest.model_fields[name] for name in ("run", "artifacts")}, ""),
     ]
@@ -32,17 +33,17 @@ def configuration_page() -> str:
 
 
 def tables_page() -> str:
-    """Every column of the tables of a run with its type, unit and meaning, as markdown."""
+    """Write every column of the tables of a run with its type, unit and meaning, as markdown."""
     lines = [
         "# Columns",
         "",
-        "The unit and the description are in the metadata of each Arrow field, too. A measurement whose weights",
-        "overflowed is null; nothing is ever NaN.",
+        "Unit and description are also in the metadata of each Arrow field. A measurement whose weights overflowed is",
+        "null; no value is NaN.",
     ]
     rows_of = {"results": "A row per checkpoint × step size × normalisation × estimator of ΔH."} | {
-        "linearity": "A row per checkpoint × normalisation × estimator that at least two step sizes were measured by.",
-        "eta_pairs": "A row per checkpoint × normalisation × estimator × step size of which the opposite was measured.",
-        "replicates": "A row per checkpoint × normalisation × E batch, where `E_replicates` is above 1.",
+        "linearity": "A row per checkpoint × normalisation × estimator with at least two measured step sizes.",
+        "eta_pairs": "A row per checkpoint × normalisation × estimator × η > 0 for which −η was measured as well.",
+        "replicates": "A row per checkpoint × normalisation × E batch, if `E_replicates` is above 1.",
         "predictors": "A row per checkpoint × normalisation × step size × predictor.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
@@ -104,7 +105,7 @@ def _yaml(default: Any) -> str:
     return json.dumps(default, ensure_ascii=False)
 
 
-_TYPES = {"int": "integer", "float": "number", "str": "text", "bool": "true or false"}
+_TYPES = {"int": "integer", "float": "number", "str": "string", "bool": "true or false"}
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 

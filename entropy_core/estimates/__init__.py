@@ -1,1 +1,1 @@
-"""From the columns of E to the rows of the result: estimates, intervals, verdicts, diagnostics."""
+"""Turn the token columns of the evaluation batch E into result rows: estimates, intervals, verdicts, diagnostics."""

@@ -1,7 +1,7 @@
-"""A prediction and a measurement that share no sequence: δH₁ on one E batch beside ΔH on another.
+"""Compare predicted (δH₁) and measured (ΔH) entropy changes that share no sequence, from different E batches.
 
-Within one E batch both have most of their sampling noise in common. With `E_replicates` of 2 or more they need not: the
-further batches predict what the first one measures.
+On one E batch the two share most of their sampling noise. With `E_replicates` ≥ 2 they can be independent: ΔH is
+measured on the first batch and δH₁ is predicted on each further batch.
 """
 
 import math
@@ -17,17 +17,17 @@ LARGEST_Z = 3.0
 def independent(
     rows: Sequence[Row], replicates: Sequence[Row], estimator: Estimator = "snis"
 ) -> Iterator[dict[str, Any]]:
-    """Compare ΔH on the first E batch with δH₁ on each further one, the update held fixed in both.
+    """Compare ΔH on the first E batch with δH₁ on each further batch, for the same update.
 
-    z = (ΔH − δH₁)/√(SE(ΔH)² + SE(δH₁)²), whose expectation is the curvature over the combined standard error.
+    z = (ΔH − δH₁)/√(SE(ΔH)² + SE(δH₁)²). Its expectation is the curvature divided by the combined standard error.
 
     Args:
-        rows: of `results.parquet`.
-        replicates: of `replicates.parquet`.
-        estimator: of ΔH.
+        rows: rows of `results.parquet`.
+        replicates: rows of `replicates.parquet`.
+        estimator: estimator of ΔH.
 
     Yields:
-        A row per checkpoint, normalisation, further batch and step size other than 0, with the columns `checkpoint`,
+        A row per checkpoint, normalisation, further batch and non-zero step size, with the columns `checkpoint`,
         `normalization`, `eta_over_lr`, `seed` (of the further batch), `predicted`, `predicted_se`, `delta_h`,
         `delta_h_se` (nats, per token or per sequence), `z`, `agrees` (|z| < 3, or the verdict is nonlinear),
         `curvature`, `curvature_se`, `ess_fraction` and `verdict`.
@@ -40,7 +40,7 @@ def independent(
         measured = [row for row in of_pair[0] if row["estimator"] == estimator and row["eta"] != 0]
         for further in of_pair[1][1:]:
             for row in measured:
-                scale = row["eta_over_lr"]  # the replicates' predictions are those at the learning rate
+                scale = row["eta_over_lr"]  # the replicates predict the change at the learning rate
                 predicted, predicted_se = scale * further["delta_h1"], abs(scale) * further["se_given_u"]
                 difference = row["delta_h"] - predicted
                 combined = math.hypot(row["delta_h_se"], predicted_se)

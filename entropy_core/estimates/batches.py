@@ -1,4 +1,8 @@
-"""E from the artifacts of its shards, for the statistics: read again for every reading, a shard in memory at a time."""
+"""Load the evaluation batch E from the artifacts of its shards, with one shard in memory at a time.
+
+ℓ is the log-probability of a token and h its entropy, in nats; θ are the checkpoint's parameters, v is the step per
+unit of learning rate, and θ + ηv are the moved parameters.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
     from entropy_core.store.inputs import AtStepSize
 
 _COLUMNS = [[f"{name.removesuffix('_K')}_{j}" for name in TokenDerivatives._fields] for j in range(len(NODES))]
-"""Of path-integral: by node."""
+"""Column names of path-integral, one list per node."""
 
 
 def evaluation_batch(
@@ -28,16 +32,16 @@ def evaluation_batch(
     baseline: Baseline,
     units: Literal["sequence", "prompt"],
 ) -> tuple[EvaluationBatch, dict[str, Any]]:
-    """E at θ.
+    """Load E at θ.
 
     Args:
-        scores: the shards of score-e-batch.
-        derivatives: those of first-order-e.
-        baseline: of the reward-to-go.
-        units: what is independent.
+        scores: shards of score-e-batch.
+        derivatives: shards of first-order-e.
+        baseline: baseline of the return-to-go.
+        units: independent units, single sequences or all sequences of one prompt.
 
     Returns:
-        The batch, and how many sequences it has and which part of them was cut.
+        The batch, and a summary with the number of sequences and the fraction cut at `max_new_tokens`.
     """
     tables = [shard.table("scores.parquet") for shard in scores]
     prompt_ids_N = torch.tensor([prompt for table in tables for prompt in table["prompt_id"].to_pylist()])
@@ -54,14 +58,14 @@ def _tokens(scores: "Artifact", derivatives: "Artifact") -> Tokens:
 
 
 def moved_batch(entry: "AtStepSize", sequences: Sequence[TokenTable]) -> Moved:
-    """E at a step size.
+    """Load E at one step size, θ + ηv.
 
     Args:
-        entry: `eta`, the `shards` of importance and those of path-integral, `path`.
-        sequences: those of each shard; others are refused.
+        entry: `eta`, the `shards` of importance, and the shards of path-integral in `path`.
+        sequences: the sequences of each shard; artifacts of other sequences are refused.
 
     Returns:
-        What reads it.
+        A lazy reader of the moved batch.
     """
     shards, path = entry["shards"], entry["path"]
 
@@ -80,15 +84,15 @@ def _at_nodes(table: TokenTable) -> tuple[TokenDerivatives, ...]:
 
 
 def moved_of_first(batch: EvaluationBatch, rescored: "Artifact", sequences: TokenTable) -> Moved:
-    """The first sequences under other rounding errors, cut into the blocks that they have in the batch.
+    """Load the first sequences of E as rescored with different rounding errors, in the blocks of `batch`.
 
     Args:
-        batch: these sequences of E.
-        rescored: a draw of rescore-e-batch.
-        sequences: those of the batch; others are refused.
+        batch: these sequences of E at θ.
+        rescored: one draw of rescore-e-batch.
+        sequences: the sequences of the batch; an artifact of other sequences is refused.
 
     Returns:
-        What reads it.
+        A lazy reader of the rescored sequences.
     """
 
     def read() -> Iterator[MovedTokens]:

@@ -1,4 +1,8 @@
-"""What tells how far the estimates of a checkpoint can be trusted: noise, tails, linearity, replicates, predictors."""
+"""Diagnostics of a checkpoint's estimates: numerical noise, tails, linearity, replicates, predictors.
+
+ℓ is the log-probability of a token and h its entropy, in nats; A is the advantage of its response; v is the step per
+unit of learning rate.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,15 +19,15 @@ from entropy_core.numerics.uncertainty import Estimate
 
 
 def numerical_noise(batch: EvaluationBatch, rescored: Sequence[Moved], normalization: Normalization) -> float:
-    """Twice the root mean square of the ΔH that rounding alone makes.
+    """Compute twice the root mean square of the ΔH that rounding alone produces.
 
     Args:
-        batch: the sequences of E that were scored again.
-        rescored: ℓ and h of the same tokens under other rounding errors, one per draw.
+        batch: the sequences of E that were rescored.
+        rescored: ℓ and h of the same tokens with different rounding errors, one per draw.
         normalization: per sequence or per token.
 
     Returns:
-        Nats.
+        The noise floor, nats.
     """
     changes = [
         change_of(batch, measured(batch, moved, "per_decision"), moved.eta, "per_decision", normalization).value
@@ -33,7 +37,7 @@ def numerical_noise(batch: EvaluationBatch, rescored: Sequence[Moved], normaliza
 
 
 def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
-    """Entropy and length of E, and the z of its mean score along v, which is zero for correctly scored samples.
+    """Compute entropy and length of E, and z of its mean score along v, which has mean 0 for correctly scored samples.
 
     Args:
         batch: E.
@@ -54,10 +58,10 @@ def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
 
 
 def describe_influence(estimate: Estimate) -> Row:
-    """How heavy the tails of an estimate's influence values are.
+    """Measure how heavy the tails of an estimate's influence values are.
 
     Args:
-        estimate: of ∂_vH.
+        estimate: estimate of ∂_vH.
 
     Returns:
         Columns of `tables.ESTIMATES`.
@@ -77,14 +81,14 @@ def linearity_rows(
     estimator: Estimator,
     learning_rate: float,
 ) -> tuple[list[Row], list[Row]]:
-    """The fit of ΔH/η against η, and the odd and even parts of pairs ±η.
+    """Fit ΔH/η against η, and compute the odd and even parts of pairs ±η.
 
     Args:
         batch: E.
-        at_eta: η → ΔH and its noise floor, where the weights can be used.
-        derivative: of `rows.derivative_of`.
-        estimator: of ΔH.
-        learning_rate: nominal, to express η in.
+        at_eta: η → ΔH and its noise floor, for every η with usable weights.
+        derivative: ∂_vH from `rows.derivative_of`.
+        estimator: estimator of ΔH.
+        learning_rate: nominal learning rate, the unit of `eta_over_lr`.
 
     Returns:
         Rows of `tables.LINEARITY` (none for fewer than two step sizes) and of `tables.ETA_PAIRS`.
@@ -133,10 +137,10 @@ def linearity_rows(
 
 
 def replicate_rows(found: Mapping[int, tuple[float, float]], learning_rate: float) -> list[Row]:
-    """δH₁ at the learning rate on independent E batches, and whether they agree within their standard errors.
+    """Compute δH₁ at the learning rate on independent E batches, and test if they agree within their standard errors.
 
     Args:
-        found: seed → ∂_vH on that E batch, and its standard error given U.
+        found: seed of an E batch → ∂_vH on this batch, and its standard error given U.
         learning_rate: the step size.
 
     Returns:
@@ -162,17 +166,17 @@ def replicate_rows(found: Mapping[int, tuple[float, float]], learning_rate: floa
 def predicted_changes(
     logprobs_K: Tensor, entropies_K: Tensor, expected_K: Tensor, advantages_N: Tensor, offsets_N1: Tensor
 ) -> dict[str, float]:
-    """Predictors of the literature on U, per unit step and up to a factor: see `numerics.predictors`.
+    """Compute the predictors of `numerics.predictors` on U, per unit step and up to a factor.
 
     Args:
         logprobs_K: ℓ of U, nats, [K].
-        entropies_K: h, nats, [K].
-        expected_K: E_π[S*] of each step, [K].
+        entropies_K: h of U, nats, [K].
+        expected_K: E_π[S*] at each token, nats, [K].
         advantages_N: A of each response, [N].
         offsets_N1: int64 [N + 1].
 
     Returns:
-        Value by name of the predictor.
+        Predicted changes by name of the predictor.
     """
     advantages_K = torch.repeat_interleave(advantages_N, ragged.lengths(offsets_N1))
     return {
@@ -183,14 +187,14 @@ def predicted_changes(
 
 
 def predictor_rows(row: Row, by_literature: Mapping[str, float]) -> list[Row]:
-    """Predictions of one row of estimates beside its measurement.
+    """Pair every prediction for one row of estimates with its measured change.
 
     Args:
-        row: of `rows.predict` and `rows.measure`.
-        by_literature: of `predicted_changes`.
+        row: columns of `rows.predict` and `rows.measure`.
+        by_literature: predictions per unit step, from `predicted_changes`.
 
     Returns:
-        Rows of `tables.PREDICTORS`, without their normalisation.
+        Rows of `tables.PREDICTORS`, without the column `normalization`.
     """
     shared = {"eta": row["eta"], "eta_over_lr": row["eta_over_lr"], "delta_h": row["delta_h"]}
     predicted = {"delta_h1": row["delta_h1"]} | {name: row["eta"] * value for name, value in by_literature.items()}

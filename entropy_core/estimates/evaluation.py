@@ -1,13 +1,14 @@
-"""E block by block: what its tokens come to, a few numbers for each sequence.
+"""Reduce the tokens of the evaluation batch E, block by block, to a few numbers per sequence.
 
-The tokens of one block of sequences (a shard) are in memory at a time, so a batch may be as large as the disk. What a
-sequence must know of the others are sums at each position, which are taken in a reading of their own.
+Only the tokens of one block of sequences (a shard) are in memory at a time, so a batch may be as large as the disk.
+Estimators that need other sequences use sums at each position, which take an extra pass over the blocks.
 
-    EvaluationBatch   E at θ
-    Moved             E at θ + ηv
-    measured          what an estimator of ΔH makes of the two
+    EvaluationBatch   E at the checkpoint's parameters θ
+    Moved             E at θ + ηv, with the step v per unit of learning rate and the step size η
+    measured          terms of an estimator of the entropy change ΔH, from both
 
-Everything is done for each functional that is asked for: see `numerics.functional`.
+All results are computed for each given functional; see `numerics.functional`. ℓ is the log-probability of a token and h
+its entropy, in nats.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,18 +26,18 @@ from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Estimate
 
 Blocks = Sequence[Callable[[], Tokens]]
-"""Each reads the tokens of some sequences."""
+"""Functions that each load the tokens of one block of sequences."""
 Bases = Mapping[Functional, Tensor]
 """The baseline b_k of each functional, [K]."""
 
 
 class EvaluationBatch:
-    """What is known of E at θ, and the units that count as independent.
+    """E at θ, with the grouping of its sequences into independent units.
 
     Args:
-        read: the blocks, each with its baselines; called for every reading.
-        clusters_N: the independent unit of each sequence; None where sequences are independent.
-        functionals: what is estimated.
+        read: iterates over the blocks, each with its baselines; called once per pass.
+        clusters_N: independent unit of each sequence, int64 [N]; None if sequences are independent.
+        functionals: the functionals to estimate.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class EvaluationBatch:
         baseline: Baseline,
         functionals: Sequence[Functional] = FUNCTIONALS,
     ) -> "EvaluationBatch":
-        """E with a baseline of the reward-to-go.
+        """Build E with a baseline of the return-to-go.
 
         Args:
-            blocks: each reads the tokens of some sequences.
-            clusters_N: the independent unit of each sequence; None where sequences are independent.
-            baseline: see `baselines.baselines`.
-            functionals: what is estimated.
+            blocks: functions that each load the tokens of one block of sequences.
+            clusters_N: independent unit of each sequence, int64 [N]; None if sequences are independent.
+            baseline: name of the baseline, as in `baselines.baselines`.
+            functionals: the functionals to estimate.
 
         Returns:
             The batch.
@@ -79,7 +80,7 @@ class EvaluationBatch:
         return cls(read, clusters_N, functionals)
 
     def first(self, sequences: int) -> "EvaluationBatch":
-        """The first of its sequences, with the baselines that they have in the whole."""
+        """Return the first `sequences` of E; their baselines remain those computed on all of E."""
 
         def read() -> Iterator[tuple[Tokens, Bases]]:
             left = sequences
@@ -103,7 +104,7 @@ class EvaluationBatch:
 
     @cached_property
     def weighted_columns(self) -> dict[Functional, Columns]:
-        """The same of the estimator whose weights are normalised at each position."""
+        """Per-sequence terms of the estimator whose weights are normalised at each position."""
         totals = _totals({f: first_order.weighted_totals(f, t) for f in self.functionals} for t, _ in self.read())
         return _laid_out(
             {f: first_order.weighted_columns(f, t, totals[f]) for f in self.functionals} for t, _ in self.read()
@@ -111,7 +112,7 @@ class EvaluationBatch:
 
     @cached_property
     def score_N(self) -> Tensor:
-        """Σ_k ℓ̇_k of each sequence."""
+        """Score Σ_k ℓ̇_k of each sequence, float64 [N]."""
         return torch.cat([ragged.sequence_sum(t.derivative.logprob_K, t.offsets_N1) for t, _ in self.read()])
 
     def __len__(self) -> int:
@@ -123,12 +124,12 @@ class EvaluationBatch:
         return len(self) if self.clusters_N is None else len(self.clusters_N.unique())
 
     def standard_error(self, estimate: Estimate) -> float:
-        """Of an estimate on this batch, with the update held fixed."""
+        """Compute the standard error of an estimate on this batch, with the update held fixed."""
         return uncertainty.standard_error(estimate.influence_N, self.clusters_N)
 
 
 class MovedTokens(NamedTuple):
-    """A block of E at θ + ηv: ℓ' and h', or the derivatives at the nodes of the path, or both; each [K]."""
+    """A block of E at θ + ηv: ℓ and h there, or derivatives at the nodes of the path integral, or both; each [K]."""
 
     logprobs_K: Tensor | None = None
     entropies_K: Tensor | None = None
@@ -136,20 +137,21 @@ class MovedTokens(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """E at θ + ηv: reads the blocks that those of the batch have become."""
+    """E at θ + ηv; `read` iterates over the same blocks as the `EvaluationBatch`."""
 
     eta: float
     read: Callable[[], Iterable[MovedTokens]]
 
 
 class Measured(NamedTuple):
-    """What an estimator of ΔH made of a batch, per sequence [N]; no columns where nothing was moved.
+    """Per-sequence terms of an estimator of ΔH, each [N].
 
     Args:
-        columns: of each functional: by node of the path for `path_integral`, else the terms of its value at θ + ηv.
-        weights_N: w of whole sequences; for `path_integral` at its last node.
-        usable: whether no weight over- or underflowed.
-        ess_prefix: the least effective sample size of the prefixes.
+        columns: by functional, the terms of its value at θ + ηv; for `path_integral`, the terms of its derivative at
+            each node; None for η = 0.
+        weights_N: importance weights of whole sequences; for `path_integral`, at its last node.
+        usable: False if a weight over- or underflowed.
+        ess_prefix: smallest effective sample size of the prefix weights at any position.
     """
 
     columns: tuple[dict[Functional, Columns], ...] | dict[Functional, Tensor] | None
@@ -159,30 +161,30 @@ class Measured(NamedTuple):
 
 
 def measured(batch: EvaluationBatch, moved: Moved, estimator: Estimator) -> Measured:
-    """E at θ + ηv, by one estimator; see `importance`.
+    """Compute the terms of one estimator of E[F] at θ + ηv; see `numerics.importance`.
 
     Args:
         batch: E at θ.
         moved: E at θ + ηv.
-        estimator: of ΔH.
+        estimator: name of the estimator.
 
     Returns:
-        Its terms, and the weights.
+        The terms per sequence, and the importance weights.
     """
     if moved.eta == 0:
         return Measured(None, torch.ones(len(batch), dtype=torch.float64), True, float(len(batch)))
 
     def blocks() -> Iterator[tuple[Tokens, Bases, MovedTokens]]:
-        for (tokens, bases), there in zip(batch.read(), moved.read(), strict=True):
-            yield tokens, bases, there
+        for (tokens, bases), moved_block in zip(batch.read(), moved.read(), strict=True):
+            yield tokens, bases, moved_block
 
     totals: Mapping[Functional, WeightTotals] = {}
     if estimator == "weighted_per_decision":
-        of_blocks = (_at_theta_prime(tokens, there) for tokens, _, there in blocks())
+        of_blocks = (_at_theta_prime(tokens, moved_block) for tokens, _, moved_block in blocks())
         totals = _totals({f: importance.weight_totals(f, *block) for f in batch.functionals} for block in of_blocks)
     columns, whole, logs, usable = [], [], None, True
-    for tokens, bases, there in blocks():
-        found, weights = _of_block(tokens, bases, there, estimator, totals)
+    for tokens, bases, moved_block in blocks():
+        found, weights = _of_block(tokens, bases, moved_block, estimator, totals)
         columns.append(found)
         whole.append(weights.sequence_N)
         usable = usable and importance.log_weights_are_usable(weights)
@@ -201,18 +203,20 @@ def measured(batch: EvaluationBatch, moved: Moved, estimator: Estimator) -> Meas
 def _of_block(
     tokens: Tokens,
     bases: Bases,
-    there: MovedTokens,
+    moved_block: MovedTokens,
     estimator: Estimator,
     totals: Mapping[Functional, WeightTotals],
 ) -> tuple[Any, PrefixWeights]:
     if estimator == "path_integral":
-        at_nodes = [_at(tokens, node.logprobs_K, node.entropies_K, TokenPair(*node[2:])) for node in there.at_nodes]
+        at_nodes = [
+            _at(tokens, node.logprobs_K, node.entropies_K, TokenPair(*node[2:])) for node in moved_block.at_nodes
+        ]
         of_nodes = [
             {f: path_integral.derivative_columns(f, *of_node, base_K) for f, base_K in bases.items()}
             for of_node in at_nodes
         ]
         return of_nodes, at_nodes[-1][1]
-    moved, weights = _at_theta_prime(tokens, there)
+    moved, weights = _at_theta_prime(tokens, moved_block)
     if estimator == "per_decision":
         return {f: importance.per_decision_column(f, moved, weights, base_K) for f, base_K in bases.items()}, weights
     if estimator == "weighted_per_decision":
@@ -220,21 +224,21 @@ def _of_block(
     return {f: ragged.sequence_sum(f.values(moved), tokens.offsets_N1) for f in bases}, weights
 
 
-def _at_theta_prime(tokens: Tokens, there: MovedTokens) -> tuple[Tokens, PrefixWeights]:
-    assert there.logprobs_K is not None and there.entropies_K is not None
-    return _at(tokens, there.logprobs_K, there.entropies_K)
+def _at_theta_prime(tokens: Tokens, moved_block: MovedTokens) -> tuple[Tokens, PrefixWeights]:
+    assert moved_block.logprobs_K is not None and moved_block.entropies_K is not None
+    return _at(tokens, moved_block.logprobs_K, moved_block.entropies_K)
 
 
 def _at(
     tokens: Tokens, logprobs_K: Tensor, entropies_K: Tensor, along: TokenPair | None = None
 ) -> tuple[Tokens, PrefixWeights]:
-    """A block under another policy, and the weights from its own to that one."""
+    """Return a block with ℓ and h under another policy, and the importance weights to that policy."""
     weights = importance.prefix_weights(tokens.logprobs_K, logprobs_K, tokens.offsets_N1)
     return tokens._replace(logprobs_K=logprobs_K, entropies_K=entropies_K, along=along), weights
 
 
 def _laid_out(parts: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
-    """Per-sequence columns of blocks, one after the other, for each functional."""
+    """Concatenate the per-sequence columns of all blocks, for each functional."""
     blocks = list(parts)
 
     def joined(columns: list[Any]) -> Any:
@@ -246,12 +250,12 @@ def _laid_out(parts: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
 
 
 def _totals(of_blocks: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
-    """Sums over blocks, for each functional."""
+    """Add the totals of all blocks, for each functional."""
     return reduce(lambda a, b: {functional: total.plus(b[functional]) for functional, total in a.items()}, of_blocks)
 
 
 BaseOf = Callable[[Functional, int, Tokens], Tensor]
-"""The baseline of a functional in the i-th block."""
+"""Returns the baseline of a functional in the i-th block."""
 
 
 def _by_position(blocks: Blocks, baseline: Baseline, functionals: Sequence[Functional]) -> BaseOf:

@@ -1,4 +1,7 @@
-"""Rows of the result table, from the columns of one evaluation batch: prediction, measurement, verdict."""
+"""Rows of the result table from the columns of the evaluation batch E: prediction, measurement, verdict.
+
+θ are the checkpoint's parameters, v is the step per unit of learning rate, η the step size, and U the update batch.
+"""
 
 from typing import Any, NamedTuple
 
@@ -21,14 +24,14 @@ POWER_QUANTILE = uncertainty.normal_quantile(0.6)  # a change of (z + 0.84) SE i
 
 
 class Contributions(NamedTuple):
-    """Influence of each U sequence on ∂_vH, float64 [P, G]: along the ∇H of all of E, and of each half, [2, P, G]."""
+    """Influence of each U sequence on ∂_vH, with ∇H from all of E, float64 [P, G], and from each half, [2, P, G]."""
 
     whole_PG: Tensor
     halves_2PG: Tensor
 
 
 class Derivative(NamedTuple):
-    """∂_vH for one normalisation, everything per unit step."""
+    """∂_vH for one normalisation with its standard errors, all in nats per unit step."""
 
     estimate: Estimate
     of_estimator: dict[Estimator, Estimate]  # the exact derivative of each ΔH estimator at η = 0
@@ -49,17 +52,17 @@ def derivative_of(
     confidence_level: float,
     resamples: int,
 ) -> Derivative:
-    """∂_vH with its standard errors over E and over U.
+    """Estimate ∂_vH with its standard errors over E and over U.
 
     Args:
         batch: E.
         normalization: per sequence or per token.
-        contributions: of U.
-        confidence_level: of the bootstrap intervals.
-        resamples: of the bootstrap.
+        contributions: influence of each sequence of U on ∂_vH.
+        confidence_level: confidence level of the bootstrap intervals.
+        resamples: number of bootstrap resamples.
 
     Returns:
-        Everything per unit step.
+        The estimate and its standard errors, in nats per unit step.
     """
     columns = batch.columns
     estimate = uncertainty.entropy_derivative(columns, normalization)
@@ -84,12 +87,12 @@ def derivative_of(
 
 
 def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
-    """δH₁ = η·∂_vH with its standard errors and intervals.
+    """Compute δH₁ = η·∂_vH with its standard errors and intervals.
 
     Args:
-        derivative: of `derivative_of`.
+        derivative: ∂_vH from `derivative_of`.
         eta: absolute step size.
-        confidence_level: of the intervals; t quantiles.
+        confidence_level: confidence level of the intervals, which use t quantiles.
 
     Returns:
         Columns of `tables.ESTIMATES`, in nats.
@@ -124,28 +127,28 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
 
 
 def change_of(
-    batch: EvaluationBatch, there: Measured, eta: float, estimator: Estimator, normalization: Normalization
+    batch: EvaluationBatch, moved_terms: Measured, eta: float, estimator: Estimator, normalization: Normalization
 ) -> Estimate:
-    """ΔH between θ and θ + ηv, paired on the batch.
+    """Estimate ΔH between θ and θ + ηv, paired on the sequences of E.
 
     Args:
         batch: E at θ.
-        there: of `evaluation.measured`, by the same estimator; where nothing was moved the change is exactly 0.
+        moved_terms: `evaluation.measured` with the same estimator; for η = 0 the change is exactly 0.
         eta: absolute step size.
-        estimator: of ΔH.
+        estimator: estimator of ΔH.
         normalization: per sequence or per token.
 
     Returns:
-        The estimate in nats.
+        ΔH in nats per sequence or per token.
     """
     S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
-    if there.columns is None:
+    if moved_terms.columns is None:
         return Estimate(0.0, torch.zeros_like(S_N))
-    if isinstance(there.columns, tuple):
-        return path_integral.entropy_change(there.columns, eta, normalization)
-    moved_S_N, moved_T_N = (there.columns[functional] for functional in (ENTROPY, LENGTH))
+    if isinstance(moved_terms.columns, tuple):
+        return path_integral.entropy_change(moved_terms.columns, eta, normalization)
+    moved_S_N, moved_T_N = (moved_terms.columns[functional] for functional in (ENTROPY, LENGTH))
     if estimator == "snis":
-        moved = uncertainty.snis_entropy(there.weights_N, moved_S_N, moved_T_N, normalization)
+        moved = uncertainty.snis_entropy(moved_terms.weights_N, moved_S_N, moved_T_N, normalization)
     else:
         moved = uncertainty.entropy(moved_S_N, moved_T_N, normalization)
     return moved.minus(uncertainty.entropy(S_N, T_N, normalization))
@@ -154,30 +157,30 @@ def change_of(
 def measure(
     batch: EvaluationBatch,
     change: Estimate,
-    there: Measured,
+    moved_terms: Measured,
     derivative: Derivative,
     eta: float,
     estimator: Estimator,
     noise_floor: float,
     quantile: float,
 ) -> Row:
-    """ΔH, its difference from δH₁, and what the row is worth.
+    """Compute the columns of a measured change: ΔH, its difference from δH₁, effective sample sizes, and the verdict.
 
     Args:
         batch: E.
-        change: ΔH, of `change_of`.
-        there: of `evaluation.measured`, which it came from.
-        derivative: of `derivative_of`.
+        change: ΔH from `change_of`.
+        moved_terms: the terms that `change` was computed from.
+        derivative: ∂_vH from `derivative_of`.
         eta: absolute step size.
-        estimator: of ΔH.
-        noise_floor: of ΔH, nats.
+        estimator: estimator of ΔH.
+        noise_floor: numerical noise of ΔH, nats.
         quantile: normal quantile of the confidence level.
 
     Returns:
-        Columns of `tables.ESTIMATES`; the measured ones are None where weights overflowed.
+        Columns of `tables.ESTIMATES`; the measured columns are None if weights overflowed.
     """
-    usable = there.usable
-    ess = importance.effective_sample_size(there.weights_N) if usable else 0.0
+    usable = moved_terms.usable
+    ess = importance.effective_sample_size(moved_terms.weights_N) if usable else 0.0
     prediction = derivative.estimate.scaled(eta)
     difference = change.minus(prediction)
     curvature = change.minus(derivative.of_estimator[estimator].scaled(eta))
@@ -188,7 +191,7 @@ def measure(
         "curvature_se": batch.standard_error(curvature),
     }
     N = len(batch)
-    k, k_threshold = pareto.pareto_k(there.weights_N) if usable and eta else None, pareto.threshold(N)
+    k, k_threshold = pareto.pareto_k(moved_terms.weights_N) if usable and eta else None, pareto.threshold(N)
     word, rule = verdict(
         eta=eta,
         delta_h1=prediction.value,
@@ -201,11 +204,11 @@ def measure(
     )
     measured |= {"paired_difference": difference.value, "paired_difference_se": batch.standard_error(difference)}
     return {
-        **(measured if usable else dict.fromkeys(measured)),  # overflowed weights measure nothing: null
+        **(measured if usable else dict.fromkeys(measured)),  # null if weights overflowed
         "minimum_detectable": (quantile + POWER_QUANTILE) * measured["delta_h_se"] + noise_floor if usable else None,
         "ess": ess,
         "ess_fraction": ess / N,
-        "ess_prefix": there.ess_prefix,
+        "ess_prefix": moved_terms.ess_prefix,
         "pareto_k": k,
         "pareto_k_threshold": k_threshold,
         "verdict": word,

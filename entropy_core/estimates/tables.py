@@ -1,4 +1,4 @@
-"""Schemas of the tables that people read, with the unit and the meaning of every column in the field metadata."""
+"""Schemas of the result tables, with the unit and the meaning of every column in the field metadata."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,14 +27,12 @@ ESTIMATES = pa.schema(
         _field("H_se", _REAL, _H, "its standard error"),
         _field("mean_length", _REAL, "tokens", "mean response length on E, the EOS token counted"),
         _field("delta_h1", _REAL, _H, "predicted entropy change, first order: eta times the derivative along v"),
-        _field("delta_h1_local", _REAL, _H, "its part from the steps' own entropies; the rest is that of the future"),
+        _field("delta_h1_local", _REAL, _H, "part of delta_h1 at fixed prefixes; changed token choices give the rest"),
         _field("se_given_u", _REAL, _H, "standard error of delta_h1 over E, with the update held fixed"),
         _field("se_given_u_jackknife", _REAL, _H, "the same by jackknife, one sequence (or prompt) left out at a time"),
         _field("se_over_u", _REAL, _H, "standard error of delta_h1 over the prompts of U, with E held fixed"),
-        _field("se_interaction", _REAL, _H, "what both of them hold of the interaction of E and U"),
-        _field(
-            "se_total", _REAL, _H, "over E and U together: the squares added, that of the interaction taken off once"
-        ),
+        _field("se_interaction", _REAL, _H, "interaction of E and U, contained in both se_given_u and se_over_u"),
+        _field("se_total", _REAL, _H, "sqrt(se_given_u^2 + se_over_u^2 - se_interaction^2): over E and U together"),
         _field("ci_low", _REAL, _H, "lower end of the interval of delta_h1 over E and U (t quantile)"),
         _field("ci_high", _REAL, _H, "upper end"),
         _field("ci_given_u_low", _REAL, _H, "lower end of the interval of delta_h1 with the update held fixed"),
@@ -43,7 +41,7 @@ ESTIMATES = pa.schema(
         _field("percentile_high", _REAL, _H, "upper end"),
         _field("bca_low", _REAL, _H, "lower end of the bootstrap interval, update held fixed: BCa"),
         _field("bca_high", _REAL, _H, "upper end"),
-        _field("confidence_level", _REAL, "1", "of every interval in this row"),
+        _field("confidence_level", _REAL, "1", "confidence level of every interval in this row"),
         _field("delta_h", _REAL, _H, "measured entropy change, by importance sampling on the same E"),
         _field("delta_h_se", _REAL, _H, "its standard error over E, with the update held fixed"),
         _field("curvature", _REAL, _H, "delta_h minus eta times the derivative of the same estimator on the same E"),
@@ -55,35 +53,35 @@ ESTIMATES = pa.schema(
         _field("ess_prefix", _REAL, "sequences", "smallest effective sample size of the prefix weights at a position"),
         _field("pareto_k", _REAL, "1", "Pareto k of the whole-sequence weights: how heavy their tail is"),
         _field("pareto_k_threshold", _REAL, "1", "largest k at which a mean of that many weights can be trusted"),
-        _field("minimum_detectable", _REAL, _H, "|delta_h| that this E tells from zero with probability 80 %"),
+        _field("minimum_detectable", _REAL, _H, "smallest |delta_h| that this E detects with probability 80 %"),
         _field(
             "noise_floor",
             _REAL,
             _H,
-            "twice the rms of the change that rounding alone makes to delta_h; 0 for path_integral",
+            "twice the rms of the delta_h that rounding alone produces; 0 for path_integral",
         ),
         _field("verdict", _TEXT, "", "reference, resolved, noise-limited, nonlinear or weights-unreliable"),
         _field("rule", _TEXT, "", "the rule that gave the verdict"),
         _field("n_sequences", _WHOLE, "sequences", "size of E"),
         _field("n_prompts_u", _WHOLE, "prompts", "size of U"),
         _field("inner_product", _REAL, _H, "<grad H, v> by the backward pass, times eta: should equal delta_h1"),
-        _field("delta_h1_momentum", _REAL, _H, "part of it from the optimizer's first moment"),
-        _field("delta_h1_decay", _REAL, _H, "part of it from weight decay; the rest is that of the U batch's gradient"),
-        _field("attribution_closure", _REAL, "1", "relative miss of tokens + momentum + decay against the whole"),
-        _field("gradient_check", _REAL, "1", "relative difference of the two at the baseline of the backward pass"),
-        _field("derivative_check", _REAL, "1", "of central differences from forward mode, where they are used"),
+        _field("delta_h1_momentum", _REAL, _H, "part of inner_product from the optimizer's first moment"),
+        _field("delta_h1_decay", _REAL, _H, "part of inner_product from weight decay; U's gradient gives the rest"),
+        _field("attribution_closure", _REAL, "1", "relative error of tokens + momentum + decay against inner_product"),
+        _field("gradient_check", _REAL, "1", "relative difference of <grad H, v> and forward mode, at equal baselines"),
+        _field("derivative_check", _REAL, "1", "relative error of central differences against forward mode, if used"),
         _field(
-            "mean_score_z", _REAL, "1", "z of the mean score on E along v, which is zero for correctly scored samples"
+            "mean_score_z", _REAL, "1", "z of the mean score on E along v; its mean is 0 for correctly scored samples"
         ),
-        _field("excess_kurtosis", _REAL, "1", "of the influence values of delta_h1"),
+        _field("excess_kurtosis", _REAL, "1", "excess kurtosis of the influence values of delta_h1"),
         _field("largest_influence", _REAL, "1", "largest share of one sequence in the variance of delta_h1 over E"),
-        _field("truncated_fraction", _REAL, "1", "responses of E that were cut at max_new_tokens"),
+        _field("truncated_fraction", _REAL, "1", "fraction of the responses of E that were cut at max_new_tokens"),
         _field("learning_rate", _REAL, "", "the checkpoint's nominal learning rate"),
         _field("gradient_norm", _REAL, "", "norm of the loss gradient on U before clipping"),
-        _field("clip_factor", _REAL, "1", "what gradient clipping multiplied it by"),
+        _field("clip_factor", _REAL, "1", "factor that clipping applied to this gradient"),
         _field("update_norm", _REAL, "", "norm of v, the step per unit of learning rate"),
         _field("mean_reward", _REAL, "", "mean reward on U"),
-        _field("equal_reward_fraction", _REAL, "1", "prompts of U whose responses all have the same reward"),
+        _field("equal_reward_fraction", _REAL, "1", "fraction of prompts of U whose responses have equal rewards"),
     ]
 )
 
@@ -92,8 +90,8 @@ _PER_STEP = "nats per learning-rate unit"
 LINEARITY = pa.schema(
     [
         _field("normalization", _TEXT, "", "per_token or per_sequence"),
-        _field("estimator", _TEXT, "", "of delta_h"),
-        _field("etas", _WHOLE, "step sizes", "that the fit of delta_h/eta against eta has"),
+        _field("estimator", _TEXT, "", "estimator of delta_h"),
+        _field("etas", _WHOLE, "step sizes", "number of step sizes in the fit of delta_h/eta against eta"),
         _field("derivative", _REAL, _PER_STEP, "derivative of the estimator at eta = 0, by forward mode"),
         _field("derivative_se", _REAL, _PER_STEP, "its standard error"),
         _field("intercept", _REAL, _PER_STEP, "delta_h/eta as eta tends to 0"),
@@ -102,7 +100,7 @@ LINEARITY = pa.schema(
             "difference",
             _REAL,
             _PER_STEP,
-            "intercept minus derivative: what the fit leaves out",
+            "intercept minus derivative: orders that are missing from the fit",
         ),
         _field("difference_se", _REAL, _PER_STEP, "its standard error; both share E, so most of the noise cancels"),
         _field("curvature", _REAL, "nats per squared unit", "coefficient of eta: half the second derivative"),
@@ -113,8 +111,8 @@ LINEARITY = pa.schema(
 ETA_PAIRS = pa.schema(
     [
         _field("normalization", _TEXT, "", "per_token or per_sequence"),
-        _field("estimator", _TEXT, "", "of delta_h"),
-        _field("eta", _REAL, "learning-rate unit", "step size measured on both sides"),
+        _field("estimator", _TEXT, "", "estimator of delta_h"),
+        _field("eta", _REAL, "learning-rate unit", "step size, measured at +eta and -eta"),
         _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
         _field("odd", _REAL, _H, "(delta_h(eta) - delta_h(-eta))/2: the first order, even orders cancelled"),
         _field("odd_se", _REAL, _H, "its standard error"),
@@ -128,13 +126,13 @@ ETA_PAIRS = pa.schema(
 REPLICATES = pa.schema(
     [
         _field("normalization", _TEXT, "", "per_token or per_sequence"),
-        _field("seed", _WHOLE, "", "of the E batch; the first is the one of the other tables"),
+        _field("seed", _WHOLE, "", "seed of the E batch; the other tables use the first batch"),
         _field("delta_h1", _REAL, _H, "prediction at the learning rate from this E batch alone"),
         _field("se_given_u", _REAL, _H, "its standard error"),
-        _field("replicates", _WHOLE, "batches", "independent E batches"),
-        _field("mean", _REAL, _H, "mean of their predictions"),
-        _field("mean_se", _REAL, _H, "its standard error, by their spread"),
-        _field("p_value", _REAL, "1", "chi-squared test that they differ no more than their standard errors say"),
+        _field("replicates", _WHOLE, "batches", "number of independent E batches"),
+        _field("mean", _REAL, _H, "mean prediction over all E batches"),
+        _field("mean_se", _REAL, _H, "its standard error, from the spread of the predictions"),
+        _field("p_value", _REAL, "1", "chi-squared test that the predictions differ only by their standard errors"),
     ]
 )
 
@@ -143,9 +141,9 @@ PREDICTORS = pa.schema(
         _field("normalization", _TEXT, "", "per_token or per_sequence"),
         _field("eta", _REAL, "learning-rate unit", "step size"),
         _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
-        _field("predictor", _TEXT, "", "delta_h1, or a predictor of the literature on U"),
-        _field("predicted", _REAL, "", "eta times the predictor; those of the literature are right up to a factor"),
-        _field("delta_h", _REAL, _H, "measured, by the first estimator"),
+        _field("predictor", _TEXT, "", "delta_h1, or a predictor from the literature, computed on U"),
+        _field("predicted", _REAL, "", "eta times the predictor; those from the literature omit a constant factor"),
+        _field("delta_h", _REAL, _H, "entropy change measured by the first estimator"),
     ]
 )
 
@@ -156,17 +154,17 @@ _OF_CHECKPOINT = (
 
 
 def of_checkpoints(schema: pa.Schema) -> pa.Schema:
-    """The schema of a sweep's table, given that of one checkpoint's."""
+    """Add the columns `checkpoint` and `step` to the schema of one checkpoint's table."""
     return pa.schema([*_OF_CHECKPOINT, *schema])
 
 
 RESULTS = of_checkpoints(ESTIMATES)
 TABLES = {"linearity": LINEARITY, "eta_pairs": ETA_PAIRS, "replicates": REPLICATES, "predictors": PREDICTORS}
-"""The tables beside the estimates, by the name of their file."""
+"""The tables other than the estimates, by file name."""
 
 
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
-    """Rows as a table of exactly this schema.
+    """Convert rows to a table with exactly this schema.
 
     Raises:
         ValueError: a row has a column too many or too few.
@@ -179,12 +177,12 @@ def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
 
 
 def unit_of(normalization: str) -> str:
-    """The unit of entropies under a normalisation."""
+    """Return the unit of entropies under a normalisation."""
     return "nats per token" if normalization == "per_token" else "nats per sequence"
 
 
 def at_learning_rate(rows: Sequence[Row]) -> list[Row]:
-    """The rows of each checkpoint whose step size is closest to the learning rate; 0 is none."""
+    """Select the rows of each checkpoint at the non-zero step size closest to the learning rate."""
     chosen = []
     for group in by_checkpoint([row for row in rows if row["eta"] != 0]).values():
         closest = min((row["eta"] for row in group), key=lambda eta: abs(eta / group[0]["learning_rate"] - 1))
@@ -193,7 +191,7 @@ def at_learning_rate(rows: Sequence[Row]) -> list[Row]:
 
 
 def by_checkpoint(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by the name of their checkpoint, in order."""
+    """Group rows by checkpoint name, in order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["checkpoint"], []).append(row)
@@ -201,5 +199,5 @@ def by_checkpoint(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def first_of_each(rows: Sequence[Row]) -> list[Row]:
-    """The first row of each checkpoint."""
+    """Return the first row of each checkpoint."""
     return [group[0] for group in by_checkpoint(rows).values()]

@@ -1,4 +1,4 @@
-"""Functions that a user names in the configuration: `file.py:function`, or `package.module:function`.
+"""Load functions that a user names in the configuration: `file.py:function`, or `package.module:function`.
 
 They are loaded and called in a process of their own, see `isolation`; in which file one is defined is found without
 running any of it. Results are keyed by the content of that file, so it is read again whenever it is loaded: neither an
@@ -20,18 +20,18 @@ from entropy_core.errors import ConfigError, one_line
 
 
 def load(what: str, name: str, known: Mapping[str, Any]) -> Any:
-    """A function by its name.
+    """Load a function by its name.
 
     Args:
-        what: the function is for, in a message: `reward`, `loss`.
+        what: role of the function in error messages: `reward` or `loss`.
         name: a key of `known`, `package.module:function`, or `file.py:function`.
-        known: the functions of this package.
+        known: built-in functions by name.
 
     Returns:
         The function.
 
     Raises:
-        ConfigError: there is no such function.
+        ConfigError: the function does not exist, or cannot be imported.
     """
     if name in known:
         return known[name]
@@ -48,18 +48,18 @@ def load(what: str, name: str, known: Mapping[str, Any]) -> Any:
 
 
 def source_file(what: str, name: str, known: Mapping[str, Any]) -> Path | None:
-    """The file that a function is looked up in; None for one of this package, which is part of the code digest.
+    """Return the source file of a function.
 
     Args:
-        what: see `load`.
-        name: see `load`.
-        known: see `load`.
+        what: role of the function in error messages, as in `load`.
+        name: name of the function, as in `load`.
+        known: built-in functions by name.
 
     Returns:
-        The path.
+        The path; None for a built-in function, which the code digest covers.
 
     Raises:
-        ConfigError: there is no such function, or no such file.
+        ConfigError: the function does not exist, or has no source file.
     """
     if name in known:
         return None
@@ -102,12 +102,12 @@ def first_line_of(function: Any, file: Path) -> str:
 
 
 def without_folder(name: str) -> str:
-    """What a stage is told of a name, as a file may lie anywhere: of `file.py:function` the function alone."""
+    """Strip the file from `file.py:function`, so that a stage's inputs do not depend on where the file is."""
     return name.rpartition(".py:")[2]
 
 
 def in_file(name: str, file: Path | None) -> str:
-    """The whole name again, from that of `without_folder` and the file; None for a function of this package."""
+    """Undo `without_folder`: return `file:name`, or `name` if it is a built-in or a `package.module:function`."""
     return name if file is None or ":" in name else f"{file}:{name}"
 
 
@@ -130,17 +130,17 @@ def _file(module_name: str) -> Path:
 def _import(what: str, module_name: str) -> Any:
     if module_name.endswith(".py"):
         stem = re.sub(r"\W", "_", _file(module_name).stem)
-        return _executed(f"user_{what}_{stem}", "", _file(module_name))
+        return _execute(f"user_{what}_{stem}", "", _file(module_name))
     module = importlib.import_module(module_name)
     file = getattr(module, "__file__", None) or ""
     if not file.endswith(".py") or module_name.partition(".")[0] == __name__.partition(".")[0]:
         return module
-    return _executed(module_name, module.__package__ or "", Path(file))
+    return _execute(module_name, module.__package__ or "", Path(file))
 
 
-def _executed(name: str, package: str, file: Path) -> ModuleType:
+def _execute(name: str, package: str, file: Path) -> ModuleType:
     module = ModuleType(name)
     module.__file__, module.__package__ = str(file), package
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module here
     exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
     return module

@@ -1,4 +1,8 @@
-"""The loss and what it was taken of, from the stage that takes the step to those that ask what was in it."""
+"""Save the loss's inputs and gradient in compute-update, and load them in the attribution stages.
+
+ℓ is the log-probability of a token and h the entropy of its distribution, both in nats; U is the update batch, K its
+number of tokens.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -22,9 +26,9 @@ def name_of(execution: "Execution", loss: str, source: str) -> str:
     """The name of a loss, by which it can be found.
 
     Args:
-        execution: knows where the file of a user lies.
-        loss: its name, that of a user's without the folder.
-        source: digest of the user's file; empty for a loss of this package.
+        execution: maps the digests of user files to their paths.
+        loss: name of a built-in loss, or `function` or `package.module:function` for a user's loss.
+        source: digest of the user's file; empty for a built-in loss.
 
     Returns:
         See `functions.load_loss`.
@@ -33,29 +37,29 @@ def name_of(execution: "Execution", loss: str, source: str) -> str:
 
 
 def write_tokens(out: "Writer", tokens: TokenTable, coefficients: TokenPair) -> None:
-    """Persist what a loss read of each token and its gradient there, `loss.safetensors`.
+    """Write the per-token inputs of a loss and its gradient to `loss.safetensors`.
 
     Args:
-        out: of compute-update.
-        tokens: logprobs, entropies, and reference_logprobs with a KL term.
-        coefficients: the gradient with respect to ℓ and h of every token, [K].
+        out: writer of the compute-update artifact.
+        tokens: columns logprobs and entropies, and reference_logprobs if the loss has a KL term.
+        coefficients: gradient of the loss with respect to ℓ and h of every token, each [K].
     """
     gradient = {"coefficient": coefficients.logprob_K, "entropy_coefficient": coefficients.entropy_K}
     tokens.join(TokenTable(tokens.sequences_N, tokens.offsets_N1, gradient)).write(out, _FILE)
 
 
 def read_batch(update: "Artifact", sequences: TokenTable) -> tuple[LossBatch, TokenPair]:
-    """U as the loss of a step saw it.
+    """Load U with the inputs that the loss of the step had.
 
     Args:
         update: artifact of compute-update.
-        sequences: those of U.
+        sequences: token table of the sequences of U.
 
     Returns:
-        The batch; and the gradient of the loss with respect to ℓ and h of every token, as that batch has them, [K].
+        The batch, and the gradient of the loss with respect to ℓ and h of every token, each [K].
 
     Raises:
-        StoreError: the step was taken on other sequences.
+        StoreError: the step was computed from other sequences.
     """
     spec, table = LossSpec(**update.summary["loss"]), update.table("sequences.parquet")
     names = ["logprobs", "entropies", "coefficient", "entropy_coefficient"]

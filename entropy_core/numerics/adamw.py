@@ -1,10 +1,11 @@
-"""The step that AdamW would take next, its parts, and its derivative with respect to the gradient.
+"""The next AdamW step v per unit of learning rate, its parts, and its derivative with respect to the gradient g.
 
     m⁺ = β₁m + (1−β₁)g,   u⁺ = β₂u + (1−β₂)g²,   d = √(u⁺/(1−β₂ᵗ)) + ε
     v  = δθ/lr = −[ m⁺/(1−β₁ᵗ)/d + λθ ]
 
-Loshchilov and Hutter, arXiv:1711.05101, in the arithmetic of `torch.optim.AdamW`. All tensors are float64. Everything
-is elementwise but the norm of clipping, so a tensor may be a parameter or any block of one.
+θ are the parameters, m and u the moments before the step, t the number of this step. Source: Loshchilov and Hutter,
+arXiv:1711.05101, with the arithmetic of `torch.optim.AdamW`. All tensors are float64. Everything except the clipping
+norm is elementwise, so a tensor may be a whole parameter or any block of one.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class AdamHyperparameters(NamedTuple):
-    """Of one parameter group.
+    """Hyperparameters of one parameter group.
 
     `relative_lr` is its learning rate divided by the nominal one. Weight decay that is not `decoupled` is plain Adam's,
     where λθ is added to the gradient. With `amsgrad` the denominator uses the largest second moment so far, and with
@@ -46,17 +47,17 @@ class AdamState(NamedTuple):
 
 
 class NextStep:
-    """The next AdamW step of one parameter per unit of the nominal learning rate; parts are computed when asked for.
+    """The next AdamW step of one parameter, per unit of the nominal learning rate; properties are computed on access.
 
-    v = momentum + gradient + decay, and two diagonals: of P, with gradient = P∘g, and of J = ∂v/∂g. P holds the
-    denominator as it is, so it splits v exactly; J has the denominator's own derivative in it. In plain Adam the decay
-    is a part of what the moments see, and its part of the step is P∘λθ.
+    v = momentum + gradient + decay. P and J = ∂v/∂g are diagonal. The preconditioner P treats the denominator as a
+    constant, so gradient = P∘g splits v exactly; J includes the derivative of the denominator. In plain Adam the decay
+    passes through the moments, and its part of the step is P∘λθ.
 
     Args:
         gradient: g after clipping, float64, any shape.
         parameter: θ, same shape.
-        state: moments as saved; the step taken here is number `state.step` + 1.
-        hyperparameters: of the parameter's group.
+        state: moments as saved; this step is number `state.step` + 1.
+        hyperparameters: hyperparameters of the parameter's group.
     """
 
     def __init__(
@@ -74,48 +75,48 @@ class NextStep:
         g = gradient if self._decoupled or not weight_decay else gradient + self._of_decay * parameter
         self._g = g if self._sign > 0 else -g
         variance = (state.exp_avg_sq * beta2).add_((self._g * (1.0 - beta2)).mul_(self._g))
-        self._follows_gradient: Tensor | None = None  # where the denominator does; None: everywhere
+        self._follows_gradient: Tensor | None = None  # mask of entries whose denominator depends on g; None: all
         if state.max_exp_avg_sq is not None:
             self._follows_gradient = variance >= state.max_exp_avg_sq
             torch.maximum(variance, state.max_exp_avg_sq, out=variance)
-        self._root = variance.div_(correction2).pow_(0.5)  # the root that does not start threads of its own
+        self._root = variance.div_(correction2).pow_(0.5)  # unlike sqrt, pow does not start threads of its own
         self._denominator = self._root + eps
 
     def _frozen(self) -> Tensor:
-        """∂v/∂(signed g) with the denominator held fixed; a new tensor."""
+        """Return ∂v/∂(signed g) with the denominator held fixed, as a new tensor."""
         return self._denominator.reciprocal().mul_(self._of_gradient)
 
     @property
     def momentum(self) -> Tensor:
-        """The part of the old mean of the gradients."""
+        """Part of v from the saved first moment m."""
         return (self._state.exp_avg * self._of_momentum).div_(self._denominator)
 
     @property
     def gradient(self) -> Tensor:
-        """The part of the gradient."""
+        """Part of v from the gradient g."""
         return self._frozen().mul_(self._g) if self._decoupled else self.preconditioner.mul_(self._gradient)
 
     @property
     def decay(self) -> Tensor:
-        """The part of the weight decay."""
+        """Part of v from weight decay."""
         decay = self._of_decay * self._parameter
         return decay if self._decoupled else decay.mul_(self.preconditioner)
 
     @property
     def preconditioner(self) -> Tensor:
-        """The diagonal of P."""
+        """Diagonal of P."""
         return self._frozen().mul_(self._sign)
 
     @property
     def direction(self) -> Tensor:
-        """v, the step per unit of learning rate."""
-        v = self.gradient.addcdiv_(self._state.exp_avg, self._denominator, value=self._of_momentum)  # and the momentum
+        """The step v per unit of learning rate."""
+        v = self.gradient.addcdiv_(self._state.exp_avg, self._denominator, value=self._of_momentum)  # + momentum
         return v.add_(self.decay)
 
     @property
     def jacobian(self) -> Tensor:
-        """The diagonal of J, the derivative of the denominator included."""
-        # d(denominator)/dg; at root = 0 both moments and g are 0, where the one-sided derivatives cancel
+        """Diagonal of J, including the derivative of the denominator."""
+        # d(denominator)/dg; root = 0 means that both moments and g are 0, and there the one-sided derivatives cancel
         slope = (1.0 - self._beta2) * self._g
         slope /= self._correction2 * self._root.clamp_min(torch.finfo(self._root.dtype).tiny)
         follows_gradient = self._root > 0
@@ -128,25 +129,25 @@ class NextStep:
 
 
 def clip_factor(gradient_norm: float, max_norm: float) -> float:
-    """Factor min(1, max_norm/(‖g‖ + 1e-6)) by which the gradient is scaled; `max_norm` 0 means no clipping."""
+    """Return min(1, max_norm/(‖g‖ + 1e-6)), the factor that clips the gradient; `max_norm` 0 disables clipping."""
     return min(1.0, max_norm / (gradient_norm + CLIP_EPSILON)) if max_norm > 0 else 1.0
 
 
 def pull_back(
     covector: Mapping[K, Tensor], jacobian: Mapping[K, Tensor], gradient: Mapping[K, Tensor], max_norm: float
 ) -> Lazy[K]:
-    """Jᵀ·a for the whole step, clipping included: the w with d⟨a, v⟩ = ⟨w, dg⟩.
+    """Return Jᵀ·a for the whole step including clipping, the vector w with d⟨a, v⟩ = ⟨w, dg⟩.
 
     With c the clip factor and n = ‖g‖:  w = c·Ja − [c/((n + 1e-6)·n)]·⟨g, Ja⟩·g, the second term only when c < 1.
 
     Args:
-        covector: a.
-        jacobian: the diagonal of J at the clipped gradient.
+        covector: a, for example ∇H.
+        jacobian: diagonal of J at the clipped gradient.
         gradient: g before clipping.
-        max_norm: as in `clip_factor`.
+        max_norm: clipping norm; 0 for no clipping.
 
     Returns:
-        w by the keys of J, float64.
+        w, lazily, with the keys of `jacobian`, float64.
     """
     pulled = Lazy(list(jacobian), lambda key: jacobian[key].double() * covector[key].double())
     norm = global_norm(gradient)

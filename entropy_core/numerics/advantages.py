@@ -1,4 +1,4 @@
-"""Advantages: what the responses to one prompt are worth beside each other, from their rewards alone.
+"""Advantages A_i of the responses to one prompt, computed from their rewards r_i alone.
 
 | loss       | A_i                                             | source                  |
 |------------|-------------------------------------------------|-------------------------|
@@ -7,9 +7,9 @@
 | rloo       | r_i − mean of the other responses of the prompt | arXiv:2402.14740        |
 | reinforce  | r_i                                             | Williams 1992           |
 
-Those of grpo are those of dapo, bnpo, luspo and cispo, too. Trainers also let the division be chosen by itself, for any
-loss (TRL's `scale_rewards`): by the standard deviation of the group, by that of all rewards of the batch, or none.
-What the losses make of advantages is in `losses`.
+dapo, bnpo, luspo and cispo use the rule of grpo. Trainers also let the user choose the divisor independently of the
+loss (`scale_rewards` in TRL): the standard deviation of the group, that of all rewards in the batch, or no division.
+The losses themselves are in `losses`.
 """
 
 from typing import Literal, get_args
@@ -22,16 +22,16 @@ STD_EPSILON = 1e-4  # as in TRL's GRPOTrainer
 
 
 def group_advantages(rewards_PG: Tensor, loss: str, scaling: Scaling = "auto") -> Tensor:
-    """Advantage of each response among the responses to its prompt.
+    """Compute the advantage of each response among the responses to its prompt.
 
     Args:
         rewards_PG: float64 [P, G], G ≥ 2.
-        loss: which rule, a `Loss`.
-        scaling: advantages are divided by the std of their `group`, or of the whole `batch`, plus 1e-4, or by `none`;
-            `auto`: as in the table.
+        loss: a `Loss`, which selects the rule.
+        scaling: divisor of the advantages: the std of their `group` + 1e-4, the std of the whole `batch` + 1e-4, or
+            `none`; `auto` follows the table.
 
     Returns:
-        float64 [P, G]; a group of equal rewards has advantages of exactly zero, but under `reinforce`.
+        float64 [P, G]; exactly zero for a group of equal rewards, except under `reinforce`.
 
     Raises:
         ValueError: fewer than two responses per prompt, or an unknown loss.
@@ -40,7 +40,7 @@ def group_advantages(rewards_PG: Tensor, loss: str, scaling: Scaling = "auto") -
     if G < 2:
         raise ValueError(f"advantages within a group need at least two responses per prompt, got {G}")
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    # the mean of equal numbers can miss them by a rounding error, which the standardisation would blow up
+    # the mean of equal numbers can differ from them by a rounding error, which the division would amplify
     equal_P1 = rewards_PG.amax(dim=1, keepdim=True) == rewards_PG.amin(dim=1, keepdim=True)
     centred_PG = centred_PG.masked_fill(equal_P1, 0.0)
     if loss not in get_args(Loss):

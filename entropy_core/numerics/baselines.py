@@ -1,9 +1,9 @@
-"""What is still to come after each step, and what of it was to be expected: the baseline b_k.
+"""Returns-to-go R_k of a functional, and the baselines b_k that are subtracted from them.
 
-A baseline may depend on the prefix and on other sequences, never on what its own sequence does from that step on.
+A baseline may depend on the prefix and on other sequences, but never on its own sequence from step k on.
 
-What a sequence needs to know of the others are sums at each position. They can be taken block by block of sequences and
-added (`plus`), and the functions here then work on a block; without such totals the block is all there is.
+The other sequences enter as sums at each position, called totals. Totals of blocks of sequences can be added (`plus`),
+and then the functions here process one block at a time. Without totals, the given block is the whole batch.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from entropy_core.numerics.functional import Functional, Tokens
 
 
 def returns_to_go(functional: Functional, tokens: Tokens) -> Tensor:
-    """R_k: what the functional adds from the token of step k on, as far as it depends on that token.
+    """Return R_k, the sum of the per-token values f_j that depend on the token of step k.
 
     Args:
-        functional: R_k = Σ_{j>k} f_j, or Σ_{j≥k} f_j where f_k depends on the token of step k.
-        tokens: some sequences.
+        functional: R_k = Σ_{j>k} f_j, or Σ_{j≥k} f_j if f_k depends on the token of step k.
+        tokens: a block of sequences.
 
     Returns:
         float64 [K].
@@ -40,20 +40,20 @@ class TimeTotals(NamedTuple):
     weighted_T: Tensor
 
     def plus(self, other: "TimeTotals") -> "TimeTotals":
-        """Of the sequences of both."""
+        """Return the totals over the sequences of both blocks."""
         return TimeTotals(*map(ragged.padded_sum, self, other))
 
 
 def time_totals(values_K: Tensor, offsets_N1: Tensor, weights_K: Tensor | None = None) -> TimeTotals:
-    """What `time_loo_baseline` needs to know of a block of sequences.
+    """Sum values and weights of a block of sequences at each position, for `time_loo_baseline`.
 
     Args:
         values_K: [K].
         offsets_N1: int64 [N + 1].
-        weights_K: [K], not negative; None for 1.
+        weights_K: non-negative weights [K]; None for weights of 1.
 
     Returns:
-        The sums.
+        The totals of this block.
     """
     ones_K = torch.ones(len(values_K), dtype=torch.float64)
     weights_K = ones_K if weights_K is None else weights_K.double()
@@ -64,16 +64,16 @@ def time_totals(values_K: Tensor, offsets_N1: Tensor, weights_K: Tensor | None =
 def time_loo_baseline(
     values_K: Tensor, offsets_N1: Tensor, weights_K: Tensor | None = None, totals: TimeTotals | None = None
 ) -> Tensor:
-    """At each step, the mean of `values` over the *other* sequences that are alive at that step.
+    """Return, at each step, the mean of `values_K` over the *other* sequences that reach that step.
 
     Args:
         values_K: [K].
         offsets_N1: int64 [N + 1].
-        weights_K: [K], not negative; None for a plain mean, which is also taken where the others' weights are all 0.
-        totals: of `time_totals`, over all sequences; None where these are all.
+        weights_K: non-negative weights [K]; None for a plain mean, which is also used if all other weights are 0.
+        totals: `time_totals` over all sequences; None if this block is the whole batch.
 
     Returns:
-        float64 [K]; 0 where no other sequence is alive.
+        float64 [K]; 0 if no other sequence reaches the step.
     """
     position_K = ragged.position_index(offsets_N1)
     totals = totals or time_totals(values_K, offsets_N1, weights_K)
@@ -88,27 +88,27 @@ def time_loo_baseline(
         return mean_K
     weights_K = weights_K.double()
     weight_K = others(totals.weights_T, weights_K)
-    # what remains of a sum after its largest term was taken away is rounding, not weight
+    # a sum minus its dominant term can leave only rounding error, which must not count as weight
     some_K = weight_K > 1e-9 * (weight_K + weights_K)
     weighted_K = others(totals.weighted_T, weights_K * values_K)
     return torch.where(some_K, weighted_K / weight_K.where(some_K, 1.0), mean_K)
 
 
 def baseline_totals(functional: Functional, tokens: Tokens, baseline: Baseline) -> TimeTotals:
-    """What `baselines` needs to know of a block of sequences; arguments as there."""
+    """Return the totals of a block of sequences that `baselines` needs; takes the same arguments."""
     return time_totals(returns_to_go(functional, tokens), tokens.offsets_N1, _weights(baseline, tokens))
 
 
 def baselines(functional: Functional, tokens: Tokens, baseline: Baseline, totals: TimeTotals | None = None) -> Tensor:
-    """b_k of what is to come of a functional.
+    """Compute the baseline b_k of the returns-to-go of a functional.
 
     Args:
-        functional: see `returns_to_go`.
-        tokens: some sequences; for `time_loo_weighted` with derivatives.
-        baseline: `none`; `time_loo`, the mean over the other sequences alive at the same step; `time_loo_weighted`, the
-            mean weighted by their ℓ̇², which has the least variance among means for this direction. (`ridge` looks at
-            the prefixes, and has a module of its own.)
-        totals: of `baseline_totals`, over all sequences; None where these are all.
+        functional: the functional, which defines R_k.
+        tokens: a block of sequences, with derivatives for `time_loo_weighted`.
+        baseline: `none`; `time_loo`, the mean of R over the other sequences that reach the same step; or
+            `time_loo_weighted`, the mean weighted by ℓ̇², which has the least variance of all means for this direction.
+            (`ridge` uses the prefixes; see the module `ridge`.)
+        totals: `baseline_totals` over all sequences; None if this block is the whole batch.
 
     Returns:
         float64 [K].

@@ -1,8 +1,8 @@
-"""Bootstrap intervals of ∂_vH: units drawn anew with replacement, from sums per unit.
+"""Bootstrap intervals of ∂_vH, the derivative of the entropy along the step v: independent units are resampled.
 
-The estimate is a function of sums over units (sequences, or clusters of them), so a resample is a vector of counts,
-and all resamples are one matrix product of counts and sums. Percentile and BCa intervals are those of Efron and
-Tibshirani (1993), An Introduction to the Bootstrap, chapters 13 and 14.
+The estimate is a function of sums over units (sequences or clusters of sequences). A resample is therefore a vector of
+counts, and all resamples are one matrix product of counts and per-unit sums. Percentile and BCa intervals follow Efron
+and Tibshirani (1993), An Introduction to the Bootstrap, chapters 13 and 14.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional, ratio_slope
 from entropy_core.numerics.uncertainty import cluster_sums
 
-CHUNK_COUNTS = 1 << 18  # counts that exist at a time; does not change the result
+CHUNK_COUNTS = 1 << 18  # counts in memory at a time; does not change the result
 
 
 class BootstrapIntervals(NamedTuple):
-    """Ends of the two intervals, and the standard deviation over the resamples, in nats per unit step."""
+    """Ends of the percentile and BCa intervals, and standard deviation over the resamples, in nats per unit step."""
 
     percentile_low: float
     percentile_high: float
@@ -38,18 +38,18 @@ def intervals(
     clusters_N: Tensor | None = None,
     seed: int = 0,
 ) -> BootstrapIntervals:
-    """Percentile and BCa intervals of `uncertainty.entropy_derivative`.
+    """Compute percentile and BCa intervals of `uncertainty.entropy_derivative`.
 
     BCa shifts the percentiles by the median bias z₀ of the resamples and by the acceleration a, the skewness of the
     delete-one-unit jackknife over 6: α ↦ Φ(z₀ + (z₀ + z_α)/(1 − a(z₀ + z_α))).
 
     Args:
-        columns: of `first_order.first_order_columns`, of entropy and length; they keep the baselines they came with.
+        columns: `first_order.first_order_columns` of entropy and length; their baselines are not recomputed.
         normalization: per sequence or per token.
-        confidence_level: of the intervals, between 0 and 1.
-        resamples: at least 2.
-        clusters_N: int64 [N], cluster of each sequence; None to draw single sequences.
-        seed: of the draws; the same seed gives the same intervals.
+        confidence_level: confidence level, between 0 and 1.
+        resamples: number of resamples, at least 2.
+        clusters_N: int64 [N], cluster of each sequence; None to resample single sequences.
+        seed: random seed; equal seeds give equal intervals.
 
     Returns:
         The intervals; NaN for fewer than two units.
@@ -70,18 +70,18 @@ def intervals(
 
 
 def _derivative(sums_5: Tensor, normalization: Normalization) -> Tensor:
-    """∂_vH from sums of x, y, S, T and 1, which are the last dimension."""
+    """Compute ∂_vH from sums of x, y, S, T and 1 in the last dimension."""
     x, y, S, T, count = sums_5.unbind(-1)
     return x / count if normalization == "per_sequence" else ratio_slope(x, y, S / T, T)
 
 
 def _resampled_sums(sums_U5: Tensor, resamples: int, seed: int) -> Tensor:
-    """Sums over as many units as there are, drawn with replacement: [resamples, 5]."""
+    """Return sums over U units drawn with replacement from U units: float64 [resamples, 5]."""
     U, generator = len(sums_U5), torch.Generator().manual_seed(seed)
     chunks = []
     for rows in torch.arange(resamples).split(max(1, CHUNK_COUNTS // U)):
         drawn_RU = torch.randint(U, (len(rows), U), generator=generator)
-        # the draws of one resample are told from those of another by an offset of U, to be counted all at once
+        # an offset of U per resample lets one bincount count the draws of all resamples
         drawn_RU += U * torch.arange(len(rows)).unsqueeze(1)
         counts_RU = drawn_RU.flatten().bincount(minlength=len(rows) * U).view(len(rows), U)
         chunks.append(counts_RU.double() @ sums_U5)
@@ -89,9 +89,9 @@ def _resampled_sums(sums_U5: Tensor, resamples: int, seed: int) -> Tensor:
 
 
 def _median_bias(values_R: Tensor, value: Tensor) -> float:
-    """z₀ = Φ⁻¹ of the share of resamples below the estimate, equal ones counted half."""
+    """Return z₀ = Φ⁻¹(share of resamples below the estimate), where ties count half."""
     below = float((values_R < value).double().mean() + (values_R <= value).double().mean()) / 2
-    half = 0.5 / len(values_R)  # all on one side: as far out as that many resamples can tell
+    half = 0.5 / len(values_R)  # if all are on one side: the most extreme share that this many resamples resolve
     return NormalDist().inv_cdf(min(max(below, half), 1 - half))
 
 
@@ -103,6 +103,6 @@ def _acceleration(without_U: Tensor) -> float:
 
 def _shifted(level: float, z0: float, acceleration: float) -> float:
     reach = z0 + NormalDist().inv_cdf(level)
-    if acceleration * reach >= 1:  # beyond the pole: the outermost resample
+    if acceleration * reach >= 1:  # beyond the pole of the formula: use the outermost resample
         return float(reach > 0)
     return NormalDist().cdf(z0 + reach / (1 - acceleration * reach))

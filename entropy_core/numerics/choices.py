@@ -1,4 +1,4 @@
-"""What a user can choose between, by name. The module of each formula says what a name means."""
+"""Names of the estimators, baselines and normalisations to choose from; the modules with the formulas explain them."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of softmax, linear layers, products and squares that compute no more than they must."""
+"""Faster forward-mode derivatives of softmax, linear layers, products and squares."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,26 +10,26 @@ from torch.overrides import TorchFunctionMode
 
 
 class DirectDerivatives(TorchFunctionMode):
-    """Within the context these functions have derivatives of their own in forward mode, and in no other mode.
+    """Context in which these functions use custom derivatives in forward mode; other modes are unaffected.
 
-    `functional.softmax`: ẏ = y·(ẋ − Σ y·ẋ). Torch's own takes the exponential of every score a second time, which is
-    slow where it underflows, as for those that are masked, and makes more tensors of the size of the scores.
+    `functional.softmax`: ẏ = y·(ẋ − Σ y·ẋ). Torch's derivative exponentiates every score a second time, which is slow
+    if the exponential underflows, as for masked scores, and it allocates more score-sized tensors.
 
-    `functional.linear`: ẏ = ẋWᵀ + xẆᵀ + ḃ, each term only where there is something to it, and the second product added
-    to the first as it is made. Torch's own multiplies by a matrix of zeros where W is a constant, as all large ones
-    are under an adapter.
+    `functional.linear`: ẏ = ẋWᵀ + xẆᵀ + ḃ. Terms without a tangent are skipped, and the second product is accumulated
+    into the first. Torch's derivative multiplies by a matrix of zeros if W is constant, as all large matrices are
+    under an adapter.
 
-    `mul` and `pow(x, 2)`: ẋ·y + x·ẏ and 2·x·ẋ, in one new tensor each. Torch's own makes three, and to fill new memory
-    takes longer than the arithmetic.
+    `mul` and `pow(x, 2)`: ẋ·y + x·ẏ and 2·x·ẋ, with one new tensor each. Torch's derivative allocates three, and
+    writing to new memory takes longer than the arithmetic.
 
-    These derivatives cannot be differentiated forward again: torch would take them for constants, so a second level is
-    refused.
+    These derivatives cannot be differentiated in forward mode again: torch would treat them as constants. A second
+    level of forward mode is therefore refused.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call `func`, or what replaces it. Raises NotImplementedError within a second level of forward mode."""
+        """Call `func` or its replacement. Raises NotImplementedError within a second level of forward mode."""
         replacement = _REPLACED.get(func)
         if replacement is None:
             return func(*args, **(kwargs or {}))
@@ -47,7 +47,7 @@ def _require_one_level() -> None:
 
 
 def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
-    if dim is None:  # torch guesses one
+    if dim is None:  # deprecated: torch chooses the dimension
         return functional.softmax(input, None, _stacklevel, dtype)
     return _Softmax.apply(input if dtype is None else input.to(dtype), dim)
 
@@ -106,7 +106,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         x, weight, _ = inputs
-        ctx.set_materialize_grads(False)  # no zeros for what is constant
+        ctx.set_materialize_grads(False)  # constants get None instead of a tangent of zeros
         ctx.save_for_forward(x, weight)
 
     @staticmethod

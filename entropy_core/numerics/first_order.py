@@ -1,14 +1,14 @@
-"""∂_vE[F] from per-token columns: what one step does to a functional, to first order.
+"""∂_vE[F], the first-order effect of a step v on a functional F = Σ_k f_k, from per-token columns.
 
-    ∂_vE[F] = E[ Σ_k ḟ_k + Σ_k (R_k − b_k) ℓ̇_k ],   R_k = Σ_{j>k} f_j     (Σ_{j≥k} where f_k depends on a_k)
+    ∂_vE[F] = E[ Σ_k ḟ_k + Σ_k (R_k − b_k) ℓ̇_k ],   R_k = Σ_{j>k} f_j     (Σ_{j≥k} if f_k depends on the token a_k)
 
-For the entropy of a response, f_k = h_k, and for its length, f_k = 1 and ḟ_k = 0, R_k starts after k, because neither
-depends on the token a_k. The baseline b_k may depend on the prefix and on other sequences only, so it leaves the mean
-unchanged (the score ℓ̇_k has mean zero given its prefix). Per token,
+The entropy of a response has f_k = h_k, and its length has f_k = 1 and ḟ_k = 0. Neither depends on the token a_k, so
+R_k starts after k. The baseline b_k depends only on the prefix and on other sequences, so it does not change the mean:
+the score ℓ̇_k has mean zero given its prefix. The derivative of the entropy per token is
 
-    ∂_vH_tok = (∂_vH_seq − H_tok·∂_vL)/L           (see `uncertainty`)
+    ∂_vH_tok = (∂_vH_seq − H_tok·∂_vL)/L           (computed in `uncertainty`)
 
-Functions that take totals work on a block of sequences, and know of the others by sums at each position: see
+Functions that take totals process one block of sequences; the other sequences enter as sums at each position, as in
 `baselines`.
 """
 
@@ -26,13 +26,13 @@ from entropy_core.numerics.functional import Columns, Functional, Tokens
 def score_coefficients(
     functional: Functional, tokens: Tokens, baseline: Baseline, totals: TimeTotals | None = None
 ) -> Tensor:
-    """R_k − b_k: what multiplies the score ℓ̇_k.
+    """Return R_k − b_k, the factor of the score ℓ̇_k.
 
     Args:
-        functional: see `functional`.
-        tokens: some sequences.
-        baseline: see `baselines`.
-        totals: see `baselines`.
+        functional: F.
+        tokens: a block of sequences.
+        baseline: name of the baseline, as in `baselines.baselines`.
+        totals: `baselines.baseline_totals` over all sequences; None if this block is the whole batch.
 
     Returns:
         float64 [K].
@@ -41,12 +41,12 @@ def score_coefficients(
 
 
 def first_order_columns(functional: Functional, tokens: Tokens, base_K: Tensor) -> Columns:
-    """The per-sequence terms whose means give E[F] and ∂_vE[F].
+    """Compute the per-sequence terms whose means estimate E[F] and ∂_vE[F].
 
     Args:
-        functional: see `functional`.
-        tokens: some sequences, with derivatives.
-        base_K: b_k, of `baselines.baselines` or `ridge.ridge_baseline`.
+        functional: F.
+        tokens: a block of sequences, with derivatives.
+        base_K: b_k from `baselines.baselines` or `ridge.ridge_baseline`.
 
     Returns:
         Columns, float64 [N].
@@ -62,19 +62,19 @@ def first_order_columns(functional: Functional, tokens: Tokens, base_K: Tensor) 
 
 
 class WeightedTotals(NamedTuple):
-    """Sums at each position over all sequences, float64 [T]: of f and of ℓ̇; and how many sequences, [1]."""
+    """Sums of f and of ℓ̇ at each position over all sequences, float64 [T], and the number of sequences, [1]."""
 
     values_T: Tensor
     score_T: Tensor
     sequences_1: Tensor
 
     def plus(self, other: "WeightedTotals") -> "WeightedTotals":
-        """Of the sequences of both."""
+        """Return the totals over the sequences of both blocks."""
         return WeightedTotals(*map(ragged.padded_sum, self, other))
 
 
 def weighted_totals(functional: Functional, tokens: Tokens) -> WeightedTotals:
-    """What `weighted_columns` needs to know of a block of sequences; arguments as there."""
+    """Return the totals of a block of sequences that `weighted_columns` needs; takes the same arguments."""
     return WeightedTotals(
         ragged.position_sum(functional.values(tokens), tokens.offsets_N1),
         ragged.position_sum(tokens.derivative.logprob_K, tokens.offsets_N1),
@@ -83,16 +83,16 @@ def weighted_totals(functional: Functional, tokens: Tokens) -> WeightedTotals:
 
 
 def weighted_columns(functional: Functional, tokens: Tokens, totals: WeightedTotals | None = None) -> Columns:
-    """The derivative at η = 0 of the estimator with weights normalised at each position, as per-sequence terms.
+    """Compute per-sequence terms of the derivative of `importance`'s `weighted_per_decision` estimator at η = 0.
 
-    The derivative of Σ_k A_k/W_k is Σ_k (Ȧ_k − A_k Ẇ_k): the baseline of step j is Σ_{k>j} A_k, the mean value to come
-    over all sequences, the finished ones included. (Σ_{k≥j} where f_k depends on a_k: the weight of f_k then has the
-    ratio of a_k in it.)
+    The derivative of Σ_k A_k/W_k is Σ_k (Ȧ_k − A_k Ẇ_k). The baseline of step j is therefore Σ_{k>j} A_k, the mean
+    return-to-go over all sequences including finished ones. (It is Σ_{k≥j} if f_k depends on a_k, because the weight
+    of f_k then includes the ratio of a_k.)
 
     Args:
-        functional: see `functional`.
-        tokens: some sequences, with derivatives.
-        totals: of `weighted_totals`, over all sequences; None where these are all.
+        functional: F.
+        tokens: a block of sequences, with derivatives.
+        totals: `weighted_totals` over all sequences; None if this block is the whole batch.
 
     Returns:
         Columns, float64 [N]: the estimate plus the influence of each sequence.
@@ -101,7 +101,7 @@ def weighted_columns(functional: Functional, tokens: Tokens, totals: WeightedTot
     offsets_N1, values_K = tokens.offsets_N1, functional.values(tokens)
     position_K, score_K = ragged.position_index(offsets_N1), tokens.derivative.logprob_K
     score_T, A_T = totals.score_T / totals.sequences_1, totals.values_T / totals.sequences_1
-    # Ẇ_k: mean score of the tokens whose ratios are in the weight of f_k, of all sequences
+    # Ẇ_k: mean over all sequences of the scores of the tokens whose ratios enter the weight of f_k
     dW_T, A_after_T = score_T.cumsum(0) - score_T, A_T.sum() - A_T.cumsum(0)
     if functional.of_action:
         dW_T, A_after_T = dW_T + score_T, A_after_T + A_T

@@ -1,4 +1,4 @@
-"""Two independent halves of E, and what holds for all of it, given what holds for each."""
+"""Combine results from two independent halves of the evaluation batch E into results for all of E."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ KINDS, HALVES = tuple(functional.name for functional in FUNCTIONALS), (0, 1)
 
 
 def of_all(halves: Sequence[Mapping[str, Any]], values: Sequence[Tensor]) -> Tensor:
-    """The mean over all of E of what is a mean over each half.
+    """Average the means of the two halves, weighted by their numbers of sequences.
 
     Args:
         halves: `summary["halves"]` of entropy-gradient.
-        values: of each half, any shape.
+        values: mean over each half, any shape.
 
     Returns:
-        The mean, weighted by the numbers of sequences.
+        The mean over all of E.
     """
     N = sum(half["sequences"] for half in halves)
     first, second = (half["sequences"] / N * value for half, value in zip(halves, values, strict=True))
@@ -27,13 +27,13 @@ def of_all(halves: Sequence[Mapping[str, Any]], values: Sequence[Tensor]) -> Ten
 
 
 def entropy_and_length(halves: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """H_tok and L of all of E.
+    """Compute the entropy per token H_tok and the mean length L over all of E.
 
     Args:
         halves: `summary["halves"]` of entropy-gradient.
 
     Returns:
-        Nats per token, and tokens.
+        H_tok in nats per token, and L in tokens.
     """
     tokens = [half["sequences"] * half["mean_length"] for half in halves]
     entropy = sum(half["H_tok"] * count for half, count in zip(halves, tokens, strict=True))
@@ -41,15 +41,15 @@ def entropy_and_length(halves: Sequence[Mapping[str, Any]]) -> tuple[float, floa
 
 
 def by_normalization(along: Sequence[Tensor], H_tok: float, mean_length: float) -> dict[Normalization, Tensor]:
-    """What is linear in ∇H, from its values along ∇H_seq and along ∇L: ∇H_tok = (∇H_seq − H_tok·∇L)/L.
+    """Evaluate a linear function of ∇H for both normalisations, with ∇H_tok = (∇H_seq − H_tok·∇L)/L.
 
     Args:
-        along: the two values, in the order of `KINDS`, of any one shape.
+        along: values of the function at ∇H_seq and at ∇L (the order of `KINDS`), of equal shape.
         H_tok: nats per token.
         mean_length: L, tokens.
 
     Returns:
-        One tensor per normalisation.
+        Value of the function at ∇H, by normalisation.
     """
     entropy, length = along
     return {"per_token": ratio_slope(entropy, length, H_tok, mean_length), "per_sequence": entropy}

@@ -1,9 +1,9 @@
-"""How ΔH depends on the step size: intercept and slope of ΔH(η)/η, and pairs of opposite steps.
+"""Dependence of the entropy change ΔH on the step size η: intercept and slope of ΔH(η)/η, and pairs of opposite steps.
 
-    ΔH(η)/η = ∂_vH + ½∂²_vH·η + …
+    ΔH(η)/η = ∂_vH + ½∂²_vH·η + …            (v: the step per unit of learning rate; ∂_v: the derivative along it)
 
-All step sizes are measured on one batch, so their errors are nearly the same error. What they share with ∂_vH says
-nothing about linearity; the fit weighs the step sizes by the covariance of what is left, ΔH(η)/η − ∂_vH.
+All step sizes are measured on one batch, so their errors are nearly equal. The error that they share with ∂_vH says
+nothing about linearity, so the fit is weighted by the covariance of the residuals ΔH(η)/η − ∂_vH.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from entropy_core.numerics.uncertainty import Estimate, cluster_sums
 
-# Variance that the terms left out of the polynomial are taken to have, of the variance at the same step size. Without
-# it the fit would trust the polynomial to the last digit: contrasts of step sizes in which the noise of a batch cancels
-# would get all the weight, and a third-order term moves the curvature by many standard errors.
+# Assumed variance of the terms missing from the polynomial, relative to the variance at the same step size. Without it
+# the fit would treat the polynomial as exact: contrasts between step sizes, in which batch noise cancels, would get all
+# the weight, and a third-order term would move the curvature by many standard errors.
 LACK_OF_FIT = 0.1
 
 
 class LinearityFit(NamedTuple):
-    """Of ΔH(η)/η = intercept + curvature·η (+ c·η²); `curvature` is half the second derivative, nats per unit step².
+    """Fit of ΔH(η)/η = intercept + curvature·η (+ c·η²); `curvature` is half of ∂²_vH, in nats per squared unit of η.
 
-    The influences carry what the batch does. `intercept_noise` and `curvature_noise` are the standard deviations that
-    rounding adds, which the influences cannot know; `difference` is intercept − ∂_vH, and has the intercept's. The
-    noise of the batch cancels in it almost entirely, so that it shows the first order that the polynomial leaves out:
-    it is to be compared with ∂_vH, or the standard error of ∂_vH, rather than with its own.
+    The influence values cover batch noise only. `intercept_noise` and `curvature_noise` are the standard deviations
+    due to rounding, which come on top. `difference` is intercept − ∂_vH, and has the rounding noise of the intercept.
+    Batch noise almost cancels in `difference`, so it shows the first order missing from the polynomial. Compare it
+    with ∂_vH or with the standard error of ∂_vH rather than with its own standard error.
     """
 
     intercept: Estimate
@@ -38,7 +38,7 @@ class LinearityFit(NamedTuple):
 
 
 class EtaPair(NamedTuple):
-    """(ΔH(η) − ΔH(−η))/2 = η∂_vH + O(η³) and (ΔH(η) + ΔH(−η))/2 = ½η²∂²_vH + O(η⁴), η > 0."""
+    """Odd part (ΔH(η) − ΔH(−η))/2 = η∂_vH + O(η³) and even part (ΔH(η) + ΔH(−η))/2 = ½η²∂²_vH + O(η⁴), for η > 0."""
 
     eta: float
     odd: Estimate
@@ -52,21 +52,22 @@ def fit(
     derivative: Estimate,
     clusters_N: Tensor | None = None,
 ) -> LinearityFit:
-    """Generalised least squares of ΔH(η)/η on 1 and η, and on η² when there are at least four step sizes.
+    """Fit ΔH(η)/η by generalised least squares on 1 and η, and also on η² if there are at least four step sizes.
 
-    The covariance is that of the influences of ΔH_j/η_j − ∂_vH, in the convention of `uncertainty.standard_error`, with
-    (noise_floor_j/(2η_j))² and `LACK_OF_FIT` of each variance added to the diagonal. Given it, the fit is linear in
-    the ΔH_j, and so are its influences.
+    The covariance is computed from the influence values of ΔH_j/η_j − ∂_vH, in the convention of
+    `uncertainty.standard_error`. (noise_floor_j/(2η_j))² and `LACK_OF_FIT` times each variance are added to its
+    diagonal. For a fixed covariance the fit is linear in the ΔH_j, so its influence values are the same combination
+    of theirs.
 
     Args:
-        etas: step sizes; 0 is left out.
-        changes: ΔH at each, all on the same batch.
+        etas: step sizes; 0 is ignored.
+        changes: ΔH at each step size, nats, all on the same batch.
         noise_floors: twice the root mean square of the rounding noise of each ΔH, nats.
-        derivative: ∂_vH on the same batch, of the estimator that measured ΔH.
+        derivative: ∂_vH on the same batch, from the estimator that measured ΔH.
         clusters_N: int64 [N], cluster of each sequence; None for independent sequences.
 
     Returns:
-        The fit; `points` is the number of step sizes in it.
+        The fit; `points` is the number of step sizes used.
 
     Raises:
         ValueError: fewer than two distinct step sizes other than 0.
@@ -103,25 +104,25 @@ def _covariance(influence_NJ: Tensor, clusters_N: Tensor | None) -> Tensor:
 
 
 def _weights(powers_JP: Tensor, covariance_JJ: Tensor) -> Tensor:
-    """(XᵀΣ⁻¹X)⁻¹XᵀΣ⁻¹, [P, J]; ordinary least squares where nothing varies."""
+    """Return (XᵀΣ⁻¹X)⁻¹XᵀΣ⁻¹, [P, J]; with zero covariance, the weights of ordinary least squares."""
     deviation_J = covariance_JJ.diagonal().sqrt()
     if not deviation_J.any():
         return torch.linalg.pinv(powers_JP)
     deviation_J = deviation_J.clamp_min(1e-9 * float(deviation_J.max()))
     correlation_JJ = covariance_JJ / (deviation_J.unsqueeze(1) * deviation_J)
     factor_JJ = torch.linalg.cholesky(correlation_JJ + LACK_OF_FIT * torch.eye(len(deviation_J), dtype=torch.float64))
-    # whitened, it is an ordinary least squares problem, whose pseudo-inverse squares no condition number
+    # whiten and use the pseudo-inverse: the normal equations would square the condition number
     white_JP = torch.linalg.solve_triangular(factor_JJ, powers_JP / deviation_J.unsqueeze(1), upper=False)
     whitener_JJ = torch.linalg.solve_triangular(factor_JJ, torch.diag(1 / deviation_J), upper=False)
     return torch.linalg.pinv(white_JP) @ whitener_JJ
 
 
 def pairs(etas: Sequence[float], changes: Sequence[Estimate]) -> list[EtaPair]:
-    """Odd and even part of ΔH for each η > 0 whose −η was measured too: the other orders cancel in them.
+    """Return the odd and even parts of ΔH for each η > 0 if −η was measured too.
 
     Args:
         etas: step sizes.
-        changes: ΔH at each, all on the same batch.
+        changes: ΔH at each step size, nats, all on the same batch.
 
     Returns:
         One pair per such η, in the order of `etas`.

@@ -1,4 +1,4 @@
-"""What a loss is given: the update batch, token by token, and the settings of the trainer that it goes by."""
+"""Inputs of a loss: the update batch U token by token, and the trainer settings that change the loss."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,17 +11,17 @@ from entropy_core.numerics import ragged
 
 @dataclass(frozen=True)
 class Objective:
-    """What settings of a trainer change about a loss; the names are TRL's, and the defaults change nothing.
+    """Trainer settings that change a loss, with TRL's names; the defaults change nothing. `losses` defines the symbols.
 
     Args:
-        kl_beta: β of the KL term; 0 for none.
-        kl_correction: kl_k is multiplied by ρ_k (`use_bias_correction_kl`), which makes its gradient on-policy that of
-            the KL divergence, (ℓ − ℓ_ref)∇ℓ.
-        importance_sampling_level: `sequence`: ρ is that of the whole response, exp(mean_k(ℓ_k − ℓ_old,k)), in each of
-            its tokens (GSPO, arXiv:2507.18071).
-        top_entropy_quantile: share of the tokens of a micro-batch whose x_k has a policy term, those of the highest
-            entropy (arXiv:2506.01939).
-        entropy_coef: of the bonus, the mean entropy over the tokens of a micro-batch that have a policy term.
+        kl_beta: β of the KL term; 0 for no KL term.
+        kl_correction: multiply kl_k by ρ_k (`use_bias_correction_kl` in TRL). On-policy, the gradient of the product is
+            that of the KL divergence, (ℓ − ℓ_ref)∇ℓ.
+        importance_sampling_level: `sequence` gives every token the ratio of its whole response,
+            exp(mean_k(ℓ_k − ℓ_old,k)) (GSPO, arXiv:2507.18071).
+        top_entropy_quantile: fraction of the tokens of a micro-batch, those with the highest entropy, that keep the
+            policy term of x_k (arXiv:2506.01939).
+        entropy_coef: coefficient of the entropy bonus, the mean entropy of the tokens that keep the policy term.
         epsilon_high: cap of ρ̄ in `cispo`; None for no cap.
     """
 
@@ -51,24 +51,25 @@ def micro_batches(responses: int, size: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LossBatch:
-    """The update batch U as a loss sees it: N responses, flat, K tokens in all; response i has the tokens
-    `offsets_N1[i]:offsets_N1[i + 1]`.
+    """The update batch U as inputs of a loss: N responses with K tokens in total, stored flat.
+
+    Response i has the tokens `offsets_N1[i]:offsets_N1[i + 1]`.
 
     Args:
-        logprobs_K: ℓ, log-probability of each token, nats, float64; to be differentiated.
-        entropies_K: h, full-softmax entropy of the step of each token, nats, float64; to be differentiated.
-        old_logprobs_K: ℓ_old under the policy that sampled U, float64; equal to ℓ on-policy, and constant.
-        reference_logprobs_K: ℓ_ref under the reference policy, float64; None without a KL term.
-        mask_K: 1 for a token that counts, 0 for one that does not, float64.
+        logprobs_K: ℓ, log-probability of each token, nats, float64; differentiable.
+        entropies_K: h, full-softmax entropy at each token, nats, float64; differentiable.
+        old_logprobs_K: ℓ_old under the policy that sampled U, nats, float64; equal to ℓ on-policy, but constant.
+        reference_logprobs_K: ℓ_ref under the reference policy, nats, float64; None without a KL term.
+        mask_K: 1 for a token that counts in the loss, else 0, float64.
         offsets_N1: int64 [N + 1].
         advantages_N: A of each response, float64.
-        rewards_N: its reward, float64.
-        prompts_N: which prompt of U it answers, int64, from 0.
-        weights_N: how often each response counts, float64; `mean` applies it. 1, but for the influence.
-        responses: how many responses were drawn.
-        max_new_tokens: where a response is cut.
-        micro_batches_N: in which micro-batch of the trainer each response is, int64, from 0.
-        objective: settings of the loss.
+        rewards_N: reward of each response, float64.
+        prompts_N: index of the prompt in U that each response answers, int64, from 0.
+        weights_N: weight of each response, float64, applied by `mean`; 1 unless an influence is computed.
+        responses: number of responses drawn.
+        max_new_tokens: length limit of a response.
+        micro_batches_N: index of the trainer's micro-batch that holds each response, int64, from 0.
+        objective: trainer settings that change the loss.
     """
 
     logprobs_K: Tensor
@@ -101,19 +102,19 @@ class LossBatch:
         micro_batches_N: Tensor | None = None,
         objective: Objective | None = None,
     ) -> "LossBatch":
-        """U at the policy that sampled it, with every response counting once.
+        """Build U at the policy that sampled it, with a weight of 1 for every response.
 
         Args:
             logprobs_K: ℓ, nats, [K].
             entropies_K: h, nats, [K].
-            offsets_N1: int64 [N + 1], the responses to one prompt together.
-            advantages_PG: of P prompts × G responses.
-            rewards_PG: likewise.
-            max_new_tokens: where a response is cut.
+            offsets_N1: int64 [N + 1]; responses to the same prompt are adjacent.
+            advantages_PG: A of G responses to each of P prompts, [P, G].
+            rewards_PG: rewards, [P, G].
+            max_new_tokens: length limit of a response.
             reference_logprobs_K: ℓ_ref, nats, [K]; None without a KL term.
-            mask_K: 1 for a token that counts; None for all.
-            micro_batches_N: int64 [N]; None for one micro-batch.
-            objective: settings of the loss; None for the plain one.
+            mask_K: 1 for a token that counts in the loss, else 0; None if all count.
+            micro_batches_N: index of each response's micro-batch, int64 [N]; None for one micro-batch.
+            objective: trainer settings that change the loss; None for the defaults.
 
         Returns:
             The batch, in float64.
@@ -143,28 +144,28 @@ class LossBatch:
 
     @property
     def kl_beta(self) -> float:
-        """β of the KL term; 0 for none."""
+        """β of the KL term; 0 for no KL term."""
         return self.objective.kl_beta
 
     @property
     def lengths_N(self) -> Tensor:
-        """T: how many tokens of each response count, float64 [N]."""
+        """T, the number of tokens of each response that count, float64 [N]."""
         return ragged.sequence_sum(self.mask_K, self.offsets_N1)
 
     def sequence_sum(self, values_K: Tensor) -> Tensor:
-        """Σ_k x_k over the tokens of each response that count, float64 [N]."""
+        """Return Σ_k x_k over the tokens of each response that count, float64 [N]."""
         return ragged.sequence_sum(self.mask_K * values_K, self.offsets_N1)
 
     def of_tokens(self, values_N: Tensor) -> Tensor:
-        """What holds for a response, for each of its tokens, [K]."""
+        """Repeat each response's value for all of its tokens, [K]."""
         return torch.repeat_interleave(values_N, ragged.lengths(self.offsets_N1))
 
     def mean(self, values_N: Tensor) -> Tensor:
-        """(1/N) Σ_i w_i x_i over the responses: the way from responses to one number, where the weights enter."""
+        """Return (1/N) Σ_i w_i x_i over the responses. A loss must reduce with it, because it applies the weights."""
         return (self.weights_N * values_N).sum() / self.responses
 
     def micro_mean(self, values_N: Tensor, counts_N: Tensor) -> Tensor:
-        """The mean over micro-batches of Σ_i w_i x_i / Σ_i w_i n_i, the sums over the responses in each."""
+        """Return the mean over micro-batches of Σ_i w_i x_i / Σ_i w_i n_i, summed over responses of the micro-batch."""
         micro_batches = int(self.micro_batches_N.max()) + 1
 
         def summed(x_N: Tensor) -> Tensor:

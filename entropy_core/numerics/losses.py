@@ -1,21 +1,21 @@
-"""Losses as plain functions: per-token vectors of the update batch in, one number out.
+"""Losses as plain functions from per-token vectors of the update batch U to a scalar.
 
     loss(batch: LossBatch) -> scalar
 
-Everything else follows by differentiation. At the on-policy point, with ℓ and h of every token of U,
+Everything else follows by differentiation. On-policy, with log-probability ℓ_k and entropy h_k of every token of U,
 
     gradient       ∇L = Σ_k (c_k ∇ℓ_k + d_k ∇h_k),   c_k = ∂L/∂ℓ_k,  d_k = ∂L/∂h_k          `coefficients`
     influence      ∂/∂w_i Σ_k (c_k a_k + d_k b_k)  at w = 1                                 `influence`
 
-where a_k and b_k are the derivatives of ℓ_k and h_k along some direction, and w_i is how often response i counts. A
-response of weight 2 counts twice in every sum over responses, those in a denominator included; the number of responses
-that were drawn is a constant of the experiment, and no weight changes it.
+where a_k and b_k are the derivatives of ℓ_k and h_k along some direction, and w_i is the weight of response i. A
+response of weight 2 counts twice in every sum over responses, including sums in a denominator; the number of responses
+drawn stays constant.
 
-Write x_k for what a token adds. With the response's advantage A, ρ = π/π_old = exp(ℓ − ℓ_old) and a KL term,
+Let x_k be the term of one token. With the response's advantage A, ρ = π/π_old = exp(ℓ − ℓ_old) and a KL term,
 
     x_k = −A·ρ_k + β·kl_k
 
-and the losses differ in how they average it:
+The losses differ in how they average x_k:
 
 | loss      | L                                              | source                                           |
 |-----------|------------------------------------------------|--------------------------------------------------|
@@ -28,8 +28,8 @@ and the losses differ in how they average it:
 | rloo      | mean over responses of −A·Π_k ρ_k              | arXiv:2402.14740                                 |
 | reinforce | mean over responses of −A·Σ_k ℓ_k              | Williams 1992, doi:10.1007/BF00992696            |
 
-`Objective` has what TRL's settings change about the first six. Advantages are a function of the rewards alone: see
-`advantages`. The ratio ρ is 1 at the on-policy point, where clipping it does nothing, so the losses do without.
+`Objective` holds the settings with which TRL modifies the first six. Advantages depend on the rewards alone; see
+`advantages`. On-policy, the ratio ρ is 1 and clipping it has no effect, so these losses do not clip.
 """
 
 from collections.abc import Callable
@@ -42,12 +42,14 @@ from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.loss_batch import LossBatch
 
 LossFunction = Callable[[LossBatch], Tensor]
-"""The loss of a batch: a float64 scalar, differentiable twice."""
+"""Maps a batch to its loss, a float64 scalar that is twice differentiable."""
 
 
 def kl(batch: LossBatch) -> Tensor:
-    """Per-token estimate of KL(π‖π_ref), nats, [K]: e^(ℓ_ref−ℓ) − (ℓ_ref−ℓ) − 1, the k3 of Schulman, "Approximating KL
-    divergence" (2020), as TRL's GRPOTrainer has it; 0 without a reference."""
+    """Estimate KL(π‖π_ref) per token as e^(ℓ_ref−ℓ) − (ℓ_ref−ℓ) − 1, nats, [K]; 0 without a reference.
+
+    This is k3 of Schulman, "Approximating KL divergence" (2020), which TRL's GRPOTrainer uses.
+    """
     if batch.reference_logprobs_K is None:
         return torch.zeros_like(batch.logprobs_K)
     log_ratio_K = batch.reference_logprobs_K - batch.logprobs_K
@@ -55,7 +57,7 @@ def kl(batch: LossBatch) -> Tensor:
 
 
 def importance_ratio(batch: LossBatch) -> Tensor:
-    """ρ of every token, or of its whole response: see `Objective.importance_sampling_level`; [K]."""
+    """Return ρ of every token or of its whole response, as `Objective.importance_sampling_level` says, [K]."""
     log_ratio_K = batch.logprobs_K - batch.old_logprobs_K
     if batch.objective.importance_sampling_level == "sequence":
         log_ratio_K = batch.of_tokens(batch.sequence_sum(log_ratio_K) / batch.lengths_N.clamp_min(1))
@@ -63,9 +65,9 @@ def importance_ratio(batch: LossBatch) -> Tensor:
 
 
 def high_entropy_mask(batch: LossBatch) -> Tensor:
-    """1 for the tokens of each micro-batch that count and whose entropy is in the top quantile, float64 [K].
+    """Return 1 for tokens that count and whose entropy is in the top quantile of their micro-batch, else 0, [K].
 
-    The threshold is the (1 − q)-quantile of the entropies in float32, as TRL's `get_high_entropy_mask` takes it.
+    The threshold is the (1 − q)-quantile of the entropies in float32, as in TRL's `get_high_entropy_mask`.
     """
     share = batch.objective.top_entropy_quantile
     if share >= 1:
@@ -81,12 +83,12 @@ def high_entropy_mask(batch: LossBatch) -> Tensor:
 
 
 def policy_gradient(batch: LossBatch) -> Tensor:
-    """x_k = −A·ρ_k + β·kl_k of every token, with its settings in `Objective`, [K]."""
+    """Return x_k = −A·ρ_k + β·kl_k of every token, modified by the settings in `Objective`, [K]."""
     return _with_kl(batch, importance_ratio(batch))
 
 
 def _with_kl(batch: LossBatch, ratio_K: Tensor) -> Tensor:
-    """−A·ρ of the tokens that have a policy term, with the KL term; ρ as the loss has it."""
+    """Return −A·ρ at tokens that keep the policy term, plus the KL term; `ratio_K` is the ρ of this loss."""
     x_K = -batch.of_tokens(batch.advantages_N) * ratio_K * high_entropy_mask(batch)
     if not batch.kl_beta:
         return x_K
@@ -95,7 +97,7 @@ def _with_kl(batch: LossBatch, ratio_K: Tensor) -> Tensor:
 
 
 def entropy_bonus(batch: LossBatch) -> Tensor | float:
-    """`entropy_coef` times the mean entropy of the tokens with a policy term, of each micro-batch."""
+    """Return `entropy_coef` times the mean entropy of tokens with a policy term, averaged over micro-batches."""
     if not batch.objective.entropy_coef:
         return 0.0
     mask_K = high_entropy_mask(batch)
@@ -104,32 +106,32 @@ def entropy_bonus(batch: LossBatch) -> Tensor | float:
 
 
 def grpo(batch: LossBatch) -> Tensor:
-    """Group relative policy optimisation, arXiv:2402.03300, eq. 3: each response averages over its own tokens."""
+    """Group relative policy optimisation, arXiv:2402.03300, eq. 3: mean over the tokens of each response."""
     return batch.mean(batch.sequence_sum(policy_gradient(batch)) / batch.lengths_N.clamp_min(1)) - entropy_bonus(batch)
 
 
 def dr_grpo(batch: LossBatch) -> Tensor:
-    """GRPO done right, arXiv:2503.20783: a constant in the place of the length."""
+    """GRPO done right, arXiv:2503.20783: divides by a constant instead of the response length."""
     return batch.mean(batch.sequence_sum(policy_gradient(batch))) / batch.max_new_tokens - entropy_bonus(batch)
 
 
 def dapo(batch: LossBatch) -> Tensor:
-    """DAPO, arXiv:2503.14476, eq. 8: all tokens of the batch count alike."""
+    """DAPO, arXiv:2503.14476, eq. 8: all tokens of the batch have equal weight."""
     return _token_mean(batch, policy_gradient(batch)) - entropy_bonus(batch)
 
 
 def bnpo(batch: LossBatch) -> Tensor:
-    """TRL's BNPO: all tokens of a micro-batch count alike, and all micro-batches."""
+    """TRL's BNPO: all tokens of a micro-batch have equal weight, and so have all micro-batches."""
     return batch.micro_mean(batch.sequence_sum(policy_gradient(batch)), batch.lengths_N) - entropy_bonus(batch)
 
 
 def luspo(batch: LossBatch) -> Tensor:
-    """LUSPO, arXiv:2602.05261, as TRL has it: the sum over a response, whatever its length."""
+    """LUSPO, arXiv:2602.05261, as implemented in TRL: sum over the tokens of a response, whatever its length."""
     return batch.mean(batch.sequence_sum(policy_gradient(batch))) - entropy_bonus(batch)
 
 
 def cispo(batch: LossBatch) -> Tensor:
-    """CISPO, arXiv:2506.13585: the ratio is a constant weight with a cap, and ℓ is what is differentiated."""
+    """CISPO, arXiv:2506.13585: the gradient flows through ℓ, and the capped ratio is a constant weight."""
     ratio_K, cap = importance_ratio(batch).detach(), batch.objective.epsilon_high
     capped_K = ratio_K if cap is None else ratio_K.clamp_max(cap)
     return _token_mean(batch, _with_kl(batch, capped_K * batch.logprobs_K)) - entropy_bonus(batch)
@@ -140,13 +142,13 @@ def _token_mean(batch: LossBatch, x_K: Tensor) -> Tensor:
 
 
 def rloo(batch: LossBatch) -> Tensor:
-    """REINFORCE leave-one-out, arXiv:2402.14740: the ratio is that of the whole response."""
+    """REINFORCE leave-one-out, arXiv:2402.14740: uses the ratio of the whole response."""
     ratio_N = batch.sequence_sum(batch.logprobs_K - batch.old_logprobs_K).exp()
     return batch.mean(-batch.advantages_N * ratio_N + batch.kl_beta * batch.sequence_sum(kl(batch)))
 
 
 def reinforce(batch: LossBatch) -> Tensor:
-    """REINFORCE, Williams 1992, doi:10.1007/BF00992696: the log-probability of the whole response."""
+    """REINFORCE, Williams 1992, doi:10.1007/BF00992696: uses the log-probability of the whole response."""
     score_N = batch.sequence_sum(batch.logprobs_K)
     return batch.mean(-batch.advantages_N * score_N + batch.kl_beta * batch.sequence_sum(kl(batch)))
 
@@ -164,34 +166,34 @@ LOSSES: dict[str, LossFunction] = {
 
 
 def coefficients(loss: LossFunction, batch: LossBatch) -> TokenPair:
-    """c_k = ∂L/∂ℓ_k and d_k = ∂L/∂h_k: what the gradient of the loss weighs ∇ℓ_k and ∇h_k with.
+    """Return c_k = ∂L/∂ℓ_k and d_k = ∂L/∂h_k, the coefficients of ∇ℓ_k and ∇h_k in the gradient of the loss.
 
     Args:
         loss: the loss.
         batch: U.
 
     Returns:
-        Float64 [K]; zero where the loss does not depend on it.
+        c and d, float64 [K]; zero where the loss does not depend on ℓ_k or h_k.
 
     Raises:
-        RuntimeError: the loss depends on neither.
+        RuntimeError: the loss depends on neither ℓ nor h.
     """
     return _gradient(loss, batch, twice=False)
 
 
 def influence(loss: LossFunction, batch: LossBatch, along: TokenPair) -> Tensor:
-    """What each response does to the derivative of the loss along a direction: ∂/∂w_i Σ_k (c_k a_k + d_k b_k).
+    """Return the influence of each response on a directional derivative of the loss: ∂/∂w_i Σ_k (c_k a_k + d_k b_k).
 
-    The derivative is ⟨w, ∇L⟩ for the direction w that a_k = ⟨w, ∇ℓ_k⟩ and b_k = ⟨w, ∇h_k⟩ were taken along. A response
-    acts by its own terms, and by what is divided by: under `dapo` a long one shrinks the terms of all others.
+    For a direction z, a_k = ⟨z, ∇ℓ_k⟩ and b_k = ⟨z, ∇h_k⟩, the sum is ⟨z, ∇L⟩. A response acts through its own terms
+    and through the denominator: under `dapo` a long response shrinks the terms of all others.
 
     Args:
         loss: the loss.
         batch: U.
-        along: a_k and b_k.
+        along: a_k and b_k, each [K].
 
     Returns:
-        Float64 [N]; the sum over the responses to a prompt is the influence of the prompt.
+        float64 [N]; the sum over the responses to a prompt is the influence of the prompt.
 
     Raises:
         RuntimeError: the loss depends on neither ℓ nor h, or the weights do not enter it.

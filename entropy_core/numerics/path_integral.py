@@ -1,15 +1,14 @@
-"""ΔH as an integral of derivatives along the step, so that no two nearly equal numbers are subtracted.
+"""The entropy change ΔH as an integral of derivatives along the step, which avoids subtracting nearly equal numbers.
 
     ΔH(η) = η ∫₀¹ ∂_vH(θ + sηv) ds ≈ η Σ_j ω_j ∂_vH(θ + s_jηv)          (Gauss-Legendre nodes s_j, weights ω_j)
 
-The derivative at θ + sηv is estimated from sequences that were sampled at θ, by the derivative of the per-decision
-terms of a functional, of the entropy as of the length: with ρ̇_k = ρ_k Σ_{j<k} ℓ̇'_j, and r_k the one of ρ_k and ρ_{k+1}
-that f_k is weighted with,
+The derivative at θ + sηv is estimated from sequences sampled at θ, by differentiating the per-decision terms of entropy
+and length. With the notation of `importance` and ρ̇_k = ρ_k Σ_{j<k} ℓ̇'_j,
 
     ∂_vE[F] = E[ Σ_k (r_k ḟ'_k + ṙ_k f'_k) − Σ_k b_k (ρ̇_{k+1} − ρ̇_k) ]
 
-Sequence by sequence this is what `per_decision` gives, up to the quadrature; but it stays exact at step sizes where the
-difference of two float32 forward passes is only rounding.
+For every sequence the result equals that of `per_decision` up to quadrature error. It stays accurate at step sizes so
+small that the difference of two float32 forward passes is only rounding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,16 +24,16 @@ from entropy_core.numerics.uncertainty import Estimate, entropy_derivative
 
 
 def derivative_columns(functional: Functional, moved: Tokens, weights: PrefixWeights, base_K: Tensor) -> Columns:
-    """Per-sequence terms of ∂_vE[F] at a moved policy θ'.
+    """Compute per-sequence terms of ∂_vE[F] at parameters θ'.
 
     Args:
-        functional: see `functional`.
-        moved: the sequences at θ', with their derivatives there.
-        weights: of `importance.prefix_weights`, from θ to θ'.
-        base_K: the baseline b_k, from the tokens at θ.
+        functional: F.
+        moved: the sequences at θ', with derivatives at θ'.
+        weights: `importance.prefix_weights` from θ to θ'.
+        base_K: baseline b_k, computed at θ.
 
     Returns:
-        Columns, float64 [N]; at θ' = θ those of `first_order.first_order_columns`.
+        Columns, float64 [N]; equal to `first_order.first_order_columns` if θ' = θ.
     """
     offsets_N1, score_K = moved.offsets_N1, moved.derivative.logprob_K
     before_K = ragged.sum_before(score_K, offsets_N1)
@@ -54,15 +53,15 @@ def derivative_columns(functional: Functional, moved: Tokens, weights: PrefixWei
 def entropy_change(
     at_nodes: Sequence[Mapping[Functional, Columns]], eta: float, normalization: Normalization
 ) -> Estimate:
-    """ΔH(η) from the columns at the nodes.
+    """Estimate ΔH(η) from the columns at the nodes.
 
     Args:
-        at_nodes: of `derivative_columns` at θ + s_jηv, of entropy and length, in the order of `NODES`.
+        at_nodes: `derivative_columns` of entropy and length at each θ + s_jηv, in the order of `NODES`.
         eta: η.
         normalization: per sequence or per token.
 
     Returns:
-        The estimate, in nats (per token).
+        ΔH in nats per sequence or per token.
     """
     total: Estimate | None = None
     for weight, columns in zip(WEIGHTS, at_nodes, strict=True):

@@ -1,7 +1,7 @@
 """Counter-based random numbers: a draw is a pure function of (seed, purpose, sequence, position).
 
-Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. No state, so
-a draw depends neither on batch size nor on order, shard or worker.
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. It has no state,
+so a draw does not depend on batch size, order, shard or worker.
 """
 
 from enum import IntEnum
@@ -16,7 +16,7 @@ _ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """What a stream of uniforms is for; streams of different purposes are independent at the same seed."""
+    """Purpose of a stream of uniforms; streams with different purposes are independent at the same seed."""
 
     E_PROMPT = 1
     E_TOKEN = 2
@@ -25,7 +25,7 @@ class Purpose(IntEnum):
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox on four 32-bit counter words.
+    """Apply ten rounds of Philox to four 32-bit counter words.
 
     Args:
         counter: four int64 tensors of one shape, each holding a value in [0, 2³²).
@@ -46,16 +46,16 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def uniforms(seed: int, purpose: Purpose, sequence: Tensor, position: Tensor | int = 0) -> Tensor:
-    """Uniform draws in (0, 1), one per (sequence, position).
+    """Draw uniforms in (0, 1), one per (sequence, position).
 
     Args:
         seed: integer in [0, 2⁶⁴).
-        purpose: which stream.
-        sequence: int64, any shape; sequence (or prompt) indices, non-negative.
-        position: int64 broadcastable to it, or one integer in [0, 2³²).
+        purpose: the stream to draw from.
+        sequence: sequence (or prompt) indices, int64, any shape, non-negative.
+        position: int64 broadcastable with `sequence`, or one integer, in [0, 2³²).
 
     Returns:
-        float64, the broadcast shape; multiples of 2⁻⁵² shifted by half a step, so neither 0 nor 1 occurs.
+        float64 with the broadcast shape; multiples of 2⁻⁵² shifted by half a step, so neither 0 nor 1 occurs.
 
     Raises:
         ValueError: the seed is out of range.
@@ -65,16 +65,16 @@ def uniforms(seed: int, purpose: Purpose, sequence: Tensor, position: Tensor | i
     sequence, step = torch.broadcast_tensors(sequence, torch.as_tensor(position, device=sequence.device))
     counter = (step, sequence & _MASK32, sequence >> 32, torch.full_like(sequence, int(purpose)))
     word_0, word_1, _, _ = philox4x32(counter, (seed & _MASK32, seed >> 32))
-    bits = (word_0 << 20) | (word_1 >> 12)  # 52 of them: half a step more must still be exact
+    bits = (word_0 << 20) | (word_1 >> 12)  # 52 bits, so that adding half a step is exact in float64
     return (bits.double() + 0.5) * 2.0**-52
 
 
 def draw_with_replacement(seed: int, purpose: Purpose, sequence: Tensor, pool_size: int) -> Tensor:
-    """Prompt index ⌊u·M⌋ of each sequence.
+    """Draw the prompt index ⌊u·M⌋ of each sequence.
 
     Args:
-        seed: as in `uniforms`.
-        purpose: which stream.
+        seed: integer in [0, 2⁶⁴).
+        purpose: the stream to draw from.
         sequence: int64 [N].
         pool_size: M, the number of prompts.
 
@@ -85,11 +85,11 @@ def draw_with_replacement(seed: int, purpose: Purpose, sequence: Tensor, pool_si
 
 
 def permutation(seed: int, purpose: Purpose, pool_size: int) -> Tensor:
-    """A permutation of the pool, ordered by one uniform per prompt.
+    """Draw a permutation of the pool, by sorting one uniform per prompt.
 
     Args:
-        seed: as in `uniforms`.
-        purpose: which stream.
+        seed: integer in [0, 2⁶⁴).
+        purpose: the stream to draw from.
         pool_size: M, the number of prompts.
 
     Returns:
@@ -99,14 +99,14 @@ def permutation(seed: int, purpose: Purpose, pool_size: int) -> Tensor:
 
 
 DRAWN_BYTES = 2**26
-"""Of float64 probabilities that exist at one time; does not change a draw."""
+"""Bytes of float64 probabilities in memory at a time; does not change a draw."""
 
 
 def inverse_cdf_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> Tensor:
-    """Draw one token per row from softmax(z/τ) by inversion, in float64.
+    """Draw one token per row from softmax(z/τ) by inverting the CDF in float64.
 
     Args:
-        logits_BV: [B, V], any float dtype.
+        logits_BV: z, [B, V], any float dtype.
         uniforms_B: float64 [B] in (0, 1).
         temperature: τ > 0.
 
@@ -122,6 +122,6 @@ def _inverse_cdf_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: floa
     cdf_RV = torch.softmax(logits_RV.double() / temperature, dim=-1).cumsum_(dim=-1)
     target_R1 = (uniforms_R * cdf_RV[:, -1]).unsqueeze(1)  # the last entry is 1 only up to rounding
     tokens_R1 = torch.searchsorted(cdf_RV, target_R1, right=True)
-    # a product that was rounded up to the last entry belongs to the first token that reaches it
+    # a target that was rounded up to the last entry must select the first token that reaches this entry
     last_possible_R1 = torch.searchsorted(cdf_RV, cdf_RV[:, -1:].contiguous())
     return torch.minimum(tokens_R1, last_possible_R1).squeeze(1)

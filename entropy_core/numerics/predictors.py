@@ -1,13 +1,13 @@
-"""Predictors of the entropy change from the literature, each from the tokens of U and up to a factor per unit step.
+"""Predictors of the entropy change from the literature, computed on the tokens of U, per unit step and up to a factor.
 
-They are derived for a softmax policy with logits of its own at each state, moved by a plain policy-gradient step. All
-of them therefore leave out what δH₁ has in it:
+They are derived for a tabular softmax policy (separate logits for each state) and a plain policy-gradient step.
+Unlike δH₁, they therefore ignore
 
 - the optimizer: preconditioning by the second moments, momentum, weight decay, clipping;
-- parameters that states share, so that a token of one state moves the distribution of another;
-- the future part: that the step changes which states are visited, and how long responses become.
+- parameter sharing: a token at one state also changes the distribution at other states;
+- the future: the step changes which states are visited and how long responses become.
 
-The tokens of U stand for all states at once, so spread between states enters a covariance as if it were one within.
+All tokens of U are pooled, so a covariance also contains the variation between states.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Agreement(NamedTuple):
-    """Of predicted with measured changes; None where there are too few, or where they do not differ."""
+    """Agreement of predicted with measured changes; a field is None for too few points or for equal values."""
 
     slope: float | None
     r_squared: float | None
@@ -26,24 +26,25 @@ class Agreement(NamedTuple):
 
 
 def token_covariance(logprobs_K: Tensor, advantages_K: Tensor) -> float:
-    """−Cov(log π(a|s), A) over the tokens: the change under a natural policy-gradient step.
+    """Return −Cov(log π(a|s), A) over the tokens, the change under a natural policy-gradient step.
 
-    Its logits move by ηA, which needs no factor π. See the module for what it leaves out.
+    Such a step moves the logits by ηA, without a factor π. The module docstring lists the effects it ignores.
 
     Args:
         logprobs_K: ℓ, nats, [K].
         advantages_K: A of the token's response, [K].
 
     Returns:
-        Nats times the unit of A, per unit step. Source: arXiv:2505.22617, whose Clip-Cov ranks tokens by its terms.
+        Nats times the unit of A, per unit step. Source: arXiv:2505.22617, whose Clip-Cov ranks tokens by these terms.
     """
     return -_covariance(logprobs_K.double(), advantages_K.double())
 
 
 def weighted_token_covariance(logprobs_K: Tensor, advantages_K: Tensor) -> float:
-    """−Cov(log π(a|s), π(a|s)·A) over the tokens: the change under a policy-gradient step.
+    """Return −Cov(log π(a|s), π(a|s)·A) over the tokens, the change under a policy-gradient step.
 
-    Its logits move by ηπA, if A has mean zero at every state. See the module for what it leaves out.
+    Such a step moves the logits by ηπA if A has mean zero at every state. The module docstring lists the effects it
+    ignores.
 
     Args:
         logprobs_K: ℓ, nats, [K].
@@ -57,16 +58,16 @@ def weighted_token_covariance(logprobs_K: Tensor, advantages_K: Tensor) -> float
 
 
 def discriminator(logprobs_K: Tensor, entropies_K: Tensor, advantages_K: Tensor, expected_K: Tensor) -> float:
-    """−mean A·(S* − E_π[S*]) over the tokens, S* = π(a|s)(h + log π(a|s)).
+    """Return −mean A·(S* − E_π[S*]) over the tokens, with S* = π(a|s)(h + log π(a|s)).
 
-    A token that is reinforced moves the logits of its own state by ηA(e_a − π), and that state's entropy by
-    −ηA(S* − E_π[S*]), whatever the advantages of the other tokens. See the module for what it leaves out.
+    Reinforcing a token moves the logits of its state by ηA(e_a − π) and the entropy of that state by
+    −ηA(S* − E_π[S*]), whatever the advantages of other tokens. The module docstring lists the effects it ignores.
 
     Args:
         logprobs_K: ℓ, nats, [K].
         entropies_K: h, nats, [K].
         advantages_K: A of the token's response, [K].
-        expected_K: E_π[S*] of the step, of `token_statistics.expected_discriminator`, [K].
+        expected_K: E_π[S*] at each token from `token_statistics.expected_discriminator`, [K].
 
     Returns:
         Nats times the unit of A, per unit step. Source: arXiv:2602.03392, theorem 3.3, for GRPO.
@@ -77,15 +78,15 @@ def discriminator(logprobs_K: Tensor, entropies_K: Tensor, advantages_K: Tensor,
 
 
 def agreement(predicted_C: Tensor, measured_C: Tensor) -> Agreement:
-    """Least squares line of measured on predicted changes, with an intercept, and how often their signs agree.
+    """Regress measured on predicted changes, with an intercept, and count how often their signs agree.
 
     Args:
         predicted_C: one prediction per case, [C].
-        measured_C: what was measured, [C]; a case where either is not finite is left out.
+        measured_C: measured changes, [C]; cases with a non-finite value are ignored.
 
     Returns:
-        Slope and R² of the line (None for fewer than two cases or equal predictions; R² also for two cases, or equal
-        measurements), the share of cases of the same sign (None without a case), and the number of cases.
+        Slope and R² (None for fewer than two cases or equal predictions; R² is also None for two cases or equal
+        measurements), the share of cases with equal signs (None for no cases), and the number of cases.
     """
     usable_C = torch.isfinite(predicted_C) & torch.isfinite(measured_C)
     predicted_C, measured_C = predicted_C[usable_C].double(), measured_C[usable_C].double()

@@ -1,7 +1,7 @@
 """Sums within sequences of different lengths, stored flat: sequence i is `values_K[offsets_N1[i]:offsets_N1[i + 1]]`.
 
-Every function returns float64 (or int64), whatever the dtype it is given: a float32 sum over a long sequence is not
-good enough for differences of entropies.
+Every function returns float64 (or int64) for any input dtype: a float32 sum over a long sequence is not accurate
+enough for differences of entropies.
 """
 
 import torch
@@ -9,34 +9,34 @@ from torch import Tensor
 
 
 def offsets_from_lengths(lengths_N: Tensor) -> Tensor:
-    """Offsets [N + 1] of sequences of the given lengths [N], both int64."""
+    """Return the offsets [N + 1] of sequences of the given lengths [N], both int64."""
     return torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
 
 
 def lengths(offsets_N1: Tensor) -> Tensor:
-    """Lengths [N], int64."""
+    """Return the length of each sequence, int64 [N]."""
     return offsets_N1.diff()
 
 
 def sequence_index(offsets_N1: Tensor) -> Tensor:
-    """For each token, the index of its sequence: int64 [K]."""
+    """Return the index of each token's sequence, int64 [K]."""
     return torch.repeat_interleave(torch.arange(len(offsets_N1) - 1), lengths(offsets_N1))
 
 
 def position_index(offsets_N1: Tensor) -> Tensor:
-    """For each token, its position within its sequence, counted from 0: int64 [K]."""
+    """Return the position of each token within its sequence, counted from 0, int64 [K]."""
     return torch.arange(int(offsets_N1[-1])) - torch.repeat_interleave(offsets_N1[:-1], lengths(offsets_N1))
 
 
 def token_index(offsets_N1: Tensor, chosen_B: Tensor) -> Tensor:
-    """Where the tokens of some sequences are, one sequence after the other.
+    """Return the flat indices of the tokens of chosen sequences, one sequence after the other.
 
     Args:
         offsets_N1: int64 [N + 1].
         chosen_B: int64 [B], indices of sequences, in any order.
 
     Returns:
-        int64 [K], K the number of their tokens: `values_K[index_K]` are the tokens of the chosen sequences.
+        int64 [K'], where K' is the number of chosen tokens: `values_K[index]` are the tokens of the chosen sequences.
     """
     offsets_B1 = offsets_from_lengths(lengths(offsets_N1)[chosen_B])
     shift_B = offsets_N1[:-1][chosen_B] - offsets_B1[:-1]
@@ -44,19 +44,19 @@ def token_index(offsets_N1: Tensor, chosen_B: Tensor) -> Tensor:
 
 
 def sequence_sum(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
-    """Sum over each sequence: float64 [N]."""
+    """Sum over each sequence, float64 [N]."""
     result_N = torch.zeros(len(offsets_N1) - 1, dtype=torch.float64)
     return result_N.index_add_(0, sequence_index(offsets_N1), values_K.double())
 
 
 def position_sum(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
-    """Sum at each position, over the sequences that reach it: float64 [T], T the length of the longest."""
+    """Sum at each position over the sequences that reach it, float64 [T], where T is the length of the longest."""
     longest = int(lengths(offsets_N1).max()) if len(offsets_N1) > 1 else 0
     return torch.zeros(longest, dtype=torch.float64).index_add_(0, position_index(offsets_N1), values_K.double())
 
 
 def padded_sum(a_T: Tensor, b_T: Tensor) -> Tensor:
-    """a + b, the shorter of them (along the first dimension) followed by zeros."""
+    """Return a + b, with the shorter one (along the first dimension) padded with zeros."""
     short, long = sorted((a_T, b_T), key=len)
     total = long.clone()
     total[: len(short)] += short
@@ -64,19 +64,19 @@ def padded_sum(a_T: Tensor, b_T: Tensor) -> Tensor:
 
 
 def sum_before(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
-    """Σ_{j<k} values_j within the sequence, for each token k: float64 [K]."""
+    """Return Σ_{j<k} values_j within the sequence for each token k, float64 [K]."""
     total_K = values_K.double().cumsum(0) - values_K.double()
     start_N = torch.cat([total_K, total_K.new_zeros(1)])[offsets_N1[:-1]]
     return total_K - torch.repeat_interleave(start_N, lengths(offsets_N1))
 
 
 def sum_after(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
-    """Σ_{j>k} values_j within the sequence, for each token k: float64 [K]."""
+    """Return Σ_{j>k} values_j within the sequence for each token k, float64 [K]."""
     total_N = sequence_sum(values_K, offsets_N1)
     before_K = sum_before(values_K, offsets_N1)
     return torch.repeat_interleave(total_N, lengths(offsets_N1)) - before_K - values_K.double()
 
 
 def concatenate(offsets: list[Tensor]) -> Tensor:
-    """Offsets of several flat batches laid one after the other."""
+    """Return the offsets of several flat batches after concatenation."""
     return offsets_from_lengths(torch.cat([lengths(o) for o in offsets]))

@@ -1,13 +1,13 @@
-"""A baseline that looks at the prefix: a regression of what is still to come, fitted on other sequences.
+"""A baseline that depends on the prefix: a ridge regression of the return-to-go R_k, fitted on other sequences.
 
     b_k = m_k + Σ_f β_f (φ_kf − μ_kf)
 
-m and μ are the ℓ̇²-weighted means, at position k, of what is to come and of the features φ of the prefix; β is their
-ridge regression, with the same weights: to first order the noise is Σ E[(R_k − b_k)² ℓ̇_k²]. For a sequence of one fold
-all of them come from the sequences of the other folds (cross-fitting, Chernozhukov et al., arXiv:1608.00060), so b_k
-depends on the prefix and on other sequences only, and leaves the mean of the estimate unchanged.
+m_k and μ_k are the ℓ̇²-weighted means of R and of the prefix features φ at position k, and β are the slopes of a ridge
+regression with the same weights, because the variance of the estimate is Σ E[(R_k − b_k)² ℓ̇_k²] to first order. For
+the sequences of one fold, m, μ and β are computed on the other folds (cross-fitting, Chernozhukov et al.,
+arXiv:1608.00060). So b_k depends only on the prefix and on other sequences, and the estimate keeps its mean.
 
-The fit reads the sequences twice, block by block: for the means, and for the slopes of what is left of them.
+The fit reads the sequences twice, block by block: once for the means, and once for the slopes of the centred values.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from entropy_core.numerics import ragged
 
-PENALTY = 1e-2  # on the squared coefficients of features of unit variance, per unit of weight
+PENALTY = 1e-2  # penalty on squared slopes of features scaled to unit variance, per unit of weight
 
 
 def folds_of(units_N: Tensor, count: int = 5) -> Tensor:
-    """Fold of each sequence: units are dealt out in turn, so that none is in two folds.
+    """Assign a fold to each sequence; units are dealt out in turn, so no unit is in two folds.
 
     Args:
         units_N: int64 [N], the unit (prompt, cluster or the sequence itself) of each sequence.
-        count: number of folds; with fewer units, as many as there are units.
+        count: number of folds; reduced to the number of units if there are fewer.
 
     Returns:
         int64 [N], from 0.
@@ -36,10 +36,10 @@ def folds_of(units_N: Tensor, count: int = 5) -> Tensor:
 
 
 def prefix_features(logprobs_K: Tensor, entropies_K: Tensor, offsets_N1: Tensor) -> Tensor:
-    """What is known of s_k before a_k is drawn: h_k, h_{k−1}, Σ_{j<k} h_j, mean surprisal so far, last surprisal.
+    """Compute features known before token k is drawn: h_k, h_{k−1}, Σ_{j<k} h_j, mean surprisal so far, last surprisal.
 
-    The surprisal is −ℓ. What lies before the first token counts as 0; the position itself enters by the means that
-    `ridge_baseline` takes at each position.
+    The surprisal is −ℓ. Features that refer to earlier tokens are 0 at the first token. The position itself is not a
+    feature, because `ridge_baseline` uses separate means at each position.
 
     Args:
         logprobs_K: ℓ, nats, [K].
@@ -62,7 +62,7 @@ def prefix_features(logprobs_K: Tensor, entropies_K: Tensor, offsets_N1: Tensor)
 
 
 class RidgeBlock(NamedTuple):
-    """Some sequences: R_k or T − k [K], `prefix_features` [K, F], ℓ̇² [K], offsets, and `folds_of` them [N]."""
+    """A block of sequences: returns R_k [K], `prefix_features` [K, F], weights ℓ̇² [K], offsets, and folds [N]."""
 
     values_K: Tensor
     features_KF: Tensor
@@ -72,32 +72,32 @@ class RidgeBlock(NamedTuple):
 
     @property
     def columns_KC(self) -> Tensor:
-        """The value and the features, float64."""
+        """Value and features of each token, float64 [K, 1 + F]."""
         return torch.cat([self.values_K.double().unsqueeze(1), self.features_KF.double()], dim=1)
 
     @property
     def fold_K(self) -> Tensor:
-        """Fold of each token."""
+        """Fold of each token, int64 [K]."""
         return torch.repeat_interleave(self.folds_N, ragged.lengths(self.offsets_N1))
 
 
 class Fit(NamedTuple):
-    """What the other folds say: means of the value and the features at each position [T, 1 + F], and slopes [F]."""
+    """Fit on the other folds: means of the value and the features at each position [T, 1 + F], and slopes [F]."""
 
     mean_TC: Tensor
     slopes_F: Tensor
 
 
 def fit(blocks: Callable[[], Iterable[RidgeBlock]], folds: int) -> list[Fit]:
-    """The regression for each fold, on the sequences of the others.
+    """Fit the regression for each fold, on the sequences of the other folds.
 
     Args:
-        blocks: all sequences, block by block; called twice.
-        folds: their number.
+        blocks: returns all sequences, block by block; called twice.
+        folds: number of folds.
 
     Returns:
-        A fit per fold. Where the others' weights at a position are all 0, their plain mean is taken; positions that
-        they do not reach are left out.
+        One fit per fold. If all weights of the other folds are 0 at a position, their plain mean is used; positions
+        that the other folds do not reach are omitted.
     """
     sums = None
     for block in blocks():
@@ -112,11 +112,11 @@ def fit(blocks: Callable[[], Iterable[RidgeBlock]], folds: int) -> list[Fit]:
 
 
 def ridge_baseline(block: RidgeBlock, fits: list[Fit]) -> Tensor:
-    """b_k of every token, from the sequences of the other folds.
+    """Compute b_k of every token from the fit on the other folds.
 
     Args:
-        block: some sequences.
-        fits: of `fit`, on all of them.
+        block: a block of sequences.
+        fits: `fit` on all sequences.
 
     Returns:
         float64 [K]; 0 at positions that no sequence of another fold reaches.
@@ -131,7 +131,7 @@ def ridge_baseline(block: RidgeBlock, fits: list[Fit]) -> Tensor:
 
 
 def _sums_by_position(block: RidgeBlock, folds: int) -> Tensor:
-    """At each position, of each fold: plain and weighted sums of 1, the value and the features [T, folds, 2, 1 + C]."""
+    """Sum 1, the value and the features by position and fold, plain and weighted: float64 [T, folds, 2, 1 + C]."""
     columns_KC = torch.nn.functional.pad(block.columns_KC, (1, 0), value=1.0)
     both_K2C = torch.stack([columns_KC, block.weights_K.double().unsqueeze(1) * columns_KC], dim=1)
     longest = int(ragged.lengths(block.offsets_N1).max())
@@ -141,7 +141,7 @@ def _sums_by_position(block: RidgeBlock, folds: int) -> Tensor:
 
 
 def _means(sums_T2C: Tensor) -> Tensor:
-    """Weighted means [T, C], plain where all weights are 0; sequences start together, so T are the first positions."""
+    """Return weighted means [T, C], plain ones if all weights are 0, for the first T positions, which are reached."""
     reached_T2C = sums_T2C[: int((sums_T2C[:, 0, 0] > 0).sum())]
     total_T21 = reached_T2C[:, :, :1]
     plain_TC, weighted_TC = (reached_T2C[:, :, 1:] / total_T21.where(total_T21 > 0, 1.0)).unbind(1)
@@ -149,7 +149,7 @@ def _means(sums_T2C: Tensor) -> Tensor:
 
 
 class _Moments(NamedTuple):
-    """Weighted sums over the other folds: of 1, of uncentred φ², and of centred φφᵀ and φ·value."""
+    """Weighted sums of 1, uncentred φ², and centred φφᵀ and φ·value over the other folds."""
 
     weight: Tensor
     squares_F: Tensor
@@ -175,10 +175,10 @@ def _moments(block: RidgeBlock, fold: int, mean_TC: Tensor) -> _Moments:
 
 
 def _slopes(of: _Moments) -> Tensor:
-    """β [F] of centred values on centred features; 0 for a feature that does not vary."""
+    """Return the slopes β [F] of centred values on centred features; 0 for a feature that does not vary."""
     weight = of.weight.where(of.weight > 0, 1.0)
     variance_F = of.gram_FF.diagonal() / weight
-    # what is left of a constant after its mean was taken away is rounding, which scaling would blow up
+    # a constant minus its mean is rounding error, which the scaling would amplify
     varies_F = variance_F > 1e-18 * (of.squares_F / weight)
     inverse_F = varies_F / variance_F.where(varies_F, 1.0).sqrt()
     gram_FF = inverse_F.unsqueeze(1) * (of.gram_FF / weight) * inverse_F

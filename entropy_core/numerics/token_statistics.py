@@ -1,4 +1,4 @@
-"""Log-probability and entropy of a step from its logits, and their derivatives along a direction.
+"""Log-probability ℓ of a token and entropy h of its distribution from logits, and their derivatives along a direction.
 
 z = logits/τ,  logp = z − logsumexp z,  ℓ = logp[token],  h = −Σ p·logp
 ℓ̇ = dz[token] − Σ p·dz,                ḣ = −Σ p·logp·dz − h·Σ p·dz
@@ -14,21 +14,20 @@ from torch.utils.checkpoint import checkpoint
 Head = Callable[[Tensor], Tensor]
 
 LOWEST = -1e4
-"""Of a log-probability where it multiplies its probability, which is 0 in every dtype: 0·log 0 is 0, and so said."""
+"""Lower clamp of log-probabilities in products p·log p, so that 0·log 0 is 0: its exponential is 0 in every dtype."""
 
-
-BLOCK_BYTES = 2**22
+BLOCK_BYTES = 2**22  # size of one block of rows on a CPU, chosen to stay in the cache
 
 
 class TokenStatistics(NamedTuple):
-    """Log-probability of the token and full-softmax entropy of its step, in nats, each [K]."""
+    """Log-probability ℓ of each token and full-softmax entropy h of its distribution, in nats, each [K]."""
 
     logprobs_K: Tensor
     entropies_K: Tensor
 
 
 class TokenDerivatives(NamedTuple):
-    """`TokenStatistics` with their derivatives along a direction, each [K]."""
+    """`TokenStatistics` and their derivatives along a direction, each [K]."""
 
     logprobs_K: Tensor
     entropies_K: Tensor
@@ -37,22 +36,22 @@ class TokenDerivatives(NamedTuple):
 
 
 def token_statistics(logits_RV: Tensor, tokens_R: Tensor, temperature: float) -> TokenStatistics:
-    """ℓ and h of each row; differentiable once, in both modes.
+    """Compute ℓ and h of each row; differentiable once, in reverse or forward mode.
 
     Args:
-        logits_RV: [R, V], before the temperature; −inf is a token that cannot be.
+        logits_RV: logits before the temperature, [R, V]; −inf marks an impossible token.
         tokens_R: int64 [R].
         temperature: τ > 0, applied before the softmax.
 
     Returns:
-        Two tensors [R] of the dtype of the logits.
+        ℓ and h, each [R], in the dtype of the logits.
     """
     logprobs_R, entropies_R, *_ = _TokenStatistics.apply(logits_RV, tokens_R, temperature)
     return TokenStatistics(logprobs_R, entropies_R)
 
 
 class _TokenStatistics(torch.autograd.Function):
-    """What is kept for the derivatives are the logits and a number per row; probabilities are made again from them."""
+    """Saves only the logits and a few numbers per row for the derivatives, and recomputes probabilities from them."""
 
     @staticmethod
     def forward(logits_RV: Tensor, tokens_R: Tensor, temperature: float) -> tuple[Tensor, ...]:
@@ -73,7 +72,7 @@ class _TokenStatistics(torch.autograd.Function):
         torch.exp(z_RV.clamp_min_(LOWEST), out=weights_RV)
         total_R = weights_RV.sum(-1)
         normaliser_R = total_R.log()
-        entropies_R = normaliser_R - z_RV.mul_(weights_RV).sum(-1) / total_R  # two terms that are not negative
+        entropies_R = normaliser_R - z_RV.mul_(weights_RV).sum(-1) / total_R  # a sum of two non-negative terms
         return own_R - normaliser_R, entropies_R, highest_R1, normaliser_R.unsqueeze(-1)
 
     @staticmethod
@@ -112,15 +111,15 @@ class _TokenStatistics(torch.autograd.Function):
         dz_RV = dlogits_RV if temperature == 1.0 else dlogits_RV / temperature
         mean_dz_R = torch.mul(p_RV, dz_RV, out=product_RV).sum(-1)
         dlogprobs_R = dz_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1) - mean_dz_R
-        # −Σ p·logp·dz − h·Σ p·dz, with dz centred first: a large common shift of dz would cancel only up to rounding
+        # −Σ p·logp·dz − h·Σ p·dz, with dz centred first, because a common shift of dz would only cancel up to rounding
         centred_RV = torch.sub(dz_RV, mean_dz_R.unsqueeze(-1), out=product_RV)
         return dlogprobs_R, -logp_RV.mul_(p_RV).mul_(centred_RV).sum(-1)
 
 
 class _Scratch:
-    """Room for what is made on the way, used again for every block of rows: new memory costs more than the arithmetic.
+    """Scratch buffers reused for every block of rows, because allocating memory costs more than the arithmetic.
 
-    A block is a few rows on a CPU, so that it stays in the cache, and all of them on a GPU.
+    On a CPU a block is a few rows, so that it stays in the cache; on a GPU it is all rows.
     """
 
     def __init__(self, like_RV: Tensor, count: int) -> None:
@@ -147,14 +146,14 @@ def _log_probabilities(
 
 
 def expected_discriminator(logits_RV: Tensor, temperature: float) -> Tensor:
-    """E_π[S*] = Σ_a π_a²(h + log π_a) of each row: what `predictors.discriminator` subtracts.
+    """Compute E_π[S*] = Σ_a π_a²(h + log π_a) of each row, which `predictors.discriminator` needs.
 
     Args:
-        logits_RV: [R, V], before the temperature.
+        logits_RV: logits before the temperature, [R, V].
         temperature: τ > 0.
 
     Returns:
-        Nats, [R], of the dtype of the logits.
+        Nats, [R], in the dtype of the logits.
     """
     logp_RV = torch.log_softmax(logits_RV / temperature, dim=-1).clamp_min(LOWEST)
     p_RV = logp_RV.exp()
@@ -165,18 +164,18 @@ def expected_discriminator(logits_RV: Tensor, temperature: float) -> Tensor:
 def chunked_statistics(
     head: Head, hidden_KD: Tensor, tokens_K: Tensor, temperature: float, chunk_rows: int
 ) -> TokenStatistics:
-    """ℓ and h from hidden states; logits exist for `chunk_rows` rows at a time, in derivatives of either mode too.
+    """Compute ℓ and h from hidden states, with logits of `chunk_rows` rows in memory at a time, even in derivatives.
 
     Args:
         head: maps hidden states [R, D] to logits [R, V].
         hidden_KD: [K, D].
         tokens_K: int64 [K].
         temperature: τ > 0.
-        chunk_rows: rows per chunk, at most: they are alike, a short one would cost nearly as much as a long one; does
-            not change the result.
+        chunk_rows: maximum rows per chunk; chunks have equal sizes, because a short one costs nearly as much as a long
+            one. Does not change the result.
 
     Returns:
-        Two tensors [K].
+        ℓ and h, each [K].
     """
 
     def rows(hidden_RD: Tensor, tokens_R: Tensor) -> TokenStatistics:

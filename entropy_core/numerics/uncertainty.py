@@ -1,8 +1,8 @@
-"""Estimates with their influence functions, and standard errors from them.
+"""Estimates with their influence functions, and the standard errors that follow from them.
 
-An estimator that is a smooth function of means has an influence value ψ_i per sequence with Σψ_i = 0; its standard
-error over N independent sequences is sd(ψ)/√N. Differences of estimates on one batch are differences of influences,
-so they are paired. `given U` means that the update is held fixed and only E varies.
+A smooth function of means has an influence value ψ_i per sequence with Σψ_i = 0, and its standard error over N
+independent sequences is sd(ψ)/√N. The influence of a difference of estimates on one batch is the difference of their
+influences, so comparisons are paired. `given U` means that the update is held fixed and only the batch E varies.
 """
 
 from collections.abc import Mapping
@@ -17,32 +17,32 @@ from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functiona
 
 
 class Estimate(NamedTuple):
-    """A value and its influence per sequence, float64 [N]."""
+    """A value and the influence of each sequence on it, float64 [N]."""
 
     value: float
     influence_N: Tensor
 
     def scaled(self, factor: float) -> "Estimate":
-        """The estimate of `factor` times the quantity."""
+        """Return the estimate of `factor` times the quantity."""
         return Estimate(self.value * factor, self.influence_N * factor)
 
     def plus(self, other: "Estimate") -> "Estimate":
-        """The estimate of the sum, on the same batch."""
+        """Return the estimate of the sum; both must come from the same batch."""
         return Estimate(self.value + other.value, self.influence_N + other.influence_N)
 
     def minus(self, other: "Estimate") -> "Estimate":
-        """The estimate of the difference, on the same batch."""
+        """Return the estimate of the difference; both must come from the same batch."""
         return Estimate(self.value - other.value, self.influence_N - other.influence_N)
 
 
 def mean(values_N: Tensor) -> Estimate:
-    """E[x] from the values x_i of each sequence, float64 [N]."""
+    """Estimate E[x] from one value x_i per sequence, float64 [N]."""
     value = values_N.mean()
     return Estimate(float(value), values_N - value)
 
 
 def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
-    """The ratio of two estimates on the same batch.
+    """Estimate a/b from two estimates on the same batch.
 
     Args:
         numerator: a.
@@ -56,11 +56,13 @@ def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
 
 
 def ratio_derivative(numerator: Columns, denominator: Columns) -> Estimate:
-    """∂_v(E[F]/E[G]), with ψ_i = (x_i − H y_i − g t_i − Y (s_i − H t_i)/L)/L for H = E[F]/E[G] and L = E[G].
+    """Estimate g = ∂_v(E[F]/E[G]), with ψ_i = (x_i − H y_i − g t_i − Y (s_i − H t_i)/L)/L.
+
+    H = E[F]/E[G], L = E[G], and Y is the mean of the y_i.
 
     Args:
-        numerator: of F, totals s_i and derivatives x_i.
-        denominator: of G, totals t_i and derivatives y_i.
+        numerator: columns of F, with totals s_i and derivatives x_i.
+        denominator: columns of G, with totals t_i and derivatives y_i.
 
     Returns:
         The estimate, per unit step.
@@ -68,30 +70,30 @@ def ratio_derivative(numerator: Columns, denominator: Columns) -> Estimate:
     x, y = mean(numerator.derivative_N), mean(denominator.derivative_N)
     L = mean(denominator.total_N)
     H = ratio(mean(numerator.total_N), L)
-    # product rule on (X − H·Y)/L; each line is a value with its influence
+    # product rule on (X − H·Y)/L; `excess` is X − H·Y with its influence
     excess = Estimate(x.value - H.value * y.value, x.influence_N - H.value * y.influence_N - y.value * H.influence_N)
     return ratio(excess, L)
 
 
 def entropy(S_N: Tensor, T_N: Tensor, normalization: Normalization) -> Estimate:
-    """H_seq = E[S] or H_tok = E[S]/E[T].
+    """Estimate H_seq = E[S] or H_tok = E[S]/E[T].
 
     Args:
         S_N: entropy of each sequence, nats, float64 [N].
-        T_N: its length, float64 [N].
+        T_N: length of each sequence, float64 [N].
         normalization: per sequence or per token.
 
     Returns:
-        The estimate, in nats (per token).
+        The estimate, in nats per sequence or per token.
     """
     return mean(S_N) if normalization == "per_sequence" else ratio(mean(S_N), mean(T_N))
 
 
 def entropy_derivative(columns: Mapping[Functional, Columns], normalization: Normalization) -> Estimate:
-    """∂_vH: of the entropy of a response, or of its ratio to the length.
+    """Estimate ∂_vH_seq or ∂_vH_tok, the derivative of the entropy along the step v.
 
     Args:
-        columns: of `first_order.first_order_columns`, of entropy and length.
+        columns: `first_order.first_order_columns` of entropy and length.
         normalization: per sequence or per token.
 
     Returns:
@@ -103,13 +105,13 @@ def entropy_derivative(columns: Mapping[Functional, Columns], normalization: Nor
 
 
 def snis_derivative(columns: Mapping[Functional, Columns], score_N: Tensor, normalization: Normalization) -> Estimate:
-    """Derivative of `snis_entropy` at η = 0 on the same batch: what a `snis` ΔH tends to, divided by η.
+    """Compute the derivative of `snis_entropy` at η = 0, the limit of ΔH/η of the `snis` estimator on this batch.
 
-    With s the score of the whole sequence, weights grow as 1 + ηs, so that Σ wS'/Σ wT has the derivative
-    (E[sS + Ṡ] − H·E[sT])/L; `per_sequence` has 1 in place of T. It has the mean of ∂_vH, and more noise.
+    The weights are w ≈ 1 + ηs with the score s of the whole sequence, so Σ wS'/Σ wT has the derivative
+    (E[sS + Ṡ] − H·E[sT])/L; for `per_sequence`, 1 replaces T. Its expectation is ∂_vH, with more noise.
 
     Args:
-        columns: of `first_order.first_order_columns`, of entropy and length; only totals and local parts are used.
+        columns: `first_order.first_order_columns` of entropy and length; only totals and local parts are used.
         score_N: s = Σ_k ℓ̇_k, float64 [N].
         normalization: per sequence or per token.
 
@@ -128,16 +130,16 @@ def snis_derivative(columns: Mapping[Functional, Columns], score_N: Tensor, norm
 
 
 def snis_entropy(weights_N: Tensor, S_N: Tensor, T_N: Tensor, normalization: Normalization) -> Estimate:
-    """H(θ') by whole-sequence self-normalised weights.
+    """Estimate H(θ') with self-normalised weights of whole sequences.
 
     Args:
-        weights_N: w, float64 [N].
-        S_N: S' at θ', nats, float64 [N].
-        T_N: lengths, float64 [N].
+        weights_N: importance weights w, float64 [N].
+        S_N: entropy of each sequence at θ', nats, float64 [N].
+        T_N: length of each sequence, float64 [N].
         normalization: per sequence or per token.
 
     Returns:
-        The estimate, in nats (per token).
+        The estimate, in nats per sequence or per token.
     """
     relative_N = weights_N / weights_N.mean()
     denominator_N = relative_N * T_N if normalization == "per_token" else relative_N
@@ -145,14 +147,14 @@ def snis_entropy(weights_N: Tensor, S_N: Tensor, T_N: Tensor, normalization: Nor
 
 
 def standard_error(influence_N: Tensor, clusters_N: Tensor | None = None) -> float:
-    """Standard error of an estimate from its influence values.
+    """Compute the standard error of an estimate from its influence values.
 
     Args:
-        influence_N: float64 [N].
+        influence_N: ψ, float64 [N].
         clusters_N: int64 [N], cluster of each sequence; None for independent sequences.
 
     Returns:
-        √(c/(c−1)·Σ_c (Σ_{i∈c} ψ_i)²)/N over c clusters; NaN for fewer than two.
+        √(C/(C−1)·Σ_c (Σ_{i∈c} ψ_i)²)/N over C clusters; NaN for fewer than two.
     """
     sums_C = cluster_sums(influence_N, clusters_N)
     count = len(sums_C)
@@ -164,10 +166,10 @@ def standard_error(influence_N: Tensor, clusters_N: Tensor | None = None) -> flo
 def jackknife_standard_error(
     columns: Mapping[Functional, Columns], normalization: Normalization, clusters_N: Tensor | None = None
 ) -> float:
-    """Delete-one(-cluster) jackknife of ∂_vH: √((C−1)/C Σ_c (g_(c) − ḡ)²), each g_(c) from the remaining columns.
+    """Compute the delete-one-cluster jackknife error of ∂_vH, √((C−1)/C Σ_c (g_(c) − ḡ)²); g_(c) omits cluster c.
 
     Args:
-        columns: of `first_order.first_order_columns`, of entropy and length; they keep the baselines they came with.
+        columns: `first_order.first_order_columns` of entropy and length; their baselines are not recomputed.
         normalization: per sequence or per token.
         clusters_N: int64 [N], cluster of each sequence; None to delete single sequences.
 
@@ -189,7 +191,7 @@ def cluster_sums(values_N: Tensor, clusters_N: Tensor | None) -> Tensor:
 
     Args:
         values_N: float64 [N, …].
-        clusters_N: int64 [N], cluster of each sequence; None for sequences that are clusters of their own.
+        clusters_N: int64 [N], cluster of each sequence; None if every sequence is its own cluster.
 
     Returns:
         float64 [C, …], in the order of the cluster ids.
@@ -201,13 +203,13 @@ def cluster_sums(values_N: Tensor, clusters_N: Tensor | None) -> Tensor:
 
 
 def clustered_sum_standard_error(contributions_PG: Tensor) -> float:
-    """Standard error of Σ_p c_p when the prompts p are independent draws: √(P/(P−1)·Σ_p (c_p − c̄)²).
+    """Compute the standard error of Σ_p c_p for independently drawn prompts p: √(P/(P−1)·Σ_p (c_p − c̄)²).
 
     Args:
-        contributions_PG: u_j of each U sequence, float64 [P, G], a row per prompt; their sum is ⟨w, g⟩.
+        contributions_PG: contribution of each sequence of U, float64 [P, G], one row per prompt; c_p is the row sum.
 
     Returns:
-        Same unit as the contributions; NaN for fewer than two prompts.
+        Standard error in the unit of the contributions; NaN for fewer than two prompts.
     """
     per_prompt_P = contributions_PG.sum(dim=1)
     P = len(per_prompt_P)
@@ -215,15 +217,15 @@ def clustered_sum_standard_error(contributions_PG: Tensor) -> float:
 
 
 def interaction_variance(whole_P: Tensor, halves_2P: Tensor) -> float:
-    """The part of the variance over U that comes from not knowing ∇H exactly: the interaction of E and U.
+    """Estimate the E×U interaction, the part of the variance over U that is due to the sampling error of ∇H.
 
-    Contributions of the prompts of U are linear in ∇H. Those along the ∇H of two independent halves of E have
-    independent errors, so that their covariance over prompts is the variance over U for a known ∇H; what the plug-in
-    variance P·Var_p(c_p) has more is the interaction.
+    The contributions of the prompts of U are linear in ∇H. Contributions computed with ∇H from two independent halves
+    of E have independent errors, so their covariance over prompts estimates the variance over U for the exact ∇H. The
+    interaction is the excess of the plug-in variance P·Var_p(c_p) over it.
 
     Args:
-        whole_P: contribution of each prompt along the ∇H of all of E, float64 [P].
-        halves_2P: along the ∇H of each half, float64 [2, P].
+        whole_P: contribution of each prompt, with ∇H from all of E, float64 [P].
+        halves_2P: contribution of each prompt, with ∇H from each half of E, float64 [2, P].
 
     Returns:
         P·Var_p(whole) − P·Cov_p(half, other half), in [0, P·Var_p(whole)]; NaN for fewer than two prompts.
@@ -243,20 +245,20 @@ class Total(NamedTuple):
 
 
 def total_standard_error(se_given_u: float, n_e: int, se_over_u: float, n_u: int, interaction: float = 0.0) -> Total:
-    """√(SE²_E + SE²_U − interaction), with Welch-Satterthwaite degrees of freedom.
+    """Compute √(SE²_E + SE²_U − interaction), with Welch-Satterthwaite degrees of freedom.
 
-    E and U are independent, so their contributions add. Each plug-in part also holds the E×U interaction once, so it is
-    taken off once.
+    E and U are independent, so their variances add. Both plug-in variances contain the E×U interaction, so it is
+    subtracted once.
 
     Args:
         se_given_u: standard error over E with U fixed.
-        n_e: independent units of E.
+        n_e: number of independent units of E.
         se_over_u: standard error over U with E fixed.
-        n_u: prompts of U.
-        interaction: of `interaction_variance`; 0 leaves it counted twice, on the wide side.
+        n_u: number of prompts of U.
+        interaction: `interaction_variance`; 0 counts the interaction twice, which makes the error too large.
 
     Returns:
-        The total and its degrees of freedom; NaN for fewer than two units of either.
+        The total and its degrees of freedom; NaN if E or U has fewer than two units.
     """
     if n_e < 2 or n_u < 2:
         return Total(float("nan"), float("nan"))
@@ -268,11 +270,11 @@ def total_standard_error(se_given_u: float, n_e: int, se_over_u: float, n_u: int
 
 
 def normal_quantile(confidence_level: float) -> float:
-    """z with P(|Z| ≤ z) = `confidence_level`."""
+    """Return z with P(|Z| ≤ z) = `confidence_level` for a standard normal Z."""
     return NormalDist().inv_cdf(0.5 + confidence_level / 2)
 
 
 def excess_kurtosis(influence_N: Tensor) -> float:
-    """E[ψ⁴]/E[ψ²]² − 3; 0 for a constant."""
+    """Return E[ψ⁴]/E[ψ²]² − 3; 0 if all ψ are 0."""
     second = (influence_N**2).mean()
     return float((influence_N**4).mean() / second**2 - 3) if second > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Vectors that hold a number for every parameter, without ever holding one as a whole.
+"""Parameter-sized vectors, processed in blocks so that no whole vector is in memory.
 
-A vector is a mapping from keys to tensors. The keys are names of parameters, or blocks of them; a `Lazy` vector makes
-each tensor when it is asked for, so that what is elementwise in other vectors is never stored. Sums run in the order of
+A vector is a mapping from keys to tensors; a key is the name of a parameter or a `Block` of one. A `Lazy` vector
+computes each tensor on access, so an elementwise function of other vectors is never stored. Sums run in the order of
 the keys, in float64.
 """
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**15
-"""Numbers in a block: so few that some float64 arrays of them stay in a core's cache, and enough for an operation."""
+"""Numbers per block: few enough that several float64 arrays fit in a core's cache, enough to amortise an operation."""
 
 K = TypeVar("K", bound=Any)  # a name or a Block: anything that can be sorted
 
 
 class Block(NamedTuple):
-    """A piece of a parameter: the numbers from `start` up to `stop` of its flat form."""
+    """The slice `start:stop` of a flattened parameter."""
 
     name: str
     start: int
@@ -26,11 +26,11 @@ class Block(NamedTuple):
 
 
 class Lazy(Mapping[K, Tensor]):
-    """A vector whose tensors are made when they are asked for, every time anew.
+    """A vector whose tensors are computed on every access.
 
     Args:
-        keys: of the vector.
-        make: gives the tensor of a key.
+        keys: keys of the vector.
+        make: computes the tensor of a key.
     """
 
     def __init__(self, keys: Collection[K], make: Callable[[K], Tensor]) -> None:
@@ -56,29 +56,29 @@ def blocks_of(tensors: Mapping[str, Tensor]) -> tuple[Block, ...]:
 
 
 def in_blocks(tensors: Mapping[str, Tensor]) -> Lazy[Block]:
-    """The same vector by blocks: float64 on the CPU, whatever it is kept as.
+    """View a vector in blocks, converted to float64 on the CPU.
 
     Args:
-        tensors: by name.
+        tensors: the vector, by parameter name.
 
     Returns:
-        Flat tensors; those of a float64 vector on the CPU are views of it.
+        Flat tensors by block; views if the vector is already float64 on the CPU.
     """
     flat = {name: tensor.detach().reshape(-1) for name, tensor in tensors.items()}
     return Lazy(blocks_of(flat), lambda block: flat[block.name][block.start : block.stop].to("cpu", torch.float64))
 
 
 def dot(a: Mapping[K, Tensor], b: Mapping[K, Tensor]) -> float:
-    """⟨a, b⟩ over the keys of a."""
+    """Return ⟨a, b⟩ over the keys of a."""
     return sum(float((a[key].double() * b[key].double()).sum()) for key in sorted(a))
 
 
 def global_norm(a: Mapping[K, Tensor]) -> float:
-    """‖a‖₂."""
+    """Return ‖a‖₂."""
     return sum(squares(a[key]) for key in sorted(a)) ** 0.5
 
 
 def squares(tensor: Tensor) -> float:
-    """The sum of the squares of a tensor, in float64."""
+    """Return the sum of the squares of a tensor, computed in float64."""
     wide = tensor.double()
     return float((wide * wide).sum())

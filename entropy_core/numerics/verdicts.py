@@ -1,16 +1,16 @@
-"""What a row of the result table is worth, by a rule that it names."""
+"""Verdict on a row of the result table, with the rule that gave it."""
 
 from typing import Literal, NamedTuple
 
 Word = Literal["reference", "resolved", "noise-limited", "nonlinear", "weights-unreliable"]
 
 MINIMUM_ESS_FRACTION = 0.1
-MATERIAL_CURVATURE = 0.05  # so that what is not nonlinear has a log-log slope of 1 to half a per cent
-EVEN_ESS_FRACTION = 0.9  # above it the weights are nearly equal, and the shape of their tail is of no consequence
+MATERIAL_CURVATURE = 0.05  # below it, the log-log slope of ΔH against η is within about half a per cent of 1
+EVEN_ESS_FRACTION = 0.9  # above it the weights are nearly equal, and the shape of their tail does not matter
 
 
 class Verdict(NamedTuple):
-    """A word and the rule that gave it."""
+    """A verdict and the rule that gave it."""
 
     word: Word
     rule: str
@@ -30,17 +30,17 @@ def verdict(
     noise_floor: float,
     quantile: float,
 ) -> Verdict:
-    """The first rule that applies, in the order reference, weights, nonlinear, noise, resolved.
+    """Return the verdict of the first rule that applies, in the order reference, weights, nonlinear, noise, resolved.
 
     Args:
         eta: absolute step size.
         delta_h1: first-order prediction, nats.
-        delta_h: measured change, nats; NaN when the weights overflowed.
-        delta_h_se: its standard error.
-        curvature: ΔH − η·(derivative of the same estimator).
-        curvature_se: its standard error.
-        ess_fraction: effective sample size over N.
-        pareto_k: k̂ of the whole-sequence weights; None where there is no tail to fit.
+        delta_h: measured change, nats; NaN if the weights overflowed.
+        delta_h_se: standard error of `delta_h`.
+        curvature: ΔH − η·(derivative of the same estimator), nats.
+        curvature_se: standard error of `curvature`.
+        ess_fraction: effective sample size divided by the number of sequences.
+        pareto_k: k̂ of the whole-sequence weights; None if there is no tail to fit.
         pareto_k_threshold: largest k̂ at which a mean of that many weights can be trusted.
         noise_floor: numerical noise of ΔH, nats.
         quantile: normal quantile of the confidence level.

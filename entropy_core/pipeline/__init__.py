@@ -1,1 +1,1 @@
-"""A sweep from its request to its record. Knows every stage; no stage knows it."""
+"""Run a sweep from its request to its record. The pipeline imports the stages; no stage imports the pipeline."""

@@ -1,4 +1,4 @@
-"""Every stage by name."""
+"""All stages, by name."""
 
 from entropy_core.stages.calibrate import calibrate
 from entropy_core.stages.compute_update import compute_update

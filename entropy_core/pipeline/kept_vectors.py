@@ -1,4 +1,4 @@
-"""What is of the size of the policy, during a sweep: made again where it is needed and gone, let go where it is not."""
+"""Parameter-sized vectors during a sweep: recompute them if they are needed and missing, drop them when not needed."""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ log = logging.getLogger("entropy_probe.store")
 
 
 class OtherNumbers(Exception):
-    """What was computed again for its vectors is not what it was: what was made from it cannot be used beside it."""
+    """A recomputed artifact differs from the original, so results made from the original cannot be combined with it."""
 
 
 class _Made(NamedTuple):
@@ -25,13 +25,12 @@ class _Made(NamedTuple):
 class VectorKeeper(Runner):
     """Sees to it that a stage finds the vectors it opens, whatever became of them since.
 
-    A vector is of the size of the policy. Nobody looks at it until a stage that opens it has to be computed; the stages
-    that are cached do not need it any more.
+    Vectors are looked up only if a stage that opens them has to be computed; cached stages do not need them.
 
     Args:
-        store: where the artifacts are.
-        run: runs a stage.
-        keep: whether vectors stay in the store when the sweep is done with them.
+        store: the store of the artifacts.
+        run: the runner that executes stages.
+        keep: whether vectors remain in the store after `release`.
     """
 
     def __init__(self, store: Store, run: Runner, keep: bool) -> None:

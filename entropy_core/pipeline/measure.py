@@ -1,4 +1,7 @@
-"""All that needs the policy of one checkpoint, in order; what comes out are the inputs of the variance stage."""
+"""Run the stages that need the policy of one checkpoint, in order, and return the inputs of the variance stage.
+
+E is the evaluation batch and U the update batch.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,25 +23,25 @@ from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage
 
 NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
-"""Ways to round, and on how many sequences: enough for the size of the noise, and less work than one step size."""
+"""Draws and sequences of the rounding noise: enough to estimate its size, and cheaper than one step size."""
 CALIBRATION_SEQUENCES = 64
-"""On which a central difference is compared with forward mode."""
+"""Number of sequences on which central differences are compared with forward mode."""
 
 
 def source_of(config: ProbeConfig) -> Path | None:
-    """The file or folder behind the prompts; None for a pool that is code."""
+    """Return the file or folder of the prompts; None for a generated pool."""
     batch = config.batch_config
     return prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
 
 
 def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> Artifact:
-    """The prompts of a split.
+    """Load the prompts of a split.
 
     Args:
-        config: names the dataset.
-        split: of it.
-        tokenizer: digest of its files.
-        run: runs a stage.
+        config: configuration with the dataset.
+        split: name of the split.
+        tokenizer: digest of the tokenizer's files.
+        run: runner of stages.
 
     Returns:
         Artifact of load-prompts.
@@ -49,7 +52,7 @@ def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> A
         "options": batch.dataset_options,
         "split": split,
         "prompt_column": batch.prompt_column,
-        "source": content_digest(source) if source else "",  # a file counts by its content, wherever it lies
+        "source": content_digest(source) if source else "",  # keyed by content, not by path
         "revision": prompts.revision(source) if source else "",
         "library": prompts.library(batch.dataset_name),
         "tokenizer": tokenizer,
@@ -59,12 +62,12 @@ def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> A
 
 
 def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Runner) -> Artifact:
-    """The optimizer's state of a checkpoint, all of it read once and sound.
+    """Load and check the optimizer state of a checkpoint.
 
     Args:
-        config: may say another learning rate, or a fresh optimizer.
-        checkpoint: of `preflight`.
-        run: runs a stage.
+        config: configuration, which may set another learning rate or a fresh optimizer.
+        checkpoint: a checkpoint from `preflight`.
+        run: runner of stages.
 
     Returns:
         Artifact of load-checkpoint.
@@ -79,19 +82,19 @@ def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Run
 
 
 def keep(artifact: Artifact) -> None:
-    """Leave the vectors of an artifact where they are."""
+    """Keep the vectors of an artifact; the default of `release`."""
 
 
 class Measurement:
     """The stages of one checkpoint that need its policy.
 
     Args:
-        config: what to do.
-        checkpoint: of `preflight`.
+        config: configuration of the sweep.
+        checkpoint: a checkpoint from `preflight`.
         optimizer: artifact of load-checkpoint.
-        pools: split → artifact of load-prompts.
-        run: runs a stage.
-        release: told of an artifact when no stage will open its vectors any more.
+        pools: artifacts of load-prompts, by split.
+        run: runner of stages.
+        release: called with an artifact when no stage will open its vectors any more.
     """
 
     def __init__(
@@ -115,11 +118,13 @@ class Measurement:
         )
         batch = config.batch_config
         self.replacement = batch.E_sampling_mode == "replacement"
-        self.together = 1 if self.replacement else batch.G  # responses of E that are not independent of each other
+        self.together = (
+            1 if self.replacement else batch.G
+        )  # responses of E to the same prompt, which are not independent
         self.e_total = batch.E_total_sequences if self.replacement else batch.B_E_values[0] * batch.G
 
     def variance_inputs(self) -> Inputs:
-        """Everything that the variance stage is given, but for its own settings."""
+        """Run the stages and return all inputs of the variance stage except its settings."""
         batch, policy = self.config.batch_config, self.policy
         e_batch, scores = self._sample_e(batch.E_batch_seed, "")
         u_batch = self._sample_u()
@@ -190,7 +195,7 @@ class Measurement:
         return self._over_shards(what, [shared | part for part in parts], suffix)
 
     def _sample_e(self, seed: int, suffix: str) -> tuple[list[Artifact], list[Artifact]]:
-        """An E batch and its scores."""
+        """Sample an E batch and score it."""
         inputs = {
             "prompts": self.e_pool,
             "batch": "E",
@@ -216,7 +221,7 @@ class Measurement:
         return self._over_shards(what, [{"policy": policy, "sequences": sequences} for sequences in batches], suffix)
 
     def _first(self, e_batch: Sequence[Artifact], sequences: int) -> Inputs:
-        """The shards of E that hold its first sequences, and how many they are."""
+        """Return the shards with the first sequences of E, and the number of these sequences."""
         shards = e_batch[: -(-sequences // self.config.execution.shard_size)]
         return {"policy": self.policy, "sequences": shards, "count": min(sequences, self.e_total)}
 
@@ -281,7 +286,7 @@ class Measurement:
         )
 
     def _moved(self, e_batch: Sequence[Artifact], update: Artifact, learning_rate: float) -> list[Inputs]:
-        """The passes at every step size; at 0 the answer is known."""
+        """Run the passes at every step size except 0, at which nothing changes."""
         asked = self.config.importance
         unit = learning_rate if asked.eta_unit == "learning_rate" else 1.0
         passes = {

@@ -1,4 +1,4 @@
-"""A stage that runs out of memory is run again with half the micro-batches; no key and no result depends on them."""
+"""Retry a stage that runs out of memory with halved micro-batches, on which no key and no result depends."""
 
 import gc
 import logging
@@ -18,20 +18,19 @@ _SAID_BY_TORCH = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA err
 
 
 def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mapping[str, Any]) -> Artifact:
-    """Do what `Store.run` does, and after a want of memory again with half the micro-batches.
+    """Run a stage like `Store.run`, and retry with halved micro-batches after running out of memory.
 
     Args:
-        store: where artifacts are.
-        stage: what to run.
-        execution: an `Execution`, which remembers what was small enough for the stage; with anything else, nothing is
-            tried again.
-        inputs: of the stage.
+        store: the store of the artifacts.
+        stage: the stage to run.
+        execution: an `Execution`, which records the batch sizes that fitted; for any other object nothing is retried.
+        inputs: inputs of the stage.
 
     Returns:
         The artifact.
 
     Raises:
-        MemoryShortageError: single sequences do not fit, either.
+        MemoryShortageError: the stage runs out of memory even with single sequences.
     """
     if isinstance(execution, Execution):
         execution = execution.within_memory.get(stage.name, execution)
@@ -42,7 +41,7 @@ def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mappin
             if not (isinstance(execution, Execution) and _is_shortage(error)):
                 raise
             said = one_line(error)
-        # Here the error is gone, and with it the frames that held the tensors.
+        # outside the except block, the error and the frames that held tensors have been freed
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

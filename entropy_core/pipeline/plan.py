@@ -1,4 +1,4 @@
-"""What a sweep would compute, why, and what that takes, found by going through it without computing anything."""
+"""Plan a sweep: find which stages would run, why, and at what cost, without computing anything."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,22 +21,22 @@ class Step(NamedTuple):
     stage: str
     label: str
     cached: bool
-    reasons: tuple[str, ...]  # why it is not cached
+    reasons: tuple[str, ...]  # why the step is not cached
 
 
 def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> list[Step]:
-    """Say of every run of a stage whether it is cached, and why not.
+    """Tell for every run of a stage whether it is cached, and if not, why.
 
     Args:
-        config: what to do.
-        checkpoints: of `preflight`.
-        store: where artifacts are; is only read, and data files are not verified.
+        config: configuration of the sweep.
+        checkpoints: checkpoints from `preflight`.
+        store: the store of the artifacts; only read, without verifying data files.
 
     Returns:
         The steps in the order of the sweep.
     """
     steps: list[Step] = []
-    step_of: dict[Artifact, int] = {}  # a cached artifact → its place among the steps
+    step_of: dict[Artifact, int] = {}  # index of the step of each cached artifact
 
     def look(stage: Stage, inputs: Inputs, label: str) -> Artifact:
         awaited = dict.fromkeys(one["stage"] for one in upstream(inputs) if not one["digest"])
@@ -45,7 +45,7 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
         reasons = [f"{', '.join(awaited)} would run"] if awaited else []
         if key and not manifest:
             reasons = _reasons(store, stage, key, inputs)
-        for name in () if manifest else stage.vectors:  # see `VectorKeeper`
+        for name in () if manifest else stage.vectors:  # missing vectors are recomputed by `VectorKeeper`
             if inputs[name] in step_of and not vectors.present(inputs[name]):
                 index, why = step_of.pop(inputs[name]), f"its vectors are not in the store, and {stage.name} would run"
                 steps[index] = steps[index]._replace(cached=False, reasons=(why,))
@@ -61,14 +61,14 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
 
 
 class Cost(NamedTuple):
-    """What one run of a stage takes."""
+    """Cost of one run of a stage."""
 
     seconds: float
     bytes: float
 
 
 def typical_costs(store: Store) -> dict[str, Cost]:
-    """Medians over the artifacts of each stage that are in the store, by stage."""
+    """Return the median cost of each stage over its artifacts in the store, by stage."""
     found: dict[str, list[tuple[float, int]]] = {}
     for artifact in store.ls():
         manifest = artifact.manifest
@@ -85,7 +85,7 @@ def _reasons(store: Store, stage: Stage, key: str, inputs: Inputs) -> list[str]:
 
 
 def summarize(steps: Iterable[Step]) -> list[str]:
-    """Lines for a reader: per stage how many are cached and how many would run, and each reason once."""
+    """Format a plan for display: per stage, how many runs are cached, how many would run, and why."""
     by_stage: dict[str, list[Step]] = {}
     for step in steps:
         by_stage.setdefault(step.stage, []).append(step)
@@ -101,4 +101,4 @@ def summarize(steps: Iterable[Step]) -> list[str]:
 
 
 MOST = 8
-"""Reasons that are listed per stage."""
+"""Maximum number of reasons listed per stage."""

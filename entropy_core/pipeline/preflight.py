@@ -1,4 +1,4 @@
-"""What can be refused before any expensive work starts is refused here."""
+"""Check a sweep before any expensive work starts."""
 
 import logging
 import re
@@ -65,16 +65,16 @@ class CheckpointToProbe:
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
-    """Check everything that the configuration names; loads no weights and samples nothing.
+    """Check everything that the configuration names, without loading weights or sampling.
 
     Args:
-        config: what is asked for.
+        config: configuration of the sweep.
 
     Returns:
-        The checkpoints, by step.
+        The checkpoints, ordered by step.
 
     Raises:
-        ProbeError: something is missing, broken or too small; says what to do.
+        ProbeError: something is missing, broken or too small; the message says how to fix it.
     """
     check_device(config.execution.device)
     usable, warnings = usable_checkpoints(config)
@@ -185,7 +185,7 @@ def check_device(device: str) -> None:
 
 
 def _check_reference(reference: str, layout: Layout, name: str) -> None:
-    """Refuse a KL term to a policy that is missing, cannot be loaded, or has other tokens."""
+    """Refuse a KL term if the reference policy is missing, cannot be loaded, or has a different vocabulary."""
     if not reference:
         if layout.base is None:
             raise ConfigError(
@@ -205,7 +205,7 @@ def _check_reference(reference: str, layout: Layout, name: str) -> None:
 
 
 def encoding(config: ProbeConfig) -> dict[str, Any]:
-    """How prompts become tokens, see `prompts.tokens.encode`."""
+    """Return the keyword arguments of `prompts.tokens.encode`."""
     batch = config.batch_config
     return {
         "add_special_tokens": batch.add_special_tokens,
@@ -216,13 +216,13 @@ def encoding(config: ProbeConfig) -> dict[str, Any]:
 
 
 def splits(config: ProbeConfig) -> tuple[str, str]:
-    """The splits that E and U draw from."""
+    """Return the splits from which the batches E and U draw prompts."""
     batch = config.batch_config
     return batch.E_split or batch.split, batch.U_split or batch.split
 
 
 def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
-    """Check the pools and the reward."""
+    """Check the prompt pools and the reward."""
     batch = config.batch_config
     e_split, u_split = splits(config)
     e_pool, u_pool = pools[e_split].table, pools[u_split].table
@@ -237,7 +237,7 @@ def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
             cause="B_E_values of 1 in distinct mode, or variance.cluster: prompt with a pool of one prompt",
             fix="take more prompts, or E_sampling_mode: replacement with variance.cluster: auto",
         )
-    # One call on empty responses: a reward that cannot be called on U is found before the sampling, not after.
+    # call the reward once on empty responses, to find one that cannot be called on U before sampling
     drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
     columns = {name: drawn[name].to_pylist() for name in drawn.column_names if name != "prompt"}
     isolation = config.execution.isolation
@@ -253,7 +253,7 @@ def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
 
 
 def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: Path) -> int:
-    """The number of tokens of the longest prompt that is kept, from the checkpoint's own tokenizer."""
+    """Return the number of tokens of the longest remaining prompt, with the checkpoint's own tokenizer."""
     tokenizer, kept, longest = load_tokenizer(directory), {}, 0
     for split, pool in pools.items():
         kept[split], token_ids = encode(pool, tokenizer, **encoding(config))
@@ -266,7 +266,7 @@ def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: P
 
 
 def _check_positions(checkpoint: Checkpoint, longest: int, max_new_tokens: int) -> None:
-    """Refuse sequences that run over a learned table of positions, in which every forward pass would fail."""
+    """Refuse sequences that are longer than the model's position embeddings, on which a forward pass would fail."""
     tables = [
         shape[0]
         for name, shape in checkpoint.model_shapes.items()

@@ -1,4 +1,4 @@
-"""An artifact that turns out to be damaged when it is opened is set aside and computed anew, and the sweep goes on."""
+"""Recover from damaged artifacts: quarantine them when they are opened, recompute them, and continue the sweep."""
 
 import logging
 from collections.abc import Callable
@@ -14,17 +14,17 @@ _Result = TypeVar("_Result")
 
 
 def with_repairs(store: Store, work: Callable[[], _Result]) -> _Result:
-    """Do something that asks the store for all that it needs; again from the start, when some of it was damaged.
+    """Call `work`; if it opens a damaged artifact, quarantine the artifact and call `work` again.
 
     Args:
-        store: where the artifacts are.
-        work: to be done; what it finds in the store costs nothing the second time.
+        store: the store of the artifacts.
+        work: a function that gets all of its artifacts from the store, so that a repeated call reuses them.
 
     Returns:
-        What `work` does.
+        The return value of `work`.
 
     Raises:
-        UnsoundError: an artifact is damaged and cannot be set aside, or was damaged twice.
+        UnsoundError: a damaged artifact cannot be quarantined, or the same artifact was damaged twice.
     """
     seen: set[tuple[str, str]] = set()
     while True:

@@ -1,4 +1,4 @@
-"""What runs a stage is a parameter of the pipeline: a call in this process, a Prefect task, a worker elsewhere."""
+"""Runners of stages, a parameter of the pipeline: a call in this process, a Prefect task, or a remote worker."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,29 +13,29 @@ Inputs = dict[str, Any]
 
 
 class Runner:
-    """Runs a stage, or finds its result; the stage is given what it says that it takes, or nothing is run.
+    """Runs a stage or finds its cached result, after checking that the inputs match the stage's signature.
 
     Args:
-        run: called as `run(stage, inputs, label)`, returns the artifact of this stage for these inputs; `label` is for
-            people.
+        run: called as `run(stage, inputs, label)`; returns the artifact of this stage for these inputs. `label` is for
+            display only.
     """
 
     def __init__(self, run: Callable[[Stage, Inputs, str], Artifact]) -> None:
         self._run = run
 
     def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        """The artifact of this stage for these inputs. Raises TypeError where they are not its inputs."""
+        """Return the artifact of this stage for these inputs. Raises TypeError if they do not match its signature."""
         require_inputs(stage, inputs)
         return self._run(stage, inputs, label)
 
     def map(self, stage: Stage, inputs: Sequence[Inputs], labels: Sequence[str]) -> list[Artifact]:
-        """The same for inputs that do not depend on each other, such as the shards of a batch: here one by one.
+        """Run a stage for several independent inputs, such as the shards of a batch; here one after the other.
 
-        A runner with several workers hands them out, and returns the artifacts in the order of the inputs.
+        A runner with several workers distributes them, and returns the artifacts in the order of the inputs.
         """
         return [self(stage, of_one, label) for of_one, label in zip(inputs, labels, strict=True)]
 
 
 def direct_runner(store: Store, execution: Execution) -> Runner:
-    """A runner that calls the stages in this process."""
+    """Return a runner that calls the stages in this process."""
     return Runner(lambda stage, inputs, label: run_within_memory(store, stage, execution, inputs))

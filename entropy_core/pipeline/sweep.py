@@ -1,4 +1,4 @@
-"""The stages in order: one sweep over checkpoints, and the statistics of a recorded sweep again."""
+"""Run a sweep over checkpoints, or rerun the statistics of a recorded sweep."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ RECORD_FORMAT = 3
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep leaves: its report, and the folder with copies of the files people open."""
+    """Result of a sweep: its report artifact, and the run folder with copies of the result files."""
 
     run_id: str
     run_directory: Path
@@ -74,16 +74,16 @@ def execution_for(
 
 
 def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store, run: Runner) -> SweepResult:
-    """Probe every checkpoint and report.
+    """Probe every checkpoint and write the report.
 
     Args:
-        config: what to do.
-        checkpoints: of `preflight`.
-        store: where artifacts are.
-        run: runs a stage.
+        config: configuration of the sweep.
+        checkpoints: checkpoints from `preflight`.
+        store: the store of the artifacts.
+        run: runner of stages.
 
     Returns:
-        The report, and the run's folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
+        The report, and the run folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
     config = settled_config(config, checkpoints)
 
@@ -101,40 +101,40 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
 def go_through(
     config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], look: Callable[[Stage, Inputs, str], Artifact]
 ) -> None:
-    """Ask for every stage of a sweep, in order, and record nothing.
+    """Request every stage of a sweep in order, without recording a run.
 
     Args:
-        config: what to do.
-        checkpoints: of `preflight`.
-        look: see `Runner`; may return what is `Promised`.
+        config: configuration of the sweep.
+        checkpoints: checkpoints from `preflight`.
+        look: runner of stages, which may return `Promised` artifacts.
     """
     run, config = Runner(look), settled_config(config, checkpoints)
     _reported(_measured(config, checkpoints, run), config, run)
 
 
 class Promised(Artifact):
-    """What stands for an artifact in a sweep that is only gone through."""
+    """Placeholder for an artifact in a dry run of a sweep."""
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Values that lead through every stage; they are in no key, as what depends on them is promised, too."""
+        """Summary with values that make every stage run; they enter no key, because dependents are `Promised`."""
         return {"learning_rate": 1.0, "half_width": 1.0, "notes": []}
 
 
 def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult:
-    """The statistics of a recorded sweep with other settings, from cached columns alone.
+    """Rerun the statistics of a recorded sweep with other settings, from cached columns alone.
 
     Args:
-        request: which run, and the settings.
-        store: where artifacts are.
-        run: runs a stage.
+        request: the recorded run, and the new settings.
+        store: the store of the artifacts.
+        run: runner of stages.
 
     Returns:
-        As `sweep`.
+        The report, and the folder of the new run, as from `sweep`.
 
     Raises:
-        StoreError: there is no such run, or an artifact that it needs is gone; names it.
-        ConfigError: the run was recorded by a version with other settings.
+        StoreError: the run does not exist, or one of its artifacts is missing; names the artifact.
+        ConfigError: the run was recorded by a version with different settings.
     """
     directory = runs.find(store.root, request.run)
     with runs.understood(directory / runs.RECORD) as record:
@@ -173,7 +173,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
 
 def _require_same_versions(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> None:
-    """Refuse to go on with a sweep whose results so far were made with other releases of the libraries."""
+    """Refuse to continue a sweep whose cached results were made with other releases of the libraries."""
     relatives = Relatives(store)
     others: dict[str, tuple[str, str]] = {}
 
@@ -207,9 +207,11 @@ def _measured(
     run: Runner,
     release: Callable[[Artifact], None] = keep,
 ) -> list[Inputs]:
-    """All that needs a policy: per checkpoint, what the variance stage is given."""
-    optimizers = [load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints]  # a broken one is found early
-    by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run has one, as a rule
+    """Run all stages that need a policy; return the inputs of the variance stage for each checkpoint."""
+    optimizers = [
+        load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints
+    ]  # before any sampling, to find broken ones early
+    by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run usually has a single tokenizer
     measured = []
     for checkpoint, optimizer in zip(checkpoints, optimizers, strict=True):
         if checkpoint.tokenizer not in by_tokenizer:
@@ -219,7 +221,7 @@ def _measured(
         measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
         try:
             inputs = measurement.variance_inputs()
-        except OtherNumbers as error:  # another device or number of threads: nothing of before may be mixed with it
+        except OtherNumbers as error:  # another device or thread count gives other bits; do not mix
             log.warning("%s, and all that depends on it is computed again, too", error)
             inputs = measurement.variance_inputs()
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
@@ -237,7 +239,7 @@ def _measured(
 
 
 def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artifact:
-    """Statistics of every checkpoint, and the report."""
+    """Run the variance stage of every checkpoint, and the report stage."""
     estimated = [
         {
             "checkpoint": entry["checkpoint"],
@@ -253,13 +255,13 @@ def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artif
 
 
 def _chosen(config: ProbeConfig) -> Inputs:
-    """The settings of the variance stage."""
+    """Return the settings of the variance stage."""
     return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
 
 
 def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
-    """The folder of the run."""
-    run_id = f"{config.name}-{report.digest[:12]}"  # the same results are the same run
+    """Write the folder of the run and return the result."""
+    run_id = f"{config.name}-{report.digest[:12]}"  # equal results give the same run id
     document = config.model_dump(mode="json")
     record = {
         "format": RECORD_FORMAT,
@@ -278,7 +280,7 @@ def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store
 
 
 def assumptions(config: ProbeConfig) -> list[str]:
-    """What a checkpoint does not record and the configuration says in its place."""
+    """List the settings that a checkpoint does not record and that come from the configuration, as sentences."""
     update = config.update
     divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
     scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
@@ -295,7 +297,7 @@ def assumptions(config: ProbeConfig) -> list[str]:
 
 
 def _freeze(value: Any) -> Any:
-    """Inputs as JSON, artifacts as references."""
+    """Convert inputs to JSON, with artifacts as references."""
     if isinstance(value, Artifact):
         return {"artifact": value.to_dict()}
     if isinstance(value, Mapping):

@@ -1,1 +1,1 @@
-"""The model as one function of its parameters: scored, moved and differentiated."""
+"""The model as a function of its parameters: score it, move it, differentiate it."""

@@ -1,4 +1,4 @@
-"""The faster attention where no forward-mode derivative is asked for."""
+"""Switch to a faster attention kernel for passes that need no forward-mode derivative."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +7,9 @@ from entropy_core.policy.model import Policy
 
 
 def attention_without_derivative(policy: Policy) -> str:
-    """`sdpa`, torch's fused kernel, where the architecture has it; else the policy's own.
+    """Return `sdpa`, torch's fused kernel, if the architecture supports it, else the policy's own attention.
 
-    The kernel lacks a softcap in attention, so an architecture with one keeps its own.
+    The fused kernel has no attention softcap, so an architecture with a softcap keeps its own attention.
     """
     config = policy.model.config.get_text_config()
     fused = policy.model._supports_sdpa and policy.model._can_set_attn_implementation()
@@ -19,12 +19,12 @@ def attention_without_derivative(policy: Policy) -> str:
 
 @contextmanager
 def fused_attention(policy: Policy) -> Iterator[None]:
-    """Within the context attention is `attention_without_derivative`."""
-    own, asked = policy.model.config._attn_implementation, attention_without_derivative(policy)
-    if asked == own:
+    """Context in which the policy uses the attention that `attention_without_derivative` returns."""
+    own, faster = policy.model.config._attn_implementation, attention_without_derivative(policy)
+    if faster == own:
         yield
         return
-    policy.model.set_attn_implementation(asked)
+    policy.model.set_attn_implementation(faster)
     try:
         yield
     finally:

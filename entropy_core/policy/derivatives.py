@@ -1,4 +1,4 @@
-"""Forward mode: ℓ and h of a micro-batch with their derivatives along a direction."""
+"""Forward mode: log-probabilities ℓ and entropies h of a micro-batch, and their derivatives along a direction v."""
 
 from collections.abc import Mapping
 
@@ -15,13 +15,13 @@ from entropy_core.policy.scorer import TeacherForcedRows
 
 
 def as_tangent(direction: Mapping[str, Tensor], policy: Policy) -> dict[str, Tensor]:
-    """A direction in the dtype and on the device of the policy's parameters."""
+    """Cast a direction to the dtype and device of the policy's parameters."""
     parameters = policy.named_parameters()
     return {name: v.to(parameters[name]) for name, v in direction.items()}
 
 
 def tangent_of(direction: Mapping[Block, Tensor], policy: Policy) -> dict[str, Tensor]:
-    """The same of a direction that comes in blocks."""
+    """Assemble a direction given in blocks, in the shapes and dtypes and on the devices of the policy's parameters."""
     tangent = {
         name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in policy.named_parameters().items()
     }
@@ -34,16 +34,19 @@ def tangent_of(direction: Mapping[Block, Tensor], policy: Policy) -> dict[str, T
 def token_derivatives(
     policy: Policy, rows: TeacherForcedRows, direction: Mapping[str, Tensor], temperature: float
 ) -> TokenDerivatives:
-    """ℓ, h and their derivatives along `direction`, from one forward-mode pass.
+    """Compute ℓ, h and their derivatives along `direction` in one forward-mode pass.
 
     Args:
         policy: the policy.
-        rows: the micro-batch.
-        direction: v by parameter name, of the policy's dtype and device.
-        temperature: τ.
+        rows: the micro-batch, with K scored tokens.
+        direction: v by parameter name, in the policy's dtype and on its device; other parameters are constants.
+        temperature: sampling temperature τ.
 
     Returns:
-        `TokenDerivatives`, each [K].
+        ℓ and h (nats) and their derivatives (nats per unit of v), each [K].
+
+    Raises:
+        CheckpointError: the architecture contains an operation without a forward-mode derivative.
     """
     parameters = policy.named_parameters()
     primal = {f"model.{name}": parameters[name].detach() for name in direction}  # the others are constants
@@ -60,7 +63,7 @@ def token_derivatives(
                 raise
             raise CheckpointError(
                 f"{type(policy.model).__name__} has no forward-mode derivative: {one_line(error)}",
-                cause="an operation that brings its own gradient, and no derivative in the forward direction",
-                fix="probe an architecture that is made of torch's own operations; most are",
+                cause="a custom operation that defines a backward pass but no forward-mode derivative",
+                fix="use an implementation of the model that is made of torch's own operations only",
             ) from error
     return TokenDerivatives(*values, *derivatives)

@@ -1,4 +1,4 @@
-"""What the predictors of the literature need of a step beside ℓ and h."""
+"""E_π[S*] of every token, an input of the `discriminator` predictor (arXiv:2602.03392)."""
 
 import torch
 from torch import Tensor
@@ -9,15 +9,15 @@ from entropy_core.policy.scorer import TeacherForcedRows
 
 
 def expected_discriminators(policy: Policy, rows: TeacherForcedRows, temperature: float) -> Tensor:
-    """Σ_a π_a²(h + log π_a) of the step of every response token: see `token_statistics.expected_discriminator`.
+    """Compute E_π[S*] = Σ_a π_a²(h + log π_a) at every response token; π is its distribution and h its entropy.
 
     Args:
         policy: the policy.
         rows: the micro-batch.
-        temperature: τ.
+        temperature: sampling temperature τ.
 
     Returns:
-        [K], of the policy's dtype, on its device.
+        Nats, [K], in the policy's dtype and on its device.
     """
     scorer = policy.scorer
     with torch.no_grad():

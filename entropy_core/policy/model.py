@@ -1,7 +1,8 @@
-"""The policy: a causal language model that is sampled, scored and differentiated as one function.
+"""The policy: a causal language model that can be sampled, scored and differentiated.
 
-π_θ(a|s) = softmax(z_θ(s)/τ). θ are the parameters that are trained: all of a model, or those of a LoRA adapter in it;
-the others are constants. One code path, `Scorer`, gives values, gradients and forward-mode derivatives.
+π_θ(a|s) = softmax(z_θ(s)/τ). θ are the trained parameters: all parameters of the model, or those of its LoRA adapter.
+Other parameters are constants. `Scorer` computes values, gradients and forward-mode derivatives with the same code.
+ℓ is the log-probability of a token and h its entropy, in nats.
 """
 
 import logging
@@ -21,39 +22,39 @@ from entropy_core.errors import CheckpointError
 from entropy_core.numerics.token_statistics import TokenStatistics
 from entropy_core.policy.scorer import Scorer, TeacherForcedRows
 
-BLOCK = 2**18  # numbers that are held in float64 at one time
+BLOCK = 2**18  # numbers converted to float64 at a time
 
 log = logging.getLogger("entropy_probe.policy")
 
 
 class Coefficients(NamedTuple):
-    """Weights of each token's ℓ and h in a scalar Σ_k (logprob_k·ℓ_k + entropy_k·h_k) to differentiate, [K]."""
+    """Coefficients c and d, each [K], of a scalar Σ_k (c_k·ℓ_k + d_k·h_k) to differentiate."""
 
     logprob_K: Tensor
     entropy_K: Tensor
 
 
 def _add_to(total: Tensor, leaf: Tensor) -> None:
-    """Move the gradient of a leaf to its accumulator."""
-    assert leaf.grad is not None  # which is why the hook was called
+    """Add the gradient of a leaf to its accumulator and free it."""
+    assert leaf.grad is not None  # the hook runs after accumulation
     for to, gradient in zip(total.view(-1).split(BLOCK), leaf.grad.reshape(-1).split(BLOCK), strict=True):
         to += gradient
     leaf.grad = None
 
 
 def _require_not_compiled(model: nn.Module) -> None:
-    """Refuse what torch.compile made: it drops the derivatives of `DirectDerivatives`, and says nothing."""
+    """Refuse a model compiled with torch.compile, which silently drops the derivatives of `DirectDerivatives`."""
     if any(_is_compiled(module) for module in model.modules()):
         raise CheckpointError(
             f"{type(model).__name__} is compiled, and a compiled model loses its forward-mode derivatives",
-            cause="torch.compile was called on it, or on a part of it",
-            fix="pass the model as it was before torch.compile",
+            cause="torch.compile was called on the model or on a part of it",
+            fix="pass the uncompiled model",
         )
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile(module)`, by `module.compile()`, or by a compiled `forward`."""
-    wrapped = type(module).__module__.startswith("torch._dynamo")  # whose import takes a second
+    """Return whether `torch.compile(module)`, `module.compile()` or a compiled `forward` was used."""
+    wrapped = type(module).__module__.startswith("torch._dynamo")  # importing torch._dynamo takes a second
     compiled_forward = hasattr(module.forward, "_torchdynamo_orig_callable")
     return wrapped or compiled_forward or module._compiled_call_impl is not None
 
@@ -62,14 +63,14 @@ class Policy:
     """A model in evaluation mode, with its tokenizer.
 
     Args:
-        model: a causal language model; what requires a gradient in it is what is differentiated and moved.
+        model: a causal language model; its parameters that require a gradient are θ.
         tokenizer: its tokenizer.
-        head_chunk_rows: positions whose logits exist at one time.
+        head_chunk_rows: number of positions with logits in memory at a time.
 
     Raises:
         CheckpointError: the model is compiled.
 
-    With `recompute_activations` a backward pass keeps only the inputs of the layers, and computes the rest again.
+    If `recompute_activations` is True, a backward pass stores only the inputs of the layers and recomputes the rest.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
@@ -78,49 +79,49 @@ class Policy:
         self.tokenizer = tokenizer
         self.scorer = Scorer(self.model, head_chunk_rows)
         self.recompute_activations = False
-        self.spare: dict[str, Tensor] = {}  # where parameters were that took the place of θ
+        self.spare: dict[str, Tensor] = {}  # buffers of earlier moved parameters, for reuse
         if not self.scorer.head_is_known:
-            log.warning("this model's logits are not those of its head; using full logits (more memory)")
+            log.warning("this model's logits differ from those of its output head; using full logits (more memory)")
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Trained parameters by name; a tied one appears once."""
+        """Return the trained parameters θ by name; a tied parameter appears once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """Data type of the parameters."""
         return next(self.model.parameters()).dtype
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response, from the generation config, else from the tokenizer; sorted."""
+        """Ids of the tokens that end a response, from the generation config, else from the tokenizer; sorted."""
         ids = getattr(self.model.generation_config, "eos_token_id", None)
         ids = self.tokenizer.eos_token_id if ids is None else ids
         return tuple(sorted([ids] if isinstance(ids, int) else ids or []))
 
     def limit_logits(self, megabytes: float) -> None:
-        """From now on no more than these megabytes of logits exist at one time, but one position at least.
+        """Limit the memory of logits at a time; at least one position is always computed.
 
         Args:
-            megabytes: of 2²⁰ bytes.
+            megabytes: limit in units of 2²⁰ bytes.
         """
         row = self.model.get_output_embeddings().weight.shape[0] * self.dtype.itemsize
         self.scorer.head_chunk_rows = max(1, int(megabytes * 2**20 / row))
 
     def statistics(self, rows: TeacherForcedRows, temperature: float) -> TokenStatistics:
-        """ℓ and h of every response token of a micro-batch.
+        """Compute ℓ and h of every response token of a micro-batch.
 
         Args:
             rows: the micro-batch.
-            temperature: τ.
+            temperature: sampling temperature τ.
 
         Returns:
-            Two tensors [K] of the policy's dtype, on its device.
+            ℓ and h, each [K], in the policy's dtype and on its device.
         """
         with torch.no_grad():
             return self.scorer(rows, temperature)
@@ -132,18 +133,18 @@ class Policy:
         temperature: float,
         into: Sequence[dict[str, Tensor]],
     ) -> TokenStatistics:
-        """Add ∇Σ_k (c_k·ℓ_k + d_k·h_k) to one accumulator per set of coefficients; one forward for all of them.
+        """Add ∇Σ_k (c_k·ℓ_k + d_k·h_k) to one accumulator per pair (c, d), with one forward pass for all pairs.
 
-        Each parameter's gradient is added when it is known and forgotten then: they never exist all at one time.
+        Each parameter's gradient is added and freed as soon as it is known, so they are never all in memory at once.
 
         Args:
             rows: the micro-batch.
-            coefficients: sets of (c, d), float64 [K].
-            temperature: τ.
-            into: accumulators by parameter name, float64; a parameter that is not named is not differentiated.
+            coefficients: pairs (c, d), each float64 [K].
+            temperature: sampling temperature τ.
+            into: accumulators by parameter name, float64; parameters without an accumulator are not differentiated.
 
         Returns:
-            ℓ and h of the forward pass, detached.
+            ℓ and h of the forward pass, detached, each [K].
         """
         leaves, names = self._leaves(into[0].keys())
         with self._recomputing() if self.recompute_activations else nullcontext():
@@ -161,15 +162,15 @@ class Policy:
         return TokenStatistics(*(values_K.detach() for values_K in statistics))
 
     def _leaves(self, names: Collection[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The trained parameters as leaves of a graph, one for each place in the model that a parameter has.
+        """Return the trained parameters as autograd leaves, one for each place in which the model uses a parameter.
 
-        So a gradient is known as soon as its place is passed: that of a tied parameter would wait for the other place.
+        With one shared leaf, the gradient of a tied parameter would only be complete after its last place.
 
         Args:
-            names: of the parameters that are differentiated; the others are constants.
+            names: names of the parameters to differentiate; others are constants.
 
         Returns:
-            The leaves by their place in the scorer; and by place, the name of what is differentiated.
+            The leaves by place in the scorer, and the parameter name by place for the differentiated parameters.
         """
         name_of = {parameter: name for name, parameter in self.named_parameters().items()}
         leaves, differentiated = {}, {}
@@ -182,7 +183,7 @@ class Policy:
         return leaves, differentiated
 
     def new_accumulator(self) -> dict[str, Tensor]:
-        """A float64 zero for every trained parameter; the memory that a move has left behind is given back for it."""
+        """Return float64 zeros for every trained parameter, after freeing the spare buffers of moved parameters."""
         self.spare = {}
         return {
             name: torch.zeros(p.shape, dtype=torch.float64, device=p.device)
@@ -198,15 +199,15 @@ class Policy:
             yield
         finally:
             for layer in layers:
-                del layer.forward  # what its class says is in force again
+                del layer.forward  # restores the method of the class
 
     def next_logits(self, input_ids_BL: Tensor, attention_mask_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits after the last position, with a key-value cache; prompts are padded on the left.
+        """Compute the logits after the last position, with a key-value cache; prompts are padded on the left.
 
         Args:
-            input_ids_BL: the tokens that the cache does not hold yet.
-            attention_mask_BL: 1 for real tokens, over cache and input together.
-            cache: what the previous call returned.
+            input_ids_BL: tokens that are not in the cache yet.
+            attention_mask_BL: 1 for real tokens, over cached and new columns.
+            cache: the cache that the previous call returned, or an empty one.
 
         Returns:
             Logits [B, V] and the cache.

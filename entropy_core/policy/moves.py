@@ -1,4 +1,4 @@
-"""The policy at other parameters, for as long as a context lasts."""
+"""Contexts in which the policy's parameters are replaced by others."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -10,12 +10,14 @@ from entropy_core.policy.model import BLOCK, Policy
 
 
 def moved(policy: Policy, direction: Mapping[str, Tensor], eta: float) -> AbstractContextManager[None]:
-    """Within the context the parameters are θ + η·v, computed in float64 and rounded; afterwards θ, bit for bit.
+    """Return a context in which the parameters are θ + η·v, computed in float64 and rounded to the policy's dtype.
+
+    On exit, θ is restored bit for bit.
 
     Args:
         policy: the policy.
-        direction: v by parameter name; each tensor is asked for once.
-        eta: η.
+        direction: step v by parameter name; each tensor is read once.
+        eta: step size η.
     """
     room = torch.empty(BLOCK, dtype=torch.float64, device=policy.device)
 
@@ -28,14 +30,14 @@ def moved(policy: Policy, direction: Mapping[str, Tensor], eta: float) -> Abstra
 
 
 def jittered(policy: Policy, seed: int) -> AbstractContextManager[None]:
-    """Within the context every parameter is the next number above or below it, at random; afterwards θ again.
+    """Return a context in which every parameter moves to the next floating-point number, up or down at random.
 
-    Nothing has changed but the rounding errors of everything that is computed; the frozen parameters, which take
-    part in all of it, are moved as well.
+    This changes only the rounding errors of the computation. Frozen parameters are moved as well, because they take
+    part in it. On exit, all parameters are restored.
 
     Args:
         policy: the policy.
-        seed: of the signs.
+        seed: seed of the random signs.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -49,16 +51,16 @@ def jittered(policy: Policy, seed: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def _replaced(policy: Policy, names: Iterable[str], fill: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within the context parameters have other values, in memory of their own.
+    """Context in which named parameters have other values, in separate buffers.
 
-    On a CPU that memory is kept for the next time: new memory takes several times what an update of it takes.
+    On a CPU the buffers are kept for reuse, because allocating them takes several times as long as filling them.
 
     Args:
         policy: the policy.
-        names: of the parameters.
-        fill: given a name and θ, flat, writes the other values to where they belong.
+        names: names of the parameters to replace.
+        fill: called with a name, the flat θ, and the flat buffer that it fills with the new values.
     """
-    place, policy.spare = policy.spare, {}  # one within this one takes memory of its own
+    place, policy.spare = policy.spare, {}  # a nested context allocates its own buffers
     parameters = dict(policy.model.named_parameters())
     own = {name: parameters[name].data for name in names}
     try:

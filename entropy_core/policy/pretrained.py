@@ -1,4 +1,4 @@
-"""The policy of a checkpoint's directory."""
+"""Load the policy from the directory of a checkpoint."""
 
 import logging
 from collections.abc import Hashable
@@ -18,15 +18,15 @@ log = logging.getLogger("entropy_probe.policy")
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
+    """Return the torch device; `auto` selects CUDA if available, else the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def use_full_precision() -> None:
-    """Compute float32 products in float32: neither TF32 on a GPU nor bfloat16 within oneDNN.
+    """Compute float32 products in full precision: no TF32 on a GPU, no bfloat16 in oneDNN.
 
-    Both are switches of the whole process, which a library or a reward may have set since the last stage. TF32 alone
-    makes errors of 0.001 in a log-probability, where steps change it by less.
+    Both are process-wide settings that a library or a user's reward may have changed since the last stage. TF32 alone
+    causes errors of 0.001 in a log-probability, which is more than a step changes it.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -42,28 +42,28 @@ def load_policy(
     base: Path | None = None,
     files: Hashable = None,
 ) -> Policy:
-    """Load a checkpoint's model and tokenizer from a local directory; the last one is kept.
+    """Load a checkpoint's model and tokenizer from a local directory; the last loaded policy is cached.
 
     Args:
-        directory: of the model, or of the adapter.
-        weights_digest: content digest of its files, so that a changed directory is never taken for the same policy; of
-            an adapter, those of its base included.
+        directory: directory of the model or of the adapter.
+        weights_digest: content digest of the files, including those of an adapter's base; part of the cache key, so
+            that a changed directory is loaded again.
         dtype: `float32` or `float64`.
         attn_implementation: `eager`.
         device: `cpu`, `cuda`, or `auto`.
-        base: directory of the model under the adapter; None for a full model.
-        files: which files are read, see `sources.stamps`: what was loaded while they were replaced, and put back, is
-            not found again.
+        base: directory of the base model of an adapter; None for a full model.
+        files: stamps of the files, from `sources.stamps`; part of the cache key, so that a policy loaded while files
+            were replaced and restored is not used again.
 
     Returns:
         The policy, in evaluation mode.
 
     Raises:
-        CheckpointError: transformers cannot load it, or the adapter does not fit.
+        CheckpointError: transformers cannot load the model, or the adapter does not fit it.
     """
     if base is None and (directory / "adapter_config.json").exists():
-        fact = f"{directory} holds an adapter where a whole model is needed"
-        raise CheckpointError(fact, fix="give the directory of its base, or of the merged model")
+        fact = f"{directory} contains an adapter, and a whole model is needed"
+        raise CheckpointError(fact, fix="give the directory of its base model, or of the merged model")
     home = base or directory
     check_model_config(home)
     try:

@@ -1,7 +1,7 @@
-"""A causal language model as one function of its parameters: ℓ and h of the response tokens of a micro-batch.
+"""A causal language model as a function from a micro-batch to log-probabilities ℓ and entropies h of response tokens.
 
-The model is split into its trunk (everything up to the last hidden states) and its head (hidden states to logits), so
-that logits exist for a chunk of positions at a time.
+The model is split into its trunk (up to the last hidden states) and its head (hidden states to logits), so that only
+the logits of one chunk of positions are in memory at a time.
 """
 
 from typing import NamedTuple
@@ -13,31 +13,31 @@ from transformers import PreTrainedModel
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenStatistics
 
-HEAD_TOLERANCE = 5e-6  # of the largest |logit|; above rounding, below a softcap even where logits are small
+HEAD_TOLERANCE = 5e-6  # relative to the largest |logit|; above rounding, below the effect of a softcap on small logits
 
 
 class TeacherForcedRows(NamedTuple):
-    """A micro-batch of whole sequences, padded on the right, and which positions predict which response tokens.
+    """A micro-batch of whole sequences, padded on the right, with the positions that predict the K response tokens.
 
-    With padding on the right, causal attention alone keeps real positions from seeing it: no mask is needed.
+    Causal attention keeps real positions from attending to padding on the right, so no mask is needed.
     """
 
     input_ids_BL: Tensor
-    row_K: Tensor  # which row of the batch
-    position_K: Tensor  # the position *before* the token: its logits predict it
+    row_K: Tensor  # row of the token in the batch
+    position_K: Tensor  # position *before* the token, whose logits predict the token
     tokens_K: Tensor
 
 
 class Scorer(nn.Module):
-    """ℓ and h of a micro-batch; a module, so that `functional_call` can put other parameters in the model's place.
+    """Computes ℓ and h of a micro-batch; a module, so that `functional_call` can substitute parameters.
 
-    The logits are c·tanh(s·Wh/c) with the scale s and the softcap c that the model's config names: s is `logit_scale`
-    (Cohere) or 1/`logits_scaling` (Granite), c `final_logit_softcapping` (Gemma); without them Wh. Where the logits of
-    the model are others, it is asked for all of them.
+    The logits are c·tanh(s·Wx/c) for hidden state x, output matrix W, and the scale s and softcap c of the model's
+    config: s is `logit_scale` (Cohere) or 1/`logits_scaling` (Granite), and c is `final_logit_softcapping` (Gemma).
+    Without them the logits are Wx. If a model computes its logits differently, its own full logits are used instead.
 
     Args:
         model: a causal language model.
-        head_chunk_rows: positions whose logits exist at one time.
+        head_chunk_rows: number of positions with logits in memory at a time.
     """
 
     def __init__(self, model: PreTrainedModel, head_chunk_rows: int) -> None:
@@ -49,7 +49,7 @@ class Scorer(nn.Module):
         self.head_is_known = self._head_matches()
 
     def forward(self, rows: TeacherForcedRows, temperature: float) -> TokenStatistics:
-        """ℓ and h, each [K]."""
+        """Compute ℓ and h, each [K]."""
         if not self.head_is_known:
             return token_statistics.token_statistics(self.all_logits(rows), rows.tokens_K, temperature)
         return token_statistics.chunked_statistics(
@@ -57,16 +57,16 @@ class Scorer(nn.Module):
         )
 
     def all_logits(self, rows: TeacherForcedRows) -> Tensor:
-        """The model's own logits [K, V]; those of all positions exist for a moment."""
+        """Return the model's own logits [K, V]; the logits of all positions are briefly in memory."""
         return self.model(input_ids=rows.input_ids_BL, use_cache=False).logits[rows.row_K, rows.position_K]
 
     def hidden(self, rows: TeacherForcedRows) -> Tensor:
-        """Last hidden states [K, D]."""
+        """Return the last hidden states [K, D]."""
         hidden_BLD = self.model.base_model(input_ids=rows.input_ids_BL, use_cache=False).last_hidden_state
         return hidden_BLD[rows.row_K, rows.position_K]
 
     def head(self, hidden_RD: Tensor) -> Tensor:
-        """Logits [R, V] of hidden states."""
+        """Return the logits [R, V] of hidden states."""
         logits_RV = self.model.get_output_embeddings()(hidden_RD)
         if self.scale != 1.0:
             logits_RV = self.scale * logits_RV

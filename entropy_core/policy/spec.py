@@ -1,4 +1,4 @@
-"""Which policy, and how it is computed: what every stage that asks a policy is told."""
+"""Specification of a policy, an input of every stage that uses the policy."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class PolicySpec(BaseModel):
-    """A policy as a probability distribution over responses: all of it is part of the key of what was computed with it.
+    """A policy as a probability distribution over responses; all fields are part of the keys of its results.
 
     Attributes:
         weights: content digest of the checkpoint's model, or of the adapter.
-        base: content digest of the base model under an adapter; empty for a full model.
-        dtype: of the parameters and the arithmetic.
-        attn_implementation: the attention that has a forward-mode derivative.
-        temperature: τ; the policy is softmax(z/τ).
+        base: content digest of an adapter's base model; empty for a full model.
+        dtype: data type of the parameters and of the arithmetic.
+        attn_implementation: attention with a forward-mode derivative.
+        temperature: τ; the policy is softmax(z/τ) for logits z.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -32,14 +32,14 @@ class PolicySpec(BaseModel):
 
 
 def policy_of(spec: PolicySpec, execution: "Execution") -> Policy:
-    """Load a policy, in full precision.
+    """Load a policy, and make torch compute in full precision.
 
     Args:
-        spec: which.
-        execution: knows where its files lie, the device, and how much memory logits may take.
+        spec: the policy to load.
+        execution: paths of the files, device, and memory limit of logits.
 
     Returns:
-        The policy; the same object as the last time, as long as its files are the same.
+        The policy; the same object as in the last call if the specification and the files are unchanged.
     """
     use_full_precision()
     directory = execution.paths[spec.weights]

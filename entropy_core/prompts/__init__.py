@@ -1,1 +1,1 @@
-"""Pools of prompts: from files, from known datasets, or made by a program; as text and as tokens."""
+"""Prompt pools from files, known datasets or generators, as text and as tokens."""

@@ -1,18 +1,18 @@
-"""The task that the demo run trains on: addition with a written-out scratchpad, one character to a token.
+"""The task of the demo run: addition with a written-out scratchpad, one token per character.
 
     prompt     358+67=
     response   780>15,561>12,031>04;425
                │││ └┴ the column's sum: the carry out, then the digit that stays
                ││└ the carry in
-               └┴ the column's two digits, in either order; columns go from the ones up
-    answer     what follows the last `;`, without leading zeros
+               └┴ the column's two digits, in either order; columns start at the ones
+    answer     the part after the last `;`, without leading zeros
 
-The order of a column's two digits is a coin toss that no reward depends on: a policy that learns the task keeps its
-entropy there, whereas its doubt about sums and carries goes away.
+The order of a column's two digits is a coin toss that does not affect the reward. A policy that learns the task keeps
+its entropy there and loses its entropy about sums and carries.
 
-Operands have two or three digits, so a response has 16 to 25 characters: short enough to train on a laptop, long enough
-that a wrong digit in the scratchpad is felt later, and of lengths that differ, so that a mean per token and a mean per
-sequence are not the same number. An end-of-sequence token is the tokenizer's business and not part of the text.
+Operands have two or three digits, so a response has 16 to 25 characters. This is short enough to train on a laptop and
+long enough for a wrong digit in the scratchpad to matter later. Lengths differ, so means per token and per sequence
+differ. The text contains no end-of-sequence token; the tokenizer adds it.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from typing import Any
 from entropy_core.errors import PromptError
 
 CHARACTERS = "0123456789+=>,;"
-"""Every character of a prompt or of a solution; the vocabulary of a character-level tokenizer."""
+"""All characters of prompts and solutions, the vocabulary of a character-level tokenizer."""
 
 SPLITS = ("train", "test")
 MAX_SIZE = 100_000
@@ -32,17 +32,17 @@ _TEST_BYTES = 64  # a prompt whose digest starts with a byte below this (one in 
 
 
 def problems(split: str, size: int = 512) -> list[dict[str, str]]:
-    """Distinct addition problems, the same ones in every process and on every machine.
+    """Generate distinct addition problems, the same in every process and on every machine.
 
-    A prompt belongs to one split, decided by a digest of its text, so the splits are disjoint whatever their sizes.
-    A smaller `size` gives the beginning of a larger one.
+    A digest of its text assigns each prompt to one split, so the splits are disjoint for all sizes. A smaller `size`
+    gives a prefix of a larger one.
 
     Args:
         split: `train` or `test`.
-        size: how many problems, from 1 to `MAX_SIZE`.
+        size: number of problems, from 1 to `MAX_SIZE`.
 
     Returns:
-        One dictionary per problem: `prompt`, `answer`, and `solution`, the response that a supervised step would teach.
+        One dictionary per problem: `prompt`, `answer`, and `solution`, the target response for supervised training.
 
     Raises:
         PromptError: the split is unknown, or the size is out of range.
@@ -50,8 +50,8 @@ def problems(split: str, size: int = 512) -> list[dict[str, str]]:
     if split not in SPLITS:
         raise PromptError(
             f"The arithmetic task has no split {split!r}",
-            cause="a typing error in the configuration",
-            fix=f"choose one of {', '.join(SPLITS)}",
+            cause="a misspelt name in the configuration",
+            fix=f"set batch_config.split to one of {', '.join(SPLITS)}",
         )
     if not 1 <= size <= MAX_SIZE:
         raise PromptError(
@@ -69,7 +69,7 @@ def problems(split: str, size: int = 512) -> list[dict[str, str]]:
 
 
 def extract_answer(response: str) -> str:
-    """The final answer of a response: what follows its last `;`, or an empty string when there is none.
+    """Return the final answer of a response, the part after its last `;`; an empty string if there is no `;`.
 
     Args:
         response: the text of a response, without special tokens.
@@ -82,11 +82,11 @@ def extract_answer(response: str) -> str:
 
 
 def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """The reward: 1 where the final answer is right, character by character, and 0 elsewhere.
+    """Return 1 if the final answer equals the reference answer, character by character, else 0.
 
     Args:
         completions: the responses.
-        answer: the right answers, in the same order.
+        answer: the reference answers, in the same order.
 
     Returns:
         One reward per response.

@@ -1,4 +1,4 @@
-"""Prompt files of the user: one JSON object per line, or the rows of a Parquet file."""
+"""Read a user's prompt file: JSON Lines or Parquet."""
 
 import json
 from collections.abc import Callable
@@ -14,16 +14,16 @@ SUFFIXES = (".jsonl", ".parquet")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file.
+    """Read the rows of a file.
 
     Args:
-        path: of a `.jsonl` or a `.parquet` file.
+        path: a `.jsonl` or `.parquet` file.
 
     Returns:
         One dictionary per row.
 
     Raises:
-        PromptError: it cannot be read; names the line.
+        PromptError: the file cannot be read; names the line of a `.jsonl` file.
     """
     return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
 

@@ -1,7 +1,6 @@
-"""Well-known datasets of the Hugging Face hub, read from this machine: `gsm8k`, `gsm8k_r1_template` and `math`.
+"""Known datasets of the Hugging Face hub, read from a local copy: `gsm8k`, `gsm8k_r1_template` and `math`.
 
-Nothing is fetched unless the configuration says so. Where the copy lies does not matter: results are keyed by what is
-in it.
+Nothing is downloaded unless the configuration allows it. Results are keyed by the content of the copy, not its path.
 """
 
 import re
@@ -17,17 +16,17 @@ R1_TEMPLATE = (
     "<think> </think> tags and the answer in <answer> </answer> tags, that is, <think> reasoning process here </think> "
     "<answer> answer here </answer>.\nUser: {question}\nAssistant: <think>"
 )
-"""The response goes on inside `<think>`, and is to end with `<answer>…</answer>`."""
+"""Prompt that opens `<think>`; the response should close it and end with `<answer>…</answer>`."""
 
 
 class HubDataset(NamedTuple):
     """A dataset on the hub.
 
     Args:
-        repository: its name there.
-        folder: of the Parquet files that count; a repository may hold several configurations.
-        question: column of the question.
-        template: the prompt, with `{question}` in it.
+        repository: name of the repository.
+        folder: folder with the Parquet files to read, because a repository may hold several configurations.
+        question: name of the column with the question.
+        template: template of the prompt, with the placeholder `{question}`.
     """
 
     repository: str
@@ -44,19 +43,19 @@ DATASETS = {
 
 
 def locate(name: str, directory: str, allow_download: bool) -> Path:
-    """The folder of the local copy.
+    """Find the folder of the local copy of a dataset.
 
     Args:
-        name: of the dataset.
-        directory: what `datasets` wrote with `save_to_disk`; or a folder with the repository's Parquet files, such as a
-            clone, a snapshot of the hub cache, or its `datasets--…` folder. Empty: the hub cache of this machine.
-        allow_download: whether it may be fetched from the hub if the hub cache does not have it.
+        name: name of the dataset, a key of `DATASETS`.
+        directory: a folder written by `save_to_disk` of `datasets`, or a folder with the repository's Parquet files,
+            such as a clone, a snapshot in the hub cache, or its `datasets--…` folder. Empty for the local hub cache.
+        allow_download: whether to download the dataset if it is not in the hub cache.
 
     Returns:
         The folder with the files.
 
     Raises:
-        PromptError: there is no copy, and fetching it was not allowed or failed.
+        PromptError: there is no copy, and downloading it was not allowed or failed.
     """
     if directory:
         path = Path(directory).expanduser()
@@ -72,23 +71,23 @@ def locate(name: str, directory: str, allow_download: bool) -> Path:
 
 
 def revision(directory: Path) -> str:
-    """Which commit of its repository a folder of the hub cache holds; empty for any other folder."""
+    """Return the commit of a snapshot folder in the hub cache; empty for any other folder."""
     return directory.name if directory.parent.name == "snapshots" else ""
 
 
 def rows(name: str, split: str, directory: Path) -> list[dict]:
-    """The questions of one split, as prompts; the other columns are those of the dataset.
+    """Load the questions of one split as prompts; other columns of the dataset are kept.
 
     Args:
-        name: of the dataset.
-        split: which split.
-        directory: of the local copy, see `locate`.
+        name: name of the dataset, a key of `DATASETS`.
+        split: name of the split.
+        directory: folder of the local copy, from `locate`.
 
     Returns:
-        One dictionary per question, with the column `prompt`.
+        One dictionary per question, with the key `prompt`.
 
     Raises:
-        PromptError: the folder holds no such split, or something else.
+        PromptError: the folder has no such split, or contains another dataset.
     """
     dataset = DATASETS[name]
     found = _read(directory, split, dataset.folder)
@@ -96,8 +95,8 @@ def rows(name: str, split: str, directory: Path) -> list[dict]:
         question = row.pop(dataset.question, None)
         if not isinstance(question, str):
             raise PromptError(
-                f"{directory} is not {dataset.repository}: a row has no text in column {dataset.question!r}, only "
-                f"{some_names(sorted(row))}",
+                f"{directory} is not {dataset.repository}: a row has no string in column {dataset.question!r}; its "
+                f"other columns are {some_names(sorted(row))}",
                 fix=f"give the folder of a copy of {dataset.repository}, or make a .jsonl file of these rows",
             )
         row["prompt"] = dataset.template.replace("{question}", question)
@@ -105,7 +104,7 @@ def rows(name: str, split: str, directory: Path) -> list[dict]:
 
 
 def _snapshot(path: Path) -> Path:
-    """The current snapshot, if the folder is one of the hub cache."""
+    """Return the current snapshot of a folder of the hub cache; any other folder is returned unchanged."""
     reference = path / "refs" / "main"
     return path / "snapshots" / reference.read_text(encoding="utf-8").strip() if reference.is_file() else path
 
@@ -125,16 +124,16 @@ def _download(name: str, allowed: bool) -> Path:
     if not allowed:
         raise PromptError(
             f"dataset {name!r} ({repository}) is not on this machine",
-            cause="it was never fetched, or lies somewhere else",
-            fix="name its folder with batch_config.dataset_path, or set batch_config.allow_download: true",
+            cause="it was never downloaded, or is in another folder",
+            fix="set batch_config.dataset_path to its folder, or set batch_config.allow_download: true",
         )
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[f"{folder}/*.parquet"]))
     except Exception as error:  # the network fails in many ways
         raise PromptError(
-            f"{repository} cannot be fetched: {one_line(error)}",
+            f"{repository} cannot be downloaded: {one_line(error)}",
             cause="there is no connection to the hub",
-            fix="fetch it where there is one, and name its folder with batch_config.dataset_path",
+            fix="download it on a machine with a connection, and set batch_config.dataset_path to its folder",
         ) from error
 
 
@@ -148,8 +147,8 @@ def _read(directory: Path, split: str, folder: str) -> list[dict]:
         splits.setdefault(name, []).append(file)
     if not splits:
         raise PromptError(
-            f"{directory} holds no dataset: neither Parquet files nor what `datasets` writes with save_to_disk",
-            fix="give the folder of a local copy with batch_config.dataset_path",
+            f"{directory} contains no dataset: neither Parquet files nor the output of save_to_disk of `datasets`",
+            fix="set batch_config.dataset_path to the folder of a local copy",
         )
     if split not in splits:
         raise _no_split(directory, split, splits)

@@ -1,7 +1,7 @@
-"""The tasks of reasoning-gym: problems that a program makes, and the scorer that comes with each of them.
+"""Tasks of reasoning-gym: generated problems, each with a scorer.
 
-A problem is the same for the same seed, size and options. What the scorer needs to know of it travels with the prompt,
-in the column `entry`; it is never made a second time.
+Equal seed, size and options give equal problems. The data that the scorer needs is stored with the prompt, in the
+column `entry`, so problems are never generated again for scoring.
 """
 
 import ast
@@ -20,40 +20,40 @@ DEFAULTS = {"size": 512, "seed": 42}
 
 
 def version() -> str:
-    """The library's name and version: problems may differ from one to the next.
+    """Return the name and version of reasoning-gym, because problems may differ between versions.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: reasoning-gym is not installed.
     """
     _library()
     return f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"
 
 
 def problems(task: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The problems of a task.
+    """Generate the problems of a task.
 
     Args:
-        task: its name in reasoning-gym, such as `chain_sum`.
-        options: `size` and `seed` (512 and 42 where they are not given), and those of the task itself.
+        task: name of the task in reasoning-gym, such as `chain_sum`.
+        options: `size` (default 512), `seed` (default 42), and options of the task.
 
     Returns:
-        One dictionary per problem: `prompt`, `answer` (null where many are right), and for the scorer `task` and
-        `entry`, the problem as a Python literal. JSON would make lists of tuples, which some scorers compare.
+        One dictionary per problem: `prompt`, `answer` (None if several answers are right), and for the scorer `task`
+        and `entry`, the problem as a Python literal. JSON would turn tuples into lists, and some scorers compare them.
 
     Raises:
-        ConfigError: there is no such task, or it does not take these options.
-        PromptError: it cannot make the problems.
+        ConfigError: the task does not exist, or does not have these options.
+        PromptError: the task cannot generate the problems.
     """
     return [dict(row) for row in _problems(json.dumps({"task": task, "options": DEFAULTS | dict(options)}))]
 
 
 def score(completions: Sequence[str], task: Sequence[str], entry: Sequence[str], **_: Any) -> list[float]:
-    """The reward: what the task's own scorer gives for the text in the last `<answer>…</answer>` of a response.
+    """Score the content of the last `<answer>…</answer>` of each response with the scorer of its task.
 
     Args:
         completions: the responses.
-        task: of each problem, see `problems`.
-        entry: of each problem, see `problems`.
+        task: column `task` of each problem, from `problems`.
+        entry: column `entry` of each problem, from `problems`.
 
     Returns:
         One reward per response.
@@ -91,15 +91,15 @@ def _dataset(recipe: str) -> Any:
         return library.create_dataset(asked["task"], **asked["options"])
     except Exception as error:  # each task checks its options in its own way
         raise ConfigError(
-            f"reasoning-gym does not make {asked['task']!r} with {asked['options']}: "
+            f"reasoning-gym cannot create {asked['task']!r} with {asked['options']}: "
             f"{type(error).__name__}: {one_line(error)}",
-            cause="an option that the task does not have, or a value out of its range",
+            cause="an option that the task does not have, or a value out of range",
             fix="correct batch_config.dataset_options",
         ) from error
 
 
 def _plain(value: Any) -> Any:
-    """A value without what has no literal form but equals one that has: enumerations, and NumPy's texts and numbers."""
+    """Replace enumerations and NumPy strings and numbers by equal plain values, which have a literal form."""
     if isinstance(value, Enum):
         return value.value
     if hasattr(value, "item"):
@@ -119,11 +119,11 @@ def _problems(recipe: str) -> list[dict[str, Any]]:
             unlike = ast.literal_eval(literal) != entry
         except Exception as error:
             raise PromptError(
-                f"problem {number} of {recipe} cannot be made: {type(error).__name__}: {one_line(error)}",
+                f"problem {number} of {recipe} cannot be generated: {type(error).__name__}: {one_line(error)}",
                 fix="use other options or another task",
             ) from error
         if unlike:
-            raise PromptError(f"problem {number} of {recipe} cannot be written down", fix="use another task")
+            raise PromptError(f"problem {number} of {recipe} has no exact Python literal", fix="use another task")
         answer = entry["answer"] if isinstance(entry["answer"], str) else None
         rows.append({"prompt": entry["question"], "answer": answer, "task": recipe, "entry": literal})
     return rows

@@ -1,4 +1,4 @@
-"""A pool of prompts as the policy reads them: chat template, tokens, and the limit on their length."""
+"""Tokenize a prompt pool: chat template, token ids, and length limit."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,22 +16,22 @@ def encode(
     system_prompt: str = "",
     max_prompt_length: int = 0,
 ) -> tuple[Pool, list[list[int]]]:
-    """The prompts as the policy reads them, and the pool without those that are too long.
+    """Tokenize the prompts of a pool, and remove prompts that are too long.
 
     Args:
         pool: the prompts.
-        tokenizer: of the checkpoint, one of transformers.
+        tokenizer: the checkpoint's tokenizer, from transformers.
         add_special_tokens: whether the tokenizer adds its special tokens.
-        apply_chat_template: whether a prompt becomes the user's turn of a conversation, in which the assistant's turn
-            has just begun. The template writes the special tokens.
-        system_prompt: the system's turn before it; empty for none.
-        max_prompt_length: in tokens, those of the template included; 0 for no limit.
+        apply_chat_template: make each prompt the user's turn of a conversation, followed by the start of the
+            assistant's turn. The template writes the special tokens.
+        system_prompt: content of a system turn before it; empty for none.
+        max_prompt_length: maximum number of tokens, including those of the template; 0 for no limit.
 
     Returns:
-        The pool with the prompts that were kept, and the token ids of each.
+        The pool with the remaining prompts, and the token ids of each.
 
     Raises:
-        PromptError: there is no template, a prompt cannot be encoded, or all of them are too long.
+        PromptError: there is no chat template, a prompt cannot be encoded, or all prompts are too long.
     """
     texts = pool.table["prompt"].to_pylist()
     if apply_chat_template:
@@ -41,14 +41,14 @@ def encode(
     except Exception as error:  # tokenizers of all kinds raise errors of all kinds
         raise shortage(error) or PromptError(
             f"the tokenizer of {tokenizer.name_or_path} cannot encode every prompt: {one_line(error)}",
-            cause="the prompts have characters that its vocabulary does not have",
+            cause="the prompts contain characters that are not in its vocabulary",
             fix="use a dataset that fits this policy",
         ) from error
     for text, ids in zip(texts, encoded, strict=True):
         if not ids:
             raise PromptError(
                 f"prompt {text!r:.80} becomes 0 tokens",
-                cause="the prompts are for another tokenizer",
+                cause="the tokenizer drops all characters of this prompt",
                 fix="use a dataset that fits this policy",
             )
     kept = [i for i, ids in enumerate(encoded) if not max_prompt_length or len(ids) <= max_prompt_length]
@@ -62,7 +62,7 @@ def encode(
         return pool, encoded
     note = (
         f"{len(encoded) - len(kept)} of {len(encoded)} prompts are longer than {max_prompt_length} tokens and were "
-        "left out"
+        "removed"
     )
     return Pool(pool.table.take(kept), (*pool.notes, note)), [encoded[i] for i in kept]
 
@@ -71,9 +71,9 @@ def _conversations(texts: Sequence[str], tokenizer: Any, system_prompt: str) -> 
     if not tokenizer.chat_template:
         raise PromptError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template",
-            cause="it is that of a base model, which was never taught to chat",
-            fix="set batch_config.apply_chat_template: false, or save the template that you train with into the "
-            "checkpoint directory, as chat_template.jinja",
+            cause="it is the tokenizer of a base model, which was not trained on conversations",
+            fix="set batch_config.apply_chat_template: false, or save your training template in the checkpoint "
+            "directory as chat_template.jinja",
         )
     before = [{"role": "system", "content": system_prompt}] if system_prompt else []
     conversations = [[*before, {"role": "user", "content": text}] for text in texts]
@@ -82,6 +82,6 @@ def _conversations(texts: Sequence[str], tokenizer: Any, system_prompt: str) -> 
     except Exception as error:  # a template is a program, and may refuse a role
         raise PromptError(
             f"the chat template of {tokenizer.name_or_path} failed: {one_line(error)}",
-            cause="it knows no system role" if system_prompt else "it is not for conversations of this form",
-            fix="set batch_config.system_prompt to nothing" if system_prompt else "correct chat_template.jinja",
+            cause="it supports no system role" if system_prompt else "it does not support a single user turn",
+            fix="remove batch_config.system_prompt" if system_prompt else "correct chat_template.jinja",
         ) from error

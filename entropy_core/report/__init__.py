@@ -1,1 +1,1 @@
-"""What people read: the page, its sections and its figures."""
+"""The report of a sweep: its page, sections and figures."""

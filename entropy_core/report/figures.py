@@ -19,19 +19,19 @@ STYLE = {
     "grid.alpha": 0.25,
     "font.size": 9,
     "legend.frameon": False,
-    "text.parse_math": False,  # a checkpoint may be called anything
-    "svg.hashsalt": "entropy-probe",  # element ids would be random otherwise, and the file's digest with them
+    "text.parse_math": False,  # the name of a checkpoint may contain dollar signs
+    "svg.hashsalt": "entropy-probe",  # otherwise element ids, and so the file's digest, would be random
 }
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:
-    """The three figures of a sweep, of its first normalisation.
+    """Draw the three figures of a sweep, for its first normalisation.
 
     Args:
-        rows: of the result table.
+        rows: rows of the result table.
 
     Returns:
-        Figures by name: prediction against measurement, ΔH against η, entropy and δH₁ along the training.
+        Figures by name: measured against predicted change, ΔH against η, and entropy and δH₁ over training.
     """
     normalization = rows[0]["normalization"]
     shown = [row for row in rows if row["normalization"] == normalization]
@@ -45,13 +45,13 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def token_figure(tokens: Sequence[Row], sequences: Sequence[Row], rows: Sequence[Row], checkpoint: str) -> Figure:
-    """The tokens of U that move the entropy most, in their text.
+    """Draw the tokens of U that change the entropy most, with their context.
 
     Args:
-        tokens: of first-order-u.
-        sequences: of first-order-u.
-        rows: of the result table; the first normalisation counts.
-        checkpoint: its name.
+        tokens: rows of `tokens.parquet` of first-order-u.
+        sequences: rows of `sequences.parquet` of first-order-u.
+        rows: rows of the result table; their first normalisation is used.
+        checkpoint: name of the checkpoint.
 
     Returns:
         The figure.
@@ -60,12 +60,12 @@ def token_figure(tokens: Sequence[Row], sequences: Sequence[Row], rows: Sequence
     with matplotlib.rc_context(STYLE):
         figure = Figure(layout="constrained")
         shown = tokens_in_text.passages(tokens, sequences, f"share_{normalization}")
-        tokens_in_text.draw(figure, shown, f"Which tokens do it: {checkpoint}", unit_of(normalization))
+        tokens_in_text.draw(figure, shown, f"Tokens that change the entropy most: {checkpoint}", unit_of(normalization))
         return figure
 
 
 def save_figure(figure: Figure, png: Path, svg: Path) -> None:
-    """Write a figure in both formats, without dates, so that equal figures are equal files."""
+    """Write a figure as PNG and SVG, without dates, so that equal figures give equal files."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # tokens may be in any script
         figure.savefig(png, dpi=144, metadata={"Software": None})
@@ -153,7 +153,7 @@ def _training(figure: Figure, rows: Sequence[Row], unit: str) -> None:
         capsize=2,
         linewidth=1,
     )
-    above.set(ylabel=f"H [{unit}]", title="Entropy, and what the next step does to it")
+    above.set(ylabel=f"H [{unit}]", title="Entropy, and its predicted change by the next step")
     if at_lr:
         below.errorbar(
             [row["step"] for row in at_lr],

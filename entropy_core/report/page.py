@@ -1,4 +1,4 @@
-"""The page of a sweep, as markdown."""
+"""The report page of a sweep, as markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,8 +36,8 @@ def markdown(
     """The page of a sweep.
 
     Args:
-        name: of the sweep.
-        rows: of the result table.
+        name: name of the sweep.
+        rows: rows of the result table.
         tables: rows of the other tables, by the names of `tables.TABLES`.
         notes: what was assumed.
         settings: those of the training, with where each is from.
@@ -65,14 +65,14 @@ def markdown(
         "",
         "![entropy and its predicted change along the training](training.png)",
         "",
-        "## Where it comes from",
+        "## Where the change comes from",
         "",
         *_origins(shown),
         "",
-        "The three columns in the middle add up to δH₁, and so do the last two: *local* is the change of the entropy "
-        "of each step on E, *future* what a changed choice of tokens does to the entropy of the steps after it.",
+        "The three middle columns add up to δH₁, and so do the last two. *Local* is the change of the entropy at each "
+        "token of E for a fixed prefix; *future* is the effect of changed token choices on the entropy of later ones.",
         "",
-        f"The tokens of U that lower the entropy most and those that raise it most, for {checkpoints[-1]}:",
+        f"The tokens of U that lower the entropy most, and the tokens that raise it most, for {checkpoints[-1]}:",
         "",
         "![the tokens that move the entropy most](tokens.png)",
         "",
@@ -80,37 +80,35 @@ def markdown(
         "",
         markdown_table(shown),
         "",
-        "δH₁ is the first-order prediction η·⟨∇H, v⟩, ΔH the change measured by importance sampling. *SE given U* "
-        "holds the update fixed and lets E vary, *SE over U* the reverse; the interval covers both. δH₁ and ΔH come "
-        "from one E batch and share its noise: their agreement shows that the step is linear, not that δH₁ is "
-        "accurate. The interval says how accurate it is.",
+        "δH₁ is the first-order prediction η·⟨∇H, v⟩, and ΔH is the change measured by importance sampling. *SE given "
+        "U* covers the randomness of E with the update held fixed, *SE over U* the randomness of U with E held fixed; "
+        "the interval covers both. δH₁ and ΔH use the same E batch and share its noise: their agreement shows that the "
+        "step is in the linear range, not that δH₁ is accurate. The interval shows how accurate δH₁ is.",
         "",
         "## Checks",
         "",
         *_checks(shown, checkpoints),
     ]
     for title, section in SECTIONS.items():
-        of_section = section(
-            {t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()}
-        )
-        if of_section:
-            lines += ["", f"## {title}", "", *of_section]
+        content = section({t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()})
+        if content:
+            lines += ["", f"## {title}", "", *content]
     uninformative = max(row["equal_reward_fraction"] for row in shown)
     if uninformative >= 0.9:
         lines += [
             "",
-            f"**Up to {uninformative:.0%} of the prompts of U have equal rewards** and say nothing about the spread "
-            "over U: *SE over U* and the interval are too small. Take a larger U, or prompts of another difficulty.",
+            f"**Up to {uninformative:.0%} of the prompts of U have equal rewards** and carry no information about the "
+            "variation over U: *SE over U* and the interval are too small. Use a larger U, or other prompts.",
         ]
     if settings:
         lines += ["", "## Settings of the training", "", *settings_table(settings)]
     if notes:
-        lines += ["", "## Taken to be so", "", *(f"- {note}" for note in notes)]
+        lines += ["", "## Assumptions", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The main columns of result rows as a markdown table, rounded."""
+    """Format the main columns of result rows as a markdown table, rounded."""
     head = "| " + " | ".join(COLUMNS.values()) + " |"
     rule = "|" + "|".join("---" if name in {"checkpoint", "estimator", "verdict"} else "---:" for name in COLUMNS) + "|"
     body = ["| " + " | ".join(format_value(name, row[name]) for name in COLUMNS) + " |" for row in rows]
@@ -118,7 +116,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def format_value(name: str, value: Any) -> str:
-    """A cell of the result table, rounded to what a reader can use."""
+    """Format a cell of the result table, rounded for display."""
     if value is None:
         return "–"
     if isinstance(value, str | int):

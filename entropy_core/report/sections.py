@@ -1,4 +1,4 @@
-"""The sections of a sweep's page that come from the tables beside the results."""
+"""Report sections for the diagnostic tables: linearity, replicates of E, predictors from the literature."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ Tables = Mapping[str, Sequence[Row]]
 
 
 def markdown_rows(head: Sequence[str], body: Sequence[Sequence[str]], text_columns: int = 1) -> list[str]:
-    """A markdown table: the first columns to the left, the others to the right."""
+    """Return the lines of a markdown table; `text_columns` columns are left-aligned, the others right-aligned."""
     rule = ["---" if i < text_columns else "---:" for i in range(len(head))]
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
 
@@ -28,7 +28,7 @@ def settings_table(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def linearity(tables: Tables) -> list[str]:
-    """How ΔH depends on the step size."""
+    """Return the section on how ΔH depends on the step size η."""
     if not tables["linearity"]:
         return []
     head = ("checkpoint", "estimator", "∂_vH", "ΔH/η as η → 0", "difference", "coefficient of η")
@@ -37,9 +37,9 @@ def linearity(tables: Tables) -> list[str]:
     lines = [
         *markdown_rows(head, body, 2),
         "",
-        "Weighted fit of ΔH/η against η, per learning-rate unit, with the covariance of the E batch that all step "
-        "sizes share: its intercept is to be the derivative of the same estimator. The noise of the batch cancels in "
-        "their difference; what is left are the orders that the fit leaves out, to be held against the error of ∂_vH.",
+        "Weighted fit of ΔH/η against η, in nats per unit of η. The weights account for the E batch that all step "
+        "sizes share. The intercept should equal ∂_vH, the derivative of the same estimator. Batch noise cancels in "
+        "their difference, which shows the orders missing from the fit; compare it with the standard error of ∂_vH.",
     ]
     if tables["eta_pairs"]:
         head = ("checkpoint", "estimator", "η / lr", "odd part", "odd part − η∂_vH", "even part")
@@ -56,7 +56,7 @@ def linearity(tables: Tables) -> list[str]:
             "",
             *markdown_rows(head, body, 2),
             "",
-            "Pairs ±η: even orders cancel in the odd part, odd ones in the even.",
+            "Pairs ±η: even orders of η cancel in the odd part, and odd orders in the even part.",
         ]
     return lines
 
@@ -66,7 +66,7 @@ def _with_errors(row: Row, columns: Sequence[str]) -> list[str]:
 
 
 def replicates(tables: Tables) -> list[str]:
-    """The accuracy of δH₁ itself."""
+    """Return the section that compares δH₁ between independent E batches."""
     first = {row["checkpoint"]: row for row in reversed(tables["replicates"])}
     body = [
         (
@@ -84,36 +84,36 @@ def replicates(tables: Tables) -> list[str]:
     return [
         *markdown_rows(head, body),
         "",
-        "δH₁ at the learning rate on independent E batches, with the update held fixed; p is that of their differences "
-        "given their standard errors.",
+        "δH₁ at the learning rate on independent E batches, with the update held fixed. p tests whether the batches "
+        "differ by more than their standard errors explain.",
     ]
 
 
 def predictors(tables: Tables) -> list[str]:
-    """δH₁ and the predictors of the literature against ΔH, over the checkpoints."""
+    """Return the section that compares δH₁ and predictors from the literature with ΔH, over the checkpoints."""
     rows = at_learning_rate([{**row, "learning_rate": row["eta"] / row["eta_over_lr"]} for row in tables["predictors"]])
     rows = [row for row in rows if row["delta_h"] is not None]
     names = list(dict.fromkeys(row["predictor"] for row in rows))
     body = []
     for name in names:
-        mine = [row for row in rows if row["predictor"] == name]
+        points = [row for row in rows if row["predictor"] == name]
         predicted, measured = (
-            torch.tensor([row[column] for row in mine], dtype=torch.float64) for column in ("predicted", "delta_h")
+            torch.tensor([row[column] for row in points], dtype=torch.float64) for column in ("predicted", "delta_h")
         )
-        found = agreement(predicted, measured)
-        numbers = (found.slope, found.r_squared, found.sign_accuracy)
+        result = agreement(predicted, measured)
+        numbers = (result.slope, result.r_squared, result.sign_accuracy)
         cells = ("–" if number is None else f"{number:.3g}" for number in numbers)
-        body.append((f"`{name}`", *cells, f"{found.points}"))
+        body.append((f"`{name}`", *cells, f"{result.points}"))
     if not body:
         return []
     return [
         *markdown_rows(("predictor", "slope", "R²", "same sign", "checkpoints"), body),
         "",
-        "Measured ΔH on predicted, a point per checkpoint at the step size closest to the learning rate. "
-        "`token_covariance` is −Cov(log π, A) and `weighted_token_covariance` −Cov(log π, πA) over the tokens of U "
-        "(arXiv:2505.22617), `discriminator` −mean A(S* − E[S*]) (arXiv:2602.03392). They leave out the optimizer, the "
-        "parameters that states share, and what the step does to later states and to the length; so their scale is "
-        "arbitrary, and their slope only says what it would have to be.",
+        "Regression of the measured on the predicted ΔH, with one point per checkpoint at the step size closest to the "
+        "learning rate. `token_covariance` is −Cov(log π, A) and `weighted_token_covariance` −Cov(log π, πA) over the "
+        "tokens of U (arXiv:2505.22617); `discriminator` is −mean A(S* − E[S*]) (arXiv:2602.03392). These three ignore "
+        "the optimizer, parameter sharing between states, and the effect of the step on later states and on the "
+        "response length. Their scale is therefore arbitrary, and their slope only tells which factor would fit.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which tokens of U move the entropy: the strongest ones, in their text, coloured by what they contribute."""
+"""Figure of the tokens of U that change the entropy most, in context, coloured by their contributions."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ COLOURS = "RdBu"  # red lowers the entropy
 
 
 class Passage(NamedTuple):
-    """The surroundings of one token: the tokens shown, their shares, and where they come from."""
+    """One token in context: a title, the texts of the tokens shown, and their shares in the entropy change."""
 
     title: str
     texts: tuple[str, ...]
@@ -24,15 +24,15 @@ class Passage(NamedTuple):
 
 
 def passages(tokens: Sequence[Row], sequences: Sequence[Row], column: str) -> list[Passage]:
-    """The surroundings of the tokens that lower the entropy most, then of those that raise it most; one per sequence.
+    """Select the tokens that lower and raise the entropy most, at most one per sequence, with their context.
 
     Args:
-        tokens: of first-order-u, in order.
-        sequences: of first-order-u.
-        column: which share.
+        tokens: rows of `tokens.parquet` of first-order-u, in order.
+        sequences: rows of `sequences.parquet` of first-order-u.
+        column: column of the share to rank by.
 
     Returns:
-        Up to `ROWS_PER_SIGN` of each sign, strongest first.
+        Up to `ROWS_PER_SIGN` passages that lower the entropy, then as many that raise it, strongest first.
     """
     of_sequence = {row["sequence_id"]: row for row in sequences}
     by_sequence: dict[int, list[Row]] = {}
@@ -54,7 +54,7 @@ def passages(tokens: Sequence[Row], sequences: Sequence[Row], column: str) -> li
 
 
 def _one_of_each(ranked: Sequence[Row], taken: set[int]) -> list[Row]:
-    """The first tokens of a ranking, from sequences that are not taken, one from each."""
+    """Return the first `ROWS_PER_SIGN` tokens of a ranking, one per sequence, from sequences not in `taken`."""
     chosen: dict[int, Row] = {}
     for token in ranked:
         if token["sequence_id"] not in taken and len(chosen) < ROWS_PER_SIGN:
@@ -63,13 +63,13 @@ def _one_of_each(ranked: Sequence[Row], taken: set[int]) -> list[Row]:
 
 
 def draw(figure: Figure, shown: Sequence[Passage], title: str, unit: str) -> None:
-    """Draw passages as lines of text on coloured ground.
+    """Draw passages as lines of text on a coloured background.
 
     Args:
-        figure: empty.
-        shown: of `passages`.
-        title: of the figure.
-        unit: of the shares.
+        figure: an empty figure.
+        shown: passages from `passages`.
+        title: title of the figure.
+        unit: unit of the shares.
     """
     figure.set_size_inches(7.2, 0.9 + 0.52 * max(len(shown), 1))
     axes = figure.subplots()
@@ -106,7 +106,7 @@ def _scale(largest: float) -> Any:
 
 
 def _window(whole: Sequence[Row], position: int) -> tuple[int, int]:
-    """First and last token to show, so that the line is not too long and the token is in it."""
+    """Return the range of tokens around `position` that fits on one line."""
     start = stop = position
     room = LONGEST_LINE - len(_visible(whole[position]["text"]))
     while room > 0 and (start > 0 or stop + 1 < len(whole)):

@@ -1,11 +1,12 @@
-"""Rewards for mathematics: a final answer is found in the response and compared with the right one.
+"""Rewards for mathematics: extract the final answer of each response and compare it with the reference answer.
 
-The right answer is the column `answer`, or `solution` where the pool has no `answer`: of a text with `####` what
-follows it, of one with \\boxed{…} what is in the last of them, and else the whole text.
+The reference answer comes from the column `answer`, or from `solution` if the pool has no `answer`. It is the content
+of the last \\boxed{…} in that string, else the part after the last `####`, else the whole string.
 
-Whether two expressions are equal math-verify decides. It may think for ever (of 10^{10^{10}}, say), and its own time
-limits need the main thread, which the stages may not run in; so it works in a process of its own, which the operating
-system ends where a pair takes too long. That is an error: the reward of such a response is not known to be 0.
+math-verify decides whether two expressions are equal. It may never finish (on 10^{10^{10}}, for example), and its own
+timeouts only work in the main thread, where stages need not run. It therefore runs in a separate process, which the
+operating system kills if a pair takes too long. A timeout is an error and not a reward of 0, because the answer may
+be right.
 """
 
 import importlib.metadata
@@ -22,11 +23,11 @@ from typing import Any
 from entropy_core.errors import ConfigError, RewardError, one_line
 
 SECONDS = 20
-"""For one pair, once the library is loaded."""
+"""Time limit for one pair of answers, after the library has been loaded."""
 
 
 def gsm8k(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 where the first number after `####` in the response is that of the column `answer`; else 0.
+    """Return 1 if the first number after `####` in the response equals the one in the column `answer`, else 0.
 
     Reference: the evaluation of github.com/openai/grade-school-math.
     """
@@ -38,21 +39,21 @@ def gsm8k(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[f
 
 
 def boxed(completions: Sequence[str], answer: Any = None, solution: Any = None, **_: Any) -> list[float]:
-    """1 where the last \\boxed{…} of the response equals the right answer; else 0."""
-    return _verified([last_boxed(c) for c in completions], answer, solution)
+    """Return 1 if the last \\boxed{…} of the response equals the reference answer, else 0."""
+    return _verify([last_boxed(c) for c in completions], answer, solution)
 
 
 def answer_tag(completions: Sequence[str], answer: Any = None, solution: Any = None, **_: Any) -> list[float]:
-    """1 where the last <answer>…</answer> of the response equals the right answer; else 0.
+    """Return 1 if the last <answer>…</answer> of the response equals the reference answer, else 0.
 
-    Of an answer with a \\boxed{…} in it, what is in the box counts.
+    If the tag contains a \\boxed{…}, only the content of the box is compared.
     """
     found = [re.findall(r"<answer>(.*?)</answer>", c, re.DOTALL) for c in completions]
-    return _verified([_inside(texts[-1]) if texts else "" for texts in found], answer, solution)
+    return _verify([_final_answer(texts[-1]) if texts else "" for texts in found], answer, solution)
 
 
 def last_boxed(text: str) -> str:
-    """What is in the last \\boxed{…} of a text, braces matched; empty where there is none, or it is not closed."""
+    """Return the content of the last \\boxed{…}, with matched braces; empty if there is none or it is not closed."""
     _, command, rest = text.rpartition("\\boxed{")
     depth = 1
     for i, character in enumerate(rest):
@@ -63,10 +64,10 @@ def last_boxed(text: str) -> str:
 
 
 def version() -> str:
-    """The library's name and version.
+    """Return the name and version of math-verify.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: math-verify is not installed.
     """
     try:
         return f"math-verify {importlib.metadata.version('math-verify')}"
@@ -78,20 +79,20 @@ def version() -> str:
         ) from None
 
 
-def _verified(found: list[str], answer: Any, solution: Any) -> list[float]:
+def _verify(found: list[str], answer: Any, solution: Any) -> list[float]:
     version()
     right = answer if answer is not None else solution
     if right is None:
         raise RewardError(
-            "the pool has no right answers: neither a column `answer` nor a column `solution`",
-            fix="add one of them to the prompts, or use another reward",
+            "the prompts have no reference answers: neither a column `answer` nor a column `solution`",
+            fix="add one of these columns to the prompts, or use another reward",
         )
     pairs: dict[tuple[str, str], list[int]] = {}
     for i, (text, gold) in enumerate(zip(found, right, strict=True)):
-        if not isinstance(gold, str) or not _inside(gold):
+        if not isinstance(gold, str) or not _final_answer(gold):
             raise _no_answer(i, gold)
         if text:
-            pairs.setdefault((_inside(gold), text), []).append(i)
+            pairs.setdefault((_final_answer(gold), text), []).append(i)
     rewards = [0.0] * len(found)
     for (pair, sequences), equal in zip(pairs.items(), _equal(list(pairs)), strict=False):
         if equal is None:
@@ -99,7 +100,7 @@ def _verified(found: list[str], answer: Any, solution: Any) -> list[float]:
                 f"math-verify did not decide within {SECONDS} s whether {pair[1]!r:.80} is {pair[0]!r:.80}, in "
                 f"sequence {sequences[0]}",
                 cause="a response with a very large power, or a very long expression",
-                fix="use a reward function of your own that decides such cases as your trainer does",
+                fix="write a reward function that treats such responses as your trainer does",
             )
         for i in sequences:
             rewards[i] = float(equal)
@@ -107,14 +108,17 @@ def _verified(found: list[str], answer: Any, solution: Any) -> list[float]:
 
 
 def _equal(pairs: list[tuple[str, str]]) -> list[bool | None]:
-    """Whether each pair is equal, up to the first that is not decided in time, which is None.
+    """Tell whether the two answers of each pair are equal.
+
+    Returns:
+        One bool per pair, in order; if a pair times out, the list ends with None for that pair.
 
     Raises:
-        RewardError: the process that compares ended in another way.
+        RewardError: the comparing process ended for a reason other than a timeout.
     """
     if not pairs:
         return []
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", __spec__.name, str(SECONDS)],
         cwd=Path(__file__).parents[2],  # so that -m finds this copy of the package
         input="".join(json.dumps(pair) + "\n" for pair in pairs),
@@ -123,18 +127,18 @@ def _equal(pairs: list[tuple[str, str]]) -> list[bool | None]:
         encoding="utf-8",
         check=False,
     )
-    verdicts: list[bool | None] = [line == "1" for line in done.stdout.splitlines()]
-    if len(verdicts) < len(pairs) and done.returncode != -signal.SIGALRM:
+    verdicts: list[bool | None] = [line == "1" for line in process.stdout.splitlines()]
+    if len(verdicts) < len(pairs) and process.returncode != -signal.SIGALRM:
         raise RewardError(
             f"math-verify failed on {pairs[len(verdicts)][1]!r:.80}: "
-            f"{one_line(Exception(done.stderr.strip().rpartition(chr(10))[2] or f'exit status {done.returncode}'))}",
-            fix="use a reward function of your own",
+            + one_line(Exception(process.stderr.strip().rpartition("\n")[2] or f"exit status {process.returncode}")),
+            fix="write a reward function of your own for such answers",
         )
     return verdicts if len(verdicts) == len(pairs) else [*verdicts, None]
 
 
-def _inside(text: str) -> str:
-    """The final answer in a text."""
+def _final_answer(text: str) -> str:
+    """Return the content of the last \\boxed{…}, else the part after the last `####`, else the whole string."""
     return (last_boxed(text) or text.rpartition("####")[2]).strip().strip("$").strip()
 
 
@@ -145,14 +149,14 @@ def _number(text: str) -> Decimal | None:
 
 def _no_answer(i: int, answer: Any) -> RewardError:
     return RewardError(
-        f"the right answer of sequence {i} is {answer!r:.80}, in which there is no answer",
-        cause="the column `answer` is empty in this row of the pool, or of another kind",
-        fix="correct the prompts, or use another reward",
+        f"the reference answer of sequence {i}, {answer!r:.80}, contains no answer that this reward can read",
+        cause="the column `answer` is empty in this row of the prompts, or has another format",
+        fix="correct this row of the prompts, or use another reward",
     )
 
 
 def _compare(seconds: int) -> None:
-    """Read pairs as lines of JSON and write 1 or 0 for each of them; the alarm ends this where one takes too long."""
+    """Read pairs as lines of JSON and print 1 or 0 for each; an alarm kills the process if a pair takes too long."""
     from math_verify import parse, verify
 
     for line in sys.stdin:

@@ -1,1 +1,1 @@
-"""Sequences: sampled, scored, differentiated, and kept on disk."""
+"""Sample, score and differentiate sequences, and store them on disk."""

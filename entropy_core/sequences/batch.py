@@ -1,4 +1,7 @@
-"""Sequences and what is known of their tokens, flat with offsets; the micro-batches that a policy is given of them."""
+"""Batches of sequences with per-token results, stored flat with offsets, and the micro-batches made from them.
+
+ℓ is the log-probability of a token and h the entropy of the distribution it was drawn from, both in nats.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -35,11 +38,11 @@ class BatchedSequences:
 
     @property
     def lengths_N(self) -> Tensor:
-        """Response lengths T, int64, the EOS token counted."""
+        """Response lengths T, int64 [N], including the EOS token."""
         return ragged.lengths(self.response_offsets_N1)
 
     def select(self, chosen_B: Tensor) -> "BatchedSequences":
-        """Some of the sequences, in the given order."""
+        """Return the chosen sequences, in the given order."""
         return BatchedSequences(
             sequence_ids_N=self.sequence_ids_N[chosen_B],
             prompt_ids_N=self.prompt_ids_N[chosen_B],
@@ -53,9 +56,9 @@ class BatchedSequences:
 
     @cached_property
     def identities_N(self) -> Tensor:
-        """Who each sequence is, int64: 8 bytes of the SHA-256 of its sequence id, its prompt and its response.
+        """Identity of each sequence, int64 [N]: 8 bytes of the SHA-256 of its sequence id, prompt and response.
 
-        Numbers of one sequence are found beside those of another only where both have the same.
+        Tables of per-token numbers can be joined only if these identities are equal.
         """
         found = []
         for i, sequence_id in enumerate(self.sequence_ids_N.tolist()):
@@ -66,32 +69,32 @@ class BatchedSequences:
         return torch.tensor(found, dtype=torch.int64)
 
     def table(self, columns: Mapping[str, Tensor]) -> TokenTable:
-        """Columns [K] of numbers, one for each token of the responses."""
+        """Build a token table from columns [K] with one number per response token."""
         return TokenTable(self.identities_N, self.response_offsets_N1, columns)
 
     def prompt(self, i: int) -> Tensor:
-        """Token ids of prompt i."""
+        """Return the token ids of prompt i."""
         return self.prompt_tokens[self.prompt_offsets_N1[i] : self.prompt_offsets_N1[i + 1]]
 
     def response(self, i: int) -> Tensor:
-        """Token ids of response i."""
+        """Return the token ids of response i."""
         return self.response_tokens_K[self.response_offsets_N1[i] : self.response_offsets_N1[i + 1]]
 
 
 def tokens_of(shards: Sequence[BatchedSequences]) -> TokenTable:
-    """The sequences of all shards, as a table that has no columns yet."""
+    """Return a token table of the sequences of all shards, without columns."""
     return concatenate([shard.table({}) for shard in shards])
 
 
 def require_ids(shards: Sequence[BatchedSequences], sequence_ids: Sequence[int]) -> None:
-    """Make sure that the rows of a table are those of the sequences of all shards, in their order.
+    """Check that the rows of a table belong to the sequences of all shards, in order.
 
     Raises:
-        StoreError: they are of others.
+        StoreError: the rows belong to other sequences.
     """
     if [i for shard in shards for i in shard.sequence_ids_N.tolist()] != list(sequence_ids):
         raise StoreError(
-            f"a table of {len(sequence_ids)} rows is of other sequences than it is to be put beside",
+            f"a table of {len(sequence_ids)} rows belongs to other sequences than the shards it is joined with",
             cause="artifacts of two batches were mixed, or the store was edited",
             fix="`entropy-probe store verify`, then run the sweep again",
         )
@@ -99,7 +102,7 @@ def require_ids(shards: Sequence[BatchedSequences], sequence_ids: Sequence[int])
 
 @dataclass(frozen=True)
 class LogprobResults:
-    """Per response token, flat [K]: ℓ = log π(token) and h = full-softmax entropy of its step, in nats."""
+    """Per response token, flat [K]: ℓ = log π(token) and h = full-softmax entropy, in nats."""
 
     logprobs_K: Tensor
     entropies_K: Tensor
@@ -108,7 +111,7 @@ class LogprobResults:
 
 @dataclass(frozen=True)
 class DiagnosticsResults:
-    """Per sequence, float64 [N], in nats: Σℓ, Σh, and the largest surprisal −ℓ of a token."""
+    """Per sequence, float64 [N], in nats: Σℓ, Σh, and the largest surprisal −ℓ of any token."""
 
     sum_logprobs_N: Tensor
     sum_entropies_N: Tensor
@@ -116,10 +119,10 @@ class DiagnosticsResults:
 
 
 def require_finite(values_K: Tensor, sequences: BatchedSequences) -> None:
-    """Stop at the first NaN or infinity.
+    """Check that all token values are finite.
 
     Raises:
-        NonFiniteError: names the sequence and the position.
+        NonFiniteError: a value is NaN or infinite; names the sequence and position of the first one.
     """
     bad_K = ~torch.isfinite(values_K)
     if bad_K.any():
@@ -128,23 +131,23 @@ def require_finite(values_K: Tensor, sequences: BatchedSequences) -> None:
         raise NonFiniteError(
             f"{int(bad_K.sum())} token value(s) are not finite, the first in sequence "
             f"{int(sequences.sequence_ids_N[i])} at position {token - int(sequences.response_offsets_N1[i])}",
-            cause="the weights hold a NaN, or the step size is so large that the moved policy overflows",
-            fix="check the checkpoint, or take smaller step sizes",
+            cause="the weights contain a NaN, or the step size is so large that the moved policy overflows",
+            fix="check the checkpoint, or use smaller step sizes",
         )
 
 
 def teacher_forced_rows(
     sequences: BatchedSequences, chosen_B: Tensor, device: torch.device
 ) -> tuple[Tensor, TeacherForcedRows]:
-    """A micro-batch.
+    """Build a micro-batch from chosen sequences.
 
     Args:
-        sequences: what to choose from.
-        chosen_B: int64 [B], indices.
-        device: where to put it.
+        sequences: the batch to choose from.
+        chosen_B: indices of the chosen sequences, int64 [B].
+        device: device of the micro-batch.
 
     Returns:
-        The flat token indices [K] that it covers, on the CPU, and the micro-batch.
+        The flat indices in `sequences` of the micro-batch's tokens, int64 on the CPU, and the micro-batch.
     """
     token_index_K = ragged.token_index(sequences.response_offsets_N1, chosen_B)
     tokens_K = sequences.response_tokens_K[token_index_K]
@@ -155,7 +158,7 @@ def teacher_forced_rows(
     prompt_lengths_B, row_K = ragged.lengths(prompts_B1), ragged.sequence_index(responses_B1)
     column_K = ragged.position_index(responses_B1) + prompt_lengths_B[row_K]
     longest = int((prompt_lengths_B + ragged.lengths(responses_B1)).max())
-    input_ids_BL = tokens_K.new_zeros(len(chosen_B), longest)  # pads with token 0, which nobody attends
+    input_ids_BL = tokens_K.new_zeros(len(chosen_B), longest)  # padded with token 0, to which no position attends
     of_prompts = ragged.token_index(sequences.prompt_offsets_N1, chosen_B)
     where = ragged.sequence_index(prompts_B1), ragged.position_index(prompts_B1)
     input_ids_BL[where] = sequences.prompt_tokens[of_prompts]
@@ -165,5 +168,5 @@ def teacher_forced_rows(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on a device; a GPU fetches it from pinned memory while the host goes on."""
+    """Copy a CPU tensor to a device; copies to a GPU are asynchronous, from pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

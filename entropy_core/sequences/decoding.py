@@ -1,15 +1,15 @@
-"""Continuous batching: many responses, decoded in the rows of one batch whose places are refilled as responses end.
+"""Continuous batching: decode many responses in the rows of one batch, and refill a row when its response ends.
 
-The key-value cache is aligned on the right: every row ends in the newest column, and what lies before its prompt is
-masked. So a row can be given to another prompt at any time, no row waits for the longest response of its batch, and
-nothing is asked of an architecture but that it knows padding on the left. Waiting prompts are sorted by length, the
-longest first, so that a new one always fits into the columns that are there.
+The key-value cache is right-aligned: every row ends in the newest column, and columns before its prompt are masked. A
+row can therefore be given to another prompt at any time, no row waits for the longest response, and an architecture
+only has to support left padding. Waiting prompts are sorted by length, longest first, so that a new prompt always fits
+into the existing columns.
 
-Columns that no row needs any more are dropped, and once nothing waits, so are rows. What is drawn for a sequence is a
-function of (seed, purpose, sequence id, position), so none of this changes the draws.
+Columns that no row needs any more are dropped, and so are idle rows once no prompt is waiting. The draws of a sequence
+depend only on (seed, purpose, sequence id, position), so batching does not change them.
 
-The host keeps the books. A step asks the device for one thing, the tokens that it drew: whatever else is read from a
-GPU would make it wait for the host.
+All bookkeeping is on the host. A step reads only the drawn tokens from the device, because every other read would
+stall a GPU.
 """
 
 from collections import deque
@@ -30,11 +30,11 @@ from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import FinishReason
 
 ROOM = 64  # columns by which a full buffer grows
-STALE_COLUMNS = 16  # that no row needs: from so many on they are dropped
-REFILL = 16  # rows are given out again when one in so many is free: prefilling one at a time reads all weights for it
-SPARSE = 0.75  # rows are dropped when no more than this share of them is busy
-CACHE_SHARE = 0.5  # of the memory that is free before the first prompt
-DRAWN_AHEAD = 32  # positions whose uniforms are made together
+STALE_COLUMNS = 16  # unneeded columns are dropped once there are this many
+REFILL = 16  # rows are refilled once one in this many is free, because every prefill reads all weights
+SPARSE = 0.75  # idle rows are dropped once at most this fraction of the rows is busy
+CACHE_SHARE = 0.5  # fraction of the memory free before the first prompt that the cache may use
+DRAWN_AHEAD = 32  # positions whose uniforms are drawn together
 
 IDLE = -1
 NOT_FINITE = -1
@@ -42,7 +42,7 @@ NOT_FINITE = -1
 
 @dataclass(frozen=True)
 class DecodingRequest:
-    """What to decode: a prompt with its sequence id each, and which draws are theirs."""
+    """Prompts to decode with their sequence ids, the seed and purpose of their draws, and the stopping rules."""
 
     prompts: Sequence[Sequence[int]]
     sequence_ids_N: Tensor
@@ -54,17 +54,17 @@ class DecodingRequest:
 
 
 class Response(NamedTuple):
-    """Token ids and why they end there; an EOS that was sampled is the last of them."""
+    """Token ids of a response and why it ended; a sampled EOS is included as the last token."""
 
     tokens: list[int]
     finish_reason: FinishReason
 
 
 class _Layer(DynamicLayer):
-    """Keys and values [rows, heads, columns, width] of a layer, as views of buffers with room for more columns."""
+    """Keys and values [rows, heads, columns, width] of a layer, as views of buffers with spare columns."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns; all columns."""
+        """Append columns and return all columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._buffers = [states[:, :, :0] for states in (key_states, value_states)]
@@ -77,13 +77,13 @@ class _Layer(DynamicLayer):
         return self._show(last)
 
     def keep(self, rows: Tensor | slice, first: int) -> None:
-        """Only these rows, and only the columns from `first` on."""
+        """Keep only these rows, and only the columns from `first` on."""
         last = self.get_seq_length()
         self._copy(rows, first, last, last - first + ROOM)
         self._show(last - first)
 
     def replace(self, rows: Tensor, fresh: "_Layer") -> None:
-        """Give rows to other sequences, which end in the newest column like all."""
+        """Overwrite rows with the cache of new sequences, which also end in the newest column."""
         last, new = self.get_seq_length(), fresh.get_seq_length()
         for buffer, states in zip(self._buffers, (fresh.keys, fresh.values), strict=True):
             buffer[rows, :, last - new : last] = states
@@ -101,9 +101,9 @@ class _Layer(DynamicLayer):
 
 @dataclass
 class _Rows:
-    """What the rows of the batch are at. A row that is idle is computed like the others, and nobody looks.
+    """State of the rows of the batch. Idle rows are computed like the others, and their results are ignored.
 
-    On the device are the mask [rows, columns], 1 for a row's own tokens, and the latest token of each row. The host has
+    On the device: the mask [rows, columns], 1 for a row's own tokens, and the latest token of each row. On the host:
     the sequence of each row or `IDLE`, the column of its first token, and its response so far.
     """
 
@@ -128,13 +128,13 @@ class _Rows:
 
 
 class Decoding:
-    """One request on its way.
+    """Decodes one request.
 
     Args:
         policy: the policy.
-        request: what to decode.
-        rows: how many at a time, at most.
-        progress: called with (sequences done, sequences in all).
+        request: prompts and sampling settings.
+        rows: maximum number of rows in the batch.
+        progress: called with (finished sequences, total sequences).
     """
 
     def __init__(
@@ -147,11 +147,11 @@ class Decoding:
         self.eos = frozenset(policy.eos_token_ids)
         self.cache = Cache(layer_class_to_replicate=_Layer)
         self.batch = _Rows.idle(torch.zeros(0, 0, dtype=torch.long, device=policy.device))
-        self.uniforms: deque[Tensor] = deque()  # [rows], of the next positions
+        self.uniforms: deque[Tensor] = deque()  # uniforms [rows] of the next positions
 
     @torch.no_grad()
     def run(self) -> list[Response]:
-        """Decode everything.
+        """Decode all prompts.
 
         Returns:
             The responses, in the order of the prompts.
@@ -175,8 +175,8 @@ class Decoding:
     def _admit(self, busy: int) -> None:
         """Give free rows to the longest waiting prompts."""
         taken = [self.waiting.popleft()]
-        # In float64 without padding: several architectures cast the mask to float32, where its most negative number is
-        # −inf, and a row of padding becomes NaN.
+        # In float64, only prompts of equal length are batched: several architectures cast the mask to float32, where
+        # its most negative number becomes −inf and a row of padding becomes NaN.
         shortest = self._length(taken[0]) if self.policy.dtype == torch.float64 else 0
         while self.waiting and len(taken) < self.rows - busy and self._length(self.waiting[0]) >= shortest:
             taken.append(self.waiting.popleft())
@@ -198,14 +198,14 @@ class Decoding:
         self.uniforms.clear()
 
     def _step(self) -> None:
-        """One more token in every row."""
+        """Decode one token in every row."""
         batch = self.batch
         batch.mask_BL = nn.functional.pad(batch.mask_BL, (0, 1), value=1)
         logits_BV, _ = self.policy.next_logits(batch.latest_B1, batch.mask_BL, self.cache)
         batch.latest_B1 = self._draw(range(len(batch.sequences)), logits_BV, self._next_uniforms()).unsqueeze(1)
 
     def _next_uniforms(self) -> Tensor:
-        """The uniform of the next position of every row, float64 [rows]; of an idle row any."""
+        """Return the uniform for the next position of every row, float64 [rows]; arbitrary for idle rows."""
         if not self.uniforms:
             batch, request = self.batch, self.request
             ids_B = request.sequence_ids_N[torch.tensor(batch.sequences).clamp_min(0)]
@@ -216,10 +216,10 @@ class Decoding:
         return self.uniforms.popleft()
 
     def _draw(self, rows: Sequence[int], logits_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-        """Draw the next token of some rows [R], note those of the busy ones, and free the rows that have ended."""
+        """Draw the next token of R rows, record the tokens of busy rows, and free the rows whose responses ended."""
         request, batch = self.request, self.batch
         tokens_R = philox.inverse_cdf_tokens(logits_RV, uniforms_R, request.temperature)
-        finite_R = torch.isfinite(logits_RV.amax(dim=-1))  # −inf alone is a token that cannot be
+        finite_R = torch.isfinite(logits_RV.amax(dim=-1))  # single −inf logits are allowed: impossible tokens
         done = len(self.responses)
         for row, token in zip(rows, torch.where(finite_R, tokens_R, NOT_FINITE).tolist(), strict=True):
             sequence, tokens = batch.sequences[row], batch.tokens[row]
@@ -229,8 +229,8 @@ class Decoding:
                 raise NonFiniteError(
                     f"the logits of sequence {int(request.sequence_ids_N[sequence])} are not finite at position "
                     f"{len(tokens)}",
-                    cause="the weights hold a NaN",
-                    fix="check the checkpoint: the run may have diverged before it",
+                    cause="the weights contain a NaN",
+                    fix="check the checkpoint; if the run diverged, probe an earlier one",
                 )
             tokens.append(token)
             if reason := self._ended(tokens):
@@ -241,7 +241,7 @@ class Decoding:
         return tokens_R.where(finite_R, 0)
 
     def _ended(self, tokens: list[int]) -> FinishReason | None:
-        """Why a response ends with its latest token; None if it does not."""
+        """Return why a response ends with its latest token; None if it does not end."""
         if tokens[-1] in self.eos:
             return "eos"
         if self.request.stop_strings and self._stopped(tokens):
@@ -249,13 +249,13 @@ class Decoding:
         return "length" if len(tokens) == self.request.max_new_tokens else None
 
     def _stopped(self, tokens: list[int]) -> bool:
-        """Whether the text has come to a stop string; only as many tokens are looked at as it has bytes."""
+        """Return whether the response contains a stop string, decoding only as many tokens as the string has bytes."""
         window = max(len(string.encode()) for string in self.request.stop_strings) + 1
         end = self.policy.tokenizer.decode(tokens[-window:])
         return any(string in end for string in self.request.stop_strings)
 
     def _drop(self) -> None:
-        """Columns that no row needs any more, and rows that nobody waits for."""
+        """Drop columns that no row needs any more, and idle rows if no prompt is waiting."""
         batch, busy = self.batch, self.batch.busy
         first = min(batch.first_columns[row] for row in busy)
         spare_rows = not self.waiting and len(busy) <= SPARSE * len(batch.sequences)
@@ -280,12 +280,12 @@ class Decoding:
         )
 
     def _free_rows(self, count: int) -> list[int]:
-        """Rows that are not busy; where there are too few, the batch gets more."""
-        there = len(self.batch.sequences)
+        """Return idle rows, and add rows to the batch if there are too few."""
+        existing = len(self.batch.sequences)
         missing = count - len(self.batch.free)
         if missing > 0:
-            self._keep([*range(there), *[0] * missing], 0)
-            self.batch.sequences[there:] = [IDLE] * missing
+            self._keep([*range(existing), *[0] * missing], 0)
+            self.batch.sequences[existing:] = [IDLE] * missing
         return self.batch.free[:count]
 
     def _length(self, sequence: int) -> int:
@@ -295,7 +295,7 @@ class Decoding:
         return torch.tensor(rows, device=self.policy.device)
 
     def _prefill(self, sequences: list[int]) -> tuple[Tensor, Tensor, Cache]:
-        """Mask, next logits and cache of some prompts, padded on the left."""
+        """Run the left-padded prompts through the model; return their mask, next logits, and cache."""
         prompts = [list(self.request.prompts[i]) for i in sequences]
         longest = max(map(len, prompts))
         device, cache = self.policy.device, Cache(layer_class_to_replicate=_Layer)
@@ -304,7 +304,7 @@ class Decoding:
         return mask_RL, self.policy.next_logits(ids_RL, mask_RL, cache)[0], cache
 
     def _rows_within_memory(self) -> int:
-        """How many rows the cache may have, from what one prompt takes."""
+        """Return how many rows of cache fit into memory, extrapolated from one prompt."""
         mask_1L, _, cache = self._prefill([self.waiting[0]])
         taken = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
         columns = mask_1L.shape[1] + self.request.max_new_tokens + ROOM + STALE_COLUMNS
@@ -312,7 +312,7 @@ class Decoding:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """On a GPU what no process holds, and what torch holds for this one without using it."""
+    """Return the available memory; on a GPU this includes memory that torch has reserved but does not use."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,7 @@
-"""ℓ̇ and ḣ of every token along a direction: by forward mode, or by two forward passes."""
+"""Derivatives ℓ̇ and ḣ of token log-probabilities ℓ and entropies h along a direction v.
+
+They are computed by forward mode or as central differences of two forward passes, in nats per unit of v.
+"""
 
 from collections.abc import Mapping
 
@@ -16,7 +19,7 @@ from entropy_core.sequences.processor import SequenceProcessor
 def forward_mode(
     processor: SequenceProcessor, batch: BatchedSequences, direction: Mapping[str, Tensor]
 ) -> TokenDerivatives:
-    """ℓ, h, ℓ̇ and ḣ of every token along `direction`, each [K], by one forward-mode pass."""
+    """Compute ℓ, h, ℓ̇ and ḣ of every token along `direction`, each [K], in one forward-mode pass."""
     tangent = as_tangent(direction, processor.policy)
 
     def derivatives(rows: TeacherForcedRows) -> TokenDerivatives:
@@ -28,9 +31,10 @@ def forward_mode(
 def central_difference(
     processor: SequenceProcessor, batch: BatchedSequences, direction: Mapping[str, Tensor], half_width: float
 ) -> tuple[Tensor, Tensor]:
-    """ℓ̇ and ḣ of every token, float64 [K], as (f(θ + εv) − f(θ − εv))/2ε: two forward passes.
+    """Compute ℓ̇ and ḣ of every token, float64 [K], as (f(θ + εv) − f(θ − εv))/2ε with ε = `half_width`.
 
-    Both with the faster attention that has no forward-mode derivative: f is then the same function on both sides.
+    Both forward passes use the faster attention, which has no forward-mode derivative, so f is the same function on
+    both sides.
     """
     with fused_attention(processor.policy):
         with moves.moved(processor.policy, direction, half_width):

@@ -1,4 +1,4 @@
-"""Sequences on disk: token ids, flat with offsets, one file per shard."""
+"""Write and read sequences: token ids, flat with offsets, one file per shard."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def write_sequences(out: "Writer", sequences: BatchedSequences) -> None:
-    """Token ids, flat with offsets."""
+    """Write token ids, flat with offsets, to `tokens.safetensors`."""
     out.tensors(
         {
             "prompt_tokens": sequences.prompt_tokens,
@@ -24,7 +24,7 @@ def write_sequences(out: "Writer", sequences: BatchedSequences) -> None:
 
 
 def read_sequences(artifact: "Artifact") -> BatchedSequences:
-    """The sequences of one shard."""
+    """Read the sequences of one shard."""
     tensors, table = artifact.tensors("tokens.safetensors"), artifact.table("sequences.parquet")
     return BatchedSequences(
         sequence_ids_N=torch.tensor(table["sequence_id"].to_pylist()),

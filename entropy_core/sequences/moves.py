@@ -1,4 +1,4 @@
-"""The policy moved along the step of an update."""
+"""Move the policy from θ to θ + ηv, where v is the step of an update per unit of learning rate."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def moved_by(processor: SequenceProcessor, update: "Artifact", eta: float) -> Iterator[None]:
-    """Within the context the policy is at θ + ηv, and what it cannot compute there is said with η."""
+    """Context in which the policy's parameters are θ + ηv; a NonFiniteError raised in it names η."""
     try:
         with moves.moved(processor.policy, update.vector("direction"), eta):
             yield

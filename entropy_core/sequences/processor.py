@@ -1,7 +1,7 @@
-"""Sequences: one path that generates them, one that scores them, used by E and U alike.
+"""Generate and score sequences, with the same code for the evaluation batch E and the update batch U.
 
-A sequence is identified by its `sequence_id`; what is drawn for it is a pure function of (seed, purpose, sequence id,
-position), so the batch size, the order, the shard and the worker do not matter.
+The draws of a sequence are a pure function of (seed, purpose, sequence id, position), so they do not depend on batch
+size, order, shard or worker. ℓ is the log-probability of a token and h its entropy, in nats.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How responses are sampled, and how many are worked on at a time, which does not change the result."""
+    """Sampling settings, and batch sizes, which do not change the result."""
 
     temperature: float
     max_new_tokens: int
@@ -48,8 +48,8 @@ class SequenceProcessor:
 
     Args:
         policy: the policy.
-        config: temperature, where responses end, and micro-batch sizes.
-        progress: called with (sequences done, sequences in all).
+        config: temperature, stopping rules, and batch sizes.
+        progress: called with (finished sequences, total sequences).
     """
 
     def __init__(self, policy: Policy, config: GenerationConfig, progress: Progress | None = None) -> None:
@@ -63,26 +63,26 @@ class SequenceProcessor:
             pool: token ids of the prompts.
 
         Raises:
-            PromptError: there is one; names the prompt.
+            PromptError: a token id is too large; names the prompt.
         """
         vocabulary = self.policy.model.get_input_embeddings().weight.shape[0]
         for i, ids in enumerate(pool):
             if max(ids) >= vocabulary:
                 raise PromptError(
-                    f"prompt {i} becomes {len(ids)} tokens, the largest {max(ids)}, and the policy knows {vocabulary}",
-                    cause="the prompts are for another tokenizer",
-                    fix="use a dataset that fits this policy",
+                    f"prompt {i} contains token id {max(ids)}, and the policy has only {vocabulary} embeddings",
+                    cause="the tokenizer belongs to another model",
+                    fix="save the tokenizer of this model into the checkpoint directory",
                 )
 
     def generate_with_replacement_sampling(
         self, pool: Sequence[Sequence[int]], total_sequences: int, seed: int, first: int = 0
     ) -> BatchedSequences:
-        """E batch: sequence i answers prompt ⌊u_i·M⌋ once, so that the pairs are i.i.d. draws of D(p)·π(t|p).
+        """Generate an E batch of i.i.d. pairs of prompt and response; sequence i answers prompt ⌊u_i·M⌋.
 
         Args:
             pool: token ids of the M prompts.
-            total_sequences: how many, from `first` on; a batch of 8,192 begins with the 4,096 of the same seed.
-            seed: of the batch.
+            total_sequences: number of sequences; a batch of 8,192 starts with the 4,096 of the same seed.
+            seed: seed of the batch.
             first: id of the first sequence.
 
         Returns:
@@ -103,14 +103,14 @@ class SequenceProcessor:
         purpose: Literal["E", "U"],
         first: int = 0,
     ) -> BatchedSequences:
-        """G responses to each of the first prompts of a permutation of the pool; sequence i answers the ⌊i/G⌋-th.
+        """Generate G responses per prompt; sequence i answers prompt ⌊i/G⌋ of a permutation of the pool.
 
         Args:
             pool: token ids of the M prompts.
-            total_sequences: how many, from `first` on.
+            total_sequences: number of sequences.
             G: responses per prompt.
-            seed: of the batch.
-            purpose: which batch; E and U are independent at the same seed.
+            seed: seed of the batch.
+            purpose: E or U; the two are independent at the same seed.
             first: id of the first sequence.
 
         Returns:
@@ -126,12 +126,12 @@ class SequenceProcessor:
     def generate_with_logprobs(
         self, prompts: Sequence[Sequence[int]], G: int, seed: int
     ) -> tuple[BatchedSequences, LogprobResults, DiagnosticsResults]:
-        """G responses to each of the given prompts, in their order, scored.
+        """Generate and score G responses to each of the given prompts, in their order.
 
         Args:
-            prompts: token ids.
+            prompts: token ids of the prompts.
             G: responses per prompt.
-            seed: of the batch.
+            seed: seed of the batch.
 
         Returns:
             Sequences, per-token results, per-sequence diagnostics.
@@ -141,13 +141,13 @@ class SequenceProcessor:
         return sequences, *self.score(sequences)
 
     def score(self, sequences: BatchedSequences) -> tuple[LogprobResults, DiagnosticsResults]:
-        """ℓ and h of every response token by teacher forcing.
+        """Compute ℓ and h of every response token by teacher forcing.
 
         Args:
-            sequences: what to score.
+            sequences: the sequences to score.
 
         Returns:
-            Per-token results on the CPU and per-sequence diagnostics.
+            Per-token results and per-sequence diagnostics, on the CPU.
 
         Raises:
             NonFiniteError: a value is NaN or infinite; names the sequence.
@@ -167,19 +167,19 @@ class SequenceProcessor:
     def map_tokens(
         self, sequences: BatchedSequences, function: Callable[[TeacherForcedRows], Sequence[Tensor]]
     ) -> list[Tensor]:
-        """Apply a per-token function micro-batch by micro-batch and lay the results out flat, in sequence order.
+        """Apply a per-token function to every micro-batch and return the results flat, in sequence order.
 
         Args:
-            sequences: what to work on.
-            function: from a micro-batch to tensors [K] of its tokens.
+            sequences: the sequences to process.
+            function: maps a micro-batch to tensors with one value per token.
 
         Returns:
-            One CPU tensor [K] per tensor of the function, in the order of `sequences`.
+            One CPU tensor [K] per tensor that `function` returns, in the order of `sequences`.
 
         Raises:
             NonFiniteError: a value is NaN or infinite; names the sequence.
         """
-        # results stay on the device until the last micro-batch: to fetch each would make it wait for the host
+        # results stay on the device until the last micro-batch, because fetching each of them would stall a GPU
         done = [(token_index_K, function(rows)) for token_index_K, rows in self.micro_batches(sequences)]
         if not done:
             return []
@@ -193,13 +193,13 @@ class SequenceProcessor:
         return flat
 
     def micro_batches(self, sequences: BatchedSequences) -> Iterator[tuple[Tensor, TeacherForcedRows]]:
-        """Micro-batches of sequences of similar length, longest first.
+        """Split sequences into micro-batches of similar length, longest first.
 
         Args:
-            sequences: what to work on.
+            sequences: the sequences to split.
 
         Yields:
-            The flat token indices [K] that a micro-batch covers, and the micro-batch on the policy's device.
+            The flat indices of the micro-batch's tokens, and the micro-batch on the policy's device.
         """
         prompt_lengths_N = ragged.lengths(sequences.prompt_offsets_N1)
         order_N = torch.argsort(prompt_lengths_N + sequences.lengths_N, descending=True, stable=True)
@@ -238,7 +238,7 @@ class SequenceProcessor:
 
 
 def _draws(drawn_N: Tensor) -> Tensor:
-    """How often each entry occurred before: [3, 5, 3] → [0, 0, 1]."""
+    """Count the earlier occurrences of each entry: [3, 5, 3] → [0, 0, 1]."""
     order_N = torch.argsort(drawn_N, stable=True)
     ordered_N = drawn_N[order_N]
     first_N = torch.searchsorted(ordered_N, ordered_N)
@@ -258,16 +258,16 @@ def _offsets(lists: Sequence[Sequence[int]]) -> Tensor:
 def processor_of(
     spec: PolicySpec, execution: "Execution", max_new_tokens: int = 0, stop_strings: Sequence[str] = ()
 ) -> SequenceProcessor:
-    """What samples and scores sequences with a policy.
+    """Load a policy and return a processor that samples and scores sequences with it.
 
     Args:
-        spec: which policy.
-        execution: how to compute.
-        max_new_tokens: where responses are cut; matters for generating only.
-        stop_strings: what ends a response beside its EOS; matters for generating only.
+        spec: the policy to load.
+        execution: device, batch sizes, and paths of files.
+        max_new_tokens: maximum response length; used only for generation.
+        stop_strings: strings that end a response, in addition to EOS; used only for generation.
 
     Returns:
-        The processor, with the policy loaded.
+        The processor.
     """
     config = GenerationConfig(
         spec.temperature, max_new_tokens, execution.gen_batch_size, execution.tf_batch_size, tuple(stop_strings)

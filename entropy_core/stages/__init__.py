@@ -1,4 +1,4 @@
-"""The stages: (upstream artifacts, result-affecting values) → artifact. No Prefect here.
+"""The stages: (upstream artifacts, settings that affect the result) → artifact. No Prefect here.
 
     load-prompts ── sample-e-batch ─┬─ score-e-batch ── entropy-gradient (∇H of two halves) ─┐
                                     │  rescore-e-batch (rounding) ───────────────────────────┼──────────────┐
@@ -8,10 +8,13 @@
                                                                           ├─ importance (per η) ─────────────┤     │
                                                                           └─ path-integral (per η) ──────────┘   report
 
-A stage is a function `(out, execution, **inputs) → summary`. Its keyword arguments are exactly what goes into its key,
-so it cannot read a setting that the key does not know; `execution` says how to compute and is in no key. Each stage
-has a file of its own name here, and nothing else is here: what several of them need is in the rooms below.
+A stage is a function `(out, execution, **inputs) → summary`. Its keyword arguments are exactly the contents of its key,
+so it cannot read a setting that is missing from the key. `execution` holds settings that do not affect the result, and
+is in no key. Each stage has its own file here, and there are no other files; shared code is in the packages below.
 
-`pipeline.catalogue` names them all, `pipeline.measure` has the order of those that need the policy of a checkpoint, and
-`pipeline.sweep` that of the rest.
+`pipeline.catalogue` lists all stages. `pipeline.measure` runs the stages that need the policy of a checkpoint, and
+`pipeline.sweep` the others.
+
+Symbols: E evaluation batch, U update batch; θ parameters of the checkpoint, v optimizer step per unit of learning rate,
+η step size; ℓ log-probability of a token and h its entropy, both in nats; dots are derivatives along v.
 """

@@ -1,4 +1,4 @@
-"""calibrate: how wide a central difference along v has to be, and what it misses."""
+"""calibrate: choose the width of central differences along the step v, and measure their error."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from entropy_core.store.inputs import SequencesOfE, Update
 
 RMS_CHANGES = (1e-2, 3e-3, 1e-3, 3e-4)
-"""Of the log-probabilities of tokens: how wide a central difference may be. Wider ones bend, narrower ones round."""
+"""Candidate widths, as rms changes of token log-probabilities: wider ones are nonlinear, narrower ones lose digits."""
 LARGEST_DIFFERENCE = 0.05
 
 
@@ -30,21 +30,22 @@ def calibrate(
     count: int,
     update: "Update",
 ) -> dict[str, Any]:
-    """The ε of the central difference along v, and how far it is from forward mode on some sequences.
+    """Choose the half-width ε of central differences along v by comparison with forward mode on a few sequences.
 
-    Each ε that is tried makes the log-probabilities of tokens change by one of `RMS_CHANGES`; between directions it
-    differs a hundredfold. The one that comes closest to forward mode is taken.
+    Candidates for ε change token log-probabilities by each of `RMS_CHANGES`, because suitable values differ a
+    hundredfold between directions. The candidate closest to forward mode is chosen.
 
     Args:
-        out: not written to.
-        execution: device and micro-batch.
-        policy: whose sequences they are, and how it is computed.
-        sequences: the shards of sample-e-batch that hold the sequences.
-        count: how many sequences to compare on.
-        update: artifact of compute-update.
+        out: writer of the artifact; unused.
+        execution: device and micro-batch size.
+        policy: the policy that sampled E.
+        sequences: shards of sample-e-batch that contain the first `count` sequences.
+        count: number of sequences to compare on.
+        update: artifact of compute-update, which holds v.
 
     Returns:
-        `half_width` ε, and `difference` of ℓ̇ and ḣ from forward mode, relative to it (rms over tokens, the larger one).
+        Summary: `half_width` ε, and `difference`, the rms error over tokens relative to forward mode, of ℓ̇ or ḣ,
+        whichever is larger.
 
     Raises:
         NonFiniteError: the difference is more than 5 %.

@@ -1,4 +1,4 @@
-"""discriminate-u: what the predictors of the literature need of U beside ℓ and h."""
+"""discriminate-u: E_π[S*] of every token of U, an input of a predictor from the literature."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,16 +25,19 @@ def discriminate(
     policy: PolicySpec,
     sequences: "Sequence[SequencesOfU]",
 ) -> dict[str, Any]:
-    """E_π[S*] of the step of every token of U, for the predictor of arXiv:2602.03392.
+    """Compute E_π[S*] = Σ_a π_a²(h + log π_a) at every token of the update batch U.
+
+    π is the policy's distribution at that token and h its entropy. The `discriminator` predictor (arXiv:2602.03392)
+    compares it with S* of the sampled token.
 
     Args:
-        out: `tokens.safetensors` (expected).
-        execution: device and micro-batch.
-        policy: whose sequences they are, and how it is computed.
-        sequences: the shards of sample-u-batch.
+        out: writer of `tokens.safetensors`, with the column expected in nats.
+        execution: device and micro-batch size.
+        policy: the policy that sampled U.
+        sequences: shards of sample-u-batch.
 
     Returns:
-        Number of sequences.
+        Summary: the number of sequences.
     """
     processor = processor_of(policy, execution)
     shards = [read_sequences(shard) for shard in sequences]

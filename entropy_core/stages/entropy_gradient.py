@@ -1,4 +1,4 @@
-"""entropy-gradient: ∇H_seq and ∇L of each half of E, by a backward pass each."""
+"""entropy-gradient: gradients of entropy (∇H_seq) and length (∇L) on each half of E, by backward passes."""
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from entropy_core.store.inputs import ScoresOfE, SequencesOfE
 
 BASELINE: Baseline = "time_loo"
-"""Fixed: every baseline has the same mean, this one has little noise, and changing it would cost a backward pass."""
+"""Fixed baseline: all baselines give the same mean, this one has little noise, and a change costs a backward pass."""
 
 
 def entropy_gradient(
@@ -39,23 +39,24 @@ def entropy_gradient(
     scores: "Sequence[ScoresOfE]",
     responses_per_prompt: int,
 ) -> dict[str, Any]:
-    """Gradients of the estimated entropy and length, of each functional E[Σ_k f_k].
+    """Compute the gradients of the estimated entropy and length, functionals E[F] with F = Σ_k f_k.
 
         ∇E[F] = (1/N) Σ_i Σ_k [∇f_k + (R_k − b_k)∇ℓ_k]
 
-    Two independent halves are kept apart, because their errors are independent: that tells what the variance over U is
-    for a known ∇H.
+    R_k is the return-to-go and b_k its baseline. The gradients of two halves of E have independent errors, from which
+    the variance over U for the exact ∇H can be estimated.
 
     Args:
-        out: the vectors `entropy_0`, `length_0` and the same of half 1, by parameter name.
-        execution: device and micro-batch.
-        policy: whose sequences they are, and how it is computed.
-        sequences: the shards of sample-e-batch.
-        scores: the shards of score-e-batch, in the same order.
-        responses_per_prompt: sequences of one prompt that stay in one half; 1 where prompts are drawn with replacement.
+        out: writer of the vectors `entropy_0`, `length_0`, `entropy_1` and `length_1`, by parameter name.
+        execution: device and micro-batch size.
+        policy: the policy that sampled E.
+        sequences: shards of sample-e-batch.
+        scores: shards of score-e-batch, in the same order.
+        responses_per_prompt: number of responses to a prompt, all in the same half; 1 if prompts are drawn with
+            replacement.
 
     Returns:
-        Of each half: its number of sequences, entropy per token and mean length; and the baseline.
+        Summary: number of sequences, entropy per token and mean length of each half, and the baseline.
     """
     processor = processor_of(policy, execution)
     model, dtype = processor.policy, getattr(torch, policy.dtype)
@@ -66,7 +67,7 @@ def entropy_gradient(
     for half in HALVES:
         mine_N = half_N == half
         count = int(mine_N.sum())
-        for functional in FUNCTIONALS:  # one after the other, at the price of a forward pass
+        for functional in FUNCTIONALS:  # one at a time saves memory and costs an extra forward pass
             gradient = model.new_accumulator()
             for batch, tokens in _shards(sequences, scores):
                 here_N = batch.sequence_ids_N // responses_per_prompt % 2 == half
@@ -77,7 +78,7 @@ def entropy_gradient(
                     of_rows = Coefficients(*(values_K[index_K] for values_K in weights))
                     model.add_gradients(rows, [of_rows], policy.temperature, [gradient])
             _write(out, f"{functional.name}_{half}", gradient, dtype)
-            del gradient  # before there is another one: an accumulator takes 8 bytes a parameter
+            del gradient  # before the next accumulator, which takes 8 bytes per parameter
         H_tok = float(S_N[mine_N].sum() / T_N[mine_N].sum())
         summary.append({"sequences": count, "H_tok": H_tok, "mean_length": float(T_N[mine_N].mean())})
     return {"halves": summary, "baseline": BASELINE}
@@ -90,13 +91,13 @@ def _write(out: "Writer", name: str, gradient: dict[str, Tensor], dtype: torch.d
 
 
 def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) -> Coefficients:
-    """What ∇E[F] weighs the ∇ℓ_k and ∇h_k of these tokens with, but for 1/N."""
+    """Return the coefficients of ∇ℓ_k and ∇h_k in N·∇E[F] for the tokens of a shard."""
     slopes = functional.slopes(tokens)
     return Coefficients(score_coefficients(functional, tokens, BASELINE, totals) + slopes.logprob_K, slopes.entropy_K)
 
 
 def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> Iterator[tuple[BatchedSequences, Tokens]]:
-    """Each shard with what the policy says of its tokens, one in memory at a time."""
+    """Yield each shard with ℓ and h of its tokens, one shard in memory at a time."""
     for of_sequences, scored in zip(sequences, scores, strict=True):
         batch = read_sequences(of_sequences)
         yield batch, _tokens(_scores(scored).require(batch.identities_N, batch.response_offsets_N1))
@@ -111,7 +112,7 @@ def _tokens(table: TokenTable) -> Tokens:
 
 
 def _of_all(scores: "Sequence[Artifact]") -> tuple[dict[Functional, TimeTotals], Tensor, Tensor]:
-    """What the baselines need to know of all sequences, and the entropy S and the length T of each, float64 [N]."""
+    """Return the baseline totals over all sequences, and entropy S and length T of each sequence, float64 [N]."""
     totals, S, T = [], [], []
     for tokens in map(_tokens, map(_scores, scores)):
         totals.append([baseline_totals(functional, tokens, BASELINE) for functional in FUNCTIONALS])

@@ -1,4 +1,4 @@
-"""first-order-e: ℓ̇ and ḣ of E along v."""
+"""first-order-e: derivatives ℓ̇ and ḣ of log-probabilities and entropies of E along the step v."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,18 @@ def first_order_e(
     update: "Update",
     half_width: float,
 ) -> dict[str, Any]:
-    """Derivatives of ℓ and h along v for every token of one shard.
+    """Compute the derivatives of ℓ and h along v for every token of one shard.
 
     Args:
-        out: `tokens.safetensors` (dlogprobs, dentropies).
-        execution: device and micro-batch.
-        policy: whose sequences they are, and how it is computed.
+        out: writer of `tokens.safetensors`, with columns dlogprobs and dentropies (nats per unit of η).
+        execution: device and micro-batch size.
+        policy: the policy that sampled E.
         sequences: a shard of sample-e-batch.
-        update: artifact of compute-update.
-        half_width: ε of the central difference; 0 for forward mode.
+        update: artifact of compute-update, which holds v.
+        half_width: half-width ε of central differences; 0 for forward mode.
 
     Returns:
-        Number of sequences, and the attention kernel that computed the derivatives.
+        Summary: number of sequences, and the attention kernel used.
     """
     processor = processor_of(policy, execution)
     batch, direction = read_sequences(sequences), update.vector("direction")

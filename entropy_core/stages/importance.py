@@ -1,4 +1,4 @@
-"""importance: ℓ' and h' of one shard of E under the moved policy θ + ηv."""
+"""importance: log-probabilities and entropies of one shard of E under the moved policy θ + ηv."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +22,18 @@ def importance(
     update: "Update",
     eta: float,
 ) -> dict[str, Any]:
-    """Score one shard under θ + ηv.
+    """Score one shard under θ + ηv by teacher forcing.
 
     Args:
-        out: `tokens.safetensors` (logprobs, entropies).
-        execution: device and micro-batch.
-        policy: at θ.
+        out: writer of `tokens.safetensors`, with columns logprobs and entropies, in nats.
+        execution: device and micro-batch size.
+        policy: the policy at θ.
         sequences: a shard of sample-e-batch.
-        update: artifact of compute-update.
-        eta: absolute step size.
+        update: artifact of compute-update, which holds v.
+        eta: step size η; the learning rate gives the trainer's own step.
 
     Returns:
-        Number of sequences.
+        Summary: the number of sequences.
     """
     processor = processor_of(policy, execution)
     batch = read_sequences(sequences)

@@ -1,4 +1,4 @@
-"""load-checkpoint: the optimizer's state by name."""
+"""load-checkpoint: index the optimizer's state by parameter name."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 def load_checkpoint(
     out: "Writer", execution: "Execution", *, checkpoint: str, base: str, learning_rate: float, optimizer_state: str
 ) -> dict[str, Any]:
-    """Persist what Adam's next step needs by parameter name, but for the moments: they stay in the trainer's file.
+    """Write the inputs of Adam's next step by parameter name, except the moments, which stay in the trainer's file.
 
     Args:
-        out: `parameters.parquet`; `groups.json`: hyperparameters, and of each parameter its steps and which slot of the
-            file is its own.
-        execution: knows where it lies.
+        out: writer of `parameters.parquet` and `groups.json` (hyperparameters of each group; step count and slot in
+            `optimizer.pt` of each parameter).
+        execution: path of the checkpoint.
         checkpoint: content digest of the checkpoint's files.
-        base: content digest of the base model under an adapter; empty for a full model.
-        learning_rate: takes the place of the saved one; 0 keeps the saved one.
+        base: content digest of an adapter's base model; empty for a full model.
+        learning_rate: replaces the saved learning rate; 0 keeps the saved one.
         optimizer_state: `checkpoint`, or `fresh` before the first step.
 
     Returns:
-        Step, nominal learning rate, how many tensors are trained and how many numbers they hold, how many of them have
-        their slot, the digest of `optimizer.pt` (empty where it is fresh), and what was assumed.
+        Summary: step, nominal learning rate, number of trained tensors and of numbers in them, number of tensors with
+        a slot, digest of `optimizer.pt` (empty if fresh), and assumptions.
     """
     found = read_checkpoint(
         execution.paths[checkpoint],

@@ -1,4 +1,4 @@
-"""load-prompts: a pool of prompts, as tokens."""
+"""load-prompts: load and tokenize a pool of prompts."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,23 +28,23 @@ def load_prompts(
     tokenizer: str,
     encoding: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Persist one split of a dataset, and its prompts as the policy reads them.
+    """Write one split of a dataset, and the token ids of its prompts.
 
     Args:
-        out: `prompts.parquet`, and `prompt_tokens.parquet` with a row of token ids for each of them.
-        execution: knows where the files lie.
-        dataset_name: see `prompts.pools.load_pool`; empty for a file of the user.
-        options: of a task of reasoning-gym.
-        split: which split.
-        prompt_column: which column holds the prompt.
-        source: digest of the file or folder behind the dataset, empty for one that is made.
-        revision: commit of the dataset on the hub, empty where it is not known.
-        library: the one that makes the dataset, empty for one that no library makes.
+        out: writer of `prompts.parquet`, and of `prompt_tokens.parquet` with one row of token ids per prompt.
+        execution: paths of the files.
+        dataset_name: name of the dataset, as in `prompts.pools.load_pool`; empty for a user's file.
+        options: options of a reasoning-gym task.
+        split: name of the split.
+        prompt_column: column with the prompt.
+        source: digest of the dataset's file or folder; empty for a generated dataset.
+        revision: hub commit of the dataset; empty if unknown.
+        library: library that generates the dataset, with its version; empty if none does.
         tokenizer: digest of the tokenizer's files.
-        encoding: see `prompts.tokens.encode`.
+        encoding: keyword arguments of `prompts.tokens.encode`.
 
     Returns:
-        The number of prompts, and what a reader should know of them.
+        Summary: number of prompts, and notes for the report.
     """
     path = execution.paths[source] if source else None
     pool = load_pool(dataset_name or str(path), split, prompt_column, path, options)

@@ -1,4 +1,7 @@
-"""path-integral: ℓ, h and their derivatives along v, at the nodes between θ and θ + ηv."""
+"""path-integral: score E and differentiate it along v at quadrature nodes between θ and θ + ηv.
+
+θ are the policy's parameters, v is the step per unit of learning rate, and η is the step size.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -26,25 +29,26 @@ def path_integral(
     update: "Update",
     eta: float,
 ) -> dict[str, Any]:
-    """ℓ, h and their derivatives along v for every token of one shard, at each node between θ and θ + ηv.
+    """Compute log-probabilities ℓ, entropies h and their derivatives along v for one shard of E, at every node.
 
     Args:
-        out: `tokens.safetensors`: logprobs_j, entropies_j, dlogprobs_j and dentropies_j of node j.
-        execution: device and micro-batch.
-        policy: at θ.
+        out: writer of `tokens.safetensors`, with columns logprobs_j and entropies_j (nats), dlogprobs_j and
+            dentropies_j (nats per unit of η) for each node j.
+        execution: device and micro-batch size.
+        policy: the policy at θ.
         sequences: a shard of sample-e-batch.
-        update: artifact of compute-update.
-        eta: absolute step size.
+        update: artifact of compute-update, which holds v.
+        eta: step size η; the learning rate gives the trainer's own step.
 
     Returns:
-        Number of sequences.
+        Summary: the number of sequences.
     """
     processor = processor_of(policy, execution)
     batch, direction = read_sequences(sequences), update.vector("direction")
     columns: dict[str, Tensor] = {}
     for j, node in enumerate(NODES):
         with moved_by(processor, update, node * eta):
-            there = forward_mode(processor, batch, direction)
-        columns |= {f"{name.removesuffix('_K')}_{j}": column_K for name, column_K in there._asdict().items()}
+            derivatives = forward_mode(processor, batch, direction)
+        columns |= {f"{name.removesuffix('_K')}_{j}": column_K for name, column_K in derivatives._asdict().items()}
     batch.table(columns).write(out)
     return {"sequences": len(batch)}

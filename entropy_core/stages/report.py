@@ -1,4 +1,4 @@
-"""report: the result table of a sweep, its figures, and a page that shows them."""
+"""report: the result tables of a sweep, its figures, and its report page."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,23 +22,23 @@ def report(
     warnings: Sequence[str],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Gather the estimates of all checkpoints.
+    """Collect the estimates of all checkpoints, and write tables, figures and report.
 
     Args:
-        out: `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with the checkpoint of each row,
-            `report.md`, and the figures as PNG and SVG.
-        execution: not used.
-        name: of the sweep.
-        checkpoints: a mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
+        out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
+            columns, `report.md`, and the figures as PNG and SVG.
+        execution: unused.
+        name: name of the sweep.
+        checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
             `attribution` (artifact of first-order-u).
         settings: those of the training: `key`, `value`, and `source`, where it is from.
         warnings: what a reader has to know first, one sentence each.
         notes: what was assumed, one sentence each.
 
     Returns:
-        Numbers of rows and checkpoints.
+        Summary: numbers of rows and checkpoints.
     """
-    from entropy_core.report import figures  # draws, for which a sweep without a report needs no library
+    from entropy_core.report import figures  # here, so that only this stage loads the plotting library
 
     rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")

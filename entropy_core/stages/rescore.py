@@ -1,4 +1,4 @@
-"""rescore-e-batch: ℓ and h again with every parameter moved to the next number: floating-point noise alone."""
+"""rescore-e-batch: rescore E with every parameter moved to the next floating-point number, to measure rounding."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,21 +24,21 @@ def rescore(
     count: int,
     draw: int,
 ) -> dict[str, Any]:
-    """Score the first sequences of E with other rounding errors.
+    """Score the first sequences of E with different rounding errors.
 
-    A moved policy rounds differently at every operation, and on sequences of one kind these errors do not average out.
-    What they do to ΔH shows when the parameters move by no more than their own rounding.
+    A moved policy rounds differently at every operation, and on similar sequences these errors do not average out.
+    Moving the parameters by no more than their own rounding shows the effect of these errors on ΔH.
 
     Args:
-        out: `tokens.safetensors` (logprobs, entropies).
-        execution: device and micro-batch.
-        policy: whose sequences they are, and how it is computed.
-        sequences: the shards of sample-e-batch that hold them.
-        count: how many sequences; fixed, so that the noise does not depend on the size of a shard.
-        draw: which of several independent ways to round.
+        out: writer of `tokens.safetensors`, with columns logprobs and entropies, in nats.
+        execution: device and micro-batch size.
+        policy: the policy that sampled E.
+        sequences: shards of sample-e-batch that contain the first `count` sequences.
+        count: number of sequences; fixed, so that the noise does not depend on the shard size.
+        draw: seed of the random directions in which parameters move.
 
     Returns:
-        Number of sequences.
+        Summary: the number of sequences.
     """
     processor = processor_of(policy, execution)
     with moves.jittered(processor.policy, seed=draw):

@@ -1,4 +1,4 @@
-"""reward-u-batch: the reward of every U response."""
+"""reward-u-batch: compute the reward of every response of U."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ def reward(
     source: str,
     library: str,
 ) -> dict[str, Any]:
-    """Score the responses of U.
+    """Compute the rewards of the responses of U.
 
     Args:
         out: `rewards.parquet`, a row per sequence.
@@ -36,7 +36,7 @@ def reward(
         library: the one that decides, empty where there is none; part of the key.
 
     Returns:
-        Mean and number of rewards.
+        Summary: mean and number of rewards.
     """
     table = pa.concat_tables([shard.table("sequences.parquet") for shard in sequences])
     pool = prompts.table("prompts.parquet").take(table["prompt_id"])

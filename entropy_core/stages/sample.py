@@ -1,4 +1,4 @@
-"""sample-e-batch and sample-u-batch: responses of the policy to prompts of the pool, one shard at a time."""
+"""sample-e-batch and sample-u-batch: sample responses to prompts of the pool, one shard at a time."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,21 +34,21 @@ def sample(
     """Sample the sequences `first`, …, `first + count − 1` of a batch.
 
     Args:
-        out: `tokens.safetensors` (flat ids with offsets) and `sequences.parquet` (a row per sequence).
-        execution: device and decoding batch.
-        policy: whose sequences they are, and how it is computed.
+        out: writer of `tokens.safetensors` (flat ids with offsets) and `sequences.parquet` (one row per sequence).
+        execution: device and decoding batch size.
+        policy: the policy to sample from.
         prompts: artifact of load-prompts.
-        batch: E and U draw from independent streams.
-        mode: prompts with replacement and one response each, or distinct prompts.
+        batch: `E` or `U`, which use independent random streams.
+        mode: prompts drawn with replacement and one response each, or distinct prompts.
         responses_per_prompt: G of the distinct mode; 1 otherwise.
-        seed: of the batch.
+        seed: seed of the batch.
         first: id of the first sequence.
-        count: how many.
-        max_new_tokens: where a response is cut.
-        stop_strings: a response ends with the token that completes one of them.
+        count: number of sequences.
+        max_new_tokens: maximum response length.
+        stop_strings: a response ends with the token that completes one of these strings.
 
     Returns:
-        Number of sequences and of tokens, how many responses were cut, and the attention kernel that sampled them.
+        Summary: numbers of sequences, tokens and cut responses, and the attention kernel used.
     """
     table = prompts.table("prompts.parquet")
     processor = processor_of(policy, execution, max_new_tokens, stop_strings)

@@ -1,4 +1,4 @@
-"""score-e-batch, score-u-batch: ℓ and h of every response token of one shard."""
+"""score-e-batch, score-u-batch: log-probability ℓ and entropy h of every response token of one shard."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,13 @@ def score(out: "Writer", execution: "Execution", *, policy: PolicySpec, sequence
     """Score one shard by teacher forcing.
 
     Args:
-        out: `tokens.safetensors` (logprobs, entropies) and `scores.parquet` (a row per sequence).
-        execution: device and micro-batch.
-        policy: whose sequences they are, and how it is computed.
+        out: writer of `tokens.safetensors` (logprobs, entropies; nats) and `scores.parquet` (one row per sequence).
+        execution: device and micro-batch size.
+        policy: the policy to score with.
         sequences: artifact of a sampling stage.
 
     Returns:
-        Number of sequences, and the sum of their entropies in nats.
+        Summary: number of sequences, and the sum of their entropies in nats.
     """
     batch = read_sequences(sequences)
     results, diagnostics = processor_of(policy, execution).score(batch)

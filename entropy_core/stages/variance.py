@@ -1,4 +1,4 @@
-"""variance: estimates with intervals, from cached per-token columns alone. No model, no parameter-sized file."""
+"""variance: estimates with intervals from cached per-token columns, without model or parameter-sized files."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -58,33 +58,33 @@ def variance(
     confidence_level: float,
     bootstrap_resamples: int,
 ) -> Row:
-    """All estimates of one checkpoint.
+    """Compute all estimates of one checkpoint.
 
     Args:
-        out: `estimates.parquet` (a row per η, normalisation and estimator; schema `tables.ESTIMATES`), and the tables
-            of `tables.TABLES`.
-        execution: not used.
-        learning_rate: nominal, to express η in.
-        scores: the shards of score-e-batch.
-        rescores: the draws of rescore-e-batch on the first sequences, for the numerical noise.
-        first_order_e: the shards of first-order-e.
+        out: writer of `estimates.parquet` (one row per η, normalisation and estimator; schema `tables.ESTIMATES`), and
+            of the tables of `tables.TABLES`.
+        execution: unused.
+        learning_rate: nominal learning rate, the unit of `eta_over_lr`.
+        scores: shards of score-e-batch.
+        rescores: draws of rescore-e-batch on the first sequences, for the numerical noise.
+        first_order_e: shards of first-order-e.
         first_order_u: artifact of first-order-u.
-        update: artifact of compute-update; its summary and advantages are read.
-        scores_u: the shards of score-u-batch.
+        update: artifact of compute-update, of which only summary and advantages are read.
+        scores_u: shards of score-u-batch.
         discriminators_u: artifact of discriminate-u.
-        calibration: artifact of calibrate, where derivatives are central differences.
-        moved: a mapping per step size: `eta`, the `shards` of importance and those of path-integral, `path`.
-        seed: of E.
-        replicates: a mapping per further E batch: its `seed`, `scores` and `first_order_e`.
-        estimators: of ΔH.
-        normalizations: of the entropy.
-        baseline: of the reward-to-go.
-        units: what is independent in E.
-        confidence_level: of the intervals.
-        bootstrap_resamples: of the bootstrap intervals.
+        calibration: artifact of calibrate, if derivatives are central differences.
+        moved: one mapping per step size: `eta`, the `shards` of importance, and the shards of path-integral in `path`.
+        seed: seed of E.
+        replicates: one mapping per further E batch: `seed`, `scores` and `first_order_e`.
+        estimators: estimators of ΔH.
+        normalizations: normalisations of the entropy.
+        baseline: baseline of the return-to-go.
+        units: independent units of E.
+        confidence_level: confidence level of the intervals.
+        bootstrap_resamples: number of bootstrap resamples.
 
     Returns:
-        Number of rows of each table.
+        Summary: number of rows of each table.
 
     Raises:
         NonFiniteError: a batch is too small for a standard error.
@@ -160,7 +160,7 @@ def variance(
 
 
 class _Common(NamedTuple):
-    """What the rows of one normalisation have in common; `per_unit` is multiplied by η."""
+    """Values shared by all rows of one normalisation; those in `per_unit` are multiplied by η."""
 
     derivative: Derivative
     columns: Row
@@ -178,7 +178,7 @@ def _row(
     learning_rate: float,
     confidence_level: float,
 ) -> Row:
-    noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # which subtracts nothing
+    noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # path_integral subtracts nothing
     quantile = uncertainty.normal_quantile(confidence_level)
     return {
         **common.columns,
@@ -195,7 +195,7 @@ def _row(
 def _values(
     batch: EvaluationBatch, normalizations: Sequence[Normalization]
 ) -> dict[Normalization, tuple[float, float]]:
-    """∂_vH and its standard error given U."""
+    """Return ∂_vH and its standard error given U."""
     found = {of: uncertainty.entropy_derivative(batch.columns, of) for of in normalizations}
     return {of: (estimate.value, batch.standard_error(estimate)) for of, estimate in found.items()}
 
@@ -227,7 +227,7 @@ def _describe_update(summary: Mapping[str, Any]) -> Row:
 
 
 def _gradient_check(batch: EvaluationBatch, of_u: Mapping[str, Any], normalization: Normalization) -> float:
-    """⟨∇H, v⟩ of the backward pass against forward mode, at the baseline of the backward pass."""
+    """Compare ⟨∇H, v⟩ from the backward pass with forward mode, using the baseline of the backward pass."""
     a = of_u["inner_product"][normalization]
     b = uncertainty.entropy_derivative(batch.columns, normalization).value
     return abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0
