@@ -4,8 +4,8 @@
     ├── ConfigError        the request is wrong: an unknown key, a value out of range, a pool too small
     ├── CheckpointError    a checkpoint directory cannot be probed as it is
     ├── PromptError        a dataset or a prompt file cannot be read
-    ├── RewardError        a reward function raised, or returned something that is not a list of finite numbers
-    ├── LossError          a loss function raised, or returned something that is not a scalar to differentiate
+    ├── RewardError        a reward function raised, passed a limit, or returned no list of finite numbers
+    ├── LossError          a loss function raised, passed a limit, or returned no scalar to differentiate
     ├── StoreError         an artifact is missing, or the store cannot be written
     │   └── UnsoundError   an artifact was found damaged when it was used
     ├── NonFiniteError     a NaN or an infinity appeared; names the sequence

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_core.files.sources import Stamps, stamps
+from entropy_core.isolation.process import Isolation
 
 
 def _silent(done: int, total: int) -> None:
@@ -23,6 +24,7 @@ class Execution:
         tf_batch_size: sequences per teacher-forced pass.
         head_chunk_megabytes: memory of the logits that exist at one time.
         recompute_activations: in a backward pass, rather than keep those within a layer.
+        isolation: how functions of the user are called.
         progress: called with (done, total) as a stage advances.
         within_memory: stage name → the smaller settings with which it no longer ran out of memory; see `halved`.
     """
@@ -33,6 +35,7 @@ class Execution:
     tf_batch_size: int = 256
     head_chunk_megabytes: float = 64.0
     recompute_activations: bool = False
+    isolation: Isolation = field(default_factory=Isolation)
     progress: Callable[[int, int], None] = _silent
     within_memory: "dict[str, Execution]" = field(default_factory=dict, compare=False, repr=False)
 

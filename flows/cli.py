@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
+  entropy-probe init runs/grpo -o my-run.yaml   begin with what the run's own files say
   entropy-probe plan my-run.yaml                what would run, why, and how long it would take
   entropy-probe sweep my-run.yaml               run it, with Prefect's UI while it runs
   entropy-probe sweep my-run.yaml --direct      run it in this process, on a cluster node for example
@@ -78,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(sweep)
     _add_direct(sweep)
     _add_config(command("plan", "say what a sweep would compute, why, and what it should take; compute nothing", _plan))
+
+    init = command("init", "write a configuration from what a run's checkpoints say, each line with its source", _init)
+    init.add_argument("run_directory", type=Path, metavar="RUN_DIR", help="the directory that holds checkpoint-*")
+    init.add_argument("-o", "--output", type=Path, metavar="FILE", help="a new file (default: standard output)")
 
     variance = command("variance", "compute the statistics of a recorded sweep again, with other settings", _variance)
     variance.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: latest)")
@@ -181,6 +186,21 @@ def _plan(options: argparse.Namespace) -> int:
     from flows.plan import print_plan
 
     return print_plan(options.config)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from entropy_core.pipeline.init import configuration_of
+
+    if options.output is None:
+        print(configuration_of(options.run_directory, Path.cwd()), end="")
+        return 0
+    text = configuration_of(options.run_directory, options.output.parent)
+    try:
+        with options.output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ProbeError(f"{options.output} is there already", fix="give another name, or remove it") from None
+    return 0
 
 
 def _runs(options: argparse.Namespace) -> int:

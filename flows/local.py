@@ -44,7 +44,7 @@ def sweep(config_path: Path) -> int:
     """
     config = load_config(config_path, must_exist=True)
     service.use(config.store_root)
-    return _run("checkpoint-sweep", {"config": config.model_dump(mode="json")}, config_path)
+    return _run("checkpoint-sweep", {"config": config.as_given()}, config_path)
 
 
 def variance(asked: VarianceRequest) -> int:

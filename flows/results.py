@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from entropy_core.estimates.agreement import independent
+from entropy_core.store import runs
 
 HEADLINE = (
     "checkpoint",
@@ -85,7 +86,7 @@ def agreement_table(rows: list[dict[str, Any]], replicates: list[dict[str, Any]]
 
 
 def print_results(run_directory: Path) -> None:
-    """Print the tables of a recorded run, and which files are in its folder.
+    """Print the warnings and the tables of a recorded run, and which files are in its folder.
 
     Args:
         run_directory: its folder.
@@ -93,6 +94,10 @@ def print_results(run_directory: Path) -> None:
     rows, replicates = (
         pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates")
     )
+    with runs.understood(run_directory / runs.RECORD) as record:
+        warnings = [*record["checkpoints"][0]["warnings"]]
+    for warning in warnings:
+        print(f"\nWARNING: {warning}")
     print(f"\n{terminal_table(rows)}")
     if agreement := agreement_table(rows, replicates):
         print(f"\n{agreement}")

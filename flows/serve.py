@@ -14,6 +14,9 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.flows import EntrypointType
 
 from entropy_core.config.read import load_config
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.errors import ProbeError
+from entropy_core.pipeline.usable import read_settings
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.heartbeat import watch_heartbeats
 from flows.service import FOLDER, ROOT
@@ -32,24 +35,35 @@ def deployments(config: Path | None, **where: Any) -> list[RunnerDeployment]:
     Raises:
         ConfigError: the configuration is wrong.
     """
-    chosen = load_config(config) if config else None
+    chosen = _filled_in(load_config(config)) if config else {}
     made = [
         checkpoint_sweep.to_deployment(
             "checkpoint-sweep",
             description="Predict and measure what the next optimizer step does to the entropy, per checkpoint.",
-            parameters={"config": chosen.model_dump(mode="json")} if chosen else {},
+            parameters={"config": chosen} if chosen else {},
             entrypoint_type=EntrypointType.MODULE_PATH,
             **where,
         ),
         variance.to_deployment(
             "variance",
             description="The statistics of a recorded sweep with other settings, from its cached batches alone.",
-            parameters={"request": {"artifacts": chosen.execution.artifacts}} if chosen else {},
+            parameters={"request": {"artifacts": chosen["execution"]["artifacts"]}} if chosen else {},
             entrypoint_type=EntrypointType.MODULE_PATH,
             **where,
         ),
     ]
     return cast("list[RunnerDeployment]", made)
+
+
+def _filled_in(config: ProbeConfig) -> dict[str, Any]:
+    """What a form begins with: the file's settings and those that the checkpoints say, for a form posts all it shows.
+
+    Where the checkpoints cannot be read, or not be probed in this way, it is the file's alone: a run says why.
+    """
+    try:
+        return read_settings(config)[0].model_dump(mode="json")
+    except ProbeError:
+        return config.as_given()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ The oracle uses nothing of the package: plain forward passes of the model, one s
 and Shannon's formula on the responses, which knows neither tokens nor a Rao-Blackwell term.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -44,6 +45,17 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def _same_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_again() -> Iterator[None]:
+    """A command logs to the terminal of the test that calls it, and of no other."""
+    log = logging.getLogger("entropy_probe")
+    before = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+    logging.getLogger("entropy_probe.store").setLevel(logging.NOTSET)
 
 
 def gpt2(vocabulary: int = 4, **changes) -> PreTrainedModel:

@@ -300,7 +300,7 @@ def test_the_base_counts_by_its_content(home: Path, tmp_path: Path):
     config = config_of(home, tmp_path / "artifacts", "plain/checkpoint-3")
     first = probe(config)
     moved = probe(config | {"policy": {"dtype": "float64", "base_model": str(base)}})
-    assert moved.run.was_computed == {}
+    assert moved.run.was_computed == {"report": 1}  # which says that the base was set
 
     weights = load_file(base / "model.safetensors")
     weights["transformer.ln_f.bias"][0] += 1.0

@@ -63,7 +63,7 @@ REFUSED = {
 }
 FAILED = {
     "no such checkpoint": Bad({"checkpoints": ["RUN/checkpoint-9*"]}, "no directory matches .*checkpoint-9"),
-    "a run for a checkpoint": Bad({"checkpoints": ["RUN"]}, r"has no config\.json"),
+    "a folder for a checkpoint": Bad({"checkpoints": ["RUN/.."]}, r"has no config\.json"),
     "an unknown dataset": Bad({"batch_config": {"dataset_name": "gsm9k"}}, "unknown dataset 'gsm9k'"),
     "a missing file": Bad({"batch_config": {"dataset_name": "/no/such/pool.jsonl"}}, "no file /no/such/pool.jsonl"),
     "a missing split": Bad({"batch_config": {"U_split": "dev"}}, "no split 'dev'"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline_fixtures import (
 )
 from safetensors.torch import load_file, save_file
 
-from entropy_core.config.read import load_config
+from entropy_core.config.read import load_config, parse_config
 from entropy_core.demo.run import build_tokenizer
 from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError, ProbeError, PromptError, RewardError
 from entropy_core.pipeline.preflight import preflight
@@ -153,10 +154,28 @@ def test_a_checkpoint_that_cannot_be_probed(home, spoil, message):
     assert NAME in refused(CheckpointError, message, config_of(home))
 
 
-def test_one_bad_checkpoint_stops_the_sweep_before_the_good_ones(home):
+def test_one_bad_checkpoint_of_several_is_left_out_and_said(home, monkeypatch):
+    """Half-written, or removed by its trainer meanwhile; a sweep that is strict, or has nothing else, is refused."""
     (home / "run" / "checkpoint-5" / "optimizer.pt").unlink()
-    config = config_of(home, checkpoints=[str(home / "run" / "checkpoint-*")])
-    assert "checkpoint-5" in refused(CheckpointError, r"no optimizer\.pt", config)
+    for checkpoints in ([str(home / "run" / "checkpoint-*")], [str(home / "run")]):
+        config = config_of(home, checkpoints=checkpoints)
+        strict = config | {"execution": config["execution"] | {"unusable_checkpoints": "refuse"}}
+        assert "checkpoint-5" in refused(CheckpointError, r"no optimizer\.pt", strict)
+        (found,) = preflight(parse_config(config))
+        (warning,) = found.warnings
+        assert found.name == NAME and re.match(r"checkpoint-5 is left out: checkpoint-5 has no optimizer\.pt", warning)
+
+    def removed(directory: Path, *_: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", str(directory / "optimizer.pt"))
+
+    monkeypatch.setattr("entropy_core.pipeline.usable.read_checkpoint", removed)
+    with pytest.raises(CheckpointError, match="the trainer removed it"):
+        preflight(parse_config(config))
+
+
+def test_a_checkpoint_alone_is_refused(home):
+    (home / "run" / NAME / "optimizer.pt").unlink()
+    refused(CheckpointError, r"no optimizer\.pt", config_of(home))
 
 
 def test_moments_that_are_nan_stop_the_sweep_before_anything_is_sampled(home):
@@ -174,11 +193,24 @@ def test_moments_that_are_nan_stop_the_sweep_before_anything_is_sampled(home):
     [
         ("checkpoint-9*", "No directory matches .*checkpoint-9"),
         ("checkpoint-3/config.json", "No directory matches"),
-        (".", r"has no config\.json.*run directory, with checkpoint-3, checkpoint-5 in it.*checkpoint-\*"),
+        ("..", r"has no config\.json"),
     ],
 )
 def test_a_pattern_without_a_checkpoint(home, pattern, message):
     refused(CheckpointError, message, config_of(home, checkpoints=[str(home / "run" / pattern)]))
+
+
+def test_a_saved_learning_rate_of_zero_is_that_of_the_step_before_for_that_checkpoint_alone(home):
+    """The end of a linear schedule; the last rate above 0 that the trainer logged is the schedule's neighbour."""
+    last = home / "run" / "checkpoint-5"
+    change_optimizer(last, lambda saved: set_rates(saved, 0.0))
+    log = [{"step": step, "learning_rate": 1e-3 * (5 - step), "loss": 0.0} for step in range(1, 6)]
+    (last / "trainer_state.json").write_text(json.dumps({"global_step": 5, "log_history": log}))
+    done = probe(config_of(home, checkpoints=[str(home / "run")]))
+    assert {row["checkpoint"]: row["learning_rate"] for row in done.rows} == {NAME: LEARNING_RATE, last.name: 1e-3}
+    said = "The saved learning rate is 0; the step has 0.001, that of step 4 in trainer_state.json."
+    assert said in (done.result.run_directory / "report.md").read_text()
+    assert said in done.checkpoints[1].assumptions and said not in done.checkpoints[0].assumptions
 
 
 def test_a_learning_rate_that_is_given_takes_the_place_of_zero(home):

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def pickle_with_code(directory: Path) -> None:
 
 def adapter_with_code(directory: Path) -> None:
     (directory / "adapter_model.safetensors").unlink()
-    torch.save(RunsCode(witness(directory)), directory / "adapter_model.bin")
+    torch.save(SimpleNamespace(planted=RunsCode(witness(directory))), directory / "adapter_model.bin")
 
 
 def lost_shard(directory: Path) -> None:
@@ -211,7 +212,7 @@ def test_a_broken_checkpoint(sound, table, tmp_path: Path, case: str):
     layout, spoil, message = BROKEN[case]
     directory = Path(shutil.copytree(sound[layout], tmp_path / "checkpoint-3"))
     spoil(directory)
-    torch.save(RunsCode(witness(directory)), directory / "training_args.bin")
+    torch.save(SimpleNamespace(planted=RunsCode(witness(directory))), directory / "training_args.bin")
     error = refusal(directory)
     assert error.fix and "\n" not in str(error)
     assert re.search(message, str(error)), error
@@ -224,7 +225,7 @@ def test_the_sound_ones_are_probed(sound, layout: str, tmp_path: Path, monkeypat
     """So that each refusal above is of what was broken; and the code that was never run does run."""
     skip_figures(monkeypatch)
     directory = Path(shutil.copytree(sound[layout], tmp_path / "checkpoint-3"))
-    torch.save(RunsCode(witness(directory)), directory / "training_args.bin")
+    torch.save(SimpleNamespace(planted=RunsCode(witness(directory))), directory / "training_args.bin")
     done = probe(values(tmp_path, tmp_path / "artifacts", importance={"etas": [0]}))
     assert done.rows and not witness(directory).exists()
     torch.load(directory / "training_args.bin", weights_only=False)

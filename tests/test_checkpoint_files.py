@@ -44,6 +44,19 @@ def test_checkpoints_are_found_by_step_and_once(tmp_path: Path, monkeypatch: pyt
             find_checkpoints(["a/checkpoint-20", nothing])
 
 
+def test_a_run_directory_stands_for_its_checkpoints(tmp_path: Path) -> None:
+    for name in ("checkpoint-20", "checkpoint-3", "checkpoint-3/checkpoint-1", "checkpoint-best", "checkpoint-4.tmp"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-7").touch()
+    (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").touch()
+    (tmp_path / "run" / "config.json").touch()  # of the last model, which a trainer saves beside them
+    found = [tmp_path / "run" / name for name in ("checkpoint-3", "checkpoint-20")]
+    for patterns in ([f"{tmp_path}/run"], [f"{tmp_path}/*"], [f"{tmp_path}/run/checkpoint-3", f"{tmp_path}/run"]):
+        assert find_checkpoints(patterns) == found
+    (tmp_path / "run" / "optimizer.pt").touch()  # it is one itself
+    assert find_checkpoints([f"{tmp_path}/run"]) == [tmp_path / "run"]
+
+
 def test_digests_are_of_the_files_that_determine_results(sound: Path) -> None:
     for name in (
         "tokenizer.json",

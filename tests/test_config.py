@@ -296,7 +296,7 @@ def test_the_nearest_known_key_is_named(dotted, near):
 def test_a_rule_about_two_keys_is_broken_beside_every_other_error():
     """And is not spoken of where the other key is wrong: nobody knows what was meant there."""
     values = with_value("update.scale_rewards", "group") | {"importance": {"etas": [1, 1]}, "colour": "red"}
-    values["update"] |= {"loss": "reinforce", "optimizer_state": "fresh", "reference": "base"}
+    values["update"] |= {"loss": "reinforce", "optimizer_state": "fresh"}
     values["generation"] = {"top_p": 0.9, "temperature": -1}
     with pytest.raises(ConfigError) as raised:
         parse_config(values)
@@ -306,7 +306,6 @@ def test_a_rule_about_two_keys_is_broken_beside_every_other_error():
         "generation.top_p",
         "update.scale_rewards",
         "update.optimizer_state",
-        "update.reference",
         "importance.etas",
         "colour",
     ]

@@ -76,7 +76,7 @@ def trained(monkeypatch):
 
 @needs_trl
 def test_the_checkpoints_are_what_a_trainer_leaves(run):
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-2", "checkpoint-4", "demo.json"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-2", "checkpoint-4", "demo.json", "entropy-probe.yaml"]
     for step in (2, 4):
         there = {p.name for p in (run / f"checkpoint-{step}").iterdir()}
         assert there >= {
@@ -186,7 +186,7 @@ def test_a_half_written_run_is_made_again(copy, trained, spoil):
     spoil(copy)
     make_demo_run(copy, TINY)
     assert trained == [TINY]
-    assert sorted(p.name for p in copy.iterdir()) == ["checkpoint-1", "demo.json"]
+    assert sorted(p.name for p in copy.iterdir()) == ["checkpoint-1", "demo.json", "entropy-probe.yaml"]
 
 
 @needs_trl
@@ -205,7 +205,7 @@ def test_a_training_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_is_cleared(tmp_path, trained):
     (tmp_path / ".run.partial" / "checkpoint-7").mkdir(parents=True)
     make_demo_run(tmp_path / "run", TINY)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-1", "demo.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-1", "demo.json", "entropy-probe.yaml"]
     assert not (tmp_path / ".run.partial").exists()
 
 

@@ -198,6 +198,20 @@ EDITS = {
     "a check before the sweep": Edit(
         replaces("def _check_reference(", "def _unused(): ...\n\n\ndef _check_reference("), set()
     ),
+    "how a process of the user's code ends": Edit(replaces("LEAVING = 1.0", "LEAVING = 2.0"), set()),
+    "what is said of a process of the user's code": Edit(
+        replaces("def plain_text(text: str)", "def unused(): ...\n\n\ndef plain_text(text: str)"), set()
+    ),
+    "what is asked of a user's loss": Edit(
+        replaces(
+            "safetensors.save(_plain(functions.coefficients_of", "safetensors.save(dict(functions.coefficients_of"
+        ),
+        {"compute-update"},
+    ),
+    "what is asked of a user's reward": Edit(
+        replaces("json.dumps(_called(name, *arguments))", "json.dumps(list(_called(name, *arguments)))"),
+        {"reward-u-batch"},
+    ),
     "what shows the progress": Edit(
         replaces("def halved(self)", "def third(self): ...\n\n    def halved(self)"), set()
     ),

@@ -28,6 +28,7 @@ FLOORS = (
     "errors",
     "numerics",
     "files",
+    "isolation",
     "execution",
     "code",
     "store",
@@ -200,7 +201,7 @@ def test_each_library_has_its_own_door():
     of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture")
     of_the_demo = core("demo.run", "demo.smollm2", "demo.training_run")
     assert importers("transformers") == of_the_model | of_the_checkpoint | of_the_demo
-    assert importers("psutil") == core("sequences.decoding") | {"flows.door"}
+    assert importers("psutil") == core("sequences.decoding", "isolation.guard") | {"flows.door"}
     assert importers("peft") == core("checkpoints.adapters", "demo.smollm2")
     assert importers("trl") == core("demo.training_run")
     assert importers("tokenizers") == core("demo.run")
@@ -211,7 +212,7 @@ def test_each_library_has_its_own_door():
     assert importers("matplotlib") == core("report.figures", "report.tokens_in_text")
     assert importers("arviz_stats", "numpy") == core("estimates.pareto")
     assert importers("scipy") == core("estimates.rows", "estimates.diagnostics")
-    assert importers("safetensors") == core("store.artifact", "checkpoints.content")
+    assert importers("safetensors") == core("store.artifact", "checkpoints.content", "losses.apart")
     assert importers("pyarrow.parquet") == core("store.artifact", "store.manifest", "prompts.files") | {"flows.results"}
     assert importers("yaml") == core("config.plain_yaml")
     assert importers("prefect") == {name for name in importers("prefect") if room(name) in ("tasks", "flows")}
@@ -277,7 +278,8 @@ def test_a_key_holds_no_room_that_a_stage_has_no_use_for():
     """
     for stage in CATALOGUE:
         modules = {name.partition(":")[0] for name in code_of(stage.function).definitions}
-        assert not {room(name) for name in modules} & {"execution", "code", "config", "pipeline"}, stage.name
+        around = {"execution", "isolation", "code", "config", "pipeline"}
+        assert not {room(name) for name in modules} & around, stage.name
         assert not modules & core("store.store", "store.manifest", "files.sources", "files.digests"), stage.name
 
 

@@ -8,7 +8,6 @@ import torch
 from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, values, write_reward
 from scipy import stats
 
-from entropy_core.config.read import parse_config
 from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError
 from entropy_core.numerics import ragged
 from entropy_core.policy.spec import policy_of
@@ -227,7 +226,7 @@ def test_a_kl_term_needs_a_reference(folder):
     with pytest.raises(ConfigError, match=r"kl_beta is set, and checkpoint-3 is no adapter.*set update\.reference"):
         probe(asked(folder, update={"kl_beta": 0.1}))
     with pytest.raises(ConfigError, match="a reference policy has no part in a loss without a KL term"):
-        parse_config({"checkpoints": ["somewhere"], "update": {"reference": "start"}})
+        probe(asked(folder, update={"reference": str(folder)}))
 
 
 def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path):

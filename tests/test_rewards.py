@@ -153,8 +153,14 @@ def test_a_function_without_a_source_file_cannot_be_a_key():
         ("[1.0, None]", "returned None for sequence 1.*TRL averages over the other rewards"),
         ("[1.0, '1']", "returned '1' for sequence 1"),
         ("[1.0, 10**400]", "for sequence 1"),
-        ("[1 / 0]", r"raised ZeroDivisionError: division by zero on sequence 0, prompt '1\+1=', response '2'"),
-        ("[{'2': 1.0}[c] for c in completions]", r"KeyError: ' 5 ' on sequence 1, prompt '2\+2=', response ' 5 '"),
+        (
+            "[1 / 0]",
+            r"raised ZeroDivisionError: division by zero at .*mine\.py:2 on sequence 0, prompt '1\+1=', response '2'",
+        ),
+        (
+            "[{'2': 1.0}[c] for c in completions]",
+            r"KeyError: ' 5 ' at .*mine\.py:2 on sequence 1, prompt '2\+2=', response ' 5 '",
+        ),
         ("[1.0] * 2 if len(prompts) < 2 else 1 / 0", "on 2 responses together, and not on either half of them"),
         ("columns['solution']", "raised KeyError: 'solution'.*the pool's columns are .'answer', 'level'."),
     ],
@@ -185,19 +191,18 @@ def test_the_inputs_are_copies(file):
     assert completions == COMPLETIONS
 
 
-def test_the_sequence_on_which_a_reward_raises_is_found(file):
+def test_the_sequence_on_which_a_reward_raises_is_found(file, tmp_path):
     """By halving, with the columns that belong to it."""
     name = file(
-        "calls = []\n"
         "def reward(prompts, completions, answer):\n"
-        "    calls.append(len(prompts))\n"
+        f"    print('.', end='', file=open({str(tmp_path / 'calls')!r}, 'a'))\n"
         "    return [1.0 / (c == a) for c, a in zip(completions, answer, strict=True)]\n"
     )
     texts = [str(i) for i in range(100)]
     wrong = [*texts[:77], "x", *texts[78:]]
     with pytest.raises(RewardError, match=r"ZeroDivisionError.* on sequence 77, prompt '77', response '77'"):
         compute_rewards(name, texts, texts, {"answer": wrong})
-    assert len(sys.modules["user_reward_mine"].calls) < 16
+    assert 2 < len((tmp_path / "calls").read_text()) < 16
 
 
 def test_true_is_1_and_false_is_0(file):

@@ -1,216 +1,13 @@
-"""The trainer's own next step: TRL's GRPOTrainer takes it on a batch, and the probe is given the same batch.
+"""The trainer's own next step: TRL takes it on a batch, and the probe, told nothing but the run, predicts it."""
 
-The trainer saves a checkpoint, draws responses, scores them, and steps; the probe reads the checkpoint, is given these
-responses and rewards in the place of its own U batch, and predicts v. The change of the saved weights is lr·v.
-"""
-
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyarrow as pa
 import pytest
-import torch
-from pipeline_fixtures import SHAPE, Counting, parts_of, skip_figures, values, write_reward
-from safetensors.torch import load_file
-from torch import Tensor
+from pipeline_fixtures import skip_figures
+from trainer_fixtures import PROMPTS, G, held_against_the_trainer
 
-from entropy_core.checkpoints.adapters import PEFT_PREFIX
-from entropy_core.config.read import parse_config
-from entropy_core.demo.run import build_model, build_tokenizer
-from entropy_core.demo.training_run import quiet
-from entropy_core.numerics import ragged
-from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.runner import direct_runner
-from entropy_core.pipeline.sweep import execution_for, sweep
-from entropy_core.prompts.arithmetic import problems
-from entropy_core.sequences.batch import BatchedSequences
-from entropy_core.sequences.files import write_sequences
-from entropy_core.store.artifact import Artifact, Writer
-from entropy_core.store.store import Stage, Store
-
-trl = pytest.importorskip("trl")
-
-PROMPTS, G = 6, 4
-STEPS = 3  # of which the last is predicted
-MAX_NEW_TOKENS = 8
-
-
-def low_digits(completions: list[str], **_: Any) -> list[float]:
-    """An untrained policy gets different amounts of it."""
-    return [sum(c in "01234" for c in text) / 4 for text in completions]
-
-
-class Batch(NamedTuple):
-    """What one optimizer step was taken on: plain lists, so that they can be the inputs of a stage."""
-
-    prompts: list[list[int]]
-    responses: list[list[int]]
-    rewards: list[float]
-
-
-def train(run: Path, model: Any, peft_config: Any = None, **settings: Any) -> list[Batch]:
-    """A few steps of TRL with a checkpoint after each; returns the batch of each step."""
-    from datasets import Dataset
-    from transformers import PrinterCallback
-
-    batches: list[Batch] = []
-
-    class Recording(trl.GRPOTrainer):
-        def _calculate_rewards(self, *args: Any) -> Tensor:
-            self.found = super()._calculate_rewards(*args)
-            return self.found
-
-        def _generate_and_score_completions(self, inputs: Any) -> Any:
-            out = super()._generate_and_score_completions(inputs)
-            texts = [
-                [row[mask.bool()].tolist() for row, mask in zip(out[f"{what}_ids"], out[f"{what}_mask"], strict=True)]
-                for what in ("prompt", "completion")
-            ]
-            batches.append(Batch(*texts, self.found[:, 0].tolist()))
-            return out
-
-    own = {
-        "per_device_train_batch_size": PROMPTS * G,
-        "num_generations": G,
-        "max_completion_length": MAX_NEW_TOKENS,
-        "max_steps": STEPS,
-        "save_steps": 1,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "loss_type": "grpo",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        "report_to": [],
-        "seed": 3,
-    }
-    dataset = Dataset.from_list(problems("train", 64)).select_columns(["prompt"])
-    with (
-        torch.random.fork_rng(devices=[]),
-        quiet(threads=1),
-        warnings.catch_warnings(),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        warnings.simplefilter("ignore")  # PEFT's and TRL's advice
-        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-        config = trl.GRPOConfig(output_dir=str(run), **own | settings)
-        tokenizer = build_tokenizer()
-        trainer = Recording(
-            model, low_digits, config, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    assert len(batches) == STEPS
-    return batches
-
-
-def recorded_sequences(
-    out: Writer, execution: Any, *, prompts: list[list[int]], responses: list[list[int]]
-) -> dict[str, Any]:
-    """What sample-u-batch leaves, of responses that were drawn elsewhere."""
-    count = len(prompts)
-
-    def offsets(rows: list[list[int]]) -> Tensor:
-        return ragged.offsets_from_lengths(torch.tensor([len(row) for row in rows]))
-
-    ids_N = torch.arange(count)
-    write_sequences(
-        out,
-        BatchedSequences(
-            sequence_ids_N=ids_N,
-            prompt_ids_N=ids_N // G,
-            draws_N=ids_N % G,
-            prompt_tokens=torch.tensor([token for row in prompts for token in row]),
-            prompt_offsets_N1=offsets(prompts),
-            response_tokens_K=torch.tensor([token for row in responses for token in row]),
-            response_offsets_N1=offsets(responses),
-            finish_reasons=("length",) * count,
-        ),
-    )
-    table = {
-        "sequence_id": ids_N.tolist(),
-        "prompt_id": (ids_N // G).tolist(),
-        "draw": (ids_N % G).tolist(),
-        "length": [len(row) for row in responses],
-        "finish_reason": ["length"] * count,
-    }
-    out.table(pa.table(table), "sequences.parquet")
-    return {"sequences": count}
-
-
-def recorded_rewards(out: Writer, execution: Any, *, rewards: list[float]) -> dict[str, Any]:
-    """What reward-u-batch leaves."""
-    ids = list(range(len(rewards)))
-    out.table(pa.table({"sequence_id": ids, "prompt_id": [i // G for i in ids], "reward": rewards}), "rewards.parquet")
-    return {"sequences": len(rewards)}
-
-
-class Recorded(Counting):
-    """A runner that takes U from the trainer."""
-
-    batch: Batch
-
-    def note(self, stage: Stage, inputs: dict[str, Any], label: str) -> Artifact:
-        prompts, responses, rewards = self.batch
-        if stage.name == "sample-u-batch":
-            stage = Stage(stage.name, recorded_sequences)
-            inputs = {"prompts": prompts, "responses": responses}
-        elif stage.name == "reward-u-batch":
-            stage, inputs = Stage(stage.name, recorded_rewards), {"rewards": rewards}
-        artifact = direct_runner(self.store, self.execution)(stage, inputs, label)
-        self.asked.append((stage.name, inputs, artifact))
-        return artifact
-
-
-def predicted(home: Path, batch: Batch, **update: Any) -> tuple[Artifact, float, dict[str, dict[str, Tensor]]]:
-    """compute-update on the trainer's batch, the learning rate of the step, and its parts."""
-    temperature = update.pop("temperature", 1.0)
-    config = parse_config(
-        values(
-            home / "run",
-            home / "artifacts",
-            checkpoints=[str(home / "run" / f"checkpoint-{STEPS - 1}")],
-            policy={"dtype": "float32"},
-            batch_config={"B_U": PROMPTS, "G": G, "E_total_sequences": 4},
-            generation={"max_new_tokens": MAX_NEW_TOKENS, "temperature": temperature},
-            update={"reward": write_reward(home)} | update,
-            importance={"etas": [0]},
-            execution={"shard_size": PROMPTS * G},
-        )
-    )
-    checkpoints = preflight(config)
-    store = Store(config.store_root)
-    run = Recorded(store, execution_for(config, checkpoints))
-    run.batch = batch
-    sweep(config, checkpoints, store, run)
-    (done,), (loaded,) = run.artifacts("compute-update"), run.artifacts("load-checkpoint")
-    return done, loaded.summary["learning_rate"], parts_of(done, run)
-
-
-def compare(change: dict[str, Tensor], step: dict[str, Tensor]) -> tuple[float, float]:
-    """Cosine and ratio of norms of two steps over all parameters."""
-    assert change.keys() == step.keys()
-    a, b = (torch.cat([x[name].double().flatten() for name in sorted(change)]) for x in (change, step))
-    return float(a @ b / (a.norm() * b.norm())), float(a.norm() / b.norm())
-
-
-def weights(directory: Path) -> dict[str, Tensor]:
-    """The trained parameters that a checkpoint holds, by the probe's names."""
-    adapter = directory / "adapter_model.safetensors"
-    stored = load_file(adapter if adapter.exists() else directory / "model.safetensors")
-    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
-
-
-def as_stored(name: str) -> str:
-    """Saved files leave out the adapter's name."""
-    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
-
-
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "lora_dropout": 0.0}
 CASES: dict[str, dict[str, Any]] = {  # settings of the trainer; LoRA where there are any of it
     "full": {},
     "full, clipped, accumulated, on a schedule": {
@@ -222,6 +19,13 @@ CASES: dict[str, dict[str, Any]] = {  # settings of the trainer; LoRA where ther
     },
     "full, dapo": {"loss_type": "dapo", "optim": "adamw_torch_fused", "adam_beta2": 0.95},
     "full, dr_grpo": {"loss_type": "dr_grpo"},
+    "full, not divided": {"scale_rewards": "none"},
+    "full, divided by the batch": {"scale_rewards": "batch"},
+    "full, luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "max_grad_norm": 0.02},
+    "full, bnpo": {"loss_type": "bnpo"},
+    "full, cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "full, sapo": {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+    "full, vespo": {"loss_type": "vespo"},
     "lora": {"lora": {}},
     "lora, clipped, with norms and the head": {
         "lora": {"modules_to_save": ["norm", "lm_head"], "rank_pattern": {"up_proj": 2}},
@@ -239,35 +43,9 @@ def _without_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_v_is_the_step_that_the_trainer_takes(tmp_path: Path, case: str):
-    settings = dict(CASES[case])
-    lora = settings.pop("lora", None)
-    model, peft_config = build_model(SHAPE), None
-    if lora is not None:
-        from peft import LoraConfig
-        from transformers import AutoModelForCausalLM
-
-        model.save_pretrained(tmp_path / "base")
-        build_tokenizer().save_pretrained(tmp_path / "base")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-        peft_config = LoraConfig(task_type="CAUSAL_LM", **LORA | lora)
-    batches = train(tmp_path / "run", model, peft_config, **settings)
-
-    same = ("max_grad_norm", "temperature")
-    told = {"loss": settings.get("loss_type", "grpo"), "scale_rewards": "group"} | {
-        k: settings[k] for k in same if k in settings
-    }
-    done, lr, parts = predicted(tmp_path, batches[-1], **told)
-    before, after = (weights(tmp_path / "run" / f"checkpoint-{step}") for step in (STEPS - 1, STEPS))
-    change = {name: after[name].double() - before[name].double() for name in before}
-    step = {as_stored(name): lr * v.double() for name, v in done.vector("direction").items()}
-    cosine, ratio = compare(change, step)
+    (cosine, ratio), (without_g, _), done, lr = held_against_the_trainer(tmp_path, CASES[case])
     assert cosine > 1 - 1e-6 and abs(ratio - 1) < 1e-4
-    assert (done.summary["clip_factor"] < 0.5) == ("max_grad_norm" in settings)
+    assert without_g < 1 - 1e-3  # the comparison can fail: momentum and decay alone are another step
+    assert (done.summary["clip_factor"] < 0.5) == ("max_grad_norm" in CASES[case])
     if "schedule" in case:
         assert lr == pytest.approx(1e-2 / 3)
-
-    # The comparison can fail: momentum and decay alone are another step.
-    momentum, decay = (parts[name] for name in ("momentum", "decay"))
-    without_g = {as_stored(name): lr * (momentum[name] + decay[name]) for name in momentum}
-    assert compare(change, without_g)[0] < 1 - 1e-3
-    print(f"{case}: 1 - cosine {1 - cosine:.1e}, ratio - 1 {ratio - 1:+.1e}, clip {done.summary['clip_factor']:.3f}")

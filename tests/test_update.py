@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from entropy_core.files.sources import content_digest
 from entropy_core.losses.files import read_batch
+from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics import losses
+from entropy_core.numerics.advantages import divided_by
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.loss_batch import LossBatch, Objective
 from entropy_core.pipeline import catalogue
@@ -133,11 +135,17 @@ def oracle(exact) -> Oracle:
 
 def updated(exact: Probe, *, kl_beta: float = 0.0, **settings: Any) -> Artifact:
     """compute-update with other settings, on the same batches."""
-    asked = exact.run.inputs("compute-update") | settings | {"kl_beta": kl_beta}
+    asked = exact.run.inputs("compute-update") | settings
+    name = settings.get("loss", "grpo")
+    asked["loss"] = LossSpec(
+        name=name,
+        source=content_digest(loss_file(exact)) if name == "mine" else "",
+        scale_rewards="group" if name == "mine" else divided_by(name, "auto"),
+        max_new_tokens=8,
+        kl_beta=kl_beta,
+    )
     if not kl_beta:
         asked["reference"] = []
-    if settings.get("loss") == "mine":
-        asked |= {"loss_source": content_digest(loss_file(exact)), "scale_rewards": "group"}
     return exact.run.store.run(catalogue.COMPUTE_UPDATE, knowing_the_loss(exact), asked)
 
 

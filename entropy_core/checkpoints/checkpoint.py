@@ -7,6 +7,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from entropy_core.checkpoints.architecture import Architecture, Shapes, read_architecture
 from entropy_core.checkpoints.content import read_json
@@ -62,8 +63,8 @@ def read_checkpoint(
     Raises:
         CheckpointError: a file is missing, corrupt, or a pickle with code; the weights do not fit the config; the
             optimizer is not Adam or AdamW, lacks hyperparameters, does not cover every trained parameter, or has
-            slots that are left over, of a wrong shape, or before their first step; every saved learning rate is 0 and
-            none is given.
+            slots that are left over, of a wrong shape, or before their first step; every saved learning rate is 0,
+            none is given and none was logged.
         ConfigError: `learning_rate` is not a positive finite number, or is missing where the optimizer is fresh.
     """
     if learning_rate is not None and not 0 < learning_rate < math.inf:
@@ -72,13 +73,13 @@ def read_checkpoint(
         fact = "the optimizer is fresh, and has no learning rate of its own"
         raise ConfigError(fact, fix="set `learning_rate` to that of the run")
     layout = find_layout(directory, base_model, fresh)
-    global_step, peak = _progress(layout)
+    global_step, rate = _progress(layout)
     model, said = read_architecture(layout)
     if layout.optimizer is None:
         assert learning_rate is not None
         optimizer, assumed = fresh_optimizer(model.trained, learning_rate)
     else:
-        optimizer, assumed = _saved_optimizer(layout, model, learning_rate, peak)
+        optimizer, assumed = _saved_optimizer(layout, model, learning_rate, rate)
         low, high = min(optimizer.step.values()), max(optimizer.step.values())
         if not low == high == global_step:
             taken = str(low) if low == high else f"{low} to {high}"
@@ -98,22 +99,29 @@ def read_checkpoint(
     )
 
 
+class LoggedRate(NamedTuple):
+    """A learning rate that the trainer logged; 0 where there is none."""
+
+    value: float
+    source: str
+
+
 def _saved_optimizer(
-    layout: Layout, model: Architecture, learning_rate: float | None, peak: float
+    layout: Layout, model: Architecture, learning_rate: float | None, rate: LoggedRate
 ) -> tuple[OptimizerState, tuple[str, ...]]:
     assert layout.optimizer is not None
     saved, names, guessed = name_slots(load_optimizer(layout.optimizer), model, layout.names)
-    if learning_rate is None and peak > 0 and all(as_float(group["lr"]) == 0 for group in saved.groups):
-        learning_rate = peak
-        guessed.append("The learning rate is that of training_info.json.")
+    if learning_rate is None and rate.value and all(as_float(group["lr"]) == 0 for group in saved.groups):
+        learning_rate = rate.value
+        guessed.append(f"The saved learning rate is 0; the step has {rate.value:g}, {rate.source}.")
     optimizer, assumed = optimizer_by_name(saved, names, model.trained, learning_rate)
     return optimizer, (*guessed, *assumed)
 
 
-def _progress(layout: Layout) -> tuple[int, float]:
-    """The trainer's step, and the learning rate that training_info.json says, 0 where none is said."""
+def _progress(layout: Layout) -> tuple[int, LoggedRate]:
+    """The trainer's step, and the last learning rate above 0 up to then."""
     if layout.progress is None:
-        return 0, 0.0
+        return 0, LoggedRate(0.0, "")
     content = read_json(layout.progress)
     step = content.get("global_step", content.get("step"))
     if isinstance(step, bool) or not isinstance(step, int) or step < (0 if layout.optimizer is None else 1):
@@ -122,5 +130,10 @@ def _progress(layout: Layout) -> tuple[int, float]:
             cause="saved before the first step",
             fix="probe a later checkpoint",
         )
+    log = content.get("log_history")
+    for entry in reversed(log if isinstance(log, list) else []):
+        if isinstance(entry, dict) and 0 < as_float(entry.get("learning_rate")) < math.inf:
+            source = f"that of step {entry.get('step')} in {layout.progress.name}"
+            return step, LoggedRate(as_float(entry["learning_rate"]), source)
     rate = as_float(content.get("learning_rate"))
-    return step, rate if 0 < rate < math.inf else 0.0
+    return step, LoggedRate(rate if 0 < rate < math.inf else 0.0, f"that of {layout.progress.name}")

@@ -15,6 +15,7 @@ from entropy_core.code.reading import Chain
 GIVEN = {
     "entropy_core.execution:Execution",
     "entropy_core.files.digests:file_digest",
+    "entropy_core.isolation.process:Isolation",
     "entropy_core.store.artifact:Artifact",
     "entropy_core.store.artifact:Writer",
     "entropy_core.store.store:Stage",

@@ -60,6 +60,16 @@ def _directory(path: str, origin: Origin) -> str:
     return located
 
 
+FILL_IN = "FILL_IN"
+"""Stands in a file of `entropy-probe init` for what no checkpoint records."""
+
+
+def _filled_in(said: str, what: str) -> str:
+    if said == FILL_IN:
+        raise ValueError(f"say here {what}, which its checkpoints do not record")
+    return said
+
+
 def _dataset(name: str, origin: Origin) -> str:
     return _file(name, origin) if name.endswith(SUFFIXES) else name
 
@@ -89,10 +99,18 @@ CheckpointPattern = Annotated[str, _with_origin(_checkpoints)]
 Directory = Annotated[str, _with_origin(_directory)]
 """A directory that is there; empty: none."""
 
-DatasetName = Annotated[str, _with_origin(_dataset)]
+DatasetName = Annotated[
+    str,
+    AfterValidator(lambda name: _filled_in(name, "which prompts the run was trained on")),
+    _with_origin(_dataset),
+]
 """A known dataset, or the path of a prompt file."""
 
-FunctionName = Annotated[str, _with_origin(_function)]
+FunctionName = Annotated[
+    str,
+    AfterValidator(lambda name: _filled_in(name, "which function rewarded the responses of the run")),
+    _with_origin(_function),
+]
 """A known name, `package.module:function`, or `file.py:function`."""
 
 StoreFolder = Annotated[str, _with_origin(_store)]

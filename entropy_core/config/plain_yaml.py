@@ -94,3 +94,8 @@ def _lines(second: int, first: int) -> str:
 def dump(values: Any) -> str:
     """Write plain values as YAML that `read` gives back."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def scalar(text: str) -> str:
+    """Write one text as it stands in a file, in quotes where it needs them."""
+    return yaml.dump(text, Dumper=_Dumper, allow_unicode=True, width=10**6).removesuffix("\n").removesuffix("\n...")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
 from entropy_core.config.paths import CheckpointPattern, DatasetName, Directory, FunctionName, StoreFolder
+from entropy_core.isolation.process import Isolation
 from entropy_core.numerics.advantages import Loss, Scaling
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
 
@@ -164,20 +165,20 @@ class SamplingConfig(Section):
 
 
 class UpdateConfig(Section):
-    """The optimizer step whose effect is predicted: what a checkpoint does not record. Say what your trainer does."""
+    """The optimizer step whose effect is predicted: that of your trainer."""
 
     loss: FunctionName = Field(
         "grpo",
         min_length=1,
-        description="Objective: grpo, dr_grpo, dapo, rloo, reinforce, or your own, `file.py:function` or "
+        description=f"Objective: {', '.join(get_args(Loss))}, or your own, `file.py:function` or "
         "`package.module:function`.",
         json_schema_extra={"pattern": f"^({'|'.join(get_args(Loss))})$|:"},
     )
     scale_rewards: Scaling = Field(
         "auto",
-        validate_default=True,
-        description="Division of a group's advantages by their standard deviation; auto: as the loss was published "
-        "(grpo and dapo divide). TRL's trainer divides under any loss: group. A loss of your own needs group or none.",
+        description="What advantages are divided by: the standard deviation of their group, that of all rewards of U "
+        "(batch), or none. auto: as the loss was published (dr_grpo, rloo and reinforce do not divide). TRL's trainer "
+        "divides under any loss: group. A loss of your own needs another one than auto.",
     )
     max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Global-norm gradient clipping; 0 switches it off.")
     learning_rate: float = Field(
@@ -188,10 +189,53 @@ class UpdateConfig(Section):
         description="Adam's moments: those of `optimizer.pt`, or none yet (fresh: before the first step; needs "
         "`learning_rate`).",
     )
-    kl_beta: float = Field(0.0, ge=0, le=1000, description="β of a KL term to a reference policy in the loss; 0: none.")
+    kl_beta: float = Field(0.0, ge=0, le=1000, description="β of a KL term to a reference policy; 0: none.")
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss", description="Where the KL term is: in the loss, per token, or in the reward of a response (TRL's RLOO)."
+    )
+    use_bias_correction_kl: bool = Field(
+        False,
+        description="The KL term of a token is multiplied by its importance ratio, so that its gradient is that of the "
+        "KL divergence, as TRL does by default.",
+    )
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        "token", description="sequence: one importance ratio for a whole response (GSPO)."
+    )
+    top_entropy_quantile: float = Field(
+        1.0, gt=0, le=1, description="Share of the tokens, those of the highest entropy, that have a policy term."
+    )
+    entropy_coef: float = Field(
+        0.0,
+        ge=-100,
+        le=100,
+        description="Coefficient of an entropy bonus; an adaptive one: as of the next step.",
+    )
+    epsilon_high: float = Field(0.0, ge=0, le=1e6, description="Cap of the weights of cispo; 0: none.")
+    reward_clip_range: list[Annotated[float, Field(ge=-1e9, le=1e9)]] = Field(
+        default_factory=list, max_length=2, description="Lower and upper bound that rewards are clipped to; []: none."
+    )
+    normalize_advantages: bool = Field(
+        False, description="Advantages are standardised over all of U in the end, as TRL's RLOO can."
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="Responses that were cut at `max_new_tokens` do not count in the loss."
+    )
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        le=10_000_000,
+        description="Responses in a micro-batch of the trainer, if it accumulates gradients: bnpo, an entropy bonus "
+        "and top_entropy_quantile average over each of them. 0: all are in one.",
+    )
     reference: Directory = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
     reward: FunctionName = Field(
         "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
+    )
+    leave_out: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        max_length=100,
+        description="Settings of your trainer, by its own names, that the step here may leave out: what is not "
+        "modelled is then warned of, and otherwise refused.",
     )
 
     @field_validator("loss")
@@ -207,15 +251,16 @@ class UpdateConfig(Section):
     @field_validator("scale_rewards")
     @classmethod
     def _within_groups(cls, scale_rewards: Scaling, info: ValidationInfo) -> Scaling:
-        loss = info.data.get("loss", "")
-        if scale_rewards == "auto" and ":" in loss:
-            raise ValueError(
-                "it is auto, which goes by how a loss was published, and this one is your own. "
-                "Set scale_rewards: group (advantages divided by the standard deviation of their group) or none"
-            )
-        if scale_rewards == "group" and loss == "reinforce":
+        if scale_rewards == "group" and info.data.get("loss") == "reinforce":
             raise ValueError("reinforce compares no responses within a group. Set scale_rewards: auto")
         return scale_rewards
+
+    @field_validator("reward_clip_range")
+    @classmethod
+    def _is_a_range(cls, reward_clip_range: list[float]) -> list[float]:
+        if reward_clip_range and (len(reward_clip_range) != 2 or not reward_clip_range[0] < reward_clip_range[1]):
+            raise ValueError("it must be a lower and a larger upper bound, or empty")
+        return reward_clip_range
 
     @field_validator("optimizer_state")
     @classmethod
@@ -223,13 +268,6 @@ class UpdateConfig(Section):
         if optimizer_state == "fresh" and info.data.get("learning_rate") == 0:
             raise ValueError("a fresh optimizer has no learning rate of its own. Set learning_rate to that of the run")
         return optimizer_state
-
-    @field_validator("reference")
-    @classmethod
-    def _in_a_kl_term(cls, reference: str, info: ValidationInfo) -> str:
-        if reference and info.data.get("kl_beta") == 0:
-            raise ValueError("a reference policy has no part in a loss without a KL term. Set kl_beta, or leave it out")
-        return reference
 
 
 class ImportanceConfig(Section):
@@ -297,7 +335,29 @@ class ExecutionConfig(Section):
         description="What to do where results of this sweep were made with other releases of the libraries. same: "
         "refuse to go on. recompute: compute all of it anew.",
     )
+    user_code_seconds: float = Field(
+        600,
+        gt=0,
+        le=7 * 24 * 3600,
+        description="Time that one call of your own reward or loss may take; then it is stopped, and the sweep fails.",
+    )
+    user_code_gigabytes: float = Field(
+        16,
+        gt=0,
+        le=1_000_000,
+        description="Memory that your own reward or loss may take, with all processes that it starts.",
+    )
+    unusable_checkpoints: Literal["skip", "refuse"] = Field(
+        "skip",
+        description="What to do with one of several checkpoints that is half-written or cannot be probed. skip: leave "
+        "it out and say so. refuse: end with the reason.",
+    )
     artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
+
+    @property
+    def isolation(self) -> Isolation:
+        """How functions of the user are called."""
+        return Isolation(self.user_code_seconds, self.user_code_gigabytes)
 
 
 class ProbeConfig(Section):
@@ -310,7 +370,9 @@ class ProbeConfig(Section):
         description="Begins the names of the results.",
     )
     checkpoints: list[CheckpointPattern] = Field(
-        min_length=1, description="Checkpoint directories; patterns such as runs/grpo/checkpoint-* are expanded."
+        min_length=1,
+        description="Checkpoint directories, or run directories, which stand for their checkpoint-*; patterns such as "
+        "runs/grpo/checkpoint-* are expanded.",
     )
     policy: PolicyConfig = PolicyConfig()
     batch_config: BatchConfig = BatchConfig()
@@ -330,6 +392,11 @@ class ProbeConfig(Section):
     def store_root(self) -> Path:
         """Folder of the store."""
         return Path(self.execution.artifacts)
+
+    def as_given(self) -> dict[str, Any]:
+        """What was set, as JSON has it, and the folder of the store: for another process to read as this one did."""
+        given = self.model_dump(mode="json", exclude_unset=True)
+        return given | {"execution": given.get("execution", {}) | {"artifacts": self.execution.artifacts}}
 
 
 class VarianceRequest(VarianceConfig):

@@ -7,6 +7,7 @@ until it is right about two times in five, then by TRL's GRPO, which saves its c
 
     artifacts/demo-run/
       checkpoint-6/ -12/ …   model.safetensors, config.json, tokenizer.json, optimizer.pt, trainer_state.json, …
+      entropy-probe.yaml     its prompts and its reward, which no checkpoint records
       demo.json              written last: settings, versions, and per checkpoint what the trainer logged
 
 Everything is drawn from `DemoSettings.seed`: the same settings, library versions and processor give the same weights.
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.demo.training_run import grpo, make_once, quiet, versions
+from entropy_core.demo.training_run import grpo, make_once, quiet, say_the_rest, versions
 from entropy_core.errors import ConfigError, ProbeError
 from entropy_core.prompts.arithmetic import CHARACTERS, exact_match, problems
 
@@ -133,7 +134,9 @@ def make_demo_run(out: Path, settings: DemoSettings = DemoSettings()) -> Path:
     """
     libraries = versions("demo run", ("torch", "transformers", "trl"), "pip install -e '.[trl]'")
     identity = {"settings": asdict(settings), "versions": libraries}
-    return make_once(out, "demo run", MANIFEST, "checkpoint-.*", identity, lambda run: _train(run, settings))
+    own = r"checkpoint-.*|entropy-probe\.yaml"
+    run = make_once(out, "demo run", MANIFEST, own, identity, lambda run: _train(run, settings))
+    return say_the_rest(run, "batch_config: {dataset_name: arithmetic, split: train}\nupdate: {reward: arithmetic}\n")
 
 
 def _train(run: Path, settings: DemoSettings) -> dict[str, Any]:

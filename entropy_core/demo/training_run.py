@@ -1,8 +1,9 @@
 """What the runs that are made here have in common: TRL's trainer, and a directory that is made once.
 
-make_once   a directory that appears whole or not at all, and is found again
-grpo        TRL's GRPO trainer, one optimizer step per batch of fresh responses
-quiet       no progress bars while it runs
+make_once      a directory that appears whole or not at all, and is found again
+say_the_rest   what its checkpoints do not record, for `entropy-probe init`
+grpo           TRL's GRPO trainer, one optimizer step per batch of fresh responses
+quiet          no progress bars while it runs
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from unittest import mock
 from filelock import FileLock
 
 from entropy_core.errors import ProbeError, StoreError
+from entropy_core.files.checkpoint import RUN_HINT
 
 _LOGGED = ("step", "reward", "entropy", "frac_reward_zero_std", "completions/mean_length", "grad_norm")
 _COLUMNS = ("step", "reward", "entropy", "zero_variance_groups", "mean_length", "grad_norm")  # our names of these
@@ -71,6 +73,18 @@ def make_once(
         ) from error
     print(f"{out} is ready")
     return out
+
+
+def say_the_rest(run: Path, values: str) -> Path:
+    """Write beside the checkpoints what they do not record, unless it is there; returns the run.
+
+    Args:
+        run: a directory of `make_once`, whose `own` has to allow `RUN_HINT`.
+        values: a part of a configuration, as YAML.
+    """
+    if not (run / RUN_HINT).exists():
+        (run / RUN_HINT).write_text(values, encoding="utf-8")
+    return run
 
 
 def versions(what: str, libraries: Sequence[str], fix: str) -> dict[str, str]:

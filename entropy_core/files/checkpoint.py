@@ -1,12 +1,12 @@
 """The files of a checkpoint directory: which ones count, and digests of what they contain.
 
-    find_checkpoints    glob patterns → directories, by step
+    find_checkpoints    glob patterns and run directories → checkpoints, by step
     checkpoint_digest   one digest of every file that a result depends on
     weights_digest      one digest of the files that the policy depends on
     tokenizer_digest    one digest of the files that the tokenizer is made of
 
-Which files make a checkpoint is said in `checkpoints.layout`. `training_args.bin` is an executable pickle and is never
-opened.
+Which files make a checkpoint is said in `checkpoints.layout`. No result depends on `training_args.bin`: what it says of
+the settings is in the keys of what was made with them.
 """
 
 import glob
@@ -21,6 +21,9 @@ from pathlib import Path
 
 from entropy_core.errors import CheckpointError, one_line
 from entropy_core.files.digests import file_digest
+
+RUN_HINT = "entropy-probe.yaml"
+"""In a run directory: what checkpoints do not record, such as the prompts and the reward, as a configuration has it."""
 
 SAVE_AGAIN = "save the checkpoint again, or probe another one"
 
@@ -38,7 +41,7 @@ BYSTANDERS = (
 
 
 def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
-    """The directories that the patterns match, each once.
+    """The directories that the patterns match, each once; a run directory stands for the checkpoints in it.
 
     Args:
         patterns: directories or glob patterns (`**` included), absolute or relative to the working directory.
@@ -59,13 +62,22 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
                 fix="correct the pattern; a run's checkpoints are usually RUN/checkpoint-*",
             )
         for match in sorted(matches):
-            found.setdefault(Path(match).resolve(), Path(match))
+            for directory in _checkpoints_of_run(Path(match)) or [Path(match)]:
+                found.setdefault(directory.resolve(), directory)
 
     def by_step(path: Path) -> tuple[float, str]:
         digits = re.search(r"\d+$", path.resolve().name)
         return (int(digits[0]) if digits else math.inf), str(path)
 
     return sorted(found.values(), key=by_step)
+
+
+def _checkpoints_of_run(directory: Path) -> list[Path]:
+    """The checkpoints in a run directory; none in any other. A trainer saves its last model beside them, too."""
+    if any((directory / name).exists() for name in TRAINER_FILES):
+        return []
+    inside = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(path for path in inside if path.is_dir())
 
 
 def require_directory(directory: Path) -> None:

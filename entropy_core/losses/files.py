@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from entropy_core.files import functions as user_functions
-from entropy_core.losses import functions as user_losses
+from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.functional import TokenPair
-from entropy_core.numerics.loss_batch import LossBatch, Objective
-from entropy_core.numerics.losses import LossFunction
+from entropy_core.numerics.loss_batch import LossBatch
 from entropy_core.store.columns import TokenTable, read_tokens
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 _FILE = "loss.safetensors"
 
 
-def loss_of(execution: "Execution", loss: str, source: str) -> LossFunction:
-    """Load a loss function.
+def name_of(execution: "Execution", loss: str, source: str) -> str:
+    """Return the name by which a loss can be loaded.
 
     Args:
         execution: maps the digests of user files to their paths.
@@ -32,9 +31,9 @@ def loss_of(execution: "Execution", loss: str, source: str) -> LossFunction:
         source: digest of the user's file; empty for a built-in loss.
 
     Returns:
-        The function, as `user_losses.load_loss` returns it.
+        The name, as `functions.load_loss` takes it.
     """
-    return user_losses.load_loss(user_functions.in_file(loss, execution.paths[source] if source else None))
+    return user_functions.in_file(loss, execution.paths[source] if source else None)
 
 
 def write_tokens(out: "Writer", tokens: TokenTable, coefficients: TokenPair) -> None:
@@ -62,22 +61,10 @@ def read_batch(update: "Artifact", sequences: TokenTable) -> tuple[LossBatch, To
     Raises:
         StoreError: the step was computed from other sequences.
     """
-    summary, table = update.summary, update.table("sequences.parquet")
+    spec, table = LossSpec(**update.summary["loss"]), update.table("sequences.parquet")
     names = ["logprobs", "entropies", "coefficient", "entropy_coefficient"]
-    names += ["reference_logprobs"] if summary["kl_beta"] else []
+    names += ["reference_logprobs"] if spec.kl_beta else []
     tokens = sequences.join(read_tokens([update], *names, file=_FILE))
-    advantages_PG, rewards_PG = (
-        torch.tensor(table[name].to_pylist(), dtype=torch.float64).view(summary["prompts"], -1)
-        for name in ("advantage", "reward")
-    )
-    batch = LossBatch.on_policy(
-        tokens["logprobs"],
-        tokens["entropies"],
-        tokens.offsets_N1,
-        advantages_PG,
-        rewards_PG,
-        max_new_tokens=summary["max_new_tokens"],
-        reference_logprobs_K=tokens.columns.get("reference_logprobs"),
-        objective=Objective(kl_beta=summary["kl_beta"]),
-    )
+    rewards_PG = torch.tensor(table["reward"].to_pylist(), dtype=torch.float64).view(update.summary["prompts"], -1)
+    batch = spec.batch(tokens, rewards_PG, torch.tensor(table["truncated"].to_pylist()))
     return batch, TokenPair(tokens["coefficient"], tokens["entropy_coefficient"])

@@ -3,11 +3,10 @@
     def loss(batch: LossBatch) -> torch.Tensor          a float64 scalar, see `numerics.loss_batch.LossBatch`
 
 A user's function is checked on a made-up batch before anything expensive runs, and what it returns is checked whenever
-it is called: nothing becomes a gradient that is not one.
+it is called: nothing becomes a gradient that is not one. All of it happens in a process of its own, see `apart`.
 """
 
-import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def source_file(name: str) -> Path | None:
 
 
 def load_loss(name: str) -> LossFunction:
-    """A loss by its name in `LOSSES`, by `package.module:function`, or by `file.py:function`.
+    """A loss by its name in `LOSSES`, by `package.module:function`, or by `file.py:function`; loads code of the user.
 
     Args:
         name: of the loss.
@@ -50,6 +49,8 @@ def load_loss(name: str) -> LossFunction:
     if name in LOSSES:
         return LOSSES[name]
     function, file = user_functions.load("loss", name, LOSSES), source_file(name)
+    assert file is not None
+    first_line = user_functions.first_line_of(function, file)
 
     def loss(batch: LossBatch) -> Tensor:
         try:
@@ -57,20 +58,19 @@ def load_loss(name: str) -> LossFunction:
         except ProbeError:
             raise
         except (Exception, SystemExit) as error:  # user code may raise anything
-            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-            line = frames[-1].lineno if frames else _first_line(function)
+            line = user_functions.line_of(error, file) or first_line
             raise LossError(
-                f"loss {name!r} raised {type(error).__name__}: {one_line(error)} at {file}:{line}", fix=SIGNATURE
+                f"loss {name!r} raised {type(error).__name__}: {one_line(error)} at {line}", fix=SIGNATURE
             ) from error
         fault = _fault(value)
         if fault:
-            raise LossError(f"loss {name!r} {fault}, in {file}:{_first_line(function)}", fix=SIGNATURE)
+            raise LossError(f"loss {name!r} {fault}, in {first_line}", fix=SIGNATURE)
         return value
 
     return loss
 
 
-def token_coefficients(name: str, loss: LossFunction, batch: LossBatch) -> TokenPair:
+def coefficients_of(name: str, loss: LossFunction, batch: LossBatch) -> TokenPair:
     """`losses.coefficients`, all of them finite.
 
     Args:
@@ -92,6 +92,36 @@ def token_coefficients(name: str, loss: LossFunction, batch: LossBatch) -> Token
             cause="a tensor that was changed in place, or an operation of its own without a derivative",
             fix="use torch's operations, and leave the tensors of the batch as they are",
         ) from error
+    return require_finite(name, found, batch)
+
+
+def influences_of(name: str, loss: LossFunction, batch: LossBatch, pairs: Sequence[TokenPair]) -> list[Tensor]:
+    """`losses.influence` along several directions.
+
+    Args:
+        name: of the loss, for a message.
+        loss: of `load_loss`.
+        batch: U.
+        pairs: a_k and b_k of each direction.
+
+    Returns:
+        Float64 [N] of each direction.
+
+    Raises:
+        LossError: there is no second derivative.
+    """
+    try:
+        return [losses.influence(loss, batch, pair) for pair in pairs]
+    except RuntimeError as error:
+        raise LossError(
+            f"loss {name!r} cannot be differentiated twice ({one_line(error)})",
+            cause="an operation of its own without a second derivative",
+            fix="use torch's operations",
+        ) from error
+
+
+def require_finite(name: str, found: TokenPair, batch: LossBatch) -> TokenPair:
+    """Refuse coefficients that are not finite, with a LossError that names the response."""
     bad_K = ~(torch.isfinite(found.logprob_K) & torch.isfinite(found.entropy_K))
     if bad_K.any():
         i = int(ragged.sequence_index(batch.offsets_N1)[bad_K][0])
@@ -117,11 +147,9 @@ def check_loss(name: str, kl_beta: float, max_new_tokens: int) -> None:
         LossError: it fails, does not depend on ℓ, differs from call to call, or sums over responses without their
             weights.
     """
-    if name in LOSSES:
-        return
-    loss, batch = load_loss(name), _made_up(kl_beta, max_new_tokens)
-    found = token_coefficients(name, loss, batch)
     where = f"in {source_file(name)}"
+    loss, batch = load_loss(name), _made_up(kl_beta, max_new_tokens)
+    found = coefficients_of(name, loss, batch)
     if not found.logprob_K.any():
         raise LossError(
             f"loss {name!r} does not depend on the log-probabilities, {where}",
@@ -159,14 +187,7 @@ def _check_weights(name: str, loss: LossFunction, batch: LossBatch, where: str) 
             fix="sum the tokens of a response with batch.sequence_sum, go from responses to one number with "
             "batch.mean, and divide by batch.mean(batch.lengths_N) for a mean over tokens",
         )
-    try:
-        losses.influence(loss, batch, along)
-    except RuntimeError as error:
-        raise LossError(
-            f"loss {name!r} cannot be differentiated twice ({one_line(error)}), {where}",
-            cause="an operation of its own without a second derivative",
-            fix="use torch's operations",
-        ) from error
+    influences_of(name, loss, batch, [along])
 
 
 def _with_responses(batch: LossBatch, chosen_M: Tensor) -> tuple[LossBatch, Tensor]:
@@ -229,7 +250,3 @@ def _fault(value: Any) -> str:
     if not torch.isfinite(value):
         return f"returned {value.item()}"
     return "" if value.requires_grad else "returned a number that depends on neither log-probabilities nor entropies"
-
-
-def _first_line(function: Callable[..., Any]) -> int:
-    return getattr(getattr(function, "__code__", None), "co_firstlineno", 1)

@@ -46,9 +46,19 @@ def group_advantages(rewards_PG: Tensor, loss: str, scaling: Scaling = "auto") -
     if loss not in get_args(Loss):
         raise ValueError(f"unknown loss {loss!r}")
     rule = {"rloo": centred_PG * (G / (G - 1)), "reinforce": rewards_PG}
-    advantages_PG = rule.get(loss, centred_PG)
-    if scaling == "auto":
-        scaling = "group" if loss not in ("dr_grpo", "rloo", "reinforce") else "none"
-    if scaling == "group":
+    advantages_PG, divided = rule.get(loss, centred_PG), divided_by(loss, scaling)
+    if divided == "group":
         return advantages_PG / (rewards_PG.std(dim=1, keepdim=True) + STD_EPSILON)
-    return advantages_PG / (rewards_PG.std() + STD_EPSILON) if scaling == "batch" else advantages_PG
+    return advantages_PG / (rewards_PG.std() + STD_EPSILON) if divided == "batch" else advantages_PG
+
+
+def standardised(advantages_PG: Tensor) -> Tensor:
+    """Advantages less their mean over the batch, over their standard deviation + 1e-4."""
+    return (advantages_PG - advantages_PG.mean()) / (advantages_PG.std() + STD_EPSILON)
+
+
+def divided_by(loss: str, scaling: Scaling) -> Literal["group", "batch", "none"]:
+    """The standard deviation that advantages are divided by, `auto` resolved."""
+    if scaling == "auto":
+        return "none" if loss in ("dr_grpo", "rloo", "reinforce") else "group"
+    return scaling

@@ -1,6 +1,6 @@
 """Inputs of a loss: the update batch U token by token, and the trainer settings that change the loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,6 +31,22 @@ class Objective:
     top_entropy_quantile: float = 1.0
     entropy_coef: float = 0.0
     epsilon_high: float | None = None
+
+
+def micro_batches(responses: int, size: int, seed: int) -> Tensor:
+    """Shuffle responses and cut them into micro-batches, as a trainer does that accumulates gradients.
+
+    Args:
+        responses: how many.
+        size: of a micro-batch; 0: all are in one.
+        seed: of the order.
+
+    Returns:
+        Which micro-batch each response is in, int64 from 0.
+    """
+    if not size:
+        return torch.zeros(responses, dtype=torch.int64)
+    return torch.randperm(responses, generator=torch.Generator().manual_seed(seed)) // size
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,10 @@ class LossBatch:
             micro_batches_N=torch.zeros(P * G, dtype=torch.int64) if micro_batches_N is None else micro_batches_N,
             objective=objective or Objective(),
         )
+
+    def with_advantages(self, advantages_PG: Tensor) -> "LossBatch":
+        """The same with other advantages, float64 [P, G]."""
+        return replace(self, advantages_N=advantages_PG.double().flatten())
 
     @property
     def kl_beta(self) -> float:

@@ -11,6 +11,8 @@ from entropy_core.files import functions as user_functions
 from entropy_core.files.checkpoint import weights_digest
 from entropy_core.files.sources import content_digest
 from entropy_core.losses import functions as user_losses
+from entropy_core.losses.spec import LossSpec
+from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding, splits
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -235,7 +237,7 @@ class Measurement:
 
     def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
         update, reference = self.config.update, []
-        file, file_of_loss = rewards.source_file(update.reward), user_losses.source_file(update.loss)
+        file = rewards.source_file(update.reward)
         rewarded = {
             "sequences": u_batch,
             "prompts": self.u_pool,
@@ -254,15 +256,34 @@ class Measurement:
             "rewards": self._once(stage.REWARD_U, rewarded),
             "scores": scores_u,
             "reference": reference,
-            "kl_beta": update.kl_beta,
+            "loss": self._loss(),
             "responses_per_prompt": self.config.batch_config.G,
-            "loss": user_functions.without_folder(update.loss),
-            "loss_source": content_digest(file_of_loss) if file_of_loss else "",
-            "scale_rewards": update.scale_rewards,
-            "max_new_tokens": self.config.generation.max_new_tokens,
             "max_grad_norm": update.max_grad_norm,
         }
         return self._once(stage.COMPUTE_UPDATE, inputs)
+
+    def _loss(self) -> LossSpec:
+        """The loss; what cannot change its gradient is left at its default, so that equal steps have equal keys."""
+        update, file = self.config.update, user_losses.source_file(self.config.update.loss)
+        in_parts = bool(file) or update.loss == "bnpo" or update.entropy_coef or update.top_entropy_quantile < 1
+        return LossSpec(
+            name=user_functions.without_folder(update.loss),
+            source=content_digest(file) if file else "",
+            scale_rewards=divided_by(update.loss, update.scale_rewards),
+            max_new_tokens=self.config.generation.max_new_tokens,
+            kl_beta=update.kl_beta,
+            kl_in=update.kl_in if update.kl_beta else "loss",
+            use_bias_correction_kl=bool(update.kl_beta) and update.use_bias_correction_kl,
+            importance_sampling_level=update.importance_sampling_level,
+            top_entropy_quantile=update.top_entropy_quantile,
+            entropy_coef=update.entropy_coef,
+            epsilon_high=update.epsilon_high,
+            reward_clip_range=update.reward_clip_range,
+            normalize_advantages=update.normalize_advantages,
+            mask_truncated_completions=update.mask_truncated_completions,
+            micro_batch=update.micro_batch if in_parts else 0,
+            seed=self.config.batch_config.U_batch_seed if in_parts and update.micro_batch else 0,
+        )
 
     def _moved(self, e_batch: Sequence[Artifact], update: Artifact, learning_rate: float) -> list[Inputs]:
         """Run the passes at every step size except 0, at which nothing changes."""

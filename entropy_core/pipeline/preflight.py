@@ -10,17 +10,18 @@ from typing import Any
 import pyarrow as pa
 
 from entropy_core.checkpoints.architecture import read_architecture
-from entropy_core.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from entropy_core.checkpoints.checkpoint import Checkpoint
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
-from entropy_core.checkpoints.tokenizer import load_tokenizer, tokenizer_directory
+from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError
-from entropy_core.files.checkpoint import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
 from entropy_core.files.digests import file_digest
-from entropy_core.losses import functions as user_losses
+from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
+from entropy_core.pipeline.settings import Setting, Settled, settle, with_read
+from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
 from entropy_core.prompts import pools as prompts
 from entropy_core.prompts.pools import Pool
 from entropy_core.prompts.tokens import encode
@@ -43,6 +44,9 @@ class CheckpointToProbe:
         tokenizer: digest of the tokenizer's files.
         paths: path of each of these digests.
         assumptions: facts that the files do not record and that are assumed, one sentence each.
+        read: settings that the configuration leaves open and that the checkpoints record; see `settings`.
+        settings: all settings of the training, each with its source.
+        warnings: warnings at the top of the report.
     """
 
     directory: Path
@@ -54,6 +58,9 @@ class CheckpointToProbe:
     tokenizer: str
     paths: Mapping[str, Path]
     assumptions: tuple[str, ...]
+    read: Mapping[str, Any]
+    settings: tuple[Setting, ...]
+    warnings: tuple[str, ...]
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -68,32 +75,32 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     Raises:
         ProbeError: something is missing, broken or too small; the message says how to fix it.
     """
-    batch = config.batch_config
-    user_losses.check_loss(config.update.loss, config.update.kl_beta, config.generation.max_new_tokens)
-    located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
-    pools = {
-        split: prompts.load_pool(batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options)
-        for split in dict.fromkeys(splits(config))
-    }
-    if not batch.max_prompt_length:
-        _check_batches(config, pools)
-    longest: dict[str, int] = {}  # tokens of the longest prompt, by tokenizer digest
-    directories = find_checkpoints(config.checkpoints)
+    usable, warnings = usable_checkpoints(config)
+    settled = settle(config, {one.name: one.trainer for one in usable})
+    warnings += settled.warnings
+    steps = [one.checkpoint.step for one in usable if one.checkpoint.layout.optimizer is None]
+    if max(steps, default=0):
+        warnings.append(f"The optimizer is taken to be fresh, and the trainer had made {max(steps)} steps.")
+    for warning in warnings:
+        log.warning("%s", warning)
+    return _checked(with_read(config, settled.read), usable, settled, tuple(warnings))
+
+
+def _checked(
+    config: ProbeConfig, usable: Sequence[UsableCheckpoint], settled: Settled, warnings: tuple[str, ...]
+) -> list[CheckpointToProbe]:
+    """Check the prompts, the reward and the loss of the settings as they are now, and each checkpoint against them."""
+    pools = _pools(config)
+    longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
-    for directory, name in zip(directories, _unique_names(directories), strict=True):
-        fresh, base_model = config.update.optimizer_state == "fresh", config.policy.base_model
-        checkpoint = read_checkpoint(directory, config.update.learning_rate or None, base_model, fresh)
+    for name, checkpoint, _, digest, weights, base, home, tokenizer in usable:
         layout = checkpoint.layout
-        digest, weights = checkpoint_digest(directory), weights_digest(layout.model)
-        base = weights_digest(layout.base) if layout.base else ""
-        home = tokenizer_directory(layout.model, layout.base)
-        tokenizer = tokenizer_digest(home)
         paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
         paths |= {file_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
         found.append(
             CheckpointToProbe(
-                directory=directory.resolve(),
+                directory=layout.directory.resolve(),
                 name=name,
                 step=checkpoint.step,
                 digest=digest,
@@ -101,7 +108,10 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
                 base=base,
                 tokenizer=tokenizer,
                 paths={digest: path.resolve() for digest, path in paths.items()},
-                assumptions=checkpoint.assumptions,
+                assumptions=(*checkpoint.assumptions, *settled.notes),
+                read=settled.read,
+                settings=settled.settings,
+                warnings=warnings,
             )
         )
         if tokenizer not in longest:
@@ -115,6 +125,31 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
             fix="leave it out, or give the directories of adapters",
         )
     return found
+
+
+def settled_config(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]) -> ProbeConfig:
+    """The configuration of a sweep with what its checkpoints say in the place of what it leaves open.
+
+    Args:
+        config: that `preflight` was given.
+        checkpoints: of `preflight`.
+    """
+    return with_read(config, checkpoints[0].read)
+
+
+def _pools(config: ProbeConfig) -> dict[str, Pool]:
+    """The prompts of each split; they and the loss are looked at as far as that goes without a tokenizer."""
+    batch = config.batch_config
+    isolation, longest = config.execution.isolation, config.generation.max_new_tokens
+    check_loss(config.update.loss, config.update.kl_beta, longest, isolation)
+    located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
+    pools = {
+        split: prompts.load_pool(batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options)
+        for split in dict.fromkeys(splits(config))
+    }
+    if not batch.max_prompt_length:
+        _check_batches(config, pools)
+    return pools
 
 
 def _check_reference(reference: str, layout: Layout, name: str) -> None:
@@ -154,19 +189,6 @@ def splits(config: ProbeConfig) -> tuple[str, str]:
     return batch.E_split or batch.split, batch.U_split or batch.split
 
 
-def _unique_names(directories: Sequence[Path]) -> list[str]:
-    """Return the last part of each path, with as many parents as needed to make it unique."""
-    paths = [directory.resolve().parts for directory in directories]
-
-    def name(parts: tuple[str, ...]) -> str:
-        length = 1
-        while sum(other[-length:] == parts[-length:] for other in paths) > 1:
-            length += 1
-        return "/".join(parts[-length:])
-
-    return [name(parts) for parts in paths]
-
-
 def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
     """Check the prompt pools and the reward."""
     batch = config.batch_config
@@ -186,7 +208,8 @@ def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
     # call the reward once on empty responses, to find one that cannot be called on U before sampling
     drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
     columns = {name: drawn[name].to_pylist() for name in drawn.column_names if name != "prompt"}
-    rewards.compute_rewards(config.update.reward, drawn["prompt"].to_pylist(), [""] * batch.B_U, columns)
+    isolation = config.execution.isolation
+    rewards.compute_rewards(config.update.reward, drawn["prompt"].to_pylist(), [""] * batch.B_U, columns, isolation)
 
 
 def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:

@@ -20,7 +20,7 @@ from entropy_core.losses import functions as user_losses
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, load_pool, source_of
-from entropy_core.pipeline.preflight import CheckpointToProbe, splits
+from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config, splits
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.rewards import functions as rewards
@@ -33,8 +33,8 @@ from entropy_core.store.store import Stage, Store, recipe_of
 
 log = logging.getLogger("entropy_probe.pipeline")
 
-RECORD_FORMAT = 2
-"""Format version of run.json, incremented when the inputs of the variance stage change."""
+RECORD_FORMAT = 3
+"""Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def execution_for(
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
     """Return the execution settings of a sweep."""
+    config = settled_config(config, checkpoints)
     paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
     if config.update.reference:
         reference = Path(config.update.reference).resolve()
@@ -66,6 +67,7 @@ def execution_for(
         gen_batch_size=config.generation.gen_batch_size,
         tf_batch_size=config.generation.tf_batch_size,
         head_chunk_megabytes=config.execution.head_chunk_megabytes,
+        isolation=config.execution.isolation,
         progress=progress,
     )
 
@@ -82,6 +84,7 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     Returns:
         The report, and the run folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
     """
+    config = settled_config(config, checkpoints)
 
     def work() -> SweepResult:
         keeper = VectorKeeper(store, run, config.execution.keep_vectors)
@@ -104,7 +107,7 @@ def go_through(
         checkpoints: checkpoints from `preflight`.
         look: runner of stages, which may return `Promised` artifacts.
     """
-    run = Runner(look)
+    run, config = Runner(look), settled_config(config, checkpoints)
     _reported(_measured(config, checkpoints, run), config, run)
 
 
@@ -147,7 +150,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
         recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
         for entry in recorded:
             require_inputs(stage.VARIANCE, entry["inputs"] | _chosen(config))
-            _ = entry["checkpoint"], entry["step"], [*entry["notes"]]
+            _ = entry["checkpoint"], entry["step"], [*entry["notes"]], [*entry["settings"]], [*entry["warnings"]]
 
     def work() -> SweepResult:
         for entry in recorded:
@@ -223,6 +226,8 @@ def _measured(
                 "step": checkpoint.step,
                 "inputs": inputs,
                 "notes": [*checkpoint.assumptions, *of_pools],
+                "settings": [setting._asdict() for setting in checkpoint.settings],
+                "warnings": list(checkpoint.warnings),
             }
         )
     return measured
@@ -240,7 +245,8 @@ def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artif
         for entry in recorded
     ]
     notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
-    return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, "notes": notes}, config.name)
+    said = {"settings": recorded[0]["settings"], "warnings": recorded[0]["warnings"], "notes": notes}
+    return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, **said}, config.name)
 
 
 def _chosen(config: ProbeConfig) -> Inputs:

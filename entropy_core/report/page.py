@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
-from entropy_core.report.sections import SECTIONS, markdown_rows
+from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
 
 COLUMNS = {
     "checkpoint": "checkpoint",
@@ -25,7 +25,14 @@ COLUMNS = {
 }
 
 
-def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]], notes: Sequence[str]) -> str:
+def markdown(
+    name: str,
+    rows: Sequence[Row],
+    tables: Mapping[str, Sequence[Row]],
+    notes: Sequence[str],
+    settings: Sequence[Mapping[str, Any]] = (),
+    warnings: Sequence[str] = (),
+) -> str:
     """Write the report page of a sweep.
 
     Args:
@@ -33,6 +40,8 @@ def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]]
         rows: rows of the result table.
         tables: rows of the other tables, by the names of `tables.TABLES`.
         notes: assumptions, one sentence each.
+        settings: settings of the training, each with its source.
+        warnings: warnings at the top of the page.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -44,6 +53,7 @@ def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]]
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
+        *(f"> **Warning:** {warning}\n" for warning in warnings),
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
@@ -90,6 +100,8 @@ def markdown(name: str, rows: Sequence[Row], tables: Mapping[str, Sequence[Row]]
             f"**Up to {uninformative:.0%} of the prompts of U have equal rewards** and carry no information about the "
             "variation over U: *SE over U* and the interval are too small. Use a larger U, or other prompts.",
         ]
+    if settings:
+        lines += ["", "## Settings of the training", "", *settings_table(settings)]
     if notes:
         lines += ["", "## Assumptions", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,8 @@
 """Report sections for the diagnostic tables: linearity, replicates of E, predictors from the literature."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +16,15 @@ def markdown_rows(head: Sequence[str], body: Sequence[Sequence[str]], text_colum
     """Return the lines of a markdown table; `text_columns` columns are left-aligned, the others right-aligned."""
     rule = ["---" if i < text_columns else "---:" for i in range(len(head))]
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
+
+
+def settings_table(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings of the training, and where each is from."""
+    body = []
+    for setting in settings:
+        value = json.dumps(setting["value"], ensure_ascii=False).replace("|", "\\|")
+        body.append((f"`{setting['key']}`", f"`{value}`", str(setting["source"]).replace("|", "\\|")))
+    return markdown_rows(("setting", "value", "where it is from"), body, 3)
 
 
 def linearity(tables: Tables) -> list[str]:

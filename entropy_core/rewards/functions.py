@@ -6,22 +6,31 @@
     reasoning_gym            the scorer of the task
     PATH.py:function, package.module:function        of the user
 
+A function of the user runs in a process of its own, within limits, see `isolation`; one of this package where it is
+called.
+
 Prompts and completions are text, whether a chat template was applied or not: the prompt as the pool has it, and the
 response without special tokens.
 """
 
+import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from entropy_core.errors import ProbeError, RewardError, one_line
 from entropy_core.files import functions as user_functions
+from entropy_core.isolation.process import Isolation
 from entropy_core.prompts import arithmetic, reasoning_tasks
 from entropy_core.rewards import math_answers
 
 RewardFunction = Callable[..., Sequence[float]]
+
+_DEFAULT_LIMITS = Isolation()
 
 
 def exact_match(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
@@ -65,7 +74,11 @@ def library(name: str) -> str:
 
 
 def compute_rewards(
-    name: str, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    name: str,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    isolation: Isolation = _DEFAULT_LIMITS,
 ) -> list[float]:
     """One finite reward per response.
 
@@ -74,15 +87,55 @@ def compute_rewards(
         prompts: text of each prompt.
         completions: text of each response.
         columns: further columns of the pool, one entry per response.
+        isolation: how a function of the user is called.
 
     Returns:
         As many rewards as responses.
 
     Raises:
         RewardError: it raised, returned another number of rewards, or one that is not a finite number; names the
-            sequence. True and False are 1 and 0; None is refused.
+            sequence. True and False are 1 and 0; None is refused. Or it passed a limit, or ended its process.
+        ConfigError: there is no such function.
     """
-    function = load_reward(name)
+    if name in REWARDS:
+        return _called(name, prompts, completions, columns)
+    answer = isolation.call(
+        _called_apart,
+        *(name, list(prompts), list(completions), dict(columns)),
+        whose=f"reward {name!r}",
+        file=str(source_file(name)),
+        error=RewardError,
+        largest=2**16 + 32 * len(completions),
+    )
+    return _checked(name, answer, len(completions))
+
+
+def _called_apart(name: str, *arguments: Any) -> bytes:
+    """What the process of a user's function answers."""
+    return json.dumps(_called(name, *arguments)).encode()
+
+
+def _checked(name: str, answer: bytes, count: int) -> list[float]:
+    """What it has answered, which may be anything."""
+    rewards: Any = None
+    with suppress(ValueError, RecursionError):
+        rewards = json.loads(answer)
+    if not isinstance(rewards, list) or [type(reward) for reward in rewards] != [float] * count:
+        rewards = [math.nan]
+    if not all(map(math.isfinite, rewards)):
+        raise RewardError(
+            f"what reward {name!r} returned did not arrive as {count} finite numbers",
+            cause="it returns objects that are numbers only by name, or changes Python's own functions",
+            fix="return a list of floats",
+        )
+    return rewards
+
+
+def _called(
+    name: str, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+) -> list[float]:
+    """Call it here, and make sure of what it returns."""
+    function, file = load_reward(name), source_file(name)
 
     def call(first: int, stop: int) -> Any:
         own = {column: values[first:stop] for column, values in columns.items()}
@@ -95,9 +148,10 @@ def compute_rewards(
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything; nothing of it may turn into a reward
         i = _culprit(call, len(completions))
+        line = user_functions.line_of(error, file) if file else ""
         whose = "" if i is None else f"sequence {i}, prompt {prompts[i]!r:.80}, response {completions[i]!r:.80}"
         raise RewardError(
-            f"reward {name!r} raised {type(error).__name__}: {one_line(error)} on "
+            f"reward {name!r} raised {type(error).__name__}: {one_line(error)}{line and f' at {line}'} on "
             f"{whose or f'{len(completions)} responses together, and not on either half of them'}",
             cause="a response that the function does not expect, or a column that the pool does not have",
             fix=f"correct the function; the pool's columns are {sorted(columns)}",

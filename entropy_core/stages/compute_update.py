@@ -9,11 +9,10 @@ import torch
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.errors import NonFiniteError
-from entropy_core.losses.files import loss_of, write_tokens
-from entropy_core.losses.functions import token_coefficients
+from entropy_core.losses.apart import token_coefficients
+from entropy_core.losses.files import name_of, write_tokens
+from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.adamw import clip_factor
-from entropy_core.numerics.advantages import Scaling, group_advantages
-from entropy_core.numerics.loss_batch import LossBatch, Objective
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
@@ -38,12 +37,8 @@ def compute_update(
     rewards: "Rewards",
     scores: "Sequence[ScoresOfU]",
     reference: "Sequence[ScoresOfReference]",
-    kl_beta: float,
+    loss: LossSpec,
     responses_per_prompt: int,
-    loss: str,
-    loss_source: str,
-    scale_rewards: Scaling,
-    max_new_tokens: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
     """Gradient of the loss on U, then the next AdamW step per unit of learning rate.
@@ -51,7 +46,7 @@ def compute_update(
     Args:
         out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
             `loss.safetensors` (what the loss reads of each token, and ∂L/∂ℓ and ∂L/∂h there); `sequences.parquet`
-            (reward, advantage).
+            (reward, advantage, length, whether it was cut).
         execution: device and micro-batch.
         policy: whose sequences they are, and how it is computed.
         checkpoint: artifact of load-checkpoint.
@@ -59,12 +54,8 @@ def compute_update(
         rewards: artifact of reward-u-batch.
         scores: the shards of score-u-batch.
         reference: the shards of score-u-reference; none without a KL term.
-        kl_beta: β of the KL term.
+        loss: the loss and its settings.
         responses_per_prompt: G.
-        loss: the objective, see `loss.loss_of`.
-        loss_source: digest of the file that defines the loss, empty for one of this package.
-        scale_rewards: whether advantages are divided by the standard deviation of their group.
-        max_new_tokens: where responses were cut; the constant length of `dr_grpo`.
         max_grad_norm: of the clipping; 0 for none.
 
     Returns:
@@ -76,23 +67,13 @@ def compute_update(
     require_ids(shards, rewarded["sequence_id"].to_pylist())
     rewards_N = torch.tensor(rewarded["reward"].to_pylist(), dtype=torch.float64)
     rewards_PG = rewards_N.view(-1, responses_per_prompt)
-    # a loss of the user is given the advantages of GRPO, divided or not as the configuration says
-    advantages_PG = group_advantages(rewards_PG, "grpo" if loss_source else loss, scale_rewards)
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
     table = tokens_of(shards).join(read_tokens(scores, "logprobs", "entropies"))
     if reference:
         table = table.join(read_tokens(reference, "logprobs").named({"logprobs": "reference_logprobs"}))
-    batch = LossBatch.on_policy(
-        table["logprobs"],
-        table["entropies"],
-        table.offsets_N1,
-        advantages_PG,
-        rewards_PG,
-        max_new_tokens=max_new_tokens,
-        reference_logprobs_K=table["reference_logprobs"] if reference else None,
-        objective=Objective(kl_beta=kl_beta),
-    )
-    coefficients = token_coefficients(loss, loss_of(execution, loss, loss_source), batch)
+    truncated_N = torch.tensor([reason == "length" for shard in shards for reason in shard.finish_reasons])
+    batch = loss.batch(table, rewards_PG, truncated_N)
+    coefficients = token_coefficients(name_of(execution, loss.name, loss.source), batch, execution.isolation)
 
     gradient = model.new_accumulator()
     start = 0
@@ -119,18 +100,17 @@ def compute_update(
             direction.write(block, v)
             loss_gradient.write(block, g[block])
     write_tokens(out, table, coefficients)
-    rewarded = rewarded.append_column("advantage", pa.array(advantages_PG.flatten().tolist()))
-    out.table(rewarded.append_column("length", pa.array(lengths_N.tolist())), "sequences.parquet")
+    columns = {"advantage": batch.advantages_N, "length": lengths_N, "truncated": truncated_N}
+    for name, column_N in columns.items():
+        rewarded = rewarded.append_column(name, pa.array(column_N.tolist()))
+    out.table(rewarded, "sequences.parquet")
     return {
         "gradient_norm": norm,
         "clip_factor": clip,
         "max_grad_norm": max_grad_norm,
         "update_norm": sum(of_direction) ** 0.5,
-        "prompts": len(advantages_PG),
+        "prompts": len(rewards_PG),
         "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
-        "loss": loss,
-        "loss_source": loss_source,
-        "kl_beta": kl_beta,
-        "max_new_tokens": max_new_tokens,
+        "loss": loss.model_dump(),
         "mean_reward": float(rewards_N.mean()),
     }

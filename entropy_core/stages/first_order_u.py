@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
-from entropy_core.losses.files import loss_of, read_batch
-from entropy_core.numerics import adamw, losses, ragged
+from entropy_core.losses.apart import influences
+from entropy_core.losses.files import name_of, read_batch
+from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm
@@ -73,7 +74,7 @@ def first_order_u(
     settings, shards = update.summary, [read_sequences(shard) for shard in sequences]
     of_u = tokens_of(shards)
     offsets_N1, (batch, coefficients) = of_u.offsets_N1, read_batch(update, of_u)
-    loss = loss_of(execution, settings["loss"], settings["loss_source"])
+    loss = name_of(execution, settings["loss"]["name"], settings["loss"]["source"])
 
     # of the size of the policy: each is read or computed block by block, anew for every use
     blocks = blocks_of(model.named_parameters())
@@ -104,7 +105,8 @@ def first_order_u(
     sensitivities = _named(preconditioned, pulled_back, getattr(torch, policy.dtype))
     TokenTable(of_u.sequences_N, offsets_N1, sensitivities).write(out, "sensitivities.safetensors")
 
-    influences_N = [[losses.influence(loss, batch, pair) for pair in of_halves] for of_halves in pulled_back]
+    found_N = iter(influences(loss, batch, [pair for pairs in pulled_back for pair in pairs], execution.isolation))
+    influences_N = [[next(found_N) for _ in of_halves] for of_halves in pulled_back]
     shares_K = [coefficients.dot(pair) for pair in preconditioned]
     H_tok, mean_length = entropy_and_length(halves)
     of_all_N = by_normalization([of_all(halves, of_halves_N) for of_halves_N in influences_N], H_tok, mean_length)

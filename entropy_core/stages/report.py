@@ -18,6 +18,8 @@ def report(
     *,
     name: str,
     checkpoints: "Sequence[ReportedCheckpoint]",
+    settings: Sequence[Mapping[str, Any]],
+    warnings: Sequence[str],
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """Collect the estimates of all checkpoints, and write tables, figures and report.
@@ -29,6 +31,8 @@ def report(
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
             `attribution` (artifact of first-order-u).
+        settings: settings of the training, as mappings of `key`, `value` and `source`.
+        warnings: warnings at the top of the report, one sentence each.
         notes: assumptions, one sentence each.
 
     Returns:
@@ -46,7 +50,7 @@ def report(
     drawn = figures.figures(rows) | {"tokens": figures.token_figure(tokens, sequences, rows, last["checkpoint"])}
     for figure_name, figure in drawn.items():
         figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
-    out.path("report.md").write_text(pages.markdown(name, rows, others, notes), encoding="utf-8")
+    out.path("report.md").write_text(pages.markdown(name, rows, others, notes, settings, warnings), encoding="utf-8")
     return {"rows": len(rows), "checkpoints": len(checkpoints)}
 
 

@@ -28,7 +28,7 @@ def reward(
 
     Args:
         out: writer of `rewards.parquet`, one row per sequence.
-        execution: path of a user's reward file.
+        execution: path of a user's reward file, and limits of its process.
         sequences: shards of sample-u-batch.
         prompts: artifact of load-prompts; all its columns are passed to the reward.
         reward_name: name of the reward, as in `rewards.functions.load_reward`, but `function` for `file.py:function`.
@@ -43,7 +43,8 @@ def reward(
     columns = {name: pool[name].to_pylist() for name in pool.column_names if name != "prompt"}
     file = execution.paths[source] if source else None
     name = user_functions.in_file(reward_name, file)
-    rewards = compute_rewards(name, table["prompt"].to_pylist(), table["response"].to_pylist(), columns)
+    prompts_N, responses_N = table["prompt"].to_pylist(), table["response"].to_pylist()
+    rewards = compute_rewards(name, prompts_N, responses_N, columns, execution.isolation)
     out.table(
         pa.table({"sequence_id": table["sequence_id"], "prompt_id": table["prompt_id"], "reward": rewards}),
         "rewards.parquet",

@@ -10,13 +10,14 @@ from proofs import Proof
 from torch import Tensor
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
-from entropy_core.losses.files import read_coefficients
 from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.vectors import dot, global_norm, in_blocks
 from entropy_core.policy.model import Coefficients
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
+from entropy_core.store.artifact import Artifact
+from entropy_core.store.columns import read_tokens
 
 pytestmark = pytest.mark.validate
 
@@ -51,11 +52,16 @@ def entropy_gradients(found: Probe) -> dict[str, dict[str, Tensor]]:
     return gradients
 
 
+def coefficients_of(update: Artifact) -> tuple[Tensor, Tensor]:
+    table = read_tokens([update], "coefficient", "entropy_coefficient", file="loss.safetensors")
+    return table["coefficient"], table["entropy_coefficient"]
+
+
 def prompt_gradients(found: Probe) -> list[dict[str, Tensor]]:
     """Gradient of each prompt's terms of the loss, by a backward pass of its own."""
     inputs = found.run.inputs("compute-update")
     processor = processor_of(inputs["policy"], found.run.execution)
-    coefficients = read_coefficients(found.run.artifacts("compute-update")[0])
+    coefficients = coefficients_of(found.run.artifacts("compute-update")[0])
     gradients, start = [], 0
     for shard in map(read_sequences, inputs["sequences"]):
         for first in range(0, len(shard), G):

@@ -1,0 +1,243 @@
+"""Our settings as the files of a checkpoint say them, and what its trainer does that is not modelled."""
+
+import reprlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from entropy_core.checkpoints.inert_pickle import Inert
+from entropy_core.checkpoints.model_config import GENERATION
+from entropy_core.checkpoints.trainer_files import TrainerFiles
+from entropy_core.checkpoints.training_args import TRAINING_ARGUMENTS
+from entropy_core.config.trainer_fields import GENERATION as LEFT_OPEN
+from entropy_core.config.trainer_fields import LOSSES, MODELLED_AT, NO_EFFECT, OPTIMIZER, SETTINGS
+
+
+class Reading(NamedTuple):
+    """A setting of ours that a file says.
+
+    Attributes:
+        key: ours, such as `generation.temperature`.
+        value: of it.
+        source: the file, and what in it says so.
+    """
+
+    key: str
+    value: Any
+    source: str
+
+
+class Difference(NamedTuple):
+    """What the trainer does and the step here does not.
+
+    Attributes:
+        name: of the trainer's setting.
+        sentence: what is so, without the full stop.
+        weight: see `trainer_fields.Rule`.
+        key: of ours, whose value by the user says that this is known; empty where there is none.
+    """
+
+    name: str
+    sentence: str
+    weight: Literal["refuse", "warn", "note"]
+    key: str = ""
+
+
+KNOWN = {*SETTINGS, *OPTIMIZER, *NO_EFFECT, *MODELLED_AT}
+LEFT_OUT = {*SETTINGS, *MODELLED_AT, *LEFT_OPEN, "ref"}
+"""What `update.leave_out` may name."""
+
+
+def readings(files: TrainerFiles) -> tuple[list[Reading], list[Difference]]:
+    """What the files of a checkpoint say of our settings, and what they say that is not modelled.
+
+    Args:
+        files: of one checkpoint.
+
+    Returns:
+        Settings that are read, each key once; and differences.
+    """
+    read, differ = _Reader(files).read()
+    return read, [*differ, *_differences(files)]
+
+
+class _Reader:
+    """The settings that a `training_args.bin` says."""
+
+    def __init__(self, files: TrainerFiles) -> None:
+        self.files, self.arguments = files, dict(files.arguments)
+        self.found: list[Reading] = []
+        self.differ: list[Difference] = []
+
+    def read(self) -> tuple[list[Reading], list[Difference]]:
+        if "max_grad_norm" in self.arguments:
+            self._number("max_grad_norm", self.arguments["max_grad_norm"] or 0.0, float)
+        if self.files.kind in ("GRPO", "RLOO"):
+            self._number("temperature", self.arguments.get("temperature"), float)
+            self._number("max_completion_length", self.arguments.get("max_completion_length"), int)
+            self._number("num_generations", self.arguments.get("num_generations"), int)
+            self._prompts_per_step()
+            if self.files.kind == "GRPO":
+                self._grpo()
+            else:
+                self._rloo()
+        return self.found, self.differ
+
+    def _number(self, name: str, value: Any, kind: type) -> None:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            self._say(SETTINGS[name], kind(value), name)
+
+    def _prompts_per_step(self) -> None:
+        """B_U: responses of one optimizer step over those to one prompt."""
+        one, accumulated = (self._count(n) for n in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+        responses, devices = self._count("num_generations"), max(1, self._count("_n_gpu"))
+        if not (one and accumulated and responses):
+            return
+        processes, how = self._processes(one)
+        self.arguments["processes"] = processes * devices
+        total = one * devices * accumulated * processes
+        said = f"{one * devices} responses × {accumulated} accumulated × {how} / {responses} per prompt"
+        if total % responses or total == responses:
+            fact = f"a step of the trainer takes {total} responses, with {responses} to a prompt ({said})"
+            few = "which is one prompt" if total == responses else "which is no whole number of prompts"
+            self.differ.append(
+                Difference("per_device_train_batch_size", f"{fact}: {few}", "refuse", "batch_config.B_U")
+            )
+        else:
+            self._say("batch_config.B_U", total // responses, said)
+
+    def _count(self, name: str) -> int:
+        value = self.arguments.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+    def _processes(self, one: int) -> tuple[int, str]:
+        """How many processes trained, and how to say it."""
+        state = self.arguments.get("distributed_state")
+        count = state.get("num_processes") if isinstance(state, dict) else None
+        if not isinstance(count, int) or count < 1:
+            batch, steps = self._count("generation_batch_size"), self._count("steps_per_generation")
+            count = batch // (one * steps) if batch and steps and batch % (one * steps) == 0 else 0
+        if count:
+            return count, f"{count} process{'es' if count > 1 else ''}"
+        return 1, "1 process, which is assumed"
+
+    def _grpo(self) -> None:
+        name = self.arguments.get("loss_type", "grpo")  # of releases that had one loss
+        loss = LOSSES.get(name) if isinstance(name, str) else None
+        if loss is None:
+            what = f"the trainer had loss_type = {_shown(name)}: that loss is not modelled"
+            self.differ.append(Difference("loss_type", what, "refuse", "update.loss"))
+        else:
+            same = "" if loss == name else f" = {name}, whose gradient is that of {loss} on-policy"
+            self._say("update.loss", loss, f"loss_type{same}")
+        scaled = self.arguments.get("scale_rewards", True)
+        if scaled in (True, "group", "batch", False, "none"):
+            named = {True: "group", False: "none"}.get(scaled, scaled)
+            self._say("update.scale_rewards", named, "scale_rewards")
+        else:
+            what = f"the trainer had scale_rewards = {_shown(scaled)}: advantages were divided otherwise"
+            self.differ.append(Difference("scale_rewards", what, "refuse", "update.scale_rewards"))
+        self._number("beta", self.arguments.get("beta"), float)
+        self._flag("mask_truncated_completions")
+        if self.arguments.get("beta"):
+            self._flag("use_bias_correction_kl")
+        if (level := self.arguments.get("importance_sampling_level")) in ("token", "sequence"):
+            self._say("update.importance_sampling_level", level, "importance_sampling_level")
+        if loss == "cispo":
+            cap = self.arguments.get("epsilon_high")
+            self._number("epsilon_high", self.arguments.get("epsilon") if cap is None else cap, float)
+        self._of_high_entropy(loss)
+        if self.files.has_reference and self.arguments.get("beta"):
+            what = "the reference policy of the KL term is the adapter in `ref`, not the base without an adapter"
+            self.differ.append(Difference("ref", what, "refuse", "update.reference"))
+
+    def _of_high_entropy(self, loss: str | None) -> None:
+        """The entropy bonus, the quantile of the entropies, and the micro-batches over which they and BNPO average."""
+        self._number("top_entropy_quantile", self.arguments.get("top_entropy_quantile"), float)
+        coefficient = self.arguments.get("entropy_coef")
+        if self.arguments.get("use_adaptive_entropy"):
+            control = self.files.entropy_control
+            coefficient = 0.0 if _waits(self.files) else control.get("entropy_coef", coefficient)
+            self._number("use_adaptive_entropy", coefficient, float)
+        else:
+            self._number("entropy_coef", coefficient, float)
+        quantile = self.arguments.get("top_entropy_quantile")
+        of_quantile = isinstance(quantile, int | float) and quantile < 1
+        one, processes = self._count("per_device_train_batch_size"), self.arguments.get("processes", 1)
+        parts = self._count("gradient_accumulation_steps") * processes
+        if one and parts > 1 and (loss == "bnpo" or coefficient or of_quantile):
+            size = one * max(1, self._count("_n_gpu"))
+            self._say("update.micro_batch", size, "per_device_train_batch_size")
+        if of_quantile and processes > 1:
+            what = "the threshold of top_entropy_quantile was taken over all processes, and is that of one here"
+            self.differ.append(Difference("top_entropy_quantile", what, "warn"))
+
+    def _say(self, key: str, value: Any, name: str) -> None:
+        self.found.append(Reading(key, value, f"{TRAINING_ARGUMENTS} ({name})"))
+
+    def _flag(self, name: str) -> None:
+        if isinstance(value := self.arguments.get(name), bool):
+            self._say(SETTINGS[name], value, name)
+
+    def _rloo(self) -> None:
+        self._say("update.loss", "rloo", "RLOO")
+        self._flag("normalize_advantages")
+        if bounds := self.arguments.get("reward_clip_range"):
+            self._say("update.reward_clip_range", [float(bound) for bound in bounds], "reward_clip_range")
+        self._flag("mask_truncated_completions")
+        if self.arguments.get("beta"):
+            self._number("beta", self.arguments["beta"], float)
+            self._say("update.kl_in", "reward", "RLOO")
+
+
+def _differences(files: TrainerFiles) -> Iterator[Difference]:
+    """What the other settings do that is not modelled."""
+    arguments = files.arguments
+    if files.kind in ("GRPO", "RLOO"):
+        for name, rule in MODELLED_AT.items():
+            value = arguments.get(name)
+            if name == "router_aux_loss_coef" and files.has_experts and value is None:
+                what = "the model has experts, and the loss may have had a term that balances their load"
+                yield Difference(name, what, "warn")
+            elif name in arguments and (isinstance(value, Inert) or not _same(rule.same, value, arguments)):
+                yield Difference(name, f"the trainer had {name} = {_shown(value)}: {rule.what}", rule.weight, rule.key)
+        if not arguments.get("use_vllm"):
+            for name, same in LEFT_OPEN.items():
+                value = files.generation.get(name)
+                if arguments.get(name) is None and not _same(same, value, arguments):
+                    what = f"{GENERATION} has {name} = {_shown(value)}, which the trainer's sampling obeys, too"
+                    yield Difference(name, what, "refuse")
+        unknown = sorted(name for name in arguments if name not in KNOWN and not name.startswith("_"))
+        if unknown:
+            yield Difference("", f"settings of the trainer that are not known here: {', '.join(unknown)}", "warn")
+        if len(files.rewards) > 1 and not arguments.get("reward_weights"):
+            what = f"the trainer summed {len(files.rewards)} rewards ({', '.join(files.rewards)})"
+            yield Difference("", f"{what}; update.reward has to be their sum", "warn", "update.reward")
+    elif files.kind:
+        what = f"{TRAINING_ARGUMENTS} is of {files.kind}: of its settings only max_grad_norm is read"
+        yield Difference("", what, "warn")
+    if files.dropout and not arguments.get("disable_dropout"):
+        rates = ", ".join(f"{name} = {rate:g}" for name, rate in files.dropout.items())
+        yield Difference("", f"dropout was on in the trainer's step as a rule ({rates}), and is off here", "warn")
+    if files.quantised_base:
+        what = f"the adapter was trained on {files.quantised_base!r}, which is quantised, and the base here is not"
+        yield Difference("", what, "warn")
+
+
+def _waits(files: TrainerFiles) -> bool:
+    """Whether the adaptive entropy bonus is out of the loss of the next step: above its target, or at 0."""
+    control = files.entropy_control
+    entropy, target = control.get("last_world_entropy"), files.arguments.get("entropy_target")
+    if control.get("entropy_coef") == 0:
+        return True
+    return isinstance(entropy, int | float) and isinstance(target, int | float) and entropy > target
+
+
+def _same(same: Any, value: Any, arguments: Mapping[str, Any]) -> bool:
+    try:
+        return bool(same(value, arguments))
+    except TypeError:  # a value of another type than the trainer's own
+        return False
+
+
+def _shown(value: Any) -> str:
+    return value.name if isinstance(value, Inert) else reprlib.repr(value)

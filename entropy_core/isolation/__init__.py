@@ -1,0 +1,1 @@
+"""Functions of the user, run in a process of their own, within limits."""

@@ -1,0 +1,130 @@
+"""The checkpoints that a configuration names and that can be probed, as far as that shows without their weights."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from entropy_core.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from entropy_core.checkpoints.tokenizer import tokenizer_directory
+from entropy_core.checkpoints.trainer_files import TrainerFiles, read_trainer_files
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.errors import CheckpointError, one_line
+from entropy_core.files.checkpoint import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
+from entropy_core.pipeline.settings import Settled, settle, with_read
+
+_Found = TypeVar("_Found")
+
+
+class UsableCheckpoint(NamedTuple):
+    """A checkpoint whose files are sound.
+
+    Attributes:
+        name: of the directory, unique in the sweep.
+        checkpoint: its step, its shapes, its optimizer.
+        trainer: what it says of its trainer.
+        digest: of all files that a result depends on.
+        weights: of those that the policy depends on.
+        base: of those of the base model under an adapter; empty for a full model.
+        home: directory of the tokenizer.
+        tokenizer: digest of the files that it is made of.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    trainer: TrainerFiles
+    digest: str
+    weights: str
+    base: str
+    home: Path
+    tokenizer: str
+
+
+def usable_checkpoints(config: ProbeConfig) -> tuple[list[UsableCheckpoint], list[str]]:
+    """The checkpoints that can be probed, by step, and a sentence about each that is left out.
+
+    Args:
+        config: what is asked for.
+
+    Raises:
+        CheckpointError: a pattern matches nothing; or a checkpoint cannot be probed, and it is the only one, none can,
+            or the configuration says to refuse it.
+    """
+
+    def read(directory: Path, name: str) -> UsableCheckpoint:
+        checkpoint = _checkpoint(config, directory)
+        layout = checkpoint.layout
+        home = tokenizer_directory(layout.model, layout.base)
+        return UsableCheckpoint(
+            name=name,
+            checkpoint=checkpoint,
+            trainer=read_trainer_files(layout),
+            digest=checkpoint_digest(directory),
+            weights=weights_digest(layout.model),
+            base=weights_digest(layout.base) if layout.base else "",
+            home=home,
+            tokenizer=tokenizer_digest(home),
+        )
+
+    return _each(config, read)
+
+
+def read_settings(config: ProbeConfig) -> tuple[ProbeConfig, Settled, dict[str, TrainerFiles]]:
+    """The settings of a sweep, without its prompts and its reward; nothing large is read.
+
+    Args:
+        config: what is asked for.
+
+    Returns:
+        The configuration with what the checkpoints say, where each setting is from, and what was read of each
+        checkpoint that can be probed, by its name.
+
+    Raises:
+        ProbeError: as `usable_checkpoints` and `settle`.
+    """
+
+    def trainer(directory: Path, name: str) -> tuple[str, TrainerFiles]:
+        return name, read_trainer_files(_checkpoint(config, directory).layout)
+
+    trainers = dict(_each(config, trainer)[0])
+    settled = settle(config, trainers)
+    return with_read(config, settled.read), settled, trainers
+
+
+def _each(config: ProbeConfig, read: Callable[[Path, str], _Found]) -> tuple[list[_Found], list[str]]:
+    directories = find_checkpoints(config.checkpoints)
+    strict = config.execution.unusable_checkpoints == "refuse" or len(directories) == 1
+    found: list[_Found] = []
+    left_out: list[str] = []
+    first: CheckpointError | None = None
+    for directory, name in zip(directories, _unique_names(directories), strict=True):
+        try:
+            found.append(read(directory, name))
+        except (CheckpointError, FileNotFoundError) as error:  # a file that goes meanwhile: its trainer rotates
+            if not isinstance(error, CheckpointError):
+                error = CheckpointError(one_line(error), cause="the trainer removed it", fix="probe another one")
+            if strict:
+                raise error from None
+            first = first or error
+            said = " ".join(str(error).replace(f"{directory}/", "").replace(str(directory), name).split())
+            left_out.append(f"{name} is left out: {said}")
+    if first is not None and not found:
+        raise first
+    return found, left_out
+
+
+def _checkpoint(config: ProbeConfig, directory: Path) -> Checkpoint:
+    fresh = config.update.optimizer_state == "fresh"
+    return read_checkpoint(directory, config.update.learning_rate or None, config.policy.base_model, fresh)
+
+
+def _unique_names(directories: Sequence[Path]) -> list[str]:
+    """The last part of each path, with as many parents as it takes to tell it from the others."""
+    paths = [directory.resolve().parts for directory in directories]
+
+    def name(parts: tuple[str, ...]) -> str:
+        length = 1
+        while sum(other[-length:] == parts[-length:] for other in paths) > 1:
+            length += 1
+        return "/".join(parts[-length:])
+
+    return [name(parts) for parts in paths]

@@ -1,0 +1,104 @@
+"""The step of the trainer: TRL really trains under each setting, and the probe predicts the change of the weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline_fixtures import skip_figures
+from proofs import Proof, power
+from trainer_fixtures import PROMPTS, G, held_against_the_trainer
+
+pytestmark = pytest.mark.validate
+
+COSINE, RATIO = 1e-6, 1e-4
+HALVES = {"per_device_train_batch_size": PROMPTS * G // 2, "gradient_accumulation_steps": 2}
+SEQUENCES = {"importance_sampling_level": "sequence"}
+LOSSES: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "sapo", "vespo")},
+    "luspo": SEQUENCES,
+    "cispo": {"epsilon_high": 5.0},
+}
+OF_GRPO: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": name} | more for name, more in LOSSES.items()},
+    "cispo, a cap below 1": {"loss_type": "cispo"},
+    "grpo, sequences": SEQUENCES,
+    "dapo, sequences": {"loss_type": "dapo"} | SEQUENCES,
+    **{f"{name}, KL": {"loss_type": name, "beta": 0.1, "lora": {}} | more for name, more in LOSSES.items()},
+    **{
+        f"{name}, KL without the correction": {
+            "loss_type": name,
+            "beta": 0.1,
+            "use_bias_correction_kl": False,
+            "lora": {},
+        }
+        for name in ("grpo", "dapo", "dr_grpo", "bnpo")
+    },
+    "grpo, sequences, KL": SEQUENCES | {"beta": 0.1, "lora": {}},
+    **{
+        f"{name}, advantages by {by}": {"loss_type": name, "scale_rewards": by}
+        for name in ("grpo", "dapo", "dr_grpo")
+        for by in ("group", "batch", "none")
+    },
+    **{
+        f"{name}, cut responses masked": {"loss_type": name, "mask_truncated_completions": True}
+        for name in ("grpo", "dapo", "dr_grpo", "bnpo")
+    },
+    **{
+        f"{name}, high entropies": {"loss_type": name, "top_entropy_quantile": 0.3}
+        for name in ("grpo", "dapo", "bnpo", "cispo")
+    },
+    **{f"{name}, entropy bonus": {"loss_type": name, "entropy_coef": 0.05} for name in ("grpo", "dapo", "dr_grpo")},
+    "grpo, adaptive bonus at work": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 100.0},
+    "grpo, adaptive bonus that waits": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 0.0},
+    "dapo, all of it": {
+        "loss_type": "dapo",
+        "top_entropy_quantile": 0.4,
+        "entropy_coef": 0.05,
+        "mask_truncated_completions": True,
+        "beta": 0.1,
+        "scale_rewards": "batch",
+        "lora": {},
+    },
+    **{f"{name}, accumulated": {"loss_type": name} | HALVES for name in ("grpo", "dapo", "dr_grpo", "luspo")},
+    "grpo, temperature 0.7": {"temperature": 0.7},
+    "grpo, temperature 1.3": {"temperature": 1.3},
+    "grpo, clipped": {"max_grad_norm": 0.02},
+    "grpo, not clipped": {"max_grad_norm": 0.0},
+    "dapo, fused AdamW": {"loss_type": "dapo", "optim": "adamw_torch_fused", "adam_beta2": 0.95},
+    "grpo, other Adam": {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "weight_decay": 0.0},
+    "grpo, linear schedule": {"lr_scheduler_type": "linear"},
+    "grpo, cosine schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 1},
+    "grpo, checkpointed activations": {"gradient_checkpointing": True},
+    "lora": {"lora": {}},
+    "lora, rank-stabilised": {"lora": {"use_rslora": True}},
+    "lora, all linear layers": {"lora": {"target_modules": "all-linear"}},
+    "lora, trained norms and head": {"lora": {"modules_to_save": ["norm", "lm_head"], "rank_pattern": {"up_proj": 2}}},
+}
+OF_RLOO: dict[str, dict[str, Any]] = {
+    "plain": {"beta": 0.0},
+    "KL in the reward": {"beta": 0.1, "lora": {}},
+    "normalised": {"beta": 0.0, "normalize_advantages": True},
+    "clipped rewards": {"beta": 0.0, "reward_clip_range": (0.1, 0.4)},
+    "cut responses masked": {"beta": 0.0, "mask_truncated_completions": True},
+    "accumulated": {"beta": 0.0} | HALVES,
+    "all of it": {"beta": 0.1, "normalize_advantages": True, "reward_clip_range": (0.1, 0.4), "lora": {}},
+}
+
+
+def test_the_step_is_the_trainers(record: Proof, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    record(
+        "The trainer's own step",
+        claim="TRL trains a tiny policy under each setting, with a checkpoint after each step. The probe is given the "
+        "run's folder and the batch of the last step, nothing else, and predicts the change of the weights, lr·v.",
+        limit=f"cosine > 1 − {power(COSINE)}, norms within {power(RATIO)}; and not so without the gradient",
+        columns=("trainer", "setting", "1 − cosine", "norm ratio − 1", "cosine without the gradient"),
+    )
+    skip_figures(monkeypatch)
+    missed = []
+    cases = [("GRPO", *case) for case in OF_GRPO.items()] + [("RLOO", *case) for case in OF_RLOO.items()]
+    for number, (kind, name, settings) in enumerate(cases):
+        found, without, _, _ = held_against_the_trainer(tmp_path / str(number), {"kind": kind} | settings)
+        record.row(kind, name, power(1 - found[0]), power(found[1] - 1), f"{without[0]:.4f}")
+        if not (found[0] > 1 - COSINE and abs(found[1] - 1) < RATIO and without[0] < 1 - 1e-3):
+            missed.append(f"{kind}: {name}")
+    assert len(cases) >= 60 and not missed, missed
