@@ -1,8 +1,8 @@
 """Load functions that a user names in the configuration: `file.py:function`, or `package.module:function`.
 
-They are loaded and called in a process of their own, see `isolation`; in which file one is defined is found without
-running any of it. Results are keyed by the content of that file, so it is read again whenever it is loaded: neither an
-older import nor bytecode will do.
+They are loaded and called in a separate process, see `isolation`; the file that defines a function is found without
+running any of it. Results are keyed by the content of that file. Every load therefore executes the source file again,
+because a cached import or bytecode may be older than the file.
 """
 
 import importlib

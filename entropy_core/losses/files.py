@@ -23,7 +23,7 @@ _FILE = "loss.safetensors"
 
 
 def name_of(execution: "Execution", loss: str, source: str) -> str:
-    """The name of a loss, by which it can be found.
+    """Return the name by which a loss can be loaded.
 
     Args:
         execution: maps the digests of user files to their paths.
@@ -31,7 +31,7 @@ def name_of(execution: "Execution", loss: str, source: str) -> str:
         source: digest of the user's file; empty for a built-in loss.
 
     Returns:
-        See `functions.load_loss`.
+        The name, as `functions.load_loss` takes it.
     """
     return user_functions.in_file(loss, execution.paths[source] if source else None)
 

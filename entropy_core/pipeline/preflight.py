@@ -36,18 +36,18 @@ class CheckpointToProbe:
     """A checkpoint that can be probed.
 
     Args:
-        directory: where it is.
-        name: of the directory, unique in the sweep.
-        step: of the trainer.
-        digest: of all files that a result depends on.
-        weights: of those that the policy depends on.
-        base: of those of the base model under an adapter; empty for a full model.
-        tokenizer: of those that the tokenizer is made of.
-        paths: of each of these digests.
-        assumptions: what the files do not say.
-        read: settings that the configuration of the sweep leaves open, as the checkpoints say them; see `settings`.
-        settings: those of the training, each with where it is from.
-        warnings: what is to be said before anything else.
+        directory: directory of the checkpoint.
+        name: name of the directory, unique in the sweep.
+        step: the trainer's global step.
+        digest: digest of all files that a result depends on.
+        weights: digest of the files that the policy depends on.
+        base: digest of an adapter's base model; empty for a full model.
+        tokenizer: digest of the tokenizer's files.
+        paths: path of each of these digests.
+        assumptions: facts that the files do not record and that are assumed, one sentence each.
+        read: settings that the configuration leaves open and that the checkpoints record; see `settings`.
+        settings: all settings of the training, each with its source.
+        warnings: warnings at the top of the report.
     """
 
     directory: Path

@@ -35,7 +35,7 @@ from entropy_core.store.store import Stage, Store, recipe_of
 log = logging.getLogger("entropy_probe.pipeline")
 
 RECORD_FORMAT = 3
-"""Of run.json: raised when the inputs of the variance stage change, or what is recorded beside them."""
+"""Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def execution_for(
     checkpoints: Sequence[CheckpointToProbe],
     progress: Callable[[int, int], None] = Execution.progress,
 ) -> Execution:
-    """The execution settings of a sweep."""
+    """Return the execution settings of a sweep."""
     config = settled_config(config, checkpoints)
     paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
     if config.update.reference:

@@ -33,15 +33,15 @@ def markdown(
     settings: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
 ) -> str:
-    """The page of a sweep.
+    """Write the report page of a sweep.
 
     Args:
         name: name of the sweep.
         rows: rows of the result table.
         tables: rows of the other tables, by the names of `tables.TABLES`.
-        notes: what was assumed.
-        settings: those of the training, with where each is from.
-        warnings: what stands above all.
+        notes: assumptions, one sentence each.
+        settings: settings of the training, each with its source.
+        warnings: warnings at the top of the page.
 
     Returns:
         Markdown; figures are linked by file name.

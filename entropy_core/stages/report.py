@@ -31,9 +31,9 @@ def report(
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
             `attribution` (artifact of first-order-u).
-        settings: those of the training: `key`, `value`, and `source`, where it is from.
-        warnings: what a reader has to know first, one sentence each.
-        notes: what was assumed, one sentence each.
+        settings: settings of the training, as mappings of `key`, `value` and `source`.
+        warnings: warnings at the top of the report, one sentence each.
+        notes: assumptions, one sentence each.
 
     Returns:
         Summary: numbers of rows and checkpoints.

@@ -27,13 +27,13 @@ def reward(
     """Compute the rewards of the responses of U.
 
     Args:
-        out: `rewards.parquet`, a row per sequence.
-        execution: knows where a reward file lies, and its limits.
-        sequences: the shards of sample-u-batch.
-        prompts: artifact of load-prompts; its further columns are handed to the reward.
-        reward_name: see `rewards.functions.load_reward`; of `file.py:function`, the function alone.
-        source: digest of the file that defines the reward, empty for a built-in one.
-        library: the one that decides, empty where there is none; part of the key.
+        out: writer of `rewards.parquet`, one row per sequence.
+        execution: path of a user's reward file, and limits of its process.
+        sequences: shards of sample-u-batch.
+        prompts: artifact of load-prompts; all its columns are passed to the reward.
+        reward_name: name of the reward, as in `rewards.functions.load_reward`, but `function` for `file.py:function`.
+        source: digest of the file that defines the reward; empty for a built-in reward.
+        library: library that the reward uses, with its version, as part of the key; empty if there is none.
 
     Returns:
         Summary: mean and number of rewards.
