@@ -64,7 +64,8 @@ class NextStep:
         self, gradient: Tensor, parameter: Tensor, state: AdamState, hyperparameters: AdamHyperparameters
     ) -> None:
         beta1, beta2, eps, weight_decay, relative_lr, maximize, decoupled, _ = hyperparameters
-        self._sign, self._decoupled = -1.0 if maximize else 1.0, decoupled
+        self._decoupled: bool = decoupled
+        self._sign = -1.0 if maximize else 1.0
         t = state.step + 1
         correction1, correction2 = 1.0 - beta1**t, 1.0 - beta2**t
         self._gradient, self._parameter, self._state = gradient, parameter, state

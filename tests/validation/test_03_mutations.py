@@ -116,8 +116,8 @@ MUTATIONS = (
     Mutation(
         "sign of the loss flipped",
         "numerics/losses",
-        "return -batch.of_tokens(batch.advantages_N) * ratio_K",
-        "return batch.of_tokens(batch.advantages_N) * ratio_K",
+        "x_K = -batch.of_tokens(batch.advantages_N) * ratio_K",
+        "x_K = batch.of_tokens(batch.advantages_N) * ratio_K",
         "test_losses",
     ),
     Mutation(
