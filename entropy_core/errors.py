@@ -107,25 +107,22 @@ def shortage(error: BaseException) -> ShortageError | None:
     Returns:
         The error to raise; None where the file may well be to blame.
     """
-    said = one_line(error)
-    code = getattr(error, "errno", None)
-    if code in (errno.EMFILE, errno.ENFILE) or any(map(str(error).__contains__, _NO_DESCRIPTORS)):
+    said, code = one_line(error), getattr(error, "errno", None)
+    no_descriptors = os.strerror(errno.EMFILE), os.strerror(errno.ENFILE)
+    no_memory = os.strerror(errno.ENOMEM), "DefaultCPUAllocator", "std::bad_alloc"
+    if code in (errno.EMFILE, errno.ENFILE) or any(map(str(error).__contains__, no_descriptors)):
         return ShortageError(
             f"no more files can be opened: {said}",
             cause="a low limit of open files, or many processes that have files open",
             fix="raise the limit (`ulimit -n 4096`), and run again",
         )
-    if code == errno.ENOMEM or isinstance(error, MemoryError) or any(map(str(error).__contains__, _NO_MEMORY)):
+    if code == errno.ENOMEM or isinstance(error, MemoryError) or any(map(str(error).__contains__, no_memory)):
         return MemoryShortageError(
             f"there is no memory for a file: {said}",
             cause="a limit of memory or of address space (`ulimit -v`), or other processes that take it",
             fix="raise the limit or free memory, and run again",
         )
     return None
-
-
-_NO_DESCRIPTORS = (os.strerror(errno.EMFILE), os.strerror(errno.ENFILE))
-_NO_MEMORY = (os.strerror(errno.ENOMEM), "DefaultCPUAllocator", "std::bad_alloc")
 
 
 def some_names(names: Iterable[str]) -> str:

@@ -193,7 +193,7 @@ EDITS = {
         replaces("temperature: float = Field(1.0,", "temperature: float = Field(0.9,"), set()
     ),
     "how the store verifies a file": Edit(
-        replaces('is missing"\n    if stat.st_size', 'is gone"\n    if stat.st_size'), set()
+        replaces('is missing"\n    except NotAFileError', 'is gone"\n    except NotAFileError'), set()
     ),
     "a check before the sweep": Edit(
         replaces("def _check_reference(", "def _unused(): ...\n\n\ndef _check_reference("), set()

@@ -87,14 +87,14 @@ def test_what_nobody_can_know_is_to_be_filled_in(run, capsys):
 
 
 def test_what_is_not_modelled_is_said_and_not_passed_over(run, capsys):
-    say(run, mask_truncated_completions=True)
+    say(run, delta=0.9)
     (run / RUN_HINT).write_text(HINT)
     assert main(["init", "grpo run"]) == 0
     text = capsys.readouterr().out
-    assert "# WARNING: The trainer had mask_truncated_completions = True" in text
+    assert "# WARNING: The trainer had delta = 0.9" in text
     Path("probe.yaml").write_text(text)
     assert main(["plan", "probe.yaml"]) == 2  # until the user says so
-    assert "mask_truncated_completions" in capsys.readouterr().err
+    assert "delta" in capsys.readouterr().err
     Path("probe.yaml").write_text(text.replace("# leave_out", "leave_out"))
     assert len(preflight(load_config("probe.yaml", must_exist=True))[0].warnings) == 1
 

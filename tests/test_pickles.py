@@ -4,6 +4,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,12 @@ def test_the_payload_works(tmp_path):
 @pytest.mark.attack("code in a pickle, under every name that a trainer gives one, in every layout")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_pickle_is_run(original, tmp_path, monkeypatch, layout, record_property):
-    """The optimizer's own file is refused, if it is that one; beside all the others the sweep goes its way."""
+    """The two files that are read, of the optimizer and of the settings, are refused or are plain data; beside all the
+    others the sweep goes its way."""
     skip_figures(monkeypatch)
     home = Path(shutil.copytree(original, tmp_path / "home"))
     witness = tmp_path / "executed"
-    others = [name for name in NAMES if name != "optimizer.pt"]
+    others = [name for name in NAMES if name not in ("optimizer.pt", "training_args.bin")]
     folders = {home / layout, home / layout / LAYOUTS[layout], home / "base"}
     with watched(tmp_path, limit=300) as seen:
         for first in range(len(HOW)):  # each name in each form
@@ -111,6 +113,10 @@ def test_no_pickle_is_run(original, tmp_path, monkeypatch, layout, record_proper
             assert checkpoint.step == 3
         probe(config_of(home, layout))
         for how in HOW.values():
+            plant(home / layout, "training_args.bin", how, witness)
+            with suppress(ProbeError):
+                preflight(parse_config(config_of(home, layout)))
+            (home / layout / "training_args.bin").unlink()
             plant(home / layout, "optimizer.pt", how, witness)
             with pytest.raises(ProbeError, match=r"optimizer\.pt"):
                 preflight(parse_config(config_of(home, layout)))

@@ -101,7 +101,7 @@ def load_pool(
         if not isinstance(row.get(prompt_column), str) or not row[prompt_column]:
             conversation = isinstance(row.get(prompt_column), list)
             raise PromptError(
-                f"row {number} of {dataset_name!r} has no text in column {prompt_column!r:.80}; it has "
+                f"row {number} of {dataset_name!r} has no string in column {prompt_column!r:.80}; it has "
                 f"[{some_names(map(repr, sorted(row)))}]",
                 cause="the prompts are conversations" if conversation else "the prompts are in another column",
                 fix="give the user's turn as a string, and set batch_config.apply_chat_template: true"
