@@ -224,6 +224,7 @@ def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
 ELSEWHERE = (
     "make test",  # which runs this
     "pip install .",  # in test_packaging.py
+    "entropy-probe store seal",  # which needs a key, in test_signature.py
     "make ui",  # `served` is what it does, and what the next one does
     "entropy-probe ui my-run.yaml",
     "entropy-probe serve my-run.yaml --work-pool probe",  # in test_ui.py, like the next four
@@ -237,6 +238,8 @@ def test_every_other_command_of_the_documentation_runs(first, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / "demo-run").symlink_to(DEMO_RUN)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "grpo").symlink_to(DEMO_RUN)
     (tmp_path / "old.yaml").write_text((ROOT / "tests" / "legacy" / "seed_era.yaml").read_text())
     for name in ("my-run", "lora", "configs/demo"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(SMALL | {"name": Path(name).name}))
@@ -244,10 +247,12 @@ def test_every_other_command_of_the_documentation_runs(first, tmp_path):
     assert len(commands) >= 15 and all(command.startswith("entropy-probe ") for command in commands)
     known = {"4f1c09", "b2277e"}
     for command in commands:
+        command = command.replace(" -o my-run.yaml", " -o initial.yaml")  # beside the small one
         if known & set(command.split()):
             keys = sorted(path.parent.name for path in (tmp_path / "artifacts").glob("score-e-batch/*/manifest.json"))
             command = command.replace("4f1c09", keys[0][:12]).replace("b2277e", keys[1][:12])
         run(["bash", "-c", command.replace("entropy-probe", shlex.quote(str(COMMAND)))], folder=tmp_path)
+    run([str(COMMAND), "plan", "initial.yaml"], folder=tmp_path)  # as it is
     recorded = run([str(COMMAND), "runs"], folder=tmp_path)
     assert {"my-run", "lora", "old"} <= set(re.findall(r"(\S+)-[0-9a-f]{12} ", recorded))
 
