@@ -22,9 +22,10 @@ from entropy_core.code.reached import GIVEN
 from entropy_core.config.read import parse_config
 from entropy_core.pipeline.catalogue import STAGES
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.runner import direct_runner
+from entropy_core.pipeline.runner import Inputs, Runner, direct_runner
 from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.policy.pretrained import load_policy
+from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 
 PACKAGE = Path(entropy_core.__file__).parent
@@ -94,9 +95,11 @@ def traced(trace: Trace, values: Mapping[str, Any]) -> None:
     checkpoints = preflight(config)
     store = Store(config.store_root)
     run = direct_runner(store, execution_for(config, checkpoints, lambda done, total: None))
-    sweep(
-        config, checkpoints, store, lambda stage, inputs, label: trace.within(stage, lambda: run(stage, inputs, label))
-    )
+
+    def tracing(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        return trace.within(stage, lambda: run(stage, inputs, label))
+
+    sweep(config, checkpoints, store, Runner(tracing))
 
 
 @pytest.fixture(scope="module")
