@@ -138,7 +138,8 @@ def test_code_that_was_edited_meanwhile(file, monkeypatch):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 from entropy_core.rewards import functions
 from entropy_core.rewards.functions import compute_rewards
 compute_rewards(sys.argv[1], ["a"] * 3, ["b"] * 3, {})
@@ -171,6 +172,7 @@ def test_nothing_stays_when_the_sweep_is_killed(file, tmp_path, number):
         sweep.wait(60)
     finally:
         sweep.kill()
+        sweep.wait()
     wait_until(lambda: not with_mark(mark))
     assert not list(temporary.iterdir())
 
