@@ -17,7 +17,9 @@ from pipeline_fixtures import make_run, probe, skip_figures, values, write_rewar
 from entropy_core.errors import CheckpointError, ConfigError, ProbeError
 from entropy_core.execution import Execution
 from entropy_core.files.digests import file_digest
+from entropy_core.files.sources import stamps
 from entropy_core.policy.pretrained import load_policy
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.store import Stage, Store
 
 REPLACEMENTS = 50
@@ -245,3 +247,14 @@ def test_files_that_the_summary_of_an_input_names_count_too(tmp_path):
         store.run(Stage("read", read), execution, {"upstream": named})
     path.write_text("one")
     assert store.run(Stage("read", read), execution, {"upstream": named}).summary == {"text": "one"}
+
+
+def test_a_file_is_looked_after_wherever_its_digest_is_among_the_inputs(tmp_path):
+    """Also in a model, such as the policy of a stage or its loss."""
+    path = tmp_path / "reward.py"
+    path.write_text("def reward(): ...\n")
+    digest = file_digest(path)
+    policy = PolicySpec(weights="w", base=digest, dtype="float32", attn_implementation="eager", temperature=1.0)
+    for inputs in (digest, [digest], {"a": {"b": [digest]}}, {"policy": policy}, {"policies": [policy]}):
+        assert list(stamps(inputs, {digest: path})) == [path]
+    assert stamps({"policy": policy.model_copy(update={"base": ""})}, {digest: path}) == {}

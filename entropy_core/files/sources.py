@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from entropy_core.errors import CheckpointError, ConfigError, ProbeError
 from entropy_core.files.checkpoint import checkpoint_digest, tokenizer_digest, weights_digest
 from entropy_core.files.digests import Identity, file_digest, with_identities
@@ -57,7 +59,7 @@ def stamps(inputs: Any, paths: Mapping[str, Path]) -> Stamps:
     """Make sure that the files that a stage's inputs name by digest hold what they are known by.
 
     Args:
-        inputs: of the stage, as JSON values.
+        inputs: of the stage, as JSON values or pydantic models.
         paths: digest → the file or folder that has it.
 
     Returns:
@@ -91,6 +93,8 @@ def require_untouched(before: Stamps, after: Stamps, stage: str) -> None:
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
+    elif isinstance(value, BaseModel):
+        yield from _strings(value.model_dump())
     elif isinstance(value, Mapping | list):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(item)
