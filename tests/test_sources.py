@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -46,12 +47,18 @@ def variants(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         ("generation_config.json", (run / "checkpoint-3" / "generation_config.json").read_text(), ("1", "2")),
         ("config.json", (run / "checkpoint-3" / "config.json").read_text(), ("1e-06", "1e-02")),
         ("trainer_state.json", (run / "checkpoint-3" / "trainer_state.json").read_text(), (": 3", ": 4")),
-        ("tokenizer.json", (run / "checkpoint-3" / "tokenizer.json").read_text(), ('"0": 2', '"0": 3')),
+        (
+            "tokenizer.json",
+            (run / "checkpoint-3" / "tokenizer.json").read_text(),
+            ('"0": 2', '"1": 2', '"1": 3', '"0": 3'),
+        ),
         ("tokenizer_config.json", (run / "checkpoint-3" / "tokenizer_config.json").read_text(), ("left", "right")),
     ]:
         paths = folder / f"one-{name}", folder / f"other-{name}"
         paths[0].write_text(one)
-        paths[1].write_text(one.replace(*other))
+        assert other[0] in one
+        exchanged = dict(zip(other[::2], other[1::2], strict=True))  # all at once: two tokens never have the same id
+        paths[1].write_text(re.sub("|".join(map(re.escape, exchanged)), lambda found: exchanged[found[0]], one))
         assert paths[0].read_text() != paths[1].read_text()
         found[name] = paths
     return found
