@@ -58,7 +58,9 @@ def variants(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         paths[0].write_text(one)
         assert other[0] in one
         exchanged = dict(zip(other[::2], other[1::2], strict=True))  # all at once: two tokens never have the same id
-        paths[1].write_text(re.sub("|".join(map(re.escape, exchanged)), lambda found: exchanged[found[0]], one))
+        paths[1].write_text(
+            re.sub("|".join(map(re.escape, exchanged)), lambda found, new=exchanged: new[found[0]], one)
+        )
         assert paths[0].read_text() != paths[1].read_text()
         found[name] = paths
     return found
