@@ -166,7 +166,7 @@ class SavedMoments:
             flat = moment.reshape(-1)
             copy = flat[start:stop].to(torch.float64, copy=True)
             if moment.is_contiguous() and stop % STRIDE == 0:  # else it is a copy that is flat
-                release(flat[stop - STRIDE : stop])
+                release(flat[min(start, stop - STRIDE) : stop])
             if stop == moment.numel():
                 release(moment)
             return copy

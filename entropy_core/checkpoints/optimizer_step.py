@@ -29,13 +29,13 @@ PARTS: dict[str, Callable[[NextStep], Tensor]] = {
 
 
 class OptimizerStep(Mapping[Block, NextStep]):
-    """The AdamW step from a checkpoint's state, each block computed when it is asked for.
+    """The AdamW step from a checkpoint's state, each block computed when it is asked for, on the policy's device.
 
     Args:
         checkpoint: artifact of load-checkpoint.
         execution: knows where `optimizer.pt` lies.
         parameters: θ by name.
-        gradient: before clipping.
+        gradient: before clipping, on the device of the parameters.
         clip: factor that the gradient is scaled by.
 
     Raises:
@@ -65,6 +65,7 @@ class OptimizerStep(Mapping[Block, NextStep]):
             state = AdamState(steps, torch.zeros_like(gradient), torch.zeros_like(gradient))
         else:
             state = self._moments.state(slot, steps, hyperparameters.amsgrad, block.start, block.stop)
+            state = state.to(gradient.device)
         return NextStep(gradient, self._parameters[block], state, hyperparameters)
 
     def __iter__(self) -> Iterator[Block]:

@@ -45,6 +45,10 @@ class AdamState(NamedTuple):
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None = None
 
+    def to(self, device: torch.device) -> "AdamState":
+        """Return the same state on a device."""
+        return AdamState(self.step, *(moment if moment is None else moment.to(device) for moment in self[1:]))
+
 
 class NextStep:
     """The next AdamW step of one parameter, per unit of the nominal learning rate; properties are computed on access.
