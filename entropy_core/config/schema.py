@@ -48,8 +48,11 @@ class PolicyConfig(Section):
     dtype: Literal["float32", "float64"] = Field(
         "float32", description="Number format of every forward and derivative pass; narrower weights are widened."
     )
-    attn_implementation: Literal["eager"] = Field(
-        "eager", description="Attention kernel: one that has a forward-mode derivative."
+    attn_implementation: Literal["blockwise", "eager"] = Field(
+        "blockwise",
+        description="Attention in forward mode; every other pass uses torch's fused kernel. blockwise: exact, memory "
+        "that grows with the length of a sequence; a model with another kind of attention uses its own. eager: the "
+        "model's own, memory that grows with the square of the length.",
     )
     derivative: Literal["forward_mode", "central_difference"] = Field(
         "forward_mode",

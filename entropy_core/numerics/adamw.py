@@ -47,7 +47,9 @@ class AdamState(NamedTuple):
 
     def to(self, device: torch.device) -> "AdamState":
         """Return the same state on a device."""
-        return AdamState(self.step, *(moment if moment is None else moment.to(device) for moment in self[1:]))
+        largest = self.max_exp_avg_sq
+        moments = self.exp_avg.to(device), self.exp_avg_sq.to(device)
+        return AdamState(self.step, *moments, None if largest is None else largest.to(device))
 
 
 class NextStep:

@@ -8,7 +8,6 @@ the keys, in float64.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 BLOCK = 2**15

@@ -8,7 +8,7 @@ Other parameters are constants. `Scorer` computes values, gradients and forward-
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_core.errors import CheckpointError
 from entropy_core.numerics.token_statistics import TokenStatistics
+from entropy_core.policy import attention
 from entropy_core.policy.scorer import Scorer, TeacherForcedRows
 
 BLOCK = 2**18  # numbers converted to float64 at a time
@@ -66,18 +67,29 @@ class Policy:
         model: a causal language model; its parameters that require a gradient are θ.
         tokenizer: its tokenizer.
         head_chunk_rows: number of positions with logits in memory at a time.
+        blockwise: whether forward mode may use blockwise attention; without it, it uses the model's own.
 
     Raises:
         CheckpointError: the model is compiled.
 
-    If `recompute_activations` is True, a backward pass stores only the inputs of the layers and recomputes the rest.
+    All passes use torch's fused attention, except forward mode, which uses `forward_mode_attention`. If
+    `recompute_activations` is True, a backward pass stores only the inputs of the layers and recomputes the rest.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        head_chunk_rows: int = 4096,
+        blockwise: bool = True,
+    ) -> None:
         _require_not_compiled(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.scorer = Scorer(self.model, head_chunk_rows)
+        of_forward_mode = attention.forward_mode_attention if blockwise else attention.own_attention
+        self.forward_mode_attention = of_forward_mode(model)
+        model.set_attn_implementation(attention.plain_attention(model))
         self.recompute_activations = False
         self.spare: dict[str, Tensor] = {}  # buffers of earlier moved parameters, for reuse
         if not self.scorer.head_is_known:
@@ -172,15 +184,20 @@ class Policy:
         Returns:
             The leaves by place in the scorer, and the parameter name by place for the differentiated parameters.
         """
-        name_of = {parameter: name for name, parameter in self.named_parameters().items()}
-        leaves, differentiated = {}, {}
-        for place, parameter in self.scorer.named_parameters(remove_duplicate=False):
-            if parameter in name_of:
-                leaves[place] = parameter.detach()
-                if name_of[parameter] in names:
-                    leaves[place].requires_grad_()
-                    differentiated[place] = name_of[parameter]
+        parameters, leaves, differentiated = self.named_parameters(), {}, {}
+        for place, name in self.places.items():
+            leaves[place] = parameters[name].detach()
+            if name in names:
+                leaves[place].requires_grad_()
+                differentiated[place] = name
         return leaves, differentiated
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """The name of the parameter in each place of the scorer that uses a trained one; a tied one has several."""
+        name_of = {parameter: name for name, parameter in self.named_parameters().items()}
+        uses = self.scorer.named_parameters(remove_duplicate=False)
+        return {place: name_of[parameter] for place, parameter in uses if parameter in name_of}
 
     def new_accumulator(self) -> dict[str, Tensor]:
         """Return float64 zeros for every trained parameter, after freeing the spare buffers of moved parameters."""

@@ -18,7 +18,7 @@ class PolicySpec(BaseModel):
         weights: content digest of the checkpoint's model, or of the adapter.
         base: content digest of an adapter's base model; empty for a full model.
         dtype: data type of the parameters and of the arithmetic.
-        attn_implementation: attention with a forward-mode derivative.
+        attn_implementation: attention in forward mode.
         temperature: τ; the policy is softmax(z/τ) for logits z.
     """
 
@@ -27,7 +27,7 @@ class PolicySpec(BaseModel):
     weights: str
     base: str = ""
     dtype: Literal["float32", "float64"]
-    attn_implementation: Literal["eager"]
+    attn_implementation: Literal["blockwise", "eager"]
     temperature: float = Field(gt=0)
 
 

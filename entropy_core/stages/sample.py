@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from entropy_core.policy.attention import attention_without_derivative
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import write_sequences
 from entropy_core.sequences.processor import processor_of
@@ -78,5 +77,5 @@ def sample(
         "sequences": len(sequences),
         "tokens": len(sequences.response_tokens_K),
         "cut": sequences.finish_reasons.count("length"),
-        "attention": attention_without_derivative(processor.policy),
+        "attention": processor.policy.model.config._attn_implementation,
     }
