@@ -13,7 +13,9 @@ from transformers.masking_utils import causal_mask_function, chunked_causal_mask
 from entropy_core.numerics import blockwise_attention
 from entropy_core.numerics.blockwise_attention import attention
 from entropy_core.policy import attention as of_policy
-from entropy_core.policy.attention import BLOCKWISE, VisibleKeys, attention_set
+from entropy_core.policy import blockwise
+from entropy_core.policy.attention import attention_set
+from entropy_core.policy.blockwise import BLOCKWISE, VisibleKeys, forward_mode_attention
 from entropy_core.policy.derivatives import token_derivatives
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.scorer import TeacherForcedRows
@@ -148,9 +150,9 @@ def test_forward_mode_in_blocks_is_that_of_the_models_own_attention(monkeypatch,
     own = policy_of(model, blockwise=False)
     v = random_direction(own)
     expected = token_derivatives(own, of_rows, v, 0.7)
-    model.set_attn_implementation(own.forward_mode_attention)
+    model.set_attn_implementation(own.own_attention)
     policy = policy_of(model)
-    assert policy.forward_mode_attention == BLOCKWISE
+    assert forward_mode_attention(policy) == BLOCKWISE
     found = token_derivatives(policy, of_rows, v, 0.7)
     assert_near(name, found, expected)
     assert model.config._attn_implementation == of_policy.plain_attention(model) != BLOCKWISE
@@ -182,9 +184,9 @@ def test_the_attention_is_put_back():
 
 def test_an_attention_of_another_kind_is_the_models_own(monkeypatch, caplog):
     """A bias, a sink, a mask that is a tensor, or anything else that makes other numbers."""
-    monkeypatch.setattr(of_policy, "attention", lambda *x: 1.01 * attention(*x))
+    monkeypatch.setattr(blockwise, "attention", lambda *x: 1.01 * attention(*x))
     policy = policy_of(llama())
-    assert policy.forward_mode_attention == "eager"
+    assert forward_mode_attention(policy) == "eager"
     assert "grows with the square of the length" in caplog.text
     rows = rows_of(policy.model)
     assert bool(token_derivatives(policy, rows, random_direction(policy), 1.0).dlogprobs_K.isfinite().all())
@@ -195,9 +197,8 @@ def test_sinks_are_not_computed_in_blocks():
         "gpt_oss", hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, head_dim=4,
         num_key_value_heads=1, vocab_size=9, num_local_experts=2, num_experts_per_tok=1, sliding_window=4,
     )  # fmt: skip
-    assert policy_of(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).forward_mode_attention == (
-        "eager"
-    )
+    policy = policy_of(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    assert forward_mode_attention(policy) == "eager"
 
 
 def test_a_head_of_the_key_for_every_head_of_the_query():

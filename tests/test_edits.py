@@ -93,7 +93,16 @@ class Edit(NamedTuple):
 
 EDITS = {
     # what the policy computes
-    "a forward-mode rule": Edit(replaces("return (x * dx).mul_(2)", "return 2 * x * dx"), FORWARD_MODE),
+    "a forward-mode rule": Edit(
+        replaces("(torch.pow(x, 2), (x * dx).mul_(2))", "(torch.pow(x, 2), 2 * x * dx)"), FORWARD_MODE
+    ),
+    "attention in blocks": Edit(replaces("do += weights @ dv", "do = do + weights @ dv"), FORWARD_MODE),
+    "which masks are computed in blocks": Edit(
+        replaces("if attention_mask is not None or q_offset", "if q_offset"), FORWARD_MODE
+    ),
+        replaces("if attention_mask is not None or q_offset", "if q_offset"), FORWARD_MODE
+    ),
+    "which kernel the other passes use": Edit(replaces("if group > 1 and query", "if query"), POLICY),
     "the derivative of the token statistics": Edit(
         replaces("    def _jvp_of_rows(", "    def _jvp_of_rows(*_): ...\n\n    def _jvp_of_rows("),
         POLICY,

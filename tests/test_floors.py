@@ -197,7 +197,14 @@ def test_each_file_of_the_stages_is_one_stage():
 
 
 def test_each_library_has_its_own_door():
-    of_the_model = core("policy.attention", "policy.model", "policy.pretrained", "policy.scorer", "sequences.decoding")
+    of_the_model = core(
+        "policy.attention",
+        "policy.blockwise",
+        "policy.model",
+        "policy.pretrained",
+        "policy.scorer",
+        "sequences.decoding",
+    )
     of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture")
     of_the_demo = core("demo.run", "demo.smollm2", "demo.training_run")
     assert importers("transformers") == of_the_model | of_the_checkpoint | of_the_demo
@@ -246,7 +253,13 @@ def test_what_handles_no_sequence_does_not_reach_the_policy():
     assert without == {f"entropy_core.stages.{name}" for name in names}
 
 
-FORWARD_MODE = core("policy.derivatives", "sequences.derivatives", "numerics.direct_derivatives")
+FORWARD_MODE = core(
+    "policy.blockwise",
+    "policy.derivatives",
+    "sequences.derivatives",
+    "numerics.blockwise_attention",
+    "numerics.direct_derivatives",
+)
 MOVES = core("policy.moves", "sequences.moves")
 STATISTICS = core("numerics.uncertainty", "numerics.bootstrap", "numerics.importance", "numerics.linearity")
 OPTIMIZER = core("numerics.adamw", "checkpoints.optimizer_state")

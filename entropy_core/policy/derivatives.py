@@ -12,6 +12,7 @@ from entropy_core.numerics.direct_derivatives import DirectDerivatives
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.vectors import Block
 from entropy_core.policy.attention import attention_set
+from entropy_core.policy.blockwise import forward_mode_attention
 from entropy_core.policy.model import Policy
 from entropy_core.policy.scorer import TeacherForcedRows
 
@@ -53,8 +54,8 @@ def token_derivatives(
     Raises:
         CheckpointError: the architecture contains an operation without a forward-mode derivative.
     """
-    own_attention = attention_set(policy.model, policy.forward_mode_attention)
-    with torch.no_grad(), own_attention, DirectDerivatives(), forward_ad.dual_level():
+    differentiable = attention_set(policy.model, forward_mode_attention(policy))
+    with torch.no_grad(), differentiable, DirectDerivatives(), forward_ad.dual_level():
         parameters = policy.named_parameters()
         dual = {name: forward_ad.make_dual(parameters[name].detach(), v) for name, v in direction.items()}
         in_place = {place: dual[name] for place, name in policy.places.items() if name in dual}

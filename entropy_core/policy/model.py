@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_core.errors import CheckpointError
 from entropy_core.numerics.token_statistics import TokenStatistics
-from entropy_core.policy import attention
+from entropy_core.policy.attention import UNGROUPED, plain_attention
 from entropy_core.policy.scorer import Scorer, TeacherForcedRows
 
 BLOCK = 2**18  # numbers converted to float64 at a time
@@ -72,8 +72,8 @@ class Policy:
     Raises:
         CheckpointError: the model is compiled.
 
-    All passes use torch's fused attention, except forward mode, which uses `forward_mode_attention`. If
-    `recompute_activations` is True, a backward pass stores only the inputs of the layers and recomputes the rest.
+    All passes use torch's fused attention if the architecture supports it, except forward mode, see `policy.blockwise`.
+    If `recompute_activations` is True, a backward pass stores only the inputs of the layers and recomputes the rest.
     """
 
     def __init__(
@@ -87,9 +87,11 @@ class Policy:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.scorer = Scorer(self.model, head_chunk_rows)
-        of_forward_mode = attention.forward_mode_attention if blockwise else attention.own_attention
-        self.forward_mode_attention = of_forward_mode(model)
-        model.set_attn_implementation(attention.plain_attention(model))
+        fused = ("sdpa", UNGROUPED)  # which have no forward-mode derivative, and every model has an eager attention
+        own = model.config._attn_implementation
+        self.own_attention = "eager" if own in fused else own
+        self.forward_mode_attention = None if blockwise else self.own_attention  # None: not found out yet
+        model.set_attn_implementation(plain_attention(model))
         self.recompute_activations = False
         self.spare: dict[str, Tensor] = {}  # buffers of earlier moved parameters, for reuse
         if not self.scorer.head_is_known:

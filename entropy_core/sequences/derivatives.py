@@ -10,6 +10,7 @@ from torch import Tensor
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.policy import moves
 from entropy_core.policy.attention import attention_set
+from entropy_core.policy.blockwise import forward_mode_attention
 from entropy_core.policy.derivatives import as_tangent, token_derivatives
 from entropy_core.policy.scorer import TeacherForcedRows
 from entropy_core.sequences.batch import BatchedSequences
@@ -25,7 +26,7 @@ def forward_mode(
     def derivatives(rows: TeacherForcedRows) -> TokenDerivatives:
         return token_derivatives(processor.policy, rows, tangent, processor.config.temperature)
 
-    with attention_set(processor.policy.model, processor.policy.forward_mode_attention):
+    with attention_set(processor.policy.model, forward_mode_attention(processor.policy)):
         return TokenDerivatives(*processor.map_tokens(batch, derivatives))
 
 
