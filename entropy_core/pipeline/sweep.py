@@ -1,6 +1,5 @@
 """Run a sweep over checkpoints, or rerun the statistics of a recorded sweep."""
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -275,7 +274,7 @@ def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store
         for file in report.manifest["files"]:
             shutil.copyfile(report.path(file), folder / file)
         (folder / "config.yaml").write_text(plain_yaml.dump(document), encoding="utf-8")
-        (folder / runs.RECORD).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+        runs.write(folder, record)
     return SweepResult(run_id, runs.folder(store.root, run_id), report)
 
 
