@@ -1,15 +1,11 @@
 """Run a sweep over checkpoints, or rerun the statistics of a recorded sweep."""
 
 import logging
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from entropy_core.config import plain_yaml
-from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
@@ -20,21 +16,16 @@ from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, load_pool, source_of
 from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config, splits
+from entropy_core.pipeline.recorded import chosen, read_run, write_run
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
-from entropy_core.pipeline.settings import Setting
 from entropy_core.rewards import functions as rewards
-from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact, artifacts_in, upstream
-from entropy_core.store.inputs import require_inputs
 from entropy_core.store.manifest import recipe_key
 from entropy_core.store.relatives import Relatives
 from entropy_core.store.store import Stage, Store, recipe_of
 
 log = logging.getLogger("entropy_probe.pipeline")
-
-RECORD_FORMAT = 3
-"""Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 
 @dataclass(frozen=True)
@@ -133,28 +124,10 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
     Raises:
         StoreError: the run does not exist, or one of its artifacts is missing; names the artifact.
-        ConfigError: the run was recorded by a version with different settings.
+        ConfigError: the configuration that was recorded has an error.
     """
-    directory = runs.find(store.root, request.run)
-    with runs.understood(directory / runs.RECORD) as record:
-        found = record.get("format")
-    if found != RECORD_FORMAT:
-        raise StoreError(
-            f"run {directory.name} was recorded in format {found}, and this is {RECORD_FORMAT}",
-            cause="another version of entropy-probe recorded it",
-            fix=f"`entropy-probe sweep {directory / 'config.yaml'}`: what is cached is reused",
-        )
-    config = parse_config(record["config"], str(directory / runs.RECORD))
+    directory, config, recorded = read_run(store, request.run)
     config = config.model_copy(update={"variance": request.applied_to(config.variance)})
-    runs.named(store.root, directory.name)  # nothing but artifacts
-    with runs.understood(directory / runs.RECORD) as record:
-        recorded = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
-        for entry in recorded:
-            require_inputs(stage.VARIANCE, entry["inputs"] | _chosen(config))
-            texts = (entry["checkpoint"], *entry["notes"], *entry["warnings"])
-            if type(entry["step"]) is not int or {type(text) for text in texts} != {str}:
-                raise TypeError("the name, the step or a note of a checkpoint is of another type")
-            _ = [Setting(**setting) for setting in entry["settings"]]
 
     def work() -> SweepResult:
         for entry in recorded:
@@ -243,7 +216,7 @@ def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artif
         {
             "checkpoint": entry["checkpoint"],
             "step": entry["step"],
-            "estimates": run(stage.VARIANCE, entry["inputs"] | _chosen(config), entry["checkpoint"]),
+            "estimates": run(stage.VARIANCE, entry["inputs"] | chosen(config), entry["checkpoint"]),
             "attribution": entry["inputs"]["first_order_u"],
         }
         for entry in recorded
@@ -253,29 +226,10 @@ def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artif
     return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, **said}, config.name)
 
 
-def _chosen(config: ProbeConfig) -> Inputs:
-    """Return the settings of the variance stage."""
-    return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
-
-
 def _record(recorded: list[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
     """Write the folder of the run and return the result."""
     run_id = f"{config.name}-{report.digest[:12]}"  # equal results give the same run id
-    document = config.model_dump(mode="json")
-    record = {
-        "format": RECORD_FORMAT,
-        "run_id": run_id,
-        "finished": datetime.now(UTC).isoformat(),
-        "config": document,
-        "report": report.to_dict(),
-        "checkpoints": [entry | {"inputs": _freeze(entry["inputs"])} for entry in recorded],
-    }
-    with runs.writing(store, run_id) as folder:
-        for file in report.manifest["files"]:
-            shutil.copyfile(report.path(file), folder / file)
-        (folder / "config.yaml").write_text(plain_yaml.dump(document), encoding="utf-8")
-        runs.write(folder, record)
-    return SweepResult(run_id, runs.folder(store.root, run_id), report)
+    return SweepResult(run_id, write_run(store, run_id, config, recorded, report), report)
 
 
 def assumptions(config: ProbeConfig) -> list[str]:
@@ -293,20 +247,3 @@ def assumptions(config: ProbeConfig) -> list[str]:
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
         f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
     ]
-
-
-def _freeze(value: Any) -> Any:
-    """Convert inputs to JSON, with artifacts as references."""
-    if isinstance(value, Artifact):
-        return {"artifact": value.to_dict()}
-    if isinstance(value, Mapping):
-        return {key: _freeze(item) for key, item in value.items()}
-    return [_freeze(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _revive(value: Any, store: Store) -> Any:
-    if isinstance(value, Mapping):
-        if set(value) == {"artifact"}:
-            return Artifact.from_dict(value["artifact"], store.root)
-        return {key: _revive(item, store) for key, item in value.items()}
-    return [_revive(item, store) for item in value] if isinstance(value, list) else value
