@@ -9,7 +9,7 @@ from store_fixtures import DRAW, EXECUTED, TOTAL, quarantined, visible
 
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import StoreError
-from entropy_core.pipeline.sweep import variance
+from entropy_core.pipeline.statistics import variance
 from entropy_core.store import archive, manifest, runs
 from entropy_core.store.pruning import waste
 from entropy_core.store.signature import VARIABLE, SignatureError

@@ -20,6 +20,7 @@ from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, va
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
+from entropy_core.pipeline import statistics
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.store import runs
 from entropy_core.store.store import Stage, Store
@@ -271,7 +272,7 @@ def test_prune_keeps_all_that_a_kept_run_needs(away, first, second, store):
     assert set(Store(root).names()) == needed
     assert runs.recorded(root) == [second.result.run_id]
     again = Counting(Store(root), Execution())
-    pipeline.variance(VarianceRequest(artifacts=str(root)), Store(root), again)
+    statistics.variance(VarianceRequest(artifacts=str(root)), Store(root), again)
     assert again.was_computed == {}
     assert store(root, "prune", "--keep-runs", 0, "--yes")[0] == 0
     assert Store(root).names() == [] and kept(root) == set()
@@ -344,10 +345,10 @@ def test_an_exported_run_serves_for_its_statistics_elsewhere(archive, first, tmp
     assert not stages & {"sample-e-batch", "load-checkpoint", "load-prompts", "entropy-gradient"}
     assert store(root, "verify")[0] == 0
     again = Counting(Store(root), Execution())
-    same = pipeline.variance(VarianceRequest(artifacts=str(root)), Store(root), again)
+    same = statistics.variance(VarianceRequest(artifacts=str(root)), Store(root), again)
     assert again.was_computed == {} and same.run_id == first.result.run_id
     other = Counting(Store(root), Execution())
-    pipeline.variance(VarianceRequest(artifacts=str(root), confidence_level=0.5), Store(root), other)
+    statistics.variance(VarianceRequest(artifacts=str(root), confidence_level=0.5), Store(root), other)
     assert other.was_computed == {"variance": 1, "report": 1}
 
 
@@ -569,12 +570,12 @@ def test_a_writable_store_of_links_reads_from_a_read_only_one(first, second, any
     before = {path: path.stat().st_mtime_ns for path in theirs.rglob("*")}
     request = VarianceRequest(artifacts=str(theirs), confidence_level=0.5)
     with pytest.raises(StoreError, match="read-only for you") as raised:
-        pipeline.variance(request, Store(theirs), Counting(Store(theirs), Execution()))
+        statistics.variance(request, Store(theirs), Counting(Store(theirs), Execution()))
     [command] = re.findall("`(.*) NEW`", str(raised.value))
     copied = subprocess.run([*shlex.split(command), mine.root], capture_output=True, text=True, check=False)
     assert [line for line in copied.stderr.splitlines() if "prefect" not in line] == []
     again = Counting(mine, Execution())
-    result = pipeline.variance(request.model_copy(update={"artifacts": str(mine.root)}), mine, again)
+    result = statistics.variance(request.model_copy(update={"artifacts": str(mine.root)}), mine, again)
     assert again.was_computed == {"variance": 1, "report": 1}
     assert result.run_directory.is_relative_to(mine.root)
     assert store(mine.root, "verify")[0] == 0

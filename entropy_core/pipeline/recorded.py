@@ -12,7 +12,7 @@ from entropy_core.config import plain_yaml
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import StoreError
-from entropy_core.pipeline import catalogue as stage
+from entropy_core.pipeline.final_stages import VARIANCE, settings_of
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact
@@ -108,13 +108,8 @@ def read_run(store: Store, run_id: str) -> tuple[Path, ProbeConfig, list[Inputs]
         runs.named(store.root, directory.name)  # refuses references to anything but artifacts
         checkpoints = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
         for entry in checkpoints:
-            require_inputs(stage.VARIANCE, entry["inputs"] | chosen(config))
+            require_inputs(VARIANCE, entry["inputs"] | settings_of(config))
     return directory, config, checkpoints
-
-
-def chosen(config: ProbeConfig) -> Inputs:
-    """Return the settings of the variance stage."""
-    return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
 
 
 def _require_form(record: Any) -> None:
