@@ -24,7 +24,8 @@ from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer
 from entropy_core.numerics.vectors import Block, in_blocks
 from entropy_core.pipeline.preflight import CheckpointToProbe, preflight
 from entropy_core.pipeline.runner import Inputs, Runner, direct_runner
-from entropy_core.pipeline.sweep import SweepResult, execution_for, sweep
+from entropy_core.pipeline.statistics import SweepResult
+from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.policy.spec import policy_of
 from entropy_core.prompts.arithmetic import problems
 from entropy_core.report import figures

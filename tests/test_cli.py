@@ -156,7 +156,7 @@ def test_a_list_of_runs_says_where_they_are(tmp_path, capsys):
         folder = runs.folder(tmp_path, f"probe-{number}")
         folder.mkdir(parents=True)
         record = {
-            "finished": f"2026-01-0{number + 1}T10:11:12",
+            "finished": f"2026-01-0{number + 1}T10:11:12+00:00",
             "checkpoints": [{"checkpoint": name} for name in names],
         }
         (folder / runs.RECORD).write_text(json.dumps(record))

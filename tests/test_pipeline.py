@@ -27,7 +27,7 @@ from entropy_core.estimates.tables import RESULTS, TABLES
 from entropy_core.execution import Execution
 from entropy_core.files.digests import file_digest
 from entropy_core.numerics.choices import Estimator
-from entropy_core.pipeline import catalogue
+from entropy_core.pipeline import catalogue, statistics
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.measure import NOISE_DRAWS
 from entropy_core.pipeline.preflight import preflight
@@ -414,7 +414,7 @@ def again(away, no_model):
         store = Store(away / "artifacts")
         counting = Counting(store, Execution())
         request = VarianceRequest(artifacts=str(away / "artifacts"), **request)
-        return counting, pipeline.variance(request, store, counting)
+        return counting, statistics.variance(request, store, counting)
 
     return run
 
@@ -490,7 +490,7 @@ def test_a_run_that_was_not_recorded_is_refused_with_those_that_were(again, firs
     with pytest.raises(StoreError, match=f"no run 'tiny-0'.*recorded are {first.result.run_id}"):
         again(run="tiny-0")
     with pytest.raises(StoreError, match="no sweep is recorded there"):
-        pipeline.variance(VarianceRequest(), Store(tmp_path / "empty"), lambda *_: pytest.fail("ran"))
+        statistics.variance(VarianceRequest(), Store(tmp_path / "empty"), lambda *_: pytest.fail("ran"))
 
 
 def test_the_record_has_no_absolute_path(first, home):

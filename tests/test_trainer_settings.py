@@ -20,7 +20,7 @@ from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.config.trainer_settings import LEFT_OUT
 from entropy_core.errors import ConfigError
 from entropy_core.pipeline.settings import OF_THE_TRAINING, Settled, settle, value_of, with_read
-from entropy_core.pipeline.sweep import variance
+from entropy_core.pipeline.statistics import variance
 
 trl = pytest.importorskip("trl")
 

@@ -1,5 +1,6 @@
 """All stages, by name."""
 
+from entropy_core.pipeline import final_stages
 from entropy_core.stages.calibrate import calibrate
 from entropy_core.stages.compute_update import compute_update
 from entropy_core.stages.discriminate import discriminate
@@ -10,12 +11,10 @@ from entropy_core.stages.importance import importance
 from entropy_core.stages.load_checkpoint import load_checkpoint
 from entropy_core.stages.load_prompts import load_prompts
 from entropy_core.stages.path_integral import path_integral
-from entropy_core.stages.report import report
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
 from entropy_core.stages.sample import sample
 from entropy_core.stages.score import score
-from entropy_core.stages.variance import variance
 from entropy_core.store.store import Stage
 
 LOAD_CHECKPOINT = Stage("load-checkpoint", load_checkpoint)
@@ -35,7 +34,6 @@ FIRST_ORDER_E = Stage("first-order-e", first_order_e, vectors=("update",))
 FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradient"))
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
-VARIANCE = Stage("variance", variance)
-REPORT = Stage("report", report)
+VARIANCE, REPORT = final_stages.VARIANCE, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))
