@@ -218,5 +218,8 @@ def test_the_library_that_decides_is_part_of_the_key(home):
     batch = {"E_total_sequences": 4, "B_U": 2, "G": 2}
     done = probe(values(home / "runs" / "grpo", home / "artifacts", batch_config=batch, **config))
     (rewards,) = done.run.artifacts("reward-u-batch")
-    assert rewards.manifest["inputs"]["library"] == f"math-verify {importlib.metadata.version('math-verify')}"
+    assert (
+        rewards.manifest["inputs"]["rewards"][0]["library"]
+        == f"math-verify {importlib.metadata.version('math-verify')}"
+    )
     assert rewards.table("rewards.parquet")["reward"].to_pylist() == [0.0] * 4  # no tag in any response

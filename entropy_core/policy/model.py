@@ -99,7 +99,7 @@ class Policy:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that end a response, sorted: those of the generation config and the tokenizer's, as in TRL."""
+        """Ids of the tokens that end a response, sorted: those of the generation config and the tokenizer's, as TRL."""
         ids = getattr(self.model.generation_config, "eos_token_id", None)
         of_config = [ids] if isinstance(ids, int) else ids or []
         return tuple(sorted({*of_config, self.tokenizer.eos_token_id} - {None}))
