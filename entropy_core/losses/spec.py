@@ -17,6 +17,7 @@ class LossSpec(BaseModel):
     Attributes:
         name: of the loss; of a user's `file.py:function`, the function alone.
         source: digest of the file that defines it; empty for a loss of this package.
+        imports: digests of the modules beside that file that it imports, by their paths relative to it.
         scale_rewards: the standard deviation that advantages are divided by.
         max_new_tokens: where responses are cut; the constant length of `dr_grpo`.
         kl_beta: β of the KL term; 0 for none.
@@ -35,6 +36,7 @@ class LossSpec(BaseModel):
 
     name: str
     source: str = ""
+    imports: dict[str, str] = Field({})
     scale_rewards: Literal["group", "batch", "none"]
     max_new_tokens: int = Field(ge=1)
     kl_beta: float = Field(0.0, ge=0)

@@ -92,9 +92,13 @@ def _reward(name: str) -> RewardSpec:
     return RewardSpec(
         name=user_functions.without_folder(name),
         source=content_digest(file) if file else "",
-        imports={module: content_digest(path) for module, path in rewards.imported_files(name).items()},
+        imports=_digests(rewards.imported_files(name)),
         library=rewards.library(name),
     )
+
+
+def _digests(files: Mapping[str, Path]) -> dict[str, str]:
+    return {name: content_digest(path) for name, path in files.items()}
 
 
 class Measurement:
@@ -283,6 +287,7 @@ class Measurement:
         return LossSpec(
             name=user_functions.without_folder(update.loss),
             source=content_digest(file) if file else "",
+            imports=_digests(user_functions.imported_files(file)) if file else {},
             scale_rewards=divided_by(update.loss, update.scale_rewards),
             max_new_tokens=self.config.generation.max_new_tokens,
             kl_beta=update.kl_beta,

@@ -15,6 +15,7 @@ from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.files.checkpoint import weights_digest
+from entropy_core.files.functions import imported_files
 from entropy_core.files.sources import Sources, content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.pipeline import catalogue as stage
@@ -58,9 +59,10 @@ def execution_for(
     if config.update.reference:
         reference = Path(config.update.reference).resolve()
         paths.setdefault(weights_digest(reference), reference)
-    of_rewards = [rewards.source_file(name) for name in config.update.rewards]
-    beside = [path for name in config.update.rewards for path in rewards.imported_files(name).values()]
-    for file in (source_of(config), *of_rewards, *beside, user_losses.source_file(config.update.loss)):
+    of_users = [rewards.source_file(name) for name in config.update.rewards]
+    of_users.append(user_losses.source_file(config.update.loss))
+    beside = [path for file in of_users if file for path in imported_files(file).values()]
+    for file in (source_of(config), *of_users, *beside):
         if file is not None:
             paths[content_digest(file)] = file
     return Execution(
