@@ -152,9 +152,9 @@ def rows_of_folder(directory: Path, split: str, configuration: str) -> list[dict
 
 def _loaded(directory: Path, split: str, configuration: str) -> list[dict]:
     """Rows of the data files of a folder; which these are, says the card of the dataset, or their names."""
-    from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_disabled, load_dataset_builder
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset_builder
 
-    shown = not is_progress_bar_disabled()
+    shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory(prefix="entropy-probe-") as scratch:

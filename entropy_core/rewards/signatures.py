@@ -79,7 +79,7 @@ def _one_by_one(function: Callable[..., Any], responses: Responses) -> list[Any]
             data_source=columns["data_source"][i], solution_str=text, ground_truth=truths[i], extra_info=extra or {}
         )
         found = asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
-        scores.append(found.get("score") if isinstance(found, dict) else found)
+        scores.append(found["score"] if isinstance(found, dict) else found)
     return scores
 
 

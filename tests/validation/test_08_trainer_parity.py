@@ -91,9 +91,9 @@ def test_the_step_is_the_trainers(record: Proof, tmp_path: Path, monkeypatch: py
     record(
         "The trainer's own step",
         claim="TRL trains a tiny policy under each setting, with a checkpoint after each step. The probe is given the "
-        "run's folder and the batch of the last step, nothing else, and predicts the change of the weights, lr·v. Where "
-        "a setting is of prompts, ends or rewards, it is given the responses alone: it makes the tokens of the same "
-        "prompts, knows the tokens that end a response, and calls the same reward functions itself.",
+        "run's folder and the batch of the last step, nothing else, and predicts the change of the weights, lr·v. "
+        "Where a setting is of prompts, ends or rewards, it is given the responses alone: it makes the tokens of the "
+        "same prompts, knows the tokens that end a response, and calls the same reward functions itself.",
         limit=f"cosine > 1 − {power(COSINE)}, norms within {power(RATIO)}; and not so without the gradient",
         columns=("trainer", "setting", "1 − cosine", "norm ratio − 1", "cosine without the gradient"),
     )
