@@ -107,7 +107,7 @@ def imported_files(file: Path) -> dict[str, Path]:
     Returns:
         Path of each by its path relative to the file's folder, without the file itself.
     """
-    if {"site-packages", "dist-packages"} & set(file.parts) or file.is_relative_to(sysconfig.get_path("stdlib")):
+    if _is_installed(file):
         return {}
     found: dict[str, Path] = {}
     ahead = [file]
@@ -122,6 +122,12 @@ def imported_files(file: Path) -> dict[str, Path]:
                 found[name] = other
                 ahead.append(other)
     return dict(sorted(found.items()))
+
+
+def _is_installed(file: Path) -> bool:
+    """Whether a file belongs to a library, which is known by its release."""
+    in_library = {"site-packages", "dist-packages"} & set(file.parts)
+    return bool(in_library) or file.is_relative_to(sysconfig.get_path("stdlib"))
 
 
 def _imports_of(module: Path, file: Path) -> Iterator[Path]:
@@ -222,7 +228,11 @@ def _import(what: str, module_name: str) -> Any:
         return _execute(f"user_{what}_{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}", package, file)
     module = importlib.import_module(module_name)
     origin = getattr(module, "__file__", None) or ""
-    if not origin.endswith(".py") or module_name.partition(".")[0] == __name__.partition(".")[0]:
+    if (
+        not origin.endswith(".py")
+        or _is_installed(Path(origin))
+        or module_name.partition(".")[0] == __name__.partition(".")[0]
+    ):
         return module
     return _execute(module_name, module.__package__ or "", Path(origin))
 
@@ -235,9 +245,6 @@ def _imports_relatively(file: Path) -> bool:
 def _execute(name: str, package: str, file: Path) -> ModuleType:
     module = ModuleType(name)
     module.__file__, module.__package__ = str(file), package
-    if (before := sys.modules.get(name)) is not None:  # a package: what it says of itself when it is executed
-        module.__spec__ = before.__spec__
-        module.__dict__.update({key: value for key, value in vars(before).items() if key == "__path__"})
     sys.modules[name] = module  # dataclasses look up their module here
     exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
-    return sys.modules[name]  # a lazy package puts another one in its place
+    return module
