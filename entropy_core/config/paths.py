@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Discriminator, Field, PlainSerializer, Tag, ValidationInfo, WithJsonSchema
 
+from entropy_core.files.hub_cache import cached_snapshot
 from entropy_core.prompts.files import SUFFIXES
 from entropy_core.prompts.pools import KNOWN
 
@@ -61,6 +62,17 @@ def _directory(path: str, origin: Origin) -> str:
     return located
 
 
+def _model(path: str, origin: Origin) -> str:
+    located = origin.locate(path)
+    if os.path.isdir(located):
+        return located
+    if found := cached_snapshot(path, "models"):
+        return str(found)
+    if origin.must_exist:
+        raise ValueError(f"there is no directory {located}, and no model {path} in the hub cache")
+    return located
+
+
 FILL_IN = "FILL_IN"
 """Stands in a file of `entropy-probe init` for what no checkpoint records."""
 
@@ -99,6 +111,9 @@ def _store(path: str, origin: Origin) -> str:
 
 CheckpointPattern = Annotated[str, _with_origin(_checkpoints)]
 """A directory, or a pattern that matches directories."""
+
+ModelName = Annotated[str, _with_origin(_model)]
+"""The directory of a model, or its name in the hub cache, of which it becomes the snapshot; empty: none."""
 
 Directory = Annotated[str, _with_origin(_directory)]
 """A directory that is there; empty: none."""

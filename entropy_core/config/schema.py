@@ -17,6 +17,7 @@ from entropy_core.config.paths import (
     Directory,
     FunctionName,
     FunctionNames,
+    ModelName,
     StoreFolder,
 )
 from entropy_core.config.section import DISTINCT, Section, Seed, each_once
@@ -39,8 +40,10 @@ class PolicyConfig(Section):
         description="Derivatives of E's tokens along the step. central_difference: two forward passes in place of "
         "about three, its width calibrated and its error measured against forward mode.",
     )
-    base_model: Directory = Field(
-        "", description="Directory of the base model under LoRA adapters; empty: the one that each adapter names."
+    base_model: ModelName = Field(
+        "",
+        description="Base model under LoRA adapters, its directory or its name in the hub cache; empty: the one that "
+        "each adapter names.",
     )
 
 
@@ -224,7 +227,10 @@ class UpdateConfig(Section):
         description="Responses in a micro-batch of the trainer, if it accumulates gradients: bnpo, an entropy bonus "
         "and top_entropy_quantile average over each of them. 0: all are in one.",
     )
-    reference: Directory = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
+    reference: ModelName = Field(
+        "",
+        description="Reference policy, its directory or its name in the hub cache; empty: the base under an adapter.",
+    )
     reward: FunctionNames = Field(
         "exact_match",
         description="A known reward, `package.module:function`, or `file.py:function`; or a list of these, whose "

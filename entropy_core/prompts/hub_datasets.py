@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from entropy_core.errors import PromptError, one_line, shortage, some_names
+from entropy_core.files.hub_cache import cached_snapshot, commit_of
 from entropy_core.prompts.files import read_rows
 
 R1_TEMPLATE = (
@@ -73,8 +74,10 @@ def locate(name: str, directory: str, allow_download: bool) -> Path:
             )
         return _snapshot(path)
     repository, folder = DATASETS[name].repository, DATASETS[name].folder
-    found = _cached(repository)
-    return found if any((found / folder).glob("*.parquet")) else _download(name, repository, folder, allow_download)
+    found = cached_snapshot(repository, "datasets")
+    if found is not None and any((found / folder).glob("*.parquet")):
+        return found
+    return _download(name, repository, folder, allow_download)
 
 
 def locate_repository(repository: str, allow_download: bool) -> Path:
@@ -90,8 +93,7 @@ def locate_repository(repository: str, allow_download: bool) -> Path:
     Raises:
         PromptError: there is no copy, and downloading it was not allowed or failed.
     """
-    found = _cached(repository)
-    return found if found.is_dir() else _download(repository, repository, None, allow_download)
+    return cached_snapshot(repository, "datasets") or _download(repository, repository, None, allow_download)
 
 
 def revision(directory: Path) -> str:
@@ -185,15 +187,7 @@ def _loaded(directory: Path, split: str, configuration: str) -> list[dict]:
 
 def _snapshot(path: Path) -> Path:
     """Return the current snapshot of a folder of the hub cache; any other folder is returned unchanged."""
-    reference = path / "refs" / "main"
-    return path / "snapshots" / reference.read_text(encoding="utf-8").strip() if reference.is_file() else path
-
-
-def _cached(repository: str) -> Path:
-    """Where the hub cache has a dataset, if it has it."""
-    from huggingface_hub import constants
-
-    return _snapshot(Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}")
+    return path / "snapshots" / commit_of(path) if (path / "refs" / "main").is_file() else path
 
 
 def _download(name: str, repository: str, folder: str | None, allowed: bool) -> Path:
