@@ -152,7 +152,14 @@ def prompts(home: Home) -> Target:
         [path] = folder.glob("pool.*")
         inputs = {
             **dict.fromkeys(("revision", "library"), ""),
-            **{"dataset_name": "", "split": "train", "prompt_column": "prompt", "options": {}, "encoding": {}},
+            **{
+                "dataset_name": "",
+                "split": "train",
+                "prompt_column": "prompt",
+                "options": {},
+                "encoding": {},
+                "configuration": "",
+            },
             "source": file_digest(path),
             "tokenizer": tokenizer_digest(tokenizer),
         }

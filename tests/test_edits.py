@@ -100,8 +100,6 @@ EDITS = {
     "which masks are computed in blocks": Edit(
         replaces("if attention_mask is not None or q_offset", "if q_offset"), FORWARD_MODE
     ),
-        replaces("if attention_mask is not None or q_offset", "if q_offset"), FORWARD_MODE
-    ),
     "which kernel the other passes use": Edit(replaces("if group > 1 and query", "if query"), POLICY),
     "the derivative of the token statistics": Edit(
         replaces("    def _jvp_of_rows(", "    def _jvp_of_rows(*_): ...\n\n    def _jvp_of_rows("),

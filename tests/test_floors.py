@@ -214,7 +214,7 @@ def test_each_library_has_its_own_door():
     assert importers("trl") == core("demo.training_run")
     assert importers("tokenizers") == core("demo.run")
     assert importers("datasets") == core("prompts.hub_datasets", "demo.training_run")
-    assert importers("huggingface_hub") == core("prompts.hub_datasets", "demo.training_run")
+    assert importers("huggingface_hub") == core("files.hub_cache", "prompts.hub_datasets", "demo.training_run")
     assert importers("reasoning_gym") == core("prompts.reasoning_tasks")
     assert importers("math_verify") == core("rewards.math_answers")
     assert importers("matplotlib") == core("report.figures", "report.tokens_in_text")

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_core.checkpoints.adapters import ADAPTER_WEIGHTS, adapter_base
+from entropy_core.checkpoints.content import read_json
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN, model_directory, names_in, require_directory
+from entropy_core.files.hub_cache import cached_snapshot
 
 PROGRESS_FILES = ("trainer_state.json", "training_info.json")
 _FRESH = "if its optimizer has not made a step yet, say `optimizer_state: fresh`"
@@ -97,14 +99,21 @@ def _require_adapter_files(directory: Path, has: set[str]) -> None:
 
 
 def _base_directory(adapter: Path, base_model: Path | str) -> Path:
-    """The base model's directory: the one that was given, else the one that the adapter names; never the network."""
+    """The base model's directory: the one that was given, else the one that the adapter names; never the network.
+
+    A name that is no directory is looked up in the hub cache.
+    """
     named = adapter_base(adapter)
     base = Path(base_model or named).expanduser()
+    if named and not base_model and not base.is_dir():
+        revision = read_json(adapter / "adapter_config.json").get("revision") or "main"
+        base = cached_snapshot(named, "models", str(revision)) or base
     if not (base_model or named) or not base.is_dir():
         told = f"policy.base_model says {str(base_model)!r}" if base_model else f"it names {named!r}"
         raise CheckpointError(
-            f"the base model of the adapter in {adapter} is not on this machine: {told}, which is no directory here",
-            cause="it was trained elsewhere, or on a model by its name, and nothing is downloaded",
+            f"the base model of the adapter in {adapter} is not on this machine: {told}, which is no directory here, "
+            "nor in the hub cache",
+            cause="it was trained elsewhere, and nothing is downloaded",
             fix="set `policy.base_model` to the directory of that model",
         )
     inside = names_in(base)

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -88,6 +88,8 @@ def _type(field: FieldInfo) -> str:
     kind = field.annotation
     if get_origin(kind) is dict:
         return "keys and values"
+    if get_origin(kind) is Union:
+        return "string or list of string"
     listed = get_origin(kind) is list
     if listed:
         kind = get_args(kind)[0]

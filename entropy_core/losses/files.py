@@ -4,9 +4,12 @@
 number of tokens.
 """
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from entropy_core.files import functions as user_functions
 from entropy_core.losses.spec import LossSpec
@@ -34,6 +37,11 @@ def name_of(execution: "Execution", loss: str, source: str) -> str:
         The name, as `functions.load_loss` takes it.
     """
     return user_functions.in_file(loss, execution.paths[source] if source else None)
+
+
+def as_numbers(rewards: Sequence[float | None]) -> Tensor:
+    """Rewards as a table has them, float64 [N]; NaN for a response that no function rewarded."""
+    return torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
 
 
 def write_tokens(out: "Writer", tokens: TokenTable, coefficients: TokenPair) -> None:
@@ -65,6 +73,6 @@ def read_batch(update: "Artifact", sequences: TokenTable) -> tuple[LossBatch, To
     names = ["logprobs", "entropies", "coefficient", "entropy_coefficient"]
     names += ["reference_logprobs"] if spec.kl_beta else []
     tokens = sequences.join(read_tokens([update], *names, file=_FILE))
-    rewards_PG = torch.tensor(table["reward"].to_pylist(), dtype=torch.float64).view(update.summary["prompts"], -1)
+    rewards_PG = as_numbers(table[spec.reward_column].to_pylist()).view(update.summary["prompts"], -1)
     batch = spec.batch(tokens, rewards_PG, torch.tensor(table["truncated"].to_pylist()))
     return batch, TokenPair(tokens["coefficient"], tokens["entropy_coefficient"])

@@ -21,10 +21,13 @@ from entropy_core.pipeline.usable import read_settings
 _SECTIONS = ("policy", "batch_config", "generation", "update")
 _OWN = {"batch_config.E_total_sequences": "your choice: more sequences, narrower intervals"}
 _UNKNOWN = {  # what no checkpoint records
-    "batch_config.dataset_name": "which prompts? A .jsonl or .parquet file, or a known dataset",
+    "batch_config.dataset_name": "which prompts? A file or folder, OWNER/NAME on the hub, or a known dataset",
     "update.reward": "which reward? A known one, file.py:function, or package.module:function",
 }
-_QUIET = ("batch_config.system_prompt", "batch_config.max_prompt_length", "generation.stop_strings")
+_QUIET = (
+    *("batch_config.system_prompt", "batch_config.chat_template_kwargs", "batch_config.max_prompt_length"),
+    "generation.stop_strings",
+)
 
 
 def configuration_of(run: Path, folder: Path) -> str:
@@ -74,9 +77,9 @@ def _lines(
         section, _, name = setting.key.partition(".")
         if (said := _said(setting, hint)) is not None:
             value, why = said
-            why += (
-                f"; the trainer logged {', '.join(logged)}" if value == FILL_IN and name == "reward" and logged else ""
-            )
+            if value == FILL_IN and name == "reward" and logged:
+                value = [FILL_IN] * len(logged) if len(logged) > 1 else value
+                why += f"; the trainer logged {', '.join(logged)}"
             by_section[section].append((name, value, why))
     shown = {setting.key for setting in settled.settings}
     for key, value in hint.items():

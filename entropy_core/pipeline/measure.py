@@ -19,6 +19,7 @@ from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.prompts import pools as prompts
 from entropy_core.rewards import functions as rewards
+from entropy_core.rewards.spec import RewardSpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage
 
@@ -48,8 +49,9 @@ def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> A
     """
     batch, source = config.batch_config, source_of(config)
     inputs = {
-        "dataset_name": "" if batch.dataset_name.endswith(prompts.SUFFIXES) else batch.dataset_name,
+        "dataset_name": "" if prompts.is_path(batch.dataset_name) else batch.dataset_name,
         "options": batch.dataset_options,
+        "configuration": batch.dataset_config,
         "split": split,
         "prompt_column": batch.prompt_column,
         "source": content_digest(source) if source else "",  # keyed by content, not by path
@@ -83,6 +85,20 @@ def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Run
 
 def keep(artifact: Artifact) -> None:
     """Keep the vectors of an artifact; the default of `release`."""
+
+
+def _reward(name: str) -> RewardSpec:
+    file = rewards.source_file(name)
+    return RewardSpec(
+        name=user_functions.without_folder(name),
+        source=content_digest(file) if file else "",
+        imports=_digests(rewards.imported_files(name)),
+        library=rewards.library(name),
+    )
+
+
+def _digests(files: Mapping[str, Path]) -> dict[str, str]:
+    return {name: content_digest(path) for name, path in files.items()}
 
 
 class Measurement:
@@ -237,13 +253,15 @@ class Measurement:
 
     def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
         update, reference = self.config.update, []
-        file = rewards.source_file(update.reward)
+        weighted = update.reward_weights and set(update.reward_weights) != {1.0}
         rewarded = {
             "sequences": u_batch,
             "prompts": self.u_pool,
-            "reward_name": user_functions.without_folder(update.reward),
-            "source": content_digest(file) if file else "",
-            "library": rewards.library(update.reward),
+            "rewards": [_reward(name) for name in update.rewards],
+            "weights": update.reward_weights if weighted else [],
+            "aggregation": update.multi_objective_aggregation,
+            "responses_per_prompt": self.config.batch_config.G,
+            "trainer_state": self.checkpoint.trainer_state,
         }
         if update.kl_beta:
             weights = weights_digest(Path(update.reference)) if update.reference else self.checkpoint.base
@@ -269,6 +287,7 @@ class Measurement:
         return LossSpec(
             name=user_functions.without_folder(update.loss),
             source=content_digest(file) if file else "",
+            imports=_digests(user_functions.imported_files(file)) if file else {},
             scale_rewards=divided_by(update.loss, update.scale_rewards),
             max_new_tokens=self.config.generation.max_new_tokens,
             kl_beta=update.kl_beta,
@@ -278,6 +297,7 @@ class Measurement:
             top_entropy_quantile=update.top_entropy_quantile,
             entropy_coef=update.entropy_coef,
             epsilon_high=update.epsilon_high,
+            multi_objective_aggregation=update.multi_objective_aggregation,
             reward_clip_range=update.reward_clip_range,
             normalize_advantages=update.normalize_advantages,
             mask_truncated_completions=update.mask_truncated_completions,

@@ -21,7 +21,7 @@ from entropy_core.files.digests import file_digest
 from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
-from entropy_core.pipeline.settings import Setting, Settled, settle, with_read
+from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
 from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
 from entropy_core.prompts import pools as prompts
 from entropy_core.prompts.pools import Pool
@@ -43,6 +43,7 @@ class CheckpointToProbe:
         weights: digest of the files that the policy depends on.
         base: digest of an adapter's base model; empty for a full model.
         tokenizer: digest of the tokenizer's files.
+        trainer_state: digest of trainer_state.json, which rewards may read; empty where there is none.
         paths: path of each of these digests.
         assumptions: facts that the files do not record and that are assumed, one sentence each.
         read: settings that the configuration leaves open and that the checkpoints record; see `settings`.
@@ -57,6 +58,7 @@ class CheckpointToProbe:
     weights: str
     base: str
     tokenizer: str
+    trainer_state: str
     paths: Mapping[str, Path]
     assumptions: tuple[str, ...]
     read: Mapping[str, Any]
@@ -93,13 +95,18 @@ def _checked(
 ) -> list[CheckpointToProbe]:
     """Check the prompts, the reward and the loss of the settings as they are now, and each checkpoint against them."""
     _check_shards(config)
-    pools = _pools(config)
+    check_weights(config)
+    state = _trainer_state(usable[0].checkpoint.layout.directory)
+    pools = _pools(config, state)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
     for name, checkpoint, _, digest, weights, base, home, tokenizer in usable:
         layout = checkpoint.layout
         paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
+        saved = layout.directory / TRAINER_STATE
+        state_digest = file_digest(saved) if saved.is_file() else ""
+        paths |= {state_digest: saved} if state_digest else {}
         paths |= {file_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
         found.append(
             CheckpointToProbe(
@@ -110,6 +117,7 @@ def _checked(
                 weights=weights,
                 base=base,
                 tokenizer=tokenizer,
+                trainer_state=state_digest,
                 paths={digest: path.resolve() for digest, path in paths.items()},
                 assumptions=(*checkpoint.assumptions, *settled.notes),
                 read=settled.read,
@@ -118,7 +126,7 @@ def _checked(
             )
         )
         if tokenizer not in longest:
-            longest[tokenizer] = _longest_prompt(config, pools, home)
+            longest[tokenizer] = _longest_prompt(config, pools, home, state)
         _check_positions(checkpoint, longest[tokenizer], config.generation.max_new_tokens)
         if config.update.kl_beta:
             _check_reference(config.update.reference, layout, name)
@@ -140,18 +148,28 @@ def settled_config(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]
     return with_read(config, checkpoints[0].read)
 
 
-def _pools(config: ProbeConfig) -> dict[str, Pool]:
+TRAINER_STATE = "trainer_state.json"
+
+
+def _trainer_state(directory: Path) -> dict[str, Any]:
+    """What a trainer saved of its state, which rewards are given."""
+    return read_json(directory / TRAINER_STATE) if (directory / TRAINER_STATE).is_file() else {}
+
+
+def _pools(config: ProbeConfig, state: Mapping[str, Any]) -> dict[str, Pool]:
     """The prompts of each split; they and the loss are looked at as far as that goes without a tokenizer."""
     batch = config.batch_config
     isolation, longest = config.execution.isolation, config.generation.max_new_tokens
     check_loss(config.update.loss, config.update.kl_beta, longest, isolation)
     located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
     pools = {
-        split: prompts.load_pool(batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options)
+        split: prompts.load_pool(
+            batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options, batch.dataset_config
+        )
         for split in dict.fromkeys(splits(config))
     }
     if not batch.max_prompt_length:
-        _check_batches(config, pools)
+        _check_batches(config, pools, state)
     return pools
 
 
@@ -211,6 +229,7 @@ def encoding(config: ProbeConfig) -> dict[str, Any]:
         "add_special_tokens": batch.add_special_tokens,
         "apply_chat_template": batch.apply_chat_template,
         "system_prompt": batch.system_prompt,
+        "chat_template_kwargs": batch.chat_template_kwargs,
         "max_prompt_length": batch.max_prompt_length,
     }
 
@@ -221,7 +240,7 @@ def splits(config: ProbeConfig) -> tuple[str, str]:
     return batch.E_split or batch.split, batch.U_split or batch.split
 
 
-def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
+def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool], state: Mapping[str, Any]) -> None:
     """Check the prompt pools and the reward."""
     batch = config.batch_config
     e_split, u_split = splits(config)
@@ -240,8 +259,10 @@ def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
     # call the reward once on empty responses, to find one that cannot be called on U before sampling
     drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
     columns = {name: drawn[name].to_pylist() for name in drawn.column_names if name != "prompt"}
-    isolation = config.execution.isolation
-    rewards.compute_rewards(config.update.reward, drawn["prompt"].to_pylist(), [""] * batch.B_U, columns, isolation)
+    given = drawn["prompt"].to_pylist(), [""] * batch.B_U, columns, config.execution.isolation
+    one_token = [[0]] * batch.B_U  # a response has one at least, the one that ends it
+    for name in config.update.rewards:
+        rewards.compute_rewards(name, *given, token_ids=one_token, trainer_state=state)
 
 
 def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
@@ -252,7 +273,7 @@ def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
         )
 
 
-def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: Path) -> int:
+def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: Path, state: Mapping[str, Any]) -> int:
     """Return the number of tokens of the longest remaining prompt, with the checkpoint's own tokenizer."""
     tokenizer, kept, longest = load_tokenizer(directory), {}, 0
     for split, pool in pools.items():
@@ -261,7 +282,7 @@ def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: P
         for note in kept[split].notes:
             log.warning("split %s: %s", split, note)
     if config.batch_config.max_prompt_length:
-        _check_batches(config, kept)
+        _check_batches(config, kept, state)
     return longest
 
 

@@ -23,12 +23,14 @@ from entropy_core.numerics.advantages import divided_by
 OF_THE_TRAINING = (
     *("policy.base_model", "batch_config.B_U", "batch_config.G", "batch_config.dataset_name", "batch_config.split"),
     *("batch_config.prompt_column", "batch_config.add_special_tokens", "batch_config.apply_chat_template"),
-    *("batch_config.system_prompt", "batch_config.max_prompt_length", "generation.temperature"),
+    *("batch_config.system_prompt", "batch_config.chat_template_kwargs", "batch_config.max_prompt_length"),
+    "generation.temperature",
     *("generation.max_new_tokens", "generation.stop_strings", "update.loss", "update.scale_rewards"),
     *("update.max_grad_norm", "update.learning_rate", "update.optimizer_state", "update.kl_beta", "update.kl_in"),
     *("update.use_bias_correction_kl", "update.reference", "update.importance_sampling_level"),
     *("update.top_entropy_quantile", "update.entropy_coef", "update.epsilon_high", "update.mask_truncated_completions"),
-    *("update.micro_batch", "update.reward", "update.reward_clip_range", "update.normalize_advantages"),
+    *("update.micro_batch", "update.reward", "update.reward_weights", "update.multi_objective_aggregation"),
+    *("update.reward_clip_range", "update.normalize_advantages"),
 )
 """Keys that say what the trainer does, in the order of a configuration; the others are the user's own choice."""
 
@@ -38,8 +40,9 @@ _OF_SOME_RUNS = {
     for name in (
         *("kl_in", "use_bias_correction_kl", "importance_sampling_level", "top_entropy_quantile", "entropy_coef"),
         *("epsilon_high", "mask_truncated_completions", "micro_batch", "reward_clip_range", "normalize_advantages"),
+        *("reward_weights", "multi_objective_aggregation"),
     )
-}
+} | {"batch_config.chat_template_kwargs"}
 """Keys that are not listed where nobody says anything of them."""
 SET, ASSUMED = "set by you", "assumed"
 
@@ -103,6 +106,8 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
         for reading in readings_of_one:
             said.setdefault(reading.key, {})[name] = reading
     found = _agreed(said, given)
+    if config.batch_config.apply_chat_template:  # which writes the special tokens itself
+        found.pop("batch_config.add_special_tokens", None)
     differences: dict[Difference, list[str]] = {}
     for name, (_, differ) in of_each.items():
         for difference in differ:
@@ -113,6 +118,7 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
     _check_combination(settled)
     _refuse(differences, given, config)
     warnings = [
+        *_rewards(settled, files),
         *_contradictions(config, said, given, len(files)),
         *(_sentence(d, names, len(files)) for d, names in differences.items() if d.weight != "note"),
     ]
@@ -202,6 +208,28 @@ def _sentence(difference: Difference, names: list[str], total: int) -> str:
     return f"{difference.sentence[0].upper()}{difference.sentence[1:]}{where}."
 
 
+def _rewards(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Iterator[str]:
+    """Where the trainer logged more or fewer rewards than the user gives."""
+    mine = len(config.update.rewards)
+    for logged in dict.fromkeys(of_one.rewards for of_one in files.values()):
+        if logged and len(logged) != mine:
+            yield (
+                f"The trainer logged {len(logged)} reward{'s' if len(logged) > 1 else ''} ({', '.join(logged)}), and "
+                f"`update.reward` names {mine}: it has to list them in this order, or to be their weighted sum."
+            )
+
+
+def check_weights(config: ProbeConfig) -> None:
+    """Refuse other numbers of rewards and of their weights. Raises ConfigError."""
+    update = config.update
+    if update.reward_weights and len(update.reward_weights) != len(update.rewards):
+        raise ConfigError(
+            f"update.reward names {len(update.rewards)} and update.reward_weights has {len(update.reward_weights)}",
+            cause="the trainer had several rewards, and update.reward is to list all of them in its order",
+            fix="list them; or set update.reward_weights: [] where your function is their weighted sum",
+        )
+
+
 def _contradictions(
     config: ProbeConfig, said: Mapping[str, Mapping[str, Reading]], given: set[str], total: int
 ) -> Iterator[str]:
@@ -224,8 +252,8 @@ def _table(
 ) -> Iterator[Setting]:
     for key in OF_THE_TRAINING:
         value, reading = value_of(settled, key), found.get(key)
-        if key in _PATHS:
-            value = Path(value).name  # the same wherever it lies
+        if key in _PATHS:  # the same wherever it lies
+            value = [Path(one).name for one in value] if isinstance(value, list) else Path(value).name
         if key in given:
             same = reading is not None and value == reading.value
             yield Setting(key, value, f"{SET}, as {reading.source} says" if same and reading else SET)
@@ -249,6 +277,11 @@ def _check_combination(config: ProbeConfig) -> None:
         raise ConfigError(
             "update.reference: a reference policy has no part in a loss without a KL term",
             fix="Set kl_beta, or leave it out",
+        )
+    if update.multi_objective_aggregation != "sum_then_normalize" and update.loss in ("rloo", "reinforce"):
+        raise ConfigError(
+            f"update.multi_objective_aggregation: {update.loss} has no rewards that are normalised one by one",
+            fix="leave it out, or take a loss of GRPO",
         )
     if update.scale_rewards == "auto" and ":" in update.loss:
         raise ConfigError(

@@ -98,9 +98,11 @@ def assumptions(config: ProbeConfig) -> list[str]:
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
     reference = f"`{Path(update.reference).name}`" if update.reference else "the base without its adapter"
     kl = f"with {update.kl_beta:g} · KL to {reference}" if update.kl_beta else "without a KL term"
+    named = " + ".join(f"`{Path(name).name}`" for name in update.rewards)
+    several = f"rewards {named}" if len(update.rewards) > 1 else f"reward {named}"
     return [
         f"The step is that of the `{Path(update.loss).name}` loss{scaled} on {config.batch_config.B_U} prompts "
-        f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; "
+        f"× {config.batch_config.G} responses with the {several}, its gradient {clipping}; "
         f"on-policy, {kl}, cut responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
         f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",

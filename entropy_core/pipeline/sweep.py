@@ -9,6 +9,7 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.files.checkpoint import weights_digest
+from entropy_core.files.functions import imported_files
 from entropy_core.files.sources import Sources, content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
@@ -37,8 +38,10 @@ def execution_for(
     if config.update.reference:
         reference = Path(config.update.reference).resolve()
         paths.setdefault(weights_digest(reference), reference)
-    of_functions = rewards.source_file(config.update.reward), user_losses.source_file(config.update.loss)
-    for file in (source_of(config), *of_functions):
+    of_users = [rewards.source_file(name) for name in config.update.rewards]
+    of_users.append(user_losses.source_file(config.update.loss))
+    beside = [path for file in of_users if file for path in imported_files(file).values()]
+    for file in (source_of(config), *of_users, *beside):
         if file is not None:
             paths[content_digest(file)] = file
     return Execution(

@@ -113,10 +113,10 @@ class Policy:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that end a response, from the generation config, else from the tokenizer; sorted."""
+        """Ids of the tokens that end a response, sorted: those of the generation config and the tokenizer's, as TRL."""
         ids = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return tuple(sorted([ids] if isinstance(ids, int) else ids or []))
+        of_config = [ids] if isinstance(ids, int) else ids or []
+        return tuple(sorted({*of_config, self.tokenizer.eos_token_id} - {None}))
 
     def limit_logits(self, megabytes: float) -> None:
         """Limit the memory of logits at a time; at least one position is always computed.

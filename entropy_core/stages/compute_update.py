@@ -10,9 +10,10 @@ import torch
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.errors import NonFiniteError
 from entropy_core.losses.apart import token_coefficients
-from entropy_core.losses.files import name_of, write_tokens
+from entropy_core.losses.files import as_numbers, name_of, write_tokens
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.adamw import clip_factor
+from entropy_core.numerics.advantages import groups_of_equal
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
@@ -65,8 +66,8 @@ def compute_update(
     model = processor.policy
     shards, rewarded = [read_sequences(shard) for shard in sequences], rewards.table("rewards.parquet")
     require_ids(shards, rewarded["sequence_id"].to_pylist())
-    rewards_N = torch.tensor(rewarded["reward"].to_pylist(), dtype=torch.float64)
-    rewards_PG = rewards_N.view(-1, responses_per_prompt)
+    rewards_N = as_numbers(rewarded["reward"].to_pylist())
+    rewards_PG = as_numbers(rewarded[loss.reward_column].to_pylist()).view(-1, responses_per_prompt)
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
     table = tokens_of(shards).join(read_tokens(scores, "logprobs", "entropies"))
     if reference:
@@ -110,7 +111,7 @@ def compute_update(
         "max_grad_norm": max_grad_norm,
         "update_norm": sum(of_direction) ** 0.5,
         "prompts": len(rewards_PG),
-        "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
+        "prompts_with_equal_rewards": groups_of_equal(rewards_N.view_as(rewards_PG)),
         "loss": loss.model_dump(),
-        "mean_reward": float(rewards_N.mean()),
+        "mean_reward": float(rewards_N.nanmean()),
     }
