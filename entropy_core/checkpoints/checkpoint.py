@@ -110,7 +110,7 @@ def _saved_optimizer(
     layout: Layout, model: Architecture, learning_rate: float | None, rate: LoggedRate
 ) -> tuple[OptimizerState, tuple[str, ...]]:
     assert layout.optimizer is not None
-    saved, names, guessed = name_slots(load_optimizer(layout.optimizer), model, layout.names)
+    saved, names, guessed = name_slots(load_optimizer(layout.optimizer), model, layout)
     if learning_rate is None and rate.value and all(as_float(group["lr"]) == 0 for group in saved.groups):
         learning_rate = rate.value
         guessed.append(f"The saved learning rate is 0; the step has {rate.value:g}, {rate.source}.")

@@ -52,7 +52,7 @@ class OptimizerStep(Mapping[Block, NextStep]):
     ) -> None:
         self._moments = _moments(checkpoint.summary["optimizer"], execution)
         self._gradient, self._parameters, self._clip = gradient, in_blocks(parameters), clip
-        self._of: dict[str, tuple[int, int, AdamHyperparameters]] = {}  # parameter → steps, slot, its group's
+        self._of: dict[str, tuple[int, int | None, AdamHyperparameters]] = {}  # parameter → steps, slot, its group's
         for group in checkpoint.json("groups.json"):
             hyperparameters = AdamHyperparameters(**group["hyperparameters"])
             for name, (steps, slot) in group["parameters"].items():
@@ -61,7 +61,7 @@ class OptimizerStep(Mapping[Block, NextStep]):
     def __getitem__(self, block: Block) -> NextStep:
         gradient = self._gradient[block] if self._clip == 1.0 else self._clip * self._gradient[block]
         steps, slot, hyperparameters = self._of[block.name]
-        if self._moments is None:
+        if self._moments is None or slot is None:
             state = AdamState(steps, torch.zeros_like(gradient), torch.zeros_like(gradient))
         else:
             state = self._moments.state(slot, steps, hyperparameters.amsgrad, block.start, block.stop)

@@ -182,12 +182,17 @@ class Policy:
                     differentiated[place] = name_of[parameter]
         return leaves, differentiated
 
-    def new_accumulator(self) -> dict[str, Tensor]:
-        """Return float64 zeros for every trained parameter, after freeing the spare buffers of moved parameters."""
+    def new_accumulator(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return float64 zeros for trained parameters, after freeing the spare buffers of moved parameters.
+
+        Args:
+            names: names of the parameters; None for all trained ones.
+        """
         self.spare = {}
         return {
             name: torch.zeros(p.shape, dtype=torch.float64, device=p.device)
             for name, p in self.named_parameters().items()
+            if names is None or name in names
         }
 
     @contextmanager

@@ -75,7 +75,9 @@ def compute_update(
     batch = loss.batch(table, rewards_PG, truncated_N)
     coefficients = token_coefficients(name_of(execution, loss.name, loss.source), batch, execution.isolation)
 
-    gradient = model.new_accumulator()
+    placed = checkpoint.table("parameters.parquet").select(["name", "group"]).to_pylist()
+    moving = {row["name"] for row in placed if row["group"] is not None}
+    gradient = model.new_accumulator(moving)
     start = 0
     for shard in shards:
         stop = start + len(shard.response_tokens_K)
@@ -83,6 +85,9 @@ def compute_update(
             weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
             model.add_gradients(rows, [weights], policy.temperature, [gradient])
         start = stop
+    # what the trainer does not move has no gradient there, neither in the step nor in the norm that is clipped
+    still = {n: torch.zeros((), dtype=torch.float64).expand(p.shape) for n, p in model.named_parameters().items()}
+    gradient = still | gradient
     g = in_blocks(gradient)
     norm = global_norm(g)
     if not math.isfinite(norm):
