@@ -30,10 +30,12 @@ class AdamGroup(NamedTuple):
     Attributes:
         hyperparameters: of its next step.
         names: the group's parameters, in the optimizer's order.
+        fused: whether torch's fused implementation makes the step, which rounds less often in narrow dtypes.
     """
 
     hyperparameters: AdamHyperparameters
     names: tuple[str, ...]
+    fused: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +92,8 @@ def optimizer_by_name(
     saved_rate = max(lr for lr, _ in found)
     rates = _relative_rates(saved, [lr for lr, _ in found], learning_rate)
     groups = tuple(
-        AdamGroup(of_group._replace(relative_lr=rate), members)
-        for (_, of_group), rate, (_, members) in zip(found, rates, named, strict=True)
+        AdamGroup(of_group._replace(relative_lr=rate), members, bool(group.get("fused")))
+        for (_, of_group), rate, (group, members) in zip(found, rates, named, strict=True)
     )
     state = OptimizerState(
         learning_rate=saved_rate if learning_rate is None else learning_rate,

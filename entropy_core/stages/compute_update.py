@@ -13,6 +13,7 @@ from entropy_core.losses.apart import token_coefficients
 from entropy_core.losses.files import name_of, write_tokens
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.adamw import clip_factor
+from entropy_core.numerics.rounded_step import rounded_clip_factor
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
@@ -43,6 +44,9 @@ def compute_update(
 ) -> dict[str, Any]:
     """Gradient of the loss on U, then the next AdamW step per unit of learning rate.
 
+    Where the trainer keeps its weights in a narrow dtype, v is the change of the rounded weights over the learning
+    rate: the trainer's own step, so that the measured change of the entropy tends to its first order.
+
     Args:
         out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
             `loss.safetensors` (what the loss reads of each token, and ∂L/∂ℓ and ∂L/∂h there); `sequences.parquet`
@@ -59,7 +63,7 @@ def compute_update(
         max_grad_norm: of the clipping; 0 for none.
 
     Returns:
-        Norms, clip factor, and how many prompts had equal rewards.
+        Norms, clip factor, the share of the weights that move, and how many prompts had equal rewards.
     """
     processor = processor_of(policy, execution)
     model = processor.policy
@@ -97,11 +101,16 @@ def compute_update(
     clip = clip_factor(norm, max_grad_norm)
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip)
     shapes, dtype = {name: tuple(t.shape) for name, t in gradient.items()}, getattr(torch, policy.dtype)
-    of_direction = []
+    narrow = step.narrow
+    rounded_clip = rounded_clip_factor(
+        ((gradient[name], narrow.get(name, torch.float32)) for name in moving), max_grad_norm if narrow else 0.0
+    )
+    of_direction, changed = [], 0
     with out.vector("direction", shapes, dtype) as direction, out.vector("gradient", shapes, dtype) as loss_gradient:
         for block in step:
-            v = step[block].direction
+            v = step.taken(block, rounded_clip)
             of_direction.append(squares(v))
+            changed += int(v.count_nonzero())
             direction.write(block, v)
             loss_gradient.write(block, g[block])
     write_tokens(out, table, coefficients)
@@ -114,6 +123,8 @@ def compute_update(
         "clip_factor": clip,
         "max_grad_norm": max_grad_norm,
         "update_norm": sum(of_direction) ** 0.5,
+        "moved_fraction": changed / sum(gradient[name].numel() for name in moving),
+        "rounded": bool(narrow),
         "prompts": len(rewards_PG),
         "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
         "loss": loss.model_dump(),

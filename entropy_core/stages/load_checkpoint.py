@@ -21,7 +21,8 @@ def load_checkpoint(
 
     Args:
         out: writer of `parameters.parquet` (the group is null where the trainer does not move the parameter) and
-            `groups.json` (hyperparameters of each group; step count and slot in `optimizer.pt` of each parameter).
+            `groups.json` (hyperparameters of each group; of each parameter the step count, the slot in `optimizer.pt`,
+            and the dtype that it has in the trainer if that is narrower than float32).
         execution: path of the checkpoint.
         checkpoint: content digest of the checkpoint's files.
         base: content digest of an adapter's base model; empty for a full model.
@@ -44,14 +45,19 @@ def load_checkpoint(
     groups = [
         {
             "hyperparameters": group.hyperparameters._asdict(),
-            "parameters": {name: [optimizer.step[name], optimizer.slot.get(name)] for name in group.names},
+            "fused": group.fused,
+            "parameters": {
+                name: [optimizer.step[name], optimizer.slot.get(name), found.narrow.get(name, "")]
+                for name in group.names
+            },
         }
         for group in optimizer.groups
     ]
     # what the trainer does not move has a step of length 0
     still = AdamHyperparameters(beta1=0.0, beta2=0.0, eps=1.0, weight_decay=0.0, relative_lr=0.0)
-    unmoved = {name: [0, None] for name in optimizer.unmoved}
-    out.json(groups + [{"hyperparameters": still._asdict(), "parameters": unmoved}] * bool(unmoved), "groups.json")
+    unmoved = {name: [0, None, ""] for name in optimizer.unmoved}
+    rest = {"hyperparameters": still._asdict(), "fused": False, "parameters": unmoved}
+    out.json(groups + [rest] * bool(unmoved), "groups.json")
     group_of = {name: index for index, group in enumerate(optimizer.groups) for name in group.names}
     names = list(found.parameter_shapes)
     out.table(
