@@ -56,6 +56,7 @@ ARCHITECTURES = {
     "qwen2_moe": EXPERTS,
     "mixtral": EXPERTS | {"initializer_range": 0.3},
     # states in place of attention, or beside it
+    "mamba2": PLAIN | {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
     "jamba": GATED
     | {"num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
     | {"use_mamba_kernels": False},

@@ -197,7 +197,7 @@ def test_each_file_of_the_stages_is_one_stage():
 
 
 def test_each_library_has_its_own_door():
-    of_the_model = core("policy.model", "policy.pretrained", "policy.scorer", "sequences.decoding")
+    of_the_model = core("policy.model", "policy.pretrained", "policy.scorer", "sequences.cache", "sequences.decoding")
     of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture")
     of_the_demo = core("demo.run", "demo.smollm2", "demo.training_run")
     assert importers("transformers") == of_the_model | of_the_checkpoint | of_the_demo

@@ -14,7 +14,6 @@ from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
-from entropy_core.files.checkpoint import weights_digest
 from entropy_core.files.sources import Sources, content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.pipeline import catalogue as stage
@@ -55,9 +54,6 @@ def execution_for(
     """Return the execution settings of a sweep."""
     config = settled_config(config, checkpoints)
     paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
-    if config.update.reference:
-        reference = Path(config.update.reference).resolve()
-        paths.setdefault(weights_digest(reference), reference)
     of_functions = rewards.source_file(config.update.reward), user_losses.source_file(config.update.loss)
     for file in (source_of(config), *of_functions):
         if file is not None:
@@ -285,8 +281,7 @@ def assumptions(config: ProbeConfig) -> list[str]:
     divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
     scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
-    reference = f"`{Path(update.reference).name}`" if update.reference else "the base without its adapter"
-    kl = f"with {update.kl_beta:g} · KL to {reference}" if update.kl_beta else "without a KL term"
+    kl = f"with {update.kl_beta:g} · KL to the reference policy" if update.kl_beta else "without a KL term"
     return [
         f"The step is that of the `{Path(update.loss).name}` loss{scaled} on {config.batch_config.B_U} prompts "
         f"× {config.batch_config.G} responses with the reward `{Path(update.reward).name}`, its gradient {clipping}; "

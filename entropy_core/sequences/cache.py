@@ -94,7 +94,7 @@ class Both(States, Columns):
 
     def __init__(self, number_of_states: int = 1, **_: Any) -> None:
         Columns.__init__(self)
-        States.__init__(self, number_of_states=number_of_states)
+        States.__init__(self, number_of_states=number_of_states)  # type: ignore[call-arg]
 
     def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:
         """Of the attention, which gives keys and values, or of a state, which is named."""
@@ -108,7 +108,7 @@ class Both(States, Columns):
         States.keep(self, rows, first)
         Columns.keep(self, rows, first)
 
-    def replace(self, rows: Tensor, fresh: "Both") -> None:  # type: ignore[override]
+    def replace(self, rows: Tensor, fresh: "Both") -> None:
         """Overwrite rows with the cache of new sequences."""
         States.replace(self, rows, fresh)
         Columns.replace(self, rows, fresh)
@@ -132,7 +132,7 @@ class Empty(DummyLayer):
         return 0
 
 
-_LAYERS = {
+_LAYERS: dict[str, Any] = {
     **dict.fromkeys(("conv", "linear_attention"), States),
     **dict.fromkeys(("hybrid", "hybrid_sliding"), Both),
     "dummy": Empty,
@@ -147,7 +147,7 @@ def new_cache(model: PreTrainedModel) -> Cache:
         return Cache(layer_class_to_replicate=Columns)
     return Cache(
         layers=[
-            _LAYERS[kind](number_of_states=of_one.get("number_of_states", 1)) if kind in _LAYERS else Columns()
+            _LAYERS[kind](**of_one) if kind in _LAYERS else Columns()
             for kind, of_one in zip(kinds, settings, strict=True)
         ]
     )
