@@ -65,10 +65,12 @@ def save_checkpoint(directory: Path, model: Any, optimizer: torch.optim.Optimize
     return directory
 
 
-def train(model: Any, steps: int, groups: Any = None) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+def train(
+    model: Any, steps: int, groups: Any = None, optimizer: Any = None
+) -> Iterator[tuple[int, torch.optim.Optimizer]]:
     """AdamW steps on worked solutions, with torch's own optimizer; yields after each of them."""
     tokenizer = build_tokenizer()
-    optimizer = torch.optim.AdamW(groups or trainer_groups(model), lr=LEARNING_RATE, betas=(0.9, 0.99))
+    optimizer = optimizer or torch.optim.AdamW(groups or trainer_groups(model), lr=LEARNING_RATE, betas=(0.9, 0.99))
     examples = [tokenizer(row["prompt"] + row["solution"])["input_ids"] for row in problems("train", 8)]
     for step in range(1, steps + 1):
         optimizer.zero_grad()

@@ -31,6 +31,14 @@ TOLERANCE = 1e-3  # of the derivatives, relative; the values are held to a hundr
 PLAIN = {"vocab_size": V, "eos_token_id": EOS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = PLAIN | {"intermediate_size": 24, "num_key_value_heads": 2, "max_position_embeddings": 32, "head_dim": 4}
 LOCAL = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 4}
+EXPERTS = GATED | {
+    **{"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
+    **{"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+}
+MAMBA = {f"mamba_{key}": value for key, value in {"n_heads": 4, "d_head": 8, "n_groups": 1, "d_state": 4}.items()}
+MAMBA |= {"mamba_expand": 2, "mamba_chunk_size": 4}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4}
+DELTA |= {"layer_types": ["linear_attention", "full_attention"]}
 ARCHITECTURES = {
     "llama": GATED,
     "qwen2": GATED,
@@ -44,6 +52,17 @@ ARCHITECTURES = {
     "opt": PLAIN | {"ffn_dim": 24, "word_embed_proj_dim": 12, "max_position_embeddings": 32, "init_std": 0.4},
     "cohere": GATED | {"logit_scale": 0.5},
     "granite": GATED | {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.7},
+    # mixtures of experts
+    "qwen2_moe": EXPERTS,
+    "mixtral": EXPERTS | {"initializer_range": 0.3},
+    # states in place of attention, or beside it
+    "mamba2": PLAIN | {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
+    "jamba": GATED
+    | {"num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+    | {"use_mamba_kernels": False},
+    "qwen3_next": EXPERTS | DELTA,
+    "lfm2": GATED | {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "falcon_h1": GATED | MAMBA | {"mamba_d_ssm": 32},
     "hyperclovax": GATED | {"logits_scaling": 0.4},  # multiplies where granite divides: not what the head expects
 }
 matrix = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -52,7 +71,8 @@ matrix = pytest.mark.parametrize("name", ARCHITECTURES)
 def model_of(name: str) -> PreTrainedModel:
     torch.manual_seed(1)
     config = CONFIG_MAPPING[name](**COMMON | {"initializer_range": 0.5} | ARCHITECTURES[name])
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_config(config, **eager).float()
 
 
 def processor(policy: Policy, **sizes: int) -> SequenceProcessor:

@@ -125,10 +125,6 @@ def set_rates(saved: dict, rate: float) -> None:
 BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no optimizer": (lambda d: (d / "optimizer.pt").unlink(), r"no optimizer\.pt.*save_only_model=False"),
     "optimizer cut off": (lambda d: cut(d / "optimizer.pt", 1000), r"optimizer\.pt is not a complete archive"),
-    "partial coverage": (
-        lambda d: change_optimizer(d, lambda saved: saved["state"].pop(4)),
-        r"covers 11 of 12 trained parameters; missing: model\.layers\.0\..*trains all parameters",
-    ),
     "learning rate 0": (
         lambda d: change_optimizer(d, lambda saved: set_rates(saved, 0.0)),
         "learning rate 0 in every param group.*set `learning_rate`",

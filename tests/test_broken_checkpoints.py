@@ -80,11 +80,6 @@ ADAPTER = "adapter_model.safetensors"
 BROKEN: dict[str, tuple[str, Spoil, str]] = {
     # full fine-tuning, as the Trainer saves it
     "an empty directory": ("full", empty, r"has no config\.json"),
-    "a slot is missing": (
-        "full",
-        optimizer(lambda s: s["state"].pop(2)),
-        r"covers 15 of 16 trained parameters; missing",
-    ),
     "a slot too many": ("full", optimizer(lambda s: s["state"].update({99: s["state"][0]})), "no parameter group: 99"),
     "a slot of a wrong shape": (
         "full",
@@ -148,11 +143,6 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
     "PiSSA": ("lora", entries("adapter_config.json", init_lora_weights="pissa"), "'pissa', which changes the base"),
     "IA3": ("lora", entries("adapter_config.json", peft_type="IA3"), "uses peft_type 'IA3'"),
     "a setting of a newer PEFT": ("lora", entries("adapter_config.json", use_hyperlora=True), "does not know: use_hyp"),
-    "a slot of the adapter is missing": (
-        "lora",
-        optimizer(lambda s: s["state"].pop(1)),
-        r"covers 3 of 4 trained parameters; missing: .*lora_B",
-    ),
     # a model in a folder of its own, and the names in a file
     "names too few": (
         "folder",

@@ -235,7 +235,7 @@ def test_narrow_weights_are_said_and_their_moments_kept_as_saved(tmp_path: Path,
     directory = write(tmp_path / "c", model.to(torch.bfloat16), optimizer)
     checkpoint = assert_same_state(directory, truth)
     assert {m.dtype for m in checkpoint.optimizer.exp_avg.values()} == {moments}
-    assert "Weights are saved as BF16 and widened" in checkpoint.assumptions[0]
+    assert "Weights are saved as BF16 and widened to policy.dtype" in checkpoint.assumptions[0]
 
 
 def test_what_the_files_do_not_say_is_an_assumption(sound: Path) -> None:

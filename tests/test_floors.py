@@ -204,6 +204,7 @@ def test_each_library_has_its_own_door():
         "policy.model",
         "policy.pretrained",
         "policy.scorer",
+        "sequences.cache",
         "sequences.decoding",
     )
     of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture")

@@ -39,6 +39,7 @@ class Architecture(NamedTuple):
         buffers: what else a state dict may hold.
         decay: the trained ones of the Trainer's first group, which decays.
         no_decay: those of its second.
+        saved_as: dtype of the stored parameters, as safetensors names it, where they are stored under their own names.
         saved_by: version of transformers in config.json.
         read_by: version that is installed.
     """
@@ -50,6 +51,7 @@ class Architecture(NamedTuple):
     buffers: set[str]
     decay: tuple[str, ...]
     no_decay: tuple[str, ...]
+    saved_as: dict[str, str]
     saved_by: str | None
     read_by: str
 
@@ -92,14 +94,16 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
     first = {id(p): name for name, p in model.named_parameters()}
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     decays = set(get_parameter_names(model, [torch.nn.LayerNorm], list(NO_DECAY_PATTERNS)))
+    first_name = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     architecture = Architecture(
         trained=trained,
         everything=_shapes(model),
         of_model=of_model,
-        first_name={name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)},
+        first_name=first_name,
         buffers={name for name, _ in model.named_buffers()},
         decay=tuple(name for name in trained if name in decays),
         no_decay=tuple(name for name in trained if name not in decays),
+        saved_as={first_name[name]: of.dtype for name, of in stored.items() if name in first_name},
         saved_by=str(getattr(model.config, "transformers_version", None) or "") or None,
         read_by=transformers.__version__,
     )
@@ -179,7 +183,4 @@ def _precision(layout: Layout, stored: dict[str, StoredTensor]) -> tuple[str, ..
     narrow = sorted(dtypes & {"BF16", "F16"})
     if not narrow:
         return ()
-    return (
-        f"Weights are saved as {' and '.join(narrow)} and widened: the step is that of the wide weights, where a "
-        "trainer that keeps them narrow also rounds its step.",
-    )
+    return (f"Weights are saved as {' and '.join(narrow)} and widened to policy.dtype for every pass.",)

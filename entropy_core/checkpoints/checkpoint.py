@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from entropy_core.checkpoints.architecture import Architecture, Shapes, read_architecture
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
@@ -31,6 +33,7 @@ class Checkpoint:
         optimizer: Adam's state by name; its tensors are read from `optimizer.pt` when they are used.
         parameter_shapes: every trained parameter, in `named_parameters()` order (a tied weight once).
         model_shapes: every parameter of the model without its adapter.
+        narrow: dtype of the parameters that the trainer keeps in one narrower than float32, as torch names it.
         assumptions: what the files do not say and was taken to be so, one sentence each.
     """
 
@@ -40,6 +43,7 @@ class Checkpoint:
     optimizer: OptimizerState
     parameter_shapes: Shapes
     model_shapes: Shapes
+    narrow: dict[str, str]
     assumptions: tuple[str, ...]
 
 
@@ -88,6 +92,14 @@ def read_checkpoint(
             )
     matched, trained = len(optimizer.exp_avg), len(model.trained)
     log.info("%s: optimizer state matched by name for %d of %d trained parameters", directory, matched, trained)
+    narrow = _narrow(model, optimizer)
+    if narrow:
+        assumed += (
+            f"The trainer keeps {len(narrow)} of {matched} parameters and their moments in "
+            f"{' and '.join(sorted(set(narrow.values())))}, and rounds its step: so does the step here, δH₁ is its "
+            "first order along the weights' real change, and other step sizes are multiples of that change, not "
+            "rounded anew. The part of δH₁ that rounding adds is listed; intervals over U are of the step before it.",
+        )
     return Checkpoint(
         layout=layout,
         name=layout.directory.resolve().name,
@@ -95,8 +107,28 @@ def read_checkpoint(
         optimizer=optimizer,
         parameter_shapes=model.trained,
         model_shapes=model.of_model,
+        narrow=narrow,
         assumptions=(*said, *assumed),
     )
+
+
+_SAVED_AS = {torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def _narrow(model: Architecture, optimizer: OptimizerState) -> dict[str, str]:
+    """The parameters that the trainer keeps in a narrow dtype: torch's Adam has its moments in that of its weights.
+
+    Wide weights beside narrow moments are of an optimizer that rounds the moments alone, and narrow weights beside wide
+    moments of a trainer that narrows what it saves.
+    """
+    if not optimizer.slot:
+        return {}
+    found = {}
+    for name, moment in optimizer.exp_avg.items():
+        saved_as = _SAVED_AS.get(moment.dtype)
+        if saved_as and model.saved_as.get(name, saved_as) == saved_as:
+            found[name] = str(moment.dtype).removeprefix("torch.")
+    return found
 
 
 class LoggedRate(NamedTuple):
@@ -110,7 +142,7 @@ def _saved_optimizer(
     layout: Layout, model: Architecture, learning_rate: float | None, rate: LoggedRate
 ) -> tuple[OptimizerState, tuple[str, ...]]:
     assert layout.optimizer is not None
-    saved, names, guessed = name_slots(load_optimizer(layout.optimizer), model, layout.names)
+    saved, names, guessed = name_slots(load_optimizer(layout.optimizer), model, layout)
     if learning_rate is None and rate.value and all(as_float(group["lr"]) == 0 for group in saved.groups):
         learning_rate = rate.value
         guessed.append(f"The saved learning rate is 0; the step has {rate.value:g}, {rate.source}.")

@@ -61,6 +61,7 @@ class StoredTensor(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it, such as F32 or BF16
+    file: str  # that it is in
 
 
 def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[str, StoredTensor]:
@@ -93,20 +94,19 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
             )
         shards = sorted(set(expected.values()))
     found: dict[str, StoredTensor] = {}
-    where: dict[str, str] = {}
     for shard in shards:
         try:
             with safe_open(require_readable(directory / shard), framework="np") as file:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
                     header = file.get_slice(name)
-                    found[name], where[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype()), shard
+                    found[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype(), shard)
         except (SafetensorError, OSError) as error:
             raise shortage(error) or CheckpointError(
                 f"{directory / shard} cannot be opened as safetensors: {one_line(error)}",
                 cause="the save or the copy was interrupted",
                 fix=SAVE_AGAIN,
             ) from error
-    if lost := [name for name, shard in expected.items() if where.get(name) != shard]:
+    if lost := [name for name, shard in expected.items() if name not in found or found[name].file != shard]:
         raise CheckpointError(
             f"{directory}: tensors are not in the shard that {index} names: {some_names(lost)}",
             cause="shards of two saves are mixed",
@@ -117,6 +117,14 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
 
 def _is_file_name(shard: object) -> bool:
     return isinstance(shard, str) and shard.isprintable() and shard not in ("", ".", "..") and not set(shard) & {*"/\\"}
+
+
+def load_tensor(path: Path, name: str) -> "Tensor":
+    """One tensor of a safetensors file, on the CPU, in the dtype that it was saved in."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":

@@ -30,10 +30,12 @@ class AdamGroup(NamedTuple):
     Attributes:
         hyperparameters: of its next step.
         names: the group's parameters, in the optimizer's order.
+        fused: whether torch's fused implementation makes the step, which rounds less often in narrow dtypes.
     """
 
     hyperparameters: AdamHyperparameters
     names: tuple[str, ...]
+    fused: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,8 @@ class OptimizerState:
 
     Attributes:
         learning_rate: the trainer's nominal one, of the next step: the largest over the groups.
-        groups: the groups that hold parameters; together they hold every trainable parameter once.
+        groups: the groups that hold parameters; together they hold every parameter that moves once.
+        unmoved: trainable parameters without a slot, which the trainer does not move.
         step: steps taken so far, per parameter.
         slot: the parameter's place among the slots of the file; empty where the optimizer is fresh.
         exp_avg, exp_avg_sq: first and second moment of the gradient, without bias correction.
@@ -51,6 +54,7 @@ class OptimizerState:
 
     learning_rate: float
     groups: tuple[AdamGroup, ...]
+    unmoved: tuple[str, ...]
     step: dict[str, int]
     slot: dict[str, int]
     exp_avg: dict[str, Tensor]
@@ -68,30 +72,33 @@ def optimizer_by_name(
     Args:
         saved: what the file holds.
         names: of the parameters, for every group in its order.
-        shapes: every trained parameter; the state must cover them all, and nothing else.
+        shapes: every trained parameter; one without a slot is not moved.
         learning_rate: takes the place of the largest saved one; groups keep their ratios. None keeps the saved ones.
 
     Returns:
         The state; and what was assumed, one sentence each.
 
     Raises:
-        CheckpointError: a slot is missing, left over, of a wrong shape, or before its first step; a hyperparameter is
-            out of range; every saved learning rate is 0 and none is given.
+        CheckpointError: there is no slot, or one is left over, of a wrong shape, or before its first step; a
+            hyperparameter is out of range; every saved learning rate is 0 and none is given.
     """
     slot_of = _slots_by_name(saved, names, shapes)
     place = {id(slot): position for position, slot in enumerate(saved.slots.values())}
+    unmoved = tuple(name for name in shapes if name not in slot_of)
+    moving = [tuple(name for name in members if name in slot_of) for members in names]
     # the Trainer makes its second group even when nothing is in it
-    named = [(group, members) for group, members in zip(saved.groups, names, strict=True) if members]
+    named = [(group, members) for group, members in zip(saved.groups, moving, strict=True) if members]
     found = [_hyperparameters(saved.path, group) for group, _ in named]
     saved_rate = max(lr for lr, _ in found)
     rates = _relative_rates(saved, [lr for lr, _ in found], learning_rate)
     groups = tuple(
-        AdamGroup(of_group._replace(relative_lr=rate), members)
-        for (_, of_group), rate, (_, members) in zip(found, rates, named, strict=True)
+        AdamGroup(of_group._replace(relative_lr=rate), members, bool(group.get("fused")))
+        for (_, of_group), rate, (group, members) in zip(found, rates, named, strict=True)
     )
     state = OptimizerState(
         learning_rate=saved_rate if learning_rate is None else learning_rate,
         groups=groups,
+        unmoved=unmoved,
         step=_steps(saved.path, slot_of),
         slot={name: place[id(slot)] for name, slot in slot_of.items()},
         exp_avg={name: slot["exp_avg"] for name, slot in slot_of.items()},
@@ -101,6 +108,11 @@ def optimizer_by_name(
         },
     )
     said: tuple[str, ...] = ()
+    if unmoved:
+        said += (
+            f"The trainer does not move {len(unmoved)} of {len(shapes)} parameters, which have no slot in "
+            f"optimizer.pt: {some_names(unmoved)}.",
+        )
     if learning_rate is not None:
         said += (f"Learning rate {learning_rate:g} in place of the saved {saved_rate:g}.",)
     decays = any(group.hyperparameters.weight_decay for group in groups)
@@ -156,6 +168,7 @@ def fresh_optimizer(shapes: Shapes, learning_rate: float) -> tuple[OptimizerStat
     state = OptimizerState(
         learning_rate=learning_rate,
         groups=(AdamGroup(usual, tuple(shapes)),),
+        unmoved=(),
         step=dict.fromkeys(shapes, 0),
         slot={},
         exp_avg={name: torch.zeros(shape) for name, shape in shapes.items()},
@@ -167,7 +180,7 @@ def fresh_optimizer(shapes: Shapes, learning_rate: float) -> tuple[OptimizerStat
 
 
 def _slots_by_name(saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: Shapes) -> Slots:
-    """One sound slot for every parameter, in the model's order; otherwise an error that names them."""
+    """The slots, each sound, of the parameters that have one, in the model's order."""
     path, slots, groups = saved
     index_of: dict[str, Any] = {}
     unknown: list[str] = []
@@ -179,18 +192,17 @@ def _slots_by_name(saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: 
     if unknown:
         fact = f"{path} names parameters that the model does not have, or names them twice: {some_names(unknown)}"
         raise CheckpointError(fact, cause="optimizer.pt and config.json of two different models", fix=SAVE_AGAIN)
-    if missing := [name for name in shapes if not slots.get(index_of.get(name))]:
-        raise CheckpointError(
-            f"{path} covers {len(shapes) - len(missing)} of {len(shapes)} trained parameters; missing: "
-            f"{some_names(missing)}",
-            cause="frozen parameters, or parameters that never received a gradient",
-            fix="probe a run that trains all parameters",
-        )
     listed = set(index_of.values())
     if extra := [str(index) for index in slots if index not in listed]:
         fact = f"{path} has slots that belong to no parameter group: {some_names(extra)}"
         raise CheckpointError(fact, cause="the optimizer of another model", fix=SAVE_AGAIN)
-    slot_of = {name: slots[index_of[name]] for name in shapes}
+    slot_of = {name: slots[index_of[name]] for name in shapes if slots.get(index_of.get(name))}
+    if not slot_of:
+        raise CheckpointError(
+            f"{path} has a slot of none of the {len(shapes)} trained parameters",
+            cause="the optimizer of another model",
+            fix=SAVE_AGAIN,
+        )
     amsgrad = {name for group, members in zip(groups, names, strict=True) if group["amsgrad"] for name in members}
     _require_moments(path, slot_of, shapes, amsgrad)
     return slot_of

@@ -1,7 +1,7 @@
 """The optimizer's next step, block by block, from the trainer's own file: what is elementwise is not stored."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from entropy_core.checkpoints.optimizer_file import SavedMoments
 from entropy_core.errors import CheckpointError
 from entropy_core.files.digests import file_digest
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
+from entropy_core.numerics.rounded_step import rounded_step
 from entropy_core.numerics.vectors import Block, Lazy, in_blocks
 
 if TYPE_CHECKING:
@@ -26,6 +27,16 @@ PARTS: dict[str, Callable[[NextStep], Tensor]] = {
     "jacobian": lambda step: step.jacobian,
 }
 """What can be asked of a step, see `NextStep`."""
+
+
+class _Parameter(NamedTuple):
+    """What load-checkpoint says of a parameter; the slot is None where there is none."""
+
+    steps: int
+    slot: int | None
+    narrow: str
+    fused: bool
+    hyperparameters: AdamHyperparameters
 
 
 class OptimizerStep(Mapping[Block, NextStep]):
@@ -52,21 +63,59 @@ class OptimizerStep(Mapping[Block, NextStep]):
     ) -> None:
         self._moments = _moments(checkpoint.summary["optimizer"], execution)
         self._gradient, self._parameters, self._clip = gradient, in_blocks(parameters), clip
-        self._of: dict[str, tuple[int, int, AdamHyperparameters]] = {}  # parameter → steps, slot, its group's
+        self._device = next(iter(parameters.values())).device
+        self._learning_rate = float(checkpoint.summary["learning_rate"])
+        self._of: dict[str, _Parameter] = {}
         for group in checkpoint.json("groups.json"):
             hyperparameters = AdamHyperparameters(**group["hyperparameters"])
-            for name, (steps, slot) in group["parameters"].items():
-                self._of[name] = steps, slot, hyperparameters
+            for name, of_one in group["parameters"].items():
+                steps, slot, narrow = of_one
+                self._of[name] = _Parameter(steps, slot, narrow, group["fused"], hyperparameters)
 
     def __getitem__(self, block: Block) -> NextStep:
         gradient = self._gradient[block] if self._clip == 1.0 else self._clip * self._gradient[block]
-        steps, slot, hyperparameters = self._of[block.name]
-        if self._moments is None:
-            state = AdamState(steps, torch.zeros_like(gradient), torch.zeros_like(gradient))
-        else:
-            state = self._moments.state(slot, steps, hyperparameters.amsgrad, block.start, block.stop)
-            state = state.to(gradient.device)
-        return NextStep(gradient, self._parameters[block], state, hyperparameters)
+        return NextStep(gradient, self._parameters[block], self._state(block), self._of[block.name].hyperparameters)
+
+    def _state(self, block: Block) -> AdamState:
+        of_one = self._of[block.name]
+        if self._moments is None or of_one.slot is None:
+            count = block.stop - block.start
+            zeros = (torch.zeros(count, dtype=torch.float64, device=self._device) for _ in range(2))
+            return AdamState(of_one.steps, *zeros)
+        amsgrad = of_one.hyperparameters.amsgrad
+        return self._moments.state(of_one.slot, of_one.steps, amsgrad, block.start, block.stop).to(self._device)
+
+    @property
+    def narrow(self) -> dict[str, torch.dtype]:
+        """The dtype of each parameter that the trainer keeps in a dtype narrower than float32."""
+        return {name: getattr(torch, of_one.narrow) for name, of_one in self._of.items() if of_one.narrow}
+
+    def taken(self, block: Block, rounded_clip: float) -> Tensor:
+        """The step that the trainer takes, per unit of the nominal learning rate, with the rounding of its weights.
+
+        Args:
+            block: a piece of a parameter.
+            rounded_clip: factor that clips gradients of narrow dtypes.
+
+        Returns:
+            Float64; the plain direction where the weights are not narrow.
+        """
+        of_one = self._of[block.name]
+        if not of_one.narrow:
+            return self[block].direction
+        dtype = getattr(torch, of_one.narrow)
+        gradient = self._gradient[block].to(dtype)
+        gradient *= torch.tensor(rounded_clip)
+        change = rounded_step(
+            gradient,
+            self._parameters[block],
+            self._state(block),
+            of_one.hyperparameters,
+            self._learning_rate,
+            dtype,
+            of_one.fused,
+        )
+        return change / self._learning_rate
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._gradient)

@@ -51,7 +51,7 @@ class Difference(NamedTuple):
 
 
 KNOWN = {*SETTINGS, *OPTIMIZER, *NO_EFFECT, *MODELLED_AT}
-LEFT_OUT = {*SETTINGS, *MODELLED_AT, *LEFT_OPEN, "ref"}
+LEFT_OUT = {*SETTINGS, *MODELLED_AT, *LEFT_OPEN}
 """What `update.leave_out` may name."""
 
 
@@ -181,9 +181,6 @@ class _Reader:
             cap = self.arguments.get("epsilon_high")
             self._number("epsilon_high", self.arguments.get("epsilon") if cap is None else cap, float)
         self._of_high_entropy(loss)
-        if self.files.has_reference and self.arguments.get("beta"):
-            what = "the reference policy of the KL term is the adapter in `ref`, not the base without an adapter"
-            self.differ.append(Difference("ref", what, "refuse", "update.reference"))
 
     def _of_high_entropy(self, loss: str | None) -> None:
         """The entropy bonus, the quantile of the entropies, and the micro-batches over which they and BNPO average."""

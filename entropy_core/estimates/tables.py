@@ -67,7 +67,8 @@ ESTIMATES = pa.schema(
         _field("inner_product", _REAL, _H, "<grad H, v> by the backward pass, times eta: should equal delta_h1"),
         _field("delta_h1_momentum", _REAL, _H, "part of inner_product from the optimizer's first moment"),
         _field("delta_h1_decay", _REAL, _H, "part of inner_product from weight decay; U's gradient gives the rest"),
-        _field("attribution_closure", _REAL, "1", "relative error of tokens + momentum + decay against inner_product"),
+        _field("delta_h1_rounding", _REAL, _H, "part of inner_product from the rounding of weights kept in bfloat16"),
+        _field("attribution_closure", _REAL, "1", "relative error of the sum of all parts against inner_product"),
         _field("gradient_check", _REAL, "1", "relative difference of <grad H, v> and forward mode, at equal baselines"),
         _field("derivative_check", _REAL, "1", "relative error of central differences against forward mode, if used"),
         _field(
@@ -80,6 +81,7 @@ ESTIMATES = pa.schema(
         _field("gradient_norm", _REAL, "", "norm of the loss gradient on U before clipping"),
         _field("clip_factor", _REAL, "1", "factor that clipping applied to this gradient"),
         _field("update_norm", _REAL, "", "norm of v, the step per unit of learning rate"),
+        _field("moved_fraction", _REAL, "1", "share of the trained weights that the step moves at all"),
         _field("mean_reward", _REAL, "", "mean reward on U"),
         _field("equal_reward_fraction", _REAL, "1", "fraction of prompts of U whose responses have equal rewards"),
     ]

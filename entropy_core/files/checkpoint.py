@@ -102,10 +102,17 @@ def names_in(directory: Path) -> set[str]:
 
 
 def model_directory(directory: Path) -> Path:
-    """Where the weights of a checkpoint lie: in the directory itself, or else in its `model/`."""
+    """Where the weights of a checkpoint lie: in the directory itself, in its `model/`, or in that of its named adapter.
+
+    PEFT saves an adapter whose name is not `default` in a folder of this name; `ref` is TRL's reference policy.
+    """
     has = names_in(directory)
-    own = has & {"config.json", "adapter_config.json"}
-    return directory if own or not (directory / "model").is_dir() else directory / "model"
+    if has & {"config.json", "adapter_config.json"}:
+        return directory
+    if (directory / "model").is_dir():
+        return directory / "model"
+    named = [name for name in has - {"ref"} if (directory / name / "adapter_config.json").exists()]
+    return directory / named[0] if len(named) == 1 else directory
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.files import functions as user_functions
-from entropy_core.files.checkpoint import weights_digest
 from entropy_core.files.sources import content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.losses.spec import LossSpec
@@ -264,8 +263,8 @@ class Measurement:
             "trainer_state": self.checkpoint.trainer_state,
         }
         if update.kl_beta:
-            weights = weights_digest(Path(update.reference)) if update.reference else self.checkpoint.base
-            of_reference = self.policy.model_copy(update={"weights": weights, "base": ""})
+            weights, *base = self.checkpoint.reference
+            of_reference = self.policy.model_copy(update={"weights": weights, "base": "".join(base)})
             reference = self._score(stage.SCORE_REFERENCE, of_reference, u_batch)
         inputs = {
             "policy": self.policy,

@@ -9,6 +9,8 @@ import torch
 
 from entropy_core.errors import MemoryShortageError, one_line
 from entropy_core.execution import Execution
+from entropy_core.pipeline.rehearsal import rehearse
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 
@@ -31,11 +33,14 @@ def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mappin
 
     Raises:
         MemoryShortageError: the stage runs out of memory even with single sequences.
+        CheckpointError: the stage would be the first to use a policy, and a pass that the sweep needs fails with it.
     """
     if isinstance(execution, Execution):
         execution = execution.within_memory.get(stage.name, execution)
     while True:
         try:
+            if _needs_all_passes(store, stage, execution, inputs):
+                rehearse(inputs["policy"], execution)
             return store.run(stage, execution, inputs)
         except (MemoryError, RuntimeError) as error:  # torch's own error is a RuntimeError
             if not (isinstance(execution, Execution) and _is_shortage(error)):
@@ -59,6 +64,14 @@ def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mappin
             execution.gen_batch_size,
             execution.tf_batch_size,
         )
+
+
+def _needs_all_passes(store: Store, stage: Stage, execution: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether a stage is to be computed with a policy that is differentiated; a reference policy is only scored."""
+    with_policy = isinstance(execution, Execution) and isinstance(inputs.get("policy"), PolicySpec)
+    if not with_policy or stage.name == "score-u-reference":
+        return False
+    return not store.manifest(stage.name, store.key(stage, inputs))
 
 
 def _is_shortage(error: Exception) -> bool:

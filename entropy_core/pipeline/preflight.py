@@ -17,6 +17,7 @@ from entropy_core.checkpoints.layout import Layout, find_layout
 from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError
+from entropy_core.files.checkpoint import weights_digest
 from entropy_core.files.digests import file_digest
 from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
@@ -42,6 +43,7 @@ class CheckpointToProbe:
         digest: digest of all files that a result depends on.
         weights: digest of the files that the policy depends on.
         base: digest of an adapter's base model; empty for a full model.
+        reference: digests of the weights and of the base of the KL term's reference policy; empty without a KL term.
         tokenizer: digest of the tokenizer's files.
         trainer_state: digest of trainer_state.json, which rewards may read; empty where there is none.
         paths: path of each of these digests.
@@ -57,6 +59,7 @@ class CheckpointToProbe:
     digest: str
     weights: str
     base: str
+    reference: tuple[str, ...]
     tokenizer: str
     trainer_state: str
     paths: Mapping[str, Path]
@@ -108,6 +111,8 @@ def _checked(
         state_digest = file_digest(saved) if saved.is_file() else ""
         paths |= {state_digest: saved} if state_digest else {}
         paths |= {file_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
+        compared, about = _reference(config, layout, name) if config.update.kl_beta else ({}, ())
+        paths |= compared
         found.append(
             CheckpointToProbe(
                 directory=layout.directory.resolve(),
@@ -116,10 +121,11 @@ def _checked(
                 digest=digest,
                 weights=weights,
                 base=base,
+                reference=tuple(compared),
                 tokenizer=tokenizer,
                 trainer_state=state_digest,
                 paths={digest: path.resolve() for digest, path in paths.items()},
-                assumptions=(*checkpoint.assumptions, *settled.notes),
+                assumptions=(*checkpoint.assumptions, *settled.notes, *about),
                 read=settled.read,
                 settings=settled.settings,
                 warnings=warnings,
@@ -128,8 +134,6 @@ def _checked(
         if tokenizer not in longest:
             longest[tokenizer] = _longest_prompt(config, pools, home, state)
         _check_positions(checkpoint, longest[tokenizer], config.generation.max_new_tokens)
-        if config.update.kl_beta:
-            _check_reference(config.update.reference, layout, name)
     if config.policy.base_model and not any(checkpoint.base for checkpoint in found):
         raise ConfigError(
             f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter",
@@ -202,24 +206,44 @@ def check_device(device: str) -> None:
         )
 
 
-def _check_reference(reference: str, layout: Layout, name: str) -> None:
-    """Refuse a KL term if the reference policy is missing, cannot be loaded, or has a different vocabulary."""
-    if not reference:
-        if layout.base is None:
-            raise ConfigError(
-                f"update.kl_beta is set, and {name} is no adapter, whose base would be the reference policy",
-                fix="set update.reference to the directory that training started from",
-            )
-        return
-    other = find_layout(Path(reference), fresh=True)
-    read_architecture(other)
-    theirs, ours = (read_json(of.architecture / "config.json").get("vocab_size") for of in (other, layout))
+def _reference(config: ProbeConfig, layout: Layout, name: str) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Find the reference policy of the KL term: the configured one, else that of the trainer.
+
+    TRL keeps the adapter that it began with in `ref/`; without one, the reference is the base without an adapter.
+
+    Returns:
+        Digest and directory of its weights, and then of its base if it is an adapter; and what to say of it.
+
+    Raises:
+        ConfigError: there is none.
+        CheckpointError: it cannot be loaded, or has another vocabulary.
+    """
+    asked = config.update.reference
+    if asked:
+        of = find_layout(Path(asked), config.policy.base_model, fresh=True)
+        about = f"The reference policy is {Path(asked).name}."
+    elif layout.base is None:
+        raise ConfigError(
+            f"update.kl_beta is set, and {name} is no adapter, whose base would be the reference policy",
+            fix="set update.reference to the directory that training started from",
+        )
+    elif (layout.model / "ref" / "adapter_config.json").exists():
+        of, about = (
+            find_layout(layout.model / "ref", layout.base, fresh=True),
+            "The reference policy is that in `ref/`.",
+        )
+    else:
+        of = find_layout(layout.base, fresh=True)
+        about = "The reference policy is the base without its adapter."
+    read_architecture(of)
+    theirs, ours = (read_json(one.architecture / "config.json").get("vocab_size") for one in (of, layout))
     if theirs != ours:
         raise CheckpointError(
-            f"the reference policy {reference} has {theirs} tokens, and {name} has {ours}",
+            f"the reference policy {of.directory} has {theirs} tokens, and {name} has {ours}",
             cause="it is not what training started from",
             fix="correct update.reference",
         )
+    return {weights_digest(directory): directory for directory in (of.model, of.base) if directory}, (about,)
 
 
 def encoding(config: ProbeConfig) -> dict[str, Any]:

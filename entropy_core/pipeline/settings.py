@@ -264,6 +264,9 @@ def _table(
         elif key == "policy.base_model":
             if any(of_one.is_adapter for of_one in files.values()):
                 yield Setting(key, value, "read from adapter_config.json")
+        elif key == "update.reference" and any(of_one.has_reference for of_one in files.values()):
+            if settled.update.kl_beta:
+                yield Setting(key, "ref", "read from the checkpoints")
         elif key in _OF_SOME_RUNS:
             continue
         elif key != "update.optimizer_state" and (key != "update.reference" or settled.update.kl_beta):

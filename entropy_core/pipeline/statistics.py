@@ -96,8 +96,7 @@ def assumptions(config: ProbeConfig) -> list[str]:
     divided = {"group": "divided", "none": "not divided"}.get(update.scale_rewards)
     scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
-    reference = f"`{Path(update.reference).name}`" if update.reference else "the base without its adapter"
-    kl = f"with {update.kl_beta:g} · KL to {reference}" if update.kl_beta else "without a KL term"
+    kl = f"with {update.kl_beta:g} · KL to the reference policy" if update.kl_beta else "without a KL term"
     named = " + ".join(f"`{Path(name).name}`" for name in update.rewards)
     several = f"rewards {named}" if len(update.rewards) > 1 else f"reward {named}"
     return [

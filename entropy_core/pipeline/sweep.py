@@ -8,7 +8,6 @@ from typing import Any
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
-from entropy_core.files.checkpoint import weights_digest
 from entropy_core.files.functions import imported_files
 from entropy_core.files.sources import Sources, content_digest
 from entropy_core.losses import functions as user_losses
@@ -35,9 +34,6 @@ def execution_for(
     """Return the execution settings of a sweep."""
     config = settled_config(config, checkpoints)
     paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
-    if config.update.reference:
-        reference = Path(config.update.reference).resolve()
-        paths.setdefault(weights_digest(reference), reference)
     of_users = [rewards.source_file(name) for name in config.update.rewards]
     of_users.append(user_losses.source_file(config.update.loss))
     beside = [path for file in of_users if file for path in imported_files(file).values()]

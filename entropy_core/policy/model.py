@@ -9,6 +9,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -201,12 +202,17 @@ class Policy:
         uses = self.scorer.named_parameters(remove_duplicate=False)
         return {place: name_of[parameter] for place, parameter in uses if parameter in name_of}
 
-    def new_accumulator(self) -> dict[str, Tensor]:
-        """Return float64 zeros for every trained parameter, after freeing the spare buffers of moved parameters."""
+    def new_accumulator(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return float64 zeros for trained parameters, after freeing the spare buffers of moved parameters.
+
+        Args:
+            names: names of the parameters; None for all trained ones.
+        """
         self.spare = {}
         return {
             name: torch.zeros(p.shape, dtype=torch.float64, device=p.device)
             for name, p in self.named_parameters().items()
+            if names is None or name in names
         }
 
     @contextmanager
@@ -232,15 +238,15 @@ class Policy:
             Logits [B, V] and the cache.
         """
         position_ids = (attention_mask_BL.cumsum(-1) - 1).clamp_min(0)[:, -input_ids_BL.shape[1] :]
-        arguments = {
-            "input_ids": input_ids_BL,
-            "attention_mask": attention_mask_BL,
-            "position_ids": position_ids,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
+        model = self.model.base_model if self.scorer.head_is_known else self.model
+        name = "cache_params" if "cache_params" in signature(model.forward).parameters else "past_key_values"
+        output = model(
+            input_ids=input_ids_BL,
+            attention_mask=attention_mask_BL,
+            position_ids=position_ids,
+            use_cache=True,
+            **{name: cache},
+        )
         if not self.scorer.head_is_known:
-            output = self.model(**arguments)
-            return output.logits[:, -1], output.past_key_values
-        output = self.model.base_model(**arguments)
-        return self.scorer.head(output.last_hidden_state[:, -1]), output.past_key_values
+            return output.logits[:, -1], output[name]
+        return self.scorer.head(output.last_hidden_state[:, -1]), output[name]

@@ -71,6 +71,7 @@ def load_policy(
             home,
             dtype=getattr(torch, dtype),
             attn_implementation="eager",
+            experts_implementation="eager",  # grouped products have no forward-mode derivative
             local_files_only=True,
             trust_remote_code=False,
         )

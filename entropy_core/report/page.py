@@ -69,7 +69,7 @@ def markdown(
         "",
         *_origins(shown),
         "",
-        "The three middle columns add up to δH₁, and so do the last two. *Local* is the change of the entropy at each "
+        "The four middle columns add up to δH₁, and so do the last two. *Local* is the change of the entropy at each "
         "token of E for a fixed prefix; *future* is the effect of changed token choices on the entropy of later ones.",
         "",
         f"The tokens of U that lower the entropy most, and the tokens that raise it most, for {checkpoints[-1]}:",
@@ -143,11 +143,20 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
 
 
 def _origins(rows: Sequence[Row]) -> list[str]:
-    head = ("checkpoint", "δH₁", "from U's gradient", "from momentum", "from weight decay", "local on E", "future on E")
+    head = (
+        "checkpoint",
+        "δH₁",
+        "from U's gradient",
+        "from momentum",
+        "from weight decay",
+        "from rounding",
+        "local on E",
+        "future on E",
+    )
     body = []
     for row in first_of_each(at_learning_rate(rows)):
-        gradient = row["inner_product"] - row["delta_h1_momentum"] - row["delta_h1_decay"]
-        parts = (gradient, row["delta_h1_momentum"], row["delta_h1_decay"])
+        others = (row["delta_h1_momentum"], row["delta_h1_decay"], row["delta_h1_rounding"])
+        parts = (row["inner_product"] - sum(others), *others)
         on_e = (row["delta_h1_local"], row["delta_h1"] - row["delta_h1_local"])
         cells = [f"{value:+.3g}" for value in (row["delta_h1"], *parts, *on_e)]
         body.append((row["checkpoint"], *cells))

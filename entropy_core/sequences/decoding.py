@@ -15,20 +15,20 @@ stall a GPU.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from entropy_core.errors import NonFiniteError
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import FinishReason
+from entropy_core.sequences.cache import ROOM, new_cache
 
-ROOM = 64  # columns by which a full buffer grows
 STALE_COLUMNS = 16  # unneeded columns are dropped once there are this many
 REFILL = 16  # rows are refilled once one in this many is free, because every prefill reads all weights
 SPARSE = 0.75  # idle rows are dropped once at most this fraction of the rows is busy
@@ -57,45 +57,6 @@ class Response(NamedTuple):
 
     tokens: list[int]
     finish_reason: FinishReason
-
-
-class _Layer(DynamicLayer):
-    """Keys and values [rows, heads, columns, width] of a layer, as views of buffers with spare columns."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns and return all columns."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._buffers = [states[:, :, :0] for states in (key_states, value_states)]
-        first = self.get_seq_length()
-        last = first + key_states.shape[2]
-        if last > self._buffers[0].shape[2]:
-            self._copy(slice(None), 0, first, last + ROOM)
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, first:last] = states
-        return self._show(last)
-
-    def keep(self, rows: Tensor | slice, first: int) -> None:
-        """Keep only these rows, and only the columns from `first` on."""
-        last = self.get_seq_length()
-        self._copy(rows, first, last, last - first + ROOM)
-        self._show(last - first)
-
-    def replace(self, rows: Tensor, fresh: "_Layer") -> None:
-        """Overwrite rows with the cache of new sequences, which also end in the newest column."""
-        last, new = self.get_seq_length(), fresh.get_seq_length()
-        for buffer, states in zip(self._buffers, (fresh.keys, fresh.values), strict=True):
-            buffer[rows, :, last - new : last] = states
-
-    def _copy(self, rows: Tensor | slice, first: int, last: int, room: int) -> None:
-        for i, buffer in enumerate(self._buffers):
-            kept = buffer[rows, :, first:last]
-            self._buffers[i] = kept.new_zeros(*kept.shape[:2], room, kept.shape[3])
-            self._buffers[i][:, :, : last - first] = kept
-
-    def _show(self, columns: int) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = (buffer[:, :, :columns] for buffer in self._buffers)
-        return self.keys, self.values
 
 
 @dataclass
@@ -144,7 +105,7 @@ class Decoding:
         self.responses: dict[int, Response] = {}
         self.rows = min(rows, len(request.prompts))
         self.eos = frozenset(policy.eos_token_ids)
-        self.cache = Cache(layer_class_to_replicate=_Layer)
+        self.cache = new_cache(policy.model)
         self.batch = _Rows.idle(torch.zeros(0, 0, dtype=torch.long, device=policy.device))
         self.uniforms: deque[Tensor] = deque()  # uniforms [rows] of the next positions
 
@@ -296,7 +257,7 @@ class Decoding:
         """Run the left-padded prompts through the model; return their mask, next logits, and cache."""
         prompts = [list(self.request.prompts[i]) for i in sequences]
         longest = max(map(len, prompts))
-        device, cache = self.policy.device, Cache(layer_class_to_replicate=_Layer)
+        device, cache = self.policy.device, new_cache(self.policy.model)
         ids_RL = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
         mask_RL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         return mask_RL, self.policy.next_logits(ids_RL, mask_RL, cache)[0], cache
@@ -304,9 +265,9 @@ class Decoding:
     def _rows_within_memory(self) -> int:
         """Return how many rows of cache fit into memory, extrapolated from one prompt."""
         mask_1L, _, cache = self._prefill([self.waiting[0]])
-        taken = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
         columns = mask_1L.shape[1] + self.request.max_new_tokens + ROOM + STALE_COLUMNS
-        return max(1, int(CACHE_SHARE * _free_bytes(self.policy.device) / (columns * taken / mask_1L.shape[1])))
+        size = sum(layer.size(columns) for layer in cache.layers)
+        return max(1, int(CACHE_SHARE * _free_bytes(self.policy.device) / size))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from entropy_core.losses.files import as_numbers, name_of, write_tokens
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.advantages import groups_of_equal
+from entropy_core.numerics.rounded_step import rounded_clip_factor
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
@@ -44,6 +45,9 @@ def compute_update(
 ) -> dict[str, Any]:
     """Gradient of the loss on U, then the next AdamW step per unit of learning rate.
 
+    Where the trainer keeps its weights in a narrow dtype, v is the change of the rounded weights over the learning
+    rate: the trainer's own step, so that the measured change of the entropy tends to its first order.
+
     Args:
         out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
             `loss.safetensors` (what the loss reads of each token, and ∂L/∂ℓ and ∂L/∂h there); `sequences.parquet`
@@ -60,7 +64,7 @@ def compute_update(
         max_grad_norm: of the clipping; 0 for none.
 
     Returns:
-        Norms, clip factor, and how many prompts had equal rewards.
+        Norms, clip factor, the share of the weights that move, and how many prompts had equal rewards.
     """
     processor = processor_of(policy, execution)
     model = processor.policy
@@ -76,7 +80,9 @@ def compute_update(
     batch = loss.batch(table, rewards_PG, truncated_N)
     coefficients = token_coefficients(name_of(execution, loss.name, loss.source), batch, execution.isolation)
 
-    gradient = model.new_accumulator()
+    placed = checkpoint.table("parameters.parquet").select(["name", "group"]).to_pylist()
+    moving = {row["name"] for row in placed if row["group"] is not None}
+    gradient = model.new_accumulator(moving)
     start = 0
     for shard in shards:
         stop = start + len(shard.response_tokens_K)
@@ -84,6 +90,10 @@ def compute_update(
             weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
             model.add_gradients(rows, [weights], policy.temperature, [gradient])
         start = stop
+    # what the trainer does not move has no gradient there, neither in the step nor in the norm that is clipped
+    zero = torch.zeros((), dtype=torch.float64, device=model.device)
+    still = {name: zero.expand(p.shape) for name, p in model.named_parameters().items()}
+    gradient = still | gradient
     g = in_blocks(gradient)
     norm = global_norm(g)
     if not math.isfinite(norm):
@@ -93,11 +103,16 @@ def compute_update(
     clip = clip_factor(norm, max_grad_norm)
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip)
     shapes, dtype = {name: tuple(t.shape) for name, t in gradient.items()}, getattr(torch, policy.dtype)
-    of_direction = []
+    narrow = step.narrow
+    rounded_clip = rounded_clip_factor(
+        ((gradient[name], narrow.get(name, torch.float32)) for name in moving), max_grad_norm if narrow else 0.0
+    )
+    of_direction, changed = [], 0
     with out.vector("direction", shapes, dtype) as direction, out.vector("gradient", shapes, dtype) as loss_gradient:
         for block in step:
-            v = step[block].direction
+            v = step.taken(block, rounded_clip)
             of_direction.append(squares(v))
+            changed += int(v.count_nonzero())
             direction.write(block, v)
             loss_gradient.write(block, g[block])
     write_tokens(out, table, coefficients)
@@ -110,6 +125,8 @@ def compute_update(
         "clip_factor": clip,
         "max_grad_norm": max_grad_norm,
         "update_norm": sum(of_direction) ** 0.5,
+        "moved_fraction": changed / sum(gradient[name].numel() for name in moving),
+        "rounded": bool(narrow),
         "prompts": len(rewards_PG),
         "prompts_with_equal_rewards": groups_of_equal(rewards_N.view_as(rewards_PG)),
         "loss": loss.model_dump(),

@@ -66,8 +66,8 @@ def first_order_u(
         gradient: artifact of entropy-gradient.
 
     Returns:
-        For both normalisations ⟨∇H, v⟩, its parts from momentum and decay, and by how much the shares miss the whole,
-        relative to it; and the baseline of ∇H.
+        For both normalisations ⟨∇H, v⟩, its parts from momentum, decay and the rounding of the step, and by how much
+        the shares miss the whole, relative to it; and the baseline of ∇H.
     """
     processor = processor_of(policy, execution)
     model = processor.policy
@@ -81,6 +81,7 @@ def first_order_u(
     direction, loss_gradient = (_stored(update, name, blocks, model.device) for name in ("direction", "gradient"))
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])
     jacobian, preconditioner, *parts = map(step.part, ("jacobian", "preconditioner", "momentum", "decay"))
+    rounding = Lazy(blocks, lambda block: direction[block] - step[block].direction)
 
     def along(covector: Mapping[Block, Tensor]) -> TokenPair:
         """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token, float64 [K]."""
@@ -101,7 +102,9 @@ def first_order_u(
         )
         whole = _whole(halves, covectors)
         preconditioned.append(along(_product(preconditioner, whole, settings["clip_factor"])))
-        inner_products.append(torch.tensor([dot(whole, part) for part in (direction, *parts)], dtype=torch.float64))
+        along_parts = [dot(whole, part) for part in (direction, *parts)]
+        along_parts.append(dot(whole, rounding) if settings["rounded"] else 0.0)
+        inner_products.append(torch.tensor(along_parts, dtype=torch.float64))
     sensitivities = _named(preconditioned, pulled_back, getattr(torch, policy.dtype))
     TokenTable(of_u.sequences_N, offsets_N1, sensitivities).write(out, "sensitivities.safetensors")
 
@@ -123,15 +126,15 @@ def first_order_u(
     for normalization, (of_logprob_K, of_entropy_K) in by_normalization(by_kind, H_tok, mean_length).items():
         per_token[f"sensitivity_{normalization}"] = of_logprob_K
         per_token[f"entropy_sensitivity_{normalization}"] = of_entropy_K
-    summary: dict[str, Any] = {"inner_product": {}, "momentum": {}, "decay": {}, "closure": {}}
+    summary: dict[str, Any] = {"inner_product": {}, "momentum": {}, "decay": {}, "rounding": {}, "closure": {}}
     products = by_normalization(inner_products, H_tok, mean_length)
     for normalization, share_K in by_normalization(shares_K, H_tok, mean_length).items():
         columns[f"share_{normalization}"] = ragged.sequence_sum(share_K, offsets_N1)
         per_token[f"share_{normalization}"] = share_K
-        inner_product, momentum, decay = products[normalization].tolist()
-        missing = inner_product - momentum - decay - float(share_K.sum())
+        inner_product, momentum, decay, rounding_of_v = products[normalization].tolist()
+        missing = inner_product - momentum - decay - rounding_of_v - float(share_K.sum())
         closure = abs(missing / inner_product) if inner_product else 0.0
-        for name, value in zip(summary, (inner_product, momentum, decay, closure), strict=True):
+        for name, value in zip(summary, (inner_product, momentum, decay, rounding_of_v, closure), strict=True):
             summary[name][normalization] = value
     for name, column_K in per_token.items():
         of_tokens = of_tokens.append_column(name, pa.array(column_K.tolist()))

@@ -7,6 +7,7 @@ import pyarrow as pa
 from entropy_core.checkpoints.checkpoint import read_checkpoint
 from entropy_core.checkpoints.optimizer_state import check_moments
 from entropy_core.files.digests import file_digest
+from entropy_core.numerics.adamw import AdamHyperparameters
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -19,8 +20,9 @@ def load_checkpoint(
     """Write the inputs of Adam's next step by parameter name, except the moments, which stay in the trainer's file.
 
     Args:
-        out: writer of `parameters.parquet` and `groups.json` (hyperparameters of each group; step count and slot in
-            `optimizer.pt` of each parameter).
+        out: writer of `parameters.parquet` (the group is null where the trainer does not move the parameter) and
+            `groups.json` (hyperparameters of each group; of each parameter the step count, the slot in `optimizer.pt`,
+            and the dtype that it has in the trainer if that is narrower than float32).
         execution: path of the checkpoint.
         checkpoint: content digest of the checkpoint's files.
         base: content digest of an adapter's base model; empty for a full model.
@@ -28,8 +30,8 @@ def load_checkpoint(
         optimizer_state: `checkpoint`, or `fresh` before the first step.
 
     Returns:
-        Summary: step, nominal learning rate, number of trained tensors and of numbers in them, number of tensors with
-        a slot, digest of `optimizer.pt` (empty if fresh), and assumptions.
+        Summary: step, nominal learning rate, number of trained tensors and of numbers that move, number of tensors with
+        a slot and of those that do not move, digest of `optimizer.pt` (empty if fresh), and assumptions.
     """
     found = read_checkpoint(
         execution.paths[checkpoint],
@@ -43,11 +45,19 @@ def load_checkpoint(
     groups = [
         {
             "hyperparameters": group.hyperparameters._asdict(),
-            "parameters": {name: [optimizer.step[name], optimizer.slot.get(name)] for name in group.names},
+            "fused": group.fused,
+            "parameters": {
+                name: [optimizer.step[name], optimizer.slot.get(name), found.narrow.get(name, "")]
+                for name in group.names
+            },
         }
         for group in optimizer.groups
     ]
-    out.json(groups, "groups.json")
+    # what the trainer does not move has a step of length 0
+    still = AdamHyperparameters(beta1=0.0, beta2=0.0, eps=1.0, weight_decay=0.0, relative_lr=0.0)
+    unmoved = {name: [0, None, ""] for name in optimizer.unmoved}
+    rest = {"hyperparameters": still._asdict(), "fused": False, "parameters": unmoved}
+    out.json(groups + [rest] * bool(unmoved), "groups.json")
     group_of = {name: index for index, group in enumerate(optimizer.groups) for name in group.names}
     names = list(found.parameter_shapes)
     out.table(
@@ -55,8 +65,8 @@ def load_checkpoint(
             {
                 "name": names,
                 "shape": [list(found.parameter_shapes[name]) for name in names],
-                "group": [group_of[name] for name in names],
-                "optimizer_step": [optimizer.step[name] for name in names],
+                "group": [group_of.get(name) for name in names],
+                "optimizer_step": [optimizer.step.get(name, 0) for name in names],
             }
         ),
         "parameters.parquet",
@@ -67,6 +77,7 @@ def load_checkpoint(
         "parameters": sum(tensor.numel() for tensor in optimizer.exp_avg.values()),
         "trained": len(found.parameter_shapes),
         "matched": len(optimizer.exp_avg),
+        "unmoved": len(optimizer.unmoved),
         "optimizer": file_digest(file) if file else "",
         "assumptions": list(found.assumptions),
     }

@@ -110,7 +110,7 @@ def variance(
             **diagnostics.describe_batch(batch, normalization),
             **diagnostics.describe_influence(derivative.estimate),
         }
-        per_unit = {f"delta_h1_{part}": of_u[part][normalization] for part in ("momentum", "decay")}
+        per_unit = {f"delta_h1_{part}": of_u[part][normalization] for part in ("momentum", "decay", "rounding")}
         per_unit |= {"inner_product": of_u["inner_product"][normalization]}
         noise = diagnostics.numerical_noise(again, rescored, normalization)
         common[normalization] = _Common(derivative, columns, per_unit, noise)
@@ -220,7 +220,9 @@ def _by_literature(
 
 def _describe_update(summary: Mapping[str, Any]) -> Row:
     prompts = summary["prompts"]
-    return {name: summary[name] for name in ("gradient_norm", "clip_factor", "update_norm", "mean_reward")} | {
+    return {
+        name: summary[name] for name in ("gradient_norm", "clip_factor", "update_norm", "moved_fraction", "mean_reward")
+    } | {
         "n_prompts_u": prompts,
         "equal_reward_fraction": summary["prompts_with_equal_rewards"] / prompts,
     }
