@@ -9,11 +9,11 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from torch import Tensor
-
 from entropy_core.checkpoints.architecture import Architecture
 from entropy_core.checkpoints.content import read_names
-from entropy_core.checkpoints.optimizer_file import SAVE_NAMES, SavedOptimizer, as_float
+from entropy_core.checkpoints.layouts.interface import SavedOptimizer
+from entropy_core.checkpoints.optimizer_file import SAVE_NAMES, as_float
+from entropy_core.checkpoints.pieces import Moment
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
@@ -73,7 +73,7 @@ def _group_names(saved: SavedOptimizer, model: Architecture, names_file: Path | 
         )
     if sizes != [len(names) for names in expected]:
         moments = [slot.get("exp_avg") for slot in slots.values()]
-        lacking = Counter(model.trained.values()) - Counter(tuple(m.shape) for m in moments if isinstance(m, Tensor))
+        lacking = Counter(model.trained.values()) - Counter(tuple(m.shape) for m in moments if isinstance(m, Moment))
         among = [name for name, shape in model.trained.items() if shape in lacking]
         raise CheckpointError(
             f"{path} lists {' + '.join(map(str, sizes))} parameters, the model has "
@@ -85,7 +85,7 @@ def _group_names(saved: SavedOptimizer, model: Architecture, names_file: Path | 
     if len(groups) == 2 and groups[1]["params"] and as_float(groups[1]["weight_decay"]) != 0:
         fact = f"{path} decays its second param group too, so that the groups are not the Trainer's"
         raise CheckpointError(fact, cause="a custom create_optimizer", fix=SAVE_NAMES)
-    said = [f"optimizer.pt has no parameter names: {how}."]
+    said = [f"{path.name} has no parameter names: {how}."]
     if model.saved_by and model.saved_by.split(".")[:2] != model.read_by.split(".")[:2]:
         by = model.read_by
         said.append(f"Saved with transformers {model.saved_by}; parameter order and groups are those of {by}.")

@@ -17,7 +17,7 @@ from entropy_core.checkpoints.layout import Layout, find_layout
 from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError
-from entropy_core.files.digests import file_digest
+from entropy_core.files.checkpoint import optimizer_digest
 from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
@@ -40,7 +40,8 @@ class CheckpointToProbe:
         name: name of the directory, unique in the sweep.
         step: the trainer's global step.
         digest: digest of all files that a result depends on.
-        weights: digest of the files that the policy depends on.
+        weights: digest of the files that the policy depends on; empty where the weights are in shards.
+        description: digest of the model's configuration and tokenizer, where the weights are in shards; else empty.
         base: digest of an adapter's base model; empty for a full model.
         tokenizer: digest of the tokenizer's files.
         paths: path of each of these digests.
@@ -55,6 +56,7 @@ class CheckpointToProbe:
     step: int
     digest: str
     weights: str
+    description: str
     base: str
     tokenizer: str
     paths: Mapping[str, Path]
@@ -96,11 +98,11 @@ def _checked(
     pools = _pools(config)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
-    for name, checkpoint, _, digest, weights, base, home, tokenizer in usable:
+    for name, checkpoint, _, digest, weights, description, base, home, tokenizer in usable:
         layout = checkpoint.layout
-        paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
+        paths = {digest: layout.directory, weights or description: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
-        paths |= {file_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
+        paths |= {optimizer_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
         found.append(
             CheckpointToProbe(
                 directory=layout.directory.resolve(),
@@ -108,6 +110,7 @@ def _checked(
                 step=checkpoint.step,
                 digest=digest,
                 weights=weights,
+                description=description,
                 base=base,
                 tokenizer=tokenizer,
                 paths={digest: path.resolve() for digest, path in paths.items()},
@@ -122,9 +125,9 @@ def _checked(
         _check_positions(checkpoint, longest[tokenizer], config.generation.max_new_tokens)
         if config.update.kl_beta:
             _check_reference(config.update.reference, layout, name)
-    if config.policy.base_model and not any(checkpoint.base for checkpoint in found):
+    if config.policy.base_model and not any(one.base or one.description for one in found):
         raise ConfigError(
-            f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter",
+            f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter or in shards",
             fix="leave it out, or give the directories of adapters",
         )
     return found

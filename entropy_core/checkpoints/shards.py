@@ -1,0 +1,43 @@
+"""Weights that a trainer left in shards, which transformers cannot open."""
+
+from pathlib import Path
+
+import torch
+
+from entropy_core.checkpoints.content import StoredTensor
+from entropy_core.checkpoints.layouts.places import open_state
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def tensors_in_shards(place: Path) -> dict[str, StoredTensor]:
+    """Shapes and dtypes of the weights, as the header of a safetensors file would say them; no weight is read.
+
+    Args:
+        place: file or folder of the shards.
+
+    Returns:
+        By the model's name.
+
+    Raises:
+        CheckpointError: a shard is missing, damaged, or of another save.
+    """
+    found = open_state(place).weights()
+    return {
+        name: StoredTensor(tensor.shape, _NAMES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in found.items()
+    }
+
+
+def read_shards(place: Path) -> dict[str, torch.Tensor]:
+    """All of the weights, in the dtype that they were saved in.
+
+    Args:
+        place: file or folder of the shards.
+
+    Returns:
+        By the model's name, on the CPU.
+
+    Raises:
+        CheckpointError: as `tensors_in_shards` does.
+    """
+    return {name: tensor.whole() for name, tensor in open_state(place).weights().items()}
