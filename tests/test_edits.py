@@ -131,7 +131,8 @@ EDITS = {
     ),
     # what is read
     "a reader of a layout": Edit(
-        replaces('PROGRESS_FILES = ("trainer_state.json",', 'PROGRESS_FILES = ("state.json",'), {"load-checkpoint", "load-weights"}
+        replaces('PROGRESS_FILES = ("trainer_state.json",', 'PROGRESS_FILES = ("state.json",'),
+        {"load-checkpoint", "load-weights"},
     ),
     "how adapters are filled": Edit(
         replaces(

@@ -29,6 +29,7 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-7
 
 def written(folder: Path) -> Path:
     """Write all of them; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     torch.multiprocessing.spawn(_rank, (folder,), nprocs=WORLD)
     describe(folder / "fsdp_full", folder / "plain" / "checkpoint-2")
     return folder
