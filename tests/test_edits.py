@@ -134,6 +134,10 @@ EDITS = {
         replaces('PROGRESS_FILES = ("trainer_state.json",', 'PROGRESS_FILES = ("state.json",'),
         {"load-checkpoint", "load-weights"},
     ),
+    "how shards are cut": Edit(
+        replaces("part = -(-size // ranks)", "part = -(-size // ranks) + 0"),
+        {"load-checkpoint", "load-weights", "compute-update", "first-order-u"},
+    ),
     "how adapters are filled": Edit(
         replaces(
             "    set_peft_model_state_dict(model, tensors)", "    set_peft_model_state_dict(model, dict(tensors))"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from entropy_core.checkpoints.architecture import Architecture, Shapes, read_architecture
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
+from entropy_core.checkpoints.layouts.interface import understood
 from entropy_core.checkpoints.layouts.places import open_state
 from entropy_core.checkpoints.optimizer_file import LATEST, as_float, load_optimizer
 from entropy_core.checkpoints.optimizer_names import name_slots
@@ -128,7 +129,8 @@ def _progress(layout: Layout) -> tuple[int | None, LoggedRate]:
     if layout.progress is None:
         step = step_in_name(layout.directory)
         if step is None and layout.optimizer is not None:
-            step = open_state(layout.optimizer).step()
+            with understood(layout.optimizer):
+                step = open_state(layout.optimizer).step()
         return step, LoggedRate(0.0, "")
     content = read_json(layout.progress)
     step = content.get("global_step", content.get("step"))

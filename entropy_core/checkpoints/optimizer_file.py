@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.checkpoints.archives import release
-from entropy_core.checkpoints.layouts.interface import SavedOptimizer
+from entropy_core.checkpoints.layouts.interface import SavedOptimizer, understood
 from entropy_core.checkpoints.layouts.places import open_state
 from entropy_core.checkpoints.layouts.single_file import USE_ADAMW
 from entropy_core.checkpoints.pieces import Moment
@@ -45,8 +45,9 @@ def load_optimizer(path: Path) -> SavedOptimizer:
         CheckpointError: a file is missing or damaged, or a pickle with code; the optimizer is not Adam or AdamW, has
             not made a step, or lacks hyperparameters.
     """
-    saved = open_state(path).optimizer()
-    _require_adam(*saved)
+    with understood(path):
+        saved = open_state(path).optimizer()
+        _require_adam(*saved)
     return saved
 
 

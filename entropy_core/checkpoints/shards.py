@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from entropy_core.checkpoints.content import StoredTensor
+from entropy_core.checkpoints.layouts.interface import understood
 from entropy_core.checkpoints.layouts.places import open_state
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -22,7 +23,8 @@ def tensors_in_shards(place: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: a shard is missing, damaged, or of another save.
     """
-    found = open_state(place).weights()
+    with understood(place):
+        found = open_state(place).weights()
     return {
         name: StoredTensor(tensor.shape, _NAMES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in found.items()
     }
@@ -40,4 +42,5 @@ def read_shards(place: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: as `tensors_in_shards` does.
     """
-    return {name: tensor.whole() for name, tensor in open_state(place).weights().items()}
+    with understood(place):
+        return {name: tensor.whole() for name, tensor in open_state(place).weights().items()}

@@ -197,6 +197,11 @@ def _check_reference(reference: str, layout: Layout, name: str) -> None:
             )
         return
     other = find_layout(Path(reference), fresh=True)
+    if other.shards is not None:
+        raise ConfigError(
+            f"the reference policy {reference} has its weights in shards, which are read of what is probed alone",
+            fix="set update.reference to a directory with model.safetensors",
+        )
     read_architecture(other)
     theirs, ours = (read_json(of.architecture / "config.json").get("vocab_size") for of in (other, layout))
     if theirs != ours:

@@ -122,6 +122,8 @@ class DeepSpeed:
         return plain_dict(self._of(rank).get("optimizer_state_dict" if self._stage == 3 else "base_optimizer_state"))
 
     def _check_ranks(self) -> None:
+        if 0 not in self._ranks:
+            raise damaged(self._directory, "the optimizer states of rank 0 are missing")
         if self._stage not in (1, 2, 3):
             raise CheckpointError(
                 f"{self._directory} is not of DeepSpeed's ZeRO stages 1 to 3",
@@ -135,8 +137,8 @@ class DeepSpeed:
             for count in (said if isinstance(said, list) else [said])
         }
         if counts != {len(self._ranks)} or sorted(self._ranks) != list(range(len(self._ranks))):
-            found = ", ".join(map(str, sorted(self._ranks)))
-            raise damaged(self._directory, f"it has the optimizer states of ranks {found}, saved by {counts} ranks")
+            found, of_all = (", ".join(sorted(map(str, some))) for some in (self._ranks, counts))
+            raise damaged(self._directory, f"it has the optimizer states of rank {found}, and {of_all} ranks saved")
         steps = {str(number(plain_dict(one).get("step"))) for rank in self._ranks for one in self._states(rank)}
         if len(steps) > 1:
             raise damaged(self._directory, f"its ranks are at different steps: {', '.join(sorted(steps))}")

@@ -5,7 +5,8 @@ them. Nothing of the size of the model is read before a block of a tensor is ask
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -45,6 +46,15 @@ class SavedState(Protocol):
 
     def max_grad_norm(self) -> float | None:
         """The norm that the gradient is clipped at, 0 for none; None where nothing says it."""
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Say that files are damaged where what they hold is not of the kinds that it should be."""
+    try:
+        yield
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        raise damaged(path, f"its content is not what it should be ({type(error).__name__})") from error
 
 
 def model_name(name: str) -> str:
