@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline_fixtures import gathered, make_run, probe, skip_figures, values
 from safetensors.torch import load_file
 from trainer_layouts import describe, written
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,9 +18,13 @@ from entropy_core.checkpoints.layout import find_layout
 from entropy_core.checkpoints.layouts.places import find_places, open_state
 from entropy_core.checkpoints.optimizer_file import SavedMoments, load_optimizer
 from entropy_core.checkpoints.pieces import Piece, Quantised, Scattered, in_one_piece
-from entropy_core.checkpoints.shards import read_shards
+from entropy_core.config.read import parse_config
+from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import find_checkpoints
 from entropy_core.numerics.adamw import NextStep
+from entropy_core.pipeline.plan import plan
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.store.store import Store
 
 OTHERS = Path(__file__).parent / "of_other_writers"
 LAYOUTS = {
@@ -44,6 +49,10 @@ def trainers(tmp_path_factory) -> Path:
 
 def whole(moment: Any) -> torch.Tensor:
     return moment if isinstance(moment, torch.Tensor) else moment.whole()
+
+
+def weights_in(place: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.whole() for name, tensor in open_state(place).weights().items()}
 
 
 def checkpoint_of(trainers: Path, where: str) -> Any:
@@ -73,7 +82,7 @@ def test_weights_in_shards_are_those_of_the_writer(trainers, layout):
     directory = trainers / LAYOUTS[layout]
     found = find_layout(directory, trainers / "plain" / "checkpoint-2")
     assert found.shards is not None
-    weights, truth = read_shards(found.shards), load_file(trainers / "plain" / "checkpoint-2" / "model.safetensors")
+    weights, truth = weights_in(found.shards), load_file(trainers / "plain" / "checkpoint-2" / "model.safetensors")
     assert weights.keys() == truth.keys()
     assert all(torch.equal(weights[name], truth[name]) for name in truth)
 
@@ -89,7 +98,7 @@ def test_flat_parameters_of_fsdp1_are_cut_where_its_units_are(trainers, kind):
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(whole(saved.slots[parameter][key]), slot[key]), (parameter, key)
         assert saved.slots[parameter]["step"] == slot["step"]
-    weights, of_weights = read_shards(directory / "actor"), torch.load(trainers / f"weights_{name}.pt")
+    weights, of_weights = weights_in(directory / "actor"), torch.load(trainers / f"weights_{name}.pt")
     assert weights.keys() == of_weights.keys()
     assert all(torch.equal(weights[one], of_weights[one]) for one in of_weights)
     found = checkpoint_of(trainers, f"{name}/global_step_2")
@@ -164,7 +173,7 @@ def test_deepspeeds_partitions(tmp_path, stage):
     truth = torch.load(OTHERS / f"zero{stage}" / "truth.pt", weights_only=True)
     found = read_checkpoint(deepspeed(stage, tmp_path))
     assert set(found.optimizer.exp_avg) == set(truth) == set(found.parameter_shapes)
-    weights = read_shards(found.layout.shards)
+    weights = weights_in(found.layout.shards)
     for name, (moment, weight) in truth.items():
         assert torch.equal(weights[name], weight)
         if stage == 3:
@@ -241,8 +250,6 @@ def test_a_tensor_in_boxes_is_put_together(tmp_path):
 
 
 def test_a_model_without_a_config_is_described_by_the_base(trainers, tmp_path):
-    from entropy_core.errors import CheckpointError
-
     with pytest.raises(CheckpointError, match=r"without a config\.json.*policy\.base_model"):
         read_checkpoint(trainers / "titan" / "step-2")
     actor = tmp_path / "global_step_4" / "actor"
@@ -250,3 +257,30 @@ def test_a_model_without_a_config_is_described_by_the_base(trainers, tmp_path):
     describe(actor, trainers / "plain" / "checkpoint-2", "huggingface")
     found = read_checkpoint(tmp_path / "global_step_4")
     assert found.layout.model == actor / "huggingface" and found.step == 4 and found.name == "global_step_4"
+
+
+def test_a_sweep_from_shards_is_the_plain_one_and_nothing_of_it_runs_twice(tmp_path, monkeypatch):
+    """What was gathered gives the numbers of the plain checkpoint; the weights in one file are an artifact."""
+    skip_figures(monkeypatch)
+    run = make_run(tmp_path / "run")
+    gathered(Path(shutil.copytree(run / "checkpoint-3", tmp_path / "fsdp" / "checkpoint-3")))
+    plain = probe(values(run, tmp_path / "a", checkpoints=[str(run / "checkpoint-3")]))
+    config = values(run, tmp_path / "b", checkpoints=[str(tmp_path / "fsdp" / "checkpoint-3")])
+    found = probe(config)
+    numbers = ("H", "delta_h1", "delta_h", "ci_low", "ci_high")
+    assert [[row[n] for n in numbers] for row in found.rows] == [[row[n] for n in numbers] for row in plain.rows]
+    assert found.run.was_computed["load-weights"] == 1 and "load-weights" not in plain.run.was_computed
+    (loaded,) = found.run.artifacts("load-weights")
+    assert loaded.to_dict() in found.run.artifacts("sample-e-batch")[0].manifest["upstream"]
+    assert probe(config).run.was_computed == {}
+    (tmp_path / "fsdp" / "checkpoint-3" / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"optimizer\.bin is not a complete archive"):
+        probe(config)
+
+
+def test_the_plan_of_a_sweep_from_shards(tmp_path):
+    run = make_run(tmp_path / "run")
+    gathered(run / "checkpoint-3")
+    config = parse_config(values(run, tmp_path / "store", checkpoints=[str(run / "checkpoint-3")]))
+    steps = plan(config, preflight(config), Store(config.store_root))
+    assert "load-weights" in {step.stage for step in steps} and all(not step.cached for step in steps)

@@ -57,7 +57,9 @@ class PolicyConfig(Section):
         "about three, its width calibrated and its error measured against forward mode.",
     )
     base_model: Directory = Field(
-        "", description="Directory of the base model under LoRA adapters; empty: the one that each adapter names."
+        "",
+        description="Directory of the base model under LoRA adapters; empty: the one that each adapter names. Of "
+        "checkpoints in shards without a config.json, the directory that has it and the tokenizer.",
     )
 
 
