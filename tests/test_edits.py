@@ -138,7 +138,12 @@ EDITS = {
     ),
     # what is read
     "a reader of a layout": Edit(
-        replaces('PROGRESS_FILES = ("trainer_state.json",', 'PROGRESS_FILES = ("state.json",'), {"load-checkpoint"}
+        replaces('PROGRESS_FILES = ("trainer_state.json",', 'PROGRESS_FILES = ("state.json",'),
+        {"load-checkpoint", "load-weights"},
+    ),
+    "how shards are cut": Edit(
+        replaces("part = -(-size // ranks)", "part = -(-size // ranks) + 0"),
+        {"load-checkpoint", "load-weights", "compute-update", "first-order-u"},
     ),
     "how adapters are filled": Edit(
         replaces(

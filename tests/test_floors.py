@@ -251,7 +251,7 @@ def test_the_statistics_reach_no_policy(stage):
 def test_what_handles_no_sequence_does_not_reach_the_policy():
     """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
     without = {name for name in STAGES if not any(room(other) == "policy" for other in reached(name))}
-    names = ("load_checkpoint", "load_prompts", "reward", "variance", "report")
+    names = ("load_checkpoint", "load_weights", "load_prompts", "reward", "variance", "report")
     assert without == {f"entropy_core.stages.{name}" for name in names}
 
 
@@ -276,7 +276,7 @@ POOLS = core("prompts.pools", "rewards.functions")
         ("entropy_gradient", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER | POOLS),
         ("compute_update", FORWARD_MODE | MOVES | STATISTICS | POOLS),
         ("calibrate first_order_e first_order_u path_integral", STATISTICS | POOLS),
-        ("load_checkpoint", FORWARD_MODE | MOVES | STATISTICS | POOLS),
+        ("load_checkpoint load_weights", FORWARD_MODE | MOVES | STATISTICS | POOLS),
         ("load_prompts reward", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER),
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from entropy_core.checkpoints.optimizer_file import SavedMoments
 from entropy_core.errors import CheckpointError
-from entropy_core.files.digests import file_digest
+from entropy_core.files.checkpoint import optimizer_digest
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
 from entropy_core.numerics.rounded_step import rounded_step
 from entropy_core.numerics.vectors import Block, Lazy, in_blocks
@@ -134,7 +134,7 @@ def _moments(digest: str, execution: "Execution") -> SavedMoments | None:
         return None
     path = execution.paths[digest]
     try:
-        unchanged = file_digest(path) == digest
+        unchanged = optimizer_digest(path) == digest
     except OSError:
         unchanged = False
     if not unchanged:

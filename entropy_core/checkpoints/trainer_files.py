@@ -8,6 +8,8 @@ from typing import Any
 
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout
+from entropy_core.checkpoints.layouts.interface import understood
+from entropy_core.checkpoints.layouts.places import open_state
 from entropy_core.checkpoints.model_config import GENERATION
 from entropy_core.checkpoints.training_args import TRAINING_ARGUMENTS, read_training_arguments
 
@@ -31,6 +33,7 @@ class TrainerFiles:
         is_adapter: the checkpoint holds an adapter.
         has_reference: an adapter `ref` lies in the checkpoint.
         has_experts: the model is a mixture of experts.
+        clipping: the norm of the clipping and what says it, where that is not the trainer's settings.
         quantised_base: the quantised model that the adapter names as its base, where it is computed with another one.
     """
 
@@ -43,6 +46,7 @@ class TrainerFiles:
     is_adapter: bool = False
     has_reference: bool = False
     has_experts: bool = False
+    clipping: tuple[float, str] | None = None
     quantised_base: str = ""
 
 
@@ -79,8 +83,18 @@ def read_trainer_files(layout: Layout) -> TrainerFiles:
         is_adapter=layout.base is not None,
         has_reference=(layout.model / "ref" / "adapter_config.json").exists(),
         has_experts=any(isinstance(count, int) and count > 1 for count in experts),
+        clipping=_clipping(layout),
         quantised_base="" if "quantization_config" in config else _quantised(adapter.get("base_model_name_or_path")),
     )
+
+
+def _clipping(layout: Layout) -> tuple[float, str] | None:
+    """Of a trainer whose shards say it."""
+    if layout.optimizer is None or not layout.optimizer.is_dir():
+        return None
+    with understood(layout.optimizer):
+        norm = open_state(layout.optimizer).max_grad_norm()
+    return None if norm is None else (norm, f"the configuration in {layout.optimizer.name}")
 
 
 def _kind(arguments: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ class PolicyConfig(Section):
     base_model: ModelName = Field(
         "",
         description="Base model under LoRA adapters, its directory or its name in the hub cache; empty: the one that "
-        "each adapter names.",
+        "each adapter names. Of checkpoints in shards without a config.json, the directory that has it and the "
+        "tokenizer.",
     )
 
 

@@ -79,6 +79,9 @@ class _Reader:
     def read(self) -> tuple[list[Reading], list[Difference]]:
         if "max_grad_norm" in self.arguments:
             self._number("max_grad_norm", self.arguments["max_grad_norm"] or 0.0, float)
+        elif self.files.clipping is not None:
+            norm, source = self.files.clipping
+            self.found.append(Reading(SETTINGS["max_grad_norm"], norm, source))
         if self.files.kind in ("GRPO", "RLOO"):
             self._number("temperature", self.arguments.get("temperature"), float)
             self._number("max_completion_length", self.arguments.get("max_completion_length"), int)

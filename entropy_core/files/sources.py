@@ -14,7 +14,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from entropy_core.errors import CheckpointError, ConfigError, ProbeError
-from entropy_core.files.checkpoint import checkpoint_digest, tokenizer_digest, weights_digest
+from entropy_core.files.checkpoint import (
+    checkpoint_digest,
+    description_digest,
+    optimizer_digest,
+    tokenizer_digest,
+    weights_digest,
+)
 from entropy_core.files.digests import Identity, file_digest, with_identities
 
 Stamps = dict[Path, tuple[frozenset[Identity], ...]]
@@ -56,7 +62,7 @@ def content_digest(path: Path) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-DIGESTS = (tokenizer_digest, weights_digest, checkpoint_digest, content_digest)
+DIGESTS = (tokenizer_digest, description_digest, weights_digest, optimizer_digest, checkpoint_digest, content_digest)
 """What a file or a folder can be known by, the cheapest first."""
 
 

@@ -10,6 +10,7 @@ from entropy_core.stages.first_order_u import first_order_u
 from entropy_core.stages.importance import importance
 from entropy_core.stages.load_checkpoint import load_checkpoint
 from entropy_core.stages.load_prompts import load_prompts
+from entropy_core.stages.load_weights import load_weights
 from entropy_core.stages.path_integral import path_integral
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
@@ -18,6 +19,7 @@ from entropy_core.stages.score import score
 from entropy_core.store.store import Stage
 
 LOAD_CHECKPOINT = Stage("load-checkpoint", load_checkpoint)
+LOAD_WEIGHTS = Stage("load-weights", load_weights)
 LOAD_PROMPTS = Stage("load-prompts", load_prompts)
 SAMPLE_E = Stage("sample-e-batch", sample)
 SAMPLE_U = Stage("sample-u-batch", sample)

@@ -75,7 +75,7 @@ def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Run
     """
     inputs = {
         "checkpoint": checkpoint.digest,
-        "base": checkpoint.base,
+        "base": checkpoint.base or checkpoint.description,
         "learning_rate": config.update.learning_rate,
         "optimizer_state": config.update.optimizer_state,
     }
@@ -125,7 +125,7 @@ class Measurement:
         self.run, self.release = run, release
         self.e_pool, self.u_pool = (pools[split] for split in splits(config))
         self.policy = PolicySpec(
-            weights=checkpoint.weights,
+            weights=checkpoint.weights or self._weights(),
             base=checkpoint.base,
             dtype=config.policy.dtype,
             attn_implementation=config.policy.attn_implementation,
@@ -137,6 +137,11 @@ class Measurement:
             1 if self.replacement else batch.G
         )  # responses of E to the same prompt, which are not independent
         self.e_total = batch.E_total_sequences if self.replacement else batch.B_E_values[0] * batch.G
+
+    def _weights(self) -> Artifact:
+        """Put weights that lie in shards into files that transformers can open."""
+        inputs = {"checkpoint": self.checkpoint.digest, "description": self.checkpoint.description}
+        return self._once(stage.LOAD_WEIGHTS, inputs)
 
     def variance_inputs(self) -> Inputs:
         """Run the stages and return all inputs of the variance stage except its settings."""

@@ -17,7 +17,7 @@ from entropy_core.checkpoints.layout import Layout, find_layout
 from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError
-from entropy_core.files.checkpoint import weights_digest
+from entropy_core.files.checkpoint import optimizer_digest, weights_digest
 from entropy_core.files.digests import file_digest
 from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
@@ -41,7 +41,8 @@ class CheckpointToProbe:
         name: name of the directory, unique in the sweep.
         step: the trainer's global step.
         digest: digest of all files that a result depends on.
-        weights: digest of the files that the policy depends on.
+        weights: digest of the files that the policy depends on; empty where the weights are in shards.
+        description: digest of the model's configuration and tokenizer, where the weights are in shards; else empty.
         base: digest of an adapter's base model; empty for a full model.
         reference: digests of the weights and of the base of the KL term's reference policy; empty without a KL term.
         tokenizer: digest of the tokenizer's files.
@@ -58,6 +59,7 @@ class CheckpointToProbe:
     step: int
     digest: str
     weights: str
+    description: str
     base: str
     reference: tuple[str, ...]
     tokenizer: str
@@ -103,14 +105,14 @@ def _checked(
     pools = _pools(config, state)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
-    for name, checkpoint, _, digest, weights, base, home, tokenizer in usable:
+    for name, checkpoint, _, digest, weights, description, base, home, tokenizer in usable:
         layout = checkpoint.layout
-        paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
+        paths = {digest: layout.directory, weights or description: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
         saved = layout.directory / TRAINER_STATE
         state_digest = file_digest(saved) if saved.is_file() else ""
         paths |= {state_digest: saved} if state_digest else {}
-        paths |= {file_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
+        paths |= {optimizer_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
         compared, about = _reference(config, layout, name) if config.update.kl_beta else ({}, ())
         paths |= compared
         found.append(
@@ -120,6 +122,7 @@ def _checked(
                 step=checkpoint.step,
                 digest=digest,
                 weights=weights,
+                description=description,
                 base=base,
                 reference=tuple(compared),
                 tokenizer=tokenizer,
@@ -134,9 +137,9 @@ def _checked(
         if tokenizer not in longest:
             longest[tokenizer] = _longest_prompt(config, pools, home, state)
         _check_positions(checkpoint, longest[tokenizer], config.generation.max_new_tokens)
-    if config.policy.base_model and not any(checkpoint.base for checkpoint in found):
+    if config.policy.base_model and not any(one.base or one.description for one in found):
         raise ConfigError(
-            f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter",
+            f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter or in shards",
             fix="leave it out, or give the directories of adapters",
         )
     return found
@@ -235,6 +238,11 @@ def _reference(config: ProbeConfig, layout: Layout, name: str) -> tuple[dict[str
     else:
         of = find_layout(layout.base, fresh=True)
         about = "The reference policy is the base without its adapter."
+    if of.shards is not None:
+        raise ConfigError(
+            f"the reference policy {of.directory} has its weights in shards, which are read of what is probed alone",
+            fix="set update.reference to a directory with model.safetensors",
+        )
     read_architecture(of)
     theirs, ours = (read_json(one.architecture / "config.json").get("vocab_size") for one in (of, layout))
     if theirs != ours:

@@ -9,7 +9,13 @@ from entropy_core.checkpoints.tokenizer import tokenizer_directory
 from entropy_core.checkpoints.trainer_files import TrainerFiles, read_trainer_files
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import CheckpointError, one_line
-from entropy_core.files.checkpoint import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
+from entropy_core.files.checkpoint import (
+    checkpoint_digest,
+    description_digest,
+    find_checkpoints,
+    tokenizer_digest,
+    weights_digest,
+)
 from entropy_core.pipeline.settings import Settled, settle, with_read
 
 _Found = TypeVar("_Found")
@@ -23,7 +29,8 @@ class UsableCheckpoint(NamedTuple):
         checkpoint: its step, its shapes, its optimizer.
         trainer: what it says of its trainer.
         digest: of all files that a result depends on.
-        weights: of those that the policy depends on.
+        weights: of those that the policy depends on; empty where the weights are in shards.
+        description: of the model's configuration and tokenizer, where the weights are in shards; else empty.
         base: of those of the base model under an adapter; empty for a full model.
         home: directory of the tokenizer.
         tokenizer: digest of the files that it is made of.
@@ -34,6 +41,7 @@ class UsableCheckpoint(NamedTuple):
     trainer: TrainerFiles
     digest: str
     weights: str
+    description: str
     base: str
     home: Path
     tokenizer: str
@@ -59,7 +67,8 @@ def usable_checkpoints(config: ProbeConfig) -> tuple[list[UsableCheckpoint], lis
             checkpoint=checkpoint,
             trainer=read_trainer_files(layout),
             digest=checkpoint_digest(directory),
-            weights=weights_digest(layout.model),
+            weights="" if layout.shards else weights_digest(layout.model),
+            description=description_digest(layout.model) if layout.shards else "",
             base=weights_digest(layout.base) if layout.base else "",
             home=home,
             tokenizer=tokenizer_digest(home),

@@ -8,6 +8,8 @@
                                                                           ├─ importance (per η) ─────────────┤     │
                                                                           └─ path-integral (per η) ──────────┘   report
 
+Every stage that uses the policy reads it from the checkpoint, or from load-weights where its weights are in shards.
+
 A stage is a function `(out, execution, **inputs) → summary`. Its keyword arguments are exactly the contents of its key,
 so it cannot read a setting that is missing from the key. `execution` holds settings that do not affect the result, and
 is in no key. Each stage has its own file here, and there are no other files; shared code is in the packages below.

@@ -33,6 +33,7 @@ def made_by(*stages: str) -> AfterValidator:
 
 Prompts = Annotated[Artifact, made_by("load-prompts")]
 Checkpoint = Annotated[Artifact, made_by("load-checkpoint")]
+Weights = Annotated[Artifact, made_by("load-weights")]
 Sequences = Annotated[Artifact, made_by("sample-e-batch", "sample-u-batch")]
 SequencesOfE = Annotated[Artifact, made_by("sample-e-batch")]
 SequencesOfU = Annotated[Artifact, made_by("sample-u-batch")]
