@@ -1,5 +1,6 @@
 """All stages, by name."""
 
+from entropy_core.stages.agreement import agreement
 from entropy_core.stages.calibrate import calibrate
 from entropy_core.stages.compute_update import compute_update
 from entropy_core.stages.discriminate import discriminate
@@ -36,6 +37,7 @@ FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradie
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
 VARIANCE = Stage("variance", variance)
+AGREEMENT = Stage("agreement", agreement)
 REPORT = Stage("report", report)
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

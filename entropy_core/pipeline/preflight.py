@@ -22,6 +22,7 @@ from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
 from entropy_core.pipeline.settings import Setting, Settled, settle, with_read
+from entropy_core.pipeline.trainer_log import trainer_log
 from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
 from entropy_core.prompts import pools as prompts
 from entropy_core.prompts.pools import Pool
@@ -48,6 +49,7 @@ class CheckpointToProbe:
         read: settings that the configuration leaves open and that the checkpoints record; see `settings`.
         settings: all settings of the training, each with its source.
         warnings: warnings at the top of the report.
+        log: what its trainer logged near it; see `trainer_log`.
     """
 
     directory: Path
@@ -62,6 +64,7 @@ class CheckpointToProbe:
     read: Mapping[str, Any]
     settings: tuple[Setting, ...]
     warnings: tuple[str, ...]
+    log: Mapping[str, Any]
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -96,7 +99,8 @@ def _checked(
     pools = _pools(config)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
-    for name, checkpoint, _, digest, weights, base, home, tokenizer in usable:
+    trainers = [one.trainer for one in usable]
+    for name, checkpoint, trainer, digest, weights, base, home, tokenizer in usable:
         layout = checkpoint.layout
         paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
@@ -115,6 +119,7 @@ def _checked(
                 read=settled.read,
                 settings=settled.settings,
                 warnings=warnings,
+                log=trainer_log(checkpoint.step, trainer, trainers),
             )
         )
         if tokenizer not in longest:

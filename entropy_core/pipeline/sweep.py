@@ -34,7 +34,7 @@ from entropy_core.store.store import Stage, Store, recipe_of
 
 log = logging.getLogger("entropy_probe.pipeline")
 
-RECORD_FORMAT = 3
+RECORD_FORMAT = 4
 """Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 
@@ -233,13 +233,14 @@ def _measured(
                 "notes": [*checkpoint.assumptions, *of_pools],
                 "settings": [setting._asdict() for setting in checkpoint.settings],
                 "warnings": list(checkpoint.warnings),
+                "log": dict(checkpoint.log),
             }
         )
     return measured
 
 
 def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artifact:
-    """Run the variance stage of every checkpoint, and the report stage."""
+    """Run the variance stage of every checkpoint, the agreement stage, and the report stage."""
     estimated = [
         {
             "checkpoint": entry["checkpoint"],
@@ -250,8 +251,25 @@ def _reported(recorded: list[Inputs], config: ProbeConfig, run: Runner) -> Artif
         for entry in recorded
     ]
     notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
-    said = {"settings": recorded[0]["settings"], "warnings": recorded[0]["warnings"], "notes": notes}
-    return run(stage.REPORT, {"name": config.name, "checkpoints": estimated, **said}, config.name)
+    agreement = run(stage.AGREEMENT, _compared(recorded, config), config.name)
+    inputs = {"name": config.name, "checkpoints": estimated, "agreement": agreement, "notes": notes}
+    said = {"settings": recorded[0]["settings"], "warnings": recorded[0]["warnings"]}
+    return run(stage.REPORT, inputs | said, config.name)
+
+
+def _compared(recorded: list[Inputs], config: ProbeConfig) -> Inputs:
+    """Return the inputs of the agreement stage."""
+    names = ("learning_rate", "scores", "scores_u", "update")
+    e_split, u_split = splits(config)
+    return {
+        "checkpoints": [
+            {name: entry[name] for name in ("checkpoint", "step", "log")}
+            | {name: entry["inputs"][name] for name in names}
+            for entry in recorded
+        ],
+        "temperature": config.generation.temperature,
+        "same_prompts": e_split == u_split,
+    }
 
 
 def _chosen(config: ProbeConfig) -> Inputs:
