@@ -30,6 +30,8 @@ MICRO_BATCHES = (2, 4, 8, 16, 32)
 BINS = 64
 """Groups of tokens of similar entropy, in each of which one partition function is taken for all."""
 
+UNTEMPERED = "logits that are not divided by the temperature"
+
 
 class Logged(NamedTuple):
     """What a trainer would log.
@@ -101,9 +103,9 @@ def known_mistakes(of: Responses, sampling: Sampling) -> Iterator[Logged]:
         yield ratio("entropies that are shifted by one token, the other way", of.entropy_N - of.last_N, shorter_N)
     if sampling.temperature != 1:
         entropies_K, surprisals_K = _at_temperature_one(of, sampling.temperature)
-        without = "logits that are not divided by the temperature"
-        yield ratio(f"entropies of {without}", of.sums(entropies_K), of.lengths_N)
-        yield ratio(f"the mean of −log π of the sampled tokens, from {without}", of.sums(surprisals_K), of.lengths_N)
+        yield ratio(f"entropies of {UNTEMPERED}", of.sums(entropies_K), of.lengths_N)
+        samples = "the mean of −log π of the sampled tokens, from"
+        yield ratio(f"{samples} {UNTEMPERED}", of.sums(surprisals_K), of.lengths_N)
     if sampling.top_p < 1:
         yield _truncated(of, math.log1p(-sampling.top_p), f"the entropy of the law that top_p = {sampling.top_p:g}")
     if sampling.top_k > 0:
