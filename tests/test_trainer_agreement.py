@@ -11,14 +11,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from test_report import NOTHING, sweep
 from torch import Tensor
 
+from entropy_core.checkpoints.trainer_files import TrainerFiles
 from entropy_core.estimates.logged_entropy import Sampling
 from entropy_core.estimates.responses import Responses, responses_of, together
 from entropy_core.estimates.trainer_agreement import Compared, Probed, compared, measured, near, rows_of
 from entropy_core.numerics import ragged
 from entropy_core.numerics.trend import level_at
-from entropy_core.report.agreement import disagreements
+from entropy_core.pipeline.trainer_log import trainer_log
+from entropy_core.report.agreement import disagreements, section
+from entropy_core.report.page import markdown
+from entropy_core.stages.agreement import _kl as kl_of
 
 SAMPLING = Sampling()
 V, PROMPTS, G = 12, 32, 8
@@ -151,6 +156,17 @@ def test_cut_responses_are_left_out_where_the_trainer_masks_them():
 )
 def test_what_depends_on_the_size_of_batches_is_not_compared_across_sizes(changes, lost):
     assert {name for name, probed in of_hand(**changes).items() if not probed.comparable} == lost
+
+
+def test_one_prompt_has_no_standard_error_and_no_response_no_entropy():
+    alone = HAND.chosen(torch.tensor([True, True, False, False]))
+    found = measured(None, alone, REWARDS[:2], None, UPDATE, NO_LOG | {"prompts": 1}, 1e-3)
+    assert (found["entropy"].value, found["entropy"].standard_error) == (8 / 5, None)
+    assert row_of([1.0, 2.0, 1.0, 2.0], found["mean_reward"]).verdict(0.05) == "not comparable"
+    masked = UPDATE | {"loss": UPDATE["loss"] | {"mask_truncated_completions": True}}
+    cut = HAND.chosen(HAND.cut_N)
+    found = measured(None, cut, REWARDS[:1], torch.ones(1), masked, NO_LOG | {"prompts": 1}, 1e-3)
+    assert "entropy" not in found and "kl" not in found and found["truncated_fraction"].value == 1.0
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------
@@ -343,7 +359,7 @@ def verdicts(
     of_e, of_u = seen(e, sampling.temperature), seen(u, sampling.temperature)
     log = {"entries": entries, "prompts": PROMPTS, "responses_per_prompt": G, "micro_batch": 0}
     probed = measured(of_e, of_u, u.rewards_N, None, UPDATE, log, learning_rate=1e-3)
-    return list(rows_of(compared(name, 5, probed, log), {name: (together([of_u, of_e]), sampling)}))
+    return list(rows_of(compared(name, 5, probed, log), lambda _: (together([of_u, of_e]), sampling)))
 
 
 def joined(*batches: Batch) -> Batch:
@@ -404,6 +420,10 @@ SIMULATED = ("mean_reward", "equal_reward_fraction", "mean_length", "truncated_f
 CHECKPOINTS = (1, 6, 12, 18, 30)
 
 
+def unexplained(checkpoint: str) -> tuple[Responses, Sampling]:
+    raise AssertionError("no entropy is simulated")
+
+
 def simulated(seed: int, course: Callable[[float], float], every: int, error: float = 0.02) -> bool:
     """Whether anything is called out in a right run whose batches have a noise of 0.05."""
     generator = torch.Generator().manual_seed(seed)
@@ -426,7 +446,7 @@ def simulated(seed: int, course: Callable[[float], float], every: int, error: fl
             near_it = NO_LOG | {"entries": entries}
             found += compared(f"checkpoint-{checkpoint}", checkpoint * every, {name: probed}, near_it)
     assert len(found) == len(SIMULATED) * len(CHECKPOINTS)
-    return any(row["verdict"] == "disagrees" for row in rows_of(found, {}))
+    return any(row["verdict"] == "disagrees" for row in rows_of(found, unexplained))
 
 
 COURSES = {
@@ -449,3 +469,100 @@ def test_a_clear_difference_is_always_called_out():
         noise = (0.05 * torch.randn(10, generator=generator, dtype=torch.float64)).tolist()
         row = row_of([1.0 + x for x in noise], Probed(1.5, 0.02, 63.0))
         assert row.verdict(0.02 / 40) == "disagrees"
+
+
+# --- from the files to the page ---------------------------------------------------------------------------------------
+
+
+def test_the_log_of_a_later_checkpoint_goes_on_after_this_step():
+    def files(*steps: int, rewards: float = 0.0, **arguments: Any) -> TrainerFiles:
+        log = [{"step": s, "reward": rewards + s, "loss": 0.0, "epoch": 1.0} for s in steps]
+        return TrainerFiles("GRPO", arguments=arguments, log=({"step": 3, "eval_reward": 9.0}, *log))
+
+    first, last, other = files(2, 4), files(2, 4, 6, 8), files(2, 4, 6, 8, 10, rewards=1.0)
+    assert [entry["step"] for entry in trainer_log(4, first, [first, last])["entries"]] == [2, 4, 6, 8]
+    assert trainer_log(4, first, [first, other])["entries"] == [
+        {"step": 2, "since": 0, "reward": 2.0},
+        {"step": 4, "since": 2, "reward": 4.0},
+    ]
+    again = TrainerFiles(log=({"step": 1, "reward": 1.0}, {"step": 1, "reward": 2.0}, {"step": 2, "reward": math.nan}))
+    assert trainer_log(1, again, [again])["entries"] == [{"step": 1, "since": 0, "reward": 2.0}]
+    assert trainer_log(4, TrainerFiles(), []) == {
+        "entries": [],
+        "prompts": 0,
+        "responses_per_prompt": 0,
+        "micro_batch": 0,
+        "top_p": 1.0,
+        "top_k": 0,
+    }
+    settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "num_generations": 8, "top_k": 5}
+    assert trainer_log(4, files(4, **settings), []) == {
+        "entries": [{"step": 4, "since": 0, "reward": 4.0}],
+        "prompts": 8,
+        "responses_per_prompt": 8,
+        "micro_batch": 16,
+        "top_p": 1.0,
+        "top_k": 5,
+    }
+    many = files(*range(1, 1000))
+    assert [entry["step"] for entry in trainer_log(500, many, [many])["entries"]] == [*range(490, 510)]
+
+
+class Step(NamedTuple):
+    """Of compute-update: its summary and the tokens of two responses."""
+
+    summary: dict[str, Any]
+
+    def tensors(self, name: str, only: Any) -> dict[str, Tensor]:
+        ratio_K = torch.log(torch.tensor([2.0, 0.5, 4.0], dtype=torch.float64))
+        found = {"reference_logprobs": ratio_K - 1.0, "logprobs": torch.full((3,), -1.0, dtype=torch.float64)}
+        return found | {"sequences": torch.tensor([7, 8]), "offsets": torch.tensor([0, 2, 3])}
+
+
+def test_the_kl_is_the_estimator_that_the_trainer_logs():
+    def kl(**loss: Any) -> list[float] | None:
+        found = kl_of(Step({"loss": loss}))  # type: ignore[arg-type]
+        return None if found is None else found.tolist()
+
+    assert kl(kl_beta=0.0, kl_in="loss") is None
+    log2 = math.log(2.0)
+    assert kl(kl_beta=0.1, kl_in="loss") == pytest.approx([(1 - log2) + (log2 - 0.5), 3 - 2 * log2])
+    assert kl(kl_beta=0.1, kl_in="reward") == pytest.approx([0.0, -2 * log2], abs=1e-12)
+
+
+def compared_rows(**verdict: str) -> list[dict[str, Any]]:
+    shared = {"standard_error": 0.1, "z": 5.0, "explained_by": None}
+    return [
+        {"checkpoint": name, "step": step, "quantity": quantity, "trainer": value, "probe": 1.0}
+        | shared
+        | {"verdict": verdict.get(quantity, "agrees")}
+        for name, step, value in (("checkpoint-6", 6, 0.5), ("checkpoint-12", 12, 0.375))
+        for quantity in ("entropy", "mean_reward", "kl")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("odd", "advice"),
+    [
+        ({"kl": "disagrees"}, "Check update.reference."),
+        ({"mean_reward": "disagrees"}, "check update.reward and the columns it reads"),
+        ({"mean_reward": "disagrees", "entropy": "disagrees"}, "Check the prompts"),
+        ({"entropy": "disagrees"}, "no known mistake of a logged entropy gives its value"),
+    ],
+)
+def test_the_first_lines_say_what_disagrees_and_where_to_look(odd, advice):
+    (sentence,) = disagreements(compared_rows(**odd))
+    page = markdown("demo", sweep(), NOTHING, [], warnings=["Another."], compared=compared_rows(**odd))
+    assert page.split("\n\n")[1:3] == [f"> **Warning:** {sentence}", "> **Warning:** Another."]
+    assert advice in sentence and sentence.count("z = +5.0; 2 of 2") == len(odd)
+
+
+def test_the_section_has_the_change_between_checkpoints_beside_the_predicted_steps():
+    results = [row | {"se_total": 0.003 * row["eta_over_lr"]} for row in sweep() if row["normalization"] == "per_token"]
+    lines = section(compared_rows(kl="not logged"), results)
+    assert "| checkpoint-6 | entropy per token | agrees | 0.5 | 1 | 0.1 | +5.0 |" in lines
+    assert "Not logged at one checkpoint or more: KL to the reference." in lines
+    # H falls by .01 a step, and δH₁ is −.02 at the learning rate of both; the logged entropy falls by .125
+    error = f"{3 * math.hypot(0.003, 0.003):.2g}"
+    assert f"| checkpoint-6 → checkpoint-12 | 6 | -0.06 ± 0.014 | -0.125 | -0.12 ± {error} |" in lines
+    assert section([], results[:1]) == []

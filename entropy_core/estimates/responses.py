@@ -3,6 +3,7 @@
 ℓ is the log-probability of a token and h the entropy of the distribution it was drawn from, both in nats.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -62,23 +63,23 @@ class Responses:
 
 
 MOST_TOKENS = 2**22
-"""Tokens of a batch that are read: with as many, nothing here is limited by their number."""
+"""Tokens of E that are enough: with as many, no comparison with a trainer's log is limited by their number."""
 
 
-def read_responses(scores: "Sequence[Artifact]") -> Responses:
-    """Read the responses of a batch from the shards of score-e-batch or score-u-batch, as many as `MOST_TOKENS` hold.
+def read_responses(scores: "Sequence[Artifact]", most_tokens: float = math.inf) -> Responses:
+    """Read the responses of a batch from the shards of score-e-batch or score-u-batch.
 
     Args:
         scores: the shards; the first is read whatever its size.
+        most_tokens: no further shard is read once there are as many.
 
     Returns:
         The responses, in their order.
     """
     found: list[Responses] = []
     for shard in scores:
-        found.append(_of_shard(shard))
-        if sum(len(part.logprobs_K) for part in found) >= MOST_TOKENS:
-            break
+        if sum(len(part.logprobs_K) for part in found) < most_tokens:
+            found.append(_of_shard(shard))
     return together(found)
 
 

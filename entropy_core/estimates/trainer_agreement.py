@@ -117,7 +117,7 @@ def measured(
         learning_rate: of the next step.
 
     Returns:
-        By the names of `QUANTITIES`; `kl` only where it is measured.
+        By the names of `QUANTITIES`; `kl` only where it is measured, and nothing that is about no response at all.
     """
     both = together([u, e]) if e is not None else u
     prompts = int(u.prompts_N.unique().numel())
@@ -137,7 +137,6 @@ def measured(
         return of.cut_N.double(), torch.ones_like(of.lengths_N)
 
     found = {
-        "entropy": _on_both(kept_u, kept, lambda of: (of.entropy_N, of.lengths_N), of_trainer),
         "mean_reward": _ratio(u, (rewards_N, torch.ones_like(rewards_N)), of_trainer),
         "equal_reward_fraction": _share(without_spread, prompts, of_trainer)._replace(comparable=by_group),
         "mean_length": _on_both(u, both, length, of_trainer),
@@ -147,7 +146,9 @@ def measured(
         "gradient_norm": Probed(update["gradient_norm"], comparable=same_batch),
         "learning_rate": Probed(learning_rate),
     }
-    if kl_N is not None:
+    if len(kept):
+        found = {"entropy": _on_both(kept_u, kept, lambda of: (of.entropy_N, of.lengths_N), of_trainer)} | found
+    if kl_N is not None and len(kept_u):
         kept_N = kl_N[~u.cut_N] if without_cut else kl_N
         found["kl"] = _ratio(kept_u, (kept_N, kept_u.lengths_N), of_trainer)
     return found
@@ -156,13 +157,16 @@ def measured(
 def _ratio(of: Responses, terms: Terms, of_trainer: int) -> Probed:
     """A ratio of two means over responses, with its error over prompts."""
     estimate = uncertainty.ratio(*map(uncertainty.mean, terms))
-    error, units = uncertainty.standard_error(estimate.influence_N, of.prompts_N), len(of.prompts_N.unique())
+    units = len(of.prompts_N.unique())
+    if units < 2:
+        return Probed(estimate.value)
+    error = uncertainty.standard_error(estimate.influence_N, of.prompts_N)
     return Probed(estimate.value, error, units - 1, error * math.sqrt(units / of_trainer))
 
 
 def _on_both(u: Responses, both: Responses, terms: Callable[[Responses], Terms], of_trainer: int) -> Probed:
     """The same on U and E together; what one batch of the trainer varies by shows on U, whose groups are as large."""
-    of_one_batch = _ratio(u, terms(u), of_trainer).of_one_batch
+    of_one_batch = _ratio(u, terms(u), of_trainer).of_one_batch if len(u) else 0.0
     return _ratio(both, terms(both), of_trainer)._replace(of_one_batch=of_one_batch)
 
 
@@ -175,14 +179,15 @@ def _share(count: float, of: int, of_trainer: int) -> Probed:
     """A share, with the error of one that was seen two more times among four more: never 0, whatever was counted."""
     smoothed = (count + 2) / (of + 4)
     variance = smoothed * (1 - smoothed)
-    return Probed(count / of, math.sqrt(variance / of), of - 1, math.sqrt(variance / of_trainer))
+    return Probed(count / of, math.sqrt(variance / of), max(of - 1, 1), math.sqrt(variance / of_trainer))
 
 
 def _at_least(one: Probed, other: Probed) -> Probed:
     """The first with the larger standard errors of the two."""
-    assert one.standard_error is not None and other.standard_error is not None
+    assert other.standard_error is not None
     return one._replace(
-        standard_error=max(one.standard_error, other.standard_error),
+        standard_error=max(one.standard_error or 0.0, other.standard_error),
+        degrees_of_freedom=min(one.degrees_of_freedom, other.degrees_of_freedom),
         of_one_batch=max(one.of_one_batch, other.of_one_batch),
     )
 
@@ -262,14 +267,18 @@ def _with_error(
     )
 
 
-def rows_of(found: Sequence[Compared], responses: Mapping[str, tuple[Responses, Sampling]]) -> Iterator[dict[str, Any]]:
+Logging = Callable[[str], tuple[Responses, Sampling]]
+"""By the name of a checkpoint: the responses that the entropy is measured on, and how the trainer samples and logs."""
+
+
+def rows_of(found: Sequence[Compared], logging: Logging) -> Iterator[dict[str, Any]]:
     """Give every comparison of a run its verdict, and name the mistake that explains a logged entropy.
 
     The probability of a false alarm is shared out evenly among the comparisons of the run.
 
     Args:
         found: of `compared`, of all checkpoints.
-        responses: by checkpoint, those that the entropy is measured on, and how the trainer samples.
+        logging: is called where a logged entropy is to be explained.
 
     Yields:
         Rows of `agreement.parquet`.
@@ -279,7 +288,7 @@ def rows_of(found: Sequence[Compared], responses: Mapping[str, tuple[Responses, 
     verdicts = [row.verdict(each) for row in found]
     odd = {row.quantity for row, verdict in zip(found, verdicts, strict=True) if verdict == "disagrees"}
     entropies = [row for row, v in zip(found, verdicts, strict=True) if (row.quantity, v) == ("entropy", "disagrees")]
-    mistake = None if odd & set(_SAMPLED) or not entropies else _explained(entropies, responses, each)
+    mistake = None if odd & set(_SAMPLED) or not entropies else _explained(entropies, logging, each)
     for row, verdict in zip(found, verdicts, strict=True):
         yield {
             **{name: getattr(row, name) for name in ("checkpoint", "step", "quantity", "trainer", "probe")},
@@ -290,17 +299,16 @@ def rows_of(found: Sequence[Compared], responses: Mapping[str, tuple[Responses, 
         }
 
 
-def _explained(
-    rows: Sequence[Compared], responses: Mapping[str, tuple[Responses, Sampling]], false_alarms: float
-) -> str | None:
+def _explained(rows: Sequence[Compared], logging: Logging, false_alarms: float) -> str | None:
     """The mistake that is nearest to what was logged, of those that agree with it at every checkpoint."""
     distance: dict[str, float] = {}
     agreed: dict[str, int] = {}
     for row in rows:
         assert row.trainer is not None and row.standard_error is not None
-        own = entropy_error(responses[row.checkpoint][0])
+        responses, sampling = logging(row.checkpoint)
+        own = entropy_error(responses)
         of_trainer = math.sqrt(max(row.standard_error**2 - own**2, 0.0))
-        for logged in known_mistakes(*responses[row.checkpoint]):
+        for logged in known_mistakes(responses, sampling):
             error = math.hypot(of_trainer, logged.standard_error)
             apart = max(abs(logged.value - row.trainer) - logged.within, 0.0)
             limit = error * float(student.isf(false_alarms / 2, row.degrees_of_freedom))

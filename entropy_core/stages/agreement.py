@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.estimates.logged_entropy import Sampling
-from entropy_core.estimates.responses import Responses, read_responses, together
+from entropy_core.estimates.responses import MOST_TOKENS, Responses, read_responses, together
 from entropy_core.estimates.tables import AGREEMENT, to_table
 from entropy_core.estimates.trainer_agreement import LONGEST, Compared, compared, measured, rows_of
 from entropy_core.numerics import ragged
@@ -42,25 +42,32 @@ def agreement(
         Summary: numbers of rows and of disagreements.
     """
     found: list[Compared] = []
-    responses: dict[str, tuple[Responses, Sampling]] = {}
     for entry in checkpoints:
         log, update = entry["log"], entry["update"]
-        u = read_responses(entry["scores_u"])
-        e = read_responses(entry["scores"]) if same_prompts else None
-        of_sequences = update.table("sequences.parquet")
-        rewards_N = torch.tensor(of_sequences["reward"].to_pylist(), dtype=torch.float64)[: len(u)]
-        probed = measured(e, u, rewards_N, _kl(update, len(u)), update.summary, log, entry["learning_rate"])
+        u, e = _responses(entry, same_prompts)
+        rewards_N = torch.tensor(update.table("sequences.parquet")["reward"].to_pylist(), dtype=torch.float64)
+        probed = measured(e, u, rewards_N, _kl(update), update.summary, log, entry["learning_rate"])
         found += compared(entry["checkpoint"], entry["step"], probed, log)
+
+    def logging(checkpoint: str) -> tuple[Responses, Sampling]:
+        entry = next(entry for entry in checkpoints if entry["checkpoint"] == checkpoint)
+        u, e = _responses(entry, same_prompts)
         both = together([u, e]) if e is not None else u
-        if update.summary["loss"]["mask_truncated_completions"]:
+        if entry["update"].summary["loss"]["mask_truncated_completions"]:
             both = both.chosen(~both.cut_N)
-        responses[entry["checkpoint"]] = both, _sampling(log, temperature)
-    rows = list(rows_of(found, responses))
+        return both, _sampling(entry["log"], temperature)
+
+    rows = list(rows_of(found, logging))
     out.table(to_table(rows, AGREEMENT), "agreement.parquet")
     return {"rows": len(rows), "disagree": sum(row["verdict"] == "disagrees" for row in rows)}
 
 
-def _kl(update: "Artifact", sequences: int) -> Tensor | None:
+def _responses(entry: "LoggedCheckpoint", same_prompts: bool) -> tuple[Responses, Responses | None]:
+    """Those of U, all of them; and those of E, as many as are needed."""
+    return read_responses(entry["scores_u"]), read_responses(entry["scores"], MOST_TOKENS) if same_prompts else None
+
+
+def _kl(update: "Artifact") -> Tensor | None:
     """The KL terms of each response of U as the trainer logs them, summed; None without a reference.
 
     With r = ℓ_ref − ℓ, GRPO logs e^r − r − 1 of each token, and RLOO, which has its KL in the reward, −r.
@@ -71,7 +78,7 @@ def _kl(update: "Artifact", sequences: int) -> Tensor | None:
     tokens = read_tokens([update], "logprobs", "reference_logprobs", file="loss.safetensors")
     r_K = tokens["reference_logprobs"].double() - tokens["logprobs"].double()
     term_K = -r_K if loss["kl_in"] == "reward" else r_K.exp() - r_K - 1
-    return ragged.sequence_sum(term_K, tokens.offsets_N1)[:sequences]
+    return ragged.sequence_sum(term_K, tokens.offsets_N1)
 
 
 def _sampling(log: Mapping[str, Any], temperature: float) -> Sampling:
