@@ -116,7 +116,7 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     changed = command("variance", "--confidence", ".5", "--artifacts", home / "artifacts", "--direct", cwd=elsewhere)
     assert changed.returncode == 0, changed.stderr
     stages = re.findall(r"^  (\S+) +(\S+) · ", changed.stdout, re.MULTILINE)
-    assert stages == [("computed", "variance"), ("computed", "report")]
+    assert stages == [("computed", "variance"), ("reused", "agreement"), ("computed", "report")]
     assert {row["confidence_level"] for row in recorded_rows(home / "artifacts")} == {0.5}
 
     listed = command("runs", cwd=home).stdout.splitlines()

@@ -21,7 +21,7 @@ FORWARD_MODE = {"calibrate", "first-order-e", "first-order-u", "path-integral"}
 BACKWARD = {"compute-update", "entropy-gradient"}
 MOVED = {"importance", "path-integral", "calibrate", "first-order-e"}  # the last by central differences
 POLICY = SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance"}
-STATISTICS = {"variance", "report"}
+STATISTICS = {"variance", "agreement", "report"}
 
 
 class Project:
@@ -173,7 +173,7 @@ EDITS = {
     "a sentence of the report": Edit(replaces("## Where the change comes from", "## Where it comes from"), {"report"}),
     # what runs on import
     "a statement that runs on import": Edit(
-        adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"), POLICY | {"variance"}
+        adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"), POLICY | {"agreement", "variance"}
     ),
     # what changes nothing
     "an unused error class": Edit(

@@ -36,6 +36,7 @@ from entropy_core.policy import spec
 from entropy_core.store.store import Store
 
 ETAS = [0, 0.01, 0.02, 1]
+OF_THE_RUN = ("agreement", "report")  # which are of all checkpoints together
 ESTIMATORS = list(get_args(Estimator))
 P, G = 8, 4
 BATCH = {"E_total_sequences": 16, "B_U": P, "G": G}
@@ -143,6 +144,7 @@ def test_every_stage_ran_once_per_shard(first):
         "importance": checkpoints * shards * moves,
         "path-integral": checkpoints * shards * moves,
         "variance": checkpoints,
+        "agreement": 1,
         "report": 1,
     }
     unasked = {"calibrate", "score-u-reference"}  # central differences, a KL term
@@ -210,7 +212,7 @@ def test_the_run_folder_has_what_people_open(first, home):
     directory = first.result.run_directory
     assert directory == home / "artifacts" / "runs" / first.result.run_id
     assert {path.name for path in directory.iterdir()} == {
-        *("results.parquet", "report.md", "config.yaml", "run.json"),
+        *("results.parquet", "agreement.parquet", "report.md", "config.yaml", "run.json"),
         *(f"{table}.parquet" for table in TABLES),
         *(
             f"{figure}.{kind}"
@@ -246,7 +248,7 @@ def test_two_stores_get_the_same_content(away, first):
     shutil.rmtree(away / "artifacts")
     second = probe(config_of(away, checkpoints=[str(away / "run" / NAMES[0])]))
     digests = {artifact.digest for _, _, artifact in first.run.asked}
-    assert {artifact.digest for stage, _, artifact in second.run.asked if stage != "report"} <= digests
+    assert {artifact.digest for stage, _, artifact in second.run.asked if stage not in OF_THE_RUN} <= digests
 
 
 def test_a_moved_run_is_the_same_run(away, first):
@@ -330,6 +332,7 @@ def test_more_sequences_cost_only_the_new_shards(redo, first):
         "importance": new * moves,
         "path-integral": new * moves,
         "variance": new,
+        "agreement": 1,
         "report": 1,
     }
     before, after = first.run.artifacts("sample-e-batch"), more.run.artifacts("sample-e-batch")
@@ -355,7 +358,7 @@ def test_a_step_size_less_costs_only_the_statistics(redo, monkeypatch):
 def test_another_optimizer_setting_samples_nothing(redo):
     computed = redo(update={"max_grad_norm": 1e-3}).run.was_computed
     on_e = {"first-order-e", "importance", "path-integral"}
-    assert set(computed) == on_e | {"compute-update", "first-order-u", "variance", "report"}
+    assert set(computed) == on_e | {"compute-update", "first-order-u", "variance", "agreement", "report"}
 
 
 def test_another_seed_of_e_leaves_u_alone(redo):
@@ -398,7 +401,7 @@ def test_a_killed_sweep_goes_on_where_it_was(away, first):
     computed = [artifact for stage, _, artifact in counting.asked]
     assert sum(counting.computed.values()) == len({(a.stage, a.key) for a in computed})
     digests = {artifact.digest for _, _, artifact in first.run.asked}
-    assert {a.digest for a in computed if a.stage not in ("variance", "report")} <= digests
+    assert {a.digest for a in computed if a.stage not in ("variance", *OF_THE_RUN)} <= digests
 
 
 # --- the statistics again --------------------------------------------------------------------------------------------
@@ -422,7 +425,7 @@ def again(away, no_model):
 def test_another_confidence_level_needs_neither_model_nor_checkpoint(again, first):
     counting, result = again(confidence_level=0.5)
     assert counting.was_computed == {"variance": len(NAMES), "report": 1}
-    assert {stage for stage, _, _ in counting.asked} == {"variance", "report"}
+    assert {stage for stage, _, _ in counting.asked} == {"variance", "agreement", "report"}
     rows = result.report.table("results.parquet").to_pylist()
     for row, before in zip(rows, first.rows, strict=True):
         assert row["confidence_level"] == 0.5

@@ -1,7 +1,7 @@
 """What a trainer left in a checkpoint about itself, weights and optimizer aside."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class TrainerFiles:
         generation: the model's generation_config.json.
         entropy_control: where TRL's adaptive entropy bonus was.
         rewards: names of the rewards that the trainer logged.
+        log: what it logged, an entry per logging step.
         dropout: rates above 0, by file and key.
         is_adapter: the checkpoint holds an adapter.
         has_reference: an adapter `ref` lies in the checkpoint.
@@ -42,6 +43,7 @@ class TrainerFiles:
     generation: Mapping[str, Any] = field(default_factory=dict)
     entropy_control: Mapping[str, Any] = field(default_factory=dict)
     rewards: tuple[str, ...] = ()
+    log: tuple[Mapping[str, Any], ...] = ()
     dropout: Mapping[str, float] = field(default_factory=dict)
     is_adapter: bool = False
     has_reference: bool = False
@@ -72,13 +74,15 @@ def read_trainer_files(layout: Layout) -> TrainerFiles:
     config = _read(layout.architecture / "config.json")
     rates = {f"config.json: {key}": rate for key, rate in _rates(config)}
     rates |= {f"adapter_config.json: {key}": rate for key, rate in _rates(adapter)}
+    log = _logged(_read(directory / "trainer_state.json"))
     experts = [value for key, value in _entries(config) if key in _EXPERTS]
     return TrainerFiles(
         kind=kind,
         arguments=arguments,
         generation=_read(layout.architecture / GENERATION),
         entropy_control=_read(directory / ENTROPY_CONTROL),
-        rewards=_logged_rewards(_read(directory / "trainer_state.json")),
+        rewards=_logged_rewards(log),
+        log=log,
         dropout=rates,
         is_adapter=layout.base is not None,
         has_reference=(layout.model / "ref" / "adapter_config.json").exists(),
@@ -131,8 +135,11 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
         yield from _entries(value)
 
 
-def _logged_rewards(state: Mapping[str, Any]) -> tuple[str, ...]:
+def _logged(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     log = state.get("log_history")
-    last = [entry for entry in log if isinstance(entry, dict)][-1:] if isinstance(log, list) else []
-    found = [re.fullmatch(r"rewards/(.+)/mean", key) for entry in last for key in entry]
+    return tuple(entry for entry in log if isinstance(entry, dict)) if isinstance(log, list) else ()
+
+
+def _logged_rewards(log: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    found = [re.fullmatch(r"rewards/(.+)/mean", key) for entry in log[-1:] for key in entry]
     return tuple(match[1] for match in found if match)

@@ -411,6 +411,12 @@ class ProbeConfig(Section):
         return "sequence" if replacement and self.variance.cluster == "auto" else "prompt"
 
     @property
+    def splits(self) -> tuple[str, str]:
+        """The splits from which the batches E and U draw prompts."""
+        batch = self.batch_config
+        return batch.E_split or batch.split, batch.U_split or batch.split
+
+    @property
     def store_root(self) -> Path:
         """Folder of the store."""
         return Path(self.execution.artifacts)

@@ -164,6 +164,31 @@ RESULTS = of_checkpoints(ESTIMATES)
 TABLES = {"linearity": LINEARITY, "eta_pairs": ETA_PAIRS, "replicates": REPLICATES, "predictors": PREDICTORS}
 """The tables other than the estimates, by file name."""
 
+AGREEMENT = of_checkpoints(
+    pa.schema(
+        [
+            _field("quantity", _TEXT, "", "what is compared: the name of a column of results.parquet, or kl"),
+            _field("trainer", _REAL, "", "what the trainer logged: a line through its values near this step; or null"),
+            _field("probe", _REAL, "", "what the probe measures on U, or on U and E, in the same unit"),
+            _field(
+                "standard_error",
+                _REAL,
+                "",
+                "of the difference: of the probe over prompts, and of the trainer over its own batches; null if exact",
+            ),
+            _field("z", _REAL, "1", "(probe - trainer) / standard_error"),
+            _field(
+                "verdict",
+                _TEXT,
+                "",
+                "agrees, disagrees, not logged, or not comparable (batches or groups of another size, or one value)",
+            ),
+            _field("explained_by", _TEXT, "", "known mistake of a logged entropy that gives the trainer's; or null"),
+        ]
+    )
+)
+"""What the trainer logged beside what the probe measures; one table for all checkpoints."""
+
 
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     """Convert rows to a table with exactly this schema.

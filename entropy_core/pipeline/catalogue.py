@@ -36,6 +36,6 @@ FIRST_ORDER_E = Stage("first-order-e", first_order_e, vectors=("update",))
 FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradient"))
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
-VARIANCE, REPORT = final_stages.VARIANCE, final_stages.REPORT
+VARIANCE, AGREEMENT, REPORT = final_stages.VARIANCE, final_stages.AGREEMENT, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

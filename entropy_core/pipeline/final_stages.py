@@ -1,12 +1,14 @@
-"""The two stages that need no policy. They are apart from the others because importing those takes seconds."""
+"""The stages that need no policy. They are apart from the others because importing those takes seconds."""
 
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.pipeline.runner import Inputs
+from entropy_core.stages.agreement import agreement
 from entropy_core.stages.report import report
 from entropy_core.stages.variance import variance
 from entropy_core.store.store import Stage
 
 VARIANCE = Stage("variance", variance)
+AGREEMENT = Stage("agreement", agreement)
 REPORT = Stage("report", report)
 
 

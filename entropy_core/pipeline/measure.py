@@ -13,7 +13,7 @@ from entropy_core.losses import functions as user_losses
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
-from entropy_core.pipeline.preflight import CheckpointToProbe, encoding, splits
+from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.prompts import pools as prompts
@@ -123,7 +123,7 @@ class Measurement:
     ) -> None:
         self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
         self.run, self.release = run, release
-        self.e_pool, self.u_pool = (pools[split] for split in splits(config))
+        self.e_pool, self.u_pool = (pools[split] for split in config.splits)
         self.policy = PolicySpec(
             weights=checkpoint.weights or self._weights(),
             base=checkpoint.base,

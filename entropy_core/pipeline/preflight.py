@@ -23,6 +23,7 @@ from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
 from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
+from entropy_core.pipeline.trainer_log import trainer_log
 from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
 from entropy_core.prompts import pools as prompts
 from entropy_core.prompts.pools import Pool
@@ -52,6 +53,7 @@ class CheckpointToProbe:
         read: settings that the configuration leaves open and that the checkpoints record; see `settings`.
         settings: all settings of the training, each with its source.
         warnings: warnings at the top of the report.
+        log: what its trainer logged near it; see `trainer_log`.
     """
 
     directory: Path
@@ -69,6 +71,7 @@ class CheckpointToProbe:
     read: Mapping[str, Any]
     settings: tuple[Setting, ...]
     warnings: tuple[str, ...]
+    log: Mapping[str, Any]
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -105,7 +108,8 @@ def _checked(
     pools = _pools(config, state)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
-    for name, checkpoint, _, digest, weights, description, base, home, tokenizer in usable:
+    trainers = [one.trainer for one in usable]
+    for name, checkpoint, trainer, digest, weights, description, base, home, tokenizer in usable:
         layout = checkpoint.layout
         paths = {digest: layout.directory, weights or description: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
@@ -132,6 +136,7 @@ def _checked(
                 read=settled.read,
                 settings=settled.settings,
                 warnings=warnings,
+                log=trainer_log(checkpoint.step, trainer, trainers),
             )
         )
         if tokenizer not in longest:
@@ -173,7 +178,7 @@ def _pools(config: ProbeConfig, state: Mapping[str, Any]) -> dict[str, Pool]:
         split: prompts.load_pool(
             batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options, batch.dataset_config
         )
-        for split in dict.fromkeys(splits(config))
+        for split in dict.fromkeys(config.splits)
     }
     if not batch.max_prompt_length:
         _check_batches(config, pools, state)
@@ -266,16 +271,10 @@ def encoding(config: ProbeConfig) -> dict[str, Any]:
     }
 
 
-def splits(config: ProbeConfig) -> tuple[str, str]:
-    """Return the splits from which the batches E and U draw prompts."""
-    batch = config.batch_config
-    return batch.E_split or batch.split, batch.U_split or batch.split
-
-
 def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool], state: Mapping[str, Any]) -> None:
     """Check the prompt pools and the reward."""
     batch = config.batch_config
-    e_split, u_split = splits(config)
+    e_split, u_split = config.splits
     e_pool, u_pool = pools[e_split].table, pools[u_split].table
     _check_size("B_U", batch.B_U, u_pool, u_split)
     prompts_e = e_pool.num_rows

@@ -19,7 +19,7 @@ from entropy_core.store.artifact import Artifact
 from entropy_core.store.inputs import require_inputs
 from entropy_core.store.store import Store
 
-RECORD_FORMAT = 3
+RECORD_FORMAT = 4
 """Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 
@@ -40,6 +40,7 @@ class _Checkpoint(_Form):
     notes: list[str]
     settings: list[_Setting]
     warnings: list[str]
+    log: dict[str, Any]
 
 
 class _Record(_Form):
@@ -58,7 +59,8 @@ def write_run(store: Store, run_id: str, config: ProbeConfig, checkpoints: Seque
         store: the store of the artifacts.
         run_id: ID of the run.
         config: configuration of the sweep.
-        checkpoints: for each checkpoint its name, step, notes, settings, warnings and the inputs of its variance stage.
+        checkpoints: for each checkpoint its name, step, log, notes, settings, warnings and the inputs of its variance
+            stage.
         report: artifact of the report stage.
 
     Returns:

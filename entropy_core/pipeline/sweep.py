@@ -13,7 +13,7 @@ from entropy_core.files.sources import Sources, content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, load_pool, source_of
-from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config, splits
+from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.pipeline.statistics import SweepResult, record, reported
@@ -142,7 +142,7 @@ def _measured(
     measured = []
     for checkpoint, optimizer in zip(checkpoints, optimizers, strict=True):
         if checkpoint.tokenizer not in by_tokenizer:
-            asked = dict.fromkeys(splits(config))
+            asked = dict.fromkeys(config.splits)
             by_tokenizer[checkpoint.tokenizer] = {s: load_pool(config, s, checkpoint.tokenizer, run) for s in asked}
         pools = by_tokenizer[checkpoint.tokenizer]
         measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
@@ -160,6 +160,7 @@ def _measured(
                 "notes": [*checkpoint.assumptions, *of_pools],
                 "settings": [setting._asdict() for setting in checkpoint.settings],
                 "warnings": list(checkpoint.warnings),
+                "log": dict(checkpoint.log),
             }
         )
     return measured

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
+from entropy_core.report.agreement import disagreements
+from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
 
 COLUMNS = {
@@ -32,6 +34,7 @@ def markdown(
     notes: Sequence[str],
     settings: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
+    compared: Sequence[Row] = (),
 ) -> str:
     """Write the report page of a sweep.
 
@@ -42,6 +45,7 @@ def markdown(
         notes: assumptions, one sentence each.
         settings: settings of the training, each with its source.
         warnings: warnings at the top of the page.
+        compared: rows of `agreement.parquet`; what disagrees is said before the warnings.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -53,7 +57,7 @@ def markdown(
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
-        *(f"> **Warning:** {warning}\n" for warning in warnings),
+        *(f"> **Warning:** {warning}\n" for warning in (*disagreements(compared), *warnings)),
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
@@ -89,6 +93,8 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
+    if content := agreement_section(compared, shown):
+        lines += ["", "## Does this look like the trainer's run?", "", *content]
     for title, section in SECTIONS.items():
         content = section({t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()})
         if content:

@@ -51,6 +51,7 @@ Attribution = Annotated[Artifact, made_by("first-order-u")]
 MovedScores = Annotated[Artifact, made_by("importance")]
 Path = Annotated[Artifact, made_by("path-integral")]
 Estimates = Annotated[Artifact, made_by("variance")]
+Agreement = Annotated[Artifact, made_by("agreement")]
 
 
 @with_config(_STRICT)
@@ -69,6 +70,19 @@ class Replicate(TypedDict):
     seed: int
     scores: Sequence[ScoresOfE]
     first_order_e: Sequence[AlongV]
+
+
+@with_config(_STRICT)
+class LoggedCheckpoint(TypedDict):
+    """What the probe measured of a checkpoint, and what is known of its trainer's log."""
+
+    checkpoint: str
+    step: int
+    learning_rate: float
+    scores: Sequence[ScoresOfE]
+    scores_u: Sequence[ScoresOfU]
+    update: Update
+    log: dict[str, Any]
 
 
 @with_config(_STRICT)
