@@ -12,7 +12,6 @@ import torch
 
 from entropy_core.checkpoints.architecture import read_architecture
 from entropy_core.checkpoints.checkpoint import Checkpoint
-from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
 from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.schema import ProbeConfig
@@ -217,13 +216,12 @@ def _reference(config: ProbeConfig, layout: Layout, name: str) -> tuple[dict[str
     else:
         of = find_layout(layout.base, fresh=True)
         about = "The reference policy is the base without its adapter."
-    read_architecture(of)
-    theirs, ours = (read_json(one.architecture / "config.json").get("vocab_size") for one in (of, layout))
+    theirs, ours = (read_architecture(one)[0].vocabulary for one in (of, layout))
     if theirs != ours:
         raise CheckpointError(
             f"the reference policy {of.directory} has {theirs} tokens, and {name} has {ours}",
-            cause="it is not what training started from",
-            fix="correct update.reference",
+            cause="it is not what training started from, or tokens were added for the training",
+            fix="correct update.reference; or say update.kl_beta: 0",
         )
     return {weights_digest(directory): directory for directory in (of.model, of.base) if directory}, (about,)
 
