@@ -426,3 +426,35 @@ def test_next_step_reads_what_was_loaded(home: Path, tmp_path: Path):
     norms = {name for name in shapes if "ln_f" in name}
     decay, no_decay = loaded.json("groups.json")
     assert norms and norms <= no_decay["parameters"].keys() and not norms & decay["parameters"].keys()
+
+
+# --- the reference policy --------------------------------------------------------------------------------------------
+
+
+def test_the_reference_policy_is_that_of_the_trainer(home: Path, tmp_path: Path):
+    """The adapter in `ref/`, any adapter that is named, or else the base."""
+    asked = config_of(home, tmp_path / "artifacts", "plain/checkpoint-3", update={"kl_beta": 0.1})
+    (bare,) = preflight(parse_config(asked))
+    assert bare.reference == (bare.base,)
+    directory = home / "plain" / "checkpoint-3"
+    ref = directory / "ref"
+    ref.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(directory / name, ref / name)
+    (kept,) = preflight(parse_config(asked))
+    weights, base = kept.reference
+    assert (kept.paths[weights], base) == (ref.resolve(), kept.base)
+    assert kept.digest == bare.digest and "The reference policy is that in `ref/`." in kept.assumptions
+    elsewhere = Path(shutil.copytree(ref, tmp_path / "supervised"))
+    (named,) = preflight(parse_config(asked | {"update": asked["update"] | {"reference": str(elsewhere)}}))
+    assert named.reference == kept.reference and named.paths[weights] == elsewhere.resolve()
+
+
+def test_a_named_adapter_is_in_its_folder(home: Path, tmp_path: Path):
+    directory = home / "plain" / "checkpoint-3"
+    plain = read_checkpoint(directory)
+    (directory / "policy").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.move(directory / name, directory / "policy" / name)
+    named = read_checkpoint(directory)
+    assert named.parameter_shapes == plain.parameter_shapes and named.layout.model == directory / "policy"

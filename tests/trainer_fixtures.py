@@ -18,6 +18,7 @@ import torch
 from pipeline_fixtures import SHAPE, Counting, parts_of, values, write_reward
 from safetensors.torch import load_file
 from torch import Tensor
+from trainer_models import MODELS, same_after_rounding
 
 from entropy_core.checkpoints.adapters import PEFT_PREFIX
 from entropy_core.checkpoints.tokenizer import load_tokenizer
@@ -80,7 +81,13 @@ def reward_functions(names: Sequence[str]) -> list[Callable[..., Any]]:
 
 
 def train(
-    run: Path, model: Any, peft_config: Any = None, kind: str = "GRPO", own: Own | None = None, **settings: Any
+    run: Path,
+    model: Any,
+    peft_config: Any = None,
+    kind: str = "GRPO",
+    own: Own | None = None,
+    more: Any = None,
+    **settings: Any,
 ) -> list[Batch]:
     """A few steps of TRL with a checkpoint after each; returns the batch of each step."""
     from datasets import Dataset
@@ -137,7 +144,13 @@ def train(
         tokenizer = own.tokenizer(build_tokenizer()) if own else build_tokenizer()
         functions = reward_functions(own.rewards) if own else low_digits
         trainer = Recording(
-            model, functions, config, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+            model,
+            functions,
+            config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            **more or {},
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -270,8 +283,17 @@ def compare(change: dict[str, Tensor], step: dict[str, Tensor]) -> tuple[float, 
 def weights(directory: Path) -> dict[str, Tensor]:
     """The trained parameters that a checkpoint holds, by the probe's names."""
     adapter = directory / "adapter_model.safetensors"
-    stored = load_file(adapter if adapter.exists() else directory / "model.safetensors")
-    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
+    if not adapter.exists():  # experts are stored under other names than they have
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    stored = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(adapter).items()}
+    return {
+        name: tensor
+        for name, tensor in stored.items()
+        if "original_module" not in name and ".modules_to_save." not in name
+    }
 
 
 def as_stored(name: str) -> str:
@@ -284,21 +306,22 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj
 
 def held_against_the_trainer(
     home: Path, settings: dict[str, Any]
-) -> tuple[tuple[float, float], tuple[float, float], Artifact, float]:
+) -> tuple[tuple[float, float], tuple[float, float], Artifact, float, float]:
     """Train a tiny policy and predict its last step.
 
     Args:
         home: a folder to work in.
         settings: of the trainer; `kind` is GRPO or RLOO; with `lora`, further settings of an adapter; with `own`, the
-            run's own prompts, tokenizer and rewards.
+            run's own prompts, tokenizer and rewards; `model` is one of `trainer_models.MODELS`.
 
     Returns:
         Cosine and ratio of norms of the predicted step and the real one; the same without the gradient; compute-update;
-        and the learning rate.
+        the learning rate; and of the weights that move the share that moves to the same number of their dtype.
     """
     settings = dict(settings)
     lora, own = settings.pop("lora", None), settings.get("own")
-    model, peft_config = build_model(SHAPE), None
+    made, more = MODELS[settings.pop("model")](home) if "model" in settings else (build_model(SHAPE), {})
+    model, peft_config = made, None
     if own and own.ends:
         model.generation_config.eos_token_id = list(own.ends)
     if lora is not None:
@@ -309,11 +332,12 @@ def held_against_the_trainer(
         (own.tokenizer(build_tokenizer()) if own else build_tokenizer()).save_pretrained(home / "base")
         model = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
         peft_config = LoraConfig(task_type="CAUSAL_LM", **LORA | lora)
-    batches = train(home / "run", model, peft_config, **settings)
+    batches = train(home / "run", model, peft_config, more=more, **settings)
     done, lr, parts = predicted(home, batches[-1], own)
     before, after = (weights(home / "run" / f"checkpoint-{step}") for step in (STEPS - 1, STEPS))
     change = {name: after[name].double() - before[name].double() for name in before}
     step = {as_stored(name): lr * v.double() for name, v in done.vector("direction").items()}
     momentum, decay = (parts[name] for name in ("momentum", "decay"))
     without_g = {as_stored(name): lr * (momentum[name] + decay[name]) for name in momentum}
-    return compare(change, step), compare(change, without_g), done, lr
+    same = same_after_rounding(before, after, step)
+    return compare(change, step), compare(change, without_g), done, lr, same

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from entropy_core.checkpoints.content import StoredTensor, load_tensors, read_json, stored_tensors
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of PEFT's wrapper, in its names of parameters and of saved tensors
 
+_TWICE = ".modules_to_save."
 _PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base weights alone
 _REFUSED = {
     "use_dora": "DoRA, whose gradient holds the norm of the weight fixed: it is not the derivative of the policy",
@@ -60,6 +62,7 @@ def insert_adapter(model: nn.Module, directory: Path) -> None:
     from peft import inject_adapter_in_model
 
     config = _read_config(directory)
+    _resize_vocabulary(model, directory)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to those who train, about merging and tied weights
@@ -129,13 +132,18 @@ def fill_adapter(model: nn.Module, directory: Path) -> None:
     from peft import set_peft_model_state_dict
 
     check_adapter(model, directory)
+    stored = adapter_tensors(directory)
     tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(directory / ADAPTER_WEIGHTS).items()}
-    set_peft_model_state_dict(model, tensors)
+    set_peft_model_state_dict(model, {name: tensors[name] for name in stored})
 
 
 def adapter_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """What the adapter's file holds, by the base model's names of modules; only the header is read."""
-    return {name.removeprefix(PEFT_PREFIX): of for name, of in stored_tensors(directory, ADAPTER_WEIGHTS).items()}
+    """What the adapter's file holds, by the base model's names of modules; only the header is read.
+
+    Of a resized vocabulary PEFT saves trained embeddings twice, the second time under the name of their wrapper.
+    """
+    found = {name.removeprefix(PEFT_PREFIX): of for name, of in stored_tensors(directory, ADAPTER_WEIGHTS).items()}
+    return {name: of for name, of in found.items() if not (_TWICE in name and name.replace(_TWICE, ".") in found)}
 
 
 def _read_config(directory: Path) -> "LoraConfig":
@@ -162,6 +170,19 @@ def _read_config(directory: Path) -> "LoraConfig":
     except (TypeError, ValueError) as error:
         fact = f"{path} is not a configuration of LoRA: {one_line(error)}"
         raise CheckpointError(fact, cause="the file was edited", fix=SAVE_AGAIN) from error
+
+
+def _resize_vocabulary(model: Any, directory: Path) -> None:
+    """Give the base as many tokens as the adapter was trained with; their embeddings are in the adapter's file."""
+    embedding = model.get_input_embeddings()
+    (name,) = [name for name, module in model.named_modules() if module is embedding]
+    stored = adapter_tensors(directory)
+    for saved_as in (f"{name}.weight", f"{name}.base_layer.weight", f"{name}.original_module.weight"):
+        of = stored.get(saved_as)
+        if of and len(of.shape) == 2 and of.shape[0] != embedding.weight.shape[0]:
+            with torch.random.fork_rng(devices=[]):
+                model.resize_token_embeddings(of.shape[0], mean_resizing=False)
+            return
 
 
 def _refusal(directory: Path, what: str) -> CheckpointError:

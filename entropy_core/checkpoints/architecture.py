@@ -41,6 +41,7 @@ class Architecture(NamedTuple):
         decay: the trained ones of the Trainer's first group, which decays.
         no_decay: those of its second.
         saved_as: dtype of the stored parameters, as safetensors names it, where they are stored under their own names.
+        vocabulary: number of tokens.
         saved_by: version of transformers in config.json.
         read_by: version that is installed.
     """
@@ -53,6 +54,7 @@ class Architecture(NamedTuple):
     decay: tuple[str, ...]
     no_decay: tuple[str, ...]
     saved_as: dict[str, str]
+    vocabulary: int
     saved_by: str | None
     read_by: str
 
@@ -105,6 +107,7 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
         decay=tuple(name for name in trained if name in decays),
         no_decay=tuple(name for name in trained if name not in decays),
         saved_as={first_name[name]: of.dtype for name, of in stored.items() if name in first_name},
+        vocabulary=model.get_input_embeddings().weight.shape[0],
         saved_by=str(getattr(model.config, "transformers_version", None) or "") or None,
         read_by=transformers.__version__,
     )

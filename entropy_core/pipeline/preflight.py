@@ -248,13 +248,12 @@ def _reference(config: ProbeConfig, layout: Layout, name: str) -> tuple[dict[str
             f"the reference policy {of.directory} has its weights in shards, which are read of what is probed alone",
             fix="set update.reference to a directory with model.safetensors",
         )
-    read_architecture(of)
-    theirs, ours = (read_json(one.architecture / "config.json").get("vocab_size") for one in (of, layout))
+    theirs, ours = (read_architecture(one)[0].vocabulary for one in (of, layout))
     if theirs != ours:
         raise CheckpointError(
             f"the reference policy {of.directory} has {theirs} tokens, and {name} has {ours}",
-            cause="it is not what training started from",
-            fix="correct update.reference",
+            cause="it is not what training started from, or tokens were added for the training",
+            fix="correct update.reference; or say update.kl_beta: 0",
         )
     return {weights_digest(directory): directory for directory in (of.model, of.base) if directory}, (about,)
 

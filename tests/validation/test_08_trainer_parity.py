@@ -12,7 +12,7 @@ from trainer_prompts import OF_RLOO as OF_RLOO_WITH_OWN
 
 pytestmark = pytest.mark.validate
 
-COSINE, RATIO = 1e-6, 1e-4
+COSINE, RATIO, SAME = 1e-6, 1e-4, 0.97
 HALVES = {"per_device_train_batch_size": PROMPTS * G // 2, "gradient_accumulation_steps": 2}
 SEQUENCES = {"importance_sampling_level": "sequence"}
 LOSSES: dict[str, dict[str, Any]] = {
@@ -71,6 +71,12 @@ OF_GRPO: dict[str, dict[str, Any]] = {
     "grpo, linear schedule": {"lr_scheduler_type": "linear"},
     "grpo, cosine schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 1},
     "grpo, checkpointed activations": {"gradient_checkpointing": True},
+    "the embedding frozen": {"model": "the embedding frozen", "max_grad_norm": 0.02},
+    "queries frozen": {"model": "queries frozen"},
+    **{name: {"model": name, "router_aux_loss_coef": 0.0} for name in ("qwen2_moe", "mixtral", "qwen3_next")},
+    **{name: {"model": name} for name in ("lfm2", "falcon_h1", "resized vocabulary", "LoRA+")},
+    "an adapter that was trained before, KL": {"model": "adapter of a supervised training", "beta": 0.1},
+    "bfloat16": {"model": "bfloat16", "learning_rate": 1e-3},
     "lora": {"lora": {}},
     "lora, rank-stabilised": {"lora": {"use_rslora": True}},
     "lora, all linear layers": {"lora": {"target_modules": "all-linear"}},
@@ -94,7 +100,9 @@ def test_the_step_is_the_trainers(record: Proof, tmp_path: Path, monkeypatch: py
         "run's folder and the batch of the last step, nothing else, and predicts the change of the weights, lr·v. "
         "Where a setting is of prompts, ends or rewards, it is given the responses alone: it makes the tokens of the "
         "same prompts, knows the tokens that end a response, and calls the same reward functions itself.",
-        limit=f"cosine > 1 − {power(COSINE)}, norms within {power(RATIO)}; and not so without the gradient",
+        limit=f"cosine > 1 − {power(COSINE)}, norms within {power(RATIO)}; and not so without the gradient. With "
+        f"weights in bfloat16, over {SAME:.0%} of those that move come to the same number, for the trainer rounds its "
+        "gradient, too",
         columns=("trainer", "setting", "1 − cosine", "norm ratio − 1", "cosine without the gradient"),
     )
     skip_figures(monkeypatch)
@@ -102,8 +110,11 @@ def test_the_step_is_the_trainers(record: Proof, tmp_path: Path, monkeypatch: py
     of_grpo, of_rloo = OF_GRPO | OF_PROMPTS_AND_REWARDS, OF_RLOO | OF_RLOO_WITH_OWN
     cases = [("GRPO", *case) for case in of_grpo.items()] + [("RLOO", *case) for case in of_rloo.items()]
     for number, (kind, name, settings) in enumerate(cases):
-        found, without, _, _ = held_against_the_trainer(tmp_path / str(number), {"kind": kind} | settings)
+        found, without, done, _, same = held_against_the_trainer(tmp_path / str(number), {"kind": kind} | settings)
         record.row(kind, name, power(1 - found[0]), power(found[1] - 1), f"{without[0]:.4f}")
-        if not (found[0] > 1 - COSINE and abs(found[1] - 1) < RATIO and without[0] < 1 - 1e-3):
+        agrees = found[0] > 1 - COSINE and abs(found[1] - 1) < RATIO
+        if done.summary["rounded"]:  # the trainer's own gradient is in bfloat16
+            agrees = same > SAME
+        if not (agrees and without[0] < 1 - 1e-3):
             missed.append(f"{kind}: {name}")
     assert len(cases) >= 60 and not missed, missed
