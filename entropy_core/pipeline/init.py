@@ -1,4 +1,4 @@
-"""The configuration that a run's own files make: for `entropy-probe init`."""
+"""Write a configuration from the files of a run, for `entropy-probe init`."""
 
 import json
 import os
@@ -31,14 +31,14 @@ _QUIET = (
 
 
 def configuration_of(run: Path, folder: Path) -> str:
-    """A commented configuration for the checkpoints of a run: what is read, and `assumed` at every guess.
+    """Write a configuration for the checkpoints of a run, with a comment on where each setting comes from.
 
     Args:
         run: a run directory, or one checkpoint.
-        folder: of the file that it is written to, where its relative paths start.
+        folder: the folder that the file will be in; relative paths start there.
 
     Returns:
-        YAML; it can be run as it is where nothing has to be filled in.
+        YAML. It can be run unchanged if it has nothing to fill in.
 
     Raises:
         ProbeError: there is nothing to probe, or its checkpoints were not trained alike.
@@ -100,7 +100,7 @@ def _lines(
 
 
 def _said(setting: Setting, hint: Mapping[str, Any]) -> tuple[Any, str] | None:
-    """The value of a line and its comment; None for a setting that needs no line."""
+    """Return the value of a setting and its comment; None for a setting that needs no line."""
     if setting.key in hint:
         return hint[setting.key], f"read from {RUN_HINT}"
     if setting.key in _UNKNOWN:
@@ -113,7 +113,7 @@ def _said(setting: Setting, hint: Mapping[str, Any]) -> tuple[Any, str] | None:
 
 
 def _hint(run: Path) -> dict[str, Any]:
-    """What the run's own `entropy-probe.yaml` says, by key, its paths absolute."""
+    """Read the run's own `entropy-probe.yaml`: its values by key, with absolute paths."""
     if not (run / RUN_HINT).exists():
         return {}
     values, repeated = plain_yaml.read(run / RUN_HINT)
@@ -125,7 +125,7 @@ def _hint(run: Path) -> dict[str, Any]:
 
 
 def _flow(value: Any) -> str:
-    """A value on one line, as YAML has it."""
+    """Format a value as YAML on one line."""
     return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else plain_yaml.scalar(value)
 
 

@@ -101,7 +101,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
 def _checked(
     config: ProbeConfig, usable: Sequence[UsableCheckpoint], settled: Settled, warnings: tuple[str, ...]
 ) -> list[CheckpointToProbe]:
-    """Check the prompts, the reward and the loss of the settings as they are now, and each checkpoint against them."""
+    """Check the prompts, the reward and the loss, and that each checkpoint fits them."""
     _check_shards(config)
     check_weights(config)
     state = _trainer_state(usable[0].checkpoint.layout.directory)
@@ -151,11 +151,11 @@ def _checked(
 
 
 def settled_config(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]) -> ProbeConfig:
-    """The configuration of a sweep with what its checkpoints say in the place of what it leaves open.
+    """Complete the configuration of a sweep: what it leaves open is taken from its checkpoints.
 
     Args:
-        config: that `preflight` was given.
-        checkpoints: of `preflight`.
+        config: the configuration that `preflight` was given.
+        checkpoints: checkpoints from `preflight`.
     """
     return with_read(config, checkpoints[0].read)
 
@@ -169,7 +169,7 @@ def _trainer_state(directory: Path) -> dict[str, Any]:
 
 
 def _pools(config: ProbeConfig, state: Mapping[str, Any]) -> dict[str, Pool]:
-    """The prompts of each split; they and the loss are looked at as far as that goes without a tokenizer."""
+    """Load the prompts of each split. Check them and the loss as far as that is possible without a tokenizer."""
     batch = config.batch_config
     isolation, longest = config.execution.isolation, config.generation.max_new_tokens
     check_loss(config.update.loss, config.update.kl_beta, longest, isolation)
@@ -186,11 +186,11 @@ def _pools(config: ProbeConfig, state: Mapping[str, Any]) -> dict[str, Pool]:
 
 
 MOST_SHARDS = 10_000
-"""Per checkpoint. Each is a few runs of stages, folders and keys, so that more of them take longer than the work."""
+"""Per checkpoint. Each shard costs several stage runs, folders and keys; with more, these would outweigh the work."""
 
 
 def _check_shards(config: ProbeConfig) -> None:
-    """Refuse a sweep in more pieces than can be looked after."""
+    """Refuse a sweep with too many shards."""
     batch, size = config.batch_config, config.execution.shard_size
     replacement = batch.E_sampling_mode == "replacement"
     in_e = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G

@@ -1,8 +1,8 @@
-"""The settings of a sweep: what the user says, else what the checkpoints' trainers say, else our defaults.
+"""The settings of a sweep: from the user, else from the files of the checkpoints' trainers, else our defaults.
 
 set by you        a key in the configuration; it wins
-read from FILE    what a file of the checkpoints says
-assumed           neither says it
+read from FILE    a file of the checkpoints has it
+assumed           neither has it, so it is our default
 """
 
 import json
@@ -32,7 +32,7 @@ OF_THE_TRAINING = (
     *("update.micro_batch", "update.reward", "update.reward_weights", "update.multi_objective_aggregation"),
     *("update.reward_clip_range", "update.normalize_advantages"),
 )
-"""Keys that say what the trainer does, in the order of a configuration; the others are the user's own choice."""
+"""Keys that describe the training, in the order of a configuration; the others are the user's own choice."""
 
 _PATHS = ("policy.base_model", "batch_config.dataset_name", "update.loss", "update.reference", "update.reward")
 _OF_SOME_RUNS = {
@@ -43,7 +43,7 @@ _OF_SOME_RUNS = {
         *("reward_weights", "multi_objective_aggregation"),
     )
 } | {"batch_config.chat_template_kwargs"}
-"""Keys that are not listed where nobody says anything of them."""
+"""Keys that are listed only if the user or a file sets them."""
 SET, ASSUMED = "set by you", "assumed"
 
 
@@ -52,8 +52,8 @@ class Setting(NamedTuple):
 
     Attributes:
         key: such as `generation.temperature`.
-        value: as a configuration has it.
-        source: where it is from.
+        value: its value in a configuration.
+        source: where it comes from, see above.
     """
 
     key: str
@@ -63,14 +63,14 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Settled:
-    """The settings of a sweep with where they are from.
+    """The settings of a sweep, and where they come from.
 
     Attributes:
-        read: what the configuration leaves open and the checkpoints say, by key.
-        settings: all of those of the training.
-        warnings: contradictions, and what the trainer does that is left out; one sentence each.
-        notes: what makes no difference but for rounding; one sentence each.
-        left_out: settings of the trainer that would be refused, were they not left out.
+        read: settings that the configuration leaves open and the checkpoints have, by key.
+        settings: all settings of the training.
+        warnings: contradictions, and features of the trainer that are left out; one sentence each.
+        notes: differences that change nothing but rounding; one sentence each.
+        left_out: settings of the trainer that are left out, as the user asked; otherwise they would be refused.
     """
 
     read: Mapping[str, Any]
@@ -81,7 +81,7 @@ class Settled:
 
 
 def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
-    """Hold the configuration against what the checkpoints' files say.
+    """Compare the configuration with the files of the checkpoints.
 
     Args:
         config: what the user says.

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from entropy_core.estimates.tables import Row, at_learning_rate, by_checkpoint, first_of_each, unit_of
@@ -68,8 +70,11 @@ def save_figure(figure: Figure, png: Path, svg: Path) -> None:
     """Write a figure as PNG and SVG, without dates, so that equal figures give equal files."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # tokens may be in any script
-        figure.savefig(png, dpi=144, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None, "Creator": None})
+        figure.dpi = 144
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # `savefig` would go through it twice
+        figure.set_layout_engine("none")  # everything has its place by now
+        figure.dpi = 72
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
 
 
 def _draw(draw: Callable[[Figure, Sequence[Row], str], None], rows: Sequence[Row], unit: str) -> Figure:

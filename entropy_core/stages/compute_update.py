@@ -1,4 +1,4 @@
-"""compute-update: the step v that the optimizer would take on U, and the gradient that it is made of."""
+"""compute-update: the step v that the optimizer would take on U, and the gradient that it is computed from."""
 
 import math
 from collections.abc import Sequence
@@ -43,28 +43,29 @@ def compute_update(
     responses_per_prompt: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    """Gradient of the loss on U, then the next AdamW step per unit of learning rate.
+    """Compute the gradient of the loss on U, then the next AdamW step per unit of learning rate.
 
     Where the trainer keeps its weights in a narrow dtype, v is the change of the rounded weights over the learning
     rate: the trainer's own step, so that the measured change of the entropy tends to its first order.
 
     Args:
-        out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
-            `loss.safetensors` (what the loss reads of each token, and ∂L/∂ℓ and ∂L/∂h there); `sequences.parquet`
-            (reward, advantage, length, whether it was cut).
-        execution: device and micro-batch.
-        policy: whose sequences they are, and how it is computed.
+        out: receives the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
+            `loss.safetensors` (the inputs of the loss for each token, and its derivatives ∂L/∂ℓ and ∂L/∂h);
+            `sequences.parquet` (reward, advantage, length, and whether the response was cut).
+        execution: device and micro-batch size.
+        policy: the policy that sampled the sequences.
         checkpoint: artifact of load-checkpoint.
-        sequences: the shards of sample-u-batch.
+        sequences: shards of sample-u-batch.
         rewards: artifact of reward-u-batch.
-        scores: the shards of score-u-batch.
-        reference: the shards of score-u-reference; none without a KL term.
+        scores: shards of score-u-batch.
+        reference: shards of score-u-reference; empty without a KL term.
         loss: the loss and its settings.
-        responses_per_prompt: G.
-        max_grad_norm: of the clipping; 0 for none.
+        responses_per_prompt: G, the number of responses to each prompt.
+        max_grad_norm: global norm at which the gradient is clipped; 0 for no clipping.
 
     Returns:
-        Norms, clip factor, the share of the weights that move, and how many prompts had equal rewards.
+        Norms of the gradient and the step, the clip factor, the share of the weights that move, and the number of prompts whose responses had equal
+        rewards.
     """
     processor = processor_of(policy, execution)
     model = processor.policy
