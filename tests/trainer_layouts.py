@@ -116,6 +116,8 @@ def _gathered(folder: Path, weights: dict[str, Any], moments: dict[str, Any]) ->
     accelerate = folder / "accelerate"
     shutil.copytree(plain, accelerate)
     (accelerate / "optimizer.pt").rename(accelerate / "optimizer.bin")
+    for file in accelerate.glob("*.json"):  # accelerate knows neither the model's configuration nor the step
+        file.unlink()
 
 
 def _fsdp1(rank: int, folder: Path, name: str, device_mesh: bool) -> None:

@@ -82,8 +82,7 @@ def test_sharded_checkpoints_give_the_numbers_of_a_plain_one(
     truth = measured(tmp_path, plain)
     missed = []
     for layout, where in OF_TORCH.items():
-        opens = (trainers / where / "model.safetensors").exists()
-        described = {} if opens else {"policy": {"base_model": str(plain)}}
+        described = {} if (trainers / where / "config.json").exists() else {"policy": {"base_model": str(plain)}}
         found = measured(tmp_path, trainers / where, **described)
         record.row(layout, power(difference(found, truth)), f"{found['delta_h1']:.6g}")
         missed += [layout] * (difference(found, truth) >= LIMIT)

@@ -18,11 +18,12 @@ from entropy_core.checkpoints.layouts.deepspeed import OPTIMIZER_STATES, DeepSpe
 from entropy_core.checkpoints.layouts.distributed import METADATA, DistributedCheckpoint
 from entropy_core.checkpoints.layouts.interface import SavedState
 from entropy_core.checkpoints.layouts.per_rank import RANKS, PerRank
-from entropy_core.checkpoints.layouts.single_file import OptimizerFile, WeightsFile
+from entropy_core.checkpoints.layouts.single_file import OptimizerFile, SafetensorsFile, WeightsFile
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.files.checkpoint import names_in
 
 _ENGINE = re.compile(r"global_step\d+")
+_GATHERED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp.bin")
 _ITERATION = re.compile(r"iter_\d{7}")
 
 
@@ -58,9 +59,9 @@ def find_places(directory: Path) -> Places | None:
     if "optimizer.pt" in has:
         return Places("the Trainer", directory / "optimizer.pt", None)
     _refuse(directory, has)
-    weights = directory / "pytorch_model_fsdp.bin"
     if "optimizer.bin" in has:
-        return Places("FSDP with a full state dict", directory / "optimizer.bin", weights if weights.exists() else None)
+        weights = next((directory / name for name in _GATHERED if name in has), None)
+        return Places("FSDP with a full state dict, or accelerate", directory / "optimizer.bin", weights)
     sharded = _only(directory, has, r"optimizer_\d+"), _only(directory, has, r"pytorch_model_fsdp_\d+")
     if any(sharded):
         return Places("FSDP with a sharded state dict", *sharded)
@@ -92,7 +93,9 @@ def open_state(path: Path) -> SavedState:
         CheckpointError: its files are incomplete, damaged, or do not fit together.
     """
     if not path.is_dir():
-        return WeightsFile(path) if path.name.startswith("pytorch_model") else OptimizerFile(path)
+        if path.name in _GATHERED:
+            return WeightsFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
+        return OptimizerFile(path)
     names = names_in(path)
     if METADATA in names:
         return DistributedCheckpoint(path)

@@ -4,6 +4,8 @@ With FSDP's full state dict the optimizer's parameters have names in place of nu
 `save_state` writes a plain state dict under the same name.
 """
 
+import json
+import math
 import pickle
 import re
 import sys
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.archives import StoredTensor, plain_dict, read_archive
+from entropy_core.checkpoints.archives import StoredTensor, map_file, plain_dict, read_archive
+from entropy_core.checkpoints.content import stored_tensors
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, by_name, model_name
 from entropy_core.checkpoints.pieces import Quantised, Scattered, in_one_piece
 from entropy_core.errors import CheckpointError, one_line, shortage
@@ -23,6 +26,7 @@ from entropy_core.files.checkpoint import SAVE_AGAIN
 from entropy_core.files.regular import require_readable
 
 USE_ADAMW = "probe a checkpoint that was trained with torch's AdamW (optim='adamw_torch' or 'adamw_torch_fused')"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _QUANTISED = "__bnb_optimizer_quant_state__"
 
 
@@ -88,6 +92,46 @@ class WeightsFile:
     def optimizer(self) -> SavedOptimizer:
         """There is none in it."""
         raise CheckpointError(f"{self._path} has no optimizer", fix=SAVE_AGAIN)
+
+    def step(self) -> int | None:
+        """Is in another file."""
+        return None
+
+    def max_grad_norm(self) -> float | None:
+        """Is in another file."""
+        return None
+
+
+class SafetensorsFile:
+    """Weights in safetensors without a configuration beside them, as accelerate's `save_state` leaves them.
+
+    Args:
+        path: `model.safetensors`, or its index; the shards lie beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._directory = path.parent
+
+    def weights(self) -> Mapping[str, Scattered]:
+        """By name, where the headers say that they lie."""
+        stored_tensors(self._directory)  # refuses what is damaged or incomplete
+        found: dict[str, Scattered] = {}
+        for file in sorted(self._directory.glob("model*.safetensors")):
+            content = map_file(file)
+            first = 8 + int.from_bytes(bytes(content[:8].tolist()), "little")
+            for name, entry in json.loads(bytes(content[8:first].tolist())).items():
+                dtype = _DTYPES.get(entry.get("dtype")) if name != "__metadata__" else None
+                if dtype is not None:
+                    begins, ends = entry["data_offsets"]
+                    shape = tuple(entry["shape"])
+                    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+                    stored = StoredTensor(content[first + begins : first + ends], dtype, shape, strides, 0)
+                    found[model_name(name)] = in_one_piece(stored)
+        return found
+
+    def optimizer(self) -> SavedOptimizer:
+        """There is none in it."""
+        raise CheckpointError(f"{self._directory} has no optimizer", fix=SAVE_AGAIN)
 
     def step(self) -> int | None:
         """Is in another file."""
