@@ -34,7 +34,7 @@ from entropy_core.store.store import Stage, Store, recipe_of
 
 log = logging.getLogger("entropy_probe.pipeline")
 
-RECORD_FORMAT = 3
+RECORD_FORMAT = 4
 """Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 
