@@ -20,8 +20,8 @@ GROUPS = 8
 """Largest number of groups of prompts: a number of splits, and of degrees of freedom, of one less."""
 
 LINEAR, BENT = 0.01, 0.05
-"""`nonlinearity` up to which a step is linear as far as the variance over U is concerned, and from which the variance of
-f over batches of P/2 prompts is used as it is for batches of P."""
+"""`nonlinearity` up to which a step is linear as far as the variance over U is concerned, and from which the variance
+of f over batches of P/2 prompts is used as it is for batches of P."""
 
 FEWEST, FEWEST_BENT = 8, 16
 """Fewest prompts with unequal rewards for an interval over U, and for one where the step is not linear."""
@@ -30,8 +30,9 @@ FEWEST, FEWEST_BENT = 8, 16
 def balanced_halves(prompts: int) -> Tensor:
     """Split the prompts of U in two halves, in several ways that are orthogonal to each other.
 
-    The prompts are dealt to K groups, and the splits are the rows of a Hadamard matrix of order K without the first. Any
-    two of them share half of the groups of a half, so each adds one degree of freedom to the variance of a linear f.
+    The prompts are dealt to K groups, and the splits are the rows of a Hadamard matrix of order K without the first.
+    Two halves of different splits share half of their groups, so that each split adds one degree of freedom to the
+    variance of a linear f.
 
     Args:
         prompts: P.
