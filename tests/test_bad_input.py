@@ -409,14 +409,18 @@ def test_equal_rewards_leave_momentum_and_decay(home):
         assert row["gradient_norm"] == row["se_over_u"] == 0.0
         assert row["equal_reward_fraction"] == row["clip_factor"] == 1.0
         if row["eta"]:
-            assert row["delta_h1"] != 0 and row["se_total"] == row["se_given_u"] > 0
+            assert row["delta_h1"] != 0 and row["se_given_u"] > 0
+            assert row["interval_over_u"] == (
+                "no valid interval over U: 0 prompts of U have unequal rewards, and it takes 8"
+            )
+            assert row["mean_update_low"] is row["next_update_high"] is row["delta_h_next_update_low"] is None
 
 
 def test_two_sequences_and_two_prompts_are_enough(home):
     done = probe(config_of(home, batch_config={"E_total_sequences": 2}))
     for row in finite(done):
         assert (row["n_sequences"], row["n_prompts_u"]) == (2, 2)
-        assert row["eta"] == 0 or row["ci_low"] < row["delta_h1"] < row["ci_high"]
+        assert row["eta"] == 0 or row["this_update_low"] < row["delta_h1"] < row["this_update_high"]
 
 
 def test_responses_of_one_token(home):

@@ -133,7 +133,7 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         "delta_h1_local": derivative.local * eta,
         "se_given_u": derivative.se_given_u * abs(eta),
         "se_given_u_jackknife": derivative.jackknife * abs(eta),
-        "se_over_u": None if over_u.invalid else over_u.standard_error * abs(eta),
+        "se_over_u": over_u.standard_error * abs(eta),
         "se_over_u_linearised": derivative.linearised * abs(eta),
         "se_interaction": over_u.interaction**0.5 * abs(eta),
         "nonlinearity_over_u": derivative.nonlinearity if finite else None,

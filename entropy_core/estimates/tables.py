@@ -46,9 +46,7 @@ ESTIMATES = pa.schema(
         _field(
             "se_given_u_jackknife", _REAL, _H, "the same for this update by jackknife, one sequence or prompt left out"
         ),
-        _field(
-            "se_over_u", _REAL, _H, "standard error of delta_h1 for the mean update: over U, with E held fixed; or none"
-        ),
+        _field("se_over_u", _REAL, _H, "standard error of delta_h1 for the mean update: over U, with E held fixed"),
         _field(
             "se_over_u_linearised", _REAL, _H, "the same for the mean update if the step were linear in the gradient"
         ),
