@@ -78,10 +78,16 @@ def refused(kind: type[ProbeError], message: str, config: dict[str, Any]) -> str
 
 
 def finite(done: Probe) -> list[dict[str, Any]]:
-    """The rows, in which no number is missing, infinite or NaN; of so few weights no tail can be fitted."""
+    """The rows, in which no number is missing, infinite or NaN; of so few weights no tail can be fitted.
+
+    Of so few prompts there is no interval over U, and none is given.
+    """
     for row in done.rows:
+        assert row["interval_over_u"].startswith("no valid interval over U: ")
         for name, value in row.items():
-            missing = value is None and name not in ("pareto_k", "derivative_check")
+            over_u = "mean_update" in name or "next_update" in name or name == "nonlinearity_over_u"
+            assert value is None or not over_u or name.startswith(("sign", "nonlinearity")), name
+            missing = value is None and name not in ("pareto_k", "derivative_check") and not over_u
             assert not missing and (not isinstance(value, float) or math.isfinite(value)), (name, value)
     return done.rows
 

@@ -203,10 +203,8 @@ EDITS = {
         replaces("def plain_text(text: str)", "def unused(): ...\n\n\ndef plain_text(text: str)"), set()
     ),
     "what is asked of a user's loss": Edit(
-        replaces(
-            "safetensors.save(_plain(functions.coefficients_of", "safetensors.save(dict(functions.coefficients_of"
-        ),
-        {"compute-update"},
+        replaces("for part, t in pair.items()}))", "for part, t in list(pair.items())}))"),
+        {"compute-update", "half-steps-u"},
     ),
     "what is asked of a user's reward": Edit(
         replaces("json.dumps(_called(name, *arguments))", "json.dumps(list(_called(name, *arguments)))"),
