@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = {"sample-e-batch", "sample-u-batch"}
 SCORE = {"score-e-batch", "score-u-batch", "score-u-reference"}
 FORWARD_MODE = {"calibrate", "first-order-e", "first-order-u", "path-integral"}
-BACKWARD = {"compute-update", "entropy-gradient"}
+BACKWARD = {"compute-update", "entropy-gradient", "half-steps-u"}
 MOVED = {"importance", "path-integral", "calibrate", "first-order-e"}  # the last by central differences
 POLICY = SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance"}
 STATISTICS = {"variance", "agreement", "report"}
@@ -83,7 +83,7 @@ def renames_a_module(project: Project) -> None:
     """`verdicts` becomes `judgements`."""
     path = project.file_with("MATERIAL_CURVATURE =")
     path.rename(path.with_name("judgements.py"))
-    project.edit("numerics.verdicts import", "numerics.judgements import", everywhere=True)
+    project.edit("uncertainty, verdicts\n", "uncertainty, judgements as verdicts\n", everywhere=True)
 
 
 class Edit(NamedTuple):
@@ -124,14 +124,14 @@ EDITS = {
     # the update
     "a loss": Edit(
         replaces("(policy_gradient(batch)) / batch.lengths_N", "(policy_gradient(batch)) * 1.0 / batch.lengths_N"),
-        {"compute-update", "first-order-u"},
+        {"compute-update", "first-order-u", "half-steps-u"},
     ),
     "an annotation": Edit(
         replaces(
             "def clip_factor(gradient_norm: float, max_norm: float)",
             "def clip_factor(gradient_norm: float, max_norm: object)",
         ),
-        {"compute-update", "first-order-u"},
+        {"compute-update", "first-order-u", "half-steps-u"},
     ),
     "a reward": Edit(
         replaces("[float(c.strip() == str(a).strip())", "[1.0 * (c.strip() == str(a).strip())"), {"reward-u-batch"}
@@ -215,10 +215,8 @@ EDITS = {
         replaces("def plain_text(text: str)", "def unused(): ...\n\n\ndef plain_text(text: str)"), set()
     ),
     "what is asked of a user's loss": Edit(
-        replaces(
-            "safetensors.save(_plain(functions.coefficients_of", "safetensors.save(dict(functions.coefficients_of"
-        ),
-        {"compute-update"},
+        replaces("for part, t in pair.items()}))", "for part, t in list(pair.items())}))"),
+        {"compute-update", "half-steps-u"},
     ),
     "what is asked of a user's reward": Edit(
         replaces("json.dumps(_called(name, *arguments))", "json.dumps(list(_called(name, *arguments)))"),

@@ -16,6 +16,7 @@ from entropy_core.store.artifact import Artifact
 OF_THE_WHOLE = {
     "entropy-gradient",
     "first-order-u",
+    "half-steps-u",
     "variance",
     "agreement",
     "report",

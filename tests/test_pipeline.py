@@ -141,6 +141,7 @@ def test_every_stage_ran_once_per_shard(first):
         "entropy-gradient": checkpoints,
         "first-order-e": checkpoints * shards,
         "first-order-u": checkpoints,
+        "half-steps-u": checkpoints,
         "importance": checkpoints * shards * moves,
         "path-integral": checkpoints * shards * moves,
         "variance": checkpoints,
@@ -156,7 +157,7 @@ def test_without_a_step_nothing_changes(first):
     assert len(rows) == len(NAMES) * 2 * len(ESTIMATORS)
     for row in rows:
         assert row["delta_h"] == row["delta_h1"] == row["curvature"] == row["paired_difference"] == 0.0
-        assert row["delta_h_se"] == row["se_total"] == 0.0
+        assert row["delta_h_se"] == row["se_over_u"] == 0.0
         assert row["ess_fraction"] == pytest.approx(1.0, abs=1e-12)
         assert row["verdict"] == "reference"
 
@@ -164,7 +165,7 @@ def test_without_a_step_nothing_changes(first):
 def test_the_prediction_is_linear(first):
     for rows in by_eta(first.rows):
         for multiple in (0.01, 0.02):
-            for column in ("delta_h1", "delta_h1_local", "inner_product", "se_given_u", "se_over_u", "se_total"):
+            for column in ("delta_h1", "delta_h1_local", "inner_product", "se_given_u", "se_over_u"):
                 assert rows[multiple][column] == pytest.approx(multiple * rows[1.0][column], rel=1e-12)
 
 
@@ -329,6 +330,7 @@ def test_more_sequences_cost_only_the_new_shards(redo, first):
         "entropy-gradient": new,
         "first-order-e": new,
         "first-order-u": new,
+        "half-steps-u": new,
         "importance": new * moves,
         "path-integral": new * moves,
         "variance": new,
@@ -358,7 +360,8 @@ def test_a_step_size_less_costs_only_the_statistics(redo, monkeypatch):
 def test_another_optimizer_setting_samples_nothing(redo):
     computed = redo(update={"max_grad_norm": 1e-3}).run.was_computed
     on_e = {"first-order-e", "importance", "path-integral"}
-    assert set(computed) == on_e | {"compute-update", "first-order-u", "variance", "agreement", "report"}
+    of_u = {"compute-update", "first-order-u", "half-steps-u"}
+    assert set(computed) == on_e | of_u | {"variance", "agreement", "report"}
 
 
 def test_another_seed_of_e_leaves_u_alone(redo):
@@ -429,10 +432,11 @@ def test_another_confidence_level_needs_neither_model_nor_checkpoint(again, firs
     rows = result.report.table("results.parquet").to_pylist()
     for row, before in zip(rows, first.rows, strict=True):
         assert row["confidence_level"] == 0.5
-        for name in ("H", "delta_h1", "delta_h", "se_given_u", "se_over_u", "se_total"):
+        for name in ("H", "delta_h1", "delta_h", "se_given_u", "se_over_u"):
             assert row[name] == before[name]
         if row["eta"]:
-            assert row["ci_high"] - row["ci_low"] < before["ci_high"] - before["ci_low"]
+            for name in ("this_update", "delta_h_this_update"):
+                assert row[f"{name}_high"] - row[f"{name}_low"] < before[f"{name}_high"] - before[f"{name}_low"]
     assert result.run_id != first.result.run_id
     assert load_config(result.run_directory / "config.yaml").variance.confidence_level == 0.5
 

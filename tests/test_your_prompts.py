@@ -81,7 +81,7 @@ def test_the_example_of_the_documentation(home):
     done = probe(load_config("probe.yaml").model_dump(mode="json"))
     assert {row["checkpoint"] for row in done.rows} == {"checkpoint-3", "checkpoint-5"}
     assert {(row["n_sequences"], row["n_prompts_u"]) for row in done.rows} == {(256, 3)}
-    assert all(row["ci_low"] < row["delta_h1"] < row["ci_high"] for row in done.rows if row["eta"])
+    assert all(row["this_update_low"] < row["delta_h1"] < row["this_update_high"] for row in done.rows if row["eta"])
 
     namespace: dict[str, Any] = {}
     exec(blocks["python"], namespace)

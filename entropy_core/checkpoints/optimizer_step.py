@@ -128,6 +128,25 @@ class OptimizerStep(Mapping[Block, NextStep]):
         return Lazy(list(self), lambda block: PARTS[name](self[block]))
 
 
+def moved_parameters(checkpoint: "Artifact") -> set[str]:
+    """Return the names of the parameters that the trainer moves; load-checkpoint found no group of the others."""
+    placed = checkpoint.table("parameters.parquet").select(["name", "group"]).to_pylist()
+    return {row["name"] for row in placed if row["group"] is not None}
+
+
+def with_zeros(gradient: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add zeros to a gradient, in no memory, for the parameters that it lacks.
+
+    A parameter that the trainer does not move has no gradient there, neither in the step nor in the norm that is clipped.
+    """
+    return {
+        name: gradient[name]
+        if name in gradient
+        else torch.zeros((), dtype=torch.float64, device=p.device).expand(p.shape)
+        for name, p in parameters.items()
+    }
+
+
 def _moments(digest: str, execution: "Execution") -> SavedMoments | None:
     """Of `optimizer.pt`; None where the optimizer is fresh."""
     if not digest:

@@ -7,6 +7,7 @@ from entropy_core.stages.discriminate import discriminate
 from entropy_core.stages.entropy_gradient import entropy_gradient
 from entropy_core.stages.first_order_e import first_order_e
 from entropy_core.stages.first_order_u import first_order_u
+from entropy_core.stages.half_steps_u import half_steps_u
 from entropy_core.stages.importance import importance
 from entropy_core.stages.load_checkpoint import load_checkpoint
 from entropy_core.stages.load_prompts import load_prompts
@@ -34,6 +35,7 @@ ENTROPY_GRADIENT = Stage("entropy-gradient", entropy_gradient)
 CALIBRATE = Stage("calibrate", calibrate, vectors=("update",))
 FIRST_ORDER_E = Stage("first-order-e", first_order_e, vectors=("update",))
 FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradient"))
+HALF_STEPS_U = Stage("half-steps-u", half_steps_u, vectors=("gradient",))
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
 VARIANCE, AGREEMENT, REPORT = final_stages.VARIANCE, final_stages.AGREEMENT, final_stages.REPORT

@@ -162,16 +162,15 @@ class Measurement:
             stage.ENTROPY_GRADIENT,
             {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
         )
-        first_order_u = self._once(
-            stage.FIRST_ORDER_U,
-            {
-                "policy": policy,
-                "sequences": u_batch,
-                "checkpoint": self.optimizer,
-                "update": update,
-                "gradient": gradient,
-            },
-        )
+        of_both = {
+            "policy": policy,
+            "sequences": u_batch,
+            "checkpoint": self.optimizer,
+            "update": update,
+            "gradient": gradient,
+        }
+        first_order_u = self._once(stage.FIRST_ORDER_U, of_both)
+        half_steps_u = self._once(stage.HALF_STEPS_U, of_both)
         self.release(gradient)
         learning_rate = self.optimizer.summary["learning_rate"]
         moved = self._moved(e_batch, update, learning_rate)
@@ -188,6 +187,7 @@ class Measurement:
             "rescores": self._rescored(e_batch),
             "first_order_e": first_order_e,
             "first_order_u": first_order_u,
+            "half_steps_u": half_steps_u,
             "update": update,
             "scores_u": scores_u,
             "discriminators_u": self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch}),

@@ -4,7 +4,8 @@
                                     │  rescore-e-batch (rounding) ───────────────────────────┼──────────────┐
     load-prompts ── sample-u-batch ─┼─ reward-u-batch ─┐                                     │              │
                                     │  score-u-batch ──┼─ compute-update ─┬─ first-order-u ──┘ ─────────────┤
-    load-checkpoint ────────────────┘──────────────────┘                  ├─ first-order-e (calibrate) ──────┼─ variance
+    load-checkpoint ────────────────┘──────────────────┘                  │  half-steps-u ───────────────────┤
+                                                                          ├─ first-order-e (calibrate) ──────┼─ variance
                                                                           ├─ importance (per η) ─────────────┤     │
                                                                           └─ path-integral (per η) ──────────┘   report
 

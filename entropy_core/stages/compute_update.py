@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from entropy_core.checkpoints.optimizer_step import OptimizerStep
+from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.errors import NonFiniteError
 from entropy_core.losses.apart import token_coefficients
 from entropy_core.losses.files import as_numbers, name_of, write_tokens
@@ -64,8 +64,8 @@ def compute_update(
         max_grad_norm: global norm at which the gradient is clipped; 0 for no clipping.
 
     Returns:
-        Norms of the gradient and the step, the clip factor, the share of the weights that move, and the number of prompts whose responses had equal
-        rewards.
+        Norms of the gradient and the step, the clip factor, the share of the weights that move, and the number of
+        prompts whose responses had equal rewards.
     """
     processor = processor_of(policy, execution)
     model = processor.policy
@@ -81,8 +81,7 @@ def compute_update(
     batch = loss.batch(table, rewards_PG, truncated_N)
     coefficients = token_coefficients(name_of(execution, loss.name, loss.source), batch, execution.isolation)
 
-    placed = checkpoint.table("parameters.parquet").select(["name", "group"]).to_pylist()
-    moving = {row["name"] for row in placed if row["group"] is not None}
+    moving = moved_parameters(checkpoint)
     gradient = model.new_accumulator(moving)
     start = 0
     for shard in shards:
@@ -91,10 +90,7 @@ def compute_update(
             weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
             model.add_gradients(rows, [weights], policy.temperature, [gradient])
         start = stop
-    # what the trainer does not move has no gradient there, neither in the step nor in the norm that is clipped
-    zero = torch.zeros((), dtype=torch.float64, device=model.device)
-    still = {name: zero.expand(p.shape) for name, p in model.named_parameters().items()}
-    gradient = still | gradient
+    gradient = with_zeros(gradient, model.named_parameters())
     g = in_blocks(gradient)
     norm = global_norm(g)
     if not math.isfinite(norm):

@@ -67,8 +67,8 @@ MUTATIONS = (
     Mutation(
         "the entropy left out of its own gradient",
         "numerics/token_statistics",
-        "factor_R = entropies_R * dentropies_R + dlogprobs_R",
-        "factor_R = dlogprobs_R",
+        "factor_R, own_R1 = entropies_R * dentropies_R + dlogprobs_R, ",
+        "factor_R, own_R1 = dlogprobs_R, ",
         "test_token_statistics",
     ),
     Mutation(
@@ -207,7 +207,7 @@ MUTATIONS = (
     Mutation(
         "the entropy's derivative not centred",
         "numerics/token_statistics",
-        "torch.sub(dz_RV, mean_dz_R.unsqueeze(-1), out=product_RV)",
+        "torch.sub(dz_RV, of_likeliest_R1 + mean_R1, out=product_RV)",
         "dz_RV",
         "test_token_statistics",
     ),
