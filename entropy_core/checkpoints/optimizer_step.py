@@ -137,7 +137,7 @@ def moved_parameters(checkpoint: "Artifact") -> set[str]:
 def with_zeros(gradient: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add zeros to a gradient, in no memory, for the parameters that it lacks.
 
-    A parameter that the trainer does not move has no gradient there, neither in the step nor in the norm that is clipped.
+    What the trainer does not move has no gradient there, neither in the step nor in the norm that is clipped.
     """
     return {
         name: gradient[name]
