@@ -219,7 +219,7 @@ EDITS = {
         {"compute-update", "half-steps-u"},
     ),
     "what is asked of a user's reward": Edit(
-        replaces("json.dumps(_called(name, *arguments))", "json.dumps(list(_called(name, *arguments)))"),
+        replaces("json.dumps(_called(name, responses))", "json.dumps(list(_called(name, *arguments)))"),
         {"reward-u-batch"},
     ),
     "what shows the progress": Edit(
