@@ -208,6 +208,14 @@ def test_every_wrong_key_is_named_at_once():
     ]
 
 
+def test_many_errors_are_counted_and_the_first_are_named():
+    with pytest.raises(ConfigError) as raised:
+        parse_config(LEAST | {"importance": {"estimators": list(range(500))}})
+    first, *named, more, _ = str(raised.value).splitlines()
+    assert first == "the configuration has 500 errors:" and more == "  and 480 more."
+    assert [line.split(":")[0] for line in named] == [f"  importance.estimators.{i}" for i in range(20)]
+
+
 @pytest.mark.parametrize("values", [None, [], "demo", 3])
 def test_what_is_no_mapping_is_refused(values):
     with pytest.raises(ConfigError, match=r"the configuration(: must be a mapping of keys to values| is empty)"):

@@ -15,6 +15,8 @@ from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import ConfigError
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_MOST_LISTED = 20
+"""Errors that a message names; a list can have the same error in each of a thousand entries."""
 _TYPES = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -75,7 +77,9 @@ def _parse(model: type[_Model], values: Any, source: str, origin: Origin | None,
         raise ConfigError(f"{source} has a text that is no Unicode: {error.object!r:.80}", fix="correct it") from None
     if not problems:
         return parsed
-    listed = f": {problems[0]}" if len(problems) == 1 else f" has {len(problems)} errors:\n  " + "\n  ".join(problems)
+    more = [f"and {len(problems) - _MOST_LISTED} more"] if len(problems) > _MOST_LISTED else []
+    lines = "".join(f"\n  {line}" for line in [*problems[:_MOST_LISTED], *more])
+    listed = f": {problems[0]}" if len(problems) == 1 else f" has {len(problems)} errors:{lines}"
     raise ConfigError(
         source + listed,
         fix="correct " + ("it" if len(problems) == 1 else "them") + "; docs/configuration.md lists all keys",
