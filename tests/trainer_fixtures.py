@@ -247,7 +247,9 @@ def held_against_the_trainer(
     """
     settings = dict(settings)
     lora = settings.pop("lora", None)
-    made, more = MODELS[settings.pop("model")](home) if "model" in settings else (build_model(SHAPE), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice
+        made, more = MODELS[settings.pop("model")](home) if "model" in settings else (build_model(SHAPE), {})
     model, peft_config = made, None
     if lora is not None:
         from peft import LoraConfig
