@@ -49,7 +49,7 @@ def make_policy(dtype: str = "float32") -> Policy:
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     if INSTALLED.exists() and not on_gpu:
-        policy = load_policy(INSTALLED, "", dtype, "eager", "auto")
+        policy = load_policy(INSTALLED, "", dtype, "blockwise", "auto")
     else:
         config = LlamaConfig(
             **(QWEN25_05B if on_gpu else SMOLLM2_135M), tie_word_embeddings=True, max_position_embeddings=8192

@@ -13,7 +13,7 @@ from benchmarks.common import Row, Run, median_ratio, peak_megabytes, take_turns
 from benchmarks.model_shape import make_policy, make_processor, make_sequences
 from benchmarks.reasons import by_profile
 from entropy_core.policy import moves
-from entropy_core.policy.attention import fused_attention
+from entropy_core.policy.attention import attention_set
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.derivatives import central_difference, forward_mode
@@ -23,7 +23,7 @@ LENGTH, MICRO_BATCH = 128, 16
 TOKENS = 8192
 ROUNDS = 3
 DTYPES = ("float32", "bfloat16") if torch.cuda.is_available() else ("float32",)
-FUSED = "bare forward with torch's fused attention"
+EAGER = "bare forward with eager attention"
 ONE_MICRO_BATCH = f"one micro-batch, {MICRO_BATCH * LENGTH:,} tokens"
 
 
@@ -59,7 +59,7 @@ def _scoring(dtype: str) -> Iterator[Row]:
     processor, batch = make_processor(policy, MICRO_BATCH), make_sequences([LENGTH] * (TOKENS // LENGTH))
     ways: dict[str, tuple[Run, int, str]] = {
         "bare forward that returns logits, same micro-batches": (lambda: bare_forward(processor, batch), 5, "≤ 1.15"),
-        "the same forward with torch's fused attention": (lambda: _fused(processor, batch), 1, ""),
+        "the same forward with eager attention": (lambda: _eager(processor, batch), 1, ""),
         "full logits, log_softmax, entropy, same micro-batches": (lambda: full_logits(processor, batch), 1, ""),
     }
     few = batch.select(torch.arange(MICRO_BATCH))
@@ -96,11 +96,11 @@ def _derivatives(dtype: str) -> Iterator[Row]:
         ways = ways_of_derivatives(processor, batch, v)
         marked = tokens == TOKENS
         chosen = (
-            ["bare forward", *marks, FUSED] if marked else [name for name in ways if name not in ("fast path", FUSED)]
+            ["bare forward", *marks, EAGER] if marked else [name for name in ways if name not in ("fast path", EAGER)]
         )
         taken = take_turns({name: ways[name] for name in chosen}, ROUNDS)
-        pairs = [(name, "bare forward") for name in chosen[1:] if name != FUSED]
-        for name, other in [*pairs, ("fast path", FUSED)] if marked else pairs:
+        pairs = [(name, "bare forward") for name in chosen[1:] if name != EAGER]
+        for name, other in [*pairs, ("forward mode", EAGER)] if marked else pairs:
             gives = "ℓ̇ and ḣ" if "forward mode" in name or name in marks else "sums in place of ℓ̇ and ḣ"
             ours, theirs = taken[name], taken[other]
             row = Row(
@@ -108,7 +108,7 @@ def _derivatives(dtype: str) -> Iterator[Row]:
                 f"{statistics.median(ours):.2f} s",
                 f"{statistics.median(theirs):.2f} s, {other}",
                 median_ratio(ours, theirs),
-                marks.get(name, "") if marked and other != FUSED else "",
+                marks.get(name, "") if marked and other != EAGER else "",
             )
             few = ways_of_derivatives(processor, batch.select(torch.arange(MICRO_BATCH)), v)
             yield row.because(partial(by_profile, few[name], few[other], ONE_MICRO_BATCH))
@@ -161,7 +161,7 @@ def ways_of_derivatives(processor: SequenceProcessor, batch: BatchedSequences, v
     """The bare forward pass, and every way there is to what a sequence does to ∂_vH."""
     return {
         "bare forward": lambda: bare_forward(processor, batch),
-        FUSED: lambda: _fused(processor, batch),
+        EAGER: lambda: _eager(processor, batch),
         "forward mode": lambda: forward_mode(processor, batch, v),
         "fast path": lambda: central_difference(processor, batch, v, 1e-3),
         "full-logit forward mode": lambda: full_logit_forward_mode(processor, batch, v),
@@ -198,7 +198,7 @@ def full_logit_forward_mode(processor: SequenceProcessor, batch: BatchedSequence
             logp_KV = logits_BLV[rows.row_K, rows.position_K].log_softmax(-1)
             return logp_KV.gather(1, rows.tokens_K[:, None])[:, 0], -(logp_KV.exp() * logp_KV).sum(-1)
 
-        with torch.no_grad():
+        with torch.no_grad(), attention_set(model, "eager"):  # torch's fused one has no derivative
             jvp(plain, ({name: p.detach() for name, p in processor.policy.named_parameters().items()},), (v,))
 
 
@@ -231,8 +231,8 @@ def random_direction(policy: Policy) -> dict[str, Tensor]:
     }
 
 
-def _fused(processor: SequenceProcessor, batch: BatchedSequences) -> None:
-    with fused_attention(processor.policy):
+def _eager(processor: SequenceProcessor, batch: BatchedSequences) -> None:
+    with attention_set(processor.policy.model, "eager"):
         bare_forward(processor, batch)
 
 

@@ -14,7 +14,6 @@ from benchmarks.model_shape import EOS, make_policy, make_processor
 from benchmarks.reasons import by_profile
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
-from entropy_core.policy.attention import fused_attention
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import BatchedSequences
 
@@ -84,7 +83,7 @@ def _sampled(policy: Policy, prompts: Tensor, longest: int, batch: int) -> Batch
 def _generate(policy: Policy, prompts: Tensor, longest: int, ends: _Ends) -> int:
     """With the attention that transformers takes by itself."""
     tokens = 0
-    with fused_attention(policy), torch.no_grad():
+    with torch.no_grad():
         for ids_BL in prompts.to(policy.device).split(BATCH):
             out_BL = policy.model.generate(
                 ids_BL,

@@ -186,7 +186,7 @@ def main() -> None:
 
 def _load(checkpoint: Any, execution: Any) -> int:
     """Load the policy as the stages do, and use each kind of pass once, on three tokens; how many parameters it has."""
-    spec = PolicySpec(weights=checkpoint.weights, dtype="float32", attn_implementation="eager", temperature=1.0)
+    spec = PolicySpec(weights=checkpoint.weights, dtype="float32", attn_implementation="blockwise", temperature=1.0)
     policy = policy_of(spec, execution)
     parameters = policy.named_parameters()
     ids = torch.tensor([[3, 4, 5]])

@@ -160,16 +160,24 @@ def _count(text: str) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from flows import direct, local
+    if options.direct:
+        from flows import direct
 
-    return direct.sweep(options.config) if options.direct else local.sweep(options.config)
+        return direct.sweep(options.config)
+    from flows import local
+
+    return local.sweep(options.config)
 
 
 def _variance(options: argparse.Namespace) -> int:
-    from flows import direct, local
-
     asked = _request(options)
-    return direct.variance(asked) if options.direct else local.variance(asked)
+    if options.direct:
+        from flows import direct
+
+        return direct.variance(asked)
+    from flows import local
+
+    return local.variance(asked)
 
 
 def _request(options: argparse.Namespace) -> "VarianceRequest":

@@ -7,14 +7,10 @@ from pathlib import Path
 from entropy_core.config.read import load_config
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.execution import Execution
-from entropy_core.pipeline import sweep as pipeline
-from entropy_core.pipeline.plan import plan, typical_costs
-from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline import statistics
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
-from flows.plan import plan_total
-from flows.progress import Progress
 from flows.results import duration, print_results
 from tasks.device import compute
 
@@ -31,6 +27,12 @@ def sweep(config_path: Path) -> int:
     Raises:
         ProbeError: the sweep cannot be run; what was finished stays in the store.
     """
+    from entropy_core.pipeline import sweep as pipeline  # a rerun of the statistics need not wait for these
+    from entropy_core.pipeline.plan import plan, typical_costs
+    from entropy_core.pipeline.preflight import preflight
+    from flows.plan import plan_total
+    from flows.progress import Progress
+
     _log_to_the_terminal()
     config = load_config(config_path, must_exist=True)
     checkpoints = preflight(config)
@@ -58,7 +60,7 @@ def variance(asked: VarianceRequest) -> int:
     """
     _log_to_the_terminal()
     store = Store(asked.artifacts)
-    print_results(pipeline.variance(asked, store, terminal_runner(store, Execution())).run_directory)
+    print_results(statistics.variance(asked, store, terminal_runner(store, Execution())).run_directory)
     return 0
 
 

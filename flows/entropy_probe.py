@@ -16,6 +16,7 @@ from entropy_core.config.read import parse_config, parse_request
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import ConfigError, ProbeError
 from entropy_core.execution import Execution
+from entropy_core.pipeline import statistics
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.plan import plan, typical_costs
 from entropy_core.pipeline.preflight import preflight
@@ -76,7 +77,7 @@ def variance(request: VarianceRequest = VarianceRequest()) -> State:  # noqa: B0
     """
     request = parse_request(request, Origin(_folder()))
     store = Store(request.artifacts)
-    return _published(pipeline.variance(request, store, prefect_runner(store, Execution())))
+    return _published(statistics.variance(request, store, prefect_runner(store, Execution())))
 
 
 def _folder() -> Path:
@@ -93,6 +94,6 @@ def _folder() -> Path:
     return Path(folder)
 
 
-def _published(result: pipeline.SweepResult) -> State:
+def _published(result: statistics.SweepResult) -> State:
     publish(result)
     return Completed(message=f"Results in {result.run_directory}", data=result)

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from entropy_core.estimates.agreement import independent
+from entropy_core.report.agreement import disagreements
 from entropy_core.store import runs
 
 HEADLINE = (
@@ -19,8 +20,8 @@ HEADLINE = (
     "estimator",
     "H",
     "delta_h1",
-    "ci_low",
-    "ci_high",
+    "next_update_low",
+    "next_update_high",
     "delta_h",
     "delta_h_se",
     "ess_fraction",
@@ -91,11 +92,11 @@ def print_results(run_directory: Path) -> None:
     Args:
         run_directory: its folder.
     """
-    rows, replicates = (
-        pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates")
+    rows, replicates, compared = (
+        pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates", "agreement")
     )
     with runs.understood(run_directory / runs.RECORD) as record:
-        warnings = [*record["checkpoints"][0]["warnings"]]
+        warnings = [*disagreements(compared), *record["checkpoints"][0]["warnings"]]
     for warning in warnings:
         print(f"\nWARNING: {warning}")
     print(f"\n{terminal_table(rows)}")

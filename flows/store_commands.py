@@ -1,6 +1,5 @@
 """`entropy-probe store`: what was computed, whether it is sound, why it would run again, and what may go."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +47,8 @@ def verify(store: Store) -> int:
         for stage, key in names:
             if _fault(store, stage, key) and (fault := _fault(store, stage, key)):  # a sweep may just have let it go
                 faults.append(f"{stage}/{key}: {fault}")
+        for run_id in sorted(set(runs.present(store.root)) - set(recorded)):
+            faults += _unusable(store, run_id)
         for run_id in recorded:
             for stage, key in sorted(runs.named(store.root, run_id) - set(names)):
                 faults.append(f"{stage}/{key}: it is missing, and the run {run_id} needs it")
@@ -66,6 +67,15 @@ def _fault(store: Store, stage: str, key: str) -> str:
         return error.fact
 
 
+def _unusable(store: Store, run_id: str) -> list[str]:
+    """Why a run that has a record does not count as recorded."""
+    try:
+        runs.finished(store.root, run_id)
+    except StoreError as error:
+        return [error.fact]
+    return []  # it was recorded meanwhile
+
+
 def seal(store: Store) -> int:
     """Sign what is there with the key that is set, so that a store can be shared from now on."""
     if not signature.key():
@@ -77,10 +87,12 @@ def seal(store: Store) -> int:
             with store.lock(stage, key):
                 fault = sign(store.root / stage / key, stage, key) or store.check(stage, key, read_digest)[1]
                 faults += [f"{stage}/{key}: {fault}"] if fault else []
+        run_ids = runs.present(store.root)
+        faults += [fault for run_id in run_ids if (fault := runs.sign(store, run_id))]
     for fault in faults:
         print(fault)
     left = f", {len(faults)} of them unsound" if faults else ""
-    print(f"{len(names)} artifacts are signed with the key of {signature.VARIABLE}{left}")
+    print(f"{len(names)} artifacts and {len(run_ids)} runs are signed with the key of {signature.VARIABLE}{left}")
     return 1 if faults else 0
 
 
@@ -154,8 +166,10 @@ def adopt(store: Store, what: str) -> int:
     if Path(what).suffix in (".yaml", ".yml", ".json"):
         config = load_config(Path(what))
     else:
-        record = runs.find(store.root, what) / runs.RECORD
-        config = parse_config(json.loads(record.read_text(encoding="utf-8"))["config"], str(record))
+        path = runs.find(store.root, what) / runs.RECORD
+        with runs.understood(path) as record:
+            document = record["config"]
+        config = parse_config(document, str(path))
     checkpoints = preflight(config)
     execution = execution_for(config, checkpoints)
     adoption = Adoption(

@@ -13,7 +13,7 @@ from prefect.artifacts import (
 )
 
 from entropy_core.pipeline.plan import Cost, Step
-from entropy_core.pipeline.sweep import SweepResult
+from entropy_core.pipeline.statistics import SweepResult
 from flows.plan import plan_table, plan_total
 from flows.results import headline, inline_figures
 

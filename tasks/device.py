@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 from entropy_core.errors import StoreError
 from entropy_core.pipeline.memory import run_within_memory
 from entropy_core.pipeline.runner import Inputs
-from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 
@@ -88,6 +87,5 @@ def compute(store: Store, stage: Stage, execution: Any, inputs: Inputs) -> Artif
         execution: how to compute; see `Store.run`.
         inputs: of the stage.
     """
-    asks_a_policy = any(isinstance(value, PolicySpec) for value in inputs.values())
-    with device_slot(device_name(execution.device) if asks_a_policy else ""):
+    with device_slot(device_name(execution.device) if "policy" in inputs else ""):
         return run_within_memory(store, stage, execution, inputs)

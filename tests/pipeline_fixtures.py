@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
@@ -24,7 +25,8 @@ from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer
 from entropy_core.numerics.vectors import Block, in_blocks
 from entropy_core.pipeline.preflight import CheckpointToProbe, preflight
 from entropy_core.pipeline.runner import Inputs, Runner, direct_runner
-from entropy_core.pipeline.sweep import SweepResult, execution_for, sweep
+from entropy_core.pipeline.statistics import SweepResult
+from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.policy.spec import policy_of
 from entropy_core.prompts.arithmetic import problems
 from entropy_core.report import figures
@@ -86,6 +88,14 @@ def make_run(root: Path) -> Path:
         if f"checkpoint-{step}" in NAMES:
             save_checkpoint(root / f"checkpoint-{step}", model, optimizer, step)
     return root
+
+
+def gathered(directory: Path) -> Path:
+    """Put the state of a checkpoint into the files that FSDP gathers it in, which transformers cannot open."""
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model_fsdp.bin")
+    (directory / "model.safetensors").unlink()
+    (directory / "optimizer.pt").rename(directory / "optimizer.bin")
+    return directory
 
 
 def make_gpt2(directory: Path, **changes: Any) -> Path:

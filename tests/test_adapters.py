@@ -245,9 +245,8 @@ def test_the_reference_of_a_kl_term_is_the_base_without_its_adapter(home: Path, 
         for name in ("score-u-reference", "score-u-batch")
     )
     assert (reference - scores).abs().max() > 1e-6
-    assert "The reference policy is the base without its adapter." in done.result.report.path("report.md").read_text(
-        encoding="utf-8"
-    )
+    report = done.result.report.path("report.md").read_text(encoding="utf-8")
+    assert "The reference policy is the base without its adapter." in report
 
 
 def test_a_sweep_over_the_other_layout(home: Path, tmp_path: Path):

@@ -78,10 +78,16 @@ def refused(kind: type[ProbeError], message: str, config: dict[str, Any]) -> str
 
 
 def finite(done: Probe) -> list[dict[str, Any]]:
-    """The rows, in which no number is missing, infinite or NaN; of so few weights no tail can be fitted."""
+    """The rows, in which no number is missing, infinite or NaN; of so few weights no tail can be fitted.
+
+    Of so few prompts there is no interval over U, and none is given.
+    """
     for row in done.rows:
+        assert row["interval_over_u"].startswith("no valid interval over U: ")
         for name, value in row.items():
-            missing = value is None and name not in ("pareto_k", "derivative_check")
+            over_u = "mean_update" in name or "next_update" in name or name == "nonlinearity_over_u"
+            assert value is None or not over_u or name.startswith(("sign", "nonlinearity")), name
+            missing = value is None and name not in ("pareto_k", "derivative_check") and not over_u
             assert not missing and (not isinstance(value, float) or math.isfinite(value)), (name, value)
     return done.rows
 
@@ -405,14 +411,18 @@ def test_equal_rewards_leave_momentum_and_decay(home):
         assert row["gradient_norm"] == row["se_over_u"] == 0.0
         assert row["equal_reward_fraction"] == row["clip_factor"] == 1.0
         if row["eta"]:
-            assert row["delta_h1"] != 0 and row["se_total"] == row["se_given_u"] > 0
+            assert row["delta_h1"] != 0 and row["se_given_u"] > 0
+            assert row["interval_over_u"] == (
+                "no valid interval over U: 0 prompts of U have unequal rewards, and it takes 8"
+            )
+            assert row["mean_update_low"] is row["next_update_high"] is row["delta_h_next_update_low"] is None
 
 
 def test_two_sequences_and_two_prompts_are_enough(home):
     done = probe(config_of(home, batch_config={"E_total_sequences": 2}))
     for row in finite(done):
         assert (row["n_sequences"], row["n_prompts_u"]) == (2, 2)
-        assert row["eta"] == 0 or row["ci_low"] < row["delta_h1"] < row["ci_high"]
+        assert row["eta"] == 0 or row["this_update_low"] < row["delta_h1"] < row["this_update_high"]
 
 
 def test_responses_of_one_token(home):

@@ -85,12 +85,17 @@ def test_every_setting_of_the_statistics_has_an_option():
 # --- without Prefect, from another folder ----------------------------------------------------------------------------
 
 
-def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch):
+def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch, capsys):
     """It computes what the pipeline computes, in the store that the configuration names; then everything is reused."""
     config, elsewhere = home / "configs" / "tiny.yaml", home / "elsewhere"
-    planned = command("plan", config, cwd=elsewhere)
-    assert planned.returncode == 0, planned.stderr
-    total = int(re.search(r"0 of (\d+) stage runs are cached", planned.stdout)[1])
+    monkeypatch.setitem(sys.modules, "prefect", None)
+    monkeypatch.chdir(elsewhere)
+
+    def here(*arguments: Any) -> str:
+        assert main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    total = int(re.search(r"0 of (\d+) stage runs are cached", here("plan", "../configs/tiny.yaml"))[1])
     assert not (home / "artifacts").exists()
 
     first = command("sweep", "../configs/tiny.yaml", "--direct", cwd=elsewhere)
@@ -100,11 +105,10 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     assert lines[-1][1] == "report" and f"{total} of {total} stages" in first.stdout
     assert "matched by name for 12 of 12 trained parameters" in first.stderr and "Traceback" not in first.stderr
 
-    again = command("sweep", config, "--direct", cwd=home)
-    assert again.stdout.count("\n  reused ") + again.stdout.startswith("  reused ") == total
-    assert "computed" not in again.stdout
+    again = here("sweep", config, "--direct")
+    assert again.count("\n  reused ") + again.startswith("  reused ") == total and "computed" not in again
     table = first.stdout.partition("\n\n")[2]
-    assert table == again.stdout.partition("\n\n")[2] and "eta_over_lr" in table and str(home / "artifacts") in table
+    assert table == again.partition("\n\n")[2] and "eta_over_lr" in table and str(home / "artifacts") in table
     assert list(elsewhere.iterdir()) == []
 
     skip_figures(monkeypatch)
@@ -113,18 +117,18 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     expected = probe(same).rows
     assert recorded_rows(home / "artifacts") == expected
 
-    changed = command("variance", "--confidence", ".5", "--artifacts", home / "artifacts", "--direct", cwd=elsewhere)
+    options = ("--confidence", ".5", "--artifacts", home / "artifacts", "--direct")
+    changed = command("variance", *options, cwd=elsewhere, code=WITHOUT_PREFECT.replace("prefect", "transformers"))
     assert changed.returncode == 0, changed.stderr
     stages = re.findall(r"^  (\S+) +(\S+) · ", changed.stdout, re.MULTILINE)
-    assert stages == [("computed", "variance"), ("computed", "report")]
+    assert stages == [("computed", "variance"), ("reused", "agreement"), ("computed", "report")]
     assert {row["confidence_level"] for row in recorded_rows(home / "artifacts")} == {0.5}
 
-    listed = command("runs", cwd=home).stdout.splitlines()
+    listed = here("runs", "--artifacts", home / "artifacts").splitlines()
     assert [line.split()[1] for line in listed[1:-1]] == runs.recorded(home / "artifacts")
     assert all(NAMES[0] in line and str(home / "artifacts" / "runs") in line for line in listed[1:-1])
     assert listed[-1] == "2 runs"
-    explained = command("store", "explain", config, cwd=elsewhere)
-    assert explained.returncode == 0 and "1 would run" not in explained.stdout
+    assert "1 would run" not in here("store", "explain", config)
 
 
 def recorded_rows(root: Path) -> list[dict[str, Any]]:
@@ -133,7 +137,8 @@ def recorded_rows(root: Path) -> list[dict[str, Any]]:
     return pq.read_table(runs.find(root, "latest") / "results.parquet").to_pylist()
 
 
-def test_ctrl_c_ends_a_direct_sweep_and_the_same_command_goes_on(home):
+def test_ctrl_c_ends_a_direct_sweep_and_the_same_command_goes_on(home, monkeypatch, capsys):
+    skip_figures(monkeypatch)
     config = str(home / "configs" / "tiny.yaml")
     line = [sys.executable, "-c", WITHOUT_PREFECT, "sweep", config, "--direct"]
     with subprocess.Popen(line, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -145,8 +150,8 @@ def test_ctrl_c_ends_a_direct_sweep_and_the_same_command_goes_on(home):
     assert said.endswith("\nStopping …\n") and "Traceback" not in said
     finished = {(one.stage, one.key): one.digest for one in Store(home / "artifacts").ls()}
     assert {"load-prompts", "sample-e-batch", "score-e-batch"} <= {stage for stage, _ in finished}
-    again = command("sweep", config, "--direct", cwd=home)
-    assert again.returncode == 0 and again.stdout.count("  reused ") == len(finished)
+    assert main(["sweep", config, "--direct"]) == 0
+    assert capsys.readouterr().out.count("  reused ") == len(finished)
 
 
 def test_a_list_of_runs_says_where_they_are(tmp_path, capsys):
@@ -156,7 +161,7 @@ def test_a_list_of_runs_says_where_they_are(tmp_path, capsys):
         folder = runs.folder(tmp_path, f"probe-{number}")
         folder.mkdir(parents=True)
         record = {
-            "finished": f"2026-01-0{number + 1}T10:11:12",
+            "finished": f"2026-01-0{number + 1}T10:11:12+00:00",
             "checkpoints": [{"checkpoint": name} for name in names],
         }
         (folder / runs.RECORD).write_text(json.dumps(record))

@@ -66,7 +66,9 @@ def test_the_store_is_beside_the_file_unless_it_says_otherwise(home):
 
 
 def test_values_without_a_file_stay_or_start_where_they_are_told_to(home):
-    assert parse_config(NAMED).model_dump(mode="json", exclude_unset=True) == NAMED
+    named = NAMED | {"update": NAMED["update"] | {"reward": [NAMED["update"]["reward"]]}}  # as a form has it
+    assert parse_config(NAMED).model_dump(mode="json", exclude_unset=True) == named
+    assert parse_config(named).update.reward == NAMED["update"]["reward"]
     config = parse_config(NAMED, origin=Origin(home / "configs"))
     assert config == load_config(write(home, NAMED))
     assert parse_config(config, origin=Origin(home)) == config
@@ -93,10 +95,10 @@ def test_every_path_that_leads_nowhere_is_named(home):
         f"{path} has 8 errors:",
         f"  checkpoints.1: no directory matches {home}/runs/step-*; a run's checkpoints are usually RUN/checkpoint-*",
         f"  checkpoints.2: no directory matches {configs}/gone; a run's checkpoints are usually RUN/checkpoint-*",
-        f"  policy.base_model: there is no directory {configs}/no-base",
+        f"  policy.base_model: there is no directory {configs}/no-base, and no model no-base in the hub cache",
         f"  batch_config.dataset_name: there is no file {configs}/no.parquet",
         f"  batch_config.dataset_path: there is no directory {configs}/pool.jsonl",
-        f"  update.reference: there is no directory {configs}/no-reference",
+        f"  update.reference: there is no directory {configs}/no-reference, and no model no-reference in the hub cache",
         f"  update.reward: there is no file {configs}/no.py",
         f"  execution.artifacts: {configs}/pool.jsonl is a file, and the store is a folder.",
         "Fix: correct them; docs/configuration.md lists all keys.",

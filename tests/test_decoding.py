@@ -9,7 +9,6 @@ from conftest import World, gemma2, gpt2, llama, policy_of
 from torch import Tensor
 
 from entropy_core.numerics.philox import Purpose
-from entropy_core.policy.attention import fused_attention
 from entropy_core.policy.model import Policy
 from entropy_core.sequences import decoding
 from entropy_core.sequences.decoding import Decoding, DecodingRequest, Response
@@ -97,14 +96,3 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(policy: 
             assert response == whole
         ends[response.finish_reason] += 1
     assert min(ends.values()) > 0, ends
-
-
-def test_attention_is_the_policys_own_again(policy: Policy):
-    own = policy.model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="inside"), fused_attention(policy):
-        assert policy.model.config._attn_implementation == "sdpa"
-        raise RuntimeError("inside")
-    assert policy.model.config._attn_implementation == own == "eager"
-    capped = policy_of(gemma2())
-    with fused_attention(capped):
-        assert capped.model.config._attn_implementation == "eager"  # which knows the softcap

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = {"sample-e-batch", "sample-u-batch"}
 SCORE = {"score-e-batch", "score-u-batch", "score-u-reference"}
 FORWARD_MODE = {"calibrate", "first-order-e", "first-order-u", "path-integral"}
-BACKWARD = {"compute-update", "entropy-gradient"}
+BACKWARD = {"compute-update", "entropy-gradient", "half-steps-u"}
 MOVED = {"importance", "path-integral", "calibrate", "first-order-e"}  # the last by central differences
 POLICY = SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance"}
-STATISTICS = {"variance", "report"}
+STATISTICS = {"variance", "agreement", "report"}
 
 
 class Project:
@@ -83,7 +83,7 @@ def renames_a_module(project: Project) -> None:
     """`verdicts` becomes `judgements`."""
     path = project.file_with("MATERIAL_CURVATURE =")
     path.rename(path.with_name("judgements.py"))
-    project.edit("numerics.verdicts import", "numerics.judgements import", everywhere=True)
+    project.edit("uncertainty, verdicts\n", "uncertainty, judgements as verdicts\n", everywhere=True)
 
 
 class Edit(NamedTuple):
@@ -93,7 +93,14 @@ class Edit(NamedTuple):
 
 EDITS = {
     # what the policy computes
-    "a forward-mode rule": Edit(replaces("return (x * dx).mul_(2)", "return 2 * x * dx"), FORWARD_MODE),
+    "a forward-mode rule": Edit(
+        replaces("(torch.pow(x, 2), (x * dx).mul_(2))", "(torch.pow(x, 2), 2 * x * dx)"), FORWARD_MODE
+    ),
+    "attention in blocks": Edit(replaces("do += weights @ dv", "do = do + weights @ dv"), FORWARD_MODE),
+    "which masks are computed in blocks": Edit(
+        replaces("if attention_mask is not None or q_offset", "if q_offset"), FORWARD_MODE
+    ),
+    "which kernel the other passes use": Edit(replaces("if group > 1 and query", "if query"), POLICY),
     "the derivative of the token statistics": Edit(
         replaces("    def _jvp_of_rows(", "    def _jvp_of_rows(*_): ...\n\n    def _jvp_of_rows("),
         POLICY,
@@ -117,21 +124,26 @@ EDITS = {
     # the update
     "a loss": Edit(
         replaces("(policy_gradient(batch)) / batch.lengths_N", "(policy_gradient(batch)) * 1.0 / batch.lengths_N"),
-        {"compute-update", "first-order-u"},
+        {"compute-update", "first-order-u", "half-steps-u"},
     ),
     "an annotation": Edit(
         replaces(
             "def clip_factor(gradient_norm: float, max_norm: float)",
             "def clip_factor(gradient_norm: float, max_norm: object)",
         ),
-        {"compute-update", "first-order-u"},
+        {"compute-update", "first-order-u", "half-steps-u"},
     ),
     "a reward": Edit(
         replaces("[float(c.strip() == str(a).strip())", "[1.0 * (c.strip() == str(a).strip())"), {"reward-u-batch"}
     ),
     # what is read
     "a reader of a layout": Edit(
-        replaces('PROGRESS_FILES = ("trainer_state.json",', 'PROGRESS_FILES = ("state.json",'), {"load-checkpoint"}
+        replaces('PROGRESS_FILES = ("trainer_state.json",', 'PROGRESS_FILES = ("state.json",'),
+        {"load-checkpoint", "load-weights"},
+    ),
+    "how shards are cut": Edit(
+        replaces("part = -(-size // ranks)", "part = -(-size // ranks) + 0"),
+        {"load-checkpoint", "load-weights", "compute-update", "first-order-u"},
     ),
     "how adapters are filled": Edit(
         replaces(
@@ -161,7 +173,7 @@ EDITS = {
     "a sentence of the report": Edit(replaces("## Where the change comes from", "## Where it comes from"), {"report"}),
     # what runs on import
     "a statement that runs on import": Edit(
-        adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"), POLICY | {"variance"}
+        adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"), POLICY | {"agreement", "variance"}
     ),
     # what changes nothing
     "an unused error class": Edit(
@@ -203,10 +215,8 @@ EDITS = {
         replaces("def plain_text(text: str)", "def unused(): ...\n\n\ndef plain_text(text: str)"), set()
     ),
     "what is asked of a user's loss": Edit(
-        replaces(
-            "safetensors.save(_plain(functions.coefficients_of", "safetensors.save(dict(functions.coefficients_of"
-        ),
-        {"compute-update"},
+        replaces("for part, t in pair.items()}))", "for part, t in list(pair.items())}))"),
+        {"compute-update", "half-steps-u"},
     ),
     "what is asked of a user's reward": Edit(
         replaces("json.dumps(_called(name, *arguments))", "json.dumps(list(_called(name, *arguments)))"),

@@ -13,7 +13,14 @@ from pipeline_fixtures import NAMES, Probe, make_run, probe, skip_figures, value
 
 from entropy_core.store.artifact import Artifact
 
-OF_THE_WHOLE = {"entropy-gradient", "first-order-u", "variance", "report"}  # and the noise of its first sequences
+OF_THE_WHOLE = {
+    "entropy-gradient",
+    "first-order-u",
+    "half-steps-u",
+    "variance",
+    "agreement",
+    "report",
+}  # and the noise of its first sequences
 
 
 @pytest.fixture(scope="module")

@@ -192,12 +192,21 @@ def test_each_file_of_the_stages_is_one_stage():
         return [f.name for f in functions if [a.arg for a in f.args.args] == ["out", "execution"]]
 
     assert {name: stages_in(name) for name in STAGES} == {name: [name.rpartition(".")[2]] for name in STAGES}
-    assert OURS["entropy_core.pipeline.catalogue"] & STAGES == STAGES
+    listed = OURS["entropy_core.pipeline.catalogue"] | OURS["entropy_core.pipeline.final_stages"]
+    assert listed & STAGES == STAGES
     assert not any(OURS[name] & STAGES for name in STAGES)
 
 
 def test_each_library_has_its_own_door():
-    of_the_model = core("policy.model", "policy.pretrained", "policy.scorer", "sequences.cache", "sequences.decoding")
+    of_the_model = core(
+        "policy.attention",
+        "policy.blockwise",
+        "policy.model",
+        "policy.pretrained",
+        "policy.scorer",
+        "sequences.cache",
+        "sequences.decoding",
+    )
     of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture")
     of_the_demo = core("demo.run", "demo.smollm2", "demo.training_run")
     assert importers("transformers") == of_the_model | of_the_checkpoint | of_the_demo
@@ -206,12 +215,12 @@ def test_each_library_has_its_own_door():
     assert importers("trl") == core("demo.training_run")
     assert importers("tokenizers") == core("demo.run")
     assert importers("datasets") == core("prompts.hub_datasets", "demo.training_run")
-    assert importers("huggingface_hub") == core("prompts.hub_datasets", "demo.training_run")
+    assert importers("huggingface_hub") == core("files.hub_cache", "prompts.hub_datasets", "demo.training_run")
     assert importers("reasoning_gym") == core("prompts.reasoning_tasks")
     assert importers("math_verify") == core("rewards.math_answers")
     assert importers("matplotlib") == core("report.figures", "report.tokens_in_text")
     assert importers("arviz_stats", "numpy") == core("estimates.pareto")
-    assert importers("scipy") == core("estimates.rows", "estimates.diagnostics")
+    assert importers("scipy") == core("estimates.rows", "estimates.diagnostics", "estimates.trainer_agreement")
     assert importers("safetensors") == core("store.artifact", "checkpoints.content", "losses.apart")
     assert importers("pyarrow.parquet") == core("store.artifact", "store.manifest", "prompts.files") | {"flows.results"}
     assert importers("yaml") == core("config.plain_yaml")
@@ -229,7 +238,7 @@ def test_nothing_is_imported_that_is_not_declared():
     assert used - known <= of_theirs  # of scipy, transformers, Prefect and pydantic
 
 
-@pytest.mark.parametrize("stage", ["variance", "report"])
+@pytest.mark.parametrize("stage", ["variance", "agreement", "report"])
 def test_the_statistics_reach_no_policy(stage):
     modules = reached(f"entropy_core.stages.{stage}")
     assert {"entropy_core.estimates.tables", f"entropy_core.stages.{stage}"} <= modules
@@ -242,11 +251,17 @@ def test_the_statistics_reach_no_policy(stage):
 def test_what_handles_no_sequence_does_not_reach_the_policy():
     """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
     without = {name for name in STAGES if not any(room(other) == "policy" for other in reached(name))}
-    names = ("load_checkpoint", "load_prompts", "reward", "variance", "report")
+    names = ("load_checkpoint", "load_weights", "load_prompts", "reward", "variance", "agreement", "report")
     assert without == {f"entropy_core.stages.{name}" for name in names}
 
 
-FORWARD_MODE = core("policy.derivatives", "sequences.derivatives", "numerics.direct_derivatives")
+FORWARD_MODE = core(
+    "policy.blockwise",
+    "policy.derivatives",
+    "sequences.derivatives",
+    "numerics.blockwise_attention",
+    "numerics.direct_derivatives",
+)
 MOVES = core("policy.moves", "sequences.moves")
 STATISTICS = core("numerics.uncertainty", "numerics.bootstrap", "numerics.importance", "numerics.linearity")
 OPTIMIZER = core("numerics.adamw", "checkpoints.optimizer_state")
@@ -259,9 +274,9 @@ POOLS = core("prompts.pools", "rewards.functions")
         ("sample score discriminate", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER | POOLS),
         ("rescore importance", FORWARD_MODE | STATISTICS | OPTIMIZER | POOLS),
         ("entropy_gradient", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER | POOLS),
-        ("compute_update", FORWARD_MODE | MOVES | STATISTICS | POOLS),
+        ("compute_update half_steps_u", FORWARD_MODE | MOVES | STATISTICS | POOLS),
         ("calibrate first_order_e first_order_u path_integral", STATISTICS | POOLS),
-        ("load_checkpoint", FORWARD_MODE | MOVES | STATISTICS | POOLS),
+        ("load_checkpoint load_weights", FORWARD_MODE | MOVES | STATISTICS | POOLS),
         ("load_prompts reward", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER),
     ],
 )

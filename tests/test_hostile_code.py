@@ -32,6 +32,7 @@ from entropy_core.files.digests import file_digest
 from entropy_core.isolation.process import Isolation
 from entropy_core.losses import apart
 from entropy_core.numerics import losses
+from entropy_core.rewards.spec import RewardSpec
 from entropy_core.stages.reward import reward
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
@@ -53,6 +54,8 @@ SOME_LOSSES = ("leaves", "hangs when it is differentiated", "answers with a NaN"
 def tables(out, execution, *, rows):
     out.table(pa.table({"sequence_id": [0, 1, 2], "prompt_id": [0, 1, 0], **rows}), "sequences.parquet")
     out.table(pa.table({"prompt": ["1+1=", "2+3="], "answer": ["2", "5"]}), "prompts.parquet")
+    tokens, offsets = torch.arange(3), torch.arange(4)
+    out.tensors({"response_tokens": tokens, "response_offsets": offsets}, "tokens.safetensors")
     return {}
 
 
@@ -70,8 +73,9 @@ class Rewarded:
         digest = file_digest(file)
         limits = replace(LIMITS, seconds=60.0) if "import torch" in text else LIMITS  # which takes its time
         execution = Execution(paths={digest: file}, isolation=limits)
-        inputs = {"sequences": [self.given], "prompts": self.given, "reward_name": "reward"}
-        inputs |= {"source": digest, "library": ""}
+        inputs = {"sequences": [self.given], "prompts": self.given, "weights": [], "trainer_state": ""}
+        inputs |= {"rewards": [RewardSpec(name="reward", source=digest)], "responses_per_prompt": 3}
+        inputs |= {"aggregation": "sum_then_normalize"}
         return self.store.run(Stage("reward-u-batch", reward), execution, inputs)
 
     def of_values(self, values: list[float]) -> Artifact:

@@ -155,7 +155,7 @@ def test_what_may_be_fetched_is_fetched_once(hub_cache, monkeypatch):
 
 
 def test_without_a_connection_it_says_so():
-    with pytest.raises(PromptError, match=r"openai/gsm8k cannot be downloaded: .*no connection.*dataset_path"):
+    with pytest.raises(PromptError, match=r"openai/gsm8k cannot be downloaded: .*no connection.*give the folder"):
         locate("gsm8k", allow_download=True)
 
 

@@ -236,11 +236,11 @@ def test_what_a_function_changes_changes_no_number(home):
     reward = PROCESS + PLAIN_REWARD.replace(":\n    return", ":\n    change()\n    return")
     loss = TORCH + PLAIN_LOSS.replace(":\n    return", ":\n    change()\n    return")
     hostile = swept(home, reward, loss)
-    made = {"reward-u-batch", "compute-update", "first-order-u"}
+    made = {"reward-u-batch", "compute-update", "first-order-u", "half-steps-u"}
     assert made <= hostile.run.was_computed.keys()
     for stage in made:
         assert [one.key for one in plain.run.artifacts(stage)] != [one.key for one in hostile.run.artifacts(stage)]
-    for stage in ("reward-u-batch", "first-order-u"):
+    for stage in ("reward-u-batch", "first-order-u", "half-steps-u"):
         assert [a.digest for a in plain.run.artifacts(stage)] == [a.digest for a in hostile.run.artifacts(stage)]
     assert plain.rows == hostile.rows
 

@@ -215,7 +215,7 @@ def test_the_bootstrap_surrounds_the_estimate(plain):
     for row in plain.rows:
         for low, high in (("percentile_low", "percentile_high"), ("bca_low", "bca_high")):
             assert row[low] <= row["delta_h1"] <= row[high]
-            width = row["ci_given_u_high"] - row["ci_given_u_low"]
+            width = row["this_update_high"] - row["this_update_low"]
             assert row[high] - row[low] == pytest.approx(width, rel=0.5)
 
 

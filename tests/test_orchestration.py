@@ -288,7 +288,11 @@ def test_figures_are_put_into_the_page(tmp_path):
 
 
 def test_the_terminal_shows_one_normalization_and_rounds():
-    row = dict.fromkeys(HEADLINE, 0.123456) | {"checkpoint": "checkpoint-8", "verdict": "resolved", "ci_low": math.nan}
+    row = dict.fromkeys(HEADLINE, 0.123456) | {
+        "checkpoint": "checkpoint-8",
+        "verdict": "resolved",
+        "next_update_low": math.nan,
+    }
     row |= {"normalization": "per_token", "estimator": "snis"}
     lines = terminal_table([row, row | {"normalization": "per_sequence"}]).splitlines()
     assert len(lines) == 3

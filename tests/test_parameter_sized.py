@@ -13,7 +13,7 @@ from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
 from entropy_core.files import digests as file_digests
-from entropy_core.pipeline import sweep as pipeline
+from entropy_core.pipeline import statistics
 from entropy_core.pipeline.plan import plan
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.store import archive, runs
@@ -53,7 +53,7 @@ def test_statistics_and_plans_read_none_of_them(first, tmp_path, monkeypatch):
     monkeypatch.setattr(file_digests, "_known", {})
 
     counting = Counting(store, Execution())
-    again = pipeline.variance(VarianceRequest(artifacts=str(root), confidence_level=0.5), store, counting)
+    again = statistics.variance(VarianceRequest(artifacts=str(root), confidence_level=0.5), store, counting)
     assert counting.was_computed == {"variance": 1, "report": 1}
     assert again.report.table("results.parquet")["H"].to_pylist() == [row["H"] for row in first.rows]
     assert all(step.cached for step in plan(first.config, preflight(first.config), store))

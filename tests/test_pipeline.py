@@ -27,7 +27,7 @@ from entropy_core.estimates.tables import RESULTS, TABLES
 from entropy_core.execution import Execution
 from entropy_core.files.digests import file_digest
 from entropy_core.numerics.choices import Estimator
-from entropy_core.pipeline import catalogue
+from entropy_core.pipeline import catalogue, statistics
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.measure import NOISE_DRAWS
 from entropy_core.pipeline.preflight import preflight
@@ -36,6 +36,7 @@ from entropy_core.policy import spec
 from entropy_core.store.store import Store
 
 ETAS = [0, 0.01, 0.02, 1]
+OF_THE_RUN = ("agreement", "report")  # which are of all checkpoints together
 ESTIMATORS = list(get_args(Estimator))
 P, G = 8, 4
 BATCH = {"E_total_sequences": 16, "B_U": P, "G": G}
@@ -140,9 +141,11 @@ def test_every_stage_ran_once_per_shard(first):
         "entropy-gradient": checkpoints,
         "first-order-e": checkpoints * shards,
         "first-order-u": checkpoints,
+        "half-steps-u": checkpoints,
         "importance": checkpoints * shards * moves,
         "path-integral": checkpoints * shards * moves,
         "variance": checkpoints,
+        "agreement": 1,
         "report": 1,
     }
     unasked = {"calibrate", "score-u-reference"}  # central differences, a KL term
@@ -154,7 +157,7 @@ def test_without_a_step_nothing_changes(first):
     assert len(rows) == len(NAMES) * 2 * len(ESTIMATORS)
     for row in rows:
         assert row["delta_h"] == row["delta_h1"] == row["curvature"] == row["paired_difference"] == 0.0
-        assert row["delta_h_se"] == row["se_total"] == 0.0
+        assert row["delta_h_se"] == row["se_over_u"] == 0.0
         assert row["ess_fraction"] == pytest.approx(1.0, abs=1e-12)
         assert row["verdict"] == "reference"
 
@@ -162,7 +165,7 @@ def test_without_a_step_nothing_changes(first):
 def test_the_prediction_is_linear(first):
     for rows in by_eta(first.rows):
         for multiple in (0.01, 0.02):
-            for column in ("delta_h1", "delta_h1_local", "inner_product", "se_given_u", "se_over_u", "se_total"):
+            for column in ("delta_h1", "delta_h1_local", "inner_product", "se_given_u", "se_over_u"):
                 assert rows[multiple][column] == pytest.approx(multiple * rows[1.0][column], rel=1e-12)
 
 
@@ -210,7 +213,7 @@ def test_the_run_folder_has_what_people_open(first, home):
     directory = first.result.run_directory
     assert directory == home / "artifacts" / "runs" / first.result.run_id
     assert {path.name for path in directory.iterdir()} == {
-        *("results.parquet", "report.md", "config.yaml", "run.json"),
+        *("results.parquet", "agreement.parquet", "report.md", "config.yaml", "run.json"),
         *(f"{table}.parquet" for table in TABLES),
         *(
             f"{figure}.{kind}"
@@ -246,7 +249,7 @@ def test_two_stores_get_the_same_content(away, first):
     shutil.rmtree(away / "artifacts")
     second = probe(config_of(away, checkpoints=[str(away / "run" / NAMES[0])]))
     digests = {artifact.digest for _, _, artifact in first.run.asked}
-    assert {artifact.digest for stage, _, artifact in second.run.asked if stage != "report"} <= digests
+    assert {artifact.digest for stage, _, artifact in second.run.asked if stage not in OF_THE_RUN} <= digests
 
 
 def test_a_moved_run_is_the_same_run(away, first):
@@ -327,9 +330,11 @@ def test_more_sequences_cost_only_the_new_shards(redo, first):
         "entropy-gradient": new,
         "first-order-e": new,
         "first-order-u": new,
+        "half-steps-u": new,
         "importance": new * moves,
         "path-integral": new * moves,
         "variance": new,
+        "agreement": 1,
         "report": 1,
     }
     before, after = first.run.artifacts("sample-e-batch"), more.run.artifacts("sample-e-batch")
@@ -355,7 +360,8 @@ def test_a_step_size_less_costs_only_the_statistics(redo, monkeypatch):
 def test_another_optimizer_setting_samples_nothing(redo):
     computed = redo(update={"max_grad_norm": 1e-3}).run.was_computed
     on_e = {"first-order-e", "importance", "path-integral"}
-    assert set(computed) == on_e | {"compute-update", "first-order-u", "variance", "report"}
+    of_u = {"compute-update", "first-order-u", "half-steps-u"}
+    assert set(computed) == on_e | of_u | {"variance", "agreement", "report"}
 
 
 def test_another_seed_of_e_leaves_u_alone(redo):
@@ -398,7 +404,7 @@ def test_a_killed_sweep_goes_on_where_it_was(away, first):
     computed = [artifact for stage, _, artifact in counting.asked]
     assert sum(counting.computed.values()) == len({(a.stage, a.key) for a in computed})
     digests = {artifact.digest for _, _, artifact in first.run.asked}
-    assert {a.digest for a in computed if a.stage not in ("variance", "report")} <= digests
+    assert {a.digest for a in computed if a.stage not in ("variance", *OF_THE_RUN)} <= digests
 
 
 # --- the statistics again --------------------------------------------------------------------------------------------
@@ -414,7 +420,7 @@ def again(away, no_model):
         store = Store(away / "artifacts")
         counting = Counting(store, Execution())
         request = VarianceRequest(artifacts=str(away / "artifacts"), **request)
-        return counting, pipeline.variance(request, store, counting)
+        return counting, statistics.variance(request, store, counting)
 
     return run
 
@@ -422,14 +428,15 @@ def again(away, no_model):
 def test_another_confidence_level_needs_neither_model_nor_checkpoint(again, first):
     counting, result = again(confidence_level=0.5)
     assert counting.was_computed == {"variance": len(NAMES), "report": 1}
-    assert {stage for stage, _, _ in counting.asked} == {"variance", "report"}
+    assert {stage for stage, _, _ in counting.asked} == {"variance", "agreement", "report"}
     rows = result.report.table("results.parquet").to_pylist()
     for row, before in zip(rows, first.rows, strict=True):
         assert row["confidence_level"] == 0.5
-        for name in ("H", "delta_h1", "delta_h", "se_given_u", "se_over_u", "se_total"):
+        for name in ("H", "delta_h1", "delta_h", "se_given_u", "se_over_u"):
             assert row[name] == before[name]
         if row["eta"]:
-            assert row["ci_high"] - row["ci_low"] < before["ci_high"] - before["ci_low"]
+            for name in ("this_update", "delta_h_this_update"):
+                assert row[f"{name}_high"] - row[f"{name}_low"] < before[f"{name}_high"] - before[f"{name}_low"]
     assert result.run_id != first.result.run_id
     assert load_config(result.run_directory / "config.yaml").variance.confidence_level == 0.5
 
@@ -490,7 +497,7 @@ def test_a_run_that_was_not_recorded_is_refused_with_those_that_were(again, firs
     with pytest.raises(StoreError, match=f"no run 'tiny-0'.*recorded are {first.result.run_id}"):
         again(run="tiny-0")
     with pytest.raises(StoreError, match="no sweep is recorded there"):
-        pipeline.variance(VarianceRequest(), Store(tmp_path / "empty"), lambda *_: pytest.fail("ran"))
+        statistics.variance(VarianceRequest(), Store(tmp_path / "empty"), lambda *_: pytest.fail("ran"))
 
 
 def test_the_record_has_no_absolute_path(first, home):

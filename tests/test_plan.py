@@ -18,7 +18,7 @@ from flows.results import duration, size
 
 FIRST, SECOND = NAMES
 AFTER = {"variance", "report"}
-WHOLE_BATCH = {"entropy-gradient", "first-order-u", "rescore-e-batch"} | AFTER
+WHOLE_BATCH = {"entropy-gradient", "first-order-u", "half-steps-u", "rescore-e-batch", "agreement"} | AFTER
 
 
 @pytest.fixture(scope="module")

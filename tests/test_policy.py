@@ -252,7 +252,7 @@ def test_jitter_goes_to_the_next_number_and_back(dtype: torch.dtype):
 
 @pytest.mark.parametrize(
     ("of_generation", "of_tokenizer", "expected"),
-    [(3, 1, (3,)), ([3, 1], 2, (1, 3)), (None, 2, (2,)), (None, None, ()), (0, 2, (0,))],
+    [(3, 1, (1, 3)), ([3, 1], 2, (1, 2, 3)), (None, 2, (2,)), (None, None, ()), (0, 0, (0,)), ([3], None, (3,))],
 )
 def test_tokens_that_end_a_response(of_generation, of_tokenizer, expected: tuple[int, ...]):
     policy = Policy(gpt2(), SimpleNamespace(eos_token_id=of_tokenizer))

@@ -13,7 +13,13 @@ from entropy_core.report import page as report
 
 NOTHING: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
 ETAS = (0.0, 0.01, 0.3, 1.0, 3.0)
-MEASURED = ("delta_h", "delta_h_se", "curvature", "curvature_se", "paired_difference", "paired_difference_se")
+END = ("low", "high")
+WIDTHS = {"this": 5, "mean": 4, "next": 2}  # the intervals' half widths, as parts of δH₁
+MEASURED = (
+    *("delta_h", "delta_h_se", "curvature", "curvature_se", "paired_difference", "paired_difference_se"),
+    *("p_this_update", "p_mean_update"),
+    *(f"delta_h_{name}_update_{end}" for name in WIDTHS for end in ("low", "high")),
+)
 
 
 def row(checkpoint: str, step: int, multiple: float, normalization: str, estimator: str) -> dict[str, Any]:
@@ -32,8 +38,15 @@ def row(checkpoint: str, step: int, multiple: float, normalization: str, estimat
         "H_se": 0.01,
         "confidence_level": 0.95,
         "delta_h1": size,
-        "ci_low": size - abs(size) / 4,
-        "ci_high": size + abs(size) / 4,
+        **{f"{name}_update_low": size - abs(size) / part for name, part in WIDTHS.items()},
+        **{f"{name}_update_high": size + abs(size) / part for name, part in WIDTHS.items()},
+        **{f"delta_h_{name}_update_low": 0.9 * size - abs(size) / part for name, part in WIDTHS.items()},
+        **{f"delta_h_{name}_update_high": 0.9 * size + abs(size) / part for name, part in WIDTHS.items()},
+        "interval_over_u": "valid",
+        **{f"sign_{name}_update": "negative" for name in WIDTHS},
+        "linearity": "undecided",
+        "above_rounding": True,
+        "weights_reliable": True,
         "delta_h": size * (1 - 0.1 * multiple),
         "delta_h_se": abs(size) / 10,
         "ess_fraction": 0.9,
@@ -70,7 +83,7 @@ def sweep(
 def without_measurement(rows: list[dict[str, Any]], from_eta: float) -> list[dict[str, Any]]:
     """What overflowed weights leave."""
     null = dict.fromkeys((*MEASURED, "minimum_detectable"))
-    lost = null | {"verdict": "weights-unreliable", "ess": 0.0, "ess_fraction": 0.0}
+    lost = null | {"verdict": "weights-unreliable", "ess": 0.0, "ess_fraction": 0.0, "weights_reliable": False}
     return [row | lost if row["eta_over_lr"] >= from_eta and row["eta"] else row for row in rows]
 
 
@@ -87,7 +100,9 @@ SWEEPS = {
     "every measurement null": without_measurement(sweep(etas=(1.0, 3.0)), 1.0),
     "null but for eta 0": without_measurement(sweep(), 0.0),
     "one checkpoint null": sweep(steps=(6,)) + without_measurement(sweep(steps=(12,), etas=(1.0,)), 1.0),
-    "no effect at all": [row | {"delta_h": 0.0, "delta_h1": 0.0, "ci_low": 0.0, "ci_high": 0.0} for row in sweep()],
+    "no effect at all": [
+        row | {"delta_h": 0.0, "delta_h1": 0.0, "this_update_low": 0.0, "this_update_high": 0.0} for row in sweep()
+    ],
 }
 
 
@@ -242,14 +257,14 @@ def test_the_page_has_every_row_of_its_normalization():
         "estimator": "per_decision",
         "H": "1.190",
         "δH₁": "-0.02",
-        "SE given U": "0.001",
-        "SE over U": "0.001",
-        "CI low": "-0.025",
-        "CI high": "-0.015",
+        "δH₁, this update": "[-0.024, -0.016]",
+        "δH₁, mean update": "[-0.025, -0.015]",
+        "δH₁, next update": "[-0.03, -0.01]",
         "ΔH": "-0.018",
-        "SE ΔH": "0.002",
+        "ΔH, this update": "[-0.022, -0.014]",
+        "ΔH, next update": "[-0.028, -0.008]",
         "ΔH − δH₁": "+0.001",
-        "paired SE": "0.001",
+        "SE": "0.001",
         "ESS/N": "0.900",
         "verdict": "resolved",
     }
@@ -259,8 +274,8 @@ def test_the_page_has_every_row_of_its_normalization():
 
 def test_the_page_says_it_first_and_in_a_sentence():
     page = report.markdown("demo", sweep(), NOTHING, [])
-    assert "- **checkpoint-12**: H = 1.1300; a step of 1 × lr changes it by δH₁ = -0.02 [-0.025, -0.015], " in page
-    assert "measured -0.018 ± 0.002 (resolved)" in page
+    assert "- **checkpoint-12**: H = 1.1300; this step of 1 × lr changes it by δH₁ = -0.02 [-0.024, -0.016], " in page
+    assert "the next one [-0.03, -0.01]; measured for this step: -0.018 [-0.022, -0.014] (resolved)" in page
     assert page.index("**checkpoint-12**") < page.index("## Results")
     assert "## Assumptions" not in page
 
@@ -281,8 +296,8 @@ def test_every_sweep_has_a_page(rows):
 
 def test_the_page_says_what_could_not_be_measured():
     page = report.markdown("demo", SWEEPS["every measurement null"], NOTHING, [])
-    assert "measured not measurable (weights-unreliable)" in page
-    assert table_of(page, "Results")[1][-6:-2] == ["–", "–", "–", "–"]
+    assert "measured for this step: not measurable (weights-unreliable)" in page
+    assert table_of(page, "Results")[1][-7:-2] == ["–"] * 5
 
 
 def test_the_largest_noise_floor_is_shown():
@@ -308,3 +323,29 @@ def test_the_largest_noise_floor_is_shown():
 )
 def test_cells_are_rounded(name, value, text):
     assert report.format_value(name, value) == text
+
+
+def test_without_a_valid_interval_over_u_none_is_printed_and_the_page_says_why():
+    reason = "no valid interval over U: 3 prompts of U have unequal rewards, and it takes 8"
+    none = {f"{of}{name}_update_{end}": None for of in ("", "delta_h_") for name in ("mean", "next") for end in END}
+    rows = [row | none | {"interval_over_u": reason, "p_mean_update": None} for row in sweep()]
+    page = report.markdown("demo", rows, NOTHING, [])
+    assert f"**checkpoint-6: {reason}.**" in page and f"[-0.024, -0.016], {reason}; measured" in page
+    head, *body = table_of(page, "Results")
+    for cells in body:
+        named = dict(zip(head, cells, strict=True))
+        assert named["δH₁, mean update"] == named["δH₁, next update"] == named["ΔH, next update"] == "–"
+    for figure in figures.figures(rows).values():
+        figure.draw_without_rendering()
+
+
+def test_the_p_values_of_the_checkpoints_are_adjusted_together():
+    rows = sweep(steps=(6, 12, 18), etas=(0.0, 1.0))
+    rows = [row | {"p_this_update": 0.01 * row["step"] / 6, "p_mean_update": None} for row in rows]
+    page = report.markdown("demo", rows, NOTHING, [])
+    lines = page.partition("p, this update")[2].splitlines()
+    assert [line.split(" | ")[1:4] for line in lines[2:5]] == [
+        ["0.01", "0.03", "0.03"],
+        ["0.02", "0.04", "0.03"],
+        ["0.03", "0.04", "0.03"],
+    ]

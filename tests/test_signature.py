@@ -1,16 +1,21 @@
-"""With a key, a store refuses what was made without it, and never takes it for damage."""
+"""With a key, a store refuses artifacts and runs that were made without it, and never takes them for damage."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from store_fixtures import DRAW, EXECUTED, TOTAL, quarantined, visible
 
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import StoreError
-from entropy_core.store import archive, manifest
+from entropy_core.pipeline.statistics import variance
+from entropy_core.store import archive, manifest, runs
+from entropy_core.store.pruning import waste
 from entropy_core.store.signature import VARIABLE, SignatureError
 from entropy_core.store.store import Store
 from flows.cli import main
+from flows.store_commands import adopt
 
 
 @pytest.fixture
@@ -113,7 +118,7 @@ def test_a_store_is_signed_as_it_is(store, keyed, capsys):
     keyed("mine")
     assert command(store, "seal") == 1
     said = capsys.readouterr().out
-    assert f"draw/{made[2].key}: text.txt was altered" in said and "3 artifacts are signed" in said
+    assert f"draw/{made[2].key}: text.txt was altered" in said and "3 artifacts and 0 runs are signed" in said
     assert [store.run(DRAW, None, {"seed": seed}) for seed in (1, 2)] == made[:2] and len(EXECUTED) == 3
     keyed("another")
     assert command(store, "seal") == 1 and store.find("draw", made[0].key) == made[0]
@@ -127,3 +132,92 @@ def test_an_archive_without_the_key_is_refused(store, tmp_path, keyed, monkeypat
     keyed("mine")
     with pytest.raises(StoreError, match=rf"x\.tar is refused: draw/{made.key} is not signed"):
         archive._verify(tmp_path / "x.tar", arrived, store, arrived.names(), [])
+
+
+def recorded(store: Store, run_id: str = "a-run", seed: int = 1) -> Path:
+    """A run that needs one artifact."""
+    made = store.run(DRAW, None, {"seed": seed}).to_dict()
+    entry = {"checkpoint": "checkpoint-3", "inputs": {"scores": {"artifact": made}}}
+    finished = f"2026-11-26T00:00:0{seed}+00:00"
+    with runs.writing(store, run_id) as folder:
+        runs.write(folder, {"finished": finished, "checkpoints": [entry], "report": made, "config": {}})
+    return runs.folder(store.root, run_id) / runs.RECORD
+
+
+def edit(path: Path, signed: bool) -> None:
+    record = json.loads(path.read_text())
+    record["checkpoints"][0]["checkpoint"] = "checkpoint-6"
+    if not signed:
+        del record["signature"]
+    path.write_text(json.dumps(record))
+
+
+USES = {
+    "find": lambda store: runs.find(store.root, "a-run"),
+    "latest": lambda store: runs.find(store.root, "latest"),
+    "named": lambda store: runs.named(store.root, "a-run"),
+    "prune": lambda store: waste(store, 0),
+    "export": lambda store: archive.export(store, "a-run", store.root.parent / "x.tar"),
+    "adopt": lambda store: adopt(store, "a-run"),
+    "variance": lambda store: variance(VarianceRequest(artifacts=str(store.root), run="a-run"), store, None),
+}
+
+
+@pytest.mark.attack("an edited record of a run in a signed store")
+@pytest.mark.parametrize("signed", [True, False], ids=["under the old signature", "without one"])
+@pytest.mark.parametrize("use", USES)
+def test_an_edited_record_is_refused(store, keyed, capsys, use, signed):
+    path = recorded(store)
+    edit(path, signed)
+    before = visible(store)
+    with pytest.raises(StoreError, match=r"runs/a-run is (not signed|signed with another key).*Fix: "):
+        USES[use](store)
+    assert command(store, "verify") == 1 and "runs/a-run is " in capsys.readouterr().out
+    assert visible(store) == before
+
+
+def test_a_run_that_is_signed_is_used_and_one_that_is_not_is_never_the_latest(store, keyed):
+    kept = recorded(store).parent
+    assert json.loads((kept / runs.RECORD).read_text())["signature"]
+    edit(recorded(store, "later", seed=2), signed=False)
+    assert runs.recorded(store.root) == ["a-run"] and runs.find(store.root, "latest") == kept
+
+
+@pytest.mark.parametrize(("then", "now"), [("", "mine"), ("mine", ""), ("mine", "yours")])
+def test_a_run_is_used_with_its_key_alone(store, keyed, then, now, tmp_path):
+    keyed(then)
+    recorded(store)
+    content = (runs.folder(store.root, "a-run") / runs.RECORD).read_bytes()
+    archive.export(store, "latest", tmp_path / "x.tar")
+    keyed(now)
+    with pytest.raises(SignatureError, match=r"runs/a-run is (not )?signed"):
+        runs.find(store.root, "latest")
+    with pytest.raises(StoreError, match=r"x\.tar is refused"):
+        archive.load(Store(tmp_path / "arrived"), tmp_path / "x.tar")
+    keyed(then)
+    assert archive.load(Store(tmp_path / "arrived"), tmp_path / "x.tar")[1] == ["a-run"]
+    assert (runs.folder(tmp_path / "arrived", "a-run") / runs.RECORD).read_bytes() == content
+
+
+def test_the_record_of_an_archive_is_not_believed_without_the_key(store, keyed, tmp_path):
+    edit(recorded(store), signed=False)
+    arrived = Store(shutil.copytree(store.root, tmp_path / "arrived"))
+    with pytest.raises(StoreError, match=r"x\.tar is refused: runs/a-run is not signed"):
+        archive._verify(tmp_path / "x.tar", arrived, store, arrived.names(), runs.present(arrived.root))
+
+
+def test_runs_are_signed_as_they_are(store, keyed, capsys):
+    keyed("")
+    path = recorded(store)
+    bad = recorded(store, "bad", seed=2)
+    bad.write_text('{"finished": 5}')
+    before = json.loads(path.read_text())
+    keyed("mine")
+    assert command(store, "seal") == 1
+    said = capsys.readouterr().out
+    assert "2 artifacts and 2 runs are signed" in said and f"{bad} does not say what the run needs" in said
+    after = json.loads(path.read_text())
+    assert after.pop("signature") and after == before and "signature" not in before
+    assert runs.find(store.root, "latest") == path.parent and bad.read_text() == '{"finished": 5}'
+    keyed("another")
+    assert command(store, "seal") == 1 and runs.find(store.root, "latest") == path.parent

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pipeline_fixtures import Counting, make_run, probe, skip_figures, values
+from pipeline_fixtures import Counting, gathered, make_run, probe, skip_figures, values
 
 from entropy_core.config.read import parse_config
 from entropy_core.pipeline import catalogue
@@ -23,7 +23,7 @@ from entropy_core.store.store import Stage, Store
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    make_run(folder / "run")
+    gathered(make_run(folder / "run") / "checkpoint-3")
     return folder
 
 
@@ -68,7 +68,7 @@ def test_a_stage_takes_what_it_is_given_in_a_sweep_and_nothing_else(swept, stage
     with pytest.raises(TypeError, match="colour: Extra inputs are not permitted"):
         require_inputs(stage, inputs | {"colour": 1})
     strangers = list(with_strangers(inputs))
-    assert len(strangers) > 0 or stage.name in ("load-checkpoint", "load-prompts")
+    assert len(strangers) > 0 or stage.name in ("load-checkpoint", "load-weights", "load-prompts")
     for others in strangers:
         with pytest.raises(TypeError, match="an artifact of another-stage, not of "):
             require_inputs(stage, others)

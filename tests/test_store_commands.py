@@ -4,11 +4,13 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, va
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
+from entropy_core.pipeline import statistics
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.store import runs
 from entropy_core.store.store import Stage, Store
@@ -269,7 +272,7 @@ def test_prune_keeps_all_that_a_kept_run_needs(away, first, second, store):
     assert set(Store(root).names()) == needed
     assert runs.recorded(root) == [second.result.run_id]
     again = Counting(Store(root), Execution())
-    pipeline.variance(VarianceRequest(artifacts=str(root)), Store(root), again)
+    statistics.variance(VarianceRequest(artifacts=str(root)), Store(root), again)
     assert again.was_computed == {}
     assert store(root, "prune", "--keep-runs", 0, "--yes")[0] == 0
     assert Store(root).names() == [] and kept(root) == set()
@@ -342,10 +345,10 @@ def test_an_exported_run_serves_for_its_statistics_elsewhere(archive, first, tmp
     assert not stages & {"sample-e-batch", "load-checkpoint", "load-prompts", "entropy-gradient"}
     assert store(root, "verify")[0] == 0
     again = Counting(Store(root), Execution())
-    same = pipeline.variance(VarianceRequest(artifacts=str(root)), Store(root), again)
+    same = statistics.variance(VarianceRequest(artifacts=str(root)), Store(root), again)
     assert again.was_computed == {} and same.run_id == first.result.run_id
     other = Counting(Store(root), Execution())
-    pipeline.variance(VarianceRequest(artifacts=str(root), confidence_level=0.5), Store(root), other)
+    statistics.variance(VarianceRequest(artifacts=str(root), confidence_level=0.5), Store(root), other)
     assert other.was_computed == {"variance": 1, "report": 1}
 
 
@@ -479,8 +482,8 @@ EVIL = {
         "files that its manifest does not name",
     ),
     "a record that says nothing": (recording(b'{"finished": "2026-11-26"}'), "does not say what the run needs"),
-    "a record of no time": (recording(b'{"finished": 5}'), "does not say when"),
-    "a record without end": (recording(b"[" * 100_000), "does not say when"),
+    "a record of no time": (recording(b'{"finished": 5}'), "does not say what the run needs"),
+    "a record without end": (recording(b"[" * 100_000), "does not say what the run needs"),
     "no run": (without("runs/"), "there is no run in it"),
     "a hole that fills a disk": (sparse, "no store has"),
     "a name that moves the cursor": (named(f"draw/{KEY}/\x1b[2J"), "no store has"),
@@ -542,18 +545,41 @@ def test_a_cut_archive_is_refused(archive, tmp_path, store):
 # --- a store that cannot be written ----------------------------------------------------------------------------------
 
 
-def test_a_writable_store_of_links_reads_from_a_read_only_one(away, first, second, tmp_path, store):
-    """What the error advises: `cp -rs`."""
-    subprocess.run(["cp", "-rs", away / "artifacts", tmp_path / "mine"], check=True)
-    before = {path: path.stat().st_mtime_ns for path in (away / "artifacts").rglob("*")}
-    mine = Store(tmp_path / "mine")
+@pytest.fixture
+def anybody(away, monkeypatch):
+    """A folder with a store that can only be read, and a folder `mine`; root, who may write all, becomes nobody."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:  # pytest's own folders are root's alone
+        folder = Path(name)
+        shutil.copytree(away / "artifacts", folder / "a store")
+        (folder / "mine").mkdir()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "mine" / "cache"))
+        subprocess.run(["chmod", "-R", "a=rX", folder / "a store"], check=True)
+        stack.callback(subprocess.run, ["chmod", "-R", "u+w", folder], check=True)
+        if os.geteuid() == 0:
+            folder.chmod(0o755)
+            (folder / "a store" / "prefect").mkdir(0o700)
+            os.chown(folder / "mine", 65534, 65534)
+            os.seteuid(65534)
+            stack.callback(os.seteuid, 0)
+        yield folder
+
+
+def test_a_writable_store_of_links_reads_from_a_read_only_one(first, second, anybody, store):
+    """What the error advises."""
+    theirs, mine = anybody / "a store", Store(anybody / "mine" / "store")
+    before = {path: path.stat().st_mtime_ns for path in theirs.rglob("*")}
+    request = VarianceRequest(artifacts=str(theirs), confidence_level=0.5)
+    with pytest.raises(StoreError, match="read-only for you") as raised:
+        statistics.variance(request, Store(theirs), Counting(Store(theirs), Execution()))
+    [command] = re.findall("`(.*) NEW`", str(raised.value))
+    copied = subprocess.run([*shlex.split(command), mine.root], capture_output=True, text=True, check=False)
+    assert [line for line in copied.stderr.splitlines() if "prefect" not in line] == []
     again = Counting(mine, Execution())
-    request = VarianceRequest(artifacts=str(mine.root), confidence_level=0.5)
-    result = pipeline.variance(request, mine, again)
+    result = statistics.variance(request.model_copy(update={"artifacts": str(mine.root)}), mine, again)
     assert again.was_computed == {"variance": 1, "report": 1}
     assert result.run_directory.is_relative_to(mine.root)
     assert store(mine.root, "verify")[0] == 0
-    assert {path: path.stat().st_mtime_ns for path in (away / "artifacts").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in theirs.rglob("*")} == before
 
 
 def test_a_run_folder_is_never_half_written(first, tmp_path):

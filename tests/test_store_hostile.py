@@ -11,7 +11,7 @@ from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, va
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import ProbeError, StoreError
 from entropy_core.execution import Execution
-from entropy_core.pipeline import sweep as pipeline
+from entropy_core.pipeline import statistics
 from entropy_core.store import manifest, runs
 from entropy_core.store.store import Store
 from flows.cli import main
@@ -55,7 +55,7 @@ def edit_record(store: Store, change) -> None:
 
 def again(store: Store) -> Any:
     run = Counting(store, Execution())
-    return pipeline.variance(VarianceRequest(artifacts=str(store.root), confidence_level=0.5), store, run)
+    return statistics.variance(VarianceRequest(artifacts=str(store.root), confidence_level=0.5), store, run)
 
 
 OUTSIDE = [("../thesis", "0" * 32), ("..", "thesis"), ("score-e-batch", "../../../thesis"), ("", "../thesis")]

@@ -179,3 +179,33 @@ def test_chunks_change_nothing(chunk_rows: int, dtype: torch.dtype):
         scalar = (weights_K[0] * logprobs_K + weights_K[1] * entropies_K).sum()
         gradients.append(torch.autograd.grad(scalar, [leaf_KD, *head.parameters()]))
     torch.testing.assert_close(*gradients, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [7.0, 12.0, 20.0, 30.0])
+def test_where_one_token_is_nearly_certain_the_relative_error_is_that_of_rounding(gap: float, dtype: torch.dtype):
+    """With 1 + r in place of log1p(r), h and ℓ̇ are off by 1e-7/r in float32: all of it at a gap of 20."""
+    generator = torch.Generator().manual_seed(1)
+    logits_RV, dlogits_RV = torch.rand(2, ROWS, VOCABULARY, generator=generator, dtype=torch.float64)
+    likeliest_R = torch.arange(ROWS) % VOCABULARY
+    logits_RV[torch.arange(ROWS), likeliest_R] += gap
+    logits_RV, dlogits_RV = logits_RV.to(dtype), dlogits_RV.to(dtype)
+    leaf_RV = logits_RV.clone().requires_grad_()
+    (gradient_RV,) = torch.autograd.grad(token_statistics(leaf_RV, likeliest_R, 1.0).logprobs_K.sum(), leaf_RV)
+    found = token_derivatives(logits_RV, dlogits_RV, likeliest_R, 1.0)
+    for r, (z, dz) in enumerate(zip(logits_RV.double().tolist(), dlogits_RV.double().tolist(), strict=True)):
+        own = int(likeliest_R[r])
+        weights = [math.exp(x - z[own]) for x in z]
+        others = [a for a in range(VOCABULARY) if a != own]
+        rest = math.fsum(weights[a] for a in others)
+        logprob, p = -math.log1p(rest), [w / (1 + rest) for w in weights]
+        dlogprob = math.fsum(p[a] * (dz[own] - dz[a]) for a in others)
+        h = -math.fsum([p[own] * logprob, *(p[a] * (z[a] - z[own] + logprob) for a in others)])
+        logp = [x - z[own] + logprob for x in z]
+        dh = -math.fsum(p[a] * logp[a] * (dz[a] - dz[own] + dlogprob) for a in range(VOCABULARY))
+        expected = torch.tensor([logprob, h, dlogprob, dh], dtype=torch.float64)
+        close = {"rtol": 300 * torch.finfo(dtype).eps, "atol": 0.0}
+        torch.testing.assert_close(torch.stack([column[r] for column in found]).double(), expected, **close)
+        torch.testing.assert_close(
+            gradient_RV[r, own].double(), torch.tensor(rest / (1 + rest), dtype=torch.float64), **close
+        )

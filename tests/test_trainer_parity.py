@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pipeline_fixtures import skip_figures
 from trainer_fixtures import PROMPTS, G, held_against_the_trainer
+from trainer_prompts import BOS, CHATS, NORMALISED, SEMICOLON, SEVERAL, WEIGHTS
 
 CASES: dict[str, dict[str, Any]] = {  # settings of the trainer; LoRA where there are any of it
     "full": {},
@@ -26,6 +27,10 @@ CASES: dict[str, dict[str, Any]] = {  # settings of the trainer; LoRA where ther
     "full, cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
     "full, sapo": {"loss_type": "sapo", "importance_sampling_level": "sequence"},
     "full, vespo": {"loss_type": "vespo"},
+    "full, a BOS, another EOS": {"own": BOS._replace(ends=[SEMICOLON])},
+    "full, conversations": {"own": CHATS, "chat_template_kwargs": {"hint": True}},
+    "full, several rewards, weighted, one async": {"own": SEVERAL} | WEIGHTS,
+    "full, several rewards, normalised one by one": {"own": SEVERAL} | WEIGHTS | NORMALISED,
     "partly frozen, clipped": {"model": "queries frozen", "max_grad_norm": 0.02},
     "lora, on a trained adapter": {"model": "adapter of a supervised training", "beta": 0.1},
     "lora": {"lora": {}},

@@ -20,7 +20,7 @@ from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.config.trainer_settings import LEFT_OUT
 from entropy_core.errors import ConfigError
 from entropy_core.pipeline.settings import OF_THE_TRAINING, Settled, settle, value_of, with_read
-from entropy_core.pipeline.sweep import variance
+from entropy_core.pipeline.statistics import variance
 
 trl = pytest.importorskip("trl")
 
@@ -104,6 +104,18 @@ READ = {
         "batch_config.B_U",
         12,
     ),
+    "arguments of the template": (
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        "batch_config.chat_template_kwargs",
+        {"enable_thinking": False},
+    ),
+    "special tokens": ({}, "batch_config.add_special_tokens", True),
+    "weights": ({"reward_weights": [1, 0.5]}, "update.reward_weights", [1.0, 0.5]),
+    "normalised first": (
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        "update.multi_objective_aggregation",
+        "normalize_then_sum",
+    ),
     "three steps of a generation": (
         {"per_device_train_batch_size": 16, "steps_per_generation": 3},
         "batch_config.B_U",
@@ -167,10 +179,8 @@ REFUSED = {
     "min_p": {"min_p": 0.1},
     "repetition_penalty": {"repetition_penalty": 1.1},
     "generation_kwargs": {"generation_kwargs": {"suppress_tokens": [3]}},
-    "chat_template_kwargs": {"chat_template_kwargs": {"enable_thinking": False}},
     "sync_ref_model": {"beta": 0.04, "use_bias_correction_kl": False, "sync_ref_model": True},
     "delta": {"delta": 0.9},
-    "multi_objective_aggregation": {"multi_objective_aggregation": "normalize_then_sum"},
     "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
     "router_aux_loss_coef": {"router_aux_loss_coef": 0.01},
     "per_device_train_batch_size": {"per_device_train_batch_size": 12, "steps_per_generation": 2},
@@ -179,7 +189,6 @@ REFUSED = {
 WARNED = {
     "num_iterations": {"num_iterations": 2},
     "steps_per_generation": {"steps_per_generation": 4},
-    "reward_weights": {"reward_weights": [1.0, 0.5]},
     "use_vllm": {"use_vllm": True},
     "max_tool_calling_iterations": {"max_tool_calling_iterations": 3},
 }
@@ -245,10 +254,12 @@ def test_what_nobody_knows_is_said(tmp_path):
     rewards = ("length", "accuracy")
     files = TrainerFiles("GRPO", arguments, rewards=rewards, dropout={"config.json: attn_pdrop": 0.1})
     said = settle(asked(), {"a": files}).warnings
-    assert ["brand_new" in said[0], "length, accuracy" in said[1], "attn_pdrop = 0.1" in said[2], len(said)] == [
+    assert ["length, accuracy" in said[0], "brand_new" in said[1], "attn_pdrop = 0.1" in said[2], len(said)] == [
         *([True] * 3),
         3,
     ]
+    both = asked(update={"reward": ["arithmetic", "exact_match"]})
+    assert not any("accuracy" in one for one in settle(both, {"a": files}).warnings)
     quiet = dataclasses.replace(files, arguments=saved(tmp_path, disable_dropout=True).arguments, rewards=())
     assert settle(asked(), {"a": quiet}).warnings == ()
     (other,) = settle(asked(), {"a": TrainerFiles("SFTConfig", {"max_grad_norm": 0.3, "beta": 9})}).warnings

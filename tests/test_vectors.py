@@ -289,7 +289,7 @@ from entropy_core.report import figures
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.execution import Execution
 from entropy_core.pipeline.runner import direct_runner
-from entropy_core.pipeline.sweep import variance
+from entropy_core.pipeline.statistics import variance
 from entropy_core.store.store import Store
 for name in ("figures", "token_figure", "save_figure"):
     setattr(figures, name, lambda *_: {})

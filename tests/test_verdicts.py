@@ -1,69 +1,105 @@
-"""Which word a row gets, and that the rule it names is the one that gave it."""
+"""The verdicts of a row, each by its own rule, and the word for all of them."""
 
 from typing import Any
 
 import pytest
+import torch
 
-from entropy_core.numerics.verdicts import verdict
+from entropy_core.numerics.uncertainty import Estimate
+from entropy_core.numerics.verdicts import bounds, linearity, sign, verdict, weights_reliable
 
-# a clear case; each test makes one thing worse
+NAN = float("nan")
 CLEAR: dict[str, Any] = {
     "eta": 1e-5,
-    "delta_h1": -0.010,
-    "delta_h": -0.011,
-    "delta_h_se": 0.002,
-    "curvature": -0.00045,
-    "curvature_se": 0.00005,
-    "ess_fraction": 0.8,
-    "pareto_k": 0.3,
-    "pareto_k_threshold": 0.65,
-    "noise_floor": 1e-6,
-    "quantile": 1.96,
+    "weights_reliable": True,
+    "above_rounding": True,
+    "sign_this_update": "negative",
+    "linearity": "linear",
 }
-NAN = float("nan")
 
 
 @pytest.mark.parametrize(
     ("word", "changes"),
     [
         ("resolved", {}),
-        ("resolved", {"delta_h": 0.011}),  # the sign of the change does not matter
-        ("reference", {"eta": 0.0}),
-        ("reference", {"eta": 0.0, "ess_fraction": NAN}),
-        ("weights-unreliable", {"ess_fraction": 0.099}),
-        ("resolved", {"ess_fraction": 0.1}),
-        ("weights-unreliable", {"ess_fraction": NAN}),
-        ("weights-unreliable", {"delta_h": NAN}),
-        ("weights-unreliable", {"pareto_k": 0.66}),
-        ("resolved", {"pareto_k": 0.64}),
-        ("resolved", {"pareto_k": 0.66, "pareto_k_threshold": 0.7}),
-        ("resolved", {"pareto_k": 0.66, "ess_fraction": 0.95}),  # a tail of weights that are all nearly 1
-        ("resolved", {"pareto_k": None}),
-        ("reference", {"eta": 0.0, "pareto_k": 5.0}),
-        ("noise-limited", {"delta_h": 0.0039}),
-        ("resolved", {"delta_h": 0.0040}),
-        ("noise-limited", {"delta_h": 0.0040, "noise_floor": 1e-3}),
-        ("noise-limited", {"delta_h": -0.0039}),
-        ("nonlinear", {"curvature": 0.00055}),
-        ("nonlinear", {"curvature": -0.00055}),
-        ("resolved", {"curvature": 0.00055, "curvature_se": 0.0003}),  # material, but it may be noise
-        ("resolved", {"curvature": 0.00055, "noise_floor": 1e-3, "delta_h": 0.02}),
-        ("noise-limited", {"curvature": 0.00055, "curvature_se": 0.0003, "delta_h_se": 0.006}),
+        ("resolved", {"sign_this_update": "positive"}),
+        ("resolved", {"linearity": "undecided"}),
+        ("nonlinear", {"linearity": "nonlinear"}),
+        ("noise-limited", {"sign_this_update": "unknown"}),
+        ("noise-limited", {"sign_this_update": "unknown", "linearity": "nonlinear"}),  # noise outranks nonlinearity
+        ("noise-limited", {"above_rounding": False, "linearity": "nonlinear"}),
+        ("weights-unreliable", {"weights_reliable": False, "above_rounding": False}),
+        ("reference", {"eta": 0.0, "weights_reliable": False}),
     ],
 )
-def test_words(word: str, changes: dict[str, float]):
+def test_words(word: str, changes: dict[str, Any]):
     assert verdict(**CLEAR | changes).word == word
 
 
-def test_the_first_rule_that_applies_wins():
-    worst = CLEAR | {"ess_fraction": 0.01, "curvature": 1.0, "delta_h": 0.0}
-    assert verdict(**worst).word == "weights-unreliable"
-    assert verdict(**worst | {"ess_fraction": 0.5}).word == "nonlinear"
-    assert verdict(**worst | {"ess_fraction": 0.5, "curvature": 0.0}).word == "noise-limited"
+def test_a_rule_says_what_is_known():
+    assert "below 5%" in verdict(**CLEAR).rule
+    assert "not shown to be below or above 5%" in verdict(**CLEAR | {"linearity": "undecided"}).rule
+    assert "rounding" in verdict(**CLEAR | {"above_rounding": False}).rule
+    assert "ESS/N < 0.5" in verdict(**CLEAR | {"weights_reliable": False}).rule
 
 
-def test_a_rule_names_its_numbers():
-    assert verdict(**CLEAR | {"ess_fraction": 0.01}).rule == "ESS/N < 0.1"
-    assert "Pareto k > 0.65" in verdict(**CLEAR | {"pareto_k": 0.7}).rule
-    assert "1.64 SE" in verdict(**CLEAR | {"quantile": 1.6449, "delta_h": 0.0}).rule
-    assert "5%" in verdict(**CLEAR | {"curvature": 0.00055}).rule
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.1, 0.2, "positive"),
+        (-0.2, -0.1, "negative"),
+        (-0.1, 0.1, "unknown"),
+        (0.0, 0.1, "unknown"),
+        (-0.1, 0.0, "unknown"),
+        (None, None, "unknown"),
+    ],
+)
+def test_a_sign_is_that_of_the_whole_interval(low, high, expected):
+    assert sign(low, high) == expected
+
+
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+@pytest.mark.parametrize(
+    ("curvature", "error", "expected"),
+    [
+        (0.0, 0.02, "linear"),
+        (0.0, 0.026, "undecided"),  # not significant is not linear
+        (0.04, 0.001, "linear"),
+        (0.04, 0.01, "undecided"),
+        (0.06, 0.001, "nonlinear"),
+        (0.06, 0.01, "undecided"),  # beyond 5 %, significantly not 0, and perhaps not beyond
+        (-0.04, 0.001, "linear"),
+        (-0.06, 0.001, "nonlinear"),
+    ],
+)
+def test_linearity_is_shown_from_both_sides(curvature: float, error: float, expected: str, direction: float):
+    """Against 5 % of a δH₁ of ±1, known exactly, with a quantile of 2."""
+    zero_N = torch.zeros(3, dtype=torch.float64)
+    above, below = bounds(Estimate(curvature, zero_N), Estimate(direction, zero_N))
+    assert linearity(above.value, error, below.value, error, 2.0) == expected
+
+
+def test_the_bounds_share_the_noise_of_the_prediction():
+    """A curvature that is always 3 % of δH₁ is linear however noisy both are."""
+    influence_N = torch.tensor([1.0, -3.0, 2.0], dtype=torch.float64)
+    above, below = bounds(Estimate(-0.03, 0.03 * influence_N), Estimate(-1.0, influence_N))
+    assert above.value == pytest.approx(-0.08) and below.value == pytest.approx(0.02)
+    torch.testing.assert_close(above.influence_N, (0.03 + 0.05) * influence_N)
+    torch.testing.assert_close(below.influence_N, (0.03 - 0.05) * influence_N)
+
+
+@pytest.mark.parametrize(
+    ("ess_fraction", "k", "reliable"),
+    [
+        (0.5, 0.3, True),
+        (0.499, 0.3, False),
+        (0.499, None, False),  # whatever k says
+        (0.8, 0.66, False),
+        (0.8, 0.64, True),
+        (0.8, None, True),
+        (0.95, 0.66, True),  # a tail of weights that are all nearly 1
+        (NAN, 0.3, False),
+    ],
+)
+def test_weights(ess_fraction: float, k: float | None, reliable: bool):
+    assert weights_reliable(ess_fraction, k, 0.65) is reliable

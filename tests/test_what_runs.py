@@ -59,7 +59,7 @@ class Trace:
 
     def __init__(self) -> None:
         self.ran: dict[str, set[str]] = defaultdict(set)
-        self._names: dict[CodeType, str] = {}
+        self._names: dict[int, tuple[CodeType, str]] = {}  # by id, since hashing code takes longer than all the rest
 
     def within(self, stage: Stage, compute: Callable[[], Any]) -> Any:
         self._stage = stage
@@ -71,9 +71,9 @@ class Trace:
             sys.settrace(None)
 
     def _name(self, code: CodeType) -> str:
-        if code not in self._names:
-            self._names[code] = definition_of(code)
-        return self._names[code]
+        if id(code) not in self._names:
+            self._names[id(code)] = code, definition_of(code)
+        return self._names[id(code)][1]
 
     def _note(self, frame: FrameType, event: str, _: Any) -> None:
         name, ran = self._name(frame.f_code), self.ran[self._stage.name]

@@ -81,7 +81,7 @@ def test_the_example_of_the_documentation(home):
     done = probe(load_config("probe.yaml").model_dump(mode="json"))
     assert {row["checkpoint"] for row in done.rows} == {"checkpoint-3", "checkpoint-5"}
     assert {(row["n_sequences"], row["n_prompts_u"]) for row in done.rows} == {(256, 3)}
-    assert all(row["ci_low"] < row["delta_h1"] < row["ci_high"] for row in done.rows if row["eta"])
+    assert all(row["this_update_low"] < row["delta_h1"] < row["this_update_high"] for row in done.rows if row["eta"])
 
     namespace: dict[str, Any] = {}
     exec(blocks["python"], namespace)
@@ -218,5 +218,68 @@ def test_the_library_that_decides_is_part_of_the_key(home):
     batch = {"E_total_sequences": 4, "B_U": 2, "G": 2}
     done = probe(values(home / "runs" / "grpo", home / "artifacts", batch_config=batch, **config))
     (rewards,) = done.run.artifacts("reward-u-batch")
-    assert rewards.manifest["inputs"]["library"] == f"math-verify {importlib.metadata.version('math-verify')}"
+    assert (
+        rewards.manifest["inputs"]["rewards"][0]["library"]
+        == f"math-verify {importlib.metadata.version('math-verify')}"
+    )
     assert rewards.table("rewards.parquet")["reward"].to_pylist() == [0.0] * 4  # no tag in any response
+
+
+def test_conversations_and_rewards_from_the_file_to_the_report(home):
+    """The rewards are given messages; the policy the template; a sibling's content is part of the key."""
+    add_template(home)
+    rows = [{"prompt": [{"role": "system", "content": "0"}, {"role": "user", "content": text}]} for text in PROMPTS]
+    (home / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "weight_of_mine.py").write_text("WEIGHT = 0.25\n")
+    body = (
+        "from weight_of_mine import WEIGHT\n"
+        "async def share_of_low_digits(prompts, completions, completion_ids, trainer_state, **_):\n"
+        "    assert all(prompt[0]['role'] == 'system' for prompt in prompts) and trainer_state.global_step == 3\n"
+        "    return [WEIGHT * len(ids) for ids in completion_ids]\n"
+        "def some(completions, **_):\n"
+        "    return [None if i % 3 else float('1' in c[0]['content']) for i, c in enumerate(completions)]\n"
+    )
+    write_reward(home, body)
+    both = [f"{home / 'reward.py'}:{name}" for name in ("share_of_low_digits", "some")]
+
+    def run(**update: Any) -> Probe:
+        batch = {"dataset_name": str(home / "chats.jsonl"), "E_total_sequences": 4, "B_U": 3, "G": 2}
+        return probe(
+            values(
+                home / "runs" / "grpo",
+                home / "artifacts",
+                checkpoints=[str(home / "runs" / "grpo" / "checkpoint-3")],
+                batch_config=batch,
+                generation={"max_new_tokens": 4},
+                update=update,
+            )
+        )
+
+    done = run(reward=both, reward_weights=[1.0, 2.0])
+    assert tokens_of_prompts(done) == {f">0,{text};" for text in PROMPTS}
+    (u_batch,), (rewards,) = done.run.artifacts("sample-u-batch"), done.run.artifacts("reward-u-batch")
+    lengths = u_batch.table("sequences.parquet")["length"].to_pylist()
+    table = rewards.table("rewards.parquet").to_pydict()
+    assert table["reward_1"] == [0.25 * length for length in lengths]
+    assert [value is None for value in table["reward_2"]] == [False, True, True] * 2
+    assert table["reward"] == [a + 2 * (b or 0) for a, b in zip(table["reward_1"], table["reward_2"], strict=True)]
+    assert "with the rewards `reward.py:share_of_low_digits` + `reward.py:some`" in report(done)
+    (home / "weight_of_mine.py").write_text("WEIGHT = 0.75\n")
+    again = run(reward=both, reward_weights=[1.0, 2.0])
+    assert again.run.was_computed["reward-u-batch"] == 1 and "sample-u-batch" not in again.run.was_computed
+    alone = run(reward=both[1])
+    (rewards,) = alone.run.artifacts("reward-u-batch")
+    assert rewards.summary["open"] == 4 and rewards.table("rewards.parquet")["reward"].null_count == 4
+    (update,) = alone.run.artifacts("compute-update")
+    of_sequences = update.table("sequences.parquet").to_pylist()
+    assert all(row["advantage"] == 0 for row in of_sequences if row["reward"] is None)
+
+
+def test_what_does_not_fit_together_is_refused_before_anything_is_sampled(home):
+    for update, message in (
+        ({"reward_weights": [1.0, 0.5]}, "update.reward names 1 and update.reward_weights has 2"),
+        ({"loss": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "rloo has no rewards that are"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            probe(values(home / "runs" / "grpo", home / "artifacts", update={"reward": "arithmetic"} | update))
+    assert not (home / "artifacts").exists()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.device import fast, fits, right
+from benchmarks.device import fast, fits, long, right
 from benchmarks.device.table import Table
 from entropy_core.policy.pretrained import resolve_device
 
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table(options.out, device, 60 * options.minutes)
     print("  ".join(f"{name} {value}" for name, value in table.found["setting"].items() if value), flush=True)
     right.right(table, device)
+    long.long(table, device, options.tiny)
     fast.fast(table, device, options.tiny)
     fits.fits(table, device, options.tiny)
     table.found["finished"] = True

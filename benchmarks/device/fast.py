@@ -16,7 +16,7 @@ from benchmarks.device.table import Row, Table
 from benchmarks.passes import bare_forward, random_direction
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
 from entropy_core.policy import moves
-from entropy_core.policy.attention import fused_attention
+from entropy_core.policy.attention import attention_set
 from entropy_core.policy.model import Coefficients, Policy
 from entropy_core.policy.pretrained import use_full_precision
 from entropy_core.sequences.batch import BatchedSequences
@@ -123,8 +123,8 @@ def _ways(of: SequenceProcessor, batch: BatchedSequences, training: Training) ->
     policy = of.policy
     v = random_direction(policy)
 
-    def fused() -> None:
-        with fused_attention(policy):
+    def eager() -> None:
+        with attention_set(policy.model, "eager"):
             bare_forward(of, batch)
 
     def gradient(kinds: int) -> None:
@@ -138,8 +138,8 @@ def _ways(of: SequenceProcessor, batch: BatchedSequences, training: Training) ->
             of.score(batch)
 
     adapters = training == "LoRA"  # whose frozen matrices have no tangent and no gradient
-    yield Way("bare forward, fused attention", fused, 1)
-    yield Way("bare forward, eager attention", lambda: bare_forward(of, batch), 1)
+    yield Way("bare forward, fused attention", lambda: bare_forward(of, batch), 1)
+    yield Way("bare forward, eager attention", eager, 1)
     yield Way("scoring", lambda: of.score(batch), 1)
     yield Way("forward mode", lambda: forward_mode(of, batch, v), 2 if adapters else 3)
     yield Way("gradient of the loss", lambda: gradient(1), 2 if adapters else 3)
@@ -188,7 +188,7 @@ def _rate(run: Run, tokens: int) -> float:
 
 def _generate(policy: Policy, prompts_BL: Tensor, new_tokens: int) -> None:
     ids_BL = prompts_BL.to(policy.device)
-    with fused_attention(policy), torch.no_grad():
+    with torch.no_grad():
         policy.model.generate(
             ids_BL,
             attention_mask=torch.ones_like(ids_BL),

@@ -4,9 +4,9 @@ The formulas count what is alive at the peak, in numbers of the policy's dtype, 
 positions, with D and I the widths of the model and of its feed-forward layers, H its heads, P its trained parameters,
 and C the numbers in a chunk of logits, which is of 64 MiB at most.
 
-    scoring        one layer: max(3·B·H·L², 4·B·L·I) + 8·B·L·D; or the head: 3·C
-    forward mode   2.5 times that, and P of the tangent
-    gradient       every layer: 3·B·H·L² + 6·B·L·I + 14·B·L·D; the head: 5·C; 2·P of the sum in float64, P of g
+    scoring        one layer: 4·B·L·I + 8·B·L·D; or the head: 3·C
+    forward mode   2.5 times that, or 5·A; and P of the tangent. A: the scores of a block, at most B·H·L²
+    gradient       every layer: 6·B·L·I + 14·B·L·D; the head: 5·C; 2·P of the sum in float64, P of g
     a step size    scoring, and P of θ + ηv
 """
 
@@ -23,6 +23,7 @@ from benchmarks.common import Run, status_kilobytes
 from benchmarks.device.models import QWEN, SMOLLM2, Shape, make_batch, make_policy
 from benchmarks.device.table import Row, Table
 from benchmarks.passes import random_direction
+from entropy_core.numerics.blockwise_attention import DEVICE_BYTES
 from entropy_core.policy import moves
 from entropy_core.policy.model import Coefficients
 from entropy_core.sequences.batch import BatchedSequences
@@ -51,7 +52,7 @@ def fits(table: Table, device: torch.device, tiny: bool) -> None:
             continue
         what = f"{shape.name}, {rows} × {length} positions: {name}"
         with table.attempt("fits", what):
-            measured, host = _peak(run, device)
+            measured, host = peak(run, device)
             expected = needed(shape, name, rows, length)
             row = {"what": what, "device_mib": measured / 2**20, "formula_mib": expected / 2**20}
             row |= {"ratio": measured / expected, "host_mib": host / 2**20}
@@ -68,12 +69,12 @@ def fits(table: Table, device: torch.device, tiny: bool) -> None:
 def needed(shape: Shape, name: str, rows: int, length: int) -> float:
     """Bytes at the peak beside the weights, by the formula of a pass; full fine-tuning."""
     B, L, D, I = rows, length, shape.hidden, shape.intermediate  # noqa: E741 (as in the formula)
-    scores, head = B * shape.heads * L**2, min(HEAD_BYTES / BYTES, B * L * shape.vocabulary)
-    forward = max(max(3 * scores, 4 * B * L * I) + 8 * B * L * D, 3 * head)
-    of_layer = 3 * scores + 6 * B * L * I + 14 * B * L * D
+    scores, head = min(B * shape.heads * L**2, DEVICE_BYTES / BYTES), min(HEAD_BYTES / BYTES, B * L * shape.vocabulary)
+    forward = max(4 * B * L * I + 8 * B * L * D, 3 * head)
+    of_layer = 6 * B * L * I + 14 * B * L * D
     numbers = {
         "scoring": forward,
-        "forward mode": 2.5 * forward + shape.parameters,
+        "forward mode": max(2.5 * forward, 5 * scores + 8 * B * L * D) + shape.parameters,
         "gradient": shape.layers * of_layer + 5 * head + 3 * shape.parameters,
         "a step size": forward + shape.parameters,
     }
@@ -119,8 +120,8 @@ def _runs(of: SequenceProcessor, batch: BatchedSequences) -> Iterator[tuple[str,
     yield "a step size", moved
 
 
-def _peak(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Bytes at the peak beyond what was there before, on the device and on the host."""
+def peak(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Return bytes at the peak beyond what was there before, on the device and on the host."""
     run()
     gc.collect()
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)

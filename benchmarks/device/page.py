@@ -28,6 +28,7 @@ def section(found: Mapping[str, Any] | None) -> list[str]:
     lines += [_verdict(found), ""]
     for title, rows in (
         ("Against the CPU", found["right"]),
+        ("Long answers, one at a time", found.get("long", [])),
         ("Speed", found["fast"]),
         ("Memory", [row for row in found["fits"] if "ratio" in row]),
         ("What fits, by the formulas", [row for row in found["fits"] if "largest_model" in row]),

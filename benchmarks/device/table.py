@@ -32,6 +32,7 @@ class Table:
             "setting": setting(device),
             "finished": False,
             "right": [],
+            "long": [],
             "fast": [],
             "fits": [],
         }
@@ -64,7 +65,10 @@ class Table:
         """The JSON as it is now."""
         self.found["seconds"] = round(time.monotonic() - self._started, 1)
         self.found["failed"] = [
-            row["what"] for group in ("right", "fast", "fits") for row in self.found[group] if row.get("holds") is False
+            row["what"]
+            for group in ("right", "long", "fast", "fits")
+            for row in self.found[group]
+            if row.get("holds") is False
         ]
         if self.path is not None:
             draft = self.path.with_name(f"{self.path.name}.part")

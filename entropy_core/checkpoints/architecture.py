@@ -14,6 +14,7 @@ from entropy_core.checkpoints.adapters import PEFT_PREFIX, adapter_tensors, chec
 from entropy_core.checkpoints.content import StoredTensor, read_json, stored_tensors
 from entropy_core.checkpoints.layout import Layout
 from entropy_core.checkpoints.model_config import check_generation_config, check_model_config
+from entropy_core.checkpoints.shards import tensors_in_shards
 from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
@@ -84,11 +85,11 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
     import transformers
     from transformers.trainer_pt_utils import get_parameter_names
 
-    model = _empty_model(layout.architecture)
+    stored = tensors_in_shards(layout.shards) if layout.shards else stored_tensors(layout.architecture)
+    model = _empty_model(layout.architecture, len(stored))
     of_model = _shapes(model)
     check_generation_config(layout.architecture, model.get_input_embeddings().weight.shape[0])
-    said = _check_weights(layout.architecture, model)
-    stored = stored_tensors(layout.architecture)
+    said = _check_weights(layout.shards or layout.architecture, model, stored)
     if layout.base is not None:
         insert_adapter(model, layout.model)
         check_adapter(model, layout.model)
@@ -113,7 +114,7 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
     return architecture, (*said, *_precision(layout, stored))
 
 
-def _empty_model(directory: Path) -> "PreTrainedModel":
+def _empty_model(directory: Path, tensors: int) -> "PreTrainedModel":
     import transformers
 
     check_model_config(directory)
@@ -122,7 +123,6 @@ def _empty_model(directory: Path) -> "PreTrainedModel":
             f"{directory}/config.json has a quantization_config, and quantised weights have no derivative",
             fix="probe the model that was quantised; for an adapter, set `policy.base_model` to it",
         )
-    tensors = len(stored_tensors(directory))
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -146,9 +146,8 @@ def _shapes(model: torch.nn.Module) -> Shapes:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def _check_weights(directory: Path, model: "PreTrainedModel") -> tuple[str, ...]:
+def _check_weights(directory: Path, model: "PreTrainedModel", stored: dict[str, StoredTensor]) -> tuple[str, ...]:
     """Every parameter is in the files with its shape; what transformers renames on loading must at least add up."""
-    stored = stored_tensors(directory)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     if wrong := [
         f"{name} {stored[name].shape} (config: {shape})"

@@ -14,10 +14,13 @@ import torch
 from entropy_core.checkpoints.architecture import Architecture, Shapes, read_architecture
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
+from entropy_core.checkpoints.layouts.interface import understood
+from entropy_core.checkpoints.layouts.places import open_state
 from entropy_core.checkpoints.optimizer_file import LATEST, as_float, load_optimizer
 from entropy_core.checkpoints.optimizer_names import name_slots
 from entropy_core.checkpoints.optimizer_state import OptimizerState, fresh_optimizer, optimizer_by_name
 from entropy_core.errors import CheckpointError, ConfigError
+from entropy_core.files.checkpoint import checkpoint_name, step_in_name
 
 log = logging.getLogger("entropy_probe.checkpoints")
 
@@ -85,6 +88,9 @@ def read_checkpoint(
     else:
         optimizer, assumed = _saved_optimizer(layout, model, learning_rate, rate)
         low, high = min(optimizer.step.values()), max(optimizer.step.values())
+        if global_step is None:
+            global_step = high
+            assumed += (f"No file and no folder's name says the trainer's step: it is the optimizer's, {high}.",)
         if not low == high == global_step:
             taken = str(low) if low == high else f"{low} to {high}"
             assumed += (
@@ -102,8 +108,8 @@ def read_checkpoint(
         )
     return Checkpoint(
         layout=layout,
-        name=layout.directory.resolve().name,
-        step=global_step,
+        name=checkpoint_name(layout.directory),
+        step=global_step or 0,
         optimizer=optimizer,
         parameter_shapes=model.trained,
         model_shapes=model.of_model,
@@ -150,10 +156,14 @@ def _saved_optimizer(
     return optimizer, (*guessed, *assumed)
 
 
-def _progress(layout: Layout) -> tuple[int, LoggedRate]:
-    """The trainer's step, and the last learning rate above 0 up to then."""
+def _progress(layout: Layout) -> tuple[int | None, LoggedRate]:
+    """The trainer's step, and the last learning rate above 0 up to then; None where nothing says the step."""
     if layout.progress is None:
-        return 0, LoggedRate(0.0, "")
+        step = step_in_name(layout.directory)
+        if step is None and layout.optimizer is not None:
+            with understood(layout.optimizer):
+                step = open_state(layout.optimizer).step()
+        return step, LoggedRate(0.0, "")
     content = read_json(layout.progress)
     step = content.get("global_step", content.get("step"))
     if (

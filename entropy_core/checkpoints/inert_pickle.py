@@ -28,11 +28,17 @@ class Inert:
         name: `module.attribute` that would be imported.
         arguments: that it would be called with.
         state: that it would be given afterwards.
+        items: that would be put into it, where it is a dictionary of a kind.
     """
 
     name: str
     arguments: list[Any] = field(default_factory=list)
     state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+
+
+PERSISTENT = "persistent"
+"""Names what a pickle leaves to whoever reads it, such as the storage of a tensor: its arguments are what it says."""
 
 
 _MARK = object()
@@ -46,11 +52,13 @@ _EMPTY = {"EMPTY_LIST": list, "EMPTY_TUPLE": list, "EMPTY_SET": list, "EMPTY_DIC
 _SEQUENCES = {"LIST", "TUPLE", "FROZENSET"}  # of everything above the mark
 
 
-def read_pickle(content: bytes) -> Any:
+def read_pickle(content: bytes, most_bytes: int = MOST_BYTES, most_steps: int = MOST_STEPS) -> Any:
     """What a pickle describes: plain values as they are, tuples and sets as lists, anything else as `Inert`.
 
     Args:
         content: a pickle of any protocol.
+        most_bytes: that it may have.
+        most_steps: operations that it may have.
 
     Returns:
         A value that may share parts with itself; `plain` makes values of a bounded size of it.
@@ -58,11 +66,11 @@ def read_pickle(content: bytes) -> Any:
     Raises:
         PickleError: it is damaged, too large, or needs what is outside of it.
     """
-    if len(content) > MOST_BYTES:
-        raise PickleError(f"it has more than {MOST_BYTES} bytes")
+    if len(content) > most_bytes:
+        raise PickleError(f"it has more than {most_bytes} bytes")
     machine = _Machine()
     try:
-        for name, argument, _ in operations(content):
+        for name, argument, _ in operations(content, most_steps):
             if name == "STOP":
                 return machine.pop()
             machine.step(name, argument)
@@ -73,7 +81,7 @@ def read_pickle(content: bytes) -> Any:
     raise PickleError("it does not end")
 
 
-def operations(content: bytes) -> Iterator[tuple[str, Any, int]]:
+def operations(content: bytes, most_steps: int = MOST_STEPS) -> Iterator[tuple[str, Any, int]]:
     """The operations of the pickle that bytes begin with: name, argument, and where it is.
 
     Raises:
@@ -83,8 +91,8 @@ def operations(content: bytes) -> Iterator[tuple[str, Any, int]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of texts with odd escapes
             for count, (operation, argument, place) in enumerate(pickletools.genops(content)):
-                if count > MOST_STEPS:
-                    raise PickleError(f"it has more than {MOST_STEPS} operations")
+                if count > most_steps:
+                    raise PickleError(f"it has more than {most_steps} operations")
                 yield operation.name, argument, place or 0
     except (ValueError, OverflowError) as error:
         raise error if isinstance(error, PickleError) else PickleError(str(error).partition("\n")[0]) from error
@@ -147,10 +155,9 @@ class _Machine:
         elif name == "MEMOIZE":
             self.memory[len(self.memory)] = self.stack[-1]
         elif name == "BINPERSID":
-            self.pop()
-            self.stack.append(Inert("persistent"))
+            self.stack.append(Inert(PERSISTENT, [self.pop()]))
         elif name == "PERSID":
-            self.stack.append(Inert("persistent"))
+            self.stack.append(Inert(PERSISTENT, [argument]))
         else:  # extension codes and buffers are kept outside of the pickle
             raise PickleError(f"it needs what is outside of it ({name})")
 
@@ -166,9 +173,13 @@ class _Machine:
         if name in ("APPEND", "APPENDS", "ADDITEMS"):
             if isinstance(into, list):
                 into.extend(items)
-        elif isinstance(into, dict):
+            return
+        if isinstance(into, Inert):
+            into = into.items
+        if isinstance(into, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                if isinstance(key, str | int | float | bool | None):  # the hash of anything else may take for ever
+                # the hash of an Inert is that of its place in memory; that of anything else may take for ever
+                if isinstance(key, str | int | float | bool | None | Inert):
                     into[key] = value
 
     def _describe(self, name: str, argument: Any) -> None:

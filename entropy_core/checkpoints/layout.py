@@ -5,20 +5,25 @@
     with the model in a folder of its own   model/ (either of the above), optimizer.pt, training_info.json, and
                                             optimizer_param_names.json where there is one
     a model alone                           config.json, model.safetensors; its optimizer is said to be fresh
+    of a trainer that shards                what `layouts.places` says in place of optimizer.pt; where it keeps the
+                                            weights in shards too, config.json lies beside them or is said
 
 `trainer_state.json` and `training_info.json` count in all of them.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_core.checkpoints.adapters import ADAPTER_WEIGHTS, adapter_base
+from entropy_core.checkpoints.content import read_json
+from entropy_core.checkpoints.layouts.places import Places, find_places
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN, model_directory, names_in, require_directory
+from entropy_core.files.hub_cache import cached_snapshot
 
 PROGRESS_FILES = ("trainer_state.json", "training_info.json")
 _FRESH = "if its optimizer has not made a step yet, say `optimizer_state: fresh`"
+_MODEL_FILES = {"model.safetensors", "model.safetensors.index.json"}
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,12 @@ class Layout:
 
     Attributes:
         directory: the checkpoint.
-        model: directory of the model, or of the adapter.
+        model: directory of the model, or of the adapter; where the weights are in shards, the one with its config.json.
         base: directory of the model under the adapter; None for a full model.
-        optimizer: the optimizer's state; None where it is fresh.
+        optimizer: file or folder of the optimizer's state; None where it is fresh.
         names: the optimizer's parameter names; None where there is no such file.
-        progress: what says the trainer's step; None where it is fresh and nothing says it.
+        progress: what says the trainer's step; None where no file does.
+        shards: file or folder of the weights that transformers cannot open; None where it can.
     """
 
     directory: Path
@@ -40,6 +46,7 @@ class Layout:
     optimizer: Path | None
     names: Path | None
     progress: Path | None
+    shards: Path | None = None
 
     @property
     def architecture(self) -> Path:
@@ -52,7 +59,8 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
 
     Args:
         directory: a checkpoint directory.
-        base_model: takes the place of the base that an adapter names.
+        base_model: takes the place of the base that an adapter names; describes the model of shards without a
+            config.json beside them.
         fresh: the optimizer has made no step, whatever files there are.
 
     Returns:
@@ -66,23 +74,52 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
     has = names_in(directory)
     model = model_directory(directory)
     inside = names_in(model)
-    base = None
+    opens = "adapter_config.json" in inside or ("config.json" in inside and bool(inside & _MODEL_FILES))
+    places = None if fresh and opens else find_places(directory)
+    base = shards = None
     if "adapter_config.json" in inside:
         _require_adapter_files(model, inside)
         base = _base_directory(model, base_model)
+    elif not opens and places is not None and places.weights is not None:
+        shards = places.weights
+        model = _description(directory, model, places, base_model)
     else:
         _require_model_files(model, inside)
-    optimizer = None if fresh else _optimizer(directory, has)
+    optimizer = None
+    if not fresh:
+        optimizer = places.optimizer if places else None
+        if optimizer is None:
+            raise CheckpointError(
+                f"{directory} has no optimizer.pt, and no optimizer's state of another trainer",
+                cause="save_only_model=True",
+                fix=f"save checkpoints with save_only_model=False; {_FRESH}",
+            )
     progress = next((directory / name for name in PROGRESS_FILES if name in has), None)
-    if progress is None and not fresh:
+    if progress is None and optimizer == directory / "optimizer.pt":
         fact = f"{directory} has no {' or '.join(PROGRESS_FILES)}"
         raise CheckpointError(fact, cause="the save was interrupted", fix=SAVE_AGAIN)
     names = directory / "optimizer_param_names.json"
-    return Layout(directory, model, base, optimizer, names if optimizer and names.exists() else None, progress)
+    return Layout(directory, model, base, optimizer, names if optimizer and names.exists() else None, progress, shards)
+
+
+def _description(directory: Path, model: Path, places: Places, base_model: Path | str) -> Path:
+    """The directory whose config.json and tokenizer belong to weights in shards."""
+    candidates = [Path(base_model).expanduser()] if base_model else [model, *places.described]
+    found = [path for path in candidates if (path / "config.json").is_file()]
+    if not found:
+        told = f"policy.base_model says {str(base_model)!r}" if base_model else "and none beside its shards"
+        raise CheckpointError(
+            f"{directory} is a checkpoint of {places.trainer} without a config.json: {told}",
+            cause="this trainer saves shards alone",
+            fix="set `policy.base_model` to the model that the training started from: its config.json and tokenizer "
+            "are read, and its weights are not",
+        )
+    names_in(found[0])
+    return found[0]
 
 
 def _require_adapter_files(directory: Path, has: set[str]) -> None:
-    if full := has & {"model.safetensors", "model.safetensors.index.json"}:
+    if full := has & _MODEL_FILES:
         raise CheckpointError(
             f"{directory} holds both an adapter (adapter_config.json) and a model ({', '.join(sorted(full))})",
             cause="the model was merged or saved beside its adapter",
@@ -97,14 +134,21 @@ def _require_adapter_files(directory: Path, has: set[str]) -> None:
 
 
 def _base_directory(adapter: Path, base_model: Path | str) -> Path:
-    """The base model's directory: the one that was given, else the one that the adapter names; never the network."""
+    """The base model's directory: the one that was given, else the one that the adapter names; never the network.
+
+    A name that is no directory is looked up in the hub cache.
+    """
     named = adapter_base(adapter)
     base = Path(base_model or named).expanduser()
+    if named and not base_model and not base.is_dir():
+        revision = read_json(adapter / "adapter_config.json").get("revision") or "main"
+        base = cached_snapshot(named, "models", str(revision)) or base
     if not (base_model or named) or not base.is_dir():
         told = f"policy.base_model says {str(base_model)!r}" if base_model else f"it names {named!r}"
         raise CheckpointError(
-            f"the base model of the adapter in {adapter} is not on this machine: {told}, which is no directory here",
-            cause="it was trained elsewhere, or on a model by its name, and nothing is downloaded",
+            f"the base model of the adapter in {adapter} is not on this machine: {told}, which is no directory here, "
+            "nor in the hub cache",
+            cause="it was trained elsewhere, and nothing is downloaded",
             fix="set `policy.base_model` to the directory of that model",
         )
     inside = names_in(base)
@@ -126,32 +170,9 @@ def _require_model_files(directory: Path, has: set[str]) -> None:
             cause=cause,
             fix=f"give {directory}/checkpoint-*" if inside else "give a directory that a trainer saved",
         )
-    if not has & {"model.safetensors", "model.safetensors.index.json"}:
+    if not has & _MODEL_FILES:
         pickled = sorted(name for name in has if name.startswith("pytorch_model") and ".bin" in name)
-        cause, convert = _sharded(has)
         raise CheckpointError(
             f"{directory} has no weights: neither model.safetensors nor model.safetensors.index.json",
-            cause=cause,
-            fix=f"convert {pickled[0]} to safetensors" if pickled else convert or SAVE_AGAIN,
+            fix=f"convert {pickled[0]} to safetensors" if pickled else SAVE_AGAIN,
         )
-
-
-def _optimizer(directory: Path, has: set[str]) -> Path:
-    if "optimizer.pt" not in has:
-        cause, convert = _sharded(has)
-        raise CheckpointError(
-            f"{directory} has no optimizer.pt",
-            cause=cause or "save_only_model=True",
-            fix=convert or f"save checkpoints with save_only_model=False; {_FRESH}",
-        )
-    return directory / "optimizer.pt"
-
-
-def _sharded(has: set[str]) -> tuple[str, str]:
-    """The cause and the fix where a sharded trainer has saved; both empty where not."""
-    shards = re.compile(r"global_step\d+$|pytorch_model_fsdp|optimizer_\d+$|optimizer\.bin$")
-    sharded = sorted(filter(shards.match, has))
-    if not sharded:
-        return "", ""
-    convert = "convert it to model.safetensors and optimizer.pt, or train without sharding"
-    return f"saved by DeepSpeed or FSDP as {some_names(sharded)}", convert

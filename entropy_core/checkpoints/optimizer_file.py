@@ -1,21 +1,18 @@
-"""What `optimizer.pt` holds, by the optimizer's own numbering; no code in it is run, and only Adam is accepted."""
+"""The optimizer's state in a trainer's files; no code in them is run, and only Adam is accepted."""
 
-import ctypes
 import math
-import mmap
-import pickle
-import re
-import sys
-import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_core.errors import CheckpointError, one_line, shortage, some_names
-from entropy_core.files.checkpoint import SAVE_AGAIN
-from entropy_core.files.regular import require_readable
+from entropy_core.checkpoints.archives import release
+from entropy_core.checkpoints.layouts.interface import SavedOptimizer, understood
+from entropy_core.checkpoints.layouts.places import open_state
+from entropy_core.checkpoints.layouts.single_file import USE_ADAMW
+from entropy_core.checkpoints.pieces import Moment
+from entropy_core.errors import CheckpointError, some_names
 from entropy_core.numerics.adamw import AdamState
 
 OTHER_OPTIMIZERS = {
@@ -25,79 +22,33 @@ OTHER_OPTIMIZERS = {
     "mu_product": "NAdam",
     "exp_avg_sq_row": "Adafactor",
     "row_var": "torch's Adafactor",
-    "state1": "an optimizer of bitsandbytes, such as 8-bit AdamW",
+    "state1": "an optimizer of bitsandbytes",
     "sum": "Adagrad",
 }
 LATEST = 2**53
 """A step that no run comes to."""
 STRIDE = 2**16  # numbers of a moment that are in memory at one time, more or less: to take each block out takes long
-_madvise = getattr(ctypes.CDLL(None), "madvise", None)  # the system's own function, where there is one
 
 SAVE_NAMES = "build the optimizer from named parameters and save again"
-USE_ADAMW = "probe a checkpoint that was trained with torch's AdamW (optim='adamw_torch' or 'adamw_torch_fused')"
-
-
-class SavedOptimizer(NamedTuple):
-    """What `optimizer.pt` holds, by the optimizer's own numbering."""
-
-    path: Path
-    slots: dict[Any, dict[str, Any]]  # index of a parameter → its state
-    groups: list[dict[str, Any]]  # hyperparameters, and the indices of the group's parameters as `params`
 
 
 def load_optimizer(path: Path) -> SavedOptimizer:
-    """Load the optimizer's state without running code from the file.
+    """Load the optimizer's state without running code from its files.
 
     Args:
-        path: of `optimizer.pt`.
+        path: of `optimizer.pt`, or whatever `layouts.places` found in its place.
 
     Returns:
-        Slots and groups; the tensors are on the CPU and map the file privately.
+        Slots and groups; the tensors are on the CPU and map their files privately.
 
     Raises:
-        CheckpointError: the file is damaged, or a pickle with code; the optimizer is not Adam or AdamW, has not made a
-            step, or lacks hyperparameters.
+        CheckpointError: a file is missing or damaged, or a pickle with code; the optimizer is not Adam or AdamW, has
+            not made a step, or lacks hyperparameters.
     """
-    if not _is_archive(path):
-        raise CheckpointError(
-            f"{path} is not a complete archive of torch.save, and was not read",
-            cause="the save or the copy was interrupted, or it is a bare pickle",
-            fix=SAVE_AGAIN,
-        )
-    if (order := _byte_order(path)) != sys.byteorder:
-        fact = f"{path} was saved by a machine that is {order}-endian"
-        raise CheckpointError(fact, fix="load it there and save it again from one like this")
-    try:
-        saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch's own message is not repeated: it recommends to switch the safety off
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code:
-            raise CheckpointError(
-                f"{path} holds more than tensors and numbers ({code[1]}), and was not executed",
-                cause="an optimizer that saves its own classes, or code from an untrusted source",
-                fix=USE_ADAMW,
-            ) from error
-        fact = f"{path} cannot be read as tensors and numbers ({type(error).__name__})"
-        raise shortage(error) or CheckpointError(fact, cause="a damaged file", fix=SAVE_AGAIN) from error
-    saved = saved if isinstance(saved, dict) else {}
-    slots, groups = saved.get("state"), saved.get("param_groups")
-    is_state = isinstance(slots, dict) and all(isinstance(slot, dict) for slot in slots.values())
-    is_list = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
-    if not (is_state and is_list and groups and all(isinstance(group.get("params"), list) for group in groups)):
-        fact = f"{path} is not the state_dict of a torch optimizer (`state` and `param_groups`)"
-        raise CheckpointError(fact, fix=USE_ADAMW)
-    _require_adam(path, slots, groups)
-    return SavedOptimizer(path, slots, groups)
-
-
-def _is_archive(path: Path) -> bool:
-    """Whether a file is a whole archive; `is_zipfile` takes one that cannot be opened for none."""
-    try:
-        with require_readable(path).open("rb") as file:
-            return zipfile.is_zipfile(file)
-    except OSError as error:
-        refused = CheckpointError(f"{path} cannot be read: {one_line(error)}", fix=SAVE_AGAIN)
-        raise shortage(error) or refused from error
+    with understood(path):
+        saved = open_state(path).optimizer()
+        _require_adam(*saved)
+    return saved
 
 
 def _require_adam(path: Path, slots: dict[Any, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
@@ -127,21 +78,11 @@ def _require_adam(path: Path, slots: dict[Any, dict[str, Any]], groups: list[dic
             )
 
 
-def _byte_order(path: Path) -> str:
-    """Of the tensors in an archive of torch.save: bytes that torch has to turn round are not those of the file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found = [name for name in archive.namelist() if name.endswith("/byteorder")]
-            return archive.read(found[0]).decode() if found else "little"
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return sys.byteorder  # what is wrong is said by whoever reads the tensors
-
-
 class SavedMoments:
-    """The moments of an `optimizer.pt`, read a block at a time from where they are.
+    """The moments of an optimizer, read a block at a time from where they are.
 
     Args:
-        path: of the file, which was accepted by `load_optimizer` before.
+        path: of the file or folder, which was accepted by `load_optimizer` before.
     """
 
     def __init__(self, path: Path) -> None:
@@ -163,10 +104,12 @@ class SavedMoments:
 
         def piece(key: str) -> Tensor:
             moment = self._slots[slot][key]
+            if not isinstance(moment, Tensor):
+                return moment.flat(start, stop).to(torch.float64)
             flat = moment.reshape(-1)
             copy = flat[start:stop].to(torch.float64, copy=True)
             if moment.is_contiguous() and stop % STRIDE == 0:  # else it is a copy that is flat
-                release(flat[stop - STRIDE : stop])
+                release(flat[min(start, stop - STRIDE) : stop])
             if stop == moment.numel():
                 release(moment)
             return copy
@@ -174,15 +117,25 @@ class SavedMoments:
         return AdamState(steps, piece("exp_avg"), piece("exp_avg_sq"), piece("max_exp_avg_sq") if amsgrad else None)
 
 
-def release(tensor: Tensor) -> None:
-    """Take a contiguous tensor of `load_optimizer` out of memory; when it is used again, the file is read again.
+def range_of(moment: Moment) -> tuple[float, float]:
+    """Read a moment, a part at a time, and take it out of memory again.
 
-    Pages of a mapped file count as this process's memory from when they were touched until the file is closed. The map
-    is private and never written to, so what is dropped is what the file holds.
+    Args:
+        moment: of any dtype, with at least one number.
+
+    Returns:
+        Its least and its greatest number; NaN if any is NaN.
     """
-    if _madvise is not None and tensor.is_contiguous():
-        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), mmap.MADV_DONTNEED)
+    if isinstance(moment, Tensor):
+        low, high = torch.aminmax(moment)
+        release(moment)
+        return float(low), float(high)
+    starts = range(0, moment.numel(), STRIDE)
+    ranges = torch.tensor(
+        [[float(x) for x in torch.aminmax(moment.flat(i, min(i + STRIDE, moment.numel())))] for i in starts],
+        dtype=torch.float64,
+    )
+    return float(ranges[:, 0].min()), float(ranges[:, 1].max())
 
 
 def as_float(value: Any) -> float:

@@ -9,13 +9,13 @@ from collections import Counter
 from itertools import islice
 from typing import Any
 
-from torch import Tensor
-
 from entropy_core.checkpoints.architecture import Architecture
 from entropy_core.checkpoints.content import read_names
 from entropy_core.checkpoints.layout import Layout
-from entropy_core.checkpoints.optimizer_file import SAVE_NAMES, SavedOptimizer, as_float
+from entropy_core.checkpoints.layouts.interface import SavedOptimizer
+from entropy_core.checkpoints.optimizer_file import SAVE_NAMES, as_float
 from entropy_core.checkpoints.partly_trained import only_choice, unchanged_weights
+from entropy_core.checkpoints.pieces import Moment
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
@@ -61,7 +61,7 @@ def _group_names(saved: SavedOptimizer, model: Architecture, layout: Layout) -> 
         in_order = iter(map(model.model_name, listed))
         return [tuple(islice(in_order, size)) for size in sizes], []
     expected, how = _usual_groups(saved, model, sizes)
-    said = [f"optimizer.pt has no parameter names: {how}."]
+    said = [f"{path.name} has no parameter names: {how}."]
     if sizes != [len(names) for names in expected]:
         expected, trained = _trained_alone(saved, expected, model, layout)
         said.append(trained)
@@ -118,7 +118,9 @@ def _trained_alone(
         return [] if [len(names) for names in found] != [len(of) for of in shapes] else [*map(tuple, found)]
 
     listed, total = sum(map(len, shapes)), sum(map(len, expected))
-    said = f"optimizer.pt lists {listed} of {total} parameters: the trainer has frozen the others, which are known by"
+    said = (
+        f"{saved.path.name} lists {listed} of {total} parameters: the trainer has frozen the others, which are known by"
+    )
     if found := chosen(expected):
         return found, f"{said} their shapes."
     fits = all(len(of) <= len(names) for of, names in zip(shapes, expected, strict=True))
@@ -140,7 +142,7 @@ def _trained_alone(
 
 def _shape(slot: dict[str, Any] | None) -> tuple[int, ...] | None:
     moment = (slot or {}).get("exp_avg")
-    return tuple(moment.shape) if isinstance(moment, Tensor) else None
+    return tuple(moment.shape) if isinstance(moment, Moment) else None
 
 
 def _without_frozen(saved: SavedOptimizer, names: GroupNames, model: Architecture) -> tuple[SavedOptimizer, GroupNames]:

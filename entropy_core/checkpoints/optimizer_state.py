@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from entropy_core.checkpoints.optimizer_file import LATEST, SAVE_NAMES, USE_ADAMW, SavedOptimizer, as_float, release
+from entropy_core.checkpoints.layouts.interface import SavedOptimizer
+from entropy_core.checkpoints.layouts.single_file import USE_ADAMW
+from entropy_core.checkpoints.optimizer_file import LATEST, SAVE_NAMES, as_float, range_of
+from entropy_core.checkpoints.pieces import Moment
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 from entropy_core.numerics.adamw import AdamHyperparameters
@@ -57,9 +59,9 @@ class OptimizerState:
     unmoved: tuple[str, ...]
     step: dict[str, int]
     slot: dict[str, int]
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
-    max_exp_avg_sq: dict[str, Tensor]
+    exp_avg: dict[str, Moment]
+    exp_avg_sq: dict[str, Moment]
+    max_exp_avg_sq: dict[str, Moment]
 
 
 def optimizer_by_name(
@@ -146,11 +148,10 @@ def check_moments(path: Path, state: OptimizerState) -> None:
         )
 
 
-def _is_sound(moment: Tensor, key: str) -> bool:
+def _is_sound(moment: Moment, key: str) -> bool:
     if not moment.numel():
         return True
-    low, high = (float(x) for x in torch.aminmax(moment))  # NaN if any element is
-    release(moment)
+    low, high = range_of(moment)
     return (low >= 0 or key == "exp_avg") and -math.inf < low <= high < math.inf
 
 
@@ -214,7 +215,7 @@ def _require_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: set[st
         for name, slot in slot_of.items()
         for key in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * (name in amsgrad)
     ]
-    if bad := [f"{n} ({key})" for n, key, m in moments if not isinstance(m, Tensor) or not m.is_floating_point()]:
+    if bad := [f"{n} ({key})" for n, key, m in moments if not isinstance(m, Moment) or not m.is_floating_point()]:
         raise CheckpointError(f"{path}: slots lack a moment: {some_names(bad)}", fix=USE_ADAMW)
     if bad := [f"{n} ({key} {tuple(m.shape)}, model {shapes[n]})" for n, key, m in moments if m.shape != shapes[n]]:
         raise CheckpointError(

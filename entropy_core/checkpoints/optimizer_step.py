@@ -8,7 +8,7 @@ from torch import Tensor
 
 from entropy_core.checkpoints.optimizer_file import SavedMoments
 from entropy_core.errors import CheckpointError
-from entropy_core.files.digests import file_digest
+from entropy_core.files.checkpoint import optimizer_digest
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
 from entropy_core.numerics.rounded_step import rounded_step
 from entropy_core.numerics.vectors import Block, Lazy, in_blocks
@@ -40,13 +40,13 @@ class _Parameter(NamedTuple):
 
 
 class OptimizerStep(Mapping[Block, NextStep]):
-    """The AdamW step from a checkpoint's state, each block computed when it is asked for.
+    """The AdamW step from a checkpoint's state, each block computed when it is asked for, on the policy's device.
 
     Args:
         checkpoint: artifact of load-checkpoint.
         execution: knows where `optimizer.pt` lies.
         parameters: θ by name.
-        gradient: before clipping.
+        gradient: before clipping, on the device of the parameters.
         clip: factor that the gradient is scaled by.
 
     Raises:
@@ -63,6 +63,7 @@ class OptimizerStep(Mapping[Block, NextStep]):
     ) -> None:
         self._moments = _moments(checkpoint.summary["optimizer"], execution)
         self._gradient, self._parameters, self._clip = gradient, in_blocks(parameters), clip
+        self._device = next(iter(parameters.values())).device
         self._learning_rate = float(checkpoint.summary["learning_rate"])
         self._of: dict[str, _Parameter] = {}
         for group in checkpoint.json("groups.json"):
@@ -79,9 +80,10 @@ class OptimizerStep(Mapping[Block, NextStep]):
         of_one = self._of[block.name]
         if self._moments is None or of_one.slot is None:
             count = block.stop - block.start
-            return AdamState(of_one.steps, *(torch.zeros(count, dtype=torch.float64) for _ in range(2)))
+            zeros = (torch.zeros(count, dtype=torch.float64, device=self._device) for _ in range(2))
+            return AdamState(of_one.steps, *zeros)
         amsgrad = of_one.hyperparameters.amsgrad
-        return self._moments.state(of_one.slot, of_one.steps, amsgrad, block.start, block.stop)
+        return self._moments.state(of_one.slot, of_one.steps, amsgrad, block.start, block.stop).to(self._device)
 
     @property
     def narrow(self) -> dict[str, torch.dtype]:
@@ -126,13 +128,32 @@ class OptimizerStep(Mapping[Block, NextStep]):
         return Lazy(list(self), lambda block: PARTS[name](self[block]))
 
 
+def moved_parameters(checkpoint: "Artifact") -> set[str]:
+    """Return the names of the parameters that the trainer moves; load-checkpoint found no group of the others."""
+    placed = checkpoint.table("parameters.parquet").select(["name", "group"]).to_pylist()
+    return {row["name"] for row in placed if row["group"] is not None}
+
+
+def with_zeros(gradient: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add zeros to a gradient, in no memory, for the parameters that it lacks.
+
+    What the trainer does not move has no gradient there, neither in the step nor in the norm that is clipped.
+    """
+    return {
+        name: gradient[name]
+        if name in gradient
+        else torch.zeros((), dtype=torch.float64, device=p.device).expand(p.shape)
+        for name, p in parameters.items()
+    }
+
+
 def _moments(digest: str, execution: "Execution") -> SavedMoments | None:
     """Of `optimizer.pt`; None where the optimizer is fresh."""
     if not digest:
         return None
     path = execution.paths[digest]
     try:
-        unchanged = file_digest(path) == digest
+        unchanged = optimizer_digest(path) == digest
     except OSError:
         unchanged = False
     if not unchanged:

@@ -55,8 +55,8 @@ def unchanged_weights(layout: Layout) -> tuple[set[str], str]:
     Returns:
         Their names in the file; and the name of the other checkpoint, the nearest by step, empty if there is none.
     """
-    other = _neighbour(layout)
-    if layout.base is not None or other is None:
+    other = None if layout.base is not None or layout.shards is not None else _neighbour(layout)
+    if other is None:
         return set(), ""
     import torch
 

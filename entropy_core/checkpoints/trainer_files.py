@@ -1,13 +1,15 @@
 """What a trainer left in a checkpoint about itself, weights and optimizer aside."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout
+from entropy_core.checkpoints.layouts.interface import understood
+from entropy_core.checkpoints.layouts.places import open_state
 from entropy_core.checkpoints.model_config import GENERATION
 from entropy_core.checkpoints.training_args import TRAINING_ARGUMENTS, read_training_arguments
 
@@ -27,10 +29,12 @@ class TrainerFiles:
         generation: the model's generation_config.json.
         entropy_control: where TRL's adaptive entropy bonus was.
         rewards: names of the rewards that the trainer logged.
+        log: what it logged, an entry per logging step.
         dropout: rates above 0, by file and key.
         is_adapter: the checkpoint holds an adapter.
         has_reference: an adapter `ref` lies in the checkpoint.
         has_experts: the model is a mixture of experts.
+        clipping: the norm of the clipping and what says it, where that is not the trainer's settings.
         quantised_base: the quantised model that the adapter names as its base, where it is computed with another one.
     """
 
@@ -39,10 +43,12 @@ class TrainerFiles:
     generation: Mapping[str, Any] = field(default_factory=dict)
     entropy_control: Mapping[str, Any] = field(default_factory=dict)
     rewards: tuple[str, ...] = ()
+    log: tuple[Mapping[str, Any], ...] = ()
     dropout: Mapping[str, float] = field(default_factory=dict)
     is_adapter: bool = False
     has_reference: bool = False
     has_experts: bool = False
+    clipping: tuple[float, str] | None = None
     quantised_base: str = ""
 
 
@@ -68,19 +74,31 @@ def read_trainer_files(layout: Layout) -> TrainerFiles:
     config = _read(layout.architecture / "config.json")
     rates = {f"config.json: {key}": rate for key, rate in _rates(config)}
     rates |= {f"adapter_config.json: {key}": rate for key, rate in _rates(adapter)}
+    log = _logged(_read(directory / "trainer_state.json"))
     experts = [value for key, value in _entries(config) if key in _EXPERTS]
     return TrainerFiles(
         kind=kind,
         arguments=arguments,
         generation=_read(layout.architecture / GENERATION),
         entropy_control=_read(directory / ENTROPY_CONTROL),
-        rewards=_logged_rewards(_read(directory / "trainer_state.json")),
+        rewards=_logged_rewards(log),
+        log=log,
         dropout=rates,
         is_adapter=layout.base is not None,
         has_reference=(layout.model / "ref" / "adapter_config.json").exists(),
         has_experts=any(isinstance(count, int) and count > 1 for count in experts),
+        clipping=_clipping(layout),
         quantised_base="" if "quantization_config" in config else _quantised(adapter.get("base_model_name_or_path")),
     )
+
+
+def _clipping(layout: Layout) -> tuple[float, str] | None:
+    """Of a trainer whose shards say it."""
+    if layout.optimizer is None or not layout.optimizer.is_dir():
+        return None
+    with understood(layout.optimizer):
+        norm = open_state(layout.optimizer).max_grad_norm()
+    return None if norm is None else (norm, f"the configuration in {layout.optimizer.name}")
 
 
 def _kind(arguments: Mapping[str, Any]) -> str:
@@ -117,8 +135,11 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
         yield from _entries(value)
 
 
-def _logged_rewards(state: Mapping[str, Any]) -> tuple[str, ...]:
+def _logged(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     log = state.get("log_history")
-    last = [entry for entry in log if isinstance(entry, dict)][-1:] if isinstance(log, list) else []
-    found = [re.fullmatch(r"rewards/(.+)/mean", key) for entry in last for key in entry]
+    return tuple(entry for entry in log if isinstance(entry, dict)) if isinstance(log, list) else ()
+
+
+def _logged_rewards(log: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    found = [re.fullmatch(r"rewards/(.+)/mean", key) for entry in log[-1:] for key in entry]
     return tuple(match[1] for match in found if match)

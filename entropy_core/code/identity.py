@@ -52,7 +52,14 @@ class Code(NamedTuple):
     libraries: tuple[str, ...]
 
 
-_loaded: dict[str, tuple[ModuleSpec, Module]] = {}
+class _Source(NamedTuple):
+    """The text of a module; it is parsed when something that is reached needs it."""
+
+    content: bytes
+    is_package: bool
+
+
+_loaded: dict[str, tuple[ModuleSpec, _Source]] = {}
 _noted: dict[frozenset[str], int] = {}
 _known: dict[str, tuple[dict[str, Module | None], Code]] = {}
 
@@ -121,7 +128,7 @@ def code_at(name: str, find: Callable[[str], Module | None] | None = None) -> Co
 
 def read_from(folder: Path) -> Callable[[str], Module | None]:
     """A finder of modules below a folder, for code that is not on Python's path."""
-    return lambda name: _parsed(name, path) if (path := _file(name.split("."), [str(folder)])) else None
+    return lambda name: _parse(name, *_read(path)) if (path := _file(name.split("."), [str(folder)])) else None
 
 
 def _note_loaded(roots: frozenset[str]) -> None:
@@ -131,11 +138,16 @@ def _note_loaded(roots: frozenset[str]) -> None:
         _noted[roots] = len(names)
         for name in names:
             if name.partition(".")[0] in roots:
-                _module(name)
+                _source(name)
 
 
 def _module(name: str) -> Module | None:
     """One module; None when the name is not that of a module with a source file."""
+    source = _source(name)
+    return _parse(name, *source) if source else None
+
+
+def _source(name: str) -> _Source | None:
     spec = getattr(sys.modules.get(name), "__spec__", None)  # a reload makes a new one
     if spec is not None and name in _loaded and _loaded[name][0] is spec:
         return _loaded[name][1]
@@ -152,10 +164,10 @@ def _module(name: str) -> Module | None:
         path = Path(found.origin) if found.origin and found.origin.endswith(".py") else None
     if path is None:
         return None
-    module = _parsed(name, path)
+    source = _read(path)
     if spec is not None:
-        _loaded[name] = (spec, module)
-    return module
+        _loaded[name] = (spec, source)
+    return source
 
 
 def _file(parts: list[str], locations: Iterable[str]) -> Path | None:
@@ -168,8 +180,8 @@ def _file(parts: list[str], locations: Iterable[str]) -> Path | None:
     return None
 
 
-def _parsed(name: str, path: Path) -> Module:
-    return _parse(name, path.read_bytes(), path.name == "__init__.py")
+def _read(path: Path) -> _Source:
+    return _Source(path.read_bytes(), path.name == "__init__.py")
 
 
 _parse = lru_cache(maxsize=512)(Module)

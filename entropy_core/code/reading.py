@@ -157,12 +157,13 @@ class _Visitor(ast.NodeVisitor):
                 self.found.types |= read([quoted], set()).chains
 
     def _within(self, node: Any, body: list[Any]) -> None:
-        declared = {name for of in _own(body) if isinstance(of, ast.Global) for name in of.names}
-        outer = {name for of in _own(body) if isinstance(of, ast.Nonlocal) for name in of.names}
+        own = list(_own(body))
+        declared = {name for of in own if isinstance(of, ast.Global) for name in of.names}
+        outer = {name for of in own if isinstance(of, ast.Nonlocal) for name in of.names}
         parameters = {argument.arg for argument in _parameters(node.args)}
         generics = {parameter.name for parameter in getattr(node, "type_params", ())}
         self.found.assigned_globals |= declared
-        self._scopes.append(_Scope((parameters | generics | bound_names(body)) - declared - outer, declared))
+        self._scopes.append(_Scope((parameters | generics | _stored(own)) - declared - outer, declared))
         for item in body:
             self.visit(item)
         self._scopes.pop()
@@ -200,22 +201,22 @@ def _stored(nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def _own(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """The nodes of a function's own scope: of functions, classes and comprehensions within it only what they bind."""
-    for node in nodes:
+    """The nodes of a function's own scope, in any order.
+
+    Of functions, classes and comprehensions within it only what they bind.
+    """
+    ahead = list(nodes)
+    while ahead:
+        node = ahead.pop()
         yield node
         if isinstance(node, _FUNCTIONS):
-            yield from _own([*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)])
+            ahead += [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]
         elif isinstance(node, ast.ClassDef):
-            yield from _own([*node.decorator_list, *node.bases, *node.keywords])
-        elif isinstance(node, _COMPREHENSIONS):
-            yield from (of for of in ast.walk(node) if isinstance(of, ast.Name) and _walrus(node, of))
+            ahead += [*node.decorator_list, *node.bases, *node.keywords]
+        elif isinstance(node, _COMPREHENSIONS):  # `:=` binds a name outside
+            ahead += [of.target for of in ast.walk(node) if isinstance(of, ast.NamedExpr)]
         elif not isinstance(node, ast.Lambda):
-            yield from _own(ast.iter_child_nodes(node))
-
-
-def _walrus(comprehension: ast.AST, name: ast.Name) -> bool:
-    """Whether a name in a comprehension is assigned with `:=`, which binds it outside."""
-    return any(isinstance(node, ast.NamedExpr) and node.target is name for node in ast.walk(comprehension))
+            ahead += ast.iter_child_nodes(node)
 
 
 def _parameters(arguments: ast.arguments) -> list[ast.arg]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, ValidationInfo
+from pydantic import AfterValidator, Discriminator, Field, PlainSerializer, Tag, ValidationInfo, WithJsonSchema
 
+from entropy_core.files.hub_cache import cached_snapshot
 from entropy_core.prompts.files import SUFFIXES
+from entropy_core.prompts.pools import KNOWN
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,17 @@ def _directory(path: str, origin: Origin) -> str:
     return located
 
 
+def _model(path: str, origin: Origin) -> str:
+    located = origin.locate(path)
+    if os.path.isdir(located):
+        return located
+    if found := cached_snapshot(path, "models"):
+        return str(found)
+    if origin.must_exist:
+        raise ValueError(f"there is no directory {located}, and no model {path} in the hub cache")
+    return located
+
+
 FILL_IN = "FILL_IN"
 """Stands in a file of `entropy-probe init` for what no checkpoint records."""
 
@@ -71,7 +84,10 @@ def _filled_in(said: str, what: str) -> str:
 
 
 def _dataset(name: str, origin: Origin) -> str:
-    return _file(name, origin) if name.endswith(SUFFIXES) else name
+    if name.endswith(SUFFIXES):
+        return _file(name, origin)
+    located = origin.locate(name)
+    return located if name not in KNOWN and os.path.isdir(located) else name
 
 
 def _function(name: str, origin: Origin) -> str:
@@ -96,6 +112,9 @@ def _store(path: str, origin: Origin) -> str:
 CheckpointPattern = Annotated[str, _with_origin(_checkpoints)]
 """A directory, or a pattern that matches directories."""
 
+ModelName = Annotated[str, _with_origin(_model)]
+"""The directory of a model, or its name in the hub cache, of which it becomes the snapshot; empty: none."""
+
 Directory = Annotated[str, _with_origin(_directory)]
 """A directory that is there; empty: none."""
 
@@ -104,7 +123,7 @@ DatasetName = Annotated[
     AfterValidator(lambda name: _filled_in(name, "which prompts the run was trained on")),
     _with_origin(_dataset),
 ]
-"""A known dataset, or the path of a prompt file."""
+"""A known dataset, one of the hub, or the path of a prompt file or folder."""
 
 FunctionName = Annotated[
     str,
@@ -112,6 +131,16 @@ FunctionName = Annotated[
     _with_origin(_function),
 ]
 """A known name, `package.module:function`, or `file.py:function`."""
+
+FunctionNames = Annotated[
+    Annotated[FunctionName, Field(min_length=1), Tag("")]
+    | Annotated[list[Annotated[FunctionName, Field(min_length=1)]], Field(min_length=1, max_length=100), Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list) else ""),
+    AfterValidator(lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value),
+    PlainSerializer(lambda value: [value] if isinstance(value, str) else value, when_used="json"),
+    WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+]
+"""One function, or a list of several; a form has a list."""
 
 StoreFolder = Annotated[str, _with_origin(_store)]
 """A folder that is made when something is first written to it."""

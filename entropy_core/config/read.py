@@ -82,9 +82,13 @@ def _parse(model: type[_Model], values: Any, source: str, origin: Origin | None,
     )
 
 
+_TAGS = {"", "list"}
+"""What pydantic adds to a key that may be one value or several."""
+
+
 def _problem(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     """Return the key of a validation error and the reason, without a full stop."""
-    key = ".".join(map(str, error["loc"]))
+    key = ".".join(part for part in map(str, error["loc"]) if part not in _TAGS)
     match error["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key{_nearest(key, model)}"

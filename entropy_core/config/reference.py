@@ -3,13 +3,13 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
-from entropy_core.estimates.tables import RESULTS, TABLES, of_checkpoints
+from entropy_core.estimates.tables import AGREEMENT, RESULTS, TABLES, of_checkpoints
 
 
 def configuration_page() -> str:
@@ -45,8 +45,10 @@ def tables_page() -> str:
         "eta_pairs": "A row per checkpoint × normalisation × estimator × η > 0 for which −η was measured as well.",
         "replicates": "A row per checkpoint × normalisation × E batch, if `E_replicates` is above 1.",
         "predictors": "A row per checkpoint × normalisation × step size × predictor.",
+        "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
+    schemas |= {"agreement": AGREEMENT}
     for name, schema in schemas.items():
         lines += [
             "",
@@ -88,6 +90,8 @@ def _type(field: FieldInfo) -> str:
     kind = field.annotation
     if get_origin(kind) is dict:
         return "keys and values"
+    if get_origin(kind) is Union:
+        return "string or list of string"
     listed = get_origin(kind) is list
     if listed:
         kind = get_args(kind)[0]

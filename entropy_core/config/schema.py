@@ -6,40 +6,24 @@ configuration is found at once.
 The names of the batch and generation keys are those that researchers of this field have in their files already.
 """
 
-from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator
 
-from entropy_core.config.paths import CheckpointPattern, DatasetName, Directory, FunctionName, StoreFolder
+from entropy_core.config.paths import (
+    CheckpointPattern,
+    DatasetName,
+    Directory,
+    FunctionName,
+    FunctionNames,
+    ModelName,
+    StoreFolder,
+)
+from entropy_core.config.section import DISTINCT, Section, Seed, each_once
 from entropy_core.isolation.process import Isolation
-from entropy_core.numerics.advantages import Loss, Scaling
+from entropy_core.numerics.advantages import Aggregation, Loss, Scaling
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
-
-Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what a browser can hold exactly
-_Value = TypeVar("_Value")
-_DISTINCT: dict[str, Any] = {"uniqueItems": True}  # for the form: what a validator says later is said at once
-
-
-def _each_once(values: list[_Value]) -> list[_Value]:
-    twice = [value for value, count in Counter(values).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]} is listed twice")
-    return values
-
-
-class Section(BaseModel):
-    """A part of the configuration."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        strict=True,
-        validate_default=True,  # a default path starts at the same folder as one that is written
-        revalidate_instances="always",
-    )
 
 
 class PolicyConfig(Section):
@@ -48,16 +32,22 @@ class PolicyConfig(Section):
     dtype: Literal["float32", "float64"] = Field(
         "float32", description="Number format of every forward and derivative pass; narrower weights are widened."
     )
-    attn_implementation: Literal["eager"] = Field(
-        "eager", description="Attention kernel: one that has a forward-mode derivative."
+    attn_implementation: Literal["blockwise", "eager"] = Field(
+        "blockwise",
+        description="Attention in forward mode; every other pass uses torch's fused kernel. blockwise: exact, memory "
+        "that grows with the length of a sequence; a model with another kind of attention uses its own. eager: the "
+        "model's own, memory that grows with the square of the length.",
     )
     derivative: Literal["forward_mode", "central_difference"] = Field(
         "forward_mode",
         description="Derivatives of E's tokens along the step. central_difference: two forward passes in place of "
         "about three, its width calibrated and its error measured against forward mode.",
     )
-    base_model: Directory = Field(
-        "", description="Directory of the base model under LoRA adapters; empty: the one that each adapter names."
+    base_model: ModelName = Field(
+        "",
+        description="Base model under LoRA adapters, its directory or its name in the hub cache; empty: the one that "
+        "each adapter names. Of checkpoints in shards without a config.json, the directory that has it and the "
+        "tokenizer.",
     )
 
 
@@ -87,23 +77,37 @@ class BatchConfig(Section):
     dataset_name: DatasetName = Field(
         "arithmetic",
         min_length=1,
-        description="Prompt pool: `arithmetic`, `gsm8k`, `gsm8k_r1_template`, `math`, `reasoning_gym:TASK`, or the "
-        "path of a .jsonl or .parquet file.",
+        description="Prompt pool: `arithmetic`, `gsm8k`, `gsm8k_r1_template`, `math`, `reasoning_gym:TASK`, the path "
+        "of a file (.jsonl, .json, .csv, each also with .gz, or .parquet), that of a folder (by `save_to_disk`, or "
+        "with such files), or `OWNER/NAME` of a dataset in the hub cache.",
+    )
+    dataset_config: str = Field(
+        "", description="Configuration of a folder or of a dataset `OWNER/NAME`, where it has several; empty: its only."
     )
     dataset_path: Directory = Field(
         "", description="Folder of the local copy of `gsm8k` or `math`; empty: the hub cache of this machine."
     )
-    allow_download: bool = Field(False, description="Fetch `gsm8k` or `math` if they are not on this machine.")
+    allow_download: bool = Field(False, description="Fetch a dataset of the hub if it is not on this machine.")
     dataset_options: dict[str, JsonValue] = Field(
         {}, description="Of a reasoning-gym task: `size` (512), `seed` (42), and the task's own."
     )
     split: str = Field("train", description="Split of the pool, for E and U alike.")
     E_split: str = Field("", description="Split for E; empty: `split`.")
     U_split: str = Field("", description="Split for U; empty: `split`.")
-    prompt_column: str = Field("prompt", description="Column that holds the prompt.")
-    add_special_tokens: bool = Field(False, description="Let the tokenizer add its special tokens to a prompt.")
+    prompt_column: str = Field(
+        "prompt", description="Column that holds the prompt: a text, or a conversation as a list of messages."
+    )
+    add_special_tokens: bool = Field(
+        False,
+        description="Let the tokenizer add its special tokens to a prompt that is a text, as TRL does since 0.26.",
+    )
     apply_chat_template: bool = Field(
-        False, description="Make of a prompt the user's turn in the tokenizer's chat template, and begin the answer."
+        False,
+        description="Make of a text the user's turn in the tokenizer's chat template, and begin the answer. "
+        "Conversations go through the template anyway.",
+    )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        {}, description="Further arguments of the chat template, such as `enable_thinking: false`."
     )
     system_prompt: str = Field("", description="System turn of the chat template; empty: none.")
     max_prompt_length: int = Field(
@@ -227,9 +231,22 @@ class UpdateConfig(Section):
         description="Responses in a micro-batch of the trainer, if it accumulates gradients: bnpo, an entropy bonus "
         "and top_entropy_quantile average over each of them. 0: all are in one.",
     )
-    reference: Directory = Field("", description="Directory of the reference policy; empty: the base under an adapter.")
-    reward: FunctionName = Field(
-        "exact_match", min_length=1, description="A known reward, `package.module:function`, or `file.py:function`."
+    reference: ModelName = Field(
+        "",
+        description="Reference policy, its directory or its name in the hub cache; empty: the base under an adapter.",
+    )
+    reward: FunctionNames = Field(
+        "exact_match",
+        description="A known reward, `package.module:function`, or `file.py:function`; or a list of these, whose "
+        "weighted sum is the reward.",
+    )
+    reward_weights: list[Annotated[float, Field(ge=-1e9, le=1e9)]] = Field(
+        default_factory=list, max_length=100, description="Weights of several rewards, in their order; []: all 1."
+    )
+    multi_objective_aggregation: Aggregation = Field(
+        "sum_then_normalize",
+        description="Several rewards are summed, and the sum makes the advantages; or each is normalised within its "
+        "group first, and the sum over the batch then (normalize_then_sum).",
     )
     leave_out: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
@@ -237,6 +254,11 @@ class UpdateConfig(Section):
         description="Settings of your trainer, by its own names, that the step here may leave out: what is not "
         "modelled is then warned of, and otherwise refused.",
     )
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The rewards, one or several."""
+        return (self.reward,) if isinstance(self.reward, str) else tuple(self.reward)
 
     @field_validator("loss")
     @classmethod
@@ -277,7 +299,7 @@ class ImportanceConfig(Section):
         [0.0, 0.01, 0.1, 0.3, 1.0, 3.0],
         min_length=1,
         description="Step sizes, in the unit below; 0 is exact.",
-        json_schema_extra=_DISTINCT,
+        json_schema_extra=DISTINCT,
     )
     eta_unit: Literal["learning_rate", "absolute"] = Field(
         "learning_rate", description="Whether step sizes are multiples of the checkpoint's learning rate."
@@ -286,10 +308,10 @@ class ImportanceConfig(Section):
         ["per_decision", "snis"],
         min_length=1,
         description="Estimators of ΔH; each gets its own rows.",
-        json_schema_extra=_DISTINCT,
+        json_schema_extra=DISTINCT,
     )
 
-    _distinct = field_validator("etas", "estimators")(_each_once)
+    _distinct = field_validator("etas", "estimators")(each_once)
 
 
 class VarianceConfig(Section):
@@ -309,10 +331,10 @@ class VarianceConfig(Section):
         ["per_token", "per_sequence"],
         min_length=1,
         description="Entropy per token, per sequence, or both.",
-        json_schema_extra=_DISTINCT,
+        json_schema_extra=DISTINCT,
     )
 
-    _distinct = field_validator("normalizations")(_each_once)
+    _distinct = field_validator("normalizations")(each_once)
 
 
 class ExecutionConfig(Section):
@@ -387,6 +409,12 @@ class ProbeConfig(Section):
         """What is independent in E: responses to one prompt are not, unless the prompt was drawn for each of them."""
         replacement = self.batch_config.E_sampling_mode == "replacement"
         return "sequence" if replacement and self.variance.cluster == "auto" else "prompt"
+
+    @property
+    def splits(self) -> tuple[str, str]:
+        """The splits from which the batches E and U draw prompts."""
+        batch = self.batch_config
+        return batch.E_split or batch.split, batch.U_split or batch.split
 
     @property
     def store_root(self) -> Path:

@@ -33,8 +33,15 @@ SETTINGS = {
     "reward_clip_range": "update.reward_clip_range",
     "normalize_advantages": "update.normalize_advantages",
     "max_grad_norm": "update.max_grad_norm",
+    "chat_template_kwargs": "batch_config.chat_template_kwargs",
+    "reward_weights": "update.reward_weights",
+    "multi_objective_aggregation": "update.multi_objective_aggregation",
 }
 """Setting of the trainer → key of ours. Several make B_U, and with it `update.micro_batch`."""
+
+SPECIAL_TOKENS_SINCE = {"GRPO": "use_bias_correction_kl", "RLOO": "vllm_group_port"}
+"""Kind of trainer → a setting that is as old as its tokenizing texts with the tokenizer's own special tokens: since
+TRL 0.26 (GRPO) and 0.27 (RLOO). Releases before left them out, and none says its number in what it saves."""
 
 OPTIMIZER = {
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
@@ -89,7 +96,6 @@ MODELLED_AT = {
         "warn",
     ),
     # the prompts
-    "chat_template_kwargs": Rule(_is({}), "the chat template was given arguments, which make another prompt"),
     "max_prompt_length": Rule(
         _is(),
         "longer prompts were cut on the left; here they are left out, or whole",
@@ -97,9 +103,6 @@ MODELLED_AT = {
         key="batch_config.max_prompt_length",
     ),
     "max_tool_calling_iterations": Rule(_is(), "responses with tools, of several turns, are not modelled", "warn"),
-    # the rewards
-    "reward_weights": Rule(_is([1.0]), "the reward is a weighted sum of several", "warn", key="update.reward"),
-    "multi_objective_aggregation": Rule(_is("sum_then_normalize"), "each reward was normalised before the sum"),
     # the loss
     "sync_ref_model": Rule(_without_kl(False), "the reference policy followed the policy", key="update.reference"),
     "delta": Rule(lambda value, _: value is None or value > 1, "tokens were clipped on-policy"),

@@ -1,5 +1,6 @@
 """Our settings as the files of a checkpoint say them, and what its trainer does that is not modelled."""
 
+import json
 import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -9,7 +10,14 @@ from entropy_core.checkpoints.model_config import GENERATION
 from entropy_core.checkpoints.trainer_files import TrainerFiles
 from entropy_core.checkpoints.training_args import TRAINING_ARGUMENTS
 from entropy_core.config.trainer_fields import GENERATION as LEFT_OPEN
-from entropy_core.config.trainer_fields import LOSSES, MODELLED_AT, NO_EFFECT, OPTIMIZER, SETTINGS
+from entropy_core.config.trainer_fields import (
+    LOSSES,
+    MODELLED_AT,
+    NO_EFFECT,
+    OPTIMIZER,
+    SETTINGS,
+    SPECIAL_TOKENS_SINCE,
+)
 
 
 class Reading(NamedTuple):
@@ -71,16 +79,46 @@ class _Reader:
     def read(self) -> tuple[list[Reading], list[Difference]]:
         if "max_grad_norm" in self.arguments:
             self._number("max_grad_norm", self.arguments["max_grad_norm"] or 0.0, float)
+        elif self.files.clipping is not None:
+            norm, source = self.files.clipping
+            self.found.append(Reading(SETTINGS["max_grad_norm"], norm, source))
         if self.files.kind in ("GRPO", "RLOO"):
             self._number("temperature", self.arguments.get("temperature"), float)
             self._number("max_completion_length", self.arguments.get("max_completion_length"), int)
             self._number("num_generations", self.arguments.get("num_generations"), int)
             self._prompts_per_step()
+            self._prompts_and_rewards()
             if self.files.kind == "GRPO":
                 self._grpo()
             else:
                 self._rloo()
         return self.found, self.differ
+
+    def _prompts_and_rewards(self) -> None:
+        """How prompts become tokens, and rewards one number."""
+        since = SPECIAL_TOKENS_SINCE[self.files.kind]
+        with_it = since in self.arguments
+        why = f"{self.files.kind} of a release {'with' if with_it else 'without'} {since}"
+        self.found.append(Reading("batch_config.add_special_tokens", with_it, f"{TRAINING_ARGUMENTS} ({why})"))
+        for name, kind, what in (
+            ("chat_template_kwargs", dict, "the chat template was given what cannot be read"),
+            ("reward_weights", list, "the weights of the rewards cannot be read"),
+        ):
+            value = self.arguments.get(name)
+            if isinstance(value, str):  # as a command line has it
+                value = _json(value)
+            if isinstance(value, kind) and _is_json(value):
+                weights = isinstance(value, list)
+                self._say(SETTINGS[name], [float(weight) for weight in value] if weights else value, name)
+            elif value is not None:
+                self.differ.append(
+                    Difference(name, f"the trainer had {name} = {_shown(value)}: {what}", "refuse", SETTINGS[name])
+                )
+        if (how := self.arguments.get("multi_objective_aggregation")) in ("sum_then_normalize", "normalize_then_sum"):
+            self._say("update.multi_objective_aggregation", how, "multi_objective_aggregation")
+        elif how is not None:
+            what = f"the trainer had multi_objective_aggregation = {_shown(how)}, which is not modelled"
+            self.differ.append(Difference("multi_objective_aggregation", what, "refuse", ""))
 
     def _number(self, name: str, value: Any, kind: type) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -206,9 +244,6 @@ def _differences(files: TrainerFiles) -> Iterator[Difference]:
         unknown = sorted(name for name in arguments if name not in KNOWN and not name.startswith("_"))
         if unknown:
             yield Difference("", f"settings of the trainer that are not known here: {', '.join(unknown)}", "warn")
-        if len(files.rewards) > 1 and not arguments.get("reward_weights"):
-            what = f"the trainer summed {len(files.rewards)} rewards ({', '.join(files.rewards)})"
-            yield Difference("", f"{what}; update.reward has to be their sum", "warn", "update.reward")
     elif files.kind:
         what = f"{TRAINING_ARGUMENTS} is of {files.kind}: of its settings only max_grad_norm is read"
         yield Difference("", what, "warn")
@@ -227,6 +262,22 @@ def _waits(files: TrainerFiles) -> bool:
     if control.get("entropy_coef") == 0:
         return True
     return isinstance(entropy, int | float) and isinstance(target, int | float) and entropy > target
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _is_json(value: Any) -> bool:
+    """Whether it is plain values through and through; an inert stand-in is not."""
+    try:
+        json.dumps(value, allow_nan=False)
+        return not isinstance(value, list) or all(isinstance(n, int | float) and abs(n) < 1e9 for n in value)
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _same(same: Any, value: Any, arguments: Mapping[str, Any]) -> bool:

@@ -25,8 +25,9 @@ def pareto_k(weights_N: Tensor) -> float | None:
     if len(weights_N) < FEWEST:
         return None
     log_weights = np.log(weights_N.numpy())
-    tail = np.sort(log_weights)[-math.ceil(min(0.2 * len(log_weights), 3 * math.sqrt(len(log_weights)))) :]
-    if tail[-1] - tail[0] < 1e-12:  # the library refuses equal tail values
+    count = math.floor(min(0.2 * len(log_weights), 3 * math.sqrt(len(log_weights))))
+    below, *tail = np.sort(log_weights)[-count - 1 :]
+    if tail[-1] - tail[0] < 1e-12 or tail[count // 4] - below < 1e-12:  # the library cannot fit ties
         return None
     _, k = array_stats.psislw(-log_weights)  # psislw expects negated log weights
     return float(k)

@@ -1,8 +1,15 @@
-"""Rows of the result table from the columns of the evaluation batch E: prediction, measurement, verdict.
+"""Rows of the result table from the columns of the evaluation batch E: prediction, measurement, verdicts.
 
 θ are the checkpoint's parameters, v is the step per unit of learning rate, η the step size, and U the update batch.
+
+Both the prediction δH₁ and the measured change ΔH have three intervals, for three questions:
+
+    this update   what does the step on this U do?                 randomness of E
+    mean update   what do steps on batches like U do on average?   randomness of E and of U
+    next update   what will the step on another U do?              randomness of E, of U, and of the other U
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,27 +18,43 @@ from torch import Tensor
 
 from entropy_core.estimates import pareto
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
-from entropy_core.numerics import bootstrap, importance, path_integral, uncertainty
+from entropy_core.numerics import bootstrap, half_samples, importance, path_integral, uncertainty, verdicts
 from entropy_core.numerics.bootstrap import BootstrapIntervals
 from entropy_core.numerics.choices import Estimator, Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH
+from entropy_core.numerics.half_samples import HalfSteps, OverU
 from entropy_core.numerics.uncertainty import Estimate
-from entropy_core.numerics.verdicts import verdict
 
 Row = dict[str, Any]
 
 POWER_QUANTILE = uncertainty.normal_quantile(0.6)  # a change of (z + 0.84) SE is detected with probability 80 %
 
 
+LARGEST_CURVATURE = 0.5
+"""Largest |curvature|/|δH₁| at which ΔH has intervals over U: their width is that of δH₁, corrected to first order."""
+
+DRAWS_OF_U = {"mean_update": 1, "next_update": 2}
+"""How many draws of U the estimate and what an interval is for differ by."""
+
+
 class Contributions(NamedTuple):
-    """Influence of each U sequence on ∂_vH, with ∇H from all of E, float64 [P, G], and from each half, [2, P, G]."""
+    """What the randomness of U does to ∂_vH, from first-order-u and half-steps-u.
+
+    Args:
+        whole_PG: influence of each U sequence, with ∇H from all of E, float64 [P, G].
+        halves_2PG: the same with ∇H from each half of E, float64 [2, P, G].
+        steps: the steps on halves of U.
+        informative: number of prompts whose responses have unequal rewards.
+    """
 
     whole_PG: Tensor
     halves_2PG: Tensor
+    steps: HalfSteps
+    informative: int
 
 
 class Derivative(NamedTuple):
-    """∂_vH for one normalisation with its standard errors, all in nats per unit step."""
+    """∂_vH for one normalisation with its standard errors, all in nats per unit step, and what is said of them."""
 
     estimate: Estimate
     of_estimator: dict[Estimator, Estimate]  # the exact derivative of each ΔH estimator at η = 0
@@ -39,10 +62,11 @@ class Derivative(NamedTuple):
     jackknife: float
     bootstrap: BootstrapIntervals
     se_given_u: float
-    se_over_u: float
-    interaction: float
+    linearised: float  # standard error over U, linearised in the gradient
+    over_u: OverU
+    nonlinearity: float
+    informative: int
     units_e: int
-    prompts_u: int
 
 
 def derivative_of(
@@ -64,8 +88,10 @@ def derivative_of(
     Returns:
         The estimate and its standard errors, in nats per unit step.
     """
-    columns = batch.columns
+    columns, (whole_PG, halves_2PG, steps, informative) = batch.columns, contributions
     estimate = uncertainty.entropy_derivative(columns, normalization)
+    linearised = uncertainty.clustered_sum_standard_error(whole_PG)
+    interaction = uncertainty.interaction_variance(whole_PG.sum(1), halves_2PG.sum(2))
     mean_length = float(columns[LENGTH].total_N.mean()) if normalization == "per_token" else 1.0
     return Derivative(
         estimate=estimate,
@@ -79,10 +105,11 @@ def derivative_of(
         jackknife=uncertainty.jackknife_standard_error(columns, normalization, batch.clusters_N),
         bootstrap=bootstrap.intervals(columns, normalization, confidence_level, resamples, batch.clusters_N),
         se_given_u=batch.standard_error(estimate),
-        se_over_u=uncertainty.clustered_sum_standard_error(contributions.whole_PG),
-        interaction=uncertainty.interaction_variance(contributions.whole_PG.sum(1), contributions.halves_2PG.sum(2)),
+        linearised=linearised,
+        over_u=half_samples.over_u(linearised, interaction, steps, len(whole_PG), informative),
+        nonlinearity=steps.nonlinearity,
+        informative=informative,
         units_e=batch.units,
-        prompts_u=len(contributions.whole_PG),
     )
 
 
@@ -97,33 +124,67 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
     Returns:
         Columns of `tables.ESTIMATES`, in nats.
     """
-    total = uncertainty.total_standard_error(
-        derivative.se_given_u, derivative.units_e, derivative.se_over_u, derivative.prompts_u, derivative.interaction
-    )
-    delta_h1 = derivative.estimate.value * eta
-    tail = 0.5 + confidence_level / 2
-    half_total = float(student.ppf(tail, total.degrees_of_freedom)) * total.standard_error * abs(eta)
-    half_given_u = float(student.ppf(tail, derivative.units_e - 1)) * derivative.se_given_u * abs(eta)
+    delta_h1, over_u = derivative.estimate.value * eta, derivative.over_u
     ends = derivative.bootstrap
     percentile, bca = (sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
+    finite = over_u.degrees_of_freedom > 0 and math.isfinite(derivative.nonlinearity)
     return {
         "delta_h1": delta_h1,
         "delta_h1_local": derivative.local * eta,
         "se_given_u": derivative.se_given_u * abs(eta),
         "se_given_u_jackknife": derivative.jackknife * abs(eta),
-        "se_over_u": derivative.se_over_u * abs(eta),
-        "se_interaction": derivative.interaction**0.5 * abs(eta),
-        "se_total": total.standard_error * abs(eta),
-        "ci_low": delta_h1 - half_total,
-        "ci_high": delta_h1 + half_total,
-        "ci_given_u_low": delta_h1 - half_given_u,
-        "ci_given_u_high": delta_h1 + half_given_u,
+        "se_over_u": over_u.standard_error * abs(eta),
+        "se_over_u_linearised": derivative.linearised * abs(eta),
+        "se_interaction": over_u.interaction**0.5 * abs(eta),
+        "nonlinearity_over_u": derivative.nonlinearity if finite else None,
+        "informative_prompts_u": derivative.informative,
+        "interval_over_u": f"no valid interval over U: {over_u.invalid}" if over_u.invalid else "valid",
+        **_intervals("", delta_h1, derivative.se_given_u * abs(eta), derivative, eta, confidence_level)[0],
         "percentile_low": percentile[0],
         "percentile_high": percentile[1],
         "bca_low": bca[0],
         "bca_high": bca[1],
         "confidence_level": confidence_level,
     }
+
+
+def _intervals(
+    prefix: str, value: float, se_given_u: float, derivative: Derivative, eta: float, level: float, widen: float = 1.0
+) -> tuple[Row, Row]:
+    """Compute the three intervals of a change, and the p-values of a change of 0 for this and for the mean update.
+
+    Args:
+        prefix: of the names of the columns.
+        value: the estimate, nats.
+        se_given_u: its standard error over E.
+        derivative: ∂_vH, whose standard error over U, times η, is that of the estimate.
+        eta: absolute step size.
+        level: confidence level.
+        widen: factor of the standard error over U; infinite for none.
+
+    Returns:
+        The columns of the intervals, None where there is no valid one, and p-values by interval.
+    """
+    over_u, scale = derivative.over_u, widen * abs(eta)
+    of_e = uncertainty.Total(se_given_u, float(derivative.units_e - 1))
+    totals: dict[str, uncertainty.Total | None] = {"this_update": of_e}
+    for name, draws in DRAWS_OF_U.items():
+        totals[name] = None
+        if not over_u.invalid and math.isfinite(widen):
+            parts = over_u.standard_error * scale, over_u.degrees_of_freedom + 1, over_u.interaction * scale**2
+            totals[name] = uncertainty.total_standard_error(se_given_u, derivative.units_e, *parts, draws)
+    row: Row = {}
+    p_values: Row = {}
+    for name, total in totals.items():
+        half, p_value = None, None
+        if total is not None:
+            half = float(student.ppf(0.5 + level / 2, total.degrees_of_freedom)) * total.standard_error
+            z = abs(value) / total.standard_error if total.standard_error else math.inf if value else 0.0
+            p_value = float(2 * student.sf(z, total.degrees_of_freedom))
+        row[f"{prefix}{name}_low"] = None if half is None else value - half
+        row[f"{prefix}{name}_high"] = None if half is None else value + half
+        p_values[name] = p_value
+    return row, p_values
 
 
 def change_of(
@@ -162,9 +223,12 @@ def measure(
     eta: float,
     estimator: Estimator,
     noise_floor: float,
-    quantile: float,
+    confidence_level: float,
 ) -> Row:
-    """Compute the columns of a measured change: ΔH, its difference from δH₁, effective sample sizes, and the verdict.
+    """Compute the columns of a measured change: ΔH, its difference from δH₁, its intervals, and the verdicts.
+
+    Rounding errors are those of one draw for the whole batch, so their variance, (noise floor/2)², is added to that of
+    every change measured.
 
     Args:
         batch: E.
@@ -173,44 +237,72 @@ def measure(
         derivative: ∂_vH from `derivative_of`.
         eta: absolute step size.
         estimator: estimator of ΔH.
-        noise_floor: numerical noise of ΔH, nats.
-        quantile: normal quantile of the confidence level.
+        noise_floor: twice the rms of the numerical noise of ΔH, nats.
+        confidence_level: confidence level of the intervals, which use t quantiles.
 
     Returns:
         Columns of `tables.ESTIMATES`; the measured columns are None if weights overflowed.
     """
-    usable = moved_terms.usable
+    usable, N = moved_terms.usable, len(batch)
     ess = importance.effective_sample_size(moved_terms.weights_N) if usable else 0.0
+    k, k_threshold = pareto.pareto_k(moved_terms.weights_N) if usable and eta else None, pareto.threshold(N)
+    quantile = float(student.ppf(0.5 + confidence_level / 2, derivative.units_e - 1))
+
+    def error(estimate: Estimate) -> float:
+        return math.hypot(batch.standard_error(estimate), noise_floor / 2)
+
     prediction = derivative.estimate.scaled(eta)
     difference = change.minus(prediction)
-    curvature = change.minus(derivative.of_estimator[estimator].scaled(eta))
+    of_same = derivative.of_estimator[estimator].scaled(eta)
+    curvature = change.minus(of_same)
+    reliable = usable and verdicts.weights_reliable(ess / N, k, k_threshold)
+    size, bend = abs(prediction.value), curvature.value
+    widen = max(1.0, abs(1 + 2 * bend / prediction.value)) if abs(bend) <= LARGEST_CURVATURE * size > 0 else math.inf
+    if eta == 0:
+        widen = 1.0
+    intervals, p_values = _intervals(
+        "delta_h_", change.value, error(change), derivative, eta, confidence_level, widen if reliable else math.inf
+    )
     measured = {
         "delta_h": change.value,
-        "delta_h_se": batch.standard_error(change),
-        "curvature": curvature.value,
-        "curvature_se": batch.standard_error(curvature),
+        "delta_h_se": error(change),
+        **intervals,
+        "curvature": bend,
+        "curvature_se": error(curvature),
+        "paired_difference": difference.value,
+        "paired_difference_se": error(difference),
+        "minimum_detectable": (quantile + POWER_QUANTILE) * error(change),
+        **{f"p_{name}": p_values[name] for name in ("this_update", "mean_update")},
     }
-    N = len(batch)
-    k, k_threshold = pareto.pareto_k(moved_terms.weights_N) if usable and eta else None, pareto.threshold(N)
-    word, rule = verdict(
+    if not usable:
+        measured = dict.fromkeys(measured)  # weights overflowed
+    ends = ((measured[f"delta_h_{name}_low"], measured[f"delta_h_{name}_high"]) for name in p_values)
+    signs = {f"sign_{name}": verdicts.sign(*pair) for name, pair in zip(p_values, ends, strict=True)}
+    if not reliable:
+        signs = dict.fromkeys(signs, "unknown")
+    above, below = verdicts.bounds(curvature, of_same)
+    shape: verdicts.Linearity = "undecided"
+    if reliable and eta:
+        shape = verdicts.linearity(above.value, error(above), below.value, error(below), quantile)
+    above_rounding = usable and abs(change.value) > noise_floor
+    word, rule = verdicts.verdict(
         eta=eta,
-        delta_h1=prediction.value,
-        noise_floor=noise_floor,
-        quantile=quantile,
-        ess_fraction=ess / N,
-        pareto_k=k,
-        pareto_k_threshold=k_threshold,
-        **measured,
+        weights_reliable=reliable,
+        above_rounding=above_rounding,
+        sign_this_update=signs["sign_this_update"],
+        linearity=shape,
     )
-    measured |= {"paired_difference": difference.value, "paired_difference_se": batch.standard_error(difference)}
     return {
-        **(measured if usable else dict.fromkeys(measured)),  # null if weights overflowed
-        "minimum_detectable": (quantile + POWER_QUANTILE) * measured["delta_h_se"] + noise_floor if usable else None,
+        **measured,
         "ess": ess,
         "ess_fraction": ess / N,
         "ess_prefix": moved_terms.ess_prefix,
         "pareto_k": k,
         "pareto_k_threshold": k_threshold,
+        **signs,
+        "linearity": shape,
+        "above_rounding": above_rounding,
+        "weights_reliable": reliable,
         "verdict": word,
         "rule": rule,
     }

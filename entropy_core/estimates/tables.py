@@ -15,6 +15,20 @@ def _field(name: str, kind: pa.DataType, unit: str, description: str) -> pa.Fiel
 _TEXT, _REAL, _WHOLE = pa.string(), pa.float64(), pa.int64()
 _H = "nats per token (per_token) or per sequence (per_sequence)"
 
+TARGETS = ("for this policy", "for this update", "for the mean update", "for the next update")
+"""What an interval, a standard error or a p-value may be for; the description of its column says which."""
+
+
+def _ends(prefix: str, quantity: str) -> list[pa.Field]:
+    """Both ends of the three intervals of a quantity."""
+    what = {"this": TARGETS[1], "mean": TARGETS[2], "next": TARGETS[3]}
+    return [
+        _field(f"{prefix}{update}_update_{end}", _REAL, _H, f"{side} end of the interval of {quantity} {what[update]}")
+        for update in what
+        for end, side in (("low", "lower"), ("high", "upper"))
+    ]
+
+
 ESTIMATES = pa.schema(
     [
         _field("eta", _REAL, "learning-rate unit", "absolute step size: the policy moves to theta + eta * v"),
@@ -24,43 +38,67 @@ ESTIMATES = pa.schema(
             "estimator", _TEXT, "", "estimator of delta_h: per_decision, weighted_per_decision, snis or path_integral"
         ),
         _field("H", _REAL, _H, "entropy of the policy on E"),
-        _field("H_se", _REAL, _H, "its standard error"),
+        _field("H_se", _REAL, _H, "standard error of H for this policy: over E"),
         _field("mean_length", _REAL, "tokens", "mean response length on E, the EOS token counted"),
         _field("delta_h1", _REAL, _H, "predicted entropy change, first order: eta times the derivative along v"),
         _field("delta_h1_local", _REAL, _H, "part of delta_h1 at fixed prefixes; changed token choices give the rest"),
-        _field("se_given_u", _REAL, _H, "standard error of delta_h1 over E, with the update held fixed"),
-        _field("se_given_u_jackknife", _REAL, _H, "the same by jackknife, one sequence (or prompt) left out at a time"),
-        _field("se_over_u", _REAL, _H, "standard error of delta_h1 over the prompts of U, with E held fixed"),
-        _field("se_interaction", _REAL, _H, "interaction of E and U, contained in both se_given_u and se_over_u"),
-        _field("se_total", _REAL, _H, "sqrt(se_given_u^2 + se_over_u^2 - se_interaction^2): over E and U together"),
-        _field("ci_low", _REAL, _H, "lower end of the interval of delta_h1 over E and U (t quantile)"),
-        _field("ci_high", _REAL, _H, "upper end"),
-        _field("ci_given_u_low", _REAL, _H, "lower end of the interval of delta_h1 with the update held fixed"),
-        _field("ci_given_u_high", _REAL, _H, "upper end"),
-        _field("percentile_low", _REAL, _H, "lower end of the bootstrap interval, update held fixed: percentiles"),
-        _field("percentile_high", _REAL, _H, "upper end"),
-        _field("bca_low", _REAL, _H, "lower end of the bootstrap interval, update held fixed: BCa"),
-        _field("bca_high", _REAL, _H, "upper end"),
+        _field("se_given_u", _REAL, _H, "standard error of delta_h1 for this update: over E, with the step held fixed"),
+        _field(
+            "se_given_u_jackknife", _REAL, _H, "the same for this update by jackknife, one sequence or prompt left out"
+        ),
+        _field("se_over_u", _REAL, _H, "standard error of delta_h1 for the mean update: over U, with E held fixed"),
+        _field(
+            "se_over_u_linearised", _REAL, _H, "the same for the mean update if the step were linear in the gradient"
+        ),
+        _field("se_interaction", _REAL, _H, "E x U interaction for the mean update, in both se_given_u and se_over_u"),
+        _field(
+            "nonlinearity_over_u", _REAL, "1", "how far steps on halves of U are from averaging to the step; 0: linear"
+        ),
+        _field("informative_prompts_u", _WHOLE, "prompts", "prompts of U whose responses have unequal rewards"),
+        _field("interval_over_u", _TEXT, "", "valid, or: no valid interval over U, and why; then none is given"),
+        *_ends("", "delta_h1"),
+        _field(
+            "percentile_low", _REAL, _H, "lower end of the bootstrap interval of delta_h1 for this update: percentiles"
+        ),
+        _field("percentile_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update"),
+        _field("bca_low", _REAL, _H, "lower end of the bootstrap interval of delta_h1 for this update: BCa"),
+        _field("bca_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update: BCa"),
         _field("confidence_level", _REAL, "1", "confidence level of every interval in this row"),
         _field("delta_h", _REAL, _H, "measured entropy change, by importance sampling on the same E"),
-        _field("delta_h_se", _REAL, _H, "its standard error over E, with the update held fixed"),
+        _field("delta_h_se", _REAL, _H, "standard error of delta_h for this update: over E, and of rounding"),
+        *_ends("delta_h_", "delta_h"),
         _field("curvature", _REAL, _H, "delta_h minus eta times the derivative of the same estimator on the same E"),
-        _field("curvature_se", _REAL, _H, "its standard error, of order eta squared"),
+        _field("curvature_se", _REAL, _H, "its standard error for this update, and of rounding"),
         _field("paired_difference", _REAL, _H, "delta_h - delta_h1; the curvature when the estimator is per_decision"),
-        _field("paired_difference_se", _REAL, _H, "its standard error; both share E, so most of the noise cancels"),
+        _field("paired_difference_se", _REAL, _H, "its standard error for this update (both share E), and of rounding"),
         _field("ess", _REAL, "sequences", "effective sample size of the whole-sequence weights"),
         _field("ess_fraction", _REAL, "1", "ess / n_sequences"),
         _field("ess_prefix", _REAL, "sequences", "smallest effective sample size of the prefix weights at a position"),
         _field("pareto_k", _REAL, "1", "Pareto k of the whole-sequence weights: how heavy their tail is"),
         _field("pareto_k_threshold", _REAL, "1", "largest k at which a mean of that many weights can be trusted"),
-        _field("minimum_detectable", _REAL, _H, "smallest |delta_h| that this E detects with probability 80 %"),
+        _field(
+            "minimum_detectable",
+            _REAL,
+            _H,
+            "smallest |delta_h| of this update that this E detects with probability 80 %",
+        ),
         _field(
             "noise_floor",
             _REAL,
             _H,
             "twice the rms of the delta_h that rounding alone produces; 0 for path_integral",
         ),
-        _field("verdict", _TEXT, "", "reference, resolved, noise-limited, nonlinear or weights-unreliable"),
+        _field("p_this_update", _REAL, "1", "p-value of delta_h = 0 for this update (t test)"),
+        _field("p_mean_update", _REAL, "1", "p-value of delta_h = 0 for the mean update (t test)"),
+        _field("sign_this_update", _TEXT, "", "sign of all of the interval of delta_h for this update, or unknown"),
+        _field("sign_mean_update", _TEXT, "", "sign of all of the interval of delta_h for the mean update, or unknown"),
+        _field("sign_next_update", _TEXT, "", "sign of all of the interval of delta_h for the next update, or unknown"),
+        _field("linearity", _TEXT, "", "|curvature| below 5 % of |delta_h1|: linear; above: nonlinear; or undecided"),
+        _field("above_rounding", pa.bool_(), "", "whether |delta_h| is above noise_floor"),
+        _field("weights_reliable", pa.bool_(), "", "ESS/N of at least 1/2, and a light tail or nearly equal weights"),
+        _field(
+            "verdict", _TEXT, "", "reference, weights-unreliable, noise-limited, nonlinear or resolved, in this order"
+        ),
         _field("rule", _TEXT, "", "the rule that gave the verdict"),
         _field("n_sequences", _WHOLE, "sequences", "size of E"),
         _field("n_prompts_u", _WHOLE, "prompts", "size of U"),
@@ -95,18 +133,18 @@ LINEARITY = pa.schema(
         _field("estimator", _TEXT, "", "estimator of delta_h"),
         _field("etas", _WHOLE, "step sizes", "number of step sizes in the fit of delta_h/eta against eta"),
         _field("derivative", _REAL, _PER_STEP, "derivative of the estimator at eta = 0, by forward mode"),
-        _field("derivative_se", _REAL, _PER_STEP, "its standard error"),
+        _field("derivative_se", _REAL, _PER_STEP, "its standard error for this update"),
         _field("intercept", _REAL, _PER_STEP, "delta_h/eta as eta tends to 0"),
-        _field("intercept_se", _REAL, _PER_STEP, "its standard error"),
+        _field("intercept_se", _REAL, _PER_STEP, "its standard error for this update"),
         _field(
             "difference",
             _REAL,
             _PER_STEP,
             "intercept minus derivative: orders that are missing from the fit",
         ),
-        _field("difference_se", _REAL, _PER_STEP, "its standard error; both share E, so most of the noise cancels"),
+        _field("difference_se", _REAL, _PER_STEP, "its standard error for this update; both share E"),
         _field("curvature", _REAL, "nats per squared unit", "coefficient of eta: half the second derivative"),
-        _field("curvature_se", _REAL, "nats per squared unit", "its standard error"),
+        _field("curvature_se", _REAL, "nats per squared unit", "its standard error for this update"),
     ]
 )
 
@@ -117,11 +155,11 @@ ETA_PAIRS = pa.schema(
         _field("eta", _REAL, "learning-rate unit", "step size, measured at +eta and -eta"),
         _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
         _field("odd", _REAL, _H, "(delta_h(eta) - delta_h(-eta))/2: the first order, even orders cancelled"),
-        _field("odd_se", _REAL, _H, "its standard error"),
+        _field("odd_se", _REAL, _H, "its standard error for this update"),
         _field("odd_remainder", _REAL, _H, "odd minus eta times the derivative: third order"),
-        _field("odd_remainder_se", _REAL, _H, "its standard error"),
+        _field("odd_remainder_se", _REAL, _H, "its standard error for this update"),
         _field("even", _REAL, _H, "(delta_h(eta) + delta_h(-eta))/2: the second order, odd orders cancelled"),
-        _field("even_se", _REAL, _H, "its standard error"),
+        _field("even_se", _REAL, _H, "its standard error for this update"),
     ]
 )
 
@@ -130,11 +168,16 @@ REPLICATES = pa.schema(
         _field("normalization", _TEXT, "", "per_token or per_sequence"),
         _field("seed", _WHOLE, "", "seed of the E batch; the other tables use the first batch"),
         _field("delta_h1", _REAL, _H, "prediction at the learning rate from this E batch alone"),
-        _field("se_given_u", _REAL, _H, "its standard error"),
+        _field("se_given_u", _REAL, _H, "its standard error for this update"),
         _field("replicates", _WHOLE, "batches", "number of independent E batches"),
         _field("mean", _REAL, _H, "mean prediction over all E batches"),
-        _field("mean_se", _REAL, _H, "its standard error, from the spread of the predictions"),
-        _field("p_value", _REAL, "1", "chi-squared test that the predictions differ only by their standard errors"),
+        _field("mean_se", _REAL, _H, "its standard error for this update, from the spread of the predictions"),
+        _field(
+            "p_value",
+            _REAL,
+            "1",
+            "p-value for this update: the predictions differ only by their standard errors (chi-squared)",
+        ),
     ]
 )
 
@@ -163,6 +206,31 @@ def of_checkpoints(schema: pa.Schema) -> pa.Schema:
 RESULTS = of_checkpoints(ESTIMATES)
 TABLES = {"linearity": LINEARITY, "eta_pairs": ETA_PAIRS, "replicates": REPLICATES, "predictors": PREDICTORS}
 """The tables other than the estimates, by file name."""
+
+AGREEMENT = of_checkpoints(
+    pa.schema(
+        [
+            _field("quantity", _TEXT, "", "what is compared: the name of a column of results.parquet, or kl"),
+            _field("trainer", _REAL, "", "what the trainer logged: a line through its values near this step; or null"),
+            _field("probe", _REAL, "", "what the probe measures on U, or on U and E, in the same unit"),
+            _field(
+                "standard_error",
+                _REAL,
+                "",
+                "of the difference: of the probe over prompts, and of the trainer over its own batches; null if exact",
+            ),
+            _field("z", _REAL, "1", "(probe - trainer) / standard_error"),
+            _field(
+                "verdict",
+                _TEXT,
+                "",
+                "agrees, disagrees, not logged, or not comparable (batches or groups of another size, or one value)",
+            ),
+            _field("explained_by", _TEXT, "", "known mistake of a logged entropy that gives the trainer's; or null"),
+        ]
+    )
+)
+"""What the trainer logged beside what the probe measures; one table for all checkpoints."""
 
 
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:

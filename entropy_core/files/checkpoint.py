@@ -1,9 +1,11 @@
 """The files of a checkpoint directory: which ones count, and digests of what they contain.
 
-    find_checkpoints    glob patterns and run directories → checkpoints, by step
-    checkpoint_digest   one digest of every file that a result depends on
-    weights_digest      one digest of the files that the policy depends on
-    tokenizer_digest    one digest of the files that the tokenizer is made of
+    find_checkpoints     glob patterns and run directories → checkpoints, by step
+    checkpoint_digest    one digest of every file that a result depends on
+    optimizer_digest     one digest of the optimizer's state, be it a file or a folder of shards
+    weights_digest       one digest of the files that the policy depends on
+    description_digest   the same without the weights, where these are in shards
+    tokenizer_digest     one digest of the files that the tokenizer is made of
 
 Which files make a checkpoint is said in `checkpoints.layout`. No result depends on `training_args.bin`: what it says of
 the settings is in the keys of what was made with them.
@@ -30,12 +32,34 @@ SAVE_AGAIN = "save the checkpoint again, or probe another one"
 TRAINER_FILES = ("optimizer.pt", "optimizer_param_names.json", "trainer_state.json", "training_info.json")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "generation_config.json")
 BYSTANDERS = (
-    *("training_args.bin", "rng_state*", "random_states_*", "scheduler.pt", "scaler.pt"),  # to resume a training
+    *(
+        "training_args.bin",
+        "rng_state*",
+        "extra_state_world_size_*",
+        "random_states_*",
+        "scheduler.pt",
+        "scaler.pt",
+    ),  # to resume a training
     *("events.out.tfevents.*", "*.log", "*_results.json", "latest", "zero_to_fp32.py"),  # beside it
     *("*.bin", "*.bin.index.json", "*.pkl", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"),  # never read
     *("README*", "*.md", "LICENSE*", "NOTICE*", "*.png", "*.html", "*.py", ".*", "*~", "*.tmp", "*.lock"),  # for people
 )
 """Files on which no result depends. All others count, for a tokenizer may be made of files of any name."""
+
+SHARDS = (
+    *("*.distcp", ".metadata", "*_optim_states.pt", "*_model_states.pt"),
+    *("model_world_size_*_rank_*.pt", "optim_world_size_*_rank_*.pt"),
+)
+"""Files of trainers that shard."""
+STATE_FILES = ("optimizer.bin", "pytorch_model_fsdp.bin", "latest", "trainer_state.json", *SHARDS)
+STATE_FOLDERS = (
+    *("", "optimizer_[0-9]*", "pytorch_model_fsdp_[0-9]*", "global_step[0-9]*", "actor", "policy", "trainer"),
+    *("optimizer", "weights", "policy/optimizer", "policy/weights"),
+)
+"""Where trainers that write no `optimizer.pt` have their state, see `checkpoints.layouts.places`."""
+
+_INSIDE = {"actor", "policy", "trainer", "model"}
+"""Folders of a checkpoint whose number is in the name of the folder above."""
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 
@@ -47,7 +71,8 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
         patterns: directories or glob patterns (`**` included), absolute or relative to the working directory.
 
     Returns:
-        The directories, by the trailing integer of their name (100 after 20; names without one last), then by path.
+        The directories, by the trailing integer of their name (100 after 20; names without one last), then by path. Of
+        `global_step_100/actor` the folder above has the name.
 
     Raises:
         CheckpointError: a pattern matches no directory.
@@ -66,18 +91,36 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
                 found.setdefault(directory.resolve(), directory)
 
     def by_step(path: Path) -> tuple[float, str]:
-        digits = re.search(r"\d+$", path.resolve().name)
-        return (int(digits[0]) if digits else math.inf), str(path)
+        step = step_in_name(path)
+        return (math.inf if step is None else step), str(path)
 
     return sorted(found.values(), key=by_step)
 
 
 def _checkpoints_of_run(directory: Path) -> list[Path]:
-    """The checkpoints in a run directory; none in any other. A trainer saves its last model beside them, too."""
+    """The checkpoints in a run directory; none in any other. A trainer saves its last model beside them, too.
+
+    Of the Trainer and accelerate `checkpoint-N`, of verl and SkyRL `global_step_N`, of NeMo-RL and prime-rl `step_N`,
+    of torchtitan `step-N`. A DeepSpeed `global_stepN` is a part of one checkpoint.
+    """
     if any((directory / name).exists() for name in TRAINER_FILES):
         return []
-    inside = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    inside = [
+        path for path in directory.iterdir() if re.fullmatch(r"(checkpoint[-_]|global_step_|step[-_])\d+", path.name)
+    ]
     return sorted(path for path in inside if path.is_dir())
+
+
+def checkpoint_name(directory: Path) -> str:
+    """What to call a checkpoint: the name of its folder, or of the one above where that one has the number."""
+    path = directory.resolve()
+    return path.parent.name if path.name in _INSIDE and re.search(r"\d$", path.parent.name) else path.name
+
+
+def step_in_name(directory: Path) -> int | None:
+    """The number that the name of a checkpoint ends in; None where it ends in none."""
+    digits = re.search(r"\d+$", checkpoint_name(directory))
+    return int(digits[0]) if digits else None
 
 
 def require_directory(directory: Path) -> None:
@@ -159,11 +202,68 @@ def checkpoint_digest(directory: Path) -> str:
         CheckpointError: as `file_digests` does.
     """
     directory = Path(directory)
-    digests = file_digests(directory)
+    digests = file_digests(directory) | _state_digests(directory)
     model = model_directory(directory)
     if model != directory:
         digests |= {f"model/{name}": digest for name, digest in file_digests(model, TRAINER_FILES).items()}
     return _sha256(digests)
+
+
+def optimizer_digest(path: Path) -> str:
+    """One digest of the optimizer's state.
+
+    Args:
+        path: `optimizer.pt`, or what a trainer has in its place: a file, or a folder with shards.
+
+    Returns:
+        The SHA-256 of the file; or of the canonical JSON of the digests of the shards.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    if not path.is_dir():
+        return file_digest(path)
+    shards = sorted(file for pattern in SHARDS for file in path.glob(pattern) if file.is_file())
+    return _sha256({file.name: file_digest(file) for file in shards})
+
+
+def _state_digests(directory: Path) -> dict[str, str]:
+    """Of the files of a trainer that shards or gathers; none where there is an `optimizer.pt`."""
+    if (directory / "optimizer.pt").exists():
+        return {}
+    found = {
+        file
+        for folder in STATE_FOLDERS
+        for place in (directory.glob(folder) if folder else [directory])
+        for pattern in STATE_FILES
+        for file in place.glob(pattern)
+        if file.is_file()
+    }
+    try:
+        return {file.relative_to(directory).as_posix(): file_digest(file) for file in sorted(found)}
+    except OSError as error:
+        fact = f"a file of {directory} cannot be read: {one_line(error)}"
+        raise shortage(error) or CheckpointError(fact, fix=SAVE_AGAIN) from error
+
+
+def description_digest(directory: Path) -> str:
+    """One digest of the files that a model without its weights is made of: its configuration and its tokenizer.
+
+    Args:
+        directory: of a model.
+
+    Returns:
+        The SHA-256 of the canonical JSON of the digests of these files.
+
+    Raises:
+        CheckpointError: as `file_digests` does.
+    """
+    return _sha256(description_files(directory))
+
+
+def description_files(directory: Path) -> dict[str, str]:
+    """The files of `description_digest`, each with its own. Raises CheckpointError as `file_digests` does."""
+    return file_digests(directory, (*TRAINER_FILES, *SHARDS, "*.safetensors", "*.safetensors.index.json"))
 
 
 def weights_digest(directory: Path) -> str:
@@ -193,7 +293,7 @@ def tokenizer_digest(directory: Path) -> str:
     Raises:
         CheckpointError: as `file_digests` does.
     """
-    return _sha256(file_digests(directory, (*TRAINER_FILES, *WEIGHT_FILES)))
+    return _sha256(file_digests(directory, (*TRAINER_FILES, *WEIGHT_FILES, *SHARDS)))
 
 
 def _sha256(digests: dict[str, str]) -> str:

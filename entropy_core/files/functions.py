@@ -1,17 +1,21 @@
 """Load functions that a user names in the configuration: `file.py:function`, or `package.module:function`.
 
 They are loaded and called in a separate process, see `isolation`; the file that defines a function is found without
-running any of it. Results are keyed by the content of that file. Every load therefore executes the source file again,
-because a cached import or bytecode may be older than the file.
+running any of it, and so are the modules beside it that it imports. Results are keyed by the content of these files.
+Every load therefore executes the source file again, because a cached import or bytecode may be older than the file.
 """
 
+import ast
 import importlib
 import importlib.util
+import os
 import pkgutil
 import re
 import sys
+import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,10 +94,96 @@ def source_file(what: str, name: str, known: Mapping[str, Any]) -> Path | None:
     return file
 
 
+def imported_files(file: Path) -> dict[str, Path]:
+    """The modules beside a user's file that it imports, and those that they import, found without running any.
+
+    A module is beside a file if it lies in the file's folder, or in the folder that the file's package is in: what an
+    `import` statement finds there. What is installed is known by its release, and what is imported otherwise is not
+    found.
+
+    Args:
+        file: of the user.
+
+    Returns:
+        Path of each by its path relative to the file's folder, without the file itself.
+    """
+    if _is_installed(file):
+        return {}
+    found: dict[str, Path] = {}
+    ahead = [file]
+    package = file.parent
+    while (package / "__init__.py").is_file() and package != package.parent:  # executed before what is in it
+        ahead, package = [*ahead, package / "__init__.py"], package.parent
+    found |= {os.path.relpath(path, file.parent): path for path in ahead[1:] if path != file}
+    while ahead:
+        for other in _imports_of(ahead.pop(), file):
+            name = os.path.relpath(other, file.parent)
+            if name not in found and other != file:
+                found[name] = other
+                ahead.append(other)
+    return dict(sorted(found.items()))
+
+
+def _is_installed(file: Path) -> bool:
+    """Whether a file belongs to a library, which is known by its release."""
+    in_library = {"site-packages", "dist-packages"} & set(file.parts)
+    return bool(in_library) or file.is_relative_to(sysconfig.get_path("stdlib"))
+
+
+def _imports_of(module: Path, file: Path) -> Iterator[Path]:
+    """The files beside `file` that the import statements of one module name."""
+    try:
+        tree = ast.parse(module.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # it cannot be imported either, which says so then
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                for folder in _search_path(file):
+                    yield from _files_of(folder, alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            parts = node.module.split(".") if node.module else []
+            folders = [module.parents[node.level - 1]] if node.level else _search_path(file)
+            for folder in folders:
+                yield from _files_of(folder, parts)
+                for alias in node.names:
+                    yield from _files_of(folder, [*parts, alias.name])
+
+
+def _files_of(folder: Path, parts: list[str]) -> Iterator[Path]:
+    """The files that an import of a dotted name executes, if it is found in a folder."""
+    for count in range(1, len(parts) + 1):
+        stem = Path(folder, *parts[:count])
+        yield from filter(Path.is_file, (stem / "__init__.py", stem.with_name(f"{stem.name}.py")))
+
+
+def _search_path(file: Path) -> list[Path]:
+    """Where a user's file finds what lies beside it: its folder, and the folder that its package is in."""
+    top = file.parent
+    while (top / "__init__.py").is_file() and top != top.parent:
+        top = top.parent
+    return list(dict.fromkeys([file.parent, top]))
+
+
+def release_of(name: str, known: Mapping[str, Any]) -> str:
+    """The installed distribution that a `package.module:function` is in, with its version; empty for the user's own."""
+    top = name.partition(":")[0].partition(".")[0]
+    if name in known or name.rpartition(":")[0].endswith(".py"):
+        return ""
+    try:
+        return f"{top} {metadata.version(top.replace('_', '-'))}"
+    except (metadata.PackageNotFoundError, ValueError):
+        return ""
+
+
 def line_of(error: BaseException, file: Path) -> str:
-    """Where in a file an exception was raised, or what raised it was called: `file:line`; empty for nowhere."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    return f"{file}:{lines[-1]}" if lines else ""
+    """Where in a user's file an exception was raised, or what raised it was called: `file:line`; empty for nowhere.
+
+    The innermost line, be it in the file itself or in a module beside it that it imports.
+    """
+    own = {str(path) for path in (file, *imported_files(file).values())}
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in own]
+    return f"{lines[-1].filename}:{lines[-1].lineno}" if lines else ""
 
 
 def first_line_of(function: Any, file: Path) -> str:
@@ -129,13 +219,27 @@ def _file(module_name: str) -> Path:
 
 def _import(what: str, module_name: str) -> Any:
     if module_name.endswith(".py"):
-        stem = re.sub(r"\W", "_", _file(module_name).stem)
-        return _execute(f"user_{what}_{stem}", "", _file(module_name))
+        file = _file(module_name)
+        beside = _search_path(file)
+        sys.path[:0] = [str(folder) for folder in beside if str(folder) not in sys.path]
+        package = ".".join(file.parent.relative_to(beside[-1]).parts) if _imports_relatively(file) else ""
+        if package:
+            importlib.import_module(package)
+        return _execute(f"user_{what}_{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}", package, file)
     module = importlib.import_module(module_name)
-    file = getattr(module, "__file__", None) or ""
-    if not file.endswith(".py") or module_name.partition(".")[0] == __name__.partition(".")[0]:
+    origin = getattr(module, "__file__", None) or ""
+    if (
+        not origin.endswith(".py")
+        or _is_installed(Path(origin))
+        or module_name.partition(".")[0] == __name__.partition(".")[0]
+    ):
         return module
-    return _execute(module_name, module.__package__ or "", Path(file))
+    return _execute(module_name, module.__package__ or "", Path(origin))
+
+
+def _imports_relatively(file: Path) -> bool:
+    tree = ast.parse(file.read_bytes(), str(file))
+    return any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
 
 
 def _execute(name: str, package: str, file: Path) -> ModuleType:

@@ -14,7 +14,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from entropy_core.errors import CheckpointError, ConfigError, ProbeError
-from entropy_core.files.checkpoint import checkpoint_digest, tokenizer_digest, weights_digest
+from entropy_core.files.checkpoint import (
+    checkpoint_digest,
+    description_digest,
+    optimizer_digest,
+    tokenizer_digest,
+    weights_digest,
+)
 from entropy_core.files.digests import Identity, file_digest, with_identities
 
 Stamps = dict[Path, tuple[frozenset[Identity], ...]]
@@ -32,6 +38,9 @@ class Sources(dict[str, Path]):
         )
 
 
+_DATA = {".parquet", ".arrow", ".json", ".jsonl", ".csv", ".gz"}
+
+
 def content_digest(path: Path) -> str:
     """Content digest of a file; of a folder, that of the data files in it by their names, wherever the folder lies.
 
@@ -46,12 +55,14 @@ def content_digest(path: Path) -> str:
     """
     if not path.is_dir():
         return file_digest(path)
-    files = sorted(file for file in path.rglob("*") if file.suffix in {".parquet", ".arrow", ".json"})
+    files = sorted(file for file in path.rglob("*") if file.suffix in _DATA)
+    if not any(file.suffix == ".arrow" for file in files):  # the card says which of them belong to which split
+        files += [file for file in (path / "README.md",) if file.is_file()]
     digests = {file.relative_to(path).as_posix(): file_digest(file) for file in files if file.is_file()}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-DIGESTS = (tokenizer_digest, weights_digest, checkpoint_digest, content_digest)
+DIGESTS = (tokenizer_digest, description_digest, weights_digest, optimizer_digest, checkpoint_digest, content_digest)
 """What a file or a folder can be known by, the cheapest first."""
 
 

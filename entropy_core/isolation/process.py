@@ -28,6 +28,7 @@ log = logging.getLogger("entropy_probe.user_code")
 SLACK = 20.0
 """Seconds for what is not the user's: an interpreter to start, and the end of what was stopped."""
 
+# -B: bytecode that is written here could be taken for that of a file that was edited within the same second
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); "
     "from entropy_core.isolation.guard import main; main(int(sys.argv.pop(1)))"
@@ -108,7 +109,7 @@ def _run(task: bytes, seconds: float) -> tuple[int, bytes, bytes]:
     path = [folder for folder in sys.path if isinstance(folder, str)]  # as Python itself leaves others out
     try:
         guard = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, json.dumps(path), str(read)],
+            [sys.executable, "-B", "-c", _BOOT, json.dumps(path), str(read)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -41,11 +41,19 @@ def token_coefficients(name: str, batch: LossBatch, isolation: Isolation = _DEFA
             passed a limit, or ended its process.
         ConfigError: there is no such function.
     """
+    return coefficients_of_each(name, [batch], isolation)[0]
+
+
+def coefficients_of_each(
+    name: str, batches: Sequence[LossBatch], isolation: Isolation = _DEFAULT_LIMITS
+) -> list[TokenPair]:
+    """`token_coefficients` of several batches; a function of the user is called in one process for all of them."""
     if name in LOSSES:
-        return functions.coefficients_of(name, LOSSES[name], batch)
-    shapes = dict.fromkeys(TokenPair._fields, batch.logprobs_K.shape)
-    found = TokenPair(**_called_apart(isolation, name, _coefficients_apart, (name, batch), shapes))
-    return functions.require_finite(name, found, batch)
+        return [functions.coefficients_of(name, LOSSES[name], batch) for batch in batches]
+    shapes = {f"{i}.{part}": b.logprobs_K.shape for i, b in enumerate(batches) for part in TokenPair._fields}
+    found = _called_apart(isolation, name, _coefficients_apart, (name, list(batches)), shapes)
+    pairs = [TokenPair(*(found[f"{i}.{part}"] for part in TokenPair._fields)) for i in range(len(batches))]
+    return [functions.require_finite(name, pair, batch) for pair, batch in zip(pairs, batches, strict=True)]
 
 
 def influences(
@@ -133,8 +141,10 @@ def _with_threads(function: Callable[..., bytes], threads: int, *arguments: Any)
     return function(*arguments)
 
 
-def _coefficients_apart(name: str, batch: LossBatch) -> bytes:
-    return safetensors.save(_plain(functions.coefficients_of(name, load_loss(name), batch)._asdict()))
+def _coefficients_apart(name: str, batches: Sequence[LossBatch]) -> bytes:
+    loss = load_loss(name)
+    found = [functions.coefficients_of(name, loss, batch)._asdict() for batch in batches]
+    return safetensors.save(_plain({f"{i}.{part}": t for i, pair in enumerate(found) for part, t in pair.items()}))
 
 
 def _influences_apart(name: str, batch: LossBatch, pairs: Sequence[TokenPair]) -> bytes:

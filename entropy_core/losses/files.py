@@ -4,9 +4,12 @@
 number of tokens.
 """
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from entropy_core.files import functions as user_functions
 from entropy_core.losses.spec import LossSpec
@@ -36,6 +39,11 @@ def name_of(execution: "Execution", loss: str, source: str) -> str:
     return user_functions.in_file(loss, execution.paths[source] if source else None)
 
 
+def as_numbers(rewards: Sequence[float | None]) -> Tensor:
+    """Rewards as a table has them, float64 [N]; NaN for a response that no function rewarded."""
+    return torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
+
+
 def write_tokens(out: "Writer", tokens: TokenTable, coefficients: TokenPair) -> None:
     """Write the per-token inputs of a loss and its gradient to `loss.safetensors`.
 
@@ -61,10 +69,50 @@ def read_batch(update: "Artifact", sequences: TokenTable) -> tuple[LossBatch, To
     Raises:
         StoreError: the step was computed from other sequences.
     """
+    whole, coefficients = _read(update, sequences)
+    return whole.batch(), coefficients
+
+
+def read_parts(update: "Artifact", sequences: TokenTable, parts_P: Sequence[Tensor]) -> list[LossBatch]:
+    """Load some of the prompts of U as if they were all, with the advantages and denominators that they then have.
+
+    Args:
+        update: artifact of compute-update.
+        sequences: token table of the sequences of U.
+        parts_P: whether each prompt is in a part, bool [P].
+
+    Returns:
+        The batch of each part.
+
+    Raises:
+        StoreError: the step was computed from other sequences.
+    """
+    whole, _ = _read(update, sequences)
+    return [whole.batch(part_P) for part_P in parts_P]
+
+
+class _Inputs(NamedTuple):
+    """What the loss of a step was made of."""
+
+    spec: LossSpec
+    tokens: TokenTable
+    rewards_PG: Tensor
+    truncated_N: Tensor
+
+    def batch(self, part_P: Tensor | None = None) -> LossBatch:
+        """U, or the part of it that answers some of the prompts."""
+        if part_P is None:
+            return self.spec.batch(self.tokens, self.rewards_PG, self.truncated_N)
+        chosen_N = part_P.repeat_interleave(self.rewards_PG.shape[1]).nonzero().squeeze(1)
+        return self.spec.batch(self.tokens.select(chosen_N), self.rewards_PG[part_P], self.truncated_N[chosen_N])
+
+
+def _read(update: "Artifact", sequences: TokenTable) -> tuple[_Inputs, TokenPair]:
     spec, table = LossSpec(**update.summary["loss"]), update.table("sequences.parquet")
     names = ["logprobs", "entropies", "coefficient", "entropy_coefficient"]
     names += ["reference_logprobs"] if spec.kl_beta else []
     tokens = sequences.join(read_tokens([update], *names, file=_FILE))
-    rewards_PG = torch.tensor(table["reward"].to_pylist(), dtype=torch.float64).view(update.summary["prompts"], -1)
-    batch = spec.batch(tokens, rewards_PG, torch.tensor(table["truncated"].to_pylist()))
-    return batch, TokenPair(tokens["coefficient"], tokens["entropy_coefficient"])
+    rewards_PG = as_numbers(table[spec.reward_column].to_pylist()).view(update.summary["prompts"], -1)
+    truncated_N = torch.tensor(table["truncated"].to_pylist())
+    coefficients = TokenPair(tokens["coefficient"], tokens["entropy_coefficient"])
+    return _Inputs(spec, tokens, rewards_PG, truncated_N), coefficients

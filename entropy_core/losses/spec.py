@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from entropy_core.numerics.advantages import group_advantages, standardised
+from entropy_core.numerics.advantages import Aggregation, group_advantages, standardised
 from entropy_core.numerics.loss_batch import LossBatch, Objective, micro_batches
 from entropy_core.store.columns import TokenTable
 
@@ -17,12 +17,14 @@ class LossSpec(BaseModel):
     Attributes:
         name: of the loss; of a user's `file.py:function`, the function alone.
         source: digest of the file that defines it; empty for a loss of this package.
+        imports: digests of the modules beside that file that it imports, by their paths relative to it.
         scale_rewards: the standard deviation that advantages are divided by.
         max_new_tokens: where responses are cut; the constant length of `dr_grpo`.
         kl_beta: β of the KL term; 0 for none.
         kl_in: `loss`, or `reward`: then −β Σ_k (ℓ_k − ℓ_ref,k) is added to the reward of a response instead.
         use_bias_correction_kl, importance_sampling_level, top_entropy_quantile, entropy_coef: see `Objective`.
         epsilon_high: cap of the weights of `cispo`; 0 for none.
+        multi_objective_aggregation: normalize_then_sum: rewards are sums of what was normalised within groups.
         reward_clip_range: lower and upper bound of rewards; empty for none.
         normalize_advantages: advantages are standardised over the batch, after everything else.
         mask_truncated_completions: responses that were cut do not count in the loss, but in the advantages of others.
@@ -34,6 +36,7 @@ class LossSpec(BaseModel):
 
     name: str
     source: str = ""
+    imports: dict[str, str] = Field({})
     scale_rewards: Literal["group", "batch", "none"]
     max_new_tokens: int = Field(ge=1)
     kl_beta: float = Field(0.0, ge=0)
@@ -43,6 +46,7 @@ class LossSpec(BaseModel):
     top_entropy_quantile: float = Field(1.0, gt=0, le=1)
     entropy_coef: float = 0.0
     epsilon_high: float = Field(0.0, ge=0)
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"
     reward_clip_range: list[float] = Field([], max_length=2)
     normalize_advantages: bool = False
     mask_truncated_completions: bool = False
@@ -61,12 +65,18 @@ class LossSpec(BaseModel):
             epsilon_high=self.epsilon_high or None,
         )
 
+    @property
+    def reward_column(self) -> str:
+        """The column of the rewards that advantages are made of."""
+        return "reward" if self.multi_objective_aggregation == "sum_then_normalize" else "normalised_reward"
+
     def batch(self, tokens: TokenTable, rewards_PG: Tensor, truncated_N: Tensor) -> LossBatch:
         """U as the loss sees it, at the policy that sampled it.
 
         Args:
             tokens: logprobs and entropies, nats; reference_logprobs with a KL term.
-            rewards_PG: float64 [P, G].
+            rewards_PG: float64 [P, G], of `reward_column`; NaN for a response without a reward, which counts with
+                advantage 0.
             truncated_N: bool [N], whether a response was cut.
 
         Returns:
@@ -80,8 +90,8 @@ class LossSpec(BaseModel):
             tokens["logprobs"],
             tokens["entropies"],
             tokens.offsets_N1,
-            rewards_PG,
-            rewards_PG,
+            rewards_PG.nan_to_num(nan=0.0),
+            rewards_PG.nan_to_num(nan=0.0),
             max_new_tokens=self.max_new_tokens,
             reference_logprobs_K=tokens.columns.get("reference_logprobs"),
             mask_K=mask_K,
@@ -92,5 +102,8 @@ class LossSpec(BaseModel):
         if self.kl_beta and self.kl_in == "reward" and plain.reference_logprobs_K is not None:
             kl_N = plain.sequence_sum(plain.logprobs_K - plain.reference_logprobs_K)
             scored_PG = scored_PG - self.kl_beta * kl_N.view_as(rewards_PG)
-        advantages_PG = group_advantages(scored_PG, rule, self.scale_rewards)
-        return plain.with_advantages(standardised(advantages_PG) if self.normalize_advantages else advantages_PG)
+        in_groups = self.multi_objective_aggregation == "sum_then_normalize"
+        advantages_PG = group_advantages(scored_PG, rule, self.scale_rewards) if in_groups else scored_PG
+        if self.normalize_advantages or not in_groups:
+            advantages_PG = standardised(advantages_PG)
+        return plain.with_advantages(advantages_PG.nan_to_num(nan=0.0))

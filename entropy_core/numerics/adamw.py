@@ -45,6 +45,12 @@ class AdamState(NamedTuple):
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None = None
 
+    def to(self, device: torch.device) -> "AdamState":
+        """Return the same state on a device."""
+        largest = self.max_exp_avg_sq
+        moments = self.exp_avg.to(device), self.exp_avg_sq.to(device)
+        return AdamState(self.step, *moments, None if largest is None else largest.to(device))
+
 
 class NextStep:
     """The next AdamW step of one parameter, per unit of the nominal learning rate; properties are computed on access.

@@ -1,16 +1,17 @@
-"""Faster forward-mode derivatives of softmax, linear layers, products and squares."""
+"""Faster forward-mode derivatives of softmax, linear layers, sums, products and squares."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
 class DirectDerivatives(TorchFunctionMode):
-    """Context in which these functions use custom derivatives in forward mode; other modes are unaffected.
+    """Context in which these functions compute the tangents of dual tensors themselves; other calls are unaffected.
 
     `functional.softmax`: ẏ = y·(ẋ − Σ y·ẋ). Torch's derivative exponentiates every score a second time, which is slow
     if the exponential underflows, as for masked scores, and it allocates more score-sized tensors.
@@ -19,136 +20,93 @@ class DirectDerivatives(TorchFunctionMode):
     into the first. Torch's derivative multiplies by a matrix of zeros if W is constant, as all large matrices are
     under an adapter.
 
-    `mul` and `pow(x, 2)`: ẋ·y + x·ẏ and 2·x·ẋ, with one new tensor each. Torch's derivative allocates three, and
-    writing to new memory takes longer than the arithmetic.
-
-    These derivatives cannot be differentiated in forward mode again: torch would treat them as constants. A second
-    level of forward mode is therefore refused.
+    `add`, `mul` and `pow(x, 2)`: ẋ + ẏ, ẋ·y + x·ẏ and 2·x·ẋ, with one new tensor each. Torch's derivative of a product
+    allocates three, and writing to new memory takes longer than the arithmetic. Where one operand is a constant, torch
+    takes a way through Python that is slower than a GPU's kernel.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call `func` or its replacement. Raises NotImplementedError within a second level of forward mode."""
-        replacement = _REPLACED.get(func)
-        if replacement is None:
-            return func(*args, **(kwargs or {}))
-        _require_one_level()
-        return replacement(*args, **(kwargs or {}))
+        """Call `func`, or its rule if an argument of it is dual."""
+        rule = _RULES.get(func)
+        found = None if rule is None else rule(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if found is None else forward_ad.make_dual(*found)
 
 
-def _require_one_level() -> None:
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
-        raise NotImplementedError(
-            "a second level of forward mode over DirectDerivatives would come out as 0; take the derivative of the "
-            "derivative outside of this context"
-        )
+Found = tuple[Tensor, Tensor] | None
+"""A value and its tangent; None where torch's own derivative is to be used, or nothing is dual."""
 
 
-def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
-    if dim is None:  # deprecated: torch chooses the dimension
-        return functional.softmax(input, None, _stacklevel, dtype)
-    return _Softmax.apply(input if dtype is None else input.to(dtype), dim)
+def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Found:
+    x, dx = forward_ad.unpack_dual(input)
+    if dx is None or dim is None:  # without a dimension, which is deprecated, torch chooses one
+        return None
+    y = functional.softmax(x, dim, dtype=dtype)
+    product = y * dx
+    return y, product.addcmul_(y, product.sum(dim, keepdim=True), value=-1)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _Linear.apply(input, weight, bias)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Found:
+    (x, dx), (w, dw), (b, db) = (_unpacked(operand) for operand in (input, weight, bias))
+    if dx is None and dw is None and db is None:
+        return None
+    y, rows = functional.linear(x, w, b), x.reshape(-1, x.shape[-1])
+    dy = None if dx is None else functional.linear(dx.reshape(rows.shape), w)
+    if dw is not None:
+        dy = functional.linear(rows, dw) if dy is None else dy.addmm_(rows, dw.t())
+    if dy is None:
+        return y, db.expand_as(y).clone()
+    return y, (dy if db is None else dy.add_(db)).view(y.shape)
 
 
-def _mul(input: Any, other: Any, **kwargs: Any) -> Tensor:
-    plain = kwargs or not (_is_real(input) and _is_real(other) and input.dtype == other.dtype)
-    return torch.mul(input, other, **kwargs) if plain else _Product.apply(input, other)
+def _add(input: Any, other: Any, **kwargs: Any) -> Found:
+    if kwargs or not _alike(input, other):
+        return None
+    (x, dx), (y, dy) = _unpacked(input), _unpacked(other)
+    if dx is None and dy is None:
+        return None
+    total = torch.add(x, y)
+    if dx is None or dy is None:
+        return total, (dy if dx is None else dx).expand_as(total).clone()
+    return total, dx + dy
 
 
-def _pow(input: Any, exponent: Any, **kwargs: Any) -> Tensor:
-    plain = kwargs or not (_is_real(input) and isinstance(exponent, int) and exponent == 2)
-    return torch.pow(input, exponent, **kwargs) if plain else _Square.apply(input)
+def _mul(input: Any, other: Any, **kwargs: Any) -> Found:
+    if kwargs or not _alike(input, other):
+        return None
+    (x, dx), (y, dy) = _unpacked(input), _unpacked(other)
+    if dx is None and dy is None:
+        return None
+    product = torch.mul(x, y)
+    if dx is None:
+        return product, x * dy
+    return product, dx * y if dy is None else (dx * y).addcmul_(x, dy)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _pow(input: Any, exponent: Any, **kwargs: Any) -> Found:
+    if kwargs or not (isinstance(input, Tensor) and isinstance(exponent, int) and exponent == 2):
+        return None
+    x, dx = _unpacked(input)
+    return None if dx is None else (torch.pow(x, 2), (x * dx).mul_(2))
 
 
-_REPLACED: dict[Any, Callable[..., Tensor]] = {
+def _unpacked(operand: Any) -> tuple[Any, Any]:
+    """Return the value and the tangent of an operand, which may be a number or None."""
+    return forward_ad.unpack_dual(operand) if isinstance(operand, Tensor) else (operand, None)
+
+
+def _alike(input: Any, other: Any) -> bool:
+    """Return whether the result has the dtype of the operands that are tensors."""
+    if isinstance(input, Tensor) and isinstance(other, Tensor):
+        return input.dtype == other.dtype
+    return isinstance(other if isinstance(input, Tensor) else input, int | float)
+
+
+_RULES: dict[Any, Callable[..., Found]] = {
     functional.softmax: _softmax,
     functional.linear: _linear,
-    torch.mul: _mul,
-    Tensor.mul: _mul,
-    torch.pow: _pow,
-    Tensor.pow: _pow,
-    Tensor.__pow__: _pow,
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _mul),
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _pow),
 }
-
-
-class _Softmax(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, dim: int) -> Tensor:
-        return x.softmax(dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        ctx.dim = inputs[1]
-        ctx.save_for_forward(output)
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
-        (y,) = ctx.saved_tensors
-        product = y * dx
-        return product.addcmul_(y, product.sum(ctx.dim, keepdim=True), value=-1)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        x, weight, _ = inputs
-        ctx.set_materialize_grads(False)  # constants get None instead of a tangent of zeros
-        ctx.save_for_forward(x, weight)
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Any) -> Tensor:
-        x, weight = ctx.saved_tensors
-        shape, rows = (*x.shape[:-1], len(weight)), x.reshape(-1, x.shape[-1])
-        dy = None if dx is None else functional.linear(dx.reshape(rows.shape), weight)
-        if dweight is not None:
-            dy = functional.linear(rows, dweight) if dy is None else dy.addmm_(rows, dweight.t())
-        if dy is None:
-            return dbias.expand(shape)
-        return (dy if dbias is None else dy.add_(dbias)).view(shape)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, y: Tensor) -> Tensor:
-        return x * y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dy: Tensor | None) -> Tensor:
-        x, y = ctx.saved_tensors
-        if dx is None:
-            return x * dy
-        return dx * y if dy is None else (dx * y).addcmul_(x, dy)
-
-
-class _Square(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.pow(2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (x * dx).mul_(2)

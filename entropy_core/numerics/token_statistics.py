@@ -2,6 +2,10 @@
 
 z = logits/τ,  logp = z − logsumexp z,  ℓ = logp[token],  h = −Σ p·logp
 ℓ̇ = dz[token] − Σ p·dz,                ḣ = −Σ p·logp·dz − h·Σ p·dz
+
+z and dz are taken relative to the likeliest token, and its weight of 1 is left out of the sum r of the others, so that
+logsumexp z = log1p(r). Where one token is nearly certain, everything is of the order of r, and added to 1 it would be
+rounded away.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,16 +68,16 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def _of_rows(scratch: "_Scratch", temperature: float, logits_RV: Tensor, tokens_R: Tensor) -> tuple[Tensor, ...]:
         z_RV, weights_RV = scratch.of(logits_RV)
-        highest_R1 = logits_RV.amax(-1, keepdim=True)
-        torch.sub(logits_RV, highest_R1, out=z_RV)
+        likeliest_R1 = logits_RV.argmax(-1, keepdim=True)
+        torch.sub(logits_RV, logits_RV.gather(-1, likeliest_R1), out=z_RV)
         if temperature != 1.0:
             z_RV /= temperature
         own_R = z_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1)
         torch.exp(z_RV.clamp_min_(LOWEST), out=weights_RV)
-        total_R = weights_RV.sum(-1)
-        normaliser_R = total_R.log()
-        entropies_R = normaliser_R - z_RV.mul_(weights_RV).sum(-1) / total_R  # a sum of two non-negative terms
-        return own_R - normaliser_R, entropies_R, highest_R1, normaliser_R.unsqueeze(-1)
+        rest_R = weights_RV.scatter_(-1, likeliest_R1, 0.0).sum(-1)
+        normaliser_R = rest_R.log1p()
+        entropies_R = normaliser_R - z_RV.mul_(weights_RV).sum(-1) / (1.0 + rest_R)  # two non-negative terms
+        return own_R - normaliser_R, entropies_R, likeliest_R1, normaliser_R.unsqueeze(-1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, ...]) -> None:
@@ -89,9 +93,11 @@ class _TokenStatistics(torch.autograd.Function):
         logp_RV, p_RV = torch.empty_like(logits_RV), torch.empty_like(logits_RV)
         _log_probabilities((logp_RV, p_RV), ctx.temperature, logits_RV, *of_rows)
         # ∂ℓ/∂z = 1[token] − p,  ∂h/∂z = −p·(logp + h)
-        factor_R = entropies_R * dentropies_R + dlogprobs_R
+        factor_R, own_R1 = entropies_R * dentropies_R + dlogprobs_R, tokens_R.unsqueeze(-1)
+        own_logp_R1 = logp_RV.gather(-1, own_R1)
         gradient_RV = logp_RV.mul_(dentropies_R.unsqueeze(-1)).add_(factor_R.unsqueeze(-1)).mul_(p_RV).neg_()
-        gradient_RV.scatter_add_(-1, tokens_R.unsqueeze(-1), dlogprobs_R.unsqueeze(-1))
+        of_entropy_R1 = own_logp_R1.exp() * (own_logp_R1 + entropies_R.unsqueeze(-1)) * dentropies_R.unsqueeze(-1)
+        gradient_RV.scatter_(-1, own_R1, -own_logp_R1.expm1() * dlogprobs_R.unsqueeze(-1) - of_entropy_R1)
         return gradient_RV.div_(ctx.temperature), None, None
 
     @staticmethod
@@ -109,11 +115,12 @@ class _TokenStatistics(torch.autograd.Function):
         logp_RV, p_RV, product_RV = scratch.of(dlogits_RV)
         _log_probabilities((logp_RV, p_RV), temperature, *kept)
         dz_RV = dlogits_RV if temperature == 1.0 else dlogits_RV / temperature
-        mean_dz_R = torch.mul(p_RV, dz_RV, out=product_RV).sum(-1)
-        dlogprobs_R = dz_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1) - mean_dz_R
+        of_likeliest_R1, of_own_R1 = (dz_RV.gather(-1, index_R1) for index_R1 in (kept[1], tokens_R.unsqueeze(-1)))
+        mean_R1 = torch.sub(dz_RV, of_likeliest_R1, out=product_RV).mul_(p_RV).sum(-1, keepdim=True)
+        dlogprobs_R1 = of_own_R1 - of_likeliest_R1 - mean_R1
         # −Σ p·logp·dz − h·Σ p·dz, with dz centred first, because a common shift of dz would only cancel up to rounding
-        centred_RV = torch.sub(dz_RV, mean_dz_R.unsqueeze(-1), out=product_RV)
-        return dlogprobs_R, -logp_RV.mul_(p_RV).mul_(centred_RV).sum(-1)
+        centred_RV = torch.sub(dz_RV, of_likeliest_R1 + mean_R1, out=product_RV)
+        return dlogprobs_R1.squeeze(-1), -logp_RV.mul_(p_RV).mul_(centred_RV).sum(-1)
 
 
 class _Scratch:
@@ -135,10 +142,10 @@ class _Scratch:
 
 
 def _log_probabilities(
-    into: tuple[Tensor, Tensor], temperature: float, logits_RV: Tensor, highest_R1: Tensor, normaliser_R1: Tensor
+    into: tuple[Tensor, Tensor], temperature: float, logits_RV: Tensor, likeliest_R1: Tensor, normaliser_R1: Tensor
 ) -> None:
     logp_RV, p_RV = into
-    torch.sub(logits_RV, highest_R1, out=logp_RV)
+    torch.sub(logits_RV, logits_RV.gather(-1, likeliest_R1), out=logp_RV)
     if temperature != 1.0:
         logp_RV /= temperature
     logp_RV -= normaliser_R1

@@ -244,25 +244,34 @@ class Total(NamedTuple):
     degrees_of_freedom: float
 
 
-def total_standard_error(se_given_u: float, n_e: int, se_over_u: float, n_u: int, interaction: float = 0.0) -> Total:
-    """Compute √(SE²_E + SE²_U − interaction), with Welch-Satterthwaite degrees of freedom.
+def total_standard_error(
+    se_given_u: float,
+    n_e: int,
+    se_over_u: float,
+    n_u: int,
+    interaction: float = 0.0,
+    draws_of_u: int = 1,
+) -> Total:
+    """Compute √(SE²_E + d·(SE²_U − interaction)), with Welch-Satterthwaite degrees of freedom.
 
     E and U are independent, so their variances add. Both plug-in variances contain the E×U interaction, so it is
-    subtracted once.
+    subtracted once. The effect of the step on the U at hand differs from the mean over U by one draw of U (d = 1), and
+    from the effect of the step on the next U by two (d = 2).
 
     Args:
         se_given_u: standard error over E with U fixed.
         n_e: number of independent units of E.
         se_over_u: standard error over U with E fixed.
-        n_u: number of prompts of U.
+        n_u: number of units that `se_over_u` comes from, its degrees of freedom plus 1.
         interaction: `interaction_variance`; 0 counts the interaction twice, which makes the error too large.
+        draws_of_u: d.
 
     Returns:
         The total and its degrees of freedom; NaN if E or U has fewer than two units.
     """
     if n_e < 2 or n_u < 2:
         return Total(float("nan"), float("nan"))
-    variance_e, variance_u = se_given_u**2, se_over_u**2 - interaction
+    variance_e, variance_u = se_given_u**2, draws_of_u * max(se_over_u**2 - interaction, 0.0)
     total = variance_e + variance_u
     if total == 0.0:
         return Total(0.0, float(n_e - 1))

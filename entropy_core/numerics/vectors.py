@@ -8,11 +8,13 @@ the keys, in float64.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 BLOCK = 2**15
 """Numbers per block: few enough that several float64 arrays fit in a core's cache, enough to amortise an operation."""
+
+DEVICE_BLOCK = 2**22
+"""The same on a GPU, where the launch of an operation costs as much as the arithmetic on a million numbers."""
 
 K = TypeVar("K", bound=Any)  # a name or a Block: anything that can be sorted
 
@@ -47,25 +49,26 @@ class Lazy(Mapping[K, Tensor]):
 
 
 def blocks_of(tensors: Mapping[str, Tensor]) -> tuple[Block, ...]:
-    """Cut parameters into blocks of at most `BLOCK` numbers, in the order of their names."""
-    return tuple(
-        Block(name, start, min(start + BLOCK, tensors[name].numel()))
-        for name in sorted(tensors)
-        for start in range(0, tensors[name].numel(), BLOCK)
-    )
+    """Cut parameters into blocks of at most `BLOCK` numbers (`DEVICE_BLOCK` on a GPU), in the order of their names."""
+
+    def cut(name: str) -> Iterator[Block]:
+        count, size = tensors[name].numel(), BLOCK if tensors[name].device.type == "cpu" else DEVICE_BLOCK
+        return (Block(name, start, min(start + size, count)) for start in range(0, count, size))
+
+    return tuple(block for name in sorted(tensors) for block in cut(name))
 
 
 def in_blocks(tensors: Mapping[str, Tensor]) -> Lazy[Block]:
-    """View a vector in blocks, converted to float64 on the CPU.
+    """View a vector in blocks, converted to float64.
 
     Args:
         tensors: the vector, by parameter name.
 
     Returns:
-        Flat tensors by block; views if the vector is already float64 on the CPU.
+        Flat tensors by block, on the device of the vector; views if the vector is already float64.
     """
     flat = {name: tensor.detach().reshape(-1) for name, tensor in tensors.items()}
-    return Lazy(blocks_of(flat), lambda block: flat[block.name][block.start : block.stop].to("cpu", torch.float64))
+    return Lazy(blocks_of(flat), lambda block: flat[block.name][block.start : block.stop].double())
 
 
 def dot(a: Mapping[K, Tensor], b: Mapping[K, Tensor]) -> float:

@@ -1,24 +1,26 @@
 """All stages, by name."""
 
+from entropy_core.pipeline import final_stages
 from entropy_core.stages.calibrate import calibrate
 from entropy_core.stages.compute_update import compute_update
 from entropy_core.stages.discriminate import discriminate
 from entropy_core.stages.entropy_gradient import entropy_gradient
 from entropy_core.stages.first_order_e import first_order_e
 from entropy_core.stages.first_order_u import first_order_u
+from entropy_core.stages.half_steps_u import half_steps_u
 from entropy_core.stages.importance import importance
 from entropy_core.stages.load_checkpoint import load_checkpoint
 from entropy_core.stages.load_prompts import load_prompts
+from entropy_core.stages.load_weights import load_weights
 from entropy_core.stages.path_integral import path_integral
-from entropy_core.stages.report import report
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
 from entropy_core.stages.sample import sample
 from entropy_core.stages.score import score
-from entropy_core.stages.variance import variance
 from entropy_core.store.store import Stage
 
 LOAD_CHECKPOINT = Stage("load-checkpoint", load_checkpoint)
+LOAD_WEIGHTS = Stage("load-weights", load_weights)
 LOAD_PROMPTS = Stage("load-prompts", load_prompts)
 SAMPLE_E = Stage("sample-e-batch", sample)
 SAMPLE_U = Stage("sample-u-batch", sample)
@@ -33,9 +35,9 @@ ENTROPY_GRADIENT = Stage("entropy-gradient", entropy_gradient)
 CALIBRATE = Stage("calibrate", calibrate, vectors=("update",))
 FIRST_ORDER_E = Stage("first-order-e", first_order_e, vectors=("update",))
 FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradient"))
+HALF_STEPS_U = Stage("half-steps-u", half_steps_u, vectors=("gradient",))
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
-VARIANCE = Stage("variance", variance)
-REPORT = Stage("report", report)
+VARIANCE, AGREEMENT, REPORT = final_stages.VARIANCE, final_stages.AGREEMENT, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

@@ -1,4 +1,4 @@
-"""The configuration that a run's own files make: for `entropy-probe init`."""
+"""Write a configuration from the files of a run, for `entropy-probe init`."""
 
 import json
 import os
@@ -21,21 +21,24 @@ from entropy_core.pipeline.usable import read_settings
 _SECTIONS = ("policy", "batch_config", "generation", "update")
 _OWN = {"batch_config.E_total_sequences": "your choice: more sequences, narrower intervals"}
 _UNKNOWN = {  # what no checkpoint records
-    "batch_config.dataset_name": "which prompts? A .jsonl or .parquet file, or a known dataset",
+    "batch_config.dataset_name": "which prompts? A file or folder, OWNER/NAME on the hub, or a known dataset",
     "update.reward": "which reward? A known one, file.py:function, or package.module:function",
 }
-_QUIET = ("batch_config.system_prompt", "batch_config.max_prompt_length", "generation.stop_strings")
+_QUIET = (
+    *("batch_config.system_prompt", "batch_config.chat_template_kwargs", "batch_config.max_prompt_length"),
+    "generation.stop_strings",
+)
 
 
 def configuration_of(run: Path, folder: Path) -> str:
-    """A commented configuration for the checkpoints of a run: what is read, and `assumed` at every guess.
+    """Write a configuration for the checkpoints of a run, with a comment on where each setting comes from.
 
     Args:
         run: a run directory, or one checkpoint.
-        folder: of the file that it is written to, where its relative paths start.
+        folder: the folder that the file will be in; relative paths start there.
 
     Returns:
-        YAML; it can be run as it is where nothing has to be filled in.
+        YAML. It can be run unchanged if it has nothing to fill in.
 
     Raises:
         ProbeError: there is nothing to probe, or its checkpoints were not trained alike.
@@ -74,9 +77,9 @@ def _lines(
         section, _, name = setting.key.partition(".")
         if (said := _said(setting, hint)) is not None:
             value, why = said
-            why += (
-                f"; the trainer logged {', '.join(logged)}" if value == FILL_IN and name == "reward" and logged else ""
-            )
+            if value == FILL_IN and name == "reward" and logged:
+                value = [FILL_IN] * len(logged) if len(logged) > 1 else value
+                why += f"; the trainer logged {', '.join(logged)}"
             by_section[section].append((name, value, why))
     shown = {setting.key for setting in settled.settings}
     for key, value in hint.items():
@@ -97,7 +100,7 @@ def _lines(
 
 
 def _said(setting: Setting, hint: Mapping[str, Any]) -> tuple[Any, str] | None:
-    """The value of a line and its comment; None for a setting that needs no line."""
+    """Return the value of a setting and its comment; None for a setting that needs no line."""
     if setting.key in hint:
         return hint[setting.key], f"read from {RUN_HINT}"
     if setting.key in _UNKNOWN:
@@ -110,7 +113,7 @@ def _said(setting: Setting, hint: Mapping[str, Any]) -> tuple[Any, str] | None:
 
 
 def _hint(run: Path) -> dict[str, Any]:
-    """What the run's own `entropy-probe.yaml` says, by key, its paths absolute."""
+    """Read the run's own `entropy-probe.yaml`: its values by key, with absolute paths."""
     if not (run / RUN_HINT).exists():
         return {}
     values, repeated = plain_yaml.read(run / RUN_HINT)
@@ -122,7 +125,7 @@ def _hint(run: Path) -> dict[str, Any]:
 
 
 def _flow(value: Any) -> str:
-    """A value on one line, as YAML has it."""
+    """Format a value as YAML on one line."""
     return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else plain_yaml.scalar(value)
 
 

@@ -23,7 +23,7 @@ class _Made(NamedTuple):
 
 
 class VectorKeeper(Runner):
-    """Sees to it that a stage finds the vectors it opens, whatever became of them since.
+    """Runs stages, and first recomputes the vectors that a stage opens if they are missing.
 
     Vectors are looked up only if a stage that opens them has to be computed; cached stages do not need them.
 
@@ -39,12 +39,12 @@ class VectorKeeper(Runner):
         self._made: dict[Artifact, _Made] = {}
 
     def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        """The artifact of this stage for these inputs; see `Runner`."""
+        """Return the artifact of this stage for these inputs; see `Runner`."""
         self._prepare(stage, inputs)
         return self._noted(self._runner(stage, inputs, label), _Made(stage, inputs, label))
 
     def map(self, stage: Stage, inputs: Sequence[Inputs], labels: Sequence[str]) -> list[Artifact]:
-        """The same of several inputs; see `Runner`."""
+        """Return the artifacts of a stage for several inputs; see `Runner`."""
         for of_one in inputs:
             self._prepare(stage, of_one)
         found = zip(self._runner.map(stage, inputs, labels), inputs, labels, strict=True)
@@ -60,12 +60,12 @@ class VectorKeeper(Runner):
         return artifact
 
     def release(self, artifact: Artifact) -> None:
-        """Say that the sweep is done with the vectors of an artifact."""
+        """Drop the vectors of an artifact, which the sweep no longer needs, unless they are to be kept."""
         if not self._keep:
             vectors.drop(self._store, artifact)
 
     def _require(self, artifact: Artifact) -> None:
-        """Have the vectors of an artifact in the store, sound; raises OtherNumbers where they come out otherwise."""
+        """Make sure that the store has the vectors of an artifact. Raises OtherNumbers if recomputing changes them."""
         if vectors.require(self._store, artifact):
             return
         log.info("%s/%s is computed again: its vectors are needed", artifact.stage, artifact.key[:12])

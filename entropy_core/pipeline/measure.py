@@ -13,11 +13,12 @@ from entropy_core.losses import functions as user_losses
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
-from entropy_core.pipeline.preflight import CheckpointToProbe, encoding, splits
+from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.prompts import pools as prompts
 from entropy_core.rewards import functions as rewards
+from entropy_core.rewards.spec import RewardSpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage
 
@@ -47,8 +48,9 @@ def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> A
     """
     batch, source = config.batch_config, source_of(config)
     inputs = {
-        "dataset_name": "" if batch.dataset_name.endswith(prompts.SUFFIXES) else batch.dataset_name,
+        "dataset_name": "" if prompts.is_path(batch.dataset_name) else batch.dataset_name,
         "options": batch.dataset_options,
+        "configuration": batch.dataset_config,
         "split": split,
         "prompt_column": batch.prompt_column,
         "source": content_digest(source) if source else "",  # keyed by content, not by path
@@ -73,7 +75,7 @@ def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Run
     """
     inputs = {
         "checkpoint": checkpoint.digest,
-        "base": checkpoint.base,
+        "base": checkpoint.base or checkpoint.description,
         "learning_rate": config.update.learning_rate,
         "optimizer_state": config.update.optimizer_state,
     }
@@ -82,6 +84,20 @@ def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Run
 
 def keep(artifact: Artifact) -> None:
     """Keep the vectors of an artifact; the default of `release`."""
+
+
+def _reward(name: str) -> RewardSpec:
+    file = rewards.source_file(name)
+    return RewardSpec(
+        name=user_functions.without_folder(name),
+        source=content_digest(file) if file else "",
+        imports=_digests(rewards.imported_files(name)),
+        library=rewards.library(name),
+    )
+
+
+def _digests(files: Mapping[str, Path]) -> dict[str, str]:
+    return {name: content_digest(path) for name, path in files.items()}
 
 
 class Measurement:
@@ -107,9 +123,9 @@ class Measurement:
     ) -> None:
         self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
         self.run, self.release = run, release
-        self.e_pool, self.u_pool = (pools[split] for split in splits(config))
+        self.e_pool, self.u_pool = (pools[split] for split in config.splits)
         self.policy = PolicySpec(
-            weights=checkpoint.weights,
+            weights=checkpoint.weights or self._weights(),
             base=checkpoint.base,
             dtype=config.policy.dtype,
             attn_implementation=config.policy.attn_implementation,
@@ -121,6 +137,11 @@ class Measurement:
             1 if self.replacement else batch.G
         )  # responses of E to the same prompt, which are not independent
         self.e_total = batch.E_total_sequences if self.replacement else batch.B_E_values[0] * batch.G
+
+    def _weights(self) -> Artifact:
+        """Put weights that lie in shards into files that transformers can open."""
+        inputs = {"checkpoint": self.checkpoint.digest, "description": self.checkpoint.description}
+        return self._once(stage.LOAD_WEIGHTS, inputs)
 
     def variance_inputs(self) -> Inputs:
         """Run the stages and return all inputs of the variance stage except its settings."""
@@ -141,16 +162,15 @@ class Measurement:
             stage.ENTROPY_GRADIENT,
             {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
         )
-        first_order_u = self._once(
-            stage.FIRST_ORDER_U,
-            {
-                "policy": policy,
-                "sequences": u_batch,
-                "checkpoint": self.optimizer,
-                "update": update,
-                "gradient": gradient,
-            },
-        )
+        of_both = {
+            "policy": policy,
+            "sequences": u_batch,
+            "checkpoint": self.optimizer,
+            "update": update,
+            "gradient": gradient,
+        }
+        first_order_u = self._once(stage.FIRST_ORDER_U, of_both)
+        half_steps_u = self._once(stage.HALF_STEPS_U, of_both)
         self.release(gradient)
         learning_rate = self.optimizer.summary["learning_rate"]
         moved = self._moved(e_batch, update, learning_rate)
@@ -167,6 +187,7 @@ class Measurement:
             "rescores": self._rescored(e_batch),
             "first_order_e": first_order_e,
             "first_order_u": first_order_u,
+            "half_steps_u": half_steps_u,
             "update": update,
             "scores_u": scores_u,
             "discriminators_u": self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch}),
@@ -236,13 +257,15 @@ class Measurement:
 
     def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
         update, reference = self.config.update, []
-        file = rewards.source_file(update.reward)
+        weighted = update.reward_weights and set(update.reward_weights) != {1.0}
         rewarded = {
             "sequences": u_batch,
             "prompts": self.u_pool,
-            "reward_name": user_functions.without_folder(update.reward),
-            "source": content_digest(file) if file else "",
-            "library": rewards.library(update.reward),
+            "rewards": [_reward(name) for name in update.rewards],
+            "weights": update.reward_weights if weighted else [],
+            "aggregation": update.multi_objective_aggregation,
+            "responses_per_prompt": self.config.batch_config.G,
+            "trainer_state": self.checkpoint.trainer_state,
         }
         if update.kl_beta:
             weights, *base = self.checkpoint.reference
@@ -268,6 +291,7 @@ class Measurement:
         return LossSpec(
             name=user_functions.without_folder(update.loss),
             source=content_digest(file) if file else "",
+            imports=_digests(user_functions.imported_files(file)) if file else {},
             scale_rewards=divided_by(update.loss, update.scale_rewards),
             max_new_tokens=self.config.generation.max_new_tokens,
             kl_beta=update.kl_beta,
@@ -277,6 +301,7 @@ class Measurement:
             top_entropy_quantile=update.top_entropy_quantile,
             entropy_coef=update.entropy_coef,
             epsilon_high=update.epsilon_high,
+            multi_objective_aggregation=update.multi_objective_aggregation,
             reward_clip_range=update.reward_clip_range,
             normalize_advantages=update.normalize_advantages,
             mask_truncated_completions=update.mask_truncated_completions,

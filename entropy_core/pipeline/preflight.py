@@ -12,16 +12,18 @@ import torch
 
 from entropy_core.checkpoints.architecture import read_architecture
 from entropy_core.checkpoints.checkpoint import Checkpoint
+from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
 from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError
-from entropy_core.files.checkpoint import weights_digest
+from entropy_core.files.checkpoint import optimizer_digest, weights_digest
 from entropy_core.files.digests import file_digest
 from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
-from entropy_core.pipeline.settings import Setting, Settled, settle, with_read
+from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
+from entropy_core.pipeline.trainer_log import trainer_log
 from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
 from entropy_core.prompts import pools as prompts
 from entropy_core.prompts.pools import Pool
@@ -40,15 +42,18 @@ class CheckpointToProbe:
         name: name of the directory, unique in the sweep.
         step: the trainer's global step.
         digest: digest of all files that a result depends on.
-        weights: digest of the files that the policy depends on.
+        weights: digest of the files that the policy depends on; empty where the weights are in shards.
+        description: digest of the model's configuration and tokenizer, where the weights are in shards; else empty.
         base: digest of an adapter's base model; empty for a full model.
         reference: digests of the weights and of the base of the KL term's reference policy; empty without a KL term.
         tokenizer: digest of the tokenizer's files.
+        trainer_state: digest of trainer_state.json, which rewards may read; empty where there is none.
         paths: path of each of these digests.
         assumptions: facts that the files do not record and that are assumed, one sentence each.
         read: settings that the configuration leaves open and that the checkpoints record; see `settings`.
         settings: all settings of the training, each with its source.
         warnings: warnings at the top of the report.
+        log: what its trainer logged near it; see `trainer_log`.
     """
 
     directory: Path
@@ -56,14 +61,17 @@ class CheckpointToProbe:
     step: int
     digest: str
     weights: str
+    description: str
     base: str
     reference: tuple[str, ...]
     tokenizer: str
+    trainer_state: str
     paths: Mapping[str, Path]
     assumptions: tuple[str, ...]
     read: Mapping[str, Any]
     settings: tuple[Setting, ...]
     warnings: tuple[str, ...]
+    log: Mapping[str, Any]
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -93,16 +101,22 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
 def _checked(
     config: ProbeConfig, usable: Sequence[UsableCheckpoint], settled: Settled, warnings: tuple[str, ...]
 ) -> list[CheckpointToProbe]:
-    """Check the prompts, the reward and the loss of the settings as they are now, and each checkpoint against them."""
+    """Check the prompts, the reward and the loss, and that each checkpoint fits them."""
     _check_shards(config)
-    pools = _pools(config)
+    check_weights(config)
+    state = _trainer_state(usable[0].checkpoint.layout.directory)
+    pools = _pools(config, state)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
     found = []
-    for name, checkpoint, _, digest, weights, base, home, tokenizer in usable:
+    trainers = [one.trainer for one in usable]
+    for name, checkpoint, trainer, digest, weights, description, base, home, tokenizer in usable:
         layout = checkpoint.layout
-        paths = {digest: layout.directory, weights: layout.model, tokenizer: home}
+        paths = {digest: layout.directory, weights or description: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}
-        paths |= {file_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
+        saved = layout.directory / TRAINER_STATE
+        state_digest = file_digest(saved) if saved.is_file() else ""
+        paths |= {state_digest: saved} if state_digest else {}
+        paths |= {optimizer_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
         compared, about = _reference(config, layout, name) if config.update.kl_beta else ({}, ())
         paths |= compared
         found.append(
@@ -112,58 +126,71 @@ def _checked(
                 step=checkpoint.step,
                 digest=digest,
                 weights=weights,
+                description=description,
                 base=base,
                 reference=tuple(compared),
                 tokenizer=tokenizer,
+                trainer_state=state_digest,
                 paths={digest: path.resolve() for digest, path in paths.items()},
                 assumptions=(*checkpoint.assumptions, *settled.notes, *about),
                 read=settled.read,
                 settings=settled.settings,
                 warnings=warnings,
+                log=trainer_log(checkpoint.step, trainer, trainers),
             )
         )
         if tokenizer not in longest:
-            longest[tokenizer] = _longest_prompt(config, pools, home)
+            longest[tokenizer] = _longest_prompt(config, pools, home, state)
         _check_positions(checkpoint, longest[tokenizer], config.generation.max_new_tokens)
-    if config.policy.base_model and not any(checkpoint.base for checkpoint in found):
+    if config.policy.base_model and not any(one.base or one.description for one in found):
         raise ConfigError(
-            f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter",
+            f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter or in shards",
             fix="leave it out, or give the directories of adapters",
         )
     return found
 
 
 def settled_config(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]) -> ProbeConfig:
-    """The configuration of a sweep with what its checkpoints say in the place of what it leaves open.
+    """Complete the configuration of a sweep: what it leaves open is taken from its checkpoints.
 
     Args:
-        config: that `preflight` was given.
-        checkpoints: of `preflight`.
+        config: the configuration that `preflight` was given.
+        checkpoints: checkpoints from `preflight`.
     """
     return with_read(config, checkpoints[0].read)
 
 
-def _pools(config: ProbeConfig) -> dict[str, Pool]:
-    """The prompts of each split; they and the loss are looked at as far as that goes without a tokenizer."""
+TRAINER_STATE = "trainer_state.json"
+
+
+def _trainer_state(directory: Path) -> dict[str, Any]:
+    """What a trainer saved of its state, which rewards are given."""
+    return read_json(directory / TRAINER_STATE) if (directory / TRAINER_STATE).is_file() else {}
+
+
+def _pools(config: ProbeConfig, state: Mapping[str, Any]) -> dict[str, Pool]:
+    """Load the prompts of each split. Check them and the loss as far as that is possible without a tokenizer."""
     batch = config.batch_config
     isolation, longest = config.execution.isolation, config.generation.max_new_tokens
     check_loss(config.update.loss, config.update.kl_beta, longest, isolation)
     located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
     pools = {
-        split: prompts.load_pool(batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options)
-        for split in dict.fromkeys(splits(config))
+        split: prompts.load_pool(
+            batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options, batch.dataset_config
+        )
+        for split in dict.fromkeys(config.splits)
     }
     if not batch.max_prompt_length:
-        _check_batches(config, pools)
+        _check_batches(config, pools, state)
     return pools
 
 
 MOST_SHARDS = 10_000
-"""Per checkpoint. Each is a few runs of stages, folders and keys, so that more of them take longer than the work."""
+"""Per checkpoint. Each shard costs several stage runs, folders and keys; with more, these would outweigh the work."""
 
 
 def _check_shards(config: ProbeConfig) -> None:
-    """Refuse a sweep in more pieces than can be looked after."""
+    """Refuse a sweep with too many shards."""
     batch, size = config.batch_config, config.execution.shard_size
     replacement = batch.E_sampling_mode == "replacement"
     in_e = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
@@ -216,6 +243,11 @@ def _reference(config: ProbeConfig, layout: Layout, name: str) -> tuple[dict[str
     else:
         of = find_layout(layout.base, fresh=True)
         about = "The reference policy is the base without its adapter."
+    if of.shards is not None:
+        raise ConfigError(
+            f"the reference policy {of.directory} has its weights in shards, which are read of what is probed alone",
+            fix="set update.reference to a directory with model.safetensors",
+        )
     theirs, ours = (read_architecture(one)[0].vocabulary for one in (of, layout))
     if theirs != ours:
         raise CheckpointError(
@@ -233,20 +265,15 @@ def encoding(config: ProbeConfig) -> dict[str, Any]:
         "add_special_tokens": batch.add_special_tokens,
         "apply_chat_template": batch.apply_chat_template,
         "system_prompt": batch.system_prompt,
+        "chat_template_kwargs": batch.chat_template_kwargs,
         "max_prompt_length": batch.max_prompt_length,
     }
 
 
-def splits(config: ProbeConfig) -> tuple[str, str]:
-    """Return the splits from which the batches E and U draw prompts."""
-    batch = config.batch_config
-    return batch.E_split or batch.split, batch.U_split or batch.split
-
-
-def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
+def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool], state: Mapping[str, Any]) -> None:
     """Check the prompt pools and the reward."""
     batch = config.batch_config
-    e_split, u_split = splits(config)
+    e_split, u_split = config.splits
     e_pool, u_pool = pools[e_split].table, pools[u_split].table
     _check_size("B_U", batch.B_U, u_pool, u_split)
     prompts_e = e_pool.num_rows
@@ -262,8 +289,10 @@ def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool]) -> None:
     # call the reward once on empty responses, to find one that cannot be called on U before sampling
     drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
     columns = {name: drawn[name].to_pylist() for name in drawn.column_names if name != "prompt"}
-    isolation = config.execution.isolation
-    rewards.compute_rewards(config.update.reward, drawn["prompt"].to_pylist(), [""] * batch.B_U, columns, isolation)
+    given = drawn["prompt"].to_pylist(), [""] * batch.B_U, columns, config.execution.isolation
+    one_token = [[0]] * batch.B_U  # a response has one at least, the one that ends it
+    for name in config.update.rewards:
+        rewards.compute_rewards(name, *given, token_ids=one_token, trainer_state=state)
 
 
 def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
@@ -274,7 +303,7 @@ def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
         )
 
 
-def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: Path) -> int:
+def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: Path, state: Mapping[str, Any]) -> int:
     """Return the number of tokens of the longest remaining prompt, with the checkpoint's own tokenizer."""
     tokenizer, kept, longest = load_tokenizer(directory), {}, 0
     for split, pool in pools.items():
@@ -283,7 +312,7 @@ def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: P
         for note in kept[split].notes:
             log.warning("split %s: %s", split, note)
     if config.batch_config.max_prompt_length:
-        _check_batches(config, kept)
+        _check_batches(config, kept, state)
     return longest
 
 

@@ -1,8 +1,8 @@
-"""The settings of a sweep: what the user says, else what the checkpoints' trainers say, else our defaults.
+"""The settings of a sweep: from the user, else from the files of the checkpoints' trainers, else our defaults.
 
 set by you        a key in the configuration; it wins
-read from FILE    what a file of the checkpoints says
-assumed           neither says it
+read from FILE    a file of the checkpoints has it
+assumed           neither has it, so it is our default
 """
 
 import json
@@ -23,14 +23,16 @@ from entropy_core.numerics.advantages import divided_by
 OF_THE_TRAINING = (
     *("policy.base_model", "batch_config.B_U", "batch_config.G", "batch_config.dataset_name", "batch_config.split"),
     *("batch_config.prompt_column", "batch_config.add_special_tokens", "batch_config.apply_chat_template"),
-    *("batch_config.system_prompt", "batch_config.max_prompt_length", "generation.temperature"),
+    *("batch_config.system_prompt", "batch_config.chat_template_kwargs", "batch_config.max_prompt_length"),
+    "generation.temperature",
     *("generation.max_new_tokens", "generation.stop_strings", "update.loss", "update.scale_rewards"),
     *("update.max_grad_norm", "update.learning_rate", "update.optimizer_state", "update.kl_beta", "update.kl_in"),
     *("update.use_bias_correction_kl", "update.reference", "update.importance_sampling_level"),
     *("update.top_entropy_quantile", "update.entropy_coef", "update.epsilon_high", "update.mask_truncated_completions"),
-    *("update.micro_batch", "update.reward", "update.reward_clip_range", "update.normalize_advantages"),
+    *("update.micro_batch", "update.reward", "update.reward_weights", "update.multi_objective_aggregation"),
+    *("update.reward_clip_range", "update.normalize_advantages"),
 )
-"""Keys that say what the trainer does, in the order of a configuration; the others are the user's own choice."""
+"""Keys that describe the training, in the order of a configuration; the others are the user's own choice."""
 
 _PATHS = ("policy.base_model", "batch_config.dataset_name", "update.loss", "update.reference", "update.reward")
 _OF_SOME_RUNS = {
@@ -38,9 +40,10 @@ _OF_SOME_RUNS = {
     for name in (
         *("kl_in", "use_bias_correction_kl", "importance_sampling_level", "top_entropy_quantile", "entropy_coef"),
         *("epsilon_high", "mask_truncated_completions", "micro_batch", "reward_clip_range", "normalize_advantages"),
+        *("reward_weights", "multi_objective_aggregation"),
     )
-}
-"""Keys that are not listed where nobody says anything of them."""
+} | {"batch_config.chat_template_kwargs"}
+"""Keys that are listed only if the user or a file sets them."""
 SET, ASSUMED = "set by you", "assumed"
 
 
@@ -49,8 +52,8 @@ class Setting(NamedTuple):
 
     Attributes:
         key: such as `generation.temperature`.
-        value: as a configuration has it.
-        source: where it is from.
+        value: its value in a configuration.
+        source: where it comes from, see above.
     """
 
     key: str
@@ -60,14 +63,14 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Settled:
-    """The settings of a sweep with where they are from.
+    """The settings of a sweep, and where they come from.
 
     Attributes:
-        read: what the configuration leaves open and the checkpoints say, by key.
-        settings: all of those of the training.
-        warnings: contradictions, and what the trainer does that is left out; one sentence each.
-        notes: what makes no difference but for rounding; one sentence each.
-        left_out: settings of the trainer that would be refused, were they not left out.
+        read: settings that the configuration leaves open and the checkpoints have, by key.
+        settings: all settings of the training.
+        warnings: contradictions, and features of the trainer that are left out; one sentence each.
+        notes: differences that change nothing but rounding; one sentence each.
+        left_out: settings of the trainer that are left out, as the user asked; otherwise they would be refused.
     """
 
     read: Mapping[str, Any]
@@ -78,7 +81,7 @@ class Settled:
 
 
 def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
-    """Hold the configuration against what the checkpoints' files say.
+    """Compare the configuration with the files of the checkpoints.
 
     Args:
         config: what the user says.
@@ -103,6 +106,8 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
         for reading in readings_of_one:
             said.setdefault(reading.key, {})[name] = reading
     found = _agreed(said, given)
+    if config.batch_config.apply_chat_template:  # which writes the special tokens itself
+        found.pop("batch_config.add_special_tokens", None)
     differences: dict[Difference, list[str]] = {}
     for name, (_, differ) in of_each.items():
         for difference in differ:
@@ -113,6 +118,7 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
     _check_combination(settled)
     _refuse(differences, given, config)
     warnings = [
+        *_rewards(settled, files),
         *_contradictions(config, said, given, len(files)),
         *(_sentence(d, names, len(files)) for d, names in differences.items() if d.weight != "note"),
     ]
@@ -202,6 +208,28 @@ def _sentence(difference: Difference, names: list[str], total: int) -> str:
     return f"{difference.sentence[0].upper()}{difference.sentence[1:]}{where}."
 
 
+def _rewards(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Iterator[str]:
+    """Where the trainer logged more or fewer rewards than the user gives."""
+    mine = len(config.update.rewards)
+    for logged in dict.fromkeys(of_one.rewards for of_one in files.values()):
+        if logged and len(logged) != mine:
+            yield (
+                f"The trainer logged {len(logged)} reward{'s' if len(logged) > 1 else ''} ({', '.join(logged)}), and "
+                f"`update.reward` names {mine}: it has to list them in this order, or to be their weighted sum."
+            )
+
+
+def check_weights(config: ProbeConfig) -> None:
+    """Refuse other numbers of rewards and of their weights. Raises ConfigError."""
+    update = config.update
+    if update.reward_weights and len(update.reward_weights) != len(update.rewards):
+        raise ConfigError(
+            f"update.reward names {len(update.rewards)} and update.reward_weights has {len(update.reward_weights)}",
+            cause="the trainer had several rewards, and update.reward is to list all of them in its order",
+            fix="list them; or set update.reward_weights: [] where your function is their weighted sum",
+        )
+
+
 def _contradictions(
     config: ProbeConfig, said: Mapping[str, Mapping[str, Reading]], given: set[str], total: int
 ) -> Iterator[str]:
@@ -224,8 +252,8 @@ def _table(
 ) -> Iterator[Setting]:
     for key in OF_THE_TRAINING:
         value, reading = value_of(settled, key), found.get(key)
-        if key in _PATHS:
-            value = Path(value).name  # the same wherever it lies
+        if key in _PATHS:  # the same wherever it lies
+            value = [Path(one).name for one in value] if isinstance(value, list) else Path(value).name
         if key in given:
             same = reading is not None and value == reading.value
             yield Setting(key, value, f"{SET}, as {reading.source} says" if same and reading else SET)
@@ -252,6 +280,11 @@ def _check_combination(config: ProbeConfig) -> None:
         raise ConfigError(
             "update.reference: a reference policy has no part in a loss without a KL term",
             fix="Set kl_beta, or leave it out",
+        )
+    if update.multi_objective_aggregation != "sum_then_normalize" and update.loss in ("rloo", "reinforce"):
+        raise ConfigError(
+            f"update.multi_objective_aggregation: {update.loss} has no rewards that are normalised one by one",
+            fix="leave it out, or take a loss of GRPO",
         )
     if update.scale_rewards == "auto" and ":" in update.loss:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The checkpoints that a configuration names and that can be probed, as far as that shows without their weights."""
+"""Find the checkpoints of a configuration that can be probed, as far as can be told without their weights."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +9,13 @@ from entropy_core.checkpoints.tokenizer import tokenizer_directory
 from entropy_core.checkpoints.trainer_files import TrainerFiles, read_trainer_files
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import CheckpointError, one_line
-from entropy_core.files.checkpoint import checkpoint_digest, find_checkpoints, tokenizer_digest, weights_digest
+from entropy_core.files.checkpoint import (
+    checkpoint_digest,
+    description_digest,
+    find_checkpoints,
+    tokenizer_digest,
+    weights_digest,
+)
 from entropy_core.pipeline.settings import Settled, settle, with_read
 
 _Found = TypeVar("_Found")
@@ -19,11 +25,12 @@ class UsableCheckpoint(NamedTuple):
     """A checkpoint whose files are sound.
 
     Attributes:
-        name: of the directory, unique in the sweep.
-        checkpoint: its step, its shapes, its optimizer.
-        trainer: what it says of its trainer.
-        digest: of all files that a result depends on.
-        weights: of those that the policy depends on.
+        name: name of the directory, unique in the sweep.
+        checkpoint: its step, shapes and optimizer.
+        trainer: what its files say about the trainer.
+        digest: digest of all files that a result depends on.
+        weights: digest of the files that the policy depends on; empty where the weights are in shards.
+        description: digest of the model's configuration and tokenizer, where the weights are in shards; else empty.
         base: of those of the base model under an adapter; empty for a full model.
         home: directory of the tokenizer.
         tokenizer: digest of the files that it is made of.
@@ -34,13 +41,14 @@ class UsableCheckpoint(NamedTuple):
     trainer: TrainerFiles
     digest: str
     weights: str
+    description: str
     base: str
     home: Path
     tokenizer: str
 
 
 def usable_checkpoints(config: ProbeConfig) -> tuple[list[UsableCheckpoint], list[str]]:
-    """The checkpoints that can be probed, by step, and a sentence about each that is left out.
+    """Return the checkpoints that can be probed, by step, and a sentence about each one that is left out.
 
     Args:
         config: what is asked for.
@@ -59,7 +67,8 @@ def usable_checkpoints(config: ProbeConfig) -> tuple[list[UsableCheckpoint], lis
             checkpoint=checkpoint,
             trainer=read_trainer_files(layout),
             digest=checkpoint_digest(directory),
-            weights=weights_digest(layout.model),
+            weights="" if layout.shards else weights_digest(layout.model),
+            description=description_digest(layout.model) if layout.shards else "",
             base=weights_digest(layout.base) if layout.base else "",
             home=home,
             tokenizer=tokenizer_digest(home),
@@ -69,14 +78,14 @@ def usable_checkpoints(config: ProbeConfig) -> tuple[list[UsableCheckpoint], lis
 
 
 def read_settings(config: ProbeConfig) -> tuple[ProbeConfig, Settled, dict[str, TrainerFiles]]:
-    """The settings of a sweep, without its prompts and its reward; nothing large is read.
+    """Return the settings of a sweep, without its prompts and its reward. Reads no large file.
 
     Args:
         config: what is asked for.
 
     Returns:
-        The configuration with what the checkpoints say, where each setting is from, and what was read of each
-        checkpoint that can be probed, by its name.
+        The configuration, completed from the checkpoints; where each setting comes from; and the trainer files of each
+        checkpoint that can be probed, by name.
 
     Raises:
         ProbeError: as `usable_checkpoints` and `settle`.
@@ -118,7 +127,7 @@ def _checkpoint(config: ProbeConfig, directory: Path) -> Checkpoint:
 
 
 def _unique_names(directories: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many parents as it takes to tell it from the others."""
+    """Return the last part of each path, with as many parents as are needed to make it unique."""
     paths = [directory.resolve().parts for directory in directories]
 
     def name(parts: tuple[str, ...]) -> str:

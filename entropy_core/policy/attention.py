@@ -1,31 +1,58 @@
-"""Switch to a faster attention kernel for passes that need no forward-mode derivative."""
+"""The attention of passes that are not differentiated forward: torch's fused kernel, where the model allows it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
-from entropy_core.policy.model import Policy
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+UNGROUPED = "ungrouped"  # its name in transformers' registry
 
 
-def attention_without_derivative(policy: Policy) -> str:
-    """Return `sdpa`, torch's fused kernel, if the architecture supports it, else the policy's own attention.
+def _ungrouped(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Torch's fused attention, with a head of the key for every head of the query."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and query.shape[2] > 1:  # for a single query there is nothing to gain
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        module = SimpleNamespace(num_key_value_groups=1, is_causal=getattr(module, "is_causal", True))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
-    The fused kernel has no attention softcap, so an architecture with a softcap keeps its own attention.
+
+AttentionInterface.register(UNGROUPED, _ungrouped)
+AttentionMaskInterface.register(UNGROUPED, sdpa_mask)
+
+
+def plain_attention(model: PreTrainedModel) -> str:
+    """Return the attention for passes that are not differentiated forward: torch's fused kernel, or the model's own.
+
+    The fused kernel has no softcap of the scores, so that a model with one keeps its own attention. For float32 on a
+    GPU there is none for fewer heads of the key than of the query: torch would compute the whole matrix of scores.
     """
-    config = policy.model.config.get_text_config()
-    fused = policy.model._supports_sdpa and policy.model._can_set_attn_implementation()
-    fused = fused and not getattr(config, "attn_logit_softcapping", None)
-    return "sdpa" if fused else policy.model.config._attn_implementation
+    config = model.config.get_text_config()
+    fused = model._supports_sdpa and model._can_set_attn_implementation()
+    if not fused or getattr(config, "attn_logit_softcapping", None):
+        return model.config._attn_implementation
+    heads = getattr(config, "num_attention_heads", None)
+    grouped = getattr(config, "num_key_value_heads", heads) != heads
+    return UNGROUPED if grouped and model.device.type == "cuda" and model.dtype == torch.float32 else "sdpa"
 
 
 @contextmanager
-def fused_attention(policy: Policy) -> Iterator[None]:
-    """Context in which the policy uses the attention that `attention_without_derivative` returns."""
-    own, faster = policy.model.config._attn_implementation, attention_without_derivative(policy)
-    if faster == own:
+def attention_set(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Context in which the model computes with another attention."""
+    own = model.config._attn_implementation
+    if name == own:
         yield
         return
-    policy.model.set_attn_implementation(faster)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
-        policy.model.set_attn_implementation(own)
+        model.set_attn_implementation(own)

@@ -8,7 +8,7 @@ Other parameters are constants. `Scorer` computes values, gradients and forward-
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_core.errors import CheckpointError
 from entropy_core.numerics.token_statistics import TokenStatistics
+from entropy_core.policy.attention import UNGROUPED, plain_attention
 from entropy_core.policy.scorer import Scorer, TeacherForcedRows
 
 BLOCK = 2**18  # numbers converted to float64 at a time
@@ -67,18 +68,31 @@ class Policy:
         model: a causal language model; its parameters that require a gradient are θ.
         tokenizer: its tokenizer.
         head_chunk_rows: number of positions with logits in memory at a time.
+        blockwise: whether forward mode may use blockwise attention; without it, it uses the model's own.
 
     Raises:
         CheckpointError: the model is compiled.
 
+    All passes use torch's fused attention if the architecture supports it, except forward mode, see `policy.blockwise`.
     If `recompute_activations` is True, a backward pass stores only the inputs of the layers and recomputes the rest.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head_chunk_rows: int = 4096) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        head_chunk_rows: int = 4096,
+        blockwise: bool = True,
+    ) -> None:
         _require_not_compiled(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.scorer = Scorer(self.model, head_chunk_rows)
+        fused = ("sdpa", UNGROUPED)  # which have no forward-mode derivative, and every model has an eager attention
+        own = model.config._attn_implementation
+        self.own_attention = "eager" if own in fused else own
+        self.forward_mode_attention = None if blockwise else self.own_attention  # None: not found out yet
+        model.set_attn_implementation(plain_attention(model))
         self.recompute_activations = False
         self.spare: dict[str, Tensor] = {}  # buffers of earlier moved parameters, for reuse
         if not self.scorer.head_is_known:
@@ -100,10 +114,10 @@ class Policy:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that end a response, from the generation config, else from the tokenizer; sorted."""
+        """Ids of the tokens that end a response, sorted: those of the generation config and the tokenizer's, as TRL."""
         ids = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return tuple(sorted([ids] if isinstance(ids, int) else ids or []))
+        of_config = [ids] if isinstance(ids, int) else ids or []
+        return tuple(sorted({*of_config, self.tokenizer.eos_token_id} - {None}))
 
     def limit_logits(self, megabytes: float) -> None:
         """Limit the memory of logits at a time; at least one position is always computed.
@@ -173,15 +187,20 @@ class Policy:
         Returns:
             The leaves by place in the scorer, and the parameter name by place for the differentiated parameters.
         """
-        name_of = {parameter: name for name, parameter in self.named_parameters().items()}
-        leaves, differentiated = {}, {}
-        for place, parameter in self.scorer.named_parameters(remove_duplicate=False):
-            if parameter in name_of:
-                leaves[place] = parameter.detach()
-                if name_of[parameter] in names:
-                    leaves[place].requires_grad_()
-                    differentiated[place] = name_of[parameter]
+        parameters, leaves, differentiated = self.named_parameters(), {}, {}
+        for place, name in self.places.items():
+            leaves[place] = parameters[name].detach()
+            if name in names:
+                leaves[place].requires_grad_()
+                differentiated[place] = name
         return leaves, differentiated
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """The name of the parameter in each place of the scorer that uses a trained one; a tied one has several."""
+        name_of = {parameter: name for name, parameter in self.named_parameters().items()}
+        uses = self.scorer.named_parameters(remove_duplicate=False)
+        return {place: name_of[parameter] for place, parameter in uses if parameter in name_of}
 
     def new_accumulator(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Return float64 zeros for trained parameters, after freeing the spare buffers of moved parameters.

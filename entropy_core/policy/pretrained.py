@@ -49,7 +49,7 @@ def load_policy(
         weights_digest: content digest of the files, including those of an adapter's base; part of the cache key, so
             that a changed directory is loaded again.
         dtype: `float32` or `float64`.
-        attn_implementation: `eager`.
+        attn_implementation: of forward mode: `blockwise` or `eager`.
         device: `cpu`, `cuda`, or `auto`.
         base: directory of the base model of an adapter; None for a full model.
         files: stamps of the files, from `sources.stamps`; part of the cache key, so that a policy loaded while files
@@ -70,7 +70,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(
             home,
             dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
+            attn_implementation="eager",
             experts_implementation="eager",  # grouped products have no forward-mode derivative
             local_files_only=True,
             trust_remote_code=False,
@@ -89,4 +89,4 @@ def load_policy(
         insert_adapter(model, directory)
         fill_adapter(model, directory)
     log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
-    return Policy(model.to(resolve_device(device)), tokenizer)
+    return Policy(model.to(resolve_device(device)), tokenizer, blockwise=attn_implementation == "blockwise")

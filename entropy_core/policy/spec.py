@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from entropy_core.policy.model import Policy
 from entropy_core.policy.pretrained import load_policy, use_full_precision
+from entropy_core.store.inputs import Weights
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -15,19 +16,20 @@ class PolicySpec(BaseModel):
     """A policy as a probability distribution over responses; all fields are part of the keys of its results.
 
     Attributes:
-        weights: content digest of the checkpoint's model, or of the adapter.
+        weights: content digest of the checkpoint's model, or of the adapter; or the artifact of load-weights, where the
+            checkpoint has its weights in shards.
         base: content digest of an adapter's base model; empty for a full model.
         dtype: data type of the parameters and of the arithmetic.
-        attn_implementation: attention with a forward-mode derivative.
+        attn_implementation: attention in forward mode.
         temperature: τ; the policy is softmax(z/τ) for logits z.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    weights: str
+    weights: str | Weights
     base: str = ""
     dtype: Literal["float32", "float64"]
-    attn_implementation: Literal["eager"]
+    attn_implementation: Literal["blockwise", "eager"]
     temperature: float = Field(gt=0)
 
 
@@ -42,9 +44,13 @@ def policy_of(spec: PolicySpec, execution: "Execution") -> Policy:
         The policy; the same object as in the last call if the specification and the files are unchanged.
     """
     use_full_precision()
-    directory = execution.paths[spec.weights]
+    if isinstance(spec.weights, str):
+        directory, weights = execution.paths[spec.weights], spec.weights
+    else:
+        directory, weights = spec.weights.path("model/config.json").parent, spec.weights.digest
+        spec.weights.path("model/model.safetensors")  # verified
     base = execution.paths[spec.base] if spec.base else None
-    digest, files = spec.weights + spec.base, tuple(execution.stamps([spec.weights, spec.base]).items())
+    digest, files = weights + spec.base, tuple(execution.stamps([weights, spec.base]).items())
     policy = load_policy(directory, digest, spec.dtype, spec.attn_implementation, execution.device, base, files)
     policy.limit_logits(execution.head_chunk_megabytes)
     policy.recompute_activations = execution.recompute_activations

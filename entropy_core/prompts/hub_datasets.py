@@ -1,13 +1,16 @@
-"""Known datasets of the Hugging Face hub, read from a local copy: `gsm8k`, `gsm8k_r1_template` and `math`.
+"""Datasets of the Hugging Face hub, read from a local copy: `gsm8k`, `gsm8k_r1_template`, `math`, or `owner/name`.
 
+A copy is a folder that `datasets` wrote with `save_to_disk`, or one with the repository's files, as in the hub cache.
 Nothing is downloaded unless the configuration allows it. Results are keyed by the content of the copy, not its path.
 """
 
 import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from entropy_core.errors import PromptError, one_line, shortage, some_names
+from entropy_core.files.hub_cache import cached_snapshot, commit_of
 from entropy_core.prompts.files import read_rows
 
 R1_TEMPLATE = (
@@ -17,6 +20,10 @@ R1_TEMPLATE = (
     "<answer> answer here </answer>.\nUser: {question}\nAssistant: <think>"
 )
 """Prompt that opens `<think>`; the response should close it and end with `<answer>…</answer>`."""
+
+
+DATA = (".parquet", ".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
+"""What a folder of data files may hold; their content is the key of results."""
 
 
 class HubDataset(NamedTuple):
@@ -66,8 +73,27 @@ def locate(name: str, directory: str, allow_download: bool) -> Path:
                 fix=f"give the folder of a local copy of {DATASETS[name].repository}",
             )
         return _snapshot(path)
-    found = _in_hub_cache(name)
-    return found or _download(name, allow_download)
+    repository, folder = DATASETS[name].repository, DATASETS[name].folder
+    found = cached_snapshot(repository, "datasets")
+    if found is not None and any((found / folder).glob("*.parquet")):
+        return found
+    return _download(name, repository, folder, allow_download)
+
+
+def locate_repository(repository: str, allow_download: bool) -> Path:
+    """Find the snapshot of a dataset in the local hub cache.
+
+    Args:
+        repository: its name on the hub, `owner/name`.
+        allow_download: whether to download it if it is not there.
+
+    Returns:
+        The folder with the files.
+
+    Raises:
+        PromptError: there is no copy, and downloading it was not allowed or failed.
+    """
+    return cached_snapshot(repository, "datasets") or _download(repository, repository, None, allow_download)
 
 
 def revision(directory: Path) -> str:
@@ -103,42 +129,91 @@ def rows(name: str, split: str, directory: Path) -> list[dict]:
     return found
 
 
+def rows_of_folder(directory: Path, split: str, configuration: str) -> list[dict]:
+    """Load one split of a folder, as `datasets` does.
+
+    Args:
+        directory: a folder written by `save_to_disk`, or one with data files, such as a snapshot in the hub cache.
+        split: name of the split.
+        configuration: name of a configuration of the dataset; empty for the only one.
+
+    Returns:
+        One dictionary per row.
+
+    Raises:
+        PromptError: the folder has no such split or configuration, or no data files.
+    """
+    if _is_saved(directory):
+        if configuration:
+            raise PromptError(
+                f"{directory} was written by save_to_disk, and has no configurations", fix="remove dataset_config"
+            )
+        return _read_saved(directory, split)
+    return _loaded(directory, split, configuration)
+
+
+def _loaded(directory: Path, split: str, configuration: str) -> list[dict]:
+    """Rows of the data files of a folder; which these are, says the card of the dataset, or their names."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset_builder
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory(prefix="entropy-probe-") as scratch:
+            builder = load_dataset_builder(str(directory), configuration or None, cache_dir=scratch)
+            files = [file for found in (builder.config.data_files or {}).values() for file in found]
+            if others := [file for file in files if not file.endswith(DATA)]:
+                raise PromptError(
+                    f"{directory} holds {Path(others[0]).name}, which is no data file that is read here",
+                    fix=f"give a folder of {', '.join(DATA)} files",
+                )
+            builder.download_and_prepare()
+            splits = builder.as_dataset()
+            if split not in splits:
+                raise _no_split(directory, split, splits)
+            return splits[split].to_list()
+    except PromptError:
+        raise
+    except Exception as error:  # each format has its own
+        raise shortage(error) or PromptError(
+            f"{directory} cannot be read as a dataset: {one_line(error)}",
+            cause="it has several configurations, files of different columns, or an interrupted copy",
+            fix="set batch_config.dataset_config to one of its configurations, or give the path of one file",
+        ) from error
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
 def _snapshot(path: Path) -> Path:
     """Return the current snapshot of a folder of the hub cache; any other folder is returned unchanged."""
-    reference = path / "refs" / "main"
-    return path / "snapshots" / reference.read_text(encoding="utf-8").strip() if reference.is_file() else path
+    return path / "snapshots" / commit_of(path) if (path / "refs" / "main").is_file() else path
 
 
-def _in_hub_cache(name: str) -> Path | None:
-    from huggingface_hub import constants
-
-    repository = DATASETS[name].repository.replace("/", "--")
-    snapshot = _snapshot(Path(constants.HF_HUB_CACHE) / f"datasets--{repository}")
-    return snapshot if any((snapshot / DATASETS[name].folder).glob("*.parquet")) else None
-
-
-def _download(name: str, allowed: bool) -> Path:
+def _download(name: str, repository: str, folder: str | None, allowed: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    repository, folder = DATASETS[name].repository, DATASETS[name].folder
     if not allowed:
         raise PromptError(
-            f"dataset {name!r} ({repository}) is not on this machine",
+            f"dataset {name!r}{'' if name == repository else f' ({repository})'} is not on this machine",
             cause="it was never downloaded, or is in another folder",
-            fix="set batch_config.dataset_path to its folder, or set batch_config.allow_download: true",
+            fix="set batch_config.dataset_name to the folder of a copy, or set batch_config.allow_download: true"
+            if name == repository
+            else "set batch_config.dataset_path to its folder, or set batch_config.allow_download: true",
         )
     try:
-        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[f"{folder}/*.parquet"]))
+        patterns = [f"{folder}/*.parquet"] if folder else None
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the network fails in many ways
         raise PromptError(
             f"{repository} cannot be downloaded: {one_line(error)}",
-            cause="there is no connection to the hub",
-            fix="download it on a machine with a connection, and set batch_config.dataset_path to its folder",
+            cause="there is no connection to the hub, or no such dataset",
+            fix="download it on a machine with a connection, and give the folder of the copy",
         ) from error
 
 
 def _read(directory: Path, split: str, folder: str) -> list[dict]:
-    if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
+    if _is_saved(directory):
         return _read_saved(directory, split)
     base = directory / folder if (directory / folder).is_dir() else directory
     splits: dict[str, list[Path]] = {}
@@ -153,6 +228,10 @@ def _read(directory: Path, split: str, folder: str) -> list[dict]:
     if split not in splits:
         raise _no_split(directory, split, splits)
     return [row for file in splits[split] for row in read_rows(file)]
+
+
+def _is_saved(directory: Path) -> bool:
+    return (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()
 
 
 def _read_saved(directory: Path, split: str) -> list[dict]:

@@ -1,11 +1,14 @@
 """The figures of a sweep."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from entropy_core.estimates.tables import Row, at_learning_rate, by_checkpoint, first_of_each, unit_of
@@ -68,8 +71,11 @@ def save_figure(figure: Figure, png: Path, svg: Path) -> None:
     """Write a figure as PNG and SVG, without dates, so that equal figures give equal files."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # tokens may be in any script
-        figure.savefig(png, dpi=144, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None, "Creator": None})
+        figure.dpi = 144
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # `savefig` would go through it twice
+        figure.set_layout_engine("none")  # everything has its place by now
+        figure.dpi = 72
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
 
 
 def _draw(draw: Callable[[Figure, Sequence[Row], str], None], rows: Sequence[Row], unit: str) -> Figure:
@@ -78,28 +84,43 @@ def _draw(draw: Callable[[Figure, Sequence[Row], str], None], rows: Sequence[Row
     return figure
 
 
+def _reach(row: Row, interval: str) -> list[list[float]]:
+    """Return the distances from the value of a row down and up to the ends of one of its intervals."""
+    return _reaches([row], interval)
+
+
+def _reaches(rows: Sequence[Row], interval: str) -> list[list[float]]:
+    low, high = ([_number(row[f"{interval}_{end}"]) for row in rows] for end in ("low", "high"))
+    return [[(b - a) / 2 for a, b in zip(low, high, strict=True)]] * 2
+
+
+def _number(value: float | None) -> float:
+    """Return NaN, which is not drawn, for what is missing."""
+    return math.nan if value is None else value
+
+
 def _prediction(figure: Figure, rows: Sequence[Row], unit: str) -> None:
     axes = figure.subplots()
-    quantile = normal_quantile(rows[0]["confidence_level"])
     estimator = rows[0]["estimator"]
     shown = [row for row in at_learning_rate(rows) if row["delta_h"] is not None and row["estimator"] == estimator]
     for row in shown:
         axes.errorbar(
             row["delta_h1"],
             row["delta_h"],
-            xerr=[[row["delta_h1"] - row["ci_low"]], [row["ci_high"] - row["delta_h1"]]],
-            yerr=quantile * row["delta_h_se"],
+            xerr=_reach(row, "this_update"),
+            yerr=_reach(row, "delta_h_this_update"),
             fmt="o",
             markersize=4,
             capsize=2,
             linewidth=1,
             label=row["checkpoint"],
         )
-    ends = [value for row in shown for value in (row["ci_low"], row["ci_high"], row["delta_h"])] or [0.0]
+    names = ("this_update_low", "this_update_high", "delta_h")
+    ends = [row[name] for row in shown for name in names] or [0.0]
     axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="ΔH = δH₁")
     axes.set(
-        xlabel=f"predicted δH₁ [{unit}], interval over E and U",
-        ylabel=f"measured ΔH [{unit}], given U",
+        xlabel=f"predicted δH₁ [{unit}], this update",
+        ylabel=f"measured ΔH [{unit}], this update",
         title=f"Predicted and measured entropy change, η = {shown[0]['eta_over_lr']:g} × lr" if shown else "",
     )
     axes.legend()
@@ -111,25 +132,25 @@ def _eta_sweep(figure: Figure, rows: Sequence[Row], unit: str) -> None:
     lines = -(-len(groups) // columns)
     figure.set_size_inches(6.4, 1.0 + 2.6 * lines)
     panels: list[Axes] = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
-    quantile = normal_quantile(rows[0]["confidence_level"])
     for axes, (checkpoint, group) in zip(panels, groups.items(), strict=False):
         measured = [row for row in group if row["delta_h"] is not None]
         line = sorted(measured or group, key=lambda row: row["eta"])
         x = [row["eta_over_lr"] for row in line]
         axes.plot(x, [row["delta_h1"] for row in line], color="black", linewidth=0.8, label="δH₁")
-        low, high = [row["ci_low"] for row in line], [row["ci_high"] for row in line]
-        axes.fill_between(x, low, high, color="black", alpha=0.12, linewidth=0)
+        for update, shade in (("this", 0.25), ("next", 0.1)):
+            low, high = ([_number(row[f"{update}_update_{end}"]) for row in line] for end in ("low", "high"))
+            axes.fill_between(x, low, high, color="black", alpha=shade, linewidth=0, label=f"δH₁, {update} update")
         for estimator in dict.fromkeys(row["estimator"] for row in group):
             part = [row for row in line if row["estimator"] == estimator and row["delta_h"] is not None]
             axes.errorbar(
                 [row["eta_over_lr"] for row in part],
                 [row["delta_h"] for row in part],
-                yerr=[quantile * row["delta_h_se"] for row in part],
+                yerr=_reaches(part, "delta_h_this_update"),
                 fmt="o" if estimator == "per_decision" else "x",
                 markersize=4,
                 capsize=2,
                 linewidth=1,
-                label=f"ΔH {estimator}",
+                label=f"ΔH {estimator}, this update",
             )
         axes.set_title(checkpoint, fontsize=9)
         axes.set_xlabel("η / lr", fontsize=9)
@@ -158,10 +179,9 @@ def _training(figure: Figure, rows: Sequence[Row], unit: str) -> None:
         below.errorbar(
             [row["step"] for row in at_lr],
             [row["delta_h1"] for row in at_lr],
-            yerr=[
-                [row["delta_h1"] - row["ci_low"] for row in at_lr],
-                [row["ci_high"] - row["delta_h1"] for row in at_lr],
-            ],
+            yerr=_reaches(
+                at_lr, "next_update" if all(row["next_update_low"] is not None for row in at_lr) else "this_update"
+            ),
             fmt="o-",
             markersize=4,
             capsize=2,

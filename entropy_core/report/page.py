@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
+from entropy_core.report.agreement import disagreements
+from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
+from entropy_core.report.verdict_lines import interval, verdict_lines
 
 COLUMNS = {
     "checkpoint": "checkpoint",
@@ -12,17 +15,23 @@ COLUMNS = {
     "estimator": "estimator",
     "H": "H",
     "delta_h1": "δH₁",
-    "se_given_u": "SE given U",
-    "se_over_u": "SE over U",
-    "ci_low": "CI low",
-    "ci_high": "CI high",
+    "this_update": "δH₁, this update",
+    "mean_update": "δH₁, mean update",
+    "next_update": "δH₁, next update",
     "delta_h": "ΔH",
-    "delta_h_se": "SE ΔH",
+    "delta_h_this_update": "ΔH, this update",
+    "delta_h_next_update": "ΔH, next update",
     "paired_difference": "ΔH − δH₁",
-    "paired_difference_se": "paired SE",
+    "paired_difference_se": "SE",
     "ess_fraction": "ESS/N",
     "verdict": "verdict",
 }
+INTERVALS = {"this_update", "mean_update", "next_update", "delta_h_this_update", "delta_h_next_update"}
+CONVENTION = (
+    "Brackets, bands and bars are intervals at the confidence level, and name what they are for: *this update*, the "
+    "step on this U, with the randomness of E; *the mean update*, the mean step on batches like U, with that of E and "
+    "U; *the next update*, the step on another U, with that of E, U and the other U. A standard error is marked SE. "
+)
 
 
 def markdown(
@@ -32,6 +41,7 @@ def markdown(
     notes: Sequence[str],
     settings: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
+    compared: Sequence[Row] = (),
 ) -> str:
     """Write the report page of a sweep.
 
@@ -42,6 +52,7 @@ def markdown(
         notes: assumptions, one sentence each.
         settings: settings of the training, each with its source.
         warnings: warnings at the top of the page.
+        compared: rows of `agreement.parquet`; what disagrees is said before the warnings.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -53,7 +64,7 @@ def markdown(
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
-        *(f"> **Warning:** {warning}\n" for warning in warnings),
+        *(f"> **Warning:** {warning}\n" for warning in (*disagreements(compared), *warnings)),
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
@@ -80,15 +91,21 @@ def markdown(
         "",
         markdown_table(shown),
         "",
-        "δH₁ is the first-order prediction η·⟨∇H, v⟩, and ΔH is the change measured by importance sampling. *SE given "
-        "U* covers the randomness of E with the update held fixed, *SE over U* the randomness of U with E held fixed; "
-        "the interval covers both. δH₁ and ΔH use the same E batch and share its noise: their agreement shows that the "
-        "step is in the linear range, not that δH₁ is accurate. The interval shows how accurate δH₁ is.",
+        "δH₁ is the first-order prediction η·⟨∇H, v⟩, and ΔH is the change measured by importance sampling. "
+        f"{CONVENTION}δH₁ and ΔH use the same E batch and share its noise: their agreement shows that the step is in "
+        "the linear range, not that δH₁ is accurate. The intervals show how accurate δH₁ is.",
+        *_without_interval(shown),
+        "",
+        "## Verdicts",
+        "",
+        *verdict_lines(shown),
         "",
         "## Checks",
         "",
         *_checks(shown, checkpoints),
     ]
+    if content := agreement_section(compared, shown):
+        lines += ["", "## Does this look like the trainer's run?", "", *content]
     for title, section in SECTIONS.items():
         content = section({t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()})
         if content:
@@ -98,7 +115,7 @@ def markdown(
         lines += [
             "",
             f"**Up to {uninformative:.0%} of the prompts of U have equal rewards** and carry no information about the "
-            "variation over U: *SE over U* and the interval are too small. Use a larger U, or other prompts.",
+            "variation over U. Use a larger U, or other prompts.",
         ]
     if settings:
         lines += ["", "## Settings of the training", "", *settings_table(settings)]
@@ -111,8 +128,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """Format the main columns of result rows as a markdown table, rounded."""
     head = "| " + " | ".join(COLUMNS.values()) + " |"
     rule = "|" + "|".join("---" if name in {"checkpoint", "estimator", "verdict"} else "---:" for name in COLUMNS) + "|"
-    body = ["| " + " | ".join(format_value(name, row[name]) for name in COLUMNS) + " |" for row in rows]
+    body = ["| " + " | ".join(_cell(name, row) for name in COLUMNS) + " |" for row in rows]
     return "\n".join([head, rule, *body])
+
+
+def _cell(name: str, row: Row) -> str:
+    return interval(row, name) if name in INTERVALS else format_value(name, row[name])
 
 
 def format_value(name: str, value: Any) -> str:
@@ -133,13 +154,24 @@ def format_value(name: str, value: Any) -> str:
 def _headlines(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in first_of_each(at_learning_rate(rows)):
-        measured = "not measurable" if row["delta_h"] is None else f"{row['delta_h']:+.3g} ± {row['delta_h_se']:.2g}"
+        measured = "not measurable"
+        if row["delta_h"] is not None:
+            measured = f"{row['delta_h']:+.3g} {interval(row, 'delta_h_this_update')}"
+        following = f"the next one {interval(row, 'next_update')}"
+        if row["interval_over_u"] != "valid":
+            following = row["interval_over_u"]
         lines.append(
-            f"- **{row['checkpoint']}**: H = {row['H']:.4f}; a step of {row['eta_over_lr']:g} × lr changes it by "
-            f"δH₁ = {row['delta_h1']:+.3g} [{row['ci_low']:+.3g}, {row['ci_high']:+.3g}], measured "
+            f"- **{row['checkpoint']}**: H = {row['H']:.4f}; this step of {row['eta_over_lr']:g} × lr changes it by "
+            f"δH₁ = {row['delta_h1']:+.3g} {interval(row, 'this_update')}, {following}; measured for this step: "
             f"{measured} ({row['verdict']})"
         )
     return lines
+
+
+def _without_interval(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each checkpoint without a valid interval over U."""
+    why = {row["checkpoint"]: row["interval_over_u"] for row in rows if row["interval_over_u"] != "valid"}
+    return [line for name, reason in why.items() for line in ("", f"**{name}: {reason}.**")]
 
 
 def _origins(rows: Sequence[Row]) -> list[str]:

@@ -62,7 +62,7 @@ def linearity(tables: Tables) -> list[str]:
 
 
 def _with_errors(row: Row, columns: Sequence[str]) -> list[str]:
-    return [f"{row[column]:+.4g} ± {row[f'{column}_se']:.2g}" for column in columns]
+    return [f"{row[column]:+.4g} (SE {row[f'{column}_se']:.2g})" for column in columns]
 
 
 def replicates(tables: Tables) -> list[str]:
@@ -72,8 +72,8 @@ def replicates(tables: Tables) -> list[str]:
         (
             checkpoint,
             f"{row['replicates']}",
-            f"{row['delta_h1']:+.4g} ± {row['se_given_u']:.2g}",
-            f"{row['mean']:+.4g} ± {row['mean_se']:.2g}",
+            f"{row['delta_h1']:+.4g} (SE {row['se_given_u']:.2g})",
+            f"{row['mean']:+.4g} (SE {row['mean_se']:.2g})",
             f"{row['p_value']:.2g}",
         )
         for checkpoint, row in reversed(first.items())

@@ -47,7 +47,8 @@ def passages(tokens: Sequence[Row], sequences: Sequence[Row], column: str) -> li
         whole, sequence = by_sequence[token["sequence_id"]], of_sequence[token["sequence_id"]]
         start, stop = _window(whole, token["position"])
         prompt = _visible(sequence["prompt"][-40:])
-        title = f"{prompt}   reward {sequence['reward']:g}, A {sequence['advantage']:+.2f}"
+        reward = "no reward" if sequence["reward"] is None else f"reward {sequence['reward']:g}"
+        title = f"{prompt}   {reward}, A {sequence['advantage']:+.2f}"
         around = whole[start:stop]
         shown.append(Passage(title, tuple(_visible(t["text"]) for t in around), tuple(t[column] for t in around)))
     return shown

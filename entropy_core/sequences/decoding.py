@@ -25,7 +25,6 @@ from transformers.cache_utils import Cache
 from entropy_core.errors import NonFiniteError
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
-from entropy_core.policy.attention import fused_attention
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import FinishReason
 from entropy_core.sequences.cache import ROOM, new_cache
@@ -120,18 +119,17 @@ class Decoding:
         Raises:
             NonFiniteError: a logit is NaN or infinite; names the sequence.
         """
-        with fused_attention(self.policy):
-            if self.waiting:
-                self.rows = min(self.rows, self._rows_within_memory())
-            while True:
-                busy = len(self.batch.busy)
-                if self.waiting and (not busy or self.rows - busy >= max(1, self.rows // REFILL)):
-                    self._admit(busy)
-                elif busy:
-                    self._drop()
-                    self._step()
-                else:
-                    return [self.responses[i] for i in range(len(self.request.prompts))]
+        if self.waiting:
+            self.rows = min(self.rows, self._rows_within_memory())
+        while True:
+            busy = len(self.batch.busy)
+            if self.waiting and (not busy or self.rows - busy >= max(1, self.rows // REFILL)):
+                self._admit(busy)
+            elif busy:
+                self._drop()
+                self._step()
+            else:
+                return [self.responses[i] for i in range(len(self.request.prompts))]
 
     def _admit(self, busy: int) -> None:
         """Give free rows to the longest waiting prompts."""

@@ -4,9 +4,12 @@
                                     │  rescore-e-batch (rounding) ───────────────────────────┼──────────────┐
     load-prompts ── sample-u-batch ─┼─ reward-u-batch ─┐                                     │              │
                                     │  score-u-batch ──┼─ compute-update ─┬─ first-order-u ──┘ ─────────────┤
-    load-checkpoint ────────────────┘──────────────────┘                  ├─ first-order-e (calibrate) ──────┼─ variance
+    load-checkpoint ────────────────┘──────────────────┘                  │  half-steps-u ───────────────────┤
+                                                                          ├─ first-order-e (calibrate) ──────┼─ variance
                                                                           ├─ importance (per η) ─────────────┤     │
                                                                           └─ path-integral (per η) ──────────┘   report
+
+Every stage that uses the policy reads it from the checkpoint, or from load-weights where its weights are in shards.
 
 A stage is a function `(out, execution, **inputs) → summary`. Its keyword arguments are exactly the contents of its key,
 so it cannot read a setting that is missing from the key. `execution` holds settings that do not affect the result, and

@@ -1,4 +1,4 @@
-"""compute-update: the step v that the optimizer would take on U, and the gradient that it is made of."""
+"""compute-update: the step v that the optimizer would take on U, and the gradient that it is computed from."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from entropy_core.checkpoints.optimizer_step import OptimizerStep
+from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.errors import NonFiniteError
 from entropy_core.losses.apart import token_coefficients
-from entropy_core.losses.files import name_of, write_tokens
+from entropy_core.losses.files import as_numbers, name_of, write_tokens
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.adamw import clip_factor
+from entropy_core.numerics.advantages import groups_of_equal
 from entropy_core.numerics.rounded_step import rounded_clip_factor
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
 from entropy_core.policy.model import Coefficients
@@ -42,35 +43,36 @@ def compute_update(
     responses_per_prompt: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    """Gradient of the loss on U, then the next AdamW step per unit of learning rate.
+    """Compute the gradient of the loss on U, then the next AdamW step per unit of learning rate.
 
     Where the trainer keeps its weights in a narrow dtype, v is the change of the rounded weights over the learning
     rate: the trainer's own step, so that the measured change of the entropy tends to its first order.
 
     Args:
-        out: the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
-            `loss.safetensors` (what the loss reads of each token, and ∂L/∂ℓ and ∂L/∂h there); `sequences.parquet`
-            (reward, advantage, length, whether it was cut).
-        execution: device and micro-batch.
-        policy: whose sequences they are, and how it is computed.
+        out: receives the vectors `direction` (v) and `gradient` (of the loss, not clipped), by parameter name;
+            `loss.safetensors` (the inputs of the loss for each token, and its derivatives ∂L/∂ℓ and ∂L/∂h);
+            `sequences.parquet` (reward, advantage, length, and whether the response was cut).
+        execution: device and micro-batch size.
+        policy: the policy that sampled the sequences.
         checkpoint: artifact of load-checkpoint.
-        sequences: the shards of sample-u-batch.
+        sequences: shards of sample-u-batch.
         rewards: artifact of reward-u-batch.
-        scores: the shards of score-u-batch.
-        reference: the shards of score-u-reference; none without a KL term.
+        scores: shards of score-u-batch.
+        reference: shards of score-u-reference; empty without a KL term.
         loss: the loss and its settings.
-        responses_per_prompt: G.
-        max_grad_norm: of the clipping; 0 for none.
+        responses_per_prompt: G, the number of responses to each prompt.
+        max_grad_norm: global norm at which the gradient is clipped; 0 for no clipping.
 
     Returns:
-        Norms, clip factor, the share of the weights that move, and how many prompts had equal rewards.
+        Norms of the gradient and the step, the clip factor, the share of the weights that move, and the number of
+        prompts whose responses had equal rewards.
     """
     processor = processor_of(policy, execution)
     model = processor.policy
     shards, rewarded = [read_sequences(shard) for shard in sequences], rewards.table("rewards.parquet")
     require_ids(shards, rewarded["sequence_id"].to_pylist())
-    rewards_N = torch.tensor(rewarded["reward"].to_pylist(), dtype=torch.float64)
-    rewards_PG = rewards_N.view(-1, responses_per_prompt)
+    rewards_N = as_numbers(rewarded["reward"].to_pylist())
+    rewards_PG = as_numbers(rewarded[loss.reward_column].to_pylist()).view(-1, responses_per_prompt)
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
     table = tokens_of(shards).join(read_tokens(scores, "logprobs", "entropies"))
     if reference:
@@ -79,8 +81,7 @@ def compute_update(
     batch = loss.batch(table, rewards_PG, truncated_N)
     coefficients = token_coefficients(name_of(execution, loss.name, loss.source), batch, execution.isolation)
 
-    placed = checkpoint.table("parameters.parquet").select(["name", "group"]).to_pylist()
-    moving = {row["name"] for row in placed if row["group"] is not None}
+    moving = moved_parameters(checkpoint)
     gradient = model.new_accumulator(moving)
     start = 0
     for shard in shards:
@@ -89,9 +90,7 @@ def compute_update(
             weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
             model.add_gradients(rows, [weights], policy.temperature, [gradient])
         start = stop
-    # what the trainer does not move has no gradient there, neither in the step nor in the norm that is clipped
-    still = {n: torch.zeros((), dtype=torch.float64).expand(p.shape) for n, p in model.named_parameters().items()}
-    gradient = still | gradient
+    gradient = with_zeros(gradient, model.named_parameters())
     g = in_blocks(gradient)
     norm = global_norm(g)
     if not math.isfinite(norm):
@@ -126,7 +125,7 @@ def compute_update(
         "moved_fraction": changed / sum(gradient[name].numel() for name in moving),
         "rounded": bool(narrow),
         "prompts": len(rewards_PG),
-        "prompts_with_equal_rewards": int((rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).sum()),
+        "prompts_with_equal_rewards": groups_of_equal(rewards_N.view_as(rewards_PG)),
         "loss": loss.model_dump(),
-        "mean_reward": float(rewards_N.mean()),
+        "mean_reward": float(rewards_N.nanmean()),
     }

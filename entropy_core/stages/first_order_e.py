@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.policy.attention import attention_without_derivative
+from entropy_core.policy.blockwise import forward_mode_attention
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.derivatives import central_difference, forward_mode
 from entropy_core.sequences.files import read_sequences
@@ -39,10 +39,10 @@ def first_order_e(
     processor = processor_of(policy, execution)
     batch, direction = read_sequences(sequences), update.vector("direction")
     if half_width:
-        attention = attention_without_derivative(processor.policy)
+        attention = processor.policy.model.config._attn_implementation
         dlogprobs_K, dentropies_K = central_difference(processor, batch, direction, half_width)
     else:
-        attention = policy.attn_implementation
+        attention = forward_mode_attention(processor.policy)
         _, _, dlogprobs_K, dentropies_K = forward_mode(processor, batch, direction)
     batch.table({"dlogprobs": dlogprobs_K, "dentropies": dentropies_K}).write(out)
     return {"sequences": len(batch), "attention": attention}

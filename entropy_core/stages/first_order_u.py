@@ -78,7 +78,7 @@ def first_order_u(
 
     # of the size of the policy: each is read or computed block by block, anew for every use
     blocks = blocks_of(model.named_parameters())
-    direction, loss_gradient = (_stored(update, name, blocks) for name in ("direction", "gradient"))
+    direction, loss_gradient = (_stored(update, name, blocks, model.device) for name in ("direction", "gradient"))
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])
     jacobian, preconditioner, *parts = map(step.part, ("jacobian", "preconditioner", "momentum", "decay"))
     rounding = Lazy(blocks, lambda block: direction[block] - step[block].direction)
@@ -96,7 +96,7 @@ def first_order_u(
     pulled_back: list[list[TokenPair]] = []  # by kind and half
     inner_products = []
     for kind in KINDS:
-        covectors = [_stored(gradient, f"{kind}_{half}", blocks) for half in HALVES]
+        covectors = [_stored(gradient, f"{kind}_{half}", blocks, model.device) for half in HALVES]
         pulled_back.append(
             [along(adamw.pull_back(w, jacobian, loss_gradient, settings["max_grad_norm"])) for w in covectors]
         )
@@ -146,10 +146,10 @@ def first_order_u(
     return summary | {"baseline": gradient.summary["baseline"]}
 
 
-def _stored(artifact: "Artifact", name: str, blocks: Sequence[Block]) -> Lazy[Block]:
-    """A vector of an artifact, float64."""
+def _stored(artifact: "Artifact", name: str, blocks: Sequence[Block], device: torch.device) -> Lazy[Block]:
+    """A vector of an artifact, float64, on the device where the arithmetic on it is done."""
     file = artifact.vector(name)
-    return Lazy(blocks, lambda block: file.block(block).double())
+    return Lazy(blocks, lambda block: file.block(block).to(device).double())
 
 
 def _whole(halves: Sequence[Mapping[str, Any]], covectors: Sequence[Lazy[Block]]) -> Lazy[Block]:

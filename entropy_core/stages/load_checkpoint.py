@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from entropy_core.checkpoints.checkpoint import read_checkpoint
 from entropy_core.checkpoints.optimizer_state import check_moments
-from entropy_core.files.digests import file_digest
+from entropy_core.files.checkpoint import optimizer_digest
 from entropy_core.numerics.adamw import AdamHyperparameters
 
 if TYPE_CHECKING:
@@ -78,6 +78,6 @@ def load_checkpoint(
         "trained": len(found.parameter_shapes),
         "matched": len(optimizer.exp_avg),
         "unmoved": len(optimizer.unmoved),
-        "optimizer": file_digest(file) if file else "",
+        "optimizer": optimizer_digest(file) if file else "",
         "assumptions": list(found.assumptions),
     }

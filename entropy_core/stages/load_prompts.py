@@ -20,6 +20,7 @@ def load_prompts(
     *,
     dataset_name: str,
     options: Mapping[str, Any],
+    configuration: str,
     split: str,
     prompt_column: str,
     source: str,
@@ -33,8 +34,9 @@ def load_prompts(
     Args:
         out: writer of `prompts.parquet`, and of `prompt_tokens.parquet` with one row of token ids per prompt.
         execution: paths of the files.
-        dataset_name: name of the dataset, as in `prompts.pools.load_pool`; empty for a user's file.
+        dataset_name: name of the dataset, as in `prompts.pools.load_pool`; empty for a user's file or folder.
         options: options of a reasoning-gym task.
+        configuration: name of a configuration of a folder or of a dataset of the hub; empty for the only one.
         split: name of the split.
         prompt_column: column with the prompt.
         source: digest of the dataset's file or folder; empty for a generated dataset.
@@ -47,7 +49,7 @@ def load_prompts(
         Summary: number of prompts, and notes for the report.
     """
     path = execution.paths[source] if source else None
-    pool = load_pool(dataset_name or str(path), split, prompt_column, path, options)
+    pool = load_pool(dataset_name or str(path), split, prompt_column, path, options, configuration)
     pool, token_ids = encode(pool, load_tokenizer(execution.paths[tokenizer]), **encoding)
     out.table(pool.table, "prompts.parquet")
     out.table(pa.table({"token_ids": token_ids}), "prompt_tokens.parquet")

@@ -9,7 +9,7 @@ from entropy_core.report import page as pages
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Writer
-    from entropy_core.store.inputs import ReportedCheckpoint
+    from entropy_core.store.inputs import Agreement, ReportedCheckpoint
 
 
 def report(
@@ -18,6 +18,7 @@ def report(
     *,
     name: str,
     checkpoints: "Sequence[ReportedCheckpoint]",
+    agreement: "Agreement",
     settings: Sequence[Mapping[str, Any]],
     warnings: Sequence[str],
     notes: Sequence[str],
@@ -26,11 +27,12 @@ def report(
 
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
-            columns, `report.md`, and the figures as PNG and SVG.
+            columns, `agreement.parquet`, `report.md`, and the figures as PNG and SVG.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
             `attribution` (artifact of first-order-u).
+        agreement: artifact of agreement, whose table is copied.
         settings: settings of the training, as mappings of `key`, `value` and `source`.
         warnings: warnings at the top of the report, one sentence each.
         notes: assumptions, one sentence each.
@@ -45,12 +47,15 @@ def report(
     others = {table: _gathered(checkpoints, table) for table in TABLES}
     for table, schema in TABLES.items():
         out.table(to_table(others[table], of_checkpoints(schema)), f"{table}.parquet")
+    compared = agreement.table("agreement.parquet")
+    out.table(compared, "agreement.parquet")
     last = checkpoints[-1]
     tokens, sequences = (last["attribution"].table(f"{table}.parquet").to_pylist() for table in ("tokens", "sequences"))
     drawn = figures.figures(rows) | {"tokens": figures.token_figure(tokens, sequences, rows, last["checkpoint"])}
     for figure_name, figure in drawn.items():
         figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
-    out.path("report.md").write_text(pages.markdown(name, rows, others, notes, settings, warnings), encoding="utf-8")
+    page = pages.markdown(name, rows, others, notes, settings, warnings, compared.to_pylist())
+    out.path("report.md").write_text(page, encoding="utf-8")
     return {"rows": len(rows), "checkpoints": len(checkpoints)}
 
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from entropy_core.policy.attention import attention_without_derivative
 from entropy_core.policy.spec import PolicySpec
+from entropy_core.prompts.conversations import is_conversational
 from entropy_core.sequences.files import write_sequences
 from entropy_core.sequences.processor import processor_of
 
@@ -59,14 +59,15 @@ def sample(
     else:
         sequences = processor.generate_distinct(pool, count, responses_per_prompt, seed, batch, first)
     write_sequences(out, sequences)
-    decode = processor.policy.tokenizer.decode
+    decode, drawn_N = processor.policy.tokenizer.decode, sequences.prompt_ids_N.tolist()
+    in_template = is_conversational(table)
     out.table(
         pa.table(
             {
                 "sequence_id": sequences.sequence_ids_N.tolist(),
-                "prompt_id": sequences.prompt_ids_N.tolist(),
+                "prompt_id": drawn_N,
                 "draw": sequences.draws_N.tolist(),
-                "prompt": table["prompt"].take(sequences.prompt_ids_N.tolist()),
+                "prompt": [decode(pool[i]) for i in drawn_N] if in_template else table["prompt"].take(drawn_N),
                 "response": [decode(sequences.response(i), skip_special_tokens=True) for i in range(len(sequences))],
                 "length": sequences.lengths_N.tolist(),
                 "finish_reason": list(sequences.finish_reasons),
@@ -78,5 +79,5 @@ def sample(
         "sequences": len(sequences),
         "tokens": len(sequences.response_tokens_K),
         "cut": sequences.finish_reasons.count("length"),
-        "attention": attention_without_derivative(processor.policy),
+        "attention": processor.policy.model.config._attn_implementation,
     }

@@ -13,7 +13,7 @@ from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.rows import Contributions, Derivative, Row
 from entropy_core.estimates.tables import ESTIMATES, TABLES, to_table
-from entropy_core.numerics import uncertainty
+from entropy_core.numerics import half_samples, uncertainty
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
 from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.store.columns import concatenate, read_tokens
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Attribution,
         Calibration,
         Discriminators,
+        HalfSteps,
         Replicate,
         Rescores,
         ScoresOfE,
@@ -44,6 +45,7 @@ def variance(
     rescores: "Sequence[Rescores]",
     first_order_e: "Sequence[AlongV]",
     first_order_u: "Attribution",
+    half_steps_u: "HalfSteps",
     update: "Update",
     scores_u: "Sequence[ScoresOfU]",
     discriminators_u: "Discriminators",
@@ -69,6 +71,7 @@ def variance(
         rescores: draws of rescore-e-batch on the first sequences, for the numerical noise.
         first_order_e: shards of first-order-e.
         first_order_u: artifact of first-order-u.
+        half_steps_u: artifact of half-steps-u.
         update: artifact of compute-update, of which only summary and advantages are read.
         scores_u: shards of score-u-batch.
         discriminators_u: artifact of discriminate-u.
@@ -101,7 +104,8 @@ def variance(
     rescored = [moved_of_first(again, draw, of_few) for draw in rescores]
     common: dict[Normalization, _Common] = {}
     for normalization in normalizations:
-        contributions = _contributions(of_sequences, normalization, of_batch["n_prompts_u"])
+        steps = _half_steps(half_steps_u.table("halves.parquet"), of_u["inner_product"][normalization], normalization)
+        contributions = _contributions(of_sequences, normalization, update.summary, steps)
         derivative = estimates.derivative_of(batch, normalization, contributions, confidence_level, bootstrap_resamples)
         columns = of_batch | {
             "normalization": normalization,
@@ -179,7 +183,6 @@ def _row(
     confidence_level: float,
 ) -> Row:
     noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # path_integral subtracts nothing
-    quantile = uncertainty.normal_quantile(confidence_level)
     return {
         **common.columns,
         "eta": eta,
@@ -188,7 +191,7 @@ def _row(
         **{name: value * eta for name, value in common.per_unit.items()},
         "noise_floor": noise_floor,
         **estimates.predict(common.derivative, eta, confidence_level),
-        **estimates.measure(batch, change, there, common.derivative, eta, estimator, noise_floor, quantile),
+        **estimates.measure(batch, change, there, common.derivative, eta, estimator, noise_floor, confidence_level),
     }
 
 
@@ -200,12 +203,22 @@ def _values(
     return {of: (estimate.value, batch.standard_error(estimate)) for of, estimate in found.items()}
 
 
-def _contributions(of_sequences: pa.Table, normalization: Normalization, prompts: int) -> Contributions:
+def _contributions(
+    of_sequences: pa.Table, normalization: Normalization, update: Mapping[str, Any], steps: half_samples.HalfSteps
+) -> Contributions:
+    prompts = update["prompts"]
     whole, *halves = (
         torch.tensor(of_sequences[f"influence_{normalization}{suffix}"].to_pylist(), dtype=torch.float64)
         for suffix in ("", "_half_0", "_half_1")
     )
-    return Contributions(whole.view(prompts, -1), torch.stack(halves).view(2, prompts, -1))
+    informative = prompts - update["prompts_with_equal_rewards"]
+    return Contributions(whole.view(prompts, -1), torch.stack(halves).view(2, prompts, -1), steps, informative)
+
+
+def _half_steps(halves: pa.Table, value: float, normalization: Normalization) -> half_samples.HalfSteps:
+    values, prompts = halves[f"inner_product_{normalization}"].to_pylist(), halves["prompts"].to_pylist()
+    halves_R2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
+    return half_samples.half_steps(value, halves_R2, torch.tensor(prompts, dtype=torch.int64).view(-1, 2))
 
 
 def _by_literature(

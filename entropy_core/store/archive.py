@@ -167,7 +167,10 @@ def _verify(file: Path, arrived: Store, store: Store, names: Iterable[runs.Name]
     if not run_ids:
         raise _refused(file, "there is no run in it")
     for run_id in sorted(set(run_ids) - set(runs.recorded(arrived.root))):
-        raise _refused(file, f"its {runs.RECORD} of the run {run_id} does not say when that was")
+        try:
+            runs.finished(arrived.root, run_id)
+        except StoreError as error:
+            raise _refused(file, error.fact.replace(f"{arrived.root}/", "")) from None
     for run_id in run_ids:
         for stage, key in sorted(runs.named(arrived.root, run_id) - present):
             if store.check(stage, key)[0] is None:

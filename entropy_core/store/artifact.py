@@ -200,9 +200,19 @@ class Writer:
             shapes: of the tensors, by parameter name.
             dtype: of all of them.
         """
+        return self.tensor_file(f"{VECTORS}{name}.safetensors", shapes, dtype)
+
+    def tensor_file(self, name: str, shapes: "Mapping[str, tuple[int, ...]]", dtype: "torch.dtype") -> "TensorWriter":
+        """Begin a safetensors file, to be filled a block at a time within a `with`.
+
+        Args:
+            name: path relative to the artifact.
+            shapes: of the tensors, by name.
+            dtype: of all of them.
+        """
         from entropy_core.store.tensor_file import TensorWriter
 
-        return TensorWriter(self.path(f"{VECTORS}{name}.safetensors"), shapes, dtype)
+        return TensorWriter(self.path(name), shapes, dtype)
 
     def table(self, table: "pyarrow.Table", name: str) -> None:
         """Write a table as a Parquet file."""
@@ -235,7 +245,7 @@ def canonical(value: Any, where: str = "inputs") -> Any:
     if isinstance(value, Artifact):
         return {"artifact": value.stage, "digest": value.digest}
     if isinstance(value, BaseModel):
-        return canonical(value.model_dump(), where)  # not as JSON, which turns paths and sets into something else
+        return canonical(dict(value), where)  # field by field: an artifact among them stays one
     if type(value) in (list, tuple):
         return [canonical(item, f"{where}.{index}") for index, item in enumerate(value)]
     if type(value) is dict and all(type(name) is str for name in value) and set(value) not in _TAGS:
@@ -251,6 +261,8 @@ def artifacts_in(value: Any) -> Iterator[Artifact]:
     """Every artifact among the inputs of a stage, at any depth."""
     if isinstance(value, Artifact):
         yield value
+    elif isinstance(value, BaseModel):
+        yield from artifacts_in(dict(value))
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from artifacts_in(item)

@@ -71,6 +71,13 @@ class TokenTable:
         columns = {name: column_K[: int(offsets_N1[-1])] for name, column_K in self.columns.items()}
         return TokenTable(self.sequences_N[:sequences], offsets_N1, columns)
 
+    def select(self, chosen_N: Tensor) -> "TokenTable":
+        """The same of the chosen sequences, in the given order."""
+        index_K = ragged.token_index(self.offsets_N1, chosen_N)
+        offsets_N1 = ragged.offsets_from_lengths(ragged.lengths(self.offsets_N1)[chosen_N])
+        columns = {name: column_K[index_K] for name, column_K in self.columns.items()}
+        return TokenTable(self.sequences_N[chosen_N], offsets_N1, columns)
+
     def write(self, out: "Writer", name: str = TOKENS) -> None:
         """Persist the table in a safetensors file."""
         out.tensors({"sequences": self.sequences_N, "offsets": self.offsets_N1, **self.columns}, name)

@@ -33,6 +33,7 @@ def made_by(*stages: str) -> AfterValidator:
 
 Prompts = Annotated[Artifact, made_by("load-prompts")]
 Checkpoint = Annotated[Artifact, made_by("load-checkpoint")]
+Weights = Annotated[Artifact, made_by("load-weights")]
 Sequences = Annotated[Artifact, made_by("sample-e-batch", "sample-u-batch")]
 SequencesOfE = Annotated[Artifact, made_by("sample-e-batch")]
 SequencesOfU = Annotated[Artifact, made_by("sample-u-batch")]
@@ -47,9 +48,11 @@ Gradient = Annotated[Artifact, made_by("entropy-gradient")]
 Calibration = Annotated[Artifact, made_by("calibrate")]
 AlongV = Annotated[Artifact, made_by("first-order-e")]
 Attribution = Annotated[Artifact, made_by("first-order-u")]
+HalfSteps = Annotated[Artifact, made_by("half-steps-u")]
 MovedScores = Annotated[Artifact, made_by("importance")]
 Path = Annotated[Artifact, made_by("path-integral")]
 Estimates = Annotated[Artifact, made_by("variance")]
+Agreement = Annotated[Artifact, made_by("agreement")]
 
 
 @with_config(_STRICT)
@@ -68,6 +71,19 @@ class Replicate(TypedDict):
     seed: int
     scores: Sequence[ScoresOfE]
     first_order_e: Sequence[AlongV]
+
+
+@with_config(_STRICT)
+class LoggedCheckpoint(TypedDict):
+    """What the probe measured of a checkpoint, and what is known of its trainer's log."""
+
+    checkpoint: str
+    step: int
+    learning_rate: float
+    scores: Sequence[ScoresOfE]
+    scores_u: Sequence[ScoresOfU]
+    update: Update
+    log: dict[str, Any]
 
 
 @with_config(_STRICT)

@@ -155,7 +155,7 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
             return {}, "its manifest was edited"
         if not may_name(stage_name, key) or not all(map(may_name_file, manifest["files"])):
             return {}, "its manifest names what is no part of it"
-        require_signature(manifest, directory)
+        require_signature(manifest.get(SIGNATURE), manifest["seal"], directory)
         return manifest, ""
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}, "it has no manifest"

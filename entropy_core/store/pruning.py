@@ -69,10 +69,11 @@ def waste(store: Store, keep_runs: int | None = None) -> list[Waste]:
 
 def _can_be_told(store: Store, recorded: list[str]) -> None:
     for run_id in sorted(set(runs.present(store.root)) - set(recorded)):
-        raise StoreError(
-            f"what the run {run_id} needs cannot be told: its {runs.RECORD} cannot be read",
-            fix=f"run its sweep again, or delete the folder {runs.folder(store.root, run_id)}",
-        )
+        try:
+            runs.finished(store.root, run_id)
+        except StoreError as error:
+            fact = f"what the run {run_id} needs cannot be told: {error.fact}"
+            raise StoreError(fact, cause=error.cause, fix=error.fix) from None
 
 
 def _leftovers(root: Path) -> Iterator[tuple[Path, str]]:

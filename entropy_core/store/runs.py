@@ -1,9 +1,10 @@
 """Recorded runs: root/runs/<run id>/ with the files that people open, and run.json, which says what made them.
 
 Artifacts are named in run.json as {"artifact": {"stage", "key", "digest"}}. They and all that they were made from are
-what a run needs; nothing else keeps an artifact.
+what a run needs; nothing else keeps an artifact. Where a key is set, run.json is signed with it, see `signature`.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 from entropy_core.errors import StoreError, one_line
 from entropy_core.files.regular import NotAFileError, require_readable
 from entropy_core.store.manifest import TEMPORARY, may_name, temporary_sibling
+from entropy_core.store.signature import SIGNATURE, require_signature, signature
 from entropy_core.store.store import Store
 
 RECORD = "run.json"
@@ -33,9 +35,19 @@ def recorded(root: Path) -> list[str]:
     """The ids of the recorded runs, in the order in which they finished."""
     found = []
     for run_id in present(root):
-        with suppress(StoreError), understood(folder(root, run_id) / RECORD) as record:
-            found.append((datetime.fromisoformat(record["finished"]), run_id))
+        with suppress(StoreError):
+            found.append((finished(root, run_id), run_id))
     return [run_id for _, run_id in sorted(found)]
+
+
+def finished(root: Path, run_id: str) -> datetime:
+    """When a run finished.
+
+    Raises:
+        StoreError: its record cannot be understood, or is not signed as it must be.
+    """
+    with understood(folder(root, run_id) / RECORD) as record:
+        return _finished(record)
 
 
 def present(root: Path) -> list[str]:
@@ -52,19 +64,74 @@ def understood(path: Path) -> Iterator[Any]:
         path: of a run.json.
 
     Yields:
-        What is in it, which may have been edited or come from anywhere.
+        What is in it. Where no key is set, it may have been edited or come from anywhere.
 
     Raises:
         StoreError: it cannot be understood.
+        SignatureError: it is not signed as it must be.
     """
+    with _explained(path):
+        record, said = _parted(path)
+        require_signature(said, _seal(record), path.parent)
+        yield record
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        yield json.loads(require_readable(path).read_text(encoding="utf-8"))
+        yield
     except (NotAFileError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(
             f"{path} does not say what the run needs: {one_line(error)}",
             cause="it was edited, damaged, or written by another version",
             fix="run the sweep again, or delete the folder",
         ) from None
+
+
+def write(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a run, signed with the key that is set.
+
+    Args:
+        directory: from `writing`.
+        record: JSON values.
+    """
+    text = json.dumps({**record, **signature(_seal(record))}, indent=1, sort_keys=True)
+    (directory / RECORD).write_text(text, encoding="utf-8")
+
+
+def sign(store: Store, run_id: str) -> str:
+    """Sign the record of a run with the key that is set, whatever key it was signed with.
+
+    Returns:
+        What is wrong with it, in which case nothing was changed; or "".
+    """
+    path = folder(store.root, run_id) / RECORD
+    try:
+        with _explained(path):
+            record, _ = _parted(path)
+            _finished(record)
+    except StoreError as error:
+        return error.fact
+    with writing(store, run_id) as temporary:
+        write(temporary, record)
+    return ""
+
+
+def _parted(path: Path) -> tuple[Any, Any]:
+    """A record, and its signature if it has one."""
+    record = json.loads(require_readable(path).read_text(encoding="utf-8"))
+    return record, record.pop(SIGNATURE, None)
+
+
+def _finished(record: Mapping[str, Any]) -> datetime:
+    when = datetime.fromisoformat(record["finished"])
+    if when.tzinfo is None:
+        raise ValueError(f"finished: {when} has no time zone")
+    return when
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def find(root: Path, run_id: str) -> Path:
@@ -75,13 +142,16 @@ def find(root: Path, run_id: str) -> Path:
         run_id: of the run; `latest` is the one that finished last.
 
     Raises:
-        StoreError: there is none.
+        StoreError: there is none, or its record cannot be used.
     """
     known = recorded(root)
     if run_id == "latest" and known:
         return folder(root, known[-1])
     if run_id in known:
         return folder(root, run_id)
+    for unusable in present(root):
+        if run_id in (unusable, "latest"):
+            finished(root, unusable)  # raises the reason
     listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
     raise StoreError(
         f"there is no run {run_id!r} in {root / 'runs'}; {listed}",

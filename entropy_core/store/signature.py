@@ -1,13 +1,13 @@
-"""Signatures of manifests, for a store that is shared: who does not know the key cannot change it unnoticed.
+"""Signatures of manifests and of the records of runs, so that nobody without the key changes a shared store unnoticed.
 
 The seal of a manifest is a checksum, which anybody can compute: it finds damage, and not lies. Where the environment
-variable ENTROPY_PROBE_SEAL_KEY has a key, manifests are also signed with it (an HMAC-SHA256 of the seal), and one that
-is not is refused. That is an error and never a reason to set an artifact aside: with another key it is sound.
+variable ENTROPY_PROBE_SEAL_KEY has a key, manifests are also signed with it (an HMAC-SHA256 of the seal), and so are
+records of runs. One that is not signed is refused. That is an error and never a reason to set an artifact aside: with
+another key it is sound.
 """
 
 import hmac
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ SIGNATURE = "signature"
 
 
 class SignatureError(StoreError):
-    """A manifest is not signed with the key that is set, or is signed where none is."""
+    """A manifest or a record is not signed with the key that is set, or is signed where none is."""
 
 
 def key() -> bytes:
@@ -27,21 +27,22 @@ def key() -> bytes:
 
 
 def signature(seal: str) -> dict[str, str]:
-    """What a manifest of that seal has to say beside it; nothing without a key."""
+    """The entry that a document of that seal has beside it; nothing without a key."""
     return {SIGNATURE: hmac.digest(key(), seal.encode(), "sha256").hex()} if key() else {}
 
 
-def require_signature(manifest: Mapping[str, Any], directory: Path) -> None:
-    """Refuse a manifest that is not signed as it must be here.
+def require_signature(said: Any, seal: str, directory: Path) -> None:
+    """Refuse a document that is not signed as it must be here.
 
     Args:
-        manifest: whose seal is right.
-        directory: of its artifact.
+        said: its signature, if it has one.
+        seal: what was signed: the SHA-256 of the rest of it, which the caller has computed or checked.
+        directory: of the artifact or the run.
 
     Raises:
         SignatureError: as above.
     """
-    said, ours = manifest.get(SIGNATURE), signature(manifest["seal"]).get(SIGNATURE)
+    ours = signature(seal).get(SIGNATURE)
     if said is None and ours is None:
         return
     if ours is None:

@@ -19,6 +19,7 @@ import errno
 import logging
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -248,7 +249,8 @@ class Store:
                 cause="the disk or the quota is full" if full else "the store is read-only for you",
                 fix="make room or choose another store, and run again: what is finished is reused"
                 if full
-                else f"choose another store; `cp -rs {self.root} NEW` makes one that reads what is finished from there",
+                else f"choose another store; `cp -rs --no-preserve=mode {shlex.quote(str(self.root))} NEW` makes one "
+                "that reads what is finished from there",
             ) from error
 
     def _compute(self, stage: Stage, key: str, recipe: dict, execution: Any, inputs: Mapping[str, Any]) -> Artifact:

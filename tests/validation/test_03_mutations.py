@@ -67,8 +67,8 @@ MUTATIONS = (
     Mutation(
         "the entropy left out of its own gradient",
         "numerics/token_statistics",
-        "factor_R = entropies_R * dentropies_R + dlogprobs_R",
-        "factor_R = dlogprobs_R",
+        "factor_R, own_R1 = entropies_R * dentropies_R + dlogprobs_R, ",
+        "factor_R, own_R1 = dlogprobs_R, ",
         "test_token_statistics",
     ),
     Mutation(
@@ -207,7 +207,7 @@ MUTATIONS = (
     Mutation(
         "the entropy's derivative not centred",
         "numerics/token_statistics",
-        "torch.sub(dz_RV, mean_dz_R.unsqueeze(-1), out=product_RV)",
+        "torch.sub(dz_RV, of_likeliest_R1 + mean_R1, out=product_RV)",
         "dz_RV",
         "test_token_statistics",
     ),
@@ -219,9 +219,23 @@ MUTATIONS = (
         "test_direct_derivatives",
     ),
     Mutation(
+        "attention whose values are taken as constant",
+        "numerics/blockwise_attention",
+        "do += weights @ dv[:, :, first:last]",
+        "pass",
+        "test_blockwise_attention",
+    ),
+    Mutation(
+        "attention whose weights do not stay normalised",
+        "numerics/blockwise_attention",
+        "do.addcmul_(moved.sum(-1, keepdim=True), o, value=-1)",
+        "pass",
+        "test_blockwise_attention",
+    ),
+    Mutation(
         "a layer's weight taken as constant",
         "numerics/direct_derivatives",
-        "dy.addmm_(rows, dweight.t())",
+        "dy.addmm_(rows, dw.t())",
         "dy",
         "test_direct_derivatives",
     ),

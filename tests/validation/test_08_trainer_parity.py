@@ -7,6 +7,8 @@ import pytest
 from pipeline_fixtures import skip_figures
 from proofs import Proof, power
 from trainer_fixtures import PROMPTS, G, held_against_the_trainer
+from trainer_prompts import OF_GRPO as OF_PROMPTS_AND_REWARDS
+from trainer_prompts import OF_RLOO as OF_RLOO_WITH_OWN
 
 pytestmark = pytest.mark.validate
 
@@ -95,7 +97,9 @@ def test_the_step_is_the_trainers(record: Proof, tmp_path: Path, monkeypatch: py
     record(
         "The trainer's own step",
         claim="TRL trains a tiny policy under each setting, with a checkpoint after each step. The probe is given the "
-        "run's folder and the batch of the last step, nothing else, and predicts the change of the weights, lr·v.",
+        "run's folder and the batch of the last step, nothing else, and predicts the change of the weights, lr·v. "
+        "Where a setting is of prompts, ends or rewards, it is given the responses alone: it makes the tokens of the "
+        "same prompts, knows the tokens that end a response, and calls the same reward functions itself.",
         limit=f"cosine > 1 − {power(COSINE)}, norms within {power(RATIO)}; and not so without the gradient. With "
         f"weights in bfloat16, over {SAME:.0%} of those that move come to the same number, for the trainer rounds its "
         "gradient, too",
@@ -103,7 +107,8 @@ def test_the_step_is_the_trainers(record: Proof, tmp_path: Path, monkeypatch: py
     )
     skip_figures(monkeypatch)
     missed = []
-    cases = [("GRPO", *case) for case in OF_GRPO.items()] + [("RLOO", *case) for case in OF_RLOO.items()]
+    of_grpo, of_rloo = OF_GRPO | OF_PROMPTS_AND_REWARDS, OF_RLOO | OF_RLOO_WITH_OWN
+    cases = [("GRPO", *case) for case in of_grpo.items()] + [("RLOO", *case) for case in of_rloo.items()]
     for number, (kind, name, settings) in enumerate(cases):
         found, without, done, _, same = held_against_the_trainer(tmp_path / str(number), {"kind": kind} | settings)
         record.row(kind, name, power(1 - found[0]), power(found[1] - 1), f"{without[0]:.4f}")

@@ -1,0 +1,17 @@
+"""The stages that need no policy. They are apart from the others because importing those takes seconds."""
+
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.pipeline.runner import Inputs
+from entropy_core.stages.agreement import agreement
+from entropy_core.stages.report import report
+from entropy_core.stages.variance import variance
+from entropy_core.store.store import Stage
+
+VARIANCE = Stage("variance", variance)
+AGREEMENT = Stage("agreement", agreement)
+REPORT = Stage("report", report)
+
+
+def settings_of(config: ProbeConfig) -> Inputs:
+    """Return the settings of the variance stage."""
+    return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}

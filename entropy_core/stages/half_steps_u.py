@@ -1,0 +1,108 @@
+"""half-steps-u: the effect on the entropy of the steps on halves of U, from which follows how it varies with U."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
+from entropy_core.losses.apart import coefficients_of_each
+from entropy_core.losses.files import name_of, read_parts
+from entropy_core.numerics.adamw import clip_factor
+from entropy_core.numerics.functional import TokenPair
+from entropy_core.numerics.half_samples import balanced_halves
+from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
+from entropy_core.numerics.vectors import global_norm, in_blocks
+from entropy_core.policy.model import Coefficients
+from entropy_core.policy.spec import PolicySpec
+from entropy_core.sequences.batch import BatchedSequences, tokens_of
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.processor import SequenceProcessor, processor_of
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import Checkpoint, Gradient, SequencesOfU, Update
+
+
+def half_steps_u(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    policy: PolicySpec,
+    sequences: "Sequence[SequencesOfU]",
+    checkpoint: "Checkpoint",
+    update: "Update",
+    gradient: "Gradient",
+) -> dict[str, Any]:
+    """Take the step again on each half of the prompts of U, for several splits, and compute ⟨∇H, v⟩ of each.
+
+    What the trainer does to a batch is done to a half: advantages, denominators of the loss, clipping, both moments.
+    Only the inner products are kept. Each split costs a backward pass over U, and memory for one gradient.
+
+    Args:
+        out: writer of `halves.parquet`: a row for each half of each split, with the number of its `prompts`, the
+            `clip_factor` of its gradient, and `inner_product_…` for both normalisations, in nats per unit step.
+        execution: device and micro-batch.
+        policy: the policy that sampled U.
+        sequences: shards of sample-u-batch.
+        checkpoint: artifact of load-checkpoint.
+        update: artifact of compute-update, of which no vector is read.
+        gradient: artifact of entropy-gradient.
+
+    Returns:
+        Summary: the number of splits.
+    """
+    processor, settings = processor_of(policy, execution), update.summary
+    model, shards = processor.policy, [read_sequences(shard) for shard in sequences]
+    first_RP = balanced_halves(settings["prompts"])
+    parts_P = [part_P for row_P in first_RP for part_P in (row_P, ~row_P)]
+    loss = name_of(execution, settings["loss"]["name"], settings["loss"]["source"])
+    batches = read_parts(update, tokens_of(shards), parts_P)
+    coefficients = coefficients_of_each(loss, batches, execution.isolation) if batches else []
+
+    halves, moving = gradient.summary["halves"], moved_parameters(checkpoint)
+    covectors = [[gradient.vector(f"{kind}_{half}") for half in HALVES] for kind in KINDS]
+    rows = []
+    for index, (part_P, of_tokens) in enumerate(zip(parts_P, coefficients, strict=True)):
+        accumulated = model.new_accumulator(moving)
+        _add_gradient(accumulated, processor, shards, part_P, of_tokens, policy.temperature)
+        g = in_blocks(with_zeros(accumulated, model.named_parameters()))
+        clip = clip_factor(global_norm(g), settings["max_grad_norm"])
+        step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip)
+        products = torch.zeros(len(KINDS), dtype=torch.float64)
+        for block in step:  # v is not kept
+            v = step[block].direction
+            for kind, of_halves in enumerate(covectors):
+                dH = of_all(halves, [file.block(block).to(v.device).double() for file in of_halves])
+                products[kind] += float((v * dH).sum())
+        found = by_normalization(list(products), *entropy_and_length(halves))
+        columns = {f"inner_product_{normalization}": float(value) for normalization, value in found.items()}
+        rows.append({"split": index // 2, "prompts": int(part_P.sum()), "clip_factor": clip} | columns)
+    names = [f"inner_product_{normalization}" for normalization in ("per_token", "per_sequence")]
+    kinds = {"split": pa.int64(), "prompts": pa.int64()} | dict.fromkeys(("clip_factor", *names), pa.float64())
+    out.table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), "halves.parquet")
+    return {"splits": len(first_RP)}
+
+
+def _add_gradient(
+    into: dict[str, Tensor],
+    processor: SequenceProcessor,
+    shards: Sequence[BatchedSequences],
+    part_P: Tensor,
+    coefficients: TokenPair,
+    temperature: float,
+) -> None:
+    """Add the gradient of the loss on some of the prompts, whose tokens have these coefficients."""
+    responses = sum(len(shard) for shard in shards) // len(part_P)
+    mine_N = part_P.repeat_interleave(responses)
+    start = 0
+    for shard, mine_B in zip(shards, mine_N.split([len(shard) for shard in shards]), strict=True):
+        chosen = shard.select(mine_B.nonzero().squeeze(1))
+        stop = start + len(chosen.response_tokens_K)
+        for index_K, rows in processor.micro_batches(chosen):
+            weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
+            processor.policy.add_gradients(rows, [weights], temperature, [into])
+        start = stop

@@ -1,0 +1,286 @@
+"""Every layout of a trainer's state holds what its own writer put into it, to the bit, and gives the same next step."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline_fixtures import gathered, make_run, probe, skip_figures, values
+from safetensors.torch import load_file
+from trainer_layouts import describe, written
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from entropy_core.checkpoints.archives import read_archive
+from entropy_core.checkpoints.checkpoint import read_checkpoint
+from entropy_core.checkpoints.layout import find_layout
+from entropy_core.checkpoints.layouts.places import find_places, open_state
+from entropy_core.checkpoints.optimizer_file import SavedMoments, load_optimizer
+from entropy_core.checkpoints.pieces import Piece, Quantised, Scattered, in_one_piece
+from entropy_core.config.read import parse_config
+from entropy_core.errors import CheckpointError
+from entropy_core.files.checkpoint import find_checkpoints
+from entropy_core.numerics.adamw import NextStep
+from entropy_core.pipeline.plan import plan
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.store.store import Store
+
+OTHERS = Path(__file__).parent / "of_other_writers"
+LAYOUTS = {
+    "the Trainer": "plain/checkpoint-2",
+    "FSDP, full state dict": "fsdp_full",
+    "accelerate's save_state": "accelerate",
+    "FSDP, sharded state dict": "fsdp_sharded",
+    "verl": "verl/global_step_2",
+    "verl, its actor": "verl/global_step_2/actor",
+    "SkyRL": "skyrl/global_step_2",
+    "prime-rl": "prime_rl/step_2",
+    "NeMo-RL": "nemo_rl/step_2",
+    "torchtitan": "titan/step-2",
+}
+OF_FSDP1 = {"DTensor": "fsdp1", "ShardedTensor": "sharded_tensors"}
+
+
+@pytest.fixture(scope="session")
+def trainers(tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("trainers"))
+
+
+def whole(moment: Any) -> torch.Tensor:
+    return moment if isinstance(moment, torch.Tensor) else moment.whole()
+
+
+def weights_in(place: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.whole() for name, tensor in open_state(place).weights().items()}
+
+
+def checkpoint_of(trainers: Path, where: str) -> Any:
+    """Its configuration is the plain checkpoint's, and said where none lies beside it."""
+    return read_checkpoint(trainers / where, base_model=trainers / "plain" / "checkpoint-2")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moments_steps_and_groups_are_those_of_the_writer(trainers, layout):
+    found, truth = checkpoint_of(trainers, LAYOUTS[layout]), read_checkpoint(trainers / LAYOUTS["the Trainer"])
+    assert found.step == truth.step == 2
+    ours, theirs = found.optimizer, truth.optimizer
+    assert list(found.parameter_shapes.items()) == list(truth.parameter_shapes.items())
+    assert ours.step == theirs.step and ours.learning_rate == theirs.learning_rate
+    for name in theirs.exp_avg:
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = getattr(ours, key)[name]
+            assert moment.dtype == torch.float32 and torch.equal(whole(moment), getattr(theirs, key)[name]), name
+    of_name = [{n: g.hyperparameters for g in state.groups for n in g.names} for state in (ours, theirs)]
+    assert of_name[0] == of_name[1] and len({g.weight_decay for g in of_name[0].values()}) == 2
+    moments = list(theirs.exp_avg.values())  # the comparison can fail: no two of one shape are the same
+    assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(moments) for b in moments[:i])
+
+
+@pytest.mark.parametrize("layout", [name for name, where in LAYOUTS.items() if where[:5] != "plain"])
+def test_weights_in_shards_are_those_of_the_writer(trainers, layout):
+    directory = trainers / LAYOUTS[layout]
+    found = find_layout(directory, trainers / "plain" / "checkpoint-2")
+    assert found.shards is not None
+    weights, truth = weights_in(found.shards), load_file(trainers / "plain" / "checkpoint-2" / "model.safetensors")
+    assert weights.keys() == truth.keys()
+    assert all(torch.equal(weights[name], truth[name]) for name in truth)
+
+
+@pytest.mark.parametrize("kind", OF_FSDP1)
+def test_flat_parameters_of_fsdp1_are_cut_where_its_units_are(trainers, kind):
+    name = OF_FSDP1[kind]
+    directory = trainers / name / "global_step_2"
+    truth = torch.load(trainers / f"truth_{name}.pt", weights_only=True)
+    saved = load_optimizer(find_places(directory).optimizer)
+    assert saved.slots.keys() == truth.keys()
+    for parameter, slot in truth.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(whole(saved.slots[parameter][key]), slot[key]), (parameter, key)
+        assert saved.slots[parameter]["step"] == slot["step"]
+    weights, of_weights = weights_in(directory / "actor"), torch.load(trainers / f"weights_{name}.pt")
+    assert weights.keys() == of_weights.keys()
+    assert all(torch.equal(weights[one], of_weights[one]) for one in of_weights)
+    found = checkpoint_of(trainers, f"{name}/global_step_2")
+    assert found.step == 2 and set(found.optimizer.exp_avg) == set(truth)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_next_step_is_the_one_that_torch_takes(trainers, layout):
+    """In float64, from the float32 state: AdamW of torch, given the same gradient, against lr·v block by block."""
+    directory = trainers / LAYOUTS[layout]
+    found = checkpoint_of(trainers, LAYOUTS[layout])
+    weights = load_file(trainers / "plain" / "checkpoint-2" / "model.safetensors")
+    moments = SavedMoments(found.layout.optimizer)
+    generator = torch.Generator().manual_seed(1)
+    of_name = {name: group.hyperparameters for group in found.optimizer.groups for name in group.names}
+    for name, of_group in of_name.items():
+        theta = weights[name].double()
+        gradient = torch.randn(theta.shape, generator=generator, dtype=torch.float64)
+        parameter = torch.nn.Parameter(theta.clone())
+        optimizer = torch.optim.AdamW(
+            [parameter],
+            lr=found.optimizer.learning_rate,
+            betas=(of_group.beta1, of_group.beta2),
+            eps=of_group.eps,
+            weight_decay=of_group.weight_decay,
+        )
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(found.optimizer.step[name])),
+            "exp_avg": whole(found.optimizer.exp_avg[name]).double(),
+            "exp_avg_sq": whole(found.optimizer.exp_avg_sq[name]).double(),
+        }
+        parameter.grad = gradient
+        optimizer.step()
+        moved = []
+        for start in range(0, theta.numel(), 100):  # blocks begin and end within shards and across them
+            stop = min(start + 100, theta.numel())
+            state = moments.state(found.optimizer.slot[name], found.optimizer.step[name], False, start, stop)
+            step = NextStep(gradient.view(-1)[start:stop], theta.view(-1)[start:stop], state, of_group)
+            moved.append(found.optimizer.learning_rate * step.direction)
+        change = (parameter.detach() - theta).view(-1)
+        torch.testing.assert_close(torch.cat(moved), change, rtol=1e-9, atol=1e-15)
+    assert directory.exists()
+
+
+def test_a_run_directory_stands_for_its_checkpoints_by_their_numbers(tmp_path):
+    for name in ("global_step_100", "global_step_20"):
+        (tmp_path / "verl" / name / "actor").mkdir(parents=True)
+    (tmp_path / "titan" / "step-5").mkdir(parents=True)
+    (tmp_path / "nemo" / "step_7").mkdir(parents=True)
+    (tmp_path / "trl" / "checkpoint-3" / "global_step3").mkdir(parents=True)  # of DeepSpeed: a part of a checkpoint
+    runs = [str(tmp_path / name) for name in ("verl", "titan", "nemo", "trl")]
+    assert [path.name for path in find_checkpoints(runs)] == [
+        "checkpoint-3", "step-5", "step_7", "global_step_20", "global_step_100",
+    ]  # fmt: skip
+    actors = find_checkpoints([str(tmp_path / "verl" / "*" / "actor")])
+    assert [path.parent.name for path in actors] == ["global_step_20", "global_step_100"]
+
+
+def deepspeed(stage: int, tmp_path: Path) -> Path:
+    """One of the checkpoints of DeepSpeed, with the configuration of its model."""
+    directory = Path(shutil.copytree(OTHERS / f"zero{stage}", tmp_path / "checkpoint-2"))
+    (directory / "truth.pt").unlink()
+    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 22, "num_hidden_layers": 2}
+    LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False).save_pretrained(
+        directory
+    )
+    return directory
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_partitions(tmp_path, stage):
+    truth = torch.load(OTHERS / f"zero{stage}" / "truth.pt", weights_only=True)
+    found = read_checkpoint(deepspeed(stage, tmp_path))
+    assert set(found.optimizer.exp_avg) == set(truth) == set(found.parameter_shapes)
+    weights = weights_in(found.layout.shards)
+    for name, (moment, weight) in truth.items():
+        assert torch.equal(weights[name], weight)
+        if stage == 3:
+            assert torch.equal(whole(found.optimizer.exp_avg[name]), moment)
+    decays = {n: g.hyperparameters.weight_decay for g in found.optimizer.groups for n in g.names}
+    assert {name for name, decay in decays.items() if decay == 0} == {name for name in truth if "norm" in name}
+    assert set(found.optimizer.step.values()) == {found.step} == {2}
+    assert open_state(found.layout.optimizer).max_grad_norm() == 1.0
+
+
+def test_the_stages_of_deepspeed_agree(tmp_path):
+    """Of one training; its second stage sums the gradients in another order."""
+    second, third = (read_checkpoint(deepspeed(stage, tmp_path / str(stage))).optimizer for stage in (2, 3))
+    for name in second.exp_avg:
+        for key in ("exp_avg", "exp_avg_sq"):
+            a, b = (whole(getattr(state, key)[name]) for state in (second, third))
+            assert float((a - b).norm()) < 1e-4 * float(b.norm()), (name, key)
+
+
+def test_weights_that_transformers_opens_are_preferred_to_the_masters(tmp_path):
+    directory = deepspeed(2, tmp_path)
+    torch.manual_seed(3)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(directory)).save_pretrained(directory)
+    (directory / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
+    layout = find_layout(directory)
+    assert layout.shards is None and layout.optimizer == directory / "global_step2"
+
+
+def test_eight_bit_moments_of_bitsandbytes(tmp_path):
+    path = tmp_path / "optimizer.pt"
+    shutil.copy(OTHERS / "bitsandbytes_adamw8bit.pt", path)
+    raw = torch.load(path, weights_only=True)["state"]
+    saved = load_optimizer(path)
+    of_codes, plain = saved.slots[0], saved.slots[1]
+    inner = raw[0]["__bnb_optimizer_quant_state__"]
+    for key, place in (("exp_avg", "1"), ("exp_avg_sq", "2")):
+        blocks = inner[f"qmap{place}"][inner[f"state{place}"].long()].view(-1, 256) * inner[f"absmax{place}"][:, None]
+        assert torch.equal(whole(of_codes[key]), blocks.view(96, 64))
+        assert torch.equal(of_codes[key].flat(250, 700), blocks.view(-1)[250:700])
+        assert torch.equal(whole(plain[key]), raw[1]["__bnb_optimizer_quant_state__"][f"state{place}"])
+    assert of_codes["step"] == 7 and saved.groups[0]["amsgrad"] is False
+    before = {"state": {k: slot | slot.pop("__bnb_optimizer_quant_state__") for k, slot in raw.items()}}  # 0.49.1
+    (tmp_path / "before").mkdir()
+    older = tmp_path / "before" / "optimizer.pt"
+    torch.save(before | {"param_groups": torch.load(path, weights_only=True)["param_groups"]}, older)
+    assert torch.equal(whole(load_optimizer(older).slots[0]["exp_avg"]), whole(of_codes["exp_avg"]))
+
+
+def test_codes_with_too_few_scales_are_refused():
+    with pytest.raises(ValueError, match="codes with"):
+        Quantised(torch.zeros(300, dtype=torch.uint8), torch.zeros(256), torch.zeros(1))
+
+
+def test_a_tensor_in_boxes_is_put_together(tmp_path):
+    """Cut along both axes, as with tensor parallelism, and stored with the strides of a transposed matrix."""
+    matrix = torch.arange(35.0).reshape(5, 7)
+    boxes = [((0, 0), matrix[:3, :4]), ((0, 4), matrix[:3, 4:]), ((3, 0), matrix[3:, :4]), ((3, 4), matrix[3:, 4:])]
+    pieces = []
+    for number, (begins, box) in enumerate(boxes):
+        torch.save(box.t().contiguous().t(), tmp_path / f"{number}.pt")
+        stored = read_archive(tmp_path / f"{number}.pt")
+        pieces.append(Piece(begins, stored.shape, lambda stored=stored: stored))
+    scattered = Scattered((5, 7), torch.float32, pieces)
+    assert torch.equal(scattered.whole(), matrix)
+    for start, stop in ((0, 35), (6, 8), (3, 30), (34, 35)):
+        assert torch.equal(scattered.flat(start, stop), matrix.view(-1)[start:stop])
+    assert torch.equal(in_one_piece(read_archive(tmp_path / "0.pt")).whole(), matrix[:3, :4])
+    with pytest.raises(ValueError, match="overlap"):
+        Scattered((5, 7), torch.float32, [*pieces[:3], pieces[3]._replace(begins=(3, 3))])
+    with pytest.raises(ValueError, match="numbers of 35"):
+        Scattered((5, 7), torch.float32, pieces[:3])
+    with pytest.raises(ValueError, match="outside"):
+        Scattered((5, 7), torch.float32, [*pieces[:3], pieces[3]._replace(begins=(3, 5))])
+
+
+def test_a_model_without_a_config_is_described_by_the_base(trainers, tmp_path):
+    with pytest.raises(CheckpointError, match=r"without a config\.json.*policy\.base_model"):
+        read_checkpoint(trainers / "titan" / "step-2")
+    actor = tmp_path / "global_step_4" / "actor"
+    shutil.copytree(trainers / "verl" / "global_step_2" / "actor", actor)
+    describe(actor, trainers / "plain" / "checkpoint-2", "huggingface")
+    found = read_checkpoint(tmp_path / "global_step_4")
+    assert found.layout.model == actor / "huggingface" and found.step == 4 and found.name == "global_step_4"
+
+
+def test_a_sweep_from_shards_is_the_plain_one_and_nothing_of_it_runs_twice(tmp_path, monkeypatch):
+    """What was gathered gives the numbers of the plain checkpoint; the weights in one file are an artifact."""
+    skip_figures(monkeypatch)
+    run = make_run(tmp_path / "run")
+    gathered(Path(shutil.copytree(run / "checkpoint-3", tmp_path / "fsdp" / "checkpoint-3")))
+    plain = probe(values(run, tmp_path / "a", checkpoints=[str(run / "checkpoint-3")]))
+    config = values(run, tmp_path / "b", checkpoints=[str(tmp_path / "fsdp" / "checkpoint-3")])
+    found = probe(config)
+    numbers = ("H", "delta_h1", "delta_h", "ci_low", "ci_high")
+    assert [[row[n] for n in numbers] for row in found.rows] == [[row[n] for n in numbers] for row in plain.rows]
+    assert found.run.was_computed["load-weights"] == 1 and "load-weights" not in plain.run.was_computed
+    (loaded,) = found.run.artifacts("load-weights")
+    assert loaded.to_dict() in found.run.artifacts("sample-e-batch")[0].manifest["upstream"]
+    assert probe(config).run.was_computed == {}
+    (tmp_path / "fsdp" / "checkpoint-3" / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"optimizer\.bin is not a complete archive"):
+        probe(config)
+
+
+def test_the_plan_of_a_sweep_from_shards(tmp_path):
+    run = make_run(tmp_path / "run")
+    gathered(run / "checkpoint-3")
+    config = parse_config(values(run, tmp_path / "store", checkpoints=[str(run / "checkpoint-3")]))
+    steps = plan(config, preflight(config), Store(config.store_root))
+    assert "load-weights" in {step.stage for step in steps} and all(not step.cached for step in steps)
