@@ -320,7 +320,9 @@ def held_against_the_trainer(
     """
     settings = dict(settings)
     lora, own = settings.pop("lora", None), settings.get("own")
-    made, more = MODELS[settings.pop("model")](home) if "model" in settings else (build_model(SHAPE), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice
+        made, more = MODELS[settings.pop("model")](home) if "model" in settings else (build_model(SHAPE), {})
     model, peft_config = made, None
     if own and own.ends:
         model.generation_config.eos_token_id = list(own.ends)

@@ -132,9 +132,9 @@ def fill_adapter(model: nn.Module, directory: Path) -> None:
     from peft import set_peft_model_state_dict
 
     check_adapter(model, directory)
-    stored = adapter_tensors(directory)
-    tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(directory / ADAPTER_WEIGHTS).items()}
-    set_peft_model_state_dict(model, {name: tensors[name] for name in stored})
+    loaded = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(directory / ADAPTER_WEIGHTS).items()}
+    tensors = {name: loaded[name] for name in adapter_tensors(directory)}
+    set_peft_model_state_dict(model, tensors)
 
 
 def adapter_tensors(directory: Path) -> dict[str, StoredTensor]:

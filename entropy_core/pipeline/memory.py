@@ -9,7 +9,7 @@ import torch
 
 from entropy_core.errors import MemoryShortageError, one_line
 from entropy_core.execution import Execution
-from entropy_core.pipeline.rehearsal import rehearse
+from entropy_core.pipeline.rehearsal import is_rehearsed, rehearse
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
@@ -67,9 +67,11 @@ def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mappin
 
 
 def _needs_all_passes(store: Store, stage: Stage, execution: Any, inputs: Mapping[str, Any]) -> bool:
-    """Whether a stage is to be computed with a policy that is differentiated; a reference policy is only scored."""
-    with_policy = isinstance(execution, Execution) and isinstance(inputs.get("policy"), PolicySpec)
-    if not with_policy or stage.name == "score-u-reference":
+    """Whether a stage is the first to be computed with a policy that is differentiated, as a reference is not."""
+    policy = inputs.get("policy")
+    if not isinstance(execution, Execution) or not isinstance(policy, PolicySpec) or is_rehearsed(policy):
+        return False
+    if stage.name == "score-u-reference":
         return False
     return not store.manifest(stage.name, store.key(stage, inputs))
 

@@ -23,8 +23,13 @@ _Found = TypeVar("_Found")
 _rehearsed: set[PolicySpec] = set()
 
 
+def is_rehearsed(spec: PolicySpec) -> bool:
+    """Return whether all passes were tried with this policy, in this process."""
+    return spec in _rehearsed
+
+
 def rehearse(spec: PolicySpec, execution: Execution) -> None:
-    """Sample, score and differentiate one short row with a policy, in both modes; once per process and policy.
+    """Sample, score and differentiate one short row with a policy, in both modes.
 
     It costs a few forward passes of a row of five tokens, and loads the policy, which the next stage then has.
 
@@ -35,8 +40,6 @@ def rehearse(spec: PolicySpec, execution: Execution) -> None:
     Raises:
         CheckpointError: a pass fails; names the architecture and the pass.
     """
-    if spec in _rehearsed:
-        return
     processor = processor_of(spec, replace(execution, progress=Execution.progress), max_new_tokens=2)
     name = type(processor.policy.model).__name__
     vocabulary = processor.policy.model.get_input_embeddings().weight.shape[0]

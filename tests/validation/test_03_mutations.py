@@ -39,8 +39,8 @@ MUTATIONS = (
     Mutation(
         "padding on the left attended to",
         "policy/model",
-        '"attention_mask": attention_mask_BL,',
-        '"attention_mask": torch.ones_like(attention_mask_BL),',
+        "attention_mask=attention_mask_BL,",
+        "attention_mask=torch.ones_like(attention_mask_BL),",
         "test_sequence_processor",
     ),
     Mutation(
