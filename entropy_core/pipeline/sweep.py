@@ -156,6 +156,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
             if type(entry["step"]) is not int or {type(text) for text in texts} != {str}:
                 raise TypeError("the name, the step or a note of a checkpoint is of another type")
             _ = [Setting(**setting) for setting in entry["settings"]]
+        require_inputs(stage.AGREEMENT, _compared(recorded, config))
 
     def work() -> SweepResult:
         for entry in recorded:
