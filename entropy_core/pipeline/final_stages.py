@@ -1,5 +1,7 @@
 """The stages that need no policy. They are apart from the others because importing those takes seconds."""
 
+from collections.abc import Sequence
+
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.stages.agreement import agreement
@@ -15,3 +17,18 @@ REPORT = Stage("report", report)
 def settings_of(config: ProbeConfig) -> Inputs:
     """Return the settings of the variance stage."""
     return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
+
+
+def compared(recorded: Sequence[Inputs], config: ProbeConfig) -> Inputs:
+    """Return the inputs of the agreement stage."""
+    names = ("learning_rate", "scores", "scores_u", "update")
+    e_split, u_split = config.splits
+    return {
+        "checkpoints": [
+            {name: entry[name] for name in ("checkpoint", "step", "log")}
+            | {name: entry["inputs"][name] for name in names}
+            for entry in recorded
+        ],
+        "temperature": config.generation.temperature,
+        "same_prompts": e_split == u_split,
+    }

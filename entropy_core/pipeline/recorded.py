@@ -12,7 +12,7 @@ from entropy_core.config import plain_yaml
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import StoreError
-from entropy_core.pipeline.final_stages import VARIANCE, settings_of
+from entropy_core.pipeline.final_stages import AGREEMENT, VARIANCE, compared, settings_of
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact
@@ -111,6 +111,7 @@ def read_run(store: Store, run_id: str) -> tuple[Path, ProbeConfig, list[Inputs]
         checkpoints = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
         for entry in checkpoints:
             require_inputs(VARIANCE, entry["inputs"] | settings_of(config))
+        require_inputs(AGREEMENT, compared(checkpoints, config))
     return directory, config, checkpoints
 
 

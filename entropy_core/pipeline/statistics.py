@@ -9,7 +9,7 @@ from pathlib import Path
 
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
-from entropy_core.pipeline.final_stages import AGREEMENT, REPORT, VARIANCE, settings_of
+from entropy_core.pipeline.final_stages import AGREEMENT, REPORT, VARIANCE, compared, settings_of
 from entropy_core.pipeline.recorded import read_run, write_run
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -80,25 +80,10 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
         for entry in recorded
     ]
     notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
-    agreement = run(AGREEMENT, _compared(recorded, config), config.name)
+    agreement = run(AGREEMENT, compared(recorded, config), config.name)
     inputs = {"name": config.name, "checkpoints": estimated, "agreement": agreement, "notes": notes}
     said = {"settings": recorded[0]["settings"], "warnings": recorded[0]["warnings"]}
     return run(REPORT, inputs | said, config.name)
-
-
-def _compared(recorded: Sequence[Inputs], config: ProbeConfig) -> Inputs:
-    """Return the inputs of the agreement stage."""
-    names = ("learning_rate", "scores", "scores_u", "update")
-    e_split, u_split = config.splits
-    return {
-        "checkpoints": [
-            {name: entry[name] for name in ("checkpoint", "step", "log")}
-            | {name: entry["inputs"][name] for name in names}
-            for entry in recorded
-        ],
-        "temperature": config.generation.temperature,
-        "same_prompts": e_split == u_split,
-    }
 
 
 def record(recorded: Sequence[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from entropy_core.estimates.logged_entropy import UNTEMPERED
 from entropy_core.estimates.tables import Row, at_learning_rate, by_checkpoint, first_of_each
 from entropy_core.report.sections import markdown_rows
 
@@ -54,7 +53,9 @@ def _cause(odd: dict[str, list[Row]]) -> str:
     names = set(odd)
     if mistake := next((row["explained_by"] for row in odd.get("entropy", [])), None):
         wrong = (
-            "Check generation.temperature: 1 would fit, too." if UNTEMPERED in mistake else "The settings may be right."
+            "Check generation.temperature: 1 would fit, too."
+            if "temperature" in mistake
+            else "The settings may be right."
         )
         return (
             f"What the trainer calls entropy is as large as {mistake}: then it is the log that is not the entropy per "

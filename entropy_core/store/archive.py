@@ -40,7 +40,7 @@ def export(store: Store, run_id: str, file: Path, everything: bool = False, vect
     directory = runs.find(store.root, run_id)
     wanted = runs.named(store.root, directory.name)
     upstream = runs.with_upstream(store, wanted)
-    wanted = upstream if everything else wanted | {name for name in upstream if name[0] == "variance"}
+    wanted = upstream if everything else wanted | {name for name in upstream if name[0] in ("variance", "agreement")}
     members = [member for name in sorted(wanted) for member in _members(store, name, directory, vectors)]
     members += [path for path in sorted(directory.rglob("*")) if path.is_file()]
     try:

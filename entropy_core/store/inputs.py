@@ -74,6 +74,18 @@ class Replicate(TypedDict):
 
 
 @with_config(_STRICT)
+class TrainerLog(TypedDict):
+    """What the trainer logged near a checkpoint; see `pipeline.trainer_log`."""
+
+    entries: Sequence[dict[str, float]]
+    prompts: int
+    responses_per_prompt: int
+    micro_batch: int
+    top_p: float
+    top_k: int
+
+
+@with_config(_STRICT)
 class LoggedCheckpoint(TypedDict):
     """What the probe measured of a checkpoint, and what is known of its trainer's log."""
 
@@ -83,7 +95,7 @@ class LoggedCheckpoint(TypedDict):
     scores: Sequence[ScoresOfE]
     scores_u: Sequence[ScoresOfU]
     update: Update
-    log: dict[str, Any]
+    log: TrainerLog
 
 
 @with_config(_STRICT)
