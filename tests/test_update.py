@@ -18,6 +18,7 @@ from entropy_core.losses.files import read_batch
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics import losses
 from entropy_core.numerics.advantages import divided_by
+from entropy_core.numerics.half_samples import balanced_halves
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.loss_batch import LossBatch, Objective
 from entropy_core.pipeline import catalogue
@@ -252,6 +253,29 @@ def test_the_influence_of_each_prompt(exact, oracle, normalization, loss, kl_bet
         row = next(r for r in exact.rows if r["normalization"] == normalization and r["eta"] != 0)
         assert row["clip_factor"] == 1.0
         assert row["se_over_u_linearised"] == pytest.approx(float(linear) * row["eta"], rel=1e-9)
+
+
+@pytest.mark.parametrize("clipping", ["off", "active"])
+@pytest.mark.parametrize(("loss", "kl_beta"), [("grpo", 0.0), ("dapo", 0.0), ("mine", KL_BETA)])
+def test_the_steps_on_halves_of_u(exact, oracle, loss, kl_beta, clipping):
+    """Each is the step that torch takes on the prompts of the half alone."""
+    norm = float(oracle.gradient(loss, torch.ones(P, dtype=torch.float64), kl_beta).norm())
+    max_norm = 0.0 if clipping == "off" else norm / 3
+    update = updated(exact, loss=loss, kl_beta=kl_beta, max_grad_norm=max_norm)
+    inputs = exact.run.inputs("half-steps-u") | {"update": update}
+    found = exact.run.store.run(catalogue.HALF_STEPS_U, knowing_the_loss(exact), inputs).table("halves.parquet")
+    parts_P = [part_P for first_P in balanced_halves(P) for part_P in (first_P, ~first_P)]
+    assert found["prompts"].to_pylist() == [int(part_P.sum()) for part_P in parts_P]
+    assert found["split"].to_pylist() == [i // 2 for i in range(len(parts_P))]
+    for normalization, dH in gradients(exact, oracle).items():
+        expected = []
+        for part_P in parts_P:
+            scale = 1.0 if loss == "dapo" else P / int(part_P.sum())  # the loss on a half is its own mean
+            gradient = scale * oracle.gradient(loss, part_P.double(), kl_beta)
+            expected.append(float(dH @ oracle.step(gradient, max_norm)))
+        assert found[f"inner_product_{normalization}"].to_pylist() == pytest.approx(expected, rel=1e-9)
+    if clipping == "active":
+        assert max(found["clip_factor"].to_pylist()) < 1
 
 
 @pytest.mark.parametrize(("loss", "kl_beta"), [("grpo", 0.0), ("dapo", 0.0), ("grpo", KL_BETA), ("mine", KL_BETA)])
