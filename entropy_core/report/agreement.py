@@ -121,6 +121,11 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row["checkpoint"], NAMES[row["quantity"]], verdict, *values)
 
 
+def _of_mean_update(row: Row) -> float:
+    """The standard error of δH₁ over E and over U; their interaction is in the errors over either."""
+    return max(row["se_given_u"] ** 2 + row["se_over_u"] ** 2 - row["se_interaction"] ** 2, 0.0) ** 0.5
+
+
 def _changes(results: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     """The change of H from one checkpoint to the next, beside that of the log and that which δH₁ predicts."""
     of_step = {row["checkpoint"]: row for row in first_of_each(at_learning_rate(results))}
@@ -132,7 +137,7 @@ def _changes(results: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         steps = after["step"] - before["step"]
         ends = [of_step[row["checkpoint"]] for row in (before, after)]
         predicted = sum(steps / 2 * row["delta_h1"] / row["eta_over_lr"] for row in ends)
-        predicted_se = math.hypot(*(steps / 2 * row["se_total"] / row["eta_over_lr"] for row in ends))
+        predicted_se = math.hypot(*(steps / 2 * _of_mean_update(row) / row["eta_over_lr"] for row in ends))
         logged = [entropy.get(row["checkpoint"]) for row in (before, after)]
         known = per_token and None not in logged
         body.append(
