@@ -85,3 +85,7 @@ def test_a_bent_step_has_that_of_halves_and_relies_less_on_a_law_of_large_number
 )
 def test_where_there_is_no_valid_interval_there_is_a_reason(nonlinearity, informative, valid):
     assert (over_u(0.3, 0.0, steps(nonlinearity), 64, informative).invalid == "") is valid
+
+
+def test_there_is_no_valid_interval_for_the_first_step_of_an_optimizer():
+    assert "has made no step yet" in over_u(0.3, 0.0, steps(0.0)._replace(fresh=True), 64, 50).invalid

@@ -53,7 +53,7 @@ def half_steps_u(
         gradient: artifact of entropy-gradient.
 
     Returns:
-        Summary: the number of splits.
+        Summary: the number of splits, and whether the optimizer has made no step yet.
     """
     processor, settings = processor_of(policy, execution), update.summary
     model, shards = processor.policy, [read_sequences(shard) for shard in sequences]
@@ -84,7 +84,7 @@ def half_steps_u(
     names = [f"inner_product_{normalization}" for normalization in ("per_token", "per_sequence")]
     kinds = {"split": pa.int64(), "prompts": pa.int64()} | dict.fromkeys(("clip_factor", *names), pa.float64())
     out.table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), "halves.parquet")
-    return {"splits": len(first_RP)}
+    return {"splits": len(first_RP), "fresh": not checkpoint.summary["optimizer"]}
 
 
 def _add_gradient(

@@ -104,7 +104,7 @@ def variance(
     rescored = [moved_of_first(again, draw, of_few) for draw in rescores]
     common: dict[Normalization, _Common] = {}
     for normalization in normalizations:
-        steps = _half_steps(half_steps_u.table("halves.parquet"), of_u["inner_product"][normalization], normalization)
+        steps = _half_steps(half_steps_u, of_u["inner_product"][normalization], normalization)
         contributions = _contributions(of_sequences, normalization, update.summary, steps)
         derivative = estimates.derivative_of(batch, normalization, contributions, confidence_level, bootstrap_resamples)
         columns = of_batch | {
@@ -215,10 +215,12 @@ def _contributions(
     return Contributions(whole.view(prompts, -1), torch.stack(halves).view(2, prompts, -1), steps, informative)
 
 
-def _half_steps(halves: pa.Table, value: float, normalization: Normalization) -> half_samples.HalfSteps:
+def _half_steps(artifact: "HalfSteps", value: float, normalization: Normalization) -> half_samples.HalfSteps:
+    halves = artifact.table("halves.parquet")
     values, prompts = halves[f"inner_product_{normalization}"].to_pylist(), halves["prompts"].to_pylist()
     halves_R2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
-    return half_samples.half_steps(value, halves_R2, torch.tensor(prompts, dtype=torch.int64).view(-1, 2))
+    prompts_R2 = torch.tensor(prompts, dtype=torch.int64).view(-1, 2)
+    return half_samples.half_steps(value, halves_R2, prompts_R2, artifact.summary["fresh"])
 
 
 def _by_literature(
