@@ -312,7 +312,6 @@ def write_function(home: Path, body: str) -> None:
         ("return [0.0] * 3", RewardError, "returned 3 values for 2 responses"),
         ("return [float('nan')] * len(completions)", RewardError, "returned nan for sequence 0"),
         ("return None", RewardError, "returned NoneType"),
-        ("return [None] * len(completions)", RewardError, "returned None for sequence 0.*which TRL averages over"),
         ("return columns['gold']", RewardError, r"KeyError: 'gold'.*columns are \['answer', 'solution'\]"),
         ("return [", ConfigError, "SyntaxError"),
     ],

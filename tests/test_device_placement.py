@@ -108,6 +108,7 @@ def test_a_pass_over_sequences_is_read_when_it_is_over():
         of = processor(device)
         sequences = of.generate_with_replacement_sampling([[1, 2], [3], [4, 5, 6]], 5 * ROWS, 0)
         v = {name: t.to(device).float() for name, t in random_direction(of.policy).items()}
+        derivatives.forward_mode(of, sequences, v)  # the first time, it is found out which attention is used
         fetched = Wait("read", "entropy_core/sequences/processor.py:SequenceProcessor.map_tokens")
         with watched() as seen:
             of.score(sequences)

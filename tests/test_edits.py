@@ -143,7 +143,7 @@ EDITS = {
     ),
     "how shards are cut": Edit(
         replaces("part = -(-size // ranks)", "part = -(-size // ranks) + 0"),
-        {"load-checkpoint", "load-weights", "compute-update", "first-order-u"},
+        {"load-checkpoint", "load-weights", "compute-update", "first-order-u", "half-steps-u"},
     ),
     "how adapters are filled": Edit(
         replaces(
@@ -208,7 +208,7 @@ EDITS = {
         replaces('is missing"\n    except NotAFileError', 'is gone"\n    except NotAFileError'), set()
     ),
     "a check before the sweep": Edit(
-        replaces("def _check_reference(", "def _unused(): ...\n\n\ndef _check_reference("), set()
+        replaces("def _check_batches(", "def _unused(): ...\n\n\ndef _check_batches("), set()
     ),
     "how a process of the user's code ends": Edit(replaces("LEAVING = 1.0", "LEAVING = 2.0"), set()),
     "what is said of a process of the user's code": Edit(

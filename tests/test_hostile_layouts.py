@@ -238,11 +238,6 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
     # one file
     "full: cut": (FULL, cut("optimizer.bin"), "not a complete archive"),
     "full: the weights are cut": (FULL, cut("pytorch_model_fsdp.bin"), "cannot be read as tensors"),
-    "full: a slot is missing": (
-        FULL,
-        state("optimizer.bin", lambda s: s["state"].pop("lm_head.weight")),
-        "covers|no slot|missing",
-    ),
     "full: another name": (
         FULL,
         state("optimizer.bin", lambda s: s["param_groups"][0]["params"].append("other")),

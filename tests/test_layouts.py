@@ -267,7 +267,7 @@ def test_a_sweep_from_shards_is_the_plain_one_and_nothing_of_it_runs_twice(tmp_p
     plain = probe(values(run, tmp_path / "a", checkpoints=[str(run / "checkpoint-3")]))
     config = values(run, tmp_path / "b", checkpoints=[str(tmp_path / "fsdp" / "checkpoint-3")])
     found = probe(config)
-    numbers = ("H", "delta_h1", "delta_h", "ci_low", "ci_high")
+    numbers = ("H", "delta_h1", "delta_h", "next_update_low", "next_update_high")
     assert [[row[n] for n in numbers] for row in found.rows] == [[row[n] for n in numbers] for row in plain.rows]
     assert found.run.was_computed["load-weights"] == 1 and "load-weights" not in plain.run.was_computed
     (loaded,) = found.run.artifacts("load-weights")

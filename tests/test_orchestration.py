@@ -124,6 +124,7 @@ def test_what_is_cached_does_not_wait_for_the_device(store, tmp_path, monkeypatc
     """Another run holds the GPU all the while."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("tasks.device.device_name", lambda device: "a-gpu")
+    monkeypatch.setattr("entropy_core.pipeline.rehearsal.is_rehearsed", lambda policy: True)  # there is no policy
     held: list[Artifact] = []
     with ThreadPoolExecutor(1) as pool, device_slot("a-gpu"):
         store.run(Stage("weigh", weigh), Execution(), of("a"))

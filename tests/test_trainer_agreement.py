@@ -558,7 +558,9 @@ def test_the_first_lines_say_what_disagrees_and_where_to_look(odd, advice):
 
 
 def test_the_section_has_the_change_between_checkpoints_beside_the_predicted_steps():
-    results = [row | {"se_total": 0.003 * row["eta_over_lr"]} for row in sweep() if row["normalization"] == "per_token"]
+    rows = [row for row in sweep() if row["normalization"] == "per_token"]
+    errors = {"se_given_u": 0.002, "se_over_u": 0.003, "se_interaction": 0.002}
+    results = [row | {name: size * row["eta_over_lr"] for name, size in errors.items()} for row in rows]
     lines = section(compared_rows(kl="not logged"), results)
     assert "| checkpoint-6 | entropy per token | agrees | 0.5 | 1 | 0.1 | +5.0 |" in lines
     assert "Not logged at one checkpoint or more: KL to the reference." in lines

@@ -4,7 +4,6 @@
 number of tokens.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +14,7 @@ from entropy_core.files import functions as user_functions
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.loss_batch import LossBatch
-from entropy_core.store.columns import TokenTable, read_tokens
+from entropy_core.store.columns import TokenTable, as_numbers, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -37,11 +36,6 @@ def name_of(execution: "Execution", loss: str, source: str) -> str:
         The name, as `functions.load_loss` takes it.
     """
     return user_functions.in_file(loss, execution.paths[source] if source else None)
-
-
-def as_numbers(rewards: Sequence[float | None]) -> Tensor:
-    """Rewards as a table has them, float64 [N]; NaN for a response that no function rewarded."""
-    return torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
 
 
 def write_tokens(out: "Writer", tokens: TokenTable, coefficients: TokenPair) -> None:

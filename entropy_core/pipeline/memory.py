@@ -9,8 +9,6 @@ import torch
 
 from entropy_core.errors import MemoryShortageError, one_line
 from entropy_core.execution import Execution
-from entropy_core.pipeline.rehearsal import is_rehearsed, rehearse
-from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 
@@ -39,8 +37,8 @@ def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mappin
         execution = execution.within_memory.get(stage.name, execution)
     while True:
         try:
-            if _needs_all_passes(store, stage, execution, inputs):
-                rehearse(inputs["policy"], execution)
+            if isinstance(execution, Execution) and "policy" in inputs and stage.name != "score-u-reference":
+                _rehearse_once(store, stage, execution, inputs)
             return store.run(stage, execution, inputs)
         except (MemoryError, RuntimeError) as error:  # torch's own error is a RuntimeError
             if not (isinstance(execution, Execution) and _is_shortage(error)):
@@ -66,14 +64,16 @@ def run_within_memory(store: Store, stage: Stage, execution: Any, inputs: Mappin
         )
 
 
-def _needs_all_passes(store: Store, stage: Stage, execution: Any, inputs: Mapping[str, Any]) -> bool:
-    """Whether a stage is the first to be computed with a policy that is differentiated, as a reference is not."""
-    policy = inputs.get("policy")
-    if not isinstance(execution, Execution) or not isinstance(policy, PolicySpec) or is_rehearsed(policy):
-        return False
-    if stage.name == "score-u-reference":
-        return False
-    return not store.manifest(stage.name, store.key(stage, inputs))
+def _rehearse_once(store: Store, stage: Stage, execution: Execution, inputs: Mapping[str, Any]) -> None:
+    """Try all passes with the policy of a stage, if the stage is the first one with it that has to be computed."""
+    from entropy_core.pipeline.rehearsal import is_rehearsed, rehearse  # the statistics do without these libraries
+    from entropy_core.policy.spec import PolicySpec
+
+    policy = inputs["policy"]
+    if not isinstance(policy, PolicySpec) or is_rehearsed(policy):
+        return
+    if not store.manifest(stage.name, store.key(stage, inputs)):
+        rehearse(policy, execution)
 
 
 def _is_shortage(error: Exception) -> bool:

@@ -9,9 +9,8 @@ from entropy_core.estimates.logged_entropy import Sampling
 from entropy_core.estimates.responses import MOST_TOKENS, Responses, read_responses, together
 from entropy_core.estimates.tables import AGREEMENT, to_table
 from entropy_core.estimates.trainer_agreement import LONGEST, Compared, compared, measured, rows_of
-from entropy_core.losses.files import as_numbers
 from entropy_core.numerics import ragged
-from entropy_core.store.columns import read_tokens
+from entropy_core.store.columns import as_numbers, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution

@@ -10,7 +10,7 @@ import torch
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.errors import NonFiniteError
 from entropy_core.losses.apart import token_coefficients
-from entropy_core.losses.files import as_numbers, name_of, write_tokens
+from entropy_core.losses.files import name_of, write_tokens
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.advantages import groups_of_equal
@@ -21,7 +21,7 @@ from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import require_ids, tokens_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
-from entropy_core.store.columns import read_tokens
+from entropy_core.store.columns import as_numbers, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution

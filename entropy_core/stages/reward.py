@@ -76,7 +76,11 @@ def reward(
     weights_F = torch.tensor(weights or [1.0] * len(rewards), dtype=torch.float64)
     total_N = weighted_sum(rewards_NF, weights_F)
     if total_N.isnan().all():
-        raise RewardError("no response of U has a reward: every function returned None for every response")
+        raise RewardError(
+            "no response of U has a reward: every function returned None for every response",
+            cause="the functions were written for other prompts",
+            fix="correct update.reward, or the columns that it reads",
+        )
     of_sequences = {"sequence_id": table["sequence_id"], "prompt_id": table["prompt_id"], "reward": _or_null(total_N)}
     if len(rewards) > 1:
         of_sequences |= {f"reward_{number}": pa.array(one, pa.float64()) for number, one in enumerate(found, start=1)}

@@ -1,5 +1,6 @@
 """Per-token numbers on disk: a table of columns that lie flat, which says whose tokens they are. Needs no model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -107,3 +108,8 @@ def read_tokens(shards: "Sequence[Artifact]", *names: str, file: str = TOKENS) -
     return concatenate(
         [TokenTable(of_one["sequences"], of_one["offsets"], {name: of_one[name] for name in names}) for of_one in found]
     )
+
+
+def as_numbers(rewards: Sequence[float | None]) -> Tensor:
+    """Rewards as a table has them, float64 [N]; NaN for a response that no function rewarded."""
+    return torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
