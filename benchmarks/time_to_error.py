@@ -22,7 +22,7 @@ from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.uncertainty import entropy_derivative
 from entropy_core.pipeline.measure import Measurement, load_checkpoint, load_pool
-from entropy_core.pipeline.preflight import preflight, splits
+from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.runner import Runner, direct_runner
 from entropy_core.pipeline.sweep import execution_for
 from entropy_core.policy import moves
@@ -127,7 +127,7 @@ def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], Polic
         return artifact
 
     run = Runner(noted)
-    pools = {split: load_pool(config, split, checkpoint.tokenizer, run) for split in set(splits(config))}
+    pools = {split: load_pool(config, split, checkpoint.tokenizer, run) for split in set(config.splits)}
     measurement = Measurement(config, checkpoint, load_checkpoint(config, checkpoint, run), pools, run)
     with suppress(_Enough):
         measurement.variance_inputs()

@@ -148,7 +148,7 @@ def trace(tmp_path_factory) -> Trace:
 
 
 def test_every_stage_was_traced(trace):
-    assert set(trace.ran) == {stage.name for stage in STAGES}
+    assert set(trace.ran) == {stage.name for stage in STAGES} - {"load-weights"}  # of weights in shards alone
     assert all(len(names) > 3 for names in trace.ran.values())
     assert "entropy_core.policy.derivatives:token_derivatives" in trace.ran["first-order-e"]
     assert "entropy_core.numerics.direct_derivatives:DirectDerivatives.__torch_function__" in trace.ran["first-order-e"]

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from entropy_core.config.read import parse_config
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline import sweep as pipeline
+from entropy_core.pipeline.final_stages import compared
 from entropy_core.pipeline.measure import Measurement
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.runner import Inputs, direct_runner
@@ -59,8 +60,8 @@ def rows(run: Path, store: Path, **sections: dict[str, Any]) -> list[dict[str, A
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "Measurement", OfTheAgreement)
         recorded = pipeline._measured(config, checkpoints, runner)
-    compared = runner(stage.AGREEMENT, pipeline._compared(recorded, config), "demo")
-    return compared.table("agreement.parquet").to_pylist()
+    table = runner(stage.AGREEMENT, compared(recorded, config), "demo")
+    return table.table("agreement.parquet").to_pylist()
 
 
 def with_template(run: Path, folder: Path) -> Path:
