@@ -135,7 +135,10 @@ def test_what_the_form_posts_is_refused_or_fails_with_the_reason(home, server, c
     with get_client(sync_client=True) as client:
         deployment_id = deployments(None)[0].apply()
         for name, bad in BAD.items():
-            parameters = {"config": config_of(home, bad.change)}
+            config = config_of(home, bad.change)
+            if isinstance(config.get("update", {}).get("reward"), str):  # a form has a list
+                config["update"]["reward"] = [config["update"]["reward"]]
+            parameters = {"config": config}
             if name in REFUSED:
                 with pytest.raises(PrefectHTTPStatusError) as refused:
                     client.create_flow_run_from_deployment(deployment_id, parameters=parameters)

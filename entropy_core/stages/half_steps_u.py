@@ -61,6 +61,9 @@ def half_steps_u(
     parts_P = [part_P for row_P in first_RP for part_P in (row_P, ~row_P)]
     loss = name_of(execution, settings["loss"]["name"], settings["loss"]["source"])
     batches = read_parts(update, tokens_of(shards), parts_P)
+    # a half whose responses are all masked, such as cut ones, has no loss
+    both = [i for i in range(0, len(batches), 2) if all(batch.lengths_N.any() for batch in batches[i : i + 2])]
+    parts_P, batches = ([of[j] for i in both for j in (i, i + 1)] for of in (parts_P, batches))
     coefficients = coefficients_of_each(loss, batches, execution.isolation) if batches else []
 
     halves, moving = gradient.summary["halves"], moved_parameters(checkpoint)
@@ -84,7 +87,7 @@ def half_steps_u(
     names = [f"inner_product_{normalization}" for normalization in ("per_token", "per_sequence")]
     kinds = {"split": pa.int64(), "prompts": pa.int64()} | dict.fromkeys(("clip_factor", *names), pa.float64())
     out.table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), "halves.parquet")
-    return {"splits": len(first_RP), "fresh": not checkpoint.summary["optimizer"]}
+    return {"splits": len(rows) // 2, "fresh": not checkpoint.summary["optimizer"]}
 
 
 def _add_gradient(
