@@ -3,12 +3,14 @@
 import base64
 import math
 import re
+import webbrowser
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from entropy_core.errors import ProbeError
 from entropy_core.estimates.agreement import independent
 from entropy_core.report.agreement import disagreements
 from entropy_core.store import runs
@@ -105,6 +107,34 @@ def print_results(run_directory: Path) -> None:
     print(f"\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
+
+
+def show(root: Path, run_id: str, in_browser: bool) -> int:
+    """Print the results of a recorded run again; open its report in the browser if asked.
+
+    Args:
+        root: of the store.
+        run_id: of the run; `latest` is the one that finished last.
+        in_browser: whether to open `report.html`.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ProbeError: there is no such run, it has no such page, or there is no browser.
+    """
+    directory = runs.find(root, run_id)
+    print_results(directory)
+    page = directory.absolute() / "report.html"
+    if not page.exists():
+        cause = "it was recorded by an earlier version"
+        raise ProbeError(
+            f"{directory} has no report.html", cause=cause, fix=f"`entropy-probe variance {directory.name}`"
+        )
+    print(f"\nThe report, in one file to read and to share: {page}")
+    if in_browser and not webbrowser.open(page.as_uri()):
+        raise ProbeError("no browser could be started", fix=f"open {page} in one")
+    return 0
 
 
 def inline_figures(markdown: str, locate: Callable[[str], Path]) -> str:

@@ -137,7 +137,7 @@ def skip_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing, which takes most of the time of a tiny sweep; no key depends on it."""
     monkeypatch.setattr(figures, "figures", lambda rows: {})
     monkeypatch.setattr(figures, "token_figure", lambda *_: None)
-    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
+    monkeypatch.setattr(figures, "save_figure", lambda _, png, svg: svg.write_text("<svg/>"))
 
 
 class Counting(Runner):
