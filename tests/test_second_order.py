@@ -18,6 +18,7 @@ from entropy_core.numerics.uncertainty import Estimate
 
 STEPS = [[0.3], [-0.4, 0.4], [0.1, 0.3, 1.0], [0.01, 0.1, 0.3, 1.0, 3.0], [1.0, 1.0]]
 SPREAD = 0.2  # of the weights at η = 1
+SLOPE = -2.0  # ∂_vH; SLOPE·SPREAD is less than the second order, 0.7, and does not count
 
 
 def exact(value: float) -> Estimate:
@@ -38,7 +39,7 @@ def of_series(etas: list[float], a_Q: list[float], rounding: float = 0.0, slopes
 @pytest.mark.parametrize("etas", STEPS, ids=str)
 @pytest.mark.parametrize("slopes", [False, True])
 def test_a_parabola_is_recovered(etas: list[float], slopes: bool):
-    found = combine(of_series(etas, [-2.0, 0.7], slopes=slopes), 0.4)
+    found = combine(of_series(etas, [SLOPE, 0.7], slopes=slopes), SLOPE)
     assert found.coefficient.value == pytest.approx(0.7, rel=1e-9)
     assert found.points == len(etas)
 
@@ -51,7 +52,7 @@ def test_what_is_left_of_the_higher_orders_is_as_large_as_it_says(etas: list[flo
     ratios = []
     for _ in range(400):
         signs_P = torch.randn(ORDERS, generator=generator, dtype=torch.float64)
-        a_Q = [-2.0, 0.7, *(0.7 * float(s) * SPREAD**p for p, s in enumerate(signs_P, 1))]
+        a_Q = [SLOPE, 0.7, *(0.7 * float(s) * SPREAD**p for p, s in enumerate(signs_P, 1))]
         observations = [
             one._replace(coefficient=exact(one.coefficient.value + one.rounding * float(error)))
             for one, error in zip(
@@ -60,27 +61,29 @@ def test_what_is_left_of_the_higher_orders_is_as_large_as_it_says(etas: list[flo
                 strict=True,
             )
         ]
-        found = combine(observations, 0.7)
+        found = combine(observations, SLOPE)
         ratios.append((found.coefficient.value - 0.7) / found.fixed)
     assert np.sqrt(np.mean(np.square(ratios))) == pytest.approx(1.0, abs=0.15)
 
 
 def test_more_step_sizes_leave_less_of_them():
-    left = [combine(of_series(etas, [-2.0, 0.7]), 0.7).truncation for etas in ([1.0], [0.3, 1.0], [0.1, 0.3, 1.0])]
+    left = [combine(of_series(etas, [SLOPE, 0.7]), SLOPE).truncation for etas in ([1.0], [0.3, 1.0], [0.1, 0.3, 1.0])]
     assert left[0] == pytest.approx(0.7 * SPREAD, rel=0.03)
     assert left[0] > 5 * left[1] > 25 * left[2]
-    pair = combine(of_series([-1.0, 1.0], [-2.0, 0.7, 0.1]), 0.7)
+    pair = combine(of_series([-1.0, 1.0], [SLOPE, 0.7, 0.01]), SLOPE)
     assert pair.coefficient.value == pytest.approx(0.7, rel=1e-12)  # opposite steps cancel the third order
     assert pair.truncation == pytest.approx(0.7 * SPREAD**2, rel=0.03)
 
 
 @pytest.mark.parametrize("rounding", [1e-9, 1e-3])
 def test_the_weights_are_the_explicit_formula(rounding: float):
-    etas, size = [-0.5, 0.1, 0.3, 2.0], 3.0  # larger than the observations
+    etas, size = [-0.5, 0.1, 0.3, 2.0], 15.0 * SPREAD  # larger than the observations
     generator = torch.Generator().manual_seed(1)
     changes = [Estimate(0.1 * eta**2, torch.randn(6, generator=generator, dtype=torch.float64)) for eta in etas]
     derivative = Estimate(0.0, torch.randn(6, generator=generator, dtype=torch.float64))
-    found = combine([of_change(c, derivative, e, SPREAD * e, rounding) for c, e in zip(changes, etas, strict=True)], 3)
+    found = combine(
+        [of_change(c, derivative, e, SPREAD * e, rounding) for c, e in zip(changes, etas, strict=True)], 15.0
+    )
     eta = np.array(etas)
     Phi = np.stack([(SPREAD * eta) ** p for p in range(1, ORDERS + 1)], axis=1)
     R = np.diag((rounding / eta**2) ** 2)
@@ -95,9 +98,9 @@ def test_the_weights_are_the_explicit_formula(rounding: float):
 
 
 def test_a_step_that_is_rounding_counts_for_nothing():
-    observations = of_series([1e-5, 0.3], [-2.0, 0.7, 0.05], rounding=1e-6)
+    observations = of_series([1e-5, 0.3], [SLOPE, 0.7, 0.05], rounding=1e-6)
     noisy = observations[0]._replace(coefficient=exact(1e4))
-    found = combine([noisy, observations[1]], 0.7)
+    found = combine([noisy, observations[1]], SLOPE)
     assert found.coefficient.value == pytest.approx(0.7, abs=0.02)
     assert found.rounding < 1e-4 * observations[0].rounding
     assert found.fixed == math.hypot(found.rounding, found.truncation)
@@ -151,19 +154,18 @@ def sweep(everything: Everything, etas: list[float], normalization: Normalizatio
     base, here = everything.base("time_loo"), everything.columns("time_loo")
     derivative = uncertainty.entropy_derivative(here, normalization)
     unmoved = uncertainty.entropy(here[ENTROPY].total_N, here[LENGTH].total_N, normalization)
-    found, size = [], 0.0
+    found = []
     for eta in etas:
         at_eta = everything.at(eta)
         w_N = at_eta[1].sequence_N
         x = second_order.spread(importance.effective_sample_size(w_N) / len(w_N), eta)
-        size = abs(derivative.value * x / eta)
         if slopes:
             there = uncertainty.entropy_derivative(columns_at(everything, eta, base), normalization)
             found.append(of_slope(there, derivative, eta, x, 1e-15))
         else:
             change = uncertainty.entropy(*per_decision(at_eta, base), normalization).minus(unmoved)
             found.append(of_change(change, derivative, eta, x, 1e-15))
-    return combine(found, size)
+    return combine(found, derivative.value)
 
 
 @both
@@ -182,7 +184,7 @@ def test_it_is_the_second_derivative(
         for eta in etas:
             change = getattr(world.exact_at(v, eta), name).item() - here
             observations.append(of_change(exact(change), exact(slope), eta, spread * eta, 1e-15))
-        found = combine(observations, abs(slope) * spread)
+        found = combine(observations, slope)
         misses.append(abs(found.coefficient.value - expected))
         assert misses[-1] < 4 * found.fixed + 1e-9
     assert misses[0] > 100 * max(misses[1:])
@@ -212,5 +214,5 @@ def test_its_mean_over_batches_is_exact(everything: Everything, truth: dict[Norm
     for eta in etas:
         change = everything.mean(per_decision(everything.at(eta), base).S_N) - S
         observations.append(of_change(exact(change), exact(x), eta, SPREAD * eta, 1e-15))
-    found = combine(observations, abs(x) * SPREAD).coefficient.value
+    found = combine(observations, x).coefficient.value
     assert found == pytest.approx(truth["per_sequence"], abs=1e-6)

@@ -17,6 +17,7 @@ error the a_{2+p} are independent, with mean 0 and that standard deviation.
 
 import math
 from collections.abc import Sequence
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -35,11 +36,13 @@ class Observation(NamedTuple):
         coefficient: the estimate, nats per squared unit of η.
         rounding: standard deviation of its rounding error.
         higher_P: a_{2+p}·η^p relative to a₂ at p = 1 … `ORDERS`, up to an unknown sign, float64 [P].
+        spread_per_step: |x/η|, the factor by which each further derivative along v grows.
     """
 
     coefficient: Estimate
     rounding: float
     higher_P: Tensor
+    spread_per_step: float
 
 
 class SecondOrder(NamedTuple):
@@ -90,14 +93,13 @@ def of_change(change: Estimate, derivative: Estimate, eta: float, x: float, roun
         (ΔH − η∂_vH)/η².
     """
     higher_P = x ** torch.arange(1, ORDERS + 1, dtype=torch.float64)
-    return Observation(change.minus(derivative.scaled(eta)).scaled(eta**-2), rounding / eta**2, higher_P)
+    return Observation(change.minus(derivative.scaled(eta)).scaled(eta**-2), rounding / eta**2, higher_P, abs(x / eta))
 
 
 def of_slope(slope: Estimate, derivative: Estimate, eta: float, x: float, rounding: float) -> Observation:
     """Estimate ½∂²_vH from a derivative at another point of the step.
 
-    A derivative along v changes by rounding as much as H does, times the factor |x/η| by which each derivative along v
-    multiplies what it is taken of.
+    Rounding changes a derivative along v as much as it changes H, times |x/η|.
 
     Args:
         slope: ∂_vH at θ + ηv, nats per unit of η.
@@ -111,16 +113,16 @@ def of_slope(slope: Estimate, derivative: Estimate, eta: float, x: float, roundi
     """
     orders_P = torch.arange(1, ORDERS + 1, dtype=torch.float64)
     coefficient = slope.minus(derivative).scaled(1 / (2 * eta))
-    return Observation(coefficient, rounding * abs(x) / (2 * eta**2), (1 + orders_P / 2) * x**orders_P)
+    of_rounding = rounding * abs(x) / (2 * eta**2)
+    return Observation(coefficient, of_rounding, (1 + orders_P / 2) * x**orders_P, abs(x / eta))
 
 
-def combine(observations: Sequence[Observation], size: float) -> SecondOrder:
+def combine(observations: Sequence[Observation], derivative: float) -> SecondOrder:
     """Combine observations with the weights, summing to 1, for which rounding and higher orders have least variance.
 
     Args:
         observations: at least one, all on the same batch.
-        size: |a₂| as the first order suggests it, |∂_vH·x/η|. The size of the higher orders goes by this or by the
-            most exact observation, whichever is larger.
+        derivative: ∂_vH at θ. The size of the higher orders goes by |a₂|, or by |∂_vH·x/η| if that is larger.
 
     Returns:
         The weighted mean. Its influence is that of fixed weights.
@@ -133,6 +135,7 @@ def combine(observations: Sequence[Observation], size: float) -> SecondOrder:
     rounding_J = torch.tensor([one.rounding for one in observations], dtype=torch.float64)
     higher_JP = torch.stack([one.higher_P for one in observations])
     value_J = torch.tensor([one.coefficient.value for one in observations], dtype=torch.float64)
+    size = abs(derivative) * median(one.spread_per_step for one in observations)
     error_J = rounding_J**2 + (size * higher_JP.norm(dim=1)) ** 2
     size = max(size, float(value_J[error_J.argmin()].abs()))
     covariance_JJ = torch.diag(rounding_J**2) + size**2 * higher_JP @ higher_JP.T
