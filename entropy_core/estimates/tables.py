@@ -63,6 +63,26 @@ ESTIMATES = pa.schema(
         _field("percentile_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update"),
         _field("bca_low", _REAL, _H, "lower end of the bootstrap interval of delta_h1 for this update: BCa"),
         _field("bca_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update: BCa"),
+        _field("delta_h2", _REAL, _H, "second-order part: eta^2/2 times the second derivative along v, in any row"),
+        _field(
+            "delta_h2_se",
+            _REAL,
+            _H,
+            "standard error of delta_h2 for this update: over E, of rounding, and of orders above the second",
+        ),
+        _field("delta_h2_this_update_low", _REAL, _H, "lower end of the interval of delta_h2 for this update"),
+        _field("delta_h2_this_update_high", _REAL, _H, "upper end of the interval of delta_h2 for this update"),
+        _field("delta_h2_points", _WHOLE, "", "step sizes, or nodes of path_integral, that delta_h2 comes from"),
+        _field("second_order", _TEXT, "", "resolved: the interval of delta_h2 is without 0; unresolved; or none: why"),
+        _field("delta_h12", _REAL, _H, "predicted entropy change, second order: delta_h1 + delta_h2"),
+        _field(
+            "delta_h12_se",
+            _REAL,
+            _H,
+            "standard error of delta_h12 for this update: both parts share E; of rounding and higher orders, too",
+        ),
+        *_ends("delta_h12_", "delta_h12"),
+        _field("delta_h12_interval_over_u", _TEXT, "", "as interval_over_u, for the intervals of delta_h12 over U"),
         _field("confidence_level", _REAL, "1", "confidence level of every interval in this row"),
         _field("delta_h", _REAL, _H, "measured entropy change, by importance sampling on the same E"),
         _field("delta_h_se", _REAL, _H, "standard error of delta_h for this update: over E, and of rounding"),
@@ -71,6 +91,8 @@ ESTIMATES = pa.schema(
         _field("curvature_se", _REAL, _H, "its standard error for this update, and of rounding"),
         _field("paired_difference", _REAL, _H, "delta_h - delta_h1; the curvature when the estimator is per_decision"),
         _field("paired_difference_se", _REAL, _H, "its standard error for this update (both share E), and of rounding"),
+        _field("remainder", _REAL, _H, "delta_h - delta_h12: the orders above the second, if the weights are reliable"),
+        _field("remainder_se", _REAL, _H, "its standard error for this update (all share E), and of rounding"),
         _field("ess", _REAL, "sequences", "effective sample size of the whole-sequence weights"),
         _field("ess_fraction", _REAL, "1", "ess / n_sequences"),
         _field("ess_prefix", _REAL, "sequences", "smallest effective sample size of the prefix weights at a position"),
@@ -244,6 +266,19 @@ def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
         if set(row) != names:
             raise ValueError(f"columns {sorted(set(row) ^ names)} are not in both the row and the schema")
     return pa.Table.from_pylist(list(rows), schema=schema)
+
+
+def prediction(row: Row) -> str:
+    """Return the prefix of the columns of a row's best prediction: that of δH₁ + δH₂ where δH₂ is resolved, or of δH₁.
+
+    The columns of the value are `delta_h12` and `delta_h1`; those of the intervals begin with what is returned.
+    """
+    return "delta_h12_" if row["second_order"] == "resolved" else ""
+
+
+def predicted(row: Row) -> float:
+    """Return the best prediction of a row, nats."""
+    return float(row["delta_h12" if prediction(row) else "delta_h1"])
 
 
 def unit_of(normalization: str) -> str:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from entropy_core.errors import NonFiniteError
-from entropy_core.estimates import diagnostics, evaluation
+from entropy_core.estimates import diagnostics, evaluation, second_order
 from entropy_core.estimates import rows as estimates
 from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
@@ -15,6 +15,7 @@ from entropy_core.estimates.rows import Contributions, Derivative, Row
 from entropy_core.estimates.tables import ESTIMATES, TABLES, to_table
 from entropy_core.numerics import half_samples, uncertainty
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
+from entropy_core.numerics.second_order import Observation, SecondOrder, combine
 from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.store.columns import concatenate, read_tokens
 
@@ -118,16 +119,29 @@ def variance(
         per_unit |= {"inner_product": of_u["inner_product"][normalization]}
         noise = diagnostics.numerical_noise(again, rescored, normalization)
         common[normalization] = _Common(derivative, columns, per_unit, noise)
-    found: dict[tuple[Normalization, Estimator], list[tuple[Row, Estimate]]] = {
-        (normalization, estimator): [] for normalization in normalizations for estimator in estimators
-    }
+    changes: dict[tuple[Normalization, Estimator], list[_Step]] = {}
+    seen: dict[Normalization, list[Observation]] = {normalization: [] for normalization in normalizations}
     for entry in moved:
-        for estimator in estimators:
+        eta = entry["eta"]
+        both: list[Estimator] = [*estimators, "per_decision"] if entry["shards"] else [*estimators]
+        for estimator in dict.fromkeys(both):
             there = evaluation.measured(batch, moved_batch(entry, sequences), estimator)
-            for normalization, shared in common.items():
-                change = estimates.change_of(batch, there, entry["eta"], estimator, normalization)
-                row = _row(batch, there, change, entry["eta"], estimator, shared, learning_rate, confidence_level)
-                found[normalization, estimator].append((row, change))
+            for of, shared in common.items():
+                change = estimates.change_of(batch, there, eta, estimator, of)
+                if estimator in estimators:
+                    of_rows = there._replace(columns=None)  # of no use any more, and large
+                    changes.setdefault((of, estimator), []).append(_Step(eta, of_rows, change))
+                if estimator in ("per_decision", "path_integral"):
+                    slope, rounding = shared.derivative.estimate, shared.noise / 2
+                    seen[of] += second_order.observations(batch, there, change, slope, eta, of, rounding)
+    found: dict[tuple[Normalization, Estimator], list[tuple[Row, Estimate]]] = {}
+    for of, shared in common.items():
+        second = combine(seen[of], shared.derivative.estimate.value) if seen[of] else None
+        for estimator in estimators:
+            found[of, estimator] = [
+                (_row(batch, step, estimator, shared, second, learning_rate, confidence_level), step.change)
+                for step in changes[of, estimator]
+            ]
     by_seed = {seed: _values(batch, normalizations)}
     for another in replicates:
         replicate, _ = evaluation_batch(another["scores"], another["first_order_e"], baseline, units)
@@ -172,16 +186,25 @@ class _Common(NamedTuple):
     noise: float
 
 
+class _Step(NamedTuple):
+    """ΔH at one step size by one estimator, and the weights that it was measured with."""
+
+    eta: float
+    terms: Measured
+    change: Estimate
+
+
 def _row(
     batch: EvaluationBatch,
-    there: Measured,
-    change: Estimate,
-    eta: float,
+    step: _Step,
     estimator: Estimator,
     common: _Common,
+    second: SecondOrder | None,
     learning_rate: float,
     confidence_level: float,
 ) -> Row:
+    (eta, there, change), derivative = step, common.derivative
+    measurable = change if there.usable else None
     noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # path_integral subtracts nothing
     return {
         **common.columns,
@@ -190,8 +213,10 @@ def _row(
         "estimator": estimator,
         **{name: value * eta for name, value in common.per_unit.items()},
         "noise_floor": noise_floor,
-        **estimates.predict(common.derivative, eta, confidence_level),
-        **estimates.measure(batch, change, there, common.derivative, eta, estimator, noise_floor, confidence_level),
+        **estimates.predict(derivative, eta, confidence_level),
+        **second_order.predict(batch, derivative, second, eta, confidence_level),
+        **estimates.measure(batch, change, there, derivative, eta, estimator, noise_floor, confidence_level),
+        **second_order.remainder(batch, measurable, derivative, second, eta, noise_floor),
     }
 
 
