@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 
 from entropy_core.errors import ProbeError
 from entropy_core.estimates.agreement import independent
+from entropy_core.estimates.tables import best_prediction, interval_of
 from entropy_core.report.agreement import disagreements
+from entropy_core.report.verdict_lines import order_sentences
 from entropy_core.store import runs
 
 HEADLINE = (
@@ -22,8 +24,9 @@ HEADLINE = (
     "estimator",
     "H",
     "delta_h1",
-    "next_update_low",
-    "next_update_high",
+    "prediction",
+    "next_low",
+    "next_high",
     "delta_h",
     "delta_h_se",
     "ess_fraction",
@@ -40,8 +43,16 @@ def headline(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         As many rows with the columns `HEADLINE`, in four significant digits; None for what is not a finite number.
+        `prediction` is the best one, with the ends of its interval for the next update.
     """
-    return [{name: _rounded(row[name]) for name in HEADLINE} for row in rows]
+    return [{name: _rounded((row | _prediction(row))[name]) for name in HEADLINE} for row in rows]
+
+
+def _prediction(row: dict[str, Any]) -> dict[str, Any]:
+    """The best prediction, to first or second order, and its interval for the next update."""
+    best = best_prediction(row)
+    following = interval_of(best, "next")
+    return {"prediction": row[best], "next_low": row[f"{following}_low"], "next_high": row[f"{following}_high"]}
 
 
 def terminal_table(rows: list[dict[str, Any]]) -> str:
@@ -101,7 +112,9 @@ def print_results(run_directory: Path) -> None:
         warnings = [*disagreements(compared), *record["checkpoints"][0]["warnings"]]
     for warning in warnings:
         print(f"\nWARNING: {warning}")
-    print(f"\n{terminal_table(rows)}")
+    print(f"\n{terminal_table(rows)}\n")
+    for sentence in order_sentences([row for row in rows if row["normalization"] == rows[0]["normalization"]]):
+        print(sentence)
     if agreement := agreement_table(rows, replicates):
         print(f"\n{agreement}")
     print(f"\n{run_directory}/")

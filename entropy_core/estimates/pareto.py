@@ -27,7 +27,8 @@ def pareto_k(weights_N: Tensor) -> float | None:
     log_weights = np.log(weights_N.numpy())
     count = math.floor(min(0.2 * len(log_weights), 3 * math.sqrt(len(log_weights))))
     below, *tail = np.sort(log_weights)[-count - 1 :]
-    if tail[-1] - tail[0] < 1e-12 or tail[count // 4] - below < 1e-12:  # the library cannot fit ties
+    quartile = tail[int(count / 4 + 0.5) - 1]  # the library divides by its distance to the value below the tail
+    if tail[-1] - tail[0] < 1e-12 or quartile - below < 1e-12:
         return None
     _, k = array_stats.psislw(-log_weights)  # psislw expects negated log weights
     return float(k)

@@ -63,7 +63,12 @@ ESTIMATES = pa.schema(
         _field("percentile_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update"),
         _field("bca_low", _REAL, _H, "lower end of the bootstrap interval of delta_h1 for this update: BCa"),
         _field("bca_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update: BCa"),
-        _field("delta_h2", _REAL, _H, "second-order part: eta^2/2 times the second derivative along v, in any row"),
+        _field(
+            "delta_h2",
+            _REAL,
+            _H,
+            "second order: eta^2/2 times the second derivative along v; its variation over U is unknown",
+        ),
         _field(
             "delta_h2_se",
             _REAL,
@@ -268,17 +273,14 @@ def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=schema)
 
 
-def prediction(row: Row) -> str:
-    """Return the prefix of the columns of a row's best prediction: that of δH₁ + δH₂ where δH₂ is resolved, or of δH₁.
-
-    The columns of the value are `delta_h12` and `delta_h1`; those of the intervals begin with what is returned.
-    """
-    return "delta_h12_" if row["second_order"] == "resolved" else ""
+def best_prediction(row: Row) -> str:
+    """Return the name of a row's best prediction: `delta_h12` where the second order is resolved, else `delta_h1`."""
+    return "delta_h12" if row["second_order"] == "resolved" else "delta_h1"
 
 
-def predicted(row: Row) -> float:
-    """Return the best prediction of a row, nats."""
-    return float(row["delta_h12" if prediction(row) else "delta_h1"])
+def interval_of(prediction: str, update: str) -> str:
+    """Return how the columns of an interval begin: of `delta_h1` or `delta_h12`, for the update this, mean or next."""
+    return f"{'delta_h12_' if prediction == 'delta_h12' else ''}{update}_update"
 
 
 def unit_of(normalization: str) -> str:
