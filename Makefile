@@ -69,7 +69,7 @@ test: .venv/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-sweep: .venv/.installed
 	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py tests/test_packaging.py
@@ -79,7 +79,8 @@ test-ui: .venv/.ui
 	$(BIN)/python -m pytest -m ui tests/test_ui.py tests/test_ui_door.py
 
 validate: .venv/.installed
-	$(BIN)/python -m pytest -m "validate or chaos" tests/validation tests/test_chaos.py
+	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "validate or chaos" tests/validation tests/test_chaos.py
 
 chaos: .venv/.installed
 	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py
