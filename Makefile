@@ -72,14 +72,13 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-sweep: .venv/.installed
-	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py tests/test_packaging.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m sweep tests/test_demo_sweep.py tests/test_packaging.py tests/test_documented_commands.py
 
 test-ui: .venv/.ui
 	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
 	$(BIN)/python -m pytest -m ui tests/test_ui.py tests/test_ui_door.py
 
 validate: .venv/.installed
-	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "validate or chaos" tests/validation tests/test_chaos.py
 
 chaos: .venv/.installed
