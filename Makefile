@@ -73,7 +73,7 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-sweep: .venv/.installed
-	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py tests/test_packaging.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m sweep tests/test_demo_sweep.py tests/test_packaging.py tests/test_documented_commands.py
 
 test-ui: .venv/.ui
 	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
@@ -83,7 +83,7 @@ test-report: .venv/.ui
 	$(BIN)/python -m pytest -m "ui or not ui" tests/test_report.py tests/test_report_html.py
 
 validate: .venv/.installed
-	$(BIN)/python -m pytest -m "validate or chaos" tests/validation tests/test_chaos.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "validate or chaos" tests/validation tests/test_chaos.py
 
 chaos: .venv/.installed
 	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py

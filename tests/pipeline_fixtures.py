@@ -22,6 +22,7 @@ from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer
+from entropy_core.isolation.process import Isolation
 from entropy_core.numerics.vectors import Block, in_blocks
 from entropy_core.pipeline.preflight import CheckpointToProbe, preflight
 from entropy_core.pipeline.runner import Inputs, Runner, direct_runner
@@ -138,6 +139,11 @@ def skip_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "figures", lambda rows: {})
     monkeypatch.setattr(figures, "token_figure", lambda *_: None)
     monkeypatch.setattr(figures, "save_figure", lambda _, png, svg: svg.write_text("<svg/>"))
+
+
+def call_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call the user's functions in this process: one of its own has to load torch first."""
+    monkeypatch.setattr(Isolation, "call", lambda self, function, *arguments, **_: function(*arguments))
 
 
 class Counting(Runner):
