@@ -13,10 +13,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
-from entropy_core.estimates import pareto
+from entropy_core.estimates import distributions, pareto
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.numerics import bootstrap, half_samples, importance, path_integral, uncertainty, verdicts
 from entropy_core.numerics.bootstrap import BootstrapIntervals
@@ -178,9 +177,9 @@ def _intervals(
     for name, total in totals.items():
         half, p_value = None, None
         if total is not None:
-            half = float(student.ppf(0.5 + level / 2, total.degrees_of_freedom)) * total.standard_error
+            half = distributions.t_quantile(0.5 + level / 2, total.degrees_of_freedom) * total.standard_error
             z = abs(value) / total.standard_error if total.standard_error else math.inf if value else 0.0
-            p_value = float(2 * student.sf(z, total.degrees_of_freedom))
+            p_value = 2 * distributions.t_tail(z, total.degrees_of_freedom)
         row[f"{prefix}{name}_low"] = None if half is None else value - half
         row[f"{prefix}{name}_high"] = None if half is None else value + half
         p_values[name] = p_value
@@ -246,7 +245,7 @@ def measure(
     usable, N = moved_terms.usable, len(batch)
     ess = importance.effective_sample_size(moved_terms.weights_N) if usable else 0.0
     k, k_threshold = pareto.pareto_k(moved_terms.weights_N) if usable and eta else None, pareto.threshold(N)
-    quantile = float(student.ppf(0.5 + confidence_level / 2, derivative.units_e - 1))
+    quantile = distributions.t_quantile(0.5 + confidence_level / 2, derivative.units_e - 1)
 
     def error(estimate: Estimate) -> float:
         return math.hypot(batch.standard_error(estimate), noise_floor / 2)
