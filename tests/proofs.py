@@ -25,7 +25,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FOLDER = Path("docs/validation.md"), Path("tests/validation")
-LIBRARIES = ("entropy-probe", "torch", "transformers", "numpy", "scipy", "arviz-stats", "pyarrow", "safetensors")
+LIBRARIES = ("entropy-probe", "torch", "transformers", "numpy", "scipy", "pyarrow", "safetensors")
 
 
 @dataclass

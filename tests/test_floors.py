@@ -220,8 +220,7 @@ def test_each_library_has_its_own_door():
     assert importers("math_verify") == core("rewards.math_answers")
     assert importers("markdown_it") == core("report.html")
     assert importers("matplotlib") == core("report.figures", "report.tokens_in_text")
-    assert importers("arviz_stats", "numpy") == core("estimates.pareto")
-    assert importers("scipy") == core("estimates.intervals", "estimates.diagnostics", "estimates.trainer_agreement")
+    assert importers("scipy") == core("estimates.distributions")
     assert importers("safetensors") == core("store.artifact", "checkpoints.content", "losses.apart")
     assert importers("pyarrow.parquet") == core("store.artifact", "store.manifest", "prompts.files") | {"flows.results"}
     assert importers("yaml") == core("config.plain_yaml")

@@ -4,10 +4,9 @@
 
 Beside torch (2.11 or later), transformers (5.17), safetensors, pyarrow, pydantic and scipy it needs small packages:
 
-    arviz-stats   Pareto k̂ of importance weights, in the statistics of the sweep
-    filelock      one writer for each key of the store
-    psutil        the memory that is free for a key-value cache, on a CPU
-    pyyaml        configurations
+    filelock   one writer for each key of the store
+    psutil     the memory that is free for a key-value cache, on a CPU
+    pyyaml     configurations
 
 peft is used where it is installed: without it nothing is measured of adapters. Nothing is read from a network.
 

@@ -13,7 +13,6 @@ from functools import cache
 ALWAYS = ("torch",)
 """Of every stage: what is computed and what is written passes through it."""
 COMPARED: dict[str, tuple[str, ...]] = {
-    "arviz_stats": ("numpy", "scipy"),
     "datasets": (),
     "numpy": (),
     "peft": (),

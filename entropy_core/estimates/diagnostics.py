@@ -7,9 +7,9 @@ unit of learning rate.
 from collections.abc import Mapping, Sequence
 
 import torch
-from scipy.stats import chi2
 from torch import Tensor
 
+from entropy_core.estimates.distributions import chi_squared_tail
 from entropy_core.estimates.evaluation import EvaluationBatch, Moved, measured
 from entropy_core.estimates.rows import Derivative, Row, change_of
 from entropy_core.numerics import linearity, predictors, ragged, uncertainty
@@ -155,7 +155,7 @@ def replicate_rows(found: Mapping[int, tuple[float, float]], learning_rate: floa
         "replicates": R,
         "mean": mean,
         "mean_se": float(values_R.std()) / R**0.5,
-        "p_value": float(chi2.sf(spread, R - 1)),
+        "p_value": chi_squared_tail(spread, R - 1),
     }
     return [
         {"seed": seed, "delta_h1": value, "se_given_u": error} | shared

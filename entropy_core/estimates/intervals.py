@@ -8,8 +8,7 @@ next update   what will the step on another U do?              randomness of E, 
 import math
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student
-
+from entropy_core.estimates import distributions
 from entropy_core.numerics import uncertainty
 from entropy_core.numerics.half_samples import OverU
 
@@ -28,11 +27,6 @@ class Randomness(NamedTuple):
 
     units_e: int
     over_u: OverU
-
-
-def t_quantile(level: float, degrees_of_freedom: float) -> float:
-    """Return the t with P(|T| ≤ t) = `level`."""
-    return float(student.ppf(0.5 + level / 2, degrees_of_freedom))
 
 
 def intervals(
@@ -65,9 +59,9 @@ def intervals(
     for name, total in totals.items():
         half, p_value = None, None
         if total is not None:
-            half = t_quantile(level, total.degrees_of_freedom) * total.standard_error
+            half = distributions.t_quantile(0.5 + level / 2, total.degrees_of_freedom) * total.standard_error
             z = abs(value) / total.standard_error if total.standard_error else math.inf if value else 0.0
-            p_value = float(2 * student.sf(z, total.degrees_of_freedom))
+            p_value = 2 * distributions.t_tail(z, total.degrees_of_freedom)
         row[f"{prefix}{name}_low"] = None if half is None else value - half
         row[f"{prefix}{name}_high"] = None if half is None else value + half
         p_values[name] = p_value

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_core.estimates import pareto
+from entropy_core.estimates import distributions, pareto
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
-from entropy_core.estimates.intervals import Randomness, intervals, t_quantile, widened
+from entropy_core.estimates.intervals import Randomness, intervals, widened
 from entropy_core.numerics import bootstrap, half_samples, importance, path_integral, uncertainty, verdicts
 from entropy_core.numerics.bootstrap import BootstrapIntervals
 from entropy_core.numerics.choices import Estimator, Normalization
@@ -225,7 +225,7 @@ def measure(
     """
     usable, N = moved_terms.usable, len(batch)
     ess, k, k_threshold, reliable = reliability(moved_terms, N, eta)
-    quantile = t_quantile(confidence_level, derivative.units_e - 1)
+    quantile = distributions.t_quantile(0.5 + confidence_level / 2, derivative.units_e - 1)
 
     def error(estimate: Estimate) -> float:
         return math.hypot(batch.standard_error(estimate), noise_floor / 2)

@@ -7,7 +7,8 @@
 import math
 
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
-from entropy_core.estimates.intervals import intervals, t_quantile, widened
+from entropy_core.estimates.distributions import t_quantile
+from entropy_core.estimates.intervals import intervals, widened
 from entropy_core.estimates.rows import Derivative, Row, reliability
 from entropy_core.numerics import second_order, uncertainty
 from entropy_core.numerics.choices import Normalization
@@ -80,7 +81,7 @@ def predict(
     first, curved = derivative.estimate.scaled(eta), second.coefficient.scaled(eta**2)
     fixed = second.fixed * eta**2
     error = math.hypot(batch.standard_error(curved), fixed)
-    quantile = t_quantile(confidence_level, derivative.units_e - 1)
+    quantile = t_quantile(0.5 + confidence_level / 2, derivative.units_e - 1)
     both = first.plus(curved)
     both_error = math.hypot(batch.standard_error(both), fixed)
     widen = widened(first.value, curved.value)

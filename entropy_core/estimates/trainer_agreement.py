@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import t as student
 
+from entropy_core.estimates.distributions import t_quantile
 from entropy_core.estimates.logged_entropy import Sampling, entropy_per_token, known_mistakes
 from entropy_core.estimates.responses import Responses, together
 from entropy_core.numerics import trend, uncertainty
@@ -92,7 +92,7 @@ class Compared(NamedTuple):
             return "agrees" if difference <= self.tolerance else "disagrees"
         if self.standard_error is None:
             return "not comparable"
-        limit = self.standard_error * float(student.isf(false_alarms / 2, self.degrees_of_freedom))
+        limit = self.standard_error * t_quantile(1 - false_alarms / 2, self.degrees_of_freedom)
         return "agrees" if difference <= max(limit, SMALLEST * abs(self.trainer)) else "disagrees"
 
 
@@ -311,7 +311,7 @@ def _explained(rows: Sequence[Compared], logging: Logging, false_alarms: float) 
         for logged in known_mistakes(responses, sampling):
             error = math.hypot(of_trainer, logged.standard_error)
             apart = max(abs(logged.value - row.trainer) - logged.within, 0.0)
-            limit = error * float(student.isf(false_alarms / 2, row.degrees_of_freedom))
+            limit = error * t_quantile(1 - false_alarms / 2, row.degrees_of_freedom)
             if apart <= max(limit, SMALLEST * abs(row.trainer)):
                 agreed[logged.what] = agreed.get(logged.what, 0) + 1
                 distance[logged.what] = distance.get(logged.what, 0.0) + apart

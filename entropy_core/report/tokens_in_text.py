@@ -92,10 +92,11 @@ def _line(axes: Axes, passage: Passage, y: float, largest: float) -> None:
         colour = colormaps[COLOURS](0.5 + 0.5 * share / largest)
         axes.add_patch(Rectangle((x, y), len(text), 0.9, facecolor=colour, edgecolor="white", linewidth=0.5))
         for offset, character in enumerate(text):
-            axes.text(
+            drawn = axes.text(
                 x + offset + 0.5, y + 0.4, character, fontsize=8, family="monospace", ha="center", va="center",
                 parse_math=False, color="white" if abs(share) > 0.7 * largest else "black",
             )  # fmt: skip
+            drawn.set_in_layout(False)  # it is within the axes, and hundreds like it take long to measure
         x += len(text)
 
 
