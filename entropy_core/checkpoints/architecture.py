@@ -114,6 +114,11 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
     return architecture, (*said, *_precision(layout, stored))
 
 
+def module_names(directory: Path) -> list[str]:
+    """The names of the modules of a model, without an adapter. Raises CheckpointError as `read_architecture` does."""
+    return [name for name, _ in _empty_model(directory, len(stored_tensors(directory))).named_modules()]
+
+
 def _empty_model(directory: Path, tensors: int) -> "PreTrainedModel":
     import transformers
 

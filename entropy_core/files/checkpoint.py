@@ -45,6 +45,8 @@ BYSTANDERS = (
     *("README*", "*.md", "LICENSE*", "NOTICE*", "*.png", "*.html", "*.py", ".*", "*~", "*.tmp", "*.lock"),  # for people
 )
 """Files on which no result depends. All others count, for a tokenizer may be made of files of any name."""
+ALWAYS = ("*.safetensors", "tokenizer*")
+"""Files that count although a bystander may be called so: an index names shards, and a tokenizer its files."""
 
 SHARDS = (
     *("*.distcp", ".metadata", "*_optim_states.pt", "*_model_states.pt"),
@@ -180,7 +182,8 @@ def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]
     names = sorted(path.relative_to(directory).as_posix() for path in candidates if path.is_file())
     digests = {}
     for name in names:
-        if not any(fnmatch(name, pattern) for pattern in (*BYSTANDERS, *besides)):
+        counts = any(fnmatch(name, pattern) for pattern in ALWAYS)
+        if not any(fnmatch(name, pattern) for pattern in (*(() if counts else BYSTANDERS), *besides)):
             try:
                 digests[name] = file_digest(directory / name)
             except OSError as error:

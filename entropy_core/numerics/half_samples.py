@@ -118,7 +118,7 @@ def over_u(linearised: float, interaction: float, halves: HalfSteps, prompts: in
     if informative < FEWEST:
         invalid = f"{informative} prompts of U have unequal rewards, and it takes {FEWEST}"
     elif not halves.splits:
-        invalid = "in every split of U all responses of one half are masked"
+        invalid = "in every split of U the loss of one half has no finite gradient"
     elif halves.fresh:  # a first step is nearly the sign of g: for some policies intervals of 95 % held in 89 %
         invalid = "the optimizer has made no step yet, and a first step depends on little but the signs of the gradient"
     elif not halves.nonlinearity <= LINEAR and informative < FEWEST_BENT:

@@ -40,7 +40,8 @@ def half_steps_u(
     """Take the step again on each half of the prompts of U, for several splits, and compute ⟨∇H, v⟩ of each.
 
     What the trainer does to a batch is done to a half: advantages, denominators of the loss, clipping, both moments.
-    Only the inner products are kept. Each split costs a backward pass over U, and memory for one gradient.
+    Only the inner products are kept. Each split costs a backward pass over U, and memory for one gradient. A split is
+    left out where the loss has no finite gradient on one of its halves.
 
     Args:
         out: writer of `halves.parquet`: a row for each half of each split, with the number of its `prompts`, the
@@ -53,7 +54,7 @@ def half_steps_u(
         gradient: artifact of entropy-gradient.
 
     Returns:
-        Summary: the number of splits, and whether the optimizer has made no step yet.
+        Summary: the number of splits that are kept, and whether the optimizer has made no step yet.
     """
     processor, settings = processor_of(policy, execution), update.summary
     model, shards = processor.policy, [read_sequences(shard) for shard in sequences]
@@ -61,15 +62,16 @@ def half_steps_u(
     parts_P = [part_P for row_P in first_RP for part_P in (row_P, ~row_P)]
     loss = name_of(execution, settings["loss"]["name"], settings["loss"]["source"])
     batches = read_parts(update, tokens_of(shards), parts_P)
-    # a half whose responses are all masked, such as cut ones, has no loss
-    both = [i for i in range(0, len(batches), 2) if all(batch.lengths_N.any() for batch in batches[i : i + 2])]
-    parts_P, batches = ([of[j] for i in both for j in (i, i + 1)] for of in (parts_P, batches))
-    coefficients = coefficients_of_each(loss, batches, execution.isolation) if batches else []
+    found = coefficients_of_each(loss, batches, execution.isolation)
+    # as where a loss divides by the number of tokens that count, and in a half none does
+    whole_R = [None not in found[i : i + 2] for i in range(0, len(found), 2)]
 
     halves, moving = gradient.summary["halves"], moved_parameters(checkpoint)
     covectors = [[gradient.vector(f"{kind}_{half}") for half in HALVES] for kind in KINDS]
     rows = []
-    for index, (part_P, of_tokens) in enumerate(zip(parts_P, coefficients, strict=True)):
+    for index, (part_P, of_tokens) in enumerate(zip(parts_P, found, strict=True)):
+        if of_tokens is None or not whole_R[index // 2]:
+            continue
         accumulated = model.new_accumulator(moving)
         _add_gradient(accumulated, processor, shards, part_P, of_tokens, policy.temperature)
         g = in_blocks(with_zeros(accumulated, model.named_parameters()))
@@ -81,8 +83,8 @@ def half_steps_u(
             for kind, of_halves in enumerate(covectors):
                 dH = of_all(halves, [file.block(block).to(v.device).double() for file in of_halves])
                 products[kind] += float((v * dH).sum())
-        found = by_normalization(list(products), *entropy_and_length(halves))
-        columns = {f"inner_product_{normalization}": float(value) for normalization, value in found.items()}
+        inner = by_normalization(list(products), *entropy_and_length(halves))
+        columns = {f"inner_product_{normalization}": float(value) for normalization, value in inner.items()}
         rows.append({"split": index // 2, "prompts": int(part_P.sum()), "clip_factor": clip} | columns)
     names = [f"inner_product_{normalization}" for normalization in ("per_token", "per_sequence")]
     kinds = {"split": pa.int64(), "prompts": pa.int64()} | dict.fromkeys(("clip_factor", *names), pa.float64())
