@@ -43,7 +43,7 @@ def compute_update(
     responses_per_prompt: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    """Compute the gradient of the loss on U, then the next AdamW step per unit of learning rate.
+    """Compute the gradient of the loss on U, then the optimizer's next step per unit of learning rate.
 
     Where the trainer keeps its weights in a narrow dtype, v is the change of the rounded weights over the learning
     rate: the trainer's own step, so that the measured change of the entropy tends to its first order.
@@ -106,8 +106,7 @@ def compute_update(
     )
     of_direction, changed = [], 0
     with out.vector("direction", shapes, dtype) as direction, out.vector("gradient", shapes, dtype) as loss_gradient:
-        for block in step:
-            v = step.taken(block, rounded_clip)
+        for block, v in step.taken(rounded_clip).items():
             of_direction.append(squares(v))
             changed += int(v.count_nonzero())
             direction.write(block, v)
@@ -123,7 +122,7 @@ def compute_update(
         "max_grad_norm": max_grad_norm,
         "update_norm": sum(of_direction) ** 0.5,
         "moved_fraction": changed / sum(gradient[name].numel() for name in moving),
-        "rounded": bool(narrow),
+        "rounded": step.rounds,
         "prompts": len(rewards_PG),
         "prompts_with_equal_rewards": groups_of_equal(rewards_N.view_as(rewards_PG)),
         "loss": loss.model_dump(),

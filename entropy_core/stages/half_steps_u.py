@@ -53,7 +53,8 @@ def half_steps_u(
         gradient: artifact of entropy-gradient.
 
     Returns:
-        Summary: the number of splits, and whether the optimizer has made no step yet.
+        Summary: the number of splits; whether the optimizer has made no step yet; and why its rule allows no interval
+        over U, empty if it may.
     """
     processor, settings = processor_of(policy, execution), update.summary
     model, shards = processor.policy, [read_sequences(shard) for shard in sequences]
@@ -76,8 +77,7 @@ def half_steps_u(
         clip = clip_factor(global_norm(g), settings["max_grad_norm"])
         step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip)
         products = torch.zeros(len(KINDS), dtype=torch.float64)
-        for block in step:  # v is not kept
-            v = step[block].direction
+        for block, v in step.part("direction").items():  # v is not kept
             for kind, of_halves in enumerate(covectors):
                 dH = of_all(halves, [file.block(block).to(v.device).double() for file in of_halves])
                 products[kind] += float((v * dH).sum())
@@ -87,7 +87,11 @@ def half_steps_u(
     names = [f"inner_product_{normalization}" for normalization in ("per_token", "per_sequence")]
     kinds = {"split": pa.int64(), "prompts": pa.int64()} | dict.fromkeys(("clip_factor", *names), pa.float64())
     out.table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), "halves.parquet")
-    return {"splits": len(rows) // 2, "fresh": not checkpoint.summary["optimizer"]}
+    return {
+        "splits": len(rows) // 2,
+        "fresh": not checkpoint.summary["optimizer"],
+        "no_interval": checkpoint.summary["no_interval"],
+    }
 
 
 def _add_gradient(
