@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
+from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.errors import NonFiniteError
 from entropy_core.losses.apart import token_coefficients
@@ -84,12 +85,13 @@ def compute_update(
     moving = moved_parameters(checkpoint)
     gradient = model.new_accumulator(moving)
     start = 0
-    for shard in shards:
-        stop = start + len(shard.response_tokens_K)
-        for index_K, rows in processor.micro_batches(shard):
-            weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-            model.add_gradients(rows, [weights], policy.temperature, [gradient])
-        start = stop
+    with held_norms(model.model):
+        for shard in shards:
+            stop = start + len(shard.response_tokens_K)
+            for index_K, rows in processor.micro_batches(shard):
+                weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
+                model.add_gradients(rows, [weights], policy.temperature, [gradient])
+            start = stop
     gradient = with_zeros(gradient, model.named_parameters())
     g = in_blocks(gradient)
     norm = global_norm(g)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.losses.apart import influences
 from entropy_core.losses.files import name_of, read_batch
@@ -88,7 +89,8 @@ def first_order_u(
         """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token, float64 [K]."""
         scale = global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
         unit = tangent_of(Lazy(blocks, lambda block: covector[block] / scale), model)
-        found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
+        with held_norms(model.model):
+            found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
         return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
 
     # everything is linear in ∇H: first along ∇H_seq and ∇L, then both normalisations from these

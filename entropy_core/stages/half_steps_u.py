@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.losses.apart import coefficients_of_each
 from entropy_core.losses.files import name_of, read_parts
@@ -111,5 +112,6 @@ def _add_gradient(
         stop = start + len(chosen.response_tokens_K)
         for index_K, rows in processor.micro_batches(chosen):
             weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-            processor.policy.add_gradients(rows, [weights], temperature, [into])
+            with held_norms(processor.policy.model):
+                processor.policy.add_gradients(rows, [weights], temperature, [into])
         start = stop
