@@ -209,8 +209,10 @@ def parts_of(update: Artifact, run: Counting) -> dict[str, dict[str, torch.Tenso
     parameters = policy_of(inputs["policy"], run.execution).named_parameters()
     gradient = in_blocks(update.vector("gradient"))
     step = OptimizerStep(loaded, run.execution, parameters, gradient, update.summary["clip_factor"])
-    names = ("direction", "momentum", "gradient", "decay", "preconditioner", "jacobian")
-    return {name: whole(step.part(name), parameters) for name in names}
+    parts = {name: step.part(name) for name in ("direction", "momentum", "gradient", "decay")}
+    ones = in_blocks({name: torch.ones_like(parameter) for name, parameter in parameters.items()})
+    diagonals = {"preconditioner": step.applied("preconditioned", ones), "jacobian": step.applied("pulled_back", ones)}
+    return {name: whole(vector, parameters) for name, vector in (parts | diagonals).items()}
 
 
 def probe(values: Mapping[str, Any]) -> Probe:

@@ -88,5 +88,9 @@ def test_where_there_is_no_valid_interval_there_is_a_reason(nonlinearity, inform
     assert (over_u(0.3, 0.0, steps(nonlinearity), 64, informative).invalid == "") is valid
 
 
+def test_there_is_no_valid_interval_where_the_rule_of_the_optimizer_allows_none():
+    assert over_u(0.3, 0.0, steps(0.0)._replace(no_interval="only signs"), 64, 50).invalid == "only signs"
+
+
 def test_there_is_no_valid_interval_for_the_first_step_of_an_optimizer():
     assert "has made no step yet" in over_u(0.3, 0.0, steps(0.0)._replace(fresh=True), 64, 50).invalid

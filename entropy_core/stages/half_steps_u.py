@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.losses.apart import coefficients_of_each
 from entropy_core.losses.files import name_of, read_parts
@@ -54,7 +55,8 @@ def half_steps_u(
         gradient: artifact of entropy-gradient.
 
     Returns:
-        Summary: the number of splits that are kept, and whether the optimizer has made no step yet.
+        Summary: the number of splits that are kept; whether the optimizer has made no step yet; and why its rule allows
+        no interval over U, empty if it may.
     """
     processor, settings = processor_of(policy, execution), update.summary
     model, shards = processor.policy, [read_sequences(shard) for shard in sequences]
@@ -78,8 +80,7 @@ def half_steps_u(
         clip = clip_factor(global_norm(g), settings["max_grad_norm"])
         step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip)
         products = torch.zeros(len(KINDS), dtype=torch.float64)
-        for block in step:  # v is not kept
-            v = step[block].direction
+        for block, v in step.part("direction").items():  # v is not kept
             for kind, of_halves in enumerate(covectors):
                 dH = of_all(halves, [file.block(block).to(v.device).double() for file in of_halves])
                 products[kind] += float((v * dH).sum())
@@ -89,7 +90,11 @@ def half_steps_u(
     names = [f"inner_product_{normalization}" for normalization in ("per_token", "per_sequence")]
     kinds = {"split": pa.int64(), "prompts": pa.int64()} | dict.fromkeys(("clip_factor", *names), pa.float64())
     out.table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), "halves.parquet")
-    return {"splits": len(rows) // 2, "fresh": not checkpoint.summary["optimizer"]}
+    return {
+        "splits": len(rows) // 2,
+        "fresh": not checkpoint.summary["optimizer"],
+        "no_interval": checkpoint.summary["no_interval"],
+    }
 
 
 def _add_gradient(
@@ -109,5 +114,6 @@ def _add_gradient(
         stop = start + len(chosen.response_tokens_K)
         for index_K, rows in processor.micro_batches(chosen):
             weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-            processor.policy.add_gradients(rows, [weights], temperature, [into])
+            with held_norms(processor.policy.model):
+                processor.policy.add_gradients(rows, [weights], temperature, [into])
         start = stop

@@ -245,7 +245,9 @@ def _half_steps(artifact: "HalfSteps", value: float, normalization: Normalizatio
     values, prompts = halves[f"inner_product_{normalization}"].to_pylist(), halves["prompts"].to_pylist()
     halves_R2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
     prompts_R2 = torch.tensor(prompts, dtype=torch.int64).view(-1, 2)
-    return half_samples.half_steps(value, halves_R2, prompts_R2, artifact.summary["fresh"])
+    return half_samples.half_steps(
+        value, halves_R2, prompts_R2, artifact.summary["fresh"], artifact.summary["no_interval"]
+    )
 
 
 def _by_literature(

@@ -109,7 +109,7 @@ MUTATIONS = (
     Mutation(
         "clip factor left out of J",
         "numerics/adamw",
-        "return Lazy(list(jacobian), lambda key: factor * pulled[key] - along * gradient[key].double())",
+        "return Lazy(list(pulled), lambda key: factor * pulled[key] - along * gradient[key].double())",
         "return pulled",
         "test_adamw",
     ),
