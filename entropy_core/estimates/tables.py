@@ -253,7 +253,12 @@ AGREEMENT = of_checkpoints(
                 "",
                 "agrees, disagrees, not logged, or not comparable (batches or groups of another size, or one value)",
             ),
-            _field("explained_by", _TEXT, "", "known mistake of a logged entropy that gives the trainer's; or null"),
+            _field(
+                "explained_by",
+                _TEXT,
+                "",
+                "known mistakes of a logged entropy that give the trainer's, nearest first; or null",
+            ),
         ]
     )
 )
