@@ -6,8 +6,8 @@
 
 import math
 
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.distributions import t_quantile
+from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.intervals import intervals, widened
 from entropy_core.estimates.rows import Derivative, Row, reliability
 from entropy_core.numerics import second_order, uncertainty
