@@ -3,6 +3,7 @@
 import base64
 import math
 import re
+import textwrap
 import webbrowser
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from entropy_core.errors import ProbeError
 from entropy_core.estimates.agreement import independent
 from entropy_core.estimates.tables import best_prediction, interval_of
 from entropy_core.report.agreement import disagreements
+from entropy_core.report.answer import answer
 from entropy_core.report.verdict_lines import order_sentences
 from entropy_core.store import runs
 
@@ -112,8 +114,10 @@ def print_results(run_directory: Path) -> None:
         warnings = [*disagreements(compared), *record["checkpoints"][0]["warnings"]]
     for warning in warnings:
         print(f"\nWARNING: {warning}")
+    shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
+    print(f"\n{textwrap.fill(answer(shown, bool(disagreements(compared))), 120)}")
     print(f"\n{terminal_table(rows)}\n")
-    for sentence in order_sentences([row for row in rows if row["normalization"] == rows[0]["normalization"]]):
+    for sentence in order_sentences(shown):
         print(sentence)
     if agreement := agreement_table(rows, replicates):
         print(f"\n{agreement}")

@@ -6,6 +6,7 @@ from typing import Any
 from entropy_core.estimates.tables import Row, at_learning_rate, best_prediction, first_of_each, interval_of
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
+from entropy_core.report.answer import answer
 from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
 from entropy_core.report.verdict_lines import interval, order_lines, verdict_lines
 
@@ -70,6 +71,8 @@ def markdown(
         f"# {name}: what one optimizer step does to the entropy",
         "",
         *(f"> **Warning:** {warning}\n" for warning in (*disagreements(compared), *warnings)),
+        answer(shown, bool(disagreements(compared))),
+        "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
