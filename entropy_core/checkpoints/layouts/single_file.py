@@ -20,6 +20,7 @@ from torch import Tensor
 from entropy_core.checkpoints.archives import StoredTensor, map_file, plain_dict, read_archive
 from entropy_core.checkpoints.content import stored_tensors
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, by_name, model_name
+from entropy_core.checkpoints.layouts.torchao_moments import plain_state
 from entropy_core.checkpoints.pieces import Quantised, Scattered, in_one_piece
 from entropy_core.errors import CheckpointError, one_line, shortage
 from entropy_core.files.checkpoint import SAVE_AGAIN
@@ -160,6 +161,8 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's own message is not repeated: it recommends to switch the safety off
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code and code[1].startswith("torchao.optim."):
+            return plain_state(path, read_archive(path))
         if code:
             raise CheckpointError(
                 f"{path} holds more than tensors and numbers ({code[1]}), and was not executed",
