@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatch
+from fnmatch import translate
 from pathlib import Path
 
 from entropy_core.errors import CheckpointError, one_line, shortage
@@ -178,9 +178,10 @@ def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]
     require_directory(directory)
     candidates = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
     names = sorted(path.relative_to(directory).as_posix() for path in candidates if path.is_file())
+    is_bystander = re.compile("|".join(map(translate, (*BYSTANDERS, *besides)))).match
     digests = {}
     for name in names:
-        if not any(fnmatch(name, pattern) for pattern in (*BYSTANDERS, *besides)):
+        if not is_bystander(name):
             try:
                 digests[name] = file_digest(directory / name)
             except OSError as error:
