@@ -17,8 +17,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import translate
 from pathlib import Path
 
 from entropy_core.errors import CheckpointError, one_line, shortage
@@ -163,6 +163,11 @@ def model_directory(directory: Path) -> Path:
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
+def _one_of(patterns: Iterable[str]) -> Callable[[str], object]:
+    """A function that tells the names that match one of these patterns; made once, because a directory has many."""
+    return re.compile("|".join(map(translate, patterns)) or "(?!)").match
+
+
 def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]:
     """Content digests of the files that a result may depend on: all but the known bystanders.
 
@@ -180,10 +185,10 @@ def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]
     require_directory(directory)
     candidates = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
     names = sorted(path.relative_to(directory).as_posix() for path in candidates if path.is_file())
+    counts, bystander, beside = map(_one_of, (ALWAYS, BYSTANDERS, besides))
     digests = {}
     for name in names:
-        counts = any(fnmatch(name, pattern) for pattern in ALWAYS)
-        if not any(fnmatch(name, pattern) for pattern in (*(() if counts else BYSTANDERS), *besides)):
+        if not (beside(name) if counts(name) else beside(name) or bystander(name)):
             try:
                 digests[name] = file_digest(directory / name)
             except OSError as error:

@@ -66,7 +66,7 @@ class Artifact:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the stage's function returned. Raises UnsoundError as `path` does, and StoreError for a key without value."""
+        """What the stage's function returned. Raises UnsoundError as `path` does; StoreError for a missing key."""
         return _Summary(self.manifest["summary"], f"artifact {self.stage}/{self.key} in {self.root}")
 
     def path(self, name: str) -> Path:
