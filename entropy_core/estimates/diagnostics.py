@@ -186,16 +186,20 @@ def predicted_changes(
     }
 
 
-def predictor_rows(row: Row, by_literature: Mapping[str, float]) -> list[Row]:
+def predictor_rows(row: Row, by_literature: Mapping[str, float], on_other_e: Sequence[float] = ()) -> list[Row]:
     """Pair every prediction for one row of estimates with its measured change.
 
     Args:
-        row: columns of `rows.predict` and `rows.measure`.
+        row: columns of `rows.predict`, `second_order.predict` and `rows.measure`.
         by_literature: predictions per unit step, from `predicted_changes`.
+        on_other_e: ∂_vH on each further E batch.
 
     Returns:
         Rows of `tables.PREDICTORS`, without the column `normalization`.
     """
     shared = {"eta": row["eta"], "eta_over_lr": row["eta_over_lr"], "delta_h": row["delta_h"]}
-    predicted = {"delta_h1": row["delta_h1"]} | {name: row["eta"] * value for name, value in by_literature.items()}
+    predicted = {"delta_h1": row["delta_h1"], "delta_h12": row["delta_h12"]}
+    if on_other_e:
+        predicted["delta_h1_other_e"] = row["eta"] * sum(on_other_e) / len(on_other_e)
+    predicted |= {name: row["eta"] * value for name, value in by_literature.items()}
     return [shared | {"predictor": name, "predicted": value} for name, value in predicted.items()]

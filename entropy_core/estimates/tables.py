@@ -213,7 +213,12 @@ PREDICTORS = pa.schema(
         _field("normalization", _TEXT, "", "per_token or per_sequence"),
         _field("eta", _REAL, "learning-rate unit", "step size"),
         _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
-        _field("predictor", _TEXT, "", "delta_h1, or a predictor from the literature, computed on U"),
+        _field(
+            "predictor",
+            _TEXT,
+            "",
+            "delta_h1 or delta_h12, which share E with delta_h; delta_h1_other_e: on further E; or from the literature",
+        ),
         _field("predicted", _REAL, "", "eta times the predictor; those from the literature omit a constant factor"),
         _field("delta_h", _REAL, _H, "entropy change measured by the first estimator"),
     ]

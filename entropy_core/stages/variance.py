@@ -165,7 +165,8 @@ def variance(
         add("eta_pairs", normalization, pairs)
         for row, _ in at_etas if estimator == estimators[0] else ():
             if row["eta"]:
-                add("predictors", normalization, diagnostics.predictor_rows(row, by_literature))
+                on_other_e = [values[normalization][0] for other, values in by_seed.items() if other != seed]
+                add("predictors", normalization, diagnostics.predictor_rows(row, by_literature, on_other_e))
     for normalization in normalizations:
         of_seed = {seed: values[normalization] for seed, values in by_seed.items()}
         add("replicates", normalization, diagnostics.replicate_rows(of_seed, learning_rate))
