@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from entropy_core.estimates.agreement import independent
 from entropy_core.report.agreement import disagreements
+from entropy_core.report.evaluation_batch import invalid_over_e
 from entropy_core.store import runs
 
 HEADLINE = (
@@ -96,7 +97,7 @@ def print_results(run_directory: Path) -> None:
         pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates", "agreement")
     )
     with runs.understood(run_directory / runs.RECORD) as record:
-        warnings = [*disagreements(compared), *record["checkpoints"][0]["warnings"]]
+        warnings = [*invalid_over_e(rows), *disagreements(compared), *record["checkpoints"][0]["warnings"]]
     for warning in warnings:
         print(f"\nWARNING: {warning}")
     print(f"\n{terminal_table(rows)}")

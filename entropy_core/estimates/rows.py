@@ -67,6 +67,7 @@ class Derivative(NamedTuple):
     nonlinearity: float
     informative: int
     units_e: int
+    invalid_over_e: str  # why no interval over E is valid; empty if they are
 
 
 def derivative_of(
@@ -75,6 +76,7 @@ def derivative_of(
     contributions: Contributions,
     confidence_level: float,
     resamples: int,
+    invalid_over_e: str = "",
 ) -> Derivative:
     """Estimate ∂_vH with its standard errors over E and over U.
 
@@ -84,6 +86,7 @@ def derivative_of(
         contributions: influence of each sequence of U on ∂_vH.
         confidence_level: confidence level of the bootstrap intervals.
         resamples: number of bootstrap resamples.
+        invalid_over_e: why no interval over E is valid; empty if they are.
 
     Returns:
         The estimate and its standard errors, in nats per unit step.
@@ -98,7 +101,9 @@ def derivative_of(
         of_estimator={
             "per_decision": estimate,
             "weighted_per_decision": uncertainty.entropy_derivative(batch.weighted_columns, normalization),
-            "snis": uncertainty.snis_derivative(columns, batch.score_N, normalization),
+            "snis": uncertainty.snis_derivative(
+                batch.unweighted_columns, batch.score_N, normalization, batch.sampling.weights_N
+            ),
             "path_integral": estimate,
         },
         local=float(columns[ENTROPY].local_N.mean()) / mean_length,
@@ -110,6 +115,7 @@ def derivative_of(
         nonlinearity=steps.nonlinearity,
         informative=informative,
         units_e=batch.units,
+        invalid_over_e=invalid_over_e,
     )
 
 
@@ -125,8 +131,8 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         Columns of `tables.ESTIMATES`, in nats.
     """
     delta_h1, over_u = derivative.estimate.value * eta, derivative.over_u
-    ends = derivative.bootstrap
-    percentile, bca = (sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
+    ends, invalid = derivative.bootstrap, derivative.invalid_over_e
+    percentile, bca = ((None, None) if invalid else sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
     finite = over_u.degrees_of_freedom > 0 and math.isfinite(derivative.nonlinearity)
     return {
         "delta_h1": delta_h1,
@@ -138,6 +144,7 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         "se_interaction": over_u.interaction**0.5 * abs(eta),
         "nonlinearity_over_u": derivative.nonlinearity if finite else None,
         "informative_prompts_u": derivative.informative,
+        "interval_over_e": f"no valid interval over E: {invalid}" if invalid else "valid",
         "interval_over_u": f"no valid interval over U: {over_u.invalid}" if over_u.invalid else "valid",
         **_intervals("", delta_h1, derivative.se_given_u * abs(eta), derivative, eta, confidence_level)[0],
         "percentile_low": percentile[0],
@@ -167,10 +174,10 @@ def _intervals(
     """
     over_u, scale = derivative.over_u, widen * abs(eta)
     of_e = uncertainty.Total(se_given_u, float(derivative.units_e - 1))
-    totals: dict[str, uncertainty.Total | None] = {"this_update": of_e}
+    totals: dict[str, uncertainty.Total | None] = {"this_update": None if derivative.invalid_over_e else of_e}
     for name, draws in DRAWS_OF_U.items():
         totals[name] = None
-        if not over_u.invalid and math.isfinite(widen):
+        if not over_u.invalid and not derivative.invalid_over_e and math.isfinite(widen):
             parts = over_u.standard_error * scale, over_u.degrees_of_freedom + 1, over_u.interaction * scale**2
             totals[name] = uncertainty.total_standard_error(se_given_u, derivative.units_e, *parts, draws)
     row: Row = {}
@@ -202,17 +209,20 @@ def change_of(
     Returns:
         ΔH in nats per sequence or per token.
     """
-    S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
     if moved_terms.columns is None:
-        return Estimate(0.0, torch.zeros_like(S_N))
+        return Estimate(0.0, torch.zeros(len(batch), dtype=torch.float64))
     if isinstance(moved_terms.columns, tuple):
         return path_integral.entropy_change(moved_terms.columns, eta, normalization)
-    moved_S_N, moved_T_N = (moved_terms.columns[functional] for functional in (ENTROPY, LENGTH))
-    if estimator == "snis":
-        moved = uncertainty.snis_entropy(moved_terms.weights_N, moved_S_N, moved_T_N, normalization)
-    else:
-        moved = uncertainty.entropy(moved_S_N, moved_T_N, normalization)
-    return moved.minus(uncertainty.entropy(S_N, T_N, normalization))
+
+    def entropy(weights_N: Tensor, S_N: Tensor, T_N: Tensor) -> Estimate:
+        if estimator == "snis":
+            return uncertainty.snis_entropy(weights_N, S_N, T_N, normalization)
+        return uncertainty.entropy(S_N, T_N, normalization)
+
+    at_theta = batch.value_columns(estimator)
+    before = entropy(batch.sampling.weights_N, *(at_theta[functional].total_N for functional in (ENTROPY, LENGTH)))
+    after = entropy(moved_terms.weights_N, *(moved_terms.columns[functional] for functional in (ENTROPY, LENGTH)))
+    return after.minus(before)
 
 
 def measure(
@@ -282,7 +292,7 @@ def measure(
         signs = dict.fromkeys(signs, "unknown")
     above, below = verdicts.bounds(curvature, of_same)
     shape: verdicts.Linearity = "undecided"
-    if reliable and eta:
+    if reliable and eta and not derivative.invalid_over_e:
         shape = verdicts.linearity(above.value, error(above), below.value, error(below), quantile)
     above_rounding = usable and abs(change.value) > noise_floor
     word, rule = verdicts.verdict(
@@ -291,6 +301,7 @@ def measure(
         above_rounding=above_rounding,
         sign_this_update=signs["sign_this_update"],
         linearity=shape,
+        invalid_over_e=derivative.invalid_over_e,
     )
     return {
         **measured,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
+from entropy_core.report import evaluation_batch
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
@@ -64,7 +65,10 @@ def markdown(
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
-        *(f"> **Warning:** {warning}\n" for warning in (*disagreements(compared), *warnings)),
+        *(
+            f"> **Warning:** {warning}\n"
+            for warning in (*evaluation_batch.invalid_over_e(shown), *disagreements(compared), *warnings)
+        ),
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
@@ -104,6 +108,8 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
+    if content := evaluation_batch.section(shown):
+        lines += ["", "## How E was drawn", "", *content]
     if content := agreement_section(compared, shown):
         lines += ["", "## Does this look like the trainer's run?", "", *content]
     for title, section in SECTIONS.items():
