@@ -16,6 +16,7 @@ from entropy_core.estimates.agreement import independent
 from entropy_core.estimates.tables import best_prediction, interval_of
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.answer import answer
+from entropy_core.report.evaluation_batch import invalid_over_e
 from entropy_core.report.verdict_lines import order_sentences
 from entropy_core.store import runs
 
@@ -111,7 +112,7 @@ def print_results(run_directory: Path) -> None:
         pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates", "agreement")
     )
     with runs.understood(run_directory / runs.RECORD) as record:
-        warnings = [*disagreements(compared), *record["checkpoints"][0]["warnings"]]
+        warnings = [*invalid_over_e(rows), *disagreements(compared), *record["checkpoints"][0]["warnings"]]
     for warning in warnings:
         print(f"\nWARNING: {warning}")
     shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]

@@ -89,7 +89,7 @@ def finite(done: Probe) -> list[dict[str, Any]]:
         for name, value in row.items():
             over_u = "mean_update" in name or "next_update" in name or name == "nonlinearity_over_u"
             assert value is None or not over_u or name.startswith(("sign", "nonlinearity")), name
-            missing = value is None and name not in ("pareto_k", "derivative_check") and not over_u
+            missing = value is None and name not in ("pareto_k", "sampler_pareto_k", "derivative_check") and not over_u
             assert not missing and (not isinstance(value, float) or math.isfinite(value)), (name, value)
     return done.rows
 

@@ -51,6 +51,8 @@ def row(checkpoint: str, step: int, multiple: float, normalization: str, estimat
         "remainder": -0.01 * size * multiple,
         **{f"delta_h12_{name}_update_low": 0.91 * size - abs(size) / part for name, part in WIDTHS.items()},
         **{f"delta_h12_{name}_update_high": 0.91 * size + abs(size) / part for name, part in WIDTHS.items()},
+        "interval_over_e": "valid",
+        "sampler": "policy",
         **{f"sign_{name}_update": "negative" for name in WIDTHS},
         "linearity": "undecided",
         "above_rounding": True,

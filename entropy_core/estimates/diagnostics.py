@@ -37,7 +37,7 @@ def numerical_noise(batch: EvaluationBatch, rescored: Sequence[Moved], normaliza
 
 
 def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
-    """Compute entropy and length of E, and z of its mean score along v, which has mean 0 for correctly scored samples.
+    """Compute entropy and length of the policy on E.
 
     Args:
         batch: E.
@@ -47,14 +47,8 @@ def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
         Columns of `tables.ESTIMATES`.
     """
     S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
-    H, score = uncertainty.entropy(S_N, T_N, normalization), uncertainty.mean(batch.score_N)
-    score_se = batch.standard_error(score)
-    return {
-        "H": H.value,
-        "H_se": batch.standard_error(H),
-        "mean_length": float(T_N.mean()),
-        "mean_score_z": score.value / score_se if score_se else 0.0,
-    }
+    H = uncertainty.entropy(S_N, T_N, normalization)
+    return {"H": H.value, "H_se": batch.standard_error(H), "mean_length": float(T_N.mean())}
 
 
 def describe_influence(estimate: Estimate) -> Row:

@@ -23,10 +23,14 @@ DRAWS_OF_U = {"mean_update": 1, "next_update": 2}
 
 
 class Randomness(NamedTuple):
-    """What intervals need: the number of independent units of E, and the error of ∂_vH over U."""
+    """What intervals need: the number of independent units of E, the error of ∂_vH over U, and whether E allows any.
+
+    `invalid_over_e` says why no interval over E is valid; empty if they are.
+    """
 
     units_e: int
     over_u: OverU
+    invalid_over_e: str = ""
 
 
 def intervals(
@@ -46,12 +50,13 @@ def intervals(
     Returns:
         The columns of the intervals, None where there is no valid one, and p-values by interval.
     """
-    units_e, over_u, scale = *randomness, widen * abs(eta)
+    units_e, over_u, invalid_over_e = randomness
+    scale = widen * abs(eta)
     of_e = uncertainty.Total(se_given_u, float(units_e - 1))
-    totals: dict[str, uncertainty.Total | None] = {"this_update": of_e}
+    totals: dict[str, uncertainty.Total | None] = {"this_update": None if invalid_over_e else of_e}
     for name, draws in DRAWS_OF_U.items():
         totals[name] = None
-        if not over_u.invalid and math.isfinite(widen):
+        if not over_u.invalid and not invalid_over_e and math.isfinite(widen):
             parts = over_u.standard_error * scale, over_u.degrees_of_freedom + 1, over_u.interaction * scale**2
             totals[name] = uncertainty.total_standard_error(se_given_u, units_e, *parts, draws)
     row: Row = {}

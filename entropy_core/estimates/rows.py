@@ -56,11 +56,12 @@ class Derivative(NamedTuple):
     nonlinearity: float
     informative: int
     units_e: int
+    invalid_over_e: str  # why no interval over E is valid; empty if they are
 
     @property
     def randomness(self) -> Randomness:
         """What the intervals of a change take from ∂_vH."""
-        return Randomness(self.units_e, self.over_u)
+        return Randomness(self.units_e, self.over_u, self.invalid_over_e)
 
 
 def derivative_of(
@@ -69,6 +70,7 @@ def derivative_of(
     contributions: Contributions,
     confidence_level: float,
     resamples: int,
+    invalid_over_e: str = "",
 ) -> Derivative:
     """Estimate ∂_vH with its standard errors over E and over U.
 
@@ -78,6 +80,7 @@ def derivative_of(
         contributions: influence of each sequence of U on ∂_vH.
         confidence_level: confidence level of the bootstrap intervals.
         resamples: number of bootstrap resamples.
+        invalid_over_e: why no interval over E is valid; empty if they are.
 
     Returns:
         The estimate and its standard errors, in nats per unit step.
@@ -92,7 +95,9 @@ def derivative_of(
         of_estimator={
             "per_decision": estimate,
             "weighted_per_decision": uncertainty.entropy_derivative(batch.weighted_columns, normalization),
-            "snis": uncertainty.snis_derivative(columns, batch.score_N, normalization),
+            "snis": uncertainty.snis_derivative(
+                batch.unweighted_columns, batch.score_N, normalization, batch.sampling.weights_N
+            ),
             "path_integral": estimate,
         },
         local=float(columns[ENTROPY].local_N.mean()) / mean_length,
@@ -104,6 +109,7 @@ def derivative_of(
         nonlinearity=steps.nonlinearity,
         informative=informative,
         units_e=batch.units,
+        invalid_over_e=invalid_over_e,
     )
 
 
@@ -119,8 +125,8 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         Columns of `tables.ESTIMATES`, in nats.
     """
     delta_h1, over_u = derivative.estimate.value * eta, derivative.over_u
-    ends = derivative.bootstrap
-    percentile, bca = (sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
+    ends, invalid = derivative.bootstrap, derivative.invalid_over_e
+    percentile, bca = ((None, None) if invalid else sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
     finite = over_u.degrees_of_freedom > 0 and math.isfinite(derivative.nonlinearity)
     return {
         "delta_h1": delta_h1,
@@ -132,6 +138,7 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         "se_interaction": over_u.interaction**0.5 * abs(eta),
         "nonlinearity_over_u": derivative.nonlinearity if finite else None,
         "informative_prompts_u": derivative.informative,
+        "interval_over_e": f"no valid interval over E: {invalid}" if invalid else "valid",
         "interval_over_u": f"no valid interval over U: {over_u.invalid}" if over_u.invalid else "valid",
         **intervals("", delta_h1, derivative.se_given_u * abs(eta), derivative.randomness, eta, confidence_level)[0],
         "percentile_low": percentile[0],
@@ -182,17 +189,20 @@ def change_of(
     Returns:
         ΔH in nats per sequence or per token.
     """
-    S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
     if moved_terms.columns is None:
-        return Estimate(0.0, torch.zeros_like(S_N))
+        return Estimate(0.0, torch.zeros(len(batch), dtype=torch.float64))
     if isinstance(moved_terms.columns, tuple):
         return path_integral.entropy_change(moved_terms.columns, eta, normalization)
-    moved_S_N, moved_T_N = (moved_terms.columns[functional] for functional in (ENTROPY, LENGTH))
-    if estimator == "snis":
-        moved = uncertainty.snis_entropy(moved_terms.weights_N, moved_S_N, moved_T_N, normalization)
-    else:
-        moved = uncertainty.entropy(moved_S_N, moved_T_N, normalization)
-    return moved.minus(uncertainty.entropy(S_N, T_N, normalization))
+
+    def entropy(weights_N: Tensor, S_N: Tensor, T_N: Tensor) -> Estimate:
+        if estimator == "snis":
+            return uncertainty.snis_entropy(weights_N, S_N, T_N, normalization)
+        return uncertainty.entropy(S_N, T_N, normalization)
+
+    at_theta = batch.value_columns(estimator)
+    before = entropy(batch.sampling.weights_N, *(at_theta[functional].total_N for functional in (ENTROPY, LENGTH)))
+    after = entropy(moved_terms.weights_N, *(moved_terms.columns[functional] for functional in (ENTROPY, LENGTH)))
+    return after.minus(before)
 
 
 def measure(
@@ -259,7 +269,7 @@ def measure(
         signs = dict.fromkeys(signs, "unknown")
     above, below = verdicts.bounds(curvature, of_same)
     shape: verdicts.Linearity = "undecided"
-    if reliable and eta:
+    if reliable and eta and not derivative.invalid_over_e:
         shape = verdicts.linearity(above.value, error(above), below.value, error(below), quantile)
     above_rounding = usable and abs(change.value) > noise_floor
     word, rule = verdicts.verdict(
@@ -268,6 +278,7 @@ def measure(
         above_rounding=above_rounding,
         sign_this_update=signs["sign_this_update"],
         linearity=shape,
+        invalid_over_e=derivative.invalid_over_e,
     )
     return {
         **measured,

@@ -89,12 +89,13 @@ def predict(
     if not over_u and math.isinf(widen):
         over_u = "the second order is more than half of the first"
     error_per_step = math.hypot(batch.standard_error(second.coefficient), second.fixed)
-    resolved = abs(second.coefficient.value) > quantile * error_per_step
+    valid = not derivative.invalid_over_e
+    resolved = valid and abs(second.coefficient.value) > quantile * error_per_step
     return {
         "delta_h2": curved.value,
         "delta_h2_se": error,
-        "delta_h2_this_update_low": curved.value - quantile * error,
-        "delta_h2_this_update_high": curved.value + quantile * error,
+        "delta_h2_this_update_low": curved.value - quantile * error if valid else None,
+        "delta_h2_this_update_high": curved.value + quantile * error if valid else None,
         "delta_h2_points": second.points,
         "second_order": "resolved" if resolved else "unresolved",
         "delta_h12": both.value,

@@ -55,6 +55,7 @@ ESTIMATES = pa.schema(
             "nonlinearity_over_u", _REAL, "1", "how far steps on halves of U are from averaging to the step; 0: linear"
         ),
         _field("informative_prompts_u", _WHOLE, "prompts", "prompts of U whose responses have unequal rewards"),
+        _field("interval_over_e", _TEXT, "", "valid, or: no valid interval over E, and why; then none is given"),
         _field("interval_over_u", _TEXT, "", "valid, or: no valid interval over U, and why; then none is given"),
         *_ends("", "delta_h1"),
         _field(
@@ -136,9 +137,22 @@ ESTIMATES = pa.schema(
         _field("attribution_closure", _REAL, "1", "relative error of the sum of all parts against inner_product"),
         _field("gradient_check", _REAL, "1", "relative difference of <grad H, v> and forward mode, at equal baselines"),
         _field("derivative_check", _REAL, "1", "relative error of central differences against forward mode, if used"),
+        _field("sampler", _TEXT, "", "what drew E: the policy, or a proposal with weights to the policy"),
+        _field(
+            "sampler_ess_fraction", _REAL, "1", "ESS/N of the whole-sequence weights from what drew E to the policy"
+        ),
+        _field("sampler_ess_prefix", _REAL, "sequences", "smallest ESS of the prefix weights of E at a position"),
+        _field("sampler_pareto_k", _REAL, "1", "Pareto k of the whole-sequence weights of E; null for the policy"),
+        _field("mean_weight", _REAL, "1", "mean weight of E; its expectation is 1 if log q is that of what drew E"),
+        _field("mean_weight_z", _REAL, "1", "z of mean_weight - 1"),
         _field(
             "mean_score_z", _REAL, "1", "z of the mean score on E along v; its mean is 0 for correctly scored samples"
         ),
+        _field("mean_surprisal_z", _REAL, "1", "z of the mean of surprisal - entropy on E; its mean is 0, too"),
+        _field(
+            "mean_logprob_difference", _REAL, "nats", "mean |log-probability under the policy - log q| of a token of E"
+        ),
+        _field("largest_logprob_difference", _REAL, "nats", "largest difference of this kind"),
         _field("excess_kurtosis", _REAL, "1", "excess kurtosis of the influence values of delta_h1"),
         _field("largest_influence", _REAL, "1", "largest share of one sequence in the variance of delta_h1 over E"),
         _field("truncated_fraction", _REAL, "1", "fraction of the responses of E that were cut at max_new_tokens"),

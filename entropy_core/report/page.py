@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entropy_core.estimates.tables import Row, at_learning_rate, best_prediction, first_of_each, interval_of
+from entropy_core.report import evaluation_batch
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
@@ -70,7 +71,10 @@ def markdown(
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
-        *(f"> **Warning:** {warning}\n" for warning in (*disagreements(compared), *warnings)),
+        *(
+            f"> **Warning:** {warning}\n"
+            for warning in (*evaluation_batch.invalid_over_e(shown), *disagreements(compared), *warnings)
+        ),
         answer(shown, bool(disagreements(compared))),
         "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
@@ -117,6 +121,8 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
+    if content := evaluation_batch.section(shown):
+        lines += ["", "## How E was drawn", "", *content]
     if content := agreement_section(compared, shown):
         lines += ["", "## Does this look like the trainer's run?", "", *content]
     for title, section in SECTIONS.items():

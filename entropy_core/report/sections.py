@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from entropy_core.estimates.intervals import t_quantile
+from entropy_core.estimates.distributions import t_quantile
 from entropy_core.estimates.tables import Row, at_learning_rate
 from entropy_core.numerics.predictors import agreement, points_needed, rank_correlation, slope_standard_error
 
@@ -122,8 +122,8 @@ def predictors(tables: Tables) -> list[str]:
         "Regression of the measured on the predicted ΔH, with one point per checkpoint at the step size closest to the "
         "learning rate. A predictor is right if its slope is positive; the bracket is the t interval of the slope, and "
         "p is that of no relation, exact. R² of a few points is large by chance: without any relation it is on average "
-        "1/(checkpoints − 1). *Needs* is how many checkpoints it takes to tell a correlation of this size from none, at "
-        "5 % and in 80 % of all runs; with fewer, the row says nothing. With fewer than five no ranking does.",
+        "1/(checkpoints − 1). *Needs* is how many checkpoints it takes to tell a correlation of this size from none, "
+        "at 5 % and in 80 % of all runs; with fewer, the row says nothing. With fewer than five no ranking does.",
         "",
         "`delta_h1` and `delta_h12` share U, the step and E with the ΔH they are compared with, so that their noise "
         "agrees, too. "
@@ -147,7 +147,7 @@ def _slope_interval(predicted: torch.Tensor, measured: torch.Tensor, slope: floa
     error = slope_standard_error(predicted, measured)
     if error is None:
         return ""
-    reach = t_quantile(0.95, len(predicted) - 2) * error
+    reach = t_quantile(0.975, len(predicted) - 2) * error
     return f"[{slope - reach:+.3g}, {slope + reach:+.3g}]"
 
 

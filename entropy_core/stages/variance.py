@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from entropy_core.errors import NonFiniteError
-from entropy_core.estimates import diagnostics, evaluation, second_order
+from entropy_core.estimates import diagnostics, evaluation, sampler, second_order
 from entropy_core.estimates import rows as estimates
 from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
@@ -94,6 +94,8 @@ def variance(
         NonFiniteError: a batch is too small for a standard error.
     """
     batch, of_batch = evaluation_batch(scores, first_order_e, baseline, units)
+    of_batch |= sampler.describe_sampler(batch)
+    invalid_over_e = sampler.not_as_recorded(of_batch)
     of_batch |= _describe_update(update.summary)
     of_batch |= {"learning_rate": learning_rate}
     of_batch |= {"derivative_check": calibration.summary["difference"] if calibration else None}
@@ -107,7 +109,9 @@ def variance(
     for normalization in normalizations:
         steps = _half_steps(half_steps_u, of_u["inner_product"][normalization], normalization)
         contributions = _contributions(of_sequences, normalization, update.summary, steps)
-        derivative = estimates.derivative_of(batch, normalization, contributions, confidence_level, bootstrap_resamples)
+        derivative = estimates.derivative_of(
+            batch, normalization, contributions, confidence_level, bootstrap_resamples, invalid_over_e
+        )
         columns = of_batch | {
             "normalization": normalization,
             "attribution_closure": of_u["closure"][normalization],

@@ -96,12 +96,15 @@ class Artifact:
             raise self._unsound(fault)
         return self.directory / name
 
-    def tensors(self, name: str = "tensors.safetensors", only: Sequence[str] = ()) -> "dict[str, torch.Tensor]":
+    def tensors(
+        self, name: str = "tensors.safetensors", only: Sequence[str] = (), optional: Sequence[str] = ()
+    ) -> "dict[str, torch.Tensor]":
         """Load the tensors of a safetensors file onto the CPU, all or some.
 
         Args:
             name: of the file.
             only: which tensors to read; all of them where none is named.
+            optional: further tensors, read if the file has them.
 
         Returns:
             Tensors by name.
@@ -116,7 +119,8 @@ class Artifact:
             if missing := [one for one in only if one not in file.keys()]:  # noqa: SIM118 (no mapping)
                 fact = f"{name} of artifact {self.stage}/{self.key} in {self.root} has no {', '.join(missing)}"
                 raise StoreError(fact, cause="another version of this stage made it", fix="run the sweep again")
-            return {one: file.get_tensor(one) for one in only or file.keys()}
+            found = [one for one in optional if one in file.keys()]  # noqa: SIM118 (no mapping)
+            return {one: file.get_tensor(one) for one in (*only, *found) or file.keys()}
 
     def vector(self, name: str) -> "TensorFile":
         """Open a file of `VECTORS`, to be read a tensor or a block at a time. Raises StoreError as `path` does."""

@@ -53,8 +53,8 @@ MUTATIONS = (
     Mutation(
         "EOS sampled, but not scored",
         "sequences/decoding",
-        "self.responses[sequence] = Response(tokens, reason)",
-        'self.responses[sequence] = Response(tokens[:-1] if reason == "eos" else tokens, reason)',
+        "self.responses[sequence] = Response(tokens, reason, ",
+        'self.responses[sequence] = Response(tokens[:-1] if reason == "eos" else tokens, reason, ',
         "test_sequence_processor",
     ),
     Mutation(
@@ -172,8 +172,8 @@ MUTATIONS = (
     Mutation(
         "the step's own entropy in the reward to go",
         "numerics/baselines",
-        "return after_K + values_K if functional.of_action else after_K",
-        "return after_K + values_K",
+        "returns_K = after_K + values_K if functional.of_action else after_K",
+        "returns_K = after_K + values_K",
         "test_enumeration",
     ),
     Mutation(
@@ -185,7 +185,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a value that depends on its own token weighted without it",
-        "numerics/importance",
+        "numerics/weights",
         "return self.after_K if functional.of_action else self.before_K",
         "return self.before_K",
         "test_functional",
@@ -199,7 +199,7 @@ MUTATIONS = (
     ),
     Mutation(
         "prefix weights one step late",
-        "numerics/importance",
+        "numerics/weights",
         "return PrefixWeights(log_before_K.exp(), ",
         "return PrefixWeights((log_before_K + log_ratio_K).exp(), ",
         "test_importance",

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from entropy_core.estimates import rows
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured, Moved, MovedTokens, measured
-from entropy_core.numerics import adamw, importance, ragged
+from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
 from entropy_core.numerics.half_samples import balanced_halves, half_steps
 from entropy_core.numerics.halves import by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.numerics.weights import prefix_weights
 from entropy_core.policy import moves
 
 pytestmark = pytest.mark.validate
@@ -110,7 +111,7 @@ class Sweeps:
         direction = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
         with moves.moved(policy, direction, eta):
             moved, _ = processor_of(everything.world).score(everything.sequences)
-        weights = importance.prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, everything.offsets_N1)
+        weights = prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, everything.offsets_N1)
         law_N = everything.probability_N * weights.sequence_N
         S_N = ragged.sequence_sum(moved.entropies_K, everything.offsets_N1)
         entropy = float(law_N @ S_N / (law_N @ everything.sequences.lengths_N.double()))
