@@ -10,6 +10,7 @@ from entropy_core.checkpoints.optimizer_file import SavedMoments
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import optimizer_digest
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
+from entropy_core.numerics.altered_optimizer import Altered
 from entropy_core.numerics.rounded_step import rounded_step
 from entropy_core.numerics.vectors import Block, Lazy, in_blocks
 
@@ -48,6 +49,7 @@ class OptimizerStep(Mapping[Block, NextStep]):
         parameters: θ by name.
         gradient: before clipping, on the device of the parameters.
         clip: factor that the gradient is scaled by.
+        altered: hyperparameters in place of the saved ones.
 
     Raises:
         CheckpointError: `optimizer.pt` is not what was loaded any more.
@@ -60,6 +62,7 @@ class OptimizerStep(Mapping[Block, NextStep]):
         parameters: Mapping[str, Tensor],
         gradient: Mapping[Block, Tensor],
         clip: float,
+        altered: Altered = Altered(),  # noqa: B008 (immutable)
     ) -> None:
         self._moments = _moments(checkpoint.summary["optimizer"], execution)
         self._gradient, self._parameters, self._clip = gradient, in_blocks(parameters), clip
@@ -67,7 +70,7 @@ class OptimizerStep(Mapping[Block, NextStep]):
         self._learning_rate = float(checkpoint.summary["learning_rate"])
         self._of: dict[str, _Parameter] = {}
         for group in checkpoint.json("groups.json"):
-            hyperparameters = AdamHyperparameters(**group["hyperparameters"])
+            hyperparameters = altered.of(AdamHyperparameters(**group["hyperparameters"]))
             for name, of_one in group["parameters"].items():
                 steps, slot, narrow = of_one
                 self._of[name] = _Parameter(steps, slot, narrow, group["fused"], hyperparameters)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.estimates.tables import RESULTS, TABLES, Row, of_checkpoints, to_table
+from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, Row, of_checkpoints, to_table
 from entropy_core.report import page as pages
 
 if TYPE_CHECKING:
@@ -27,11 +27,12 @@ def report(
 
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
-            columns, `agreement.parquet`, `report.md`, and the figures as PNG and SVG.
+            columns, `agreement.parquet`, `interventions.parquet` if there are any, `report.md`, and the
+            figures as PNG and SVG.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
-            `attribution` (artifact of first-order-u).
+            `attribution` (artifact of first-order-u), `interventions` (artifact of interventions, or None).
         agreement: artifact of agreement, whose table is copied.
         settings: settings of the training, as mappings of `key`, `value` and `source`.
         warnings: warnings at the top of the report, one sentence each.
@@ -54,7 +55,19 @@ def report(
     drawn = figures.figures(rows) | {"tokens": figures.token_figure(tokens, sequences, rows, last["checkpoint"])}
     for figure_name, figure in drawn.items():
         figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
-    page = pages.markdown(name, rows, others, notes, settings, warnings, compared.to_pylist())
+    tried = [entry["interventions"] for entry in checkpoints if entry["interventions"]]
+    changes = [row for artifact in tried for row in artifact.table("interventions.parquet").to_pylist()]
+    skipped = {
+        entry["checkpoint"]: entry["interventions"].summary["skipped"]
+        for entry in checkpoints
+        if entry["interventions"]
+    }
+    if tried:
+        out.table(to_table(changes, INTERVENTIONS), "interventions.parquet")
+        shown = [row for row in changes if row["normalization"] == rows[0]["normalization"]]
+        figure = figures.intervention_figure(shown)
+        figures.save_figure(figure, out.path("interventions.png"), out.path("interventions.svg"))
+    page = pages.markdown(name, rows, others, notes, settings, warnings, compared.to_pylist(), changes, skipped)
     out.path("report.md").write_text(page, encoding="utf-8")
     return {"rows": len(rows), "checkpoints": len(checkpoints)}
 
