@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, JsonValue, ValidationInfo, field_validator
 
+from entropy_core.config.lab import LabConfig
 from entropy_core.config.paths import (
     CheckpointPattern,
     DatasetName,
     Directory,
     FunctionName,
     FunctionNames,
+    InterventionEntry,
     ModelName,
     StoreFolder,
 )
@@ -367,6 +369,13 @@ class ProbeConfig(Section):
     update: UpdateConfig = UpdateConfig()
     importance: ImportanceConfig = ImportanceConfig()
     variance: VarianceConfig = VarianceConfig()
+    interventions: list[InterventionEntry] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="What might change the entropy, tried on every checkpoint: `published`, a name, a name with its "
+        "value such as `entropy_coef: 0.01`, or your own `file.py:function`.",
+    )
+    lab: LabConfig = LabConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
     @property

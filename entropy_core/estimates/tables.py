@@ -284,6 +284,39 @@ AGREEMENT = of_checkpoints(
 """What the trainer logged beside what the probe measures; one table for all checkpoints."""
 
 
+INTERVENTIONS = of_checkpoints(
+    pa.schema(
+        [
+            _field("normalization", _TEXT, "", "per_token or per_sequence"),
+            _field("intervention", _TEXT, "", "what is changed; the null, which changes nothing on average: random"),
+            _field("level", _TEXT, "", "screen: frozen denominators; predict: the exact step; measure: on E after it"),
+            _field("delta_h1", _REAL, _H, "first-order change of the entropy by the step under the intervention"),
+            _field("delta_h", _REAL, _H, "change measured after this step, by importance sampling on the same E"),
+            _field("difference", _REAL, _H, "this change minus that of the run as it is, on the same E and U"),
+            _field("low", _REAL, _H, "lower end of the interval of the difference for the mean update"),
+            _field("high", _REAL, _H, "upper end of the interval of the difference for the mean update"),
+            _field("se_over_e", _REAL, _H, "standard error of the difference for this update: over E"),
+            _field("se_over_u", _REAL, _H, "standard error of the difference over U alone, for the mean update"),
+            _field("se", _REAL, _H, "standard error of the difference for the mean update: over E and over U"),
+            _field("degrees_of_freedom", _REAL, "1", "of the t interval and the p-value (Welch-Satterthwaite)"),
+            _field("p_value", _REAL, "1", "p-value for the mean update: the intervention makes no difference (t test)"),
+            _field("p_holm", _REAL, "1", "the same for the mean update, adjusted by Holm over the rows of this level"),
+            _field("p_bh", _REAL, "1", "the same for the mean update, adjusted by Benjamini and Hochberg"),
+            _field("verdict", _TEXT, "", "acts, does not act (within the margin), cannot tell; or as it is: the run"),
+            _field("margin", _REAL, _H, "size of a difference up to which it does not matter"),
+            _field("detectable", _REAL, _H, "smallest difference that E and U detect with probability 80 %"),
+            _field("difference_half_0", _REAL, _H, "the difference by the half of E that the best are selected on"),
+            _field("difference_half_1", _REAL, _H, "the difference by the other half of E, which judges the selected"),
+            _field("p_half_1", _REAL, "1", "p-value for this update by the half of E that judges (t test)"),
+            _field("kept_on_delta_h1", _REAL, _H, "delta_h1 once the momentum is that of the changed gradient"),
+            _field("kept_on_difference", _REAL, _H, "the difference once both runs have saturated their momentum"),
+            _field("confidence_level", _REAL, "1", "confidence level of the interval and of the verdict"),
+        ]
+    )
+)
+"""What each intervention changes; one table for all checkpoints."""
+
+
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     """Convert rows to a table with exactly this schema.
 
