@@ -265,7 +265,9 @@ def oracle(tried: Probe, spec: InterventionSpec) -> tuple[dict, dict, dict]:
     )
     old = in_blocks(update.vector("gradient"))
     step = OptimizerStep(checkpoint, run.execution, parameters, old, update.summary["clip_factor"])
-    parts = {name: whole(step.part(name), parameters) for name in ("preconditioner", "momentum", "decay")}
+    parts = {name: whole(step.part(name), parameters) for name in ("momentum", "decay")}
+    ones = in_blocks({name: torch.ones_like(parameter) for name, parameter in parameters.items()})
+    parts["preconditioner"] = whole(step.applied("preconditioned", ones), parameters)
     factor = update.summary["clip_factor"]
     frozen = {
         name: factor * parts["preconditioner"][name] * g + parts["momentum"][name] + parts["decay"][name]
