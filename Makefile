@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui validate chaos bench check-device docs clean
-help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui validate chaos bench check-device docs clean:
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate chaos bench check-device docs clean
+help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate chaos bench check-device docs clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui validate chaos bench check-device docs clean
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate chaos bench check-device docs clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
@@ -37,6 +37,7 @@ help:
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT), CONFIG: what the form begins with"
 	@echo "make test    lint, check types, run the tests"
 	@echo "make test-sweep   run the documentation's commands on the demo run, also installed elsewhere (some minutes)"
+	@echo "make test-report   the shared report in a Chromium of the system's, light and dark, without a network (a minute)"
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
 	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, race for a key (docs/chaos.md is written from it);"
@@ -72,14 +73,17 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-sweep: .venv/.installed
-	$(BIN)/python -m pytest -m sweep tests/test_demo_sweep.py tests/test_packaging.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m sweep tests/test_demo_sweep.py tests/test_packaging.py tests/test_documented_commands.py
 
 test-ui: .venv/.ui
 	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
-	$(BIN)/python -m pytest -m ui tests/test_ui.py tests/test_ui_door.py
+	$(BIN)/python -m pytest -m ui tests/test_ui.py tests/test_ui_door.py tests/test_report_html.py
+
+test-report: .venv/.ui
+	$(BIN)/python -m pytest -m "ui or not ui" tests/test_report.py tests/test_report_html.py
 
 validate: .venv/.installed
-	$(BIN)/python -m pytest -m "validate or chaos" tests/validation tests/test_chaos.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "validate or chaos" tests/validation tests/test_chaos.py
 
 chaos: .venv/.installed
 	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py

@@ -96,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_artifacts(command("runs", "list the recorded sweeps", _runs))
 
+    shown = command("report", "print the results of a recorded sweep again, and say where its report is", _report)
+    shown.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: latest)")
+    shown.add_argument("--open", action="store_true", help="open report.html in the browser")
+    _add_artifacts(shown)
+
     store = commands.add_parser(
         "store", help="look after what was computed: ls, verify, seal, explain, adopt, prune, export, import"
     )
@@ -216,6 +221,12 @@ def _runs(options: argparse.Namespace) -> int:
     from flows.store_commands import list_runs
 
     return list_runs(options.artifacts or _STORE)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from flows.results import show
+
+    return show(options.artifacts or _STORE, options.run_id, options.open)
 
 
 def _store(options: argparse.Namespace) -> int:

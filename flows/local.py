@@ -26,6 +26,9 @@ from flows.service import DEPLOYMENTS, FLOW, ServiceError, child, request
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
 _LOG = re.compile(r"▪ +\S+ +\S{12} (.*)")
 _SHOWN = {"Completed": "computed", "Cached": "reused", "Failed": "failed", "AwaitingRetry": "will be tried again"}
+_SETTLED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+_NOTED_WITHIN = 60.0  # seconds
+_BETWEEN_LOOKS = 2.0  # seconds
 _NOISE = ("●", "Creating flow run", "└── Parameters", "└── Job", "└── Scheduled", " ")
 _HUSHED = ("Beginning flow run", "View at", "Finished in state", "Encountered exception", "Engine execution exited")
 
@@ -105,8 +108,11 @@ def _run(deployment: str, parameters: dict[str, Any], config_path: Path | None) 
     print("Starting Prefect …", flush=True)
     with service.service(config=config_path) as (api_url, started_here):
         print(f"Prefect {'started' if started_here else 'is up already'}: {api_url.removesuffix('/api')}", flush=True)
-        status, run_id = _trigger(deployment, parameters, api_url)
-        _wait_for_records(run_id, api_url)
+        shown: set[str] = set()
+        status, run_id = _trigger(deployment, parameters, api_url, shown)
+        for line in _lines_of_stages(run_id, api_url, at_least=1 if status == 0 else 0):
+            if line not in shown:  # the stream that `--watch` follows loses events where many come at once
+                print(line, flush=True)
         state = request(f"{api_url}/flow_runs/{run_id}")["state"] if run_id else {}
         message = state.get("message") or "No run was made."
         if status == 0:
@@ -117,8 +123,11 @@ def _run(deployment: str, parameters: dict[str, Any], config_path: Path | None) 
         return 2
 
 
-def _trigger(deployment: str, parameters: dict[str, Any], api_url: str) -> tuple[int, str]:
-    """Run the deployment with Prefect's own command; returns its exit status and the id of the flow run."""
+def _trigger(deployment: str, parameters: dict[str, Any], api_url: str, shown: set[str]) -> tuple[int, str]:
+    """Run the deployment with Prefect's own command; returns its exit status and the id of the flow run.
+
+    The lines that it prints are added to `shown`.
+    """
     command = ["-m", "prefect", "deployment", "run", f"{FLOW}/{deployment}", "--watch"]
     [(name, value)] = parameters.items()
     print(f"$ {' '.join(command[1:])} --param '{name}={{…}}'", flush=True)
@@ -129,8 +138,9 @@ def _trigger(deployment: str, parameters: dict[str, Any], api_url: str) -> tuple
             for line in process.stdout:
                 if found := re.search(r"UUID: ([0-9a-f-]{36})", line):
                     run_id = found[1]
-                if shown := _for_reader(line.rstrip()):
-                    print(shown, flush=True)
+                if for_reader := _for_reader(line.rstrip()):
+                    print(for_reader, flush=True)
+                    shown.add(for_reader)
             return process.wait(), run_id
         except BaseException:
             if run_id:
@@ -139,16 +149,34 @@ def _trigger(deployment: str, parameters: dict[str, Any], api_url: str) -> tuple
             raise
 
 
-def _wait_for_records(run_id: str, api_url: str) -> None:
-    """Let the server note the last states of the tasks, which it does a little after the run has ended."""
-    of_run = {"flow_runs": {"id": {"any_": [run_id]}}}
-    settled = {"task_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}}}
-    deadline = time.monotonic() + 60
+def _lines_of_stages(run_id: str, api_url: str, at_least: int) -> list[str]:
+    """Say how each stage of a run ended, once the server has noted it, which it does a little after the run's end."""
+    noted: list[dict[str, Any]] = []
+    known = -1
+    deadline = time.monotonic() + _NOTED_WITHIN
     while run_id and time.monotonic() < deadline:
-        # one that has no state yet is not settled either
-        if request(f"{api_url}/task_runs/count", of_run) == request(f"{api_url}/task_runs/count", of_run | settled):
-            return
-        time.sleep(0.5)
+        noted = _task_runs(run_id, api_url)
+        # one that has no state yet is not settled either; and of some the server may not know at all yet
+        if at_least <= len(noted) == known and all(task["state_type"] in _SETTLED for task in noted):
+            break
+        known = len(noted)
+        time.sleep(_BETWEEN_LOOKS)
+    return [_line(task["state_name"], task["name"]) for task in noted if task["state_name"] in _SHOWN]
+
+
+def _task_runs(run_id: str, api_url: str) -> list[dict[str, Any]]:
+    """All task runs of a flow run, in the order in which they began, as far as the server knows them."""
+    found: list[dict[str, Any]] = []
+    while True:
+        page = {"flow_runs": {"id": {"any_": [run_id]}}, "sort": "EXPECTED_START_TIME_ASC", "offset": len(found)}
+        answer = request(f"{api_url}/task_runs/filter", page)
+        found += answer
+        if not answer:
+            return found
+
+
+def _line(state: str, task: str) -> str:
+    return f"  {_SHOWN[state]:9} {task}"
 
 
 def _for_reader(line: str) -> str:
@@ -157,7 +185,7 @@ def _for_reader(line: str) -> str:
         kind, state, name = event.groups()
         if state == "Late":
             return "  waits: another run is under way"
-        return f"  {_SHOWN[state]:9} {name}" if kind == "task-run" and state in _SHOWN else ""
+        return _line(state, name) if kind == "task-run" and state in _SHOWN else ""
     if entry := _LOG.match(line):
         return "" if entry[1].startswith(_HUSHED) else f"  {entry[1]}"
     return "" if line.startswith(_NOISE) else line

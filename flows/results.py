@@ -3,14 +3,21 @@
 import base64
 import math
 import re
+import textwrap
+import webbrowser
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from entropy_core.errors import ProbeError
 from entropy_core.estimates.agreement import independent
+from entropy_core.estimates.tables import best_prediction, interval_of
 from entropy_core.report.agreement import disagreements
+from entropy_core.report.answer import answer
+from entropy_core.report.evaluation_batch import invalid_over_e
+from entropy_core.report.verdict_lines import order_sentences
 from entropy_core.store import runs
 
 HEADLINE = (
@@ -20,8 +27,9 @@ HEADLINE = (
     "estimator",
     "H",
     "delta_h1",
-    "next_update_low",
-    "next_update_high",
+    "prediction",
+    "next_low",
+    "next_high",
     "delta_h",
     "delta_h_se",
     "ess_fraction",
@@ -38,8 +46,16 @@ def headline(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         As many rows with the columns `HEADLINE`, in four significant digits; None for what is not a finite number.
+        `prediction` is the best one, with the ends of its interval for the next update.
     """
-    return [{name: _rounded(row[name]) for name in HEADLINE} for row in rows]
+    return [{name: _rounded((row | _prediction(row))[name]) for name in HEADLINE} for row in rows]
+
+
+def _prediction(row: dict[str, Any]) -> dict[str, Any]:
+    """The best prediction, to first or second order, and its interval for the next update."""
+    best = best_prediction(row)
+    following = interval_of(best, "next")
+    return {"prediction": row[best], "next_low": row[f"{following}_low"], "next_high": row[f"{following}_high"]}
 
 
 def terminal_table(rows: list[dict[str, Any]]) -> str:
@@ -96,15 +112,47 @@ def print_results(run_directory: Path) -> None:
         pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates", "agreement")
     )
     with runs.understood(run_directory / runs.RECORD) as record:
-        warnings = [*disagreements(compared), *record["checkpoints"][0]["warnings"]]
+        warnings = [*invalid_over_e(rows), *disagreements(compared), *record["checkpoints"][0]["warnings"]]
     for warning in warnings:
         print(f"\nWARNING: {warning}")
-    print(f"\n{terminal_table(rows)}")
+    shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
+    print(f"\n{textwrap.fill(answer(shown, bool(disagreements(compared))), 120)}")
+    print(f"\n{terminal_table(rows)}\n")
+    for sentence in order_sentences(shown):
+        print(sentence)
     if agreement := agreement_table(rows, replicates):
         print(f"\n{agreement}")
     print(f"\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
+
+
+def show(root: Path, run_id: str, in_browser: bool) -> int:
+    """Print the results of a recorded run again; open its report in the browser if asked.
+
+    Args:
+        root: of the store.
+        run_id: of the run; `latest` is the one that finished last.
+        in_browser: whether to open `report.html`.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ProbeError: there is no such run, it has no such page, or there is no browser.
+    """
+    directory = runs.find(root, run_id)
+    print_results(directory)
+    page = directory.absolute() / "report.html"
+    if not page.exists():
+        cause = "it was recorded by an earlier version"
+        raise ProbeError(
+            f"{directory} has no report.html", cause=cause, fix=f"`entropy-probe variance {directory.name}`"
+        )
+    print(f"\nThe report, in one file to read and to share: {page}")
+    if in_browser and not webbrowser.open(page.as_uri()):
+        raise ProbeError("no browser could be started", fix=f"open {page} in one")
+    return 0
 
 
 def inline_figures(markdown: str, locate: Callable[[str], Path]) -> str:

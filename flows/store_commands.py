@@ -34,6 +34,7 @@ def ls(store: Store) -> int:
         of = ", ".join(needed.get((artifact.stage, artifact.key), ["–"]))
         rows.append((artifact.stage, artifact.key, in_words(size), when, f"{manifest['wall_seconds']:.1f}", of))
     print_table(("stage", "key", "size", "made", "seconds", "needed by"), rows)
+    _print_unusable(store.root)
     print(f"{len(rows)} artifacts, {in_words(total)}")
     return 0
 
@@ -67,6 +68,19 @@ def _fault(store: Store, stage: str, key: str) -> str:
         return error.fact
 
 
+def _require_store(store: Store) -> None:
+    """Refuse a folder in which a file of that name may be anything."""
+    if not (store.root / ".locks").is_dir() and not runs.present(store.root):
+        raise StoreError(f"there is no store in {store.root}", fix="give the folder of one: --artifacts")
+
+
+def _print_unusable(root: Path) -> None:
+    """Say which runs are not among those that are recorded, and why."""
+    for run_id in sorted(set(runs.present(root)) - set(runs.recorded(root))):
+        for fault in _unusable(Store(root), run_id):
+            print(fault)
+
+
 def _unusable(store: Store, run_id: str) -> list[str]:
     """Why a run that has a record does not count as recorded."""
     try:
@@ -80,6 +94,7 @@ def seal(store: Store) -> int:
     """Sign what is there with the key that is set, so that a store can be shared from now on."""
     if not signature.key():
         raise ConfigError(f"{signature.VARIABLE} is not set", fix="set it to a long random text, and keep it")
+    _require_store(store)
     faults = []
     with store.in_use(), store.writing():
         names = store.names()
@@ -194,6 +209,7 @@ def adopt(store: Store, what: str) -> int:
 
 def prune(store: Store, keep_runs: int | None, yes: bool) -> int:
     """List, or delete, what no run needs."""
+    _require_store(store)
     with store.in_use(alone=True):
         found = waste(store, keep_runs)
         rows = [(str(each.path.relative_to(store.root)), in_words(each.bytes), each.why) for each in found]
@@ -232,6 +248,7 @@ def list_runs(root: Path) -> int:
             of = f"{' '.join(shown)} ({len(names)})"
         rows.append((f"{record['finished'][:16]}Z", run_id, of, str(runs.folder(root.absolute(), run_id))))
     print_table(("finished", "run", "checkpoints", "files"), rows)
+    _print_unusable(root)
     print(f"{len(rows)} runs" + ("" if rows else f" in {root.absolute()}; `entropy-probe sweep` records one"))
     return 0
 

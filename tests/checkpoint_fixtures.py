@@ -67,9 +67,9 @@ def assert_same_state(
         assert checkpoint.parameter_shapes[name] == tuple(slot["exp_avg"].shape)
         assert optimizer.step[name] == int(slot["step"])
         for key in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(getattr(optimizer, key)[name], slot[key], rtol=0, atol=0)
+            torch.testing.assert_close(optimizer.moments[key][name], slot[key], rtol=0, atol=0)
     # The comparison can fail: no two parameters of one shape have the same moments.
-    moments = list(optimizer.exp_avg.values())
+    moments = list(optimizer.moments["exp_avg"].values())
     assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(moments) for b in moments[:i])
     return checkpoint
 

@@ -26,6 +26,7 @@ from entropy_core.numerics.functional import (
 )
 from entropy_core.numerics.loss_batch import LossBatch
 from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.numerics.weights import PrefixWeights, prefix_weights
 from entropy_core.policy import moves
 from entropy_core.policy.derivatives import token_derivatives
 from entropy_core.policy.model import Coefficients
@@ -64,13 +65,13 @@ class Everything(NamedTuple):
     def base(self, baseline: Baseline) -> Bases:
         return {functional: baselines(functional, self.block, baseline) for functional in FUNCTIONALS}
 
-    def at(self, eta: float) -> tuple[Tokens, importance.PrefixWeights]:
+    def at(self, eta: float) -> tuple[Tokens, PrefixWeights]:
         """The sequences at θ + ηv, and the weights from θ to there."""
         if self.part_of is not None and self.chosen_N is not None:
             return taken(*self.part_of.at(eta), self.chosen_N, *self.part_of.tokens_of(self.chosen_N))
         with moves.moved(self.world.policy, self.v, eta):
             moved, _ = processor_of(self.world).score(self.sequences)
-        weights = importance.prefix_weights(self.tokens.logprobs_K, moved.logprobs_K, self.offsets_N1)
+        weights = prefix_weights(self.tokens.logprobs_K, moved.logprobs_K, self.offsets_N1)
         return Tokens(moved.logprobs_K, moved.entropies_K, self.offsets_N1), weights
 
     def drawn(self, count: int, seed: int = 1) -> "Everything":
@@ -125,12 +126,10 @@ def columns_of(tokens: Tokens, baseline: Baseline) -> dict[Functional, Columns]:
 
 
 def taken(
-    moved: Tokens, weights: importance.PrefixWeights, chosen_N: Tensor, pick_K: Tensor, offsets_N1: Tensor
-) -> tuple[Tokens, importance.PrefixWeights]:
+    moved: Tokens, weights: PrefixWeights, chosen_N: Tensor, pick_K: Tensor, offsets_N1: Tensor
+) -> tuple[Tokens, PrefixWeights]:
     """Some of the sequences at θ + ηv; `pick_K` and `offsets_N1` are where their tokens are."""
-    of_chosen = importance.PrefixWeights(
-        weights.before_K[pick_K], weights.after_K[pick_K], weights.sequence_N[chosen_N]
-    )
+    of_chosen = PrefixWeights(weights.before_K[pick_K], weights.after_K[pick_K], weights.sequence_N[chosen_N])
     return Tokens(moved.logprobs_K[pick_K], moved.entropies_K[pick_K], offsets_N1), of_chosen
 
 
@@ -141,12 +140,12 @@ class Pair(NamedTuple):
     T_N: Tensor
 
 
-def per_decision(at_eta: tuple[Tokens, importance.PrefixWeights], bases: Bases) -> Pair:
+def per_decision(at_eta: tuple[Tokens, PrefixWeights], bases: Bases) -> Pair:
     """Terms of both by the per-decision estimator."""
     return Pair(*(importance.per_decision_column(f, *at_eta, bases[f]) for f in (ENTROPY, LENGTH)))
 
 
-def weighted_per_decision(at_eta: tuple[Tokens, importance.PrefixWeights]) -> Pair:
+def weighted_per_decision(at_eta: tuple[Tokens, PrefixWeights]) -> Pair:
     """The same with weights normalised at each position."""
     return Pair(*(importance.weighted_per_decision_column(f, *at_eta) for f in (ENTROPY, LENGTH)))
 

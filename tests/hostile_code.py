@@ -291,7 +291,7 @@ LOSSES = {
         "is not finite in",
     ),
     "answers with garbage": (answering("b'garbage'"), ARRIVED),
-    "answers with other shapes": (answering("real({'logprob_K': tensors['logprob_K'][:3]})"), ARRIVED),
+    "answers with other shapes": (answering("real({name: t[:3] for name, t in tensors.items()})"), ARRIVED),
     "answers with other types": (answering("real({name: t.float() for name, t in tensors.items()})"), ARRIVED),
     "answers with a NaN": (answering("real({name: t * torch.nan for name, t in tensors.items()})"), "is not finite in"),
     "answers with too much": (answering("b'x' * 10**7"), "returned more than was asked for"),

@@ -22,6 +22,7 @@ from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer
+from entropy_core.isolation.process import Isolation
 from entropy_core.numerics.vectors import Block, in_blocks
 from entropy_core.pipeline.preflight import CheckpointToProbe, preflight
 from entropy_core.pipeline.runner import Inputs, Runner, direct_runner
@@ -137,7 +138,12 @@ def skip_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing, which takes most of the time of a tiny sweep; no key depends on it."""
     monkeypatch.setattr(figures, "figures", lambda rows: {})
     monkeypatch.setattr(figures, "token_figure", lambda *_: None)
-    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
+    monkeypatch.setattr(figures, "save_figure", lambda _, png, svg: svg.write_text("<svg/>"))
+
+
+def call_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call the user's functions in this process: one of its own has to load torch first."""
+    monkeypatch.setattr(Isolation, "call", lambda self, function, *arguments, **_: function(*arguments))
 
 
 class Counting(Runner):
@@ -203,8 +209,10 @@ def parts_of(update: Artifact, run: Counting) -> dict[str, dict[str, torch.Tenso
     parameters = policy_of(inputs["policy"], run.execution).named_parameters()
     gradient = in_blocks(update.vector("gradient"))
     step = OptimizerStep(loaded, run.execution, parameters, gradient, update.summary["clip_factor"])
-    names = ("direction", "momentum", "gradient", "decay", "preconditioner", "jacobian")
-    return {name: whole(step.part(name), parameters) for name in names}
+    parts = {name: step.part(name) for name in ("direction", "momentum", "gradient", "decay")}
+    ones = in_blocks({name: torch.ones_like(parameter) for name, parameter in parameters.items()})
+    diagonals = {"preconditioner": step.applied("preconditioned", ones), "jacobian": step.applied("pulled_back", ones)}
+    return {name: whole(vector, parameters) for name, vector in (parts | diagonals).items()}
 
 
 def probe(values: Mapping[str, Any]) -> Probe:

@@ -5,8 +5,8 @@
         record.row("H", power(error))     # before the assertion, so that a proof that fails shows its numbers
         assert error < 1e-10
 
-A proof is a test, and the order of the page is that of the files. The page appears only when every proof of the folder
-ran: a part of them would be a page that claims less, or more, than it says.
+A proof is a test, and the order of the page is that of the files, whichever processes ran them. The page appears only
+when every proof of the folder ran: a part of them would be a page that claims less, or more, than it says.
 """
 
 import ast
@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -101,7 +101,7 @@ def page(proofs: Sequence[Proof], versions: dict[str, str]) -> str:
     about = {
         "run": f"{now:%Y-%m-%d %H:%M} UTC",
         "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}",
-        "time": f"{sum(proof.seconds for proof in proofs) / 60:.1f} minutes",
+        "time": f"{sum(proof.seconds for proof in proofs) / 60:.1f} minutes, of all proofs together",
         "outcome": f"{len(failed)} of {len(proofs)} FAILED" if failed else f"all {len(proofs)} hold",
     }
     lines = [
@@ -115,14 +115,14 @@ def page(proofs: Sequence[Proof], versions: dict[str, str]) -> str:
     return "\n".join(lines + [line for proof in proofs for line in proof.section()]).rstrip() + "\n"
 
 
-def proofs_in(folder: Path) -> set[str]:
-    """Names of all tests of a folder, as its files have them."""
-    return {
+def proofs_in(folder: Path) -> list[str]:
+    """Names of all tests of a folder, as its files have them and in their order."""
+    return [
         f"{path.name}::{node.name}"
-        for path in folder.glob("test_*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.glob("test_*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    }
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +133,7 @@ def demo_run() -> Path:
     return ROOT / "artifacts/demo-run"
 
 
+RUNNING = pytest.StashKey[Proof]()
 FOUND = pytest.StashKey[dict[str, Proof]]()
 
 
@@ -143,8 +144,7 @@ def record(request: pytest.FixtureRequest) -> Proof:
 
 
 def _proof(item: pytest.Item) -> Proof:
-    name = f"{item.path.name}::{item.name}"
-    return item.config.stash.setdefault(FOUND, {}).setdefault(name, Proof(name))
+    return item.stash.setdefault(RUNNING, Proof(f"{item.path.name}::{item.name}"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -156,20 +156,39 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
         if not report.passed and not proof.failure:
             message = call.excinfo.exconly() if call.excinfo else report.outcome
             proof.failure = f"{report.outcome} in {report.when}: {' '.join(message.split())[:600]}"
+        report.proof = asdict(proof)
     return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    found = config.stash.setdefault(FOUND, {})
+
+    class Collects:
+        """Where reports arrive: from this process, or from those that run the tests for it."""
+
+        @staticmethod
+        def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+            if proof := getattr(report, "proof", None):
+                found[proof["name"]] = Proof(**proof)
+
+    config.pluginmanager.register(Collects())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Write the page, or say why not."""
-    found = config.stash.get(FOUND, {})
+    found = config.stash[FOUND]
     if not found:
         return
-    missing = proofs_in(config.rootpath / FOLDER) - set(found)
+    names = proofs_in(config.rootpath / FOLDER)
+    proofs = sorted(found.values(), key=lambda proof: names.index(proof.name) if proof.name in names else len(names))
+    missing = sorted(set(names) - set(found))
     if missing:
-        terminalreporter.write("\n".join(line for proof in found.values() for line in proof.section()) + "\n")
-        terminalreporter.write_line(f"{PAGE} is left as it is: {len(missing)} proofs did not run ({min(missing)}, …)")
+        terminalreporter.write("\n".join(line for proof in proofs for line in proof.section()) + "\n")
+        terminalreporter.write_line(f"{PAGE} is left as it is: {len(missing)} proofs did not run ({missing[0]}, …)")
         return
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
-    (config.rootpath / PAGE).write_text(page(list(found.values()), versions), encoding="utf-8")
-    failed = [proof.title for proof in found.values() if proof.failure]
-    terminalreporter.write_line(f"{PAGE} is written: {len(found)} proofs, {len(failed)} failed {failed or ''}".rstrip())
+    (config.rootpath / PAGE).write_text(page(proofs, versions), encoding="utf-8")
+    failed = [proof.title for proof in proofs if proof.failure]
+    terminalreporter.write_line(
+        f"{PAGE} is written: {len(proofs)} proofs, {len(failed)} failed {failed or ''}".rstrip()
+    )

@@ -232,7 +232,7 @@ def test_the_other_layout_gives_the_same_names(home: Path, caplog):
     names = list(checkpoint.parameter_shapes)
     assert list(checkpoint.optimizer.groups[0].names) == list(reversed(names))
     for index, name in enumerate(reversed(names)):
-        assert torch.equal(checkpoint.optimizer.exp_avg[name], slots[index]["exp_avg"])
+        assert torch.equal(checkpoint.optimizer.moments["exp_avg"][name], slots[index]["exp_avg"])
 
 
 def test_the_reference_of_a_kl_term_is_the_base_without_its_adapter(home: Path, tmp_path: Path):
@@ -283,8 +283,11 @@ def test_frozen_parameters_may_be_listed_by_the_optimizer(home: Path, tmp_path: 
     saved["param_groups"][0]["params"] = list(range(len(everything)))
     torch.save(saved, directory / "optimizer.pt")
     found, expected = read_checkpoint(directory), read_checkpoint(home / "folder" / "step-3")
-    assert found.optimizer.exp_avg.keys() == expected.optimizer.exp_avg.keys()
-    assert all(torch.equal(m, expected.optimizer.exp_avg[name]) for name, m in found.optimizer.exp_avg.items())
+    assert found.optimizer.moments["exp_avg"].keys() == expected.optimizer.moments["exp_avg"].keys()
+    assert all(
+        torch.equal(m, expected.optimizer.moments["exp_avg"][name])
+        for name, m in found.optimizer.moments["exp_avg"].items()
+    )
     assert "model.parameters() in order" in found.assumptions[0]
 
     saved["state"][0] = copy.deepcopy(saved["state"][everything.index(names[0])])
@@ -417,7 +420,7 @@ def test_next_step_reads_what_was_loaded(home: Path, tmp_path: Path):
     done = probe(config_of(home, tmp_path / "artifacts", "run/checkpoint-3", importance={"etas": [0]}))
     (loaded,) = done.run.artifacts("load-checkpoint")
     saved = read_checkpoint(home / "run" / "checkpoint-3")
-    shapes, moments = saved.parameter_shapes, saved.optimizer.exp_avg
+    shapes, moments = saved.parameter_shapes, saved.optimizer.moments["exp_avg"]
     zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     step = OptimizerStep(loaded, done.run.execution, zeros, in_blocks(zeros), 1.0)
     direction = whole(step.part("direction"), zeros)

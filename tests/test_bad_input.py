@@ -26,7 +26,9 @@ from safetensors.torch import load_file, save_file
 from entropy_core.config.read import load_config, parse_config
 from entropy_core.demo.run import build_tokenizer
 from entropy_core.errors import CheckpointError, ConfigError, NonFiniteError, ProbeError, PromptError, RewardError
+from entropy_core.losses.apart import coefficients_of_each
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.stages import half_steps_u
 from entropy_core.store.store import Store
 
 NAME = "checkpoint-3"
@@ -87,7 +89,7 @@ def finite(done: Probe) -> list[dict[str, Any]]:
         for name, value in row.items():
             over_u = "mean_update" in name or "next_update" in name or name == "nonlinearity_over_u"
             assert value is None or not over_u or name.startswith(("sign", "nonlinearity")), name
-            missing = value is None and name not in ("pareto_k", "derivative_check") and not over_u
+            missing = value is None and name not in ("pareto_k", "sampler_pareto_k", "derivative_check") and not over_u
             assert not missing and (not isinstance(value, float) or math.isfinite(value)), (name, value)
     return done.rows
 
@@ -415,6 +417,40 @@ def test_equal_rewards_leave_momentum_and_decay(home):
                 "no valid interval over U: 0 prompts of U have unequal rewards, and it takes 8"
             )
             assert row["mean_update_low"] is row["next_update_high"] is row["delta_h_next_update_low"] is None
+
+
+def test_a_split_of_u_is_left_out_where_the_loss_has_no_gradient_on_a_half(home, monkeypatch):
+    def without_one(name, batches, isolation):
+        found = coefficients_of_each(name, batches, isolation)
+        return [None if i == 3 else pair for i, pair in enumerate(found)]
+
+    sizes = {"batch_config": {"B_U": 4}}
+    plain = probe(config_of(home, **sizes)).run.artifacts("half-steps-u")[0]
+    monkeypatch.setattr(half_steps_u, "coefficients_of_each", without_one)
+    found = probe(config_of(home, **sizes, execution={"artifacts": str(home / "others")})).run.artifacts(
+        "half-steps-u"
+    )[0]
+    assert (plain.summary["splits"], found.summary["splits"]) == (3, 2)
+    rows = plain.table("halves.parquet").to_pylist()
+    assert found.table("halves.parquet").to_pylist() == [row for row in rows if row["split"] != 1]
+
+
+@pytest.mark.parametrize("fails", ["raise ValueError('too few')", "return dr_grpo(batch) / 0"])
+def test_a_loss_of_the_users_that_fails_on_every_half_leaves_the_rest_of_the_sweep(home, fails):
+    """Where it is asked for an interval over U, the table says why there is none."""
+    text = f"""from entropy_core.numerics.losses import dr_grpo
+def loss(batch):
+    if len(batch.rewards_N) == 16:
+        {fails}
+    return dr_grpo(batch)
+"""
+    (home / "half.py").write_text(text)
+    write_function(home, "return [float(i % 2) for i in range(len(completions))]")
+    update = {"loss": f"{home / 'half.py'}:loss", "scale_rewards": "none"}
+    done = probe(config_of(home, batch_config={"B_U": 16}, update=update))
+    assert done.run.artifacts("half-steps-u")[0].summary["splits"] == 0
+    for row in finite(done):
+        assert row["interval_over_u"].endswith("in every split of U the loss of one half has no finite gradient")
 
 
 def test_two_sequences_and_two_prompts_are_enough(home):

@@ -140,8 +140,7 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
     "a factor is missing": ("lora", tensors_of(ADAPTER, lambda s: s.pop(FACTOR)), r"no weights for .*c_attn\.lora_A"),
     "an adapter cut off": ("lora", truncate(ADAPTER), r"adapter_model\.safetensors cannot be opened"),
     "an adapter as a pickle": ("lora", adapter_with_code, r"no adapter_model\.safetensors.*which is a pickle"),
-    "DoRA": ("lora", entries("adapter_config.json", use_dora=True), "uses DoRA, .*is not probed"),
-    "PiSSA": ("lora", entries("adapter_config.json", init_lora_weights="pissa"), "'pissa', which changes the base"),
+    "LoftQ": ("lora", entries("adapter_config.json", init_lora_weights="loftq"), "'loftq', which changes the base"),
     "IA3": ("lora", entries("adapter_config.json", peft_type="IA3"), "uses peft_type 'IA3'"),
     "a setting of a newer PEFT": ("lora", entries("adapter_config.json", use_hyperlora=True), "does not know: use_hyp"),
     # a model in a folder of its own, and the names in a file

@@ -204,7 +204,9 @@ def test_amsgrad_and_plain_adam(tmp_path: Path) -> None:
     train(model, optimizer)
     checkpoint = read_checkpoint(write(tmp_path / "c", model, optimizer))
     for name, slot in by_name(model, optimizer).items():
-        torch.testing.assert_close(checkpoint.optimizer.max_exp_avg_sq[name], slot["max_exp_avg_sq"], rtol=0, atol=0)
+        torch.testing.assert_close(
+            checkpoint.optimizer.moments["max_exp_avg_sq"][name], slot["max_exp_avg_sq"], rtol=0, atol=0
+        )
     found = [group.hyperparameters for group in checkpoint.optimizer.groups]
     assert all(of_one.amsgrad and of_one.maximize and not of_one.decoupled for of_one in found)
 
@@ -216,7 +218,7 @@ def test_the_variants_of_torchs_adamw_hold_the_same_state(tmp_path: Path, kernel
     train(model, optimizer)
     directory = write(tmp_path / "c", model, optimizer)
     checkpoint = assert_same_state(directory, by_name(model, optimizer))
-    assert bool(checkpoint.optimizer.max_exp_avg_sq) == ("amsgrad" in kernel)
+    assert ("max_exp_avg_sq" in checkpoint.optimizer.moments) == ("amsgrad" in kernel)
     # A capturable optimizer, which needs a GPU to make a step, saves its learning rate as a tensor, too.
     rate = torch.tensor(3e-3)
     edit_optimizer(directory, set_group("lr", rate, rate))
@@ -234,7 +236,7 @@ def test_narrow_weights_are_said_and_their_moments_kept_as_saved(tmp_path: Path,
     truth = by_name(model, optimizer)
     directory = write(tmp_path / "c", model.to(torch.bfloat16), optimizer)
     checkpoint = assert_same_state(directory, truth)
-    assert {m.dtype for m in checkpoint.optimizer.exp_avg.values()} == {moments}
+    assert {m.dtype for m in checkpoint.optimizer.moments["exp_avg"].values()} == {moments}
     assert "Weights are saved as BF16 and widened to policy.dtype" in checkpoint.assumptions[0]
 
 

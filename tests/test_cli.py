@@ -19,7 +19,7 @@ from entropy_core.store.store import Store
 from flows import cli, store_commands
 from flows.cli import main
 
-COMMANDS = ("sweep", "plan", "init", "variance", "runs", "store", "legacy", "ui", "serve")
+COMMANDS = ("sweep", "plan", "init", "variance", "runs", "report", "store", "legacy", "ui", "serve")
 WITHOUT_PREFECT = """
 import sys
 sys.modules["prefect"] = None  # importing it is an error
@@ -128,6 +128,11 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     assert [line.split()[1] for line in listed[1:-1]] == runs.recorded(home / "artifacts")
     assert all(NAMES[0] in line and str(home / "artifacts" / "runs") in line for line in listed[1:-1])
     assert listed[-1] == "2 runs"
+    first_id = runs.recorded(home / "artifacts")[0]
+    opened = here("report", first_id, "--artifacts", home / "artifacts")
+    page = runs.folder(home / "artifacts", first_id) / "report.html"
+    assert opened.lstrip("\n").startswith(table.partition(f"\n{home}")[0]) and opened.endswith(f" {page}\n")
+    assert "Responses of U, token by token" in page.read_text(encoding="utf-8")
     assert "1 would run" not in here("store", "explain", config)
 
 

@@ -124,8 +124,8 @@ def test_a_stage_refuses_numbers_of_other_sequences(swept, tmp_path, monkeypatch
     stage = next(stage for stage in STAGES if stage.name == reader)
     altered = {artifact.digest for artifact in swept.artifacts(writer)}
 
-    def strangers(self, file="tensors.safetensors", only=()):
-        found = real(self, file, only)
+    def strangers(self, file="tensors.safetensors", only=(), optional=()):
+        found = real(self, file, only, optional)
         if self.digest in altered and "sequences" in found:
             found["sequences"] = found["sequences"].clone()
             found["sequences"][-1] += 1

@@ -91,7 +91,7 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(policy: 
         text = policy.tokenizer.decode(whole.tokens)
         found = [text.find(string) + len(string) for string in ("a€", "bbb") if string in text]
         if found:
-            assert response == Response(whole.tokens[: min(found)], "stop")
+            assert response == Response(whole.tokens[: min(found)], "stop", [])
         else:
             assert response == whole
         ends[response.finish_reason] += 1

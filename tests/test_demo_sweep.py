@@ -1,21 +1,22 @@
-"""The commands of the README and of its pages, on the demo run, with a real server. Run by `make test-sweep`."""
+"""The commands of the README and of its pages that need a server, on the demo run. Run by `make test-sweep`."""
 
 import json
 import math
-import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
+from demo_fixtures import COMMAND, DEMO_RUN, ROOT, demo_run_in_use, documented_commands, run, run_directory
 from pipeline_fixtures import whole
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
@@ -27,32 +28,6 @@ from flows.door import read_key
 from flows.service import HOME, request
 
 pytestmark = pytest.mark.sweep
-
-ROOT = Path(__file__).resolve().parents[1]
-DEMO_RUN = ROOT / "artifacts" / "demo-run"
-COMMAND = Path(sys.executable).with_name("entropy-probe")
-SMALL = {
-    "checkpoints": [str(DEMO_RUN / "checkpoint-6")],
-    "batch_config": {"E_total_sequences": 32, "B_U": 4, "G": 4},
-    "generation": {"max_new_tokens": 32},
-    "update": {"reward": "arithmetic"},
-    "importance": {"etas": [0, 1]},
-    "execution": {"shard_size": 16, "device": "cpu"},
-}
-
-
-def run(command: list[str], folder: Path = ROOT, **environment: str) -> str:
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=1200, check=False
-    )
-    assert done.returncode == 0, (
-        f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    )
-    return done.stdout
-
-
-def run_directory(output: str) -> Path:
-    return Path(re.findall(r"^(/.*/runs/\S+)/$", output, re.MULTILINE)[-1])
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +74,16 @@ def test_a_second_sweep_computes_nothing_and_has_the_same_results(first, again):
 
 
 def test_no_process_is_left_behind(again):
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    ours = [line for line in listed.splitlines() if str(ROOT) in line and ("flows." in line or "prefect" in line)]
-    assert ours == []
+    assert [line for line in map(of_this_store, psutil.process_iter()) if line] == []
+
+
+def of_this_store(process: psutil.Process) -> str:
+    """The command line of a process of Prefect's or of this project, unless it works for a store elsewhere."""
+    with suppress(psutil.Error):  # it has ended
+        line, home = " ".join(process.cmdline()), process.environ().get("PREFECT_HOME", "")
+        here = home == str(ROOT / "artifacts" / "prefect") if home else process.cwd() == str(ROOT)
+        return line if here and str(ROOT) in line and ("flows." in line or "prefect" in line) else ""
+    return ""
 
 
 def test_results_hold_what_the_theory_says(rows):
@@ -187,23 +169,14 @@ def test_the_flow_run_is_completed_in_the_ui(served):
     assert tasks and {task["state"]["name"] for task in tasks} == {"Cached"}
 
 
-def readme_commands() -> list[str]:
-    text = "\n".join(page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
-    lines = [
-        line.removeprefix("$ ")
-        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-        for line in block.split("\n")
-    ]
-    return [line.partition("  #")[0].strip() for line in lines if line.strip()]
-
-
 def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
     """Every `prefect deployment run entropy-probe/variance` of the documentation, with the checkpoints moved away."""
-    commands = [c for c in readme_commands() if "entropy-probe/variance" in c]
+    commands = [c for c in documented_commands() if "entropy-probe/variance" in c]
     assert commands
     away = DEMO_RUN.with_name("demo-run-moved-away")
-    DEMO_RUN.rename(away)
-    try:
+    with demo_run_in_use(), ExitStack() as stack:
+        DEMO_RUN.rename(away)
+        stack.callback(away.rename, DEMO_RUN)
         for command in commands:
             run(
                 [sys.executable, "-m", *shlex.split(command)],
@@ -214,47 +187,9 @@ def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
             latest = request(f"{served}/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
             tasks = request(f"{served}/task_runs/filter", {"flow_runs": {"id": {"any_": [latest["id"]]}}})
             assert {task["name"].partition(" ")[0] for task in tasks} == {"variance", "agreement", "report"}
-    finally:
-        away.rename(DEMO_RUN)
     redone = pq.read_table(run_directory_of(rows) / "results.parquet").to_pylist()
     assert {row["confidence_level"] for row in redone} != {row["confidence_level"] for row in rows}
     assert [row["delta_h1"] for row in redone] == [row["delta_h1"] for row in rows]
-
-
-ELSEWHERE = (
-    "make test",  # which runs this
-    "pip install .",  # in test_packaging.py
-    "entropy-probe store seal",  # which needs a key, in test_signature.py
-    "make ui",  # `served` is what it does, and what the next one does
-    "entropy-probe ui my-run.yaml",
-    "entropy-probe serve my-run.yaml --work-pool probe",  # in test_ui.py, like the next four
-    *("export PREFECT_", "prefect server start ", "prefect work-pool ", "prefect worker start "),
-    *("make sweep", "prefect deployment run entropy-probe/"),  # above
-)
-
-
-def test_every_other_command_of_the_documentation_runs(first, tmp_path):
-    """One after the other, in a folder with the files that they name; keys are those of an artifact that is there."""
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "artifacts").mkdir()
-    (tmp_path / "artifacts" / "demo-run").symlink_to(DEMO_RUN)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "grpo").symlink_to(DEMO_RUN)
-    (tmp_path / "old.yaml").write_text((ROOT / "tests" / "legacy" / "seed_era.yaml").read_text())
-    for name in ("my-run", "lora", "configs/demo"):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(SMALL | {"name": Path(name).name}))
-    commands = [c for c in dict.fromkeys(readme_commands()) if not c.startswith(ELSEWHERE)]
-    assert len(commands) >= 15 and all(command.startswith("entropy-probe ") for command in commands)
-    known = {"4f1c09", "b2277e"}
-    for command in commands:
-        command = command.replace(" -o my-run.yaml", " -o initial.yaml")  # beside the small one
-        if known & set(command.split()):
-            keys = sorted(path.parent.name for path in (tmp_path / "artifacts").glob("score-e-batch/*/manifest.json"))
-            command = command.replace("4f1c09", keys[0][:12]).replace("b2277e", keys[1][:12])
-        run(["bash", "-c", command.replace("entropy-probe", shlex.quote(str(COMMAND)))], folder=tmp_path)
-    run([str(COMMAND), "plan", "initial.yaml"], folder=tmp_path)  # as it is
-    recorded = run([str(COMMAND), "runs"], folder=tmp_path)
-    assert {"my-run", "lora", "old"} <= set(re.findall(r"(\S+)-[0-9a-f]{12} ", recorded))
 
 
 @pytest.mark.parametrize("era", ["seed_era", "final_era"])

@@ -14,7 +14,8 @@ from conftest import llama, policy_of, random_direction
 from pipeline_fixtures import make_run, values
 from shadow_device import Seen, Wait, shadow_device, watched
 
-from benchmarks.device.sweep import Difference, differences
+from benchmarks.device.models import write_checkpoint
+from benchmarks.device.sweep import Difference, differences, swept
 from entropy_core.config.read import parse_config
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.sweep import execution_for
@@ -36,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def differences_on(device: str, folder: Path, run: Path) -> list[Difference]:
     """A sweep with a KL term and every estimator of ΔH, there and on the CPU."""
     update = {"kl_beta": 0.1, "reference": str(run / "checkpoint-5")}
-    batch = {"E_total_sequences": 16, "B_U": 4, "G": 4}
+    batch = {"E_total_sequences": 8, "B_U": 4, "G": 4}
     return list(differences(folder, device, update=update, batch_config=batch, execution={"shard_size": 8}))
 
 
@@ -67,10 +68,12 @@ def forget_to_move(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["micro-batches", "tangents", "uniforms", "masks"])
-def test_a_tensor_on_the_wrong_device_is_noticed(run, tmp_path, monkeypatch, what):
+def test_a_tensor_on_the_wrong_device_is_noticed(tmp_path, monkeypatch, what):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-3")
+    small = {"batch_config": {"E_total_sequences": 8, "B_U": 2, "G": 4}, "update": {"reward": "arithmetic"}}
     forget_to_move(monkeypatch, what)
     with shadow_device(), pytest.raises(Exception, match="same device"):
-        differences_on("shadow", tmp_path, run)
+        swept(checkpoint, tmp_path, small, device="shadow")
 
 
 def processor(device: torch.device) -> SequenceProcessor:

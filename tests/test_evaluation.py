@@ -13,7 +13,7 @@ from torch import Tensor
 from entropy_core.estimates import evaluation
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured, Moved, MovedTokens
 from entropy_core.estimates.rows import change_of
-from entropy_core.numerics import first_order, ragged
+from entropy_core.numerics import ragged, weighted_first_order
 from entropy_core.numerics.choices import Baseline, Estimator
 from entropy_core.numerics.functional import FUNCTIONALS, Columns, Functional, TokenPair, Tokens
 from entropy_core.numerics.quadrature import NODES
@@ -81,7 +81,7 @@ def test_the_derivative_is_that_of_all_sequences_together(cuts: str, baseline: B
     whole = tokens_of(AT_THETA, OFFSETS)
     if baseline != "ridge":  # by the functions that know of no blocks
         same(found.columns, columns_of(whole, baseline))
-    same(found.weighted_columns, {f: first_order.weighted_columns(f, whole) for f in FUNCTIONALS})
+    same(found.weighted_columns, {f: weighted_first_order.weighted_columns(f, whole) for f in FUNCTIONALS})
 
 
 def same(found: dict[Functional, Columns], expected: dict[Functional, Columns]) -> None:

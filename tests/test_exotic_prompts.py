@@ -105,6 +105,10 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "a list of texts": (("p.json", '["1+1="]', {}), r"entry 0 of .*p\.json is not a JSON object"),
     "a list within an object": (("p.json", '{"data":\n[]}', {}), r"p\.json is not a list of JSON objects"),
     "a number": (("p.json", "3", {}), "is not a list of JSON objects"),
+    "a key twice in a list": (
+        ("p.json", '[{"prompt": "1"},\n{"prompt": "2", "prompt": "3"}]', {}),
+        r"p\.json has an object with the key 'prompt' twice",
+    ),
     "a list that is cut": (("p.json", '[{"prompt": "1"},\n', {}), r"p\.json:1 is not JSON"),
     "a table of too many cells": (("p.csv", "prompt\n1,2\n", {}), r"p\.csv is not CSV: .*Expected 1 columns"),
     "a table of two columns of one name": (

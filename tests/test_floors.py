@@ -218,6 +218,7 @@ def test_each_library_has_its_own_door():
     assert importers("huggingface_hub") == core("files.hub_cache", "prompts.hub_datasets", "demo.training_run")
     assert importers("reasoning_gym") == core("prompts.reasoning_tasks")
     assert importers("math_verify") == core("rewards.math_answers")
+    assert importers("markdown_it") == core("report.html")
     assert importers("matplotlib") == core("report.figures", "report.tokens_in_text")
     assert importers("scipy") == core("estimates.distributions")
     assert importers("safetensors") == core("store.artifact", "checkpoints.content", "losses.apart")
@@ -231,7 +232,8 @@ def test_nothing_is_imported_that_is_not_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [one for name in ("trl", "math", "reasoning-gym") for one in project["optional-dependencies"][name]]
     declared = [re.match(r"[\w-]+", one)[0] for one in project["dependencies"] + extras]
-    known = {"yaml" if name == "pyyaml" else name.replace("-", "_") for name in declared}
+    imported_as = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
+    known = {imported_as.get(name, name.replace("-", "_")) for name in declared}
     used = {other.partition(".")[0] for found in FOREIGN.values() for other in found}
     of_theirs = {"numpy", "tokenizers", "huggingface_hub", "uvicorn", "starlette", "typing_extensions"}
     assert used - known <= of_theirs  # of scipy, transformers, Prefect and pydantic

@@ -28,12 +28,13 @@ from torch import Tensor
 
 from entropy_core.estimates import evaluation
 from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens
-from entropy_core.numerics import first_order, importance, path_integral, ragged, uncertainty
+from entropy_core.numerics import first_order, importance, path_integral, ragged, uncertainty, weighted_first_order
 from entropy_core.numerics.baselines import baselines
 from entropy_core.numerics.choices import Baseline, Estimator
 from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, LENGTH, Functional, TokenPair, Tokens
 from entropy_core.numerics.quadrature import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.numerics.weights import PrefixWeights, prefix_weights
 from entropy_core.policy import moves
 from entropy_core.policy.derivatives import token_derivatives
 from entropy_core.policy.model import Coefficients
@@ -130,7 +131,7 @@ def test_the_moved_value_is_exact_on_average(everything: Everything, name: str, 
     assert abs(value - exactly(world, v, name)[0]) > 1e-4
     # and so is the derivative there, of which the path integral is made
     there = as_tokens(TokenDerivatives(*derivatives), everything.offsets_N1)
-    weights = importance.prefix_weights(everything.tokens.logprobs_K, there.logprobs_K, everything.offsets_N1)
+    weights = prefix_weights(everything.tokens.logprobs_K, there.logprobs_K, everything.offsets_N1)
     columns = path_integral.derivative_columns(functional, there, weights, bases[LENGTH])
     assert everything.mean(columns.derivative_N) == pytest.approx(slope, abs=EXACT)
     assert everything.mean(columns.total_N) == pytest.approx(value, abs=EXACT)
@@ -170,7 +171,7 @@ def test_backward_mode_gives_the_gradient(everything: Everything, name: str):
 # --- weights normalised by position ----------------------------------------------------------------------------------
 
 
-def weighted_by_hand(batch: Everything, moved: Tokens, weights: importance.PrefixWeights, name: str) -> float:
+def weighted_by_hand(batch: Everything, moved: Tokens, weights: PrefixWeights, name: str) -> float:
     """Σ_k A_k/W_k by loops; a token's own ratio is in its weight, and a finished sequence keeps its weight."""
     values = third(name, batch).values(moved).tolist()
     _, after, whole = (w.tolist() for w in weights)
@@ -191,7 +192,7 @@ def test_the_weighted_estimator_and_its_derivative(everything: Everything, name:
     found_N = importance.weighted_per_decision_column(functional, moved, weights)
     assert float(found_N.mean()) == pytest.approx(weighted_by_hand(batch, moved, weights, name), rel=1e-12)
     above, below = (importance.weighted_per_decision_column(functional, *batch.at(eta)) for eta in (step, -step))
-    columns = first_order.weighted_columns(functional, batch.block)
+    columns = weighted_first_order.weighted_columns(functional, batch.block)
     rise, slope = uncertainty.mean((above - below) / (2 * step)), uncertainty.mean(columns.derivative_N)
     assert rise.value == pytest.approx(slope.value, rel=1e-6)
     torch.testing.assert_close(rise.influence_N, slope.influence_N, rtol=1e-5, atol=1e-7)

@@ -53,7 +53,7 @@ def test_without_a_split_nothing_is_known():
     found = half_steps(1.0, torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, 2, dtype=torch.int64))
     assert found.splits == 0 and math.isnan(found.variance)
     assert "0 prompts" in over_u(float("nan"), 0.0, found, 1, 0).invalid
-    assert "all responses of one half are masked" in over_u(0.3, 0.0, found, 64, 50).invalid
+    assert "the loss of one half has no finite gradient" in over_u(0.3, 0.0, found, 64, 50).invalid
 
 
 def steps(nonlinearity: float) -> HalfSteps:
@@ -86,6 +86,10 @@ def test_a_bent_step_has_that_of_halves_and_relies_less_on_a_law_of_large_number
 )
 def test_where_there_is_no_valid_interval_there_is_a_reason(nonlinearity, informative, valid):
     assert (over_u(0.3, 0.0, steps(nonlinearity), 64, informative).invalid == "") is valid
+
+
+def test_there_is_no_valid_interval_where_the_rule_of_the_optimizer_allows_none():
+    assert over_u(0.3, 0.0, steps(0.0)._replace(no_interval="only signs"), 64, 50).invalid == "only signs"
 
 
 def test_there_is_no_valid_interval_for_the_first_step_of_an_optimizer():

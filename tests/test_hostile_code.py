@@ -23,7 +23,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
-from hostile_code import EITHER, FINE
+from hostile_code import EITHER, FINE, TIME
 from test_losses import along, batch_of
 
 from entropy_core.errors import ConfigError, LossError, ProbeError, RewardError
@@ -39,7 +39,8 @@ from entropy_core.store.store import Stage, Store
 
 RESPONSES = ["2", " 5 ", "seven"]
 VALUES = [len(response) / 7 for response in RESPONSES]
-LIMITS = Isolation(seconds=1.0, gigabytes=0.4)
+LIMITS = Isolation(seconds=60.0, gigabytes=0.4)
+"""For those that are to end by themselves, or by another limit: on a busy machine that takes its time."""
 REWARDS = hostile_code.rewards()
 SOME = [
     *("loops", "a power that takes hours, in C", "leaves with 0", "kills itself", "kills its parent", "exits"),
@@ -47,7 +48,7 @@ SOME = [
     *("changes a daemon", "changes a fork that comes back", "changes an exit that hangs", "returns a generator"),
     *("returns a number that is none", "returns a zero with a sign", "JSON, deeply"),
 ]
-LIMITS_OF_LOSSES = Isolation(seconds=1.0, gigabytes=1.0)
+LIMITS_OF_LOSSES = Isolation(seconds=60.0, gigabytes=1.0)
 SOME_LOSSES = ("leaves", "hangs when it is differentiated", "answers with a NaN", "changes torch")
 
 
@@ -67,11 +68,10 @@ class Rewarded:
         rows = {"prompt": ["1+1=", "2+3=", "1+1="], "response": RESPONSES}
         self.given = self.store.run(Stage("tables", tables), Execution(), {"rows": rows})
 
-    def of(self, text: str) -> Artifact:
+    def of(self, text: str, limits: Isolation = LIMITS) -> Artifact:
         file = self.folder / "hostile.py"
         file.write_text(text, encoding="utf-8")
         digest = file_digest(file)
-        limits = replace(LIMITS, seconds=60.0) if "import torch" in text else LIMITS  # which takes its time
         execution = Execution(paths={digest: file}, isolation=limits)
         inputs = {"sequences": [self.given], "prompts": self.given, "weights": [], "trainer_state": ""}
         inputs |= {"rewards": [RewardSpec(name="reward", source=digest)], "responses_per_prompt": 3}
@@ -134,6 +134,12 @@ def with_mark(mark: str) -> list[psutil.Process]:
     return found
 
 
+def in_time(limits: Isolation, said: Any) -> Isolation:
+    """One second for what is stopped after a second, or may be."""
+    hangs = isinstance(said, str) and (TIME in said or said == EITHER)
+    return replace(limits, seconds=1.0) if hangs else limits
+
+
 def tried(rewarded: Rewarded, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     text, said = REWARDS[name]
     monkeypatch.chdir(rewarded.folder)
@@ -145,10 +151,10 @@ def tried(rewarded: Rewarded, monkeypatch: pytest.MonkeyPatch, name: str) -> Non
             made = rewarded.of(text)
         elif said == EITHER:
             with suppress(RewardError, ConfigError):
-                made = rewarded.of(text)
+                made = rewarded.of(text, in_time(LIMITS, said))
         else:
             with pytest.raises(ProbeError, match=said) as raised:
-                rewarded.of(text)
+                rewarded.of(text, in_time(LIMITS, said))
             assert isinstance(raised.value, RewardError | ConfigError)
             assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value) and len(str(raised.value)) < 3000
         (rewarded.folder / "hostile.py").touch()
@@ -185,12 +191,12 @@ def test_a_hostile_loss(tmp_path, monkeypatch, name):
     expected = losses.coefficients(losses.grpo, batch)
     monkeypatch.chdir(tmp_path)
     with nothing_stays(monkeypatch, tmp_path):
-        if said == FINE:  # of which one may take its time
-            found = apart.token_coefficients(f"{file}:mine", batch, replace(LIMITS_OF_LOSSES, seconds=60.0))
+        if said == FINE:
+            found = apart.token_coefficients(f"{file}:mine", batch, LIMITS_OF_LOSSES)
             assert all(map(torch.equal, found, expected))
         else:
             with pytest.raises(LossError, match=said) as raised:
-                apart.token_coefficients(f"{file}:mine", batch, LIMITS_OF_LOSSES)
+                apart.token_coefficients(f"{file}:mine", batch, in_time(LIMITS_OF_LOSSES, said))
             assert "\n" not in str(raised.value) and len(str(raised.value)) < 3000
     assert all(map(torch.equal, apart.token_coefficients("grpo", batch), expected))
     assert torch.equal(batch.weights_N, batch_of().weights_N)

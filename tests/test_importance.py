@@ -8,14 +8,12 @@ import torch
 from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Tokens
 from entropy_core.numerics.importance import (
-    PrefixWeights,
     effective_sample_size,
     log_totals,
-    log_weights_are_usable,
     per_decision_column,
     prefix_effective_sample_sizes,
-    prefix_weights,
 )
+from entropy_core.numerics.weights import PrefixWeights, log_weights_are_usable, prefix_weights
 
 LENGTHS = [3, 1, 4, 2]
 OFFSETS = ragged.offsets_from_lengths(torch.tensor(LENGTHS))

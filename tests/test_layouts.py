@@ -21,7 +21,7 @@ from entropy_core.checkpoints.pieces import Piece, Quantised, Scattered, in_one_
 from entropy_core.config.read import parse_config
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import find_checkpoints
-from entropy_core.numerics.adamw import NextStep
+from entropy_core.numerics.adamw import AdamState, NextStep
 from entropy_core.pipeline.plan import plan
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.store.store import Store
@@ -67,13 +67,13 @@ def test_moments_steps_and_groups_are_those_of_the_writer(trainers, layout):
     ours, theirs = found.optimizer, truth.optimizer
     assert list(found.parameter_shapes.items()) == list(truth.parameter_shapes.items())
     assert ours.step == theirs.step and ours.learning_rate == theirs.learning_rate
-    for name in theirs.exp_avg:
+    for name in theirs.moments["exp_avg"]:
         for key in ("exp_avg", "exp_avg_sq"):
-            moment = getattr(ours, key)[name]
-            assert moment.dtype == torch.float32 and torch.equal(whole(moment), getattr(theirs, key)[name]), name
+            moment = ours.moments[key][name]
+            assert moment.dtype == torch.float32 and torch.equal(whole(moment), theirs.moments[key][name]), name
     of_name = [{n: g.hyperparameters for g in state.groups for n in g.names} for state in (ours, theirs)]
     assert of_name[0] == of_name[1] and len({g.weight_decay for g in of_name[0].values()}) == 2
-    moments = list(theirs.exp_avg.values())  # the comparison can fail: no two of one shape are the same
+    moments = list(theirs.moments["exp_avg"].values())  # the comparison can fail: no two of one shape are the same
     assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(moments) for b in moments[:i])
 
 
@@ -102,7 +102,7 @@ def test_flat_parameters_of_fsdp1_are_cut_where_its_units_are(trainers, kind):
     assert weights.keys() == of_weights.keys()
     assert all(torch.equal(weights[one], of_weights[one]) for one in of_weights)
     found = checkpoint_of(trainers, f"{name}/global_step_2")
-    assert found.step == 2 and set(found.optimizer.exp_avg) == set(truth)
+    assert found.step == 2 and set(found.optimizer.moments["exp_avg"]) == set(truth)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -127,15 +127,16 @@ def test_the_next_step_is_the_one_that_torch_takes(trainers, layout):
         )
         optimizer.state[parameter] = {
             "step": torch.tensor(float(found.optimizer.step[name])),
-            "exp_avg": whole(found.optimizer.exp_avg[name]).double(),
-            "exp_avg_sq": whole(found.optimizer.exp_avg_sq[name]).double(),
+            "exp_avg": whole(found.optimizer.moments["exp_avg"][name]).double(),
+            "exp_avg_sq": whole(found.optimizer.moments["exp_avg_sq"][name]).double(),
         }
         parameter.grad = gradient
         optimizer.step()
         moved = []
         for start in range(0, theta.numel(), 100):  # blocks begin and end within shards and across them
             stop = min(start + 100, theta.numel())
-            state = moments.state(found.optimizer.slot[name], found.optimizer.step[name], False, start, stop)
+            slot, steps = found.optimizer.slot[name], found.optimizer.step[name]
+            state = AdamState(steps, *(moments.read(slot, key, start, stop) for key in ("exp_avg", "exp_avg_sq")))
             step = NextStep(gradient.view(-1)[start:stop], theta.view(-1)[start:stop], state, of_group)
             moved.append(found.optimizer.learning_rate * step.direction)
         change = (parameter.detach() - theta).view(-1)
@@ -172,12 +173,12 @@ def deepspeed(stage: int, tmp_path: Path) -> Path:
 def test_deepspeeds_partitions(tmp_path, stage):
     truth = torch.load(OTHERS / f"zero{stage}" / "truth.pt", weights_only=True)
     found = read_checkpoint(deepspeed(stage, tmp_path))
-    assert set(found.optimizer.exp_avg) == set(truth) == set(found.parameter_shapes)
+    assert set(found.optimizer.moments["exp_avg"]) == set(truth) == set(found.parameter_shapes)
     weights = weights_in(found.layout.shards)
     for name, (moment, weight) in truth.items():
         assert torch.equal(weights[name], weight)
         if stage == 3:
-            assert torch.equal(whole(found.optimizer.exp_avg[name]), moment)
+            assert torch.equal(whole(found.optimizer.moments["exp_avg"][name]), moment)
     decays = {n: g.hyperparameters.weight_decay for g in found.optimizer.groups for n in g.names}
     assert {name for name, decay in decays.items() if decay == 0} == {name for name in truth if "norm" in name}
     assert set(found.optimizer.step.values()) == {found.step} == {2}
@@ -187,9 +188,9 @@ def test_deepspeeds_partitions(tmp_path, stage):
 def test_the_stages_of_deepspeed_agree(tmp_path):
     """Of one training; its second stage sums the gradients in another order."""
     second, third = (read_checkpoint(deepspeed(stage, tmp_path / str(stage))).optimizer for stage in (2, 3))
-    for name in second.exp_avg:
+    for name in second.moments["exp_avg"]:
         for key in ("exp_avg", "exp_avg_sq"):
-            a, b = (whole(getattr(state, key)[name]) for state in (second, third))
+            a, b = (whole(state.moments[key][name]) for state in (second, third))
             assert float((a - b).norm()) < 1e-4 * float(b.norm()), (name, key)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pipeline_fixtures import SHAPE, Probe, probe, skip_figures, values
+from transformers import AutoTokenizer
 
 from entropy_core.demo.run import build_model, build_tokenizer
 from entropy_core.demo.training_run import grpo, quiet
@@ -113,7 +115,7 @@ def test_a_right_sweep_looks_like_its_run(home, capsys):
 @pytest.mark.parametrize(
     ("section", "key", "value", "quantity", "advice"),
     [
-        ("generation", "temperature", 1.6, "Entropy per token", "Check generation.temperature"),
+        ("generation", "temperature", 1.6, "Entropy per token", "check generation.temperature (1 would fit, too)"),
         ("update", "reward", "rewards.py:high", "Mean reward", "check update.reward"),
         ("batch_config", "dataset_name", "others.jsonl", "Mean reward", "and the prompts"),
     ],
@@ -125,3 +127,15 @@ def test_a_wrong_sweep_is_called_out_first(home, capsys, section, key, value, qu
     assert top.startswith(f"> **Warning:** {sentence}\n") and shown.startswith(f"WARNING: {sentence}\n")
     assert sentence.startswith("This does not look like the trainer's run.")
     assert f"{quantity}: the trainer logged" in sentence and advice in sentence
+
+
+def test_a_template_that_the_trainer_did_not_use_is_called_out_first(home, capsys, tmp_path):
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    for checkpoint in run.glob("checkpoint-*"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer.chat_template = "{{ '>;' * messages[0]['content'] | length }}"
+        tokenizer.save_pretrained(checkpoint)
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (sentence,), top, shown = said(swept(tmp_path, batch_config={"apply_chat_template": True}), capsys)
+    assert top.startswith(f"> **Warning:** {sentence}\n") and shown.startswith(f"WARNING: {sentence}\n")
+    assert "This does not look like the trainer's run." in sentence and "the chat template" in sentence

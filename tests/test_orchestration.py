@@ -25,6 +25,7 @@ from prefect.testing.utilities import prefect_test_harness
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import ConfigError
+from entropy_core.estimates.tables import RESULTS
 from entropy_core.execution import Execution
 from entropy_core.files.digests import file_digest
 from entropy_core.pipeline.plan import plan
@@ -34,7 +35,7 @@ from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.plan import plan_table
-from flows.results import HEADLINE, inline_figures, terminal_table
+from flows.results import inline_figures, terminal_table
 from flows.service import FLOW
 from tasks import stages
 from tasks.device import device_slot
@@ -289,10 +290,11 @@ def test_figures_are_put_into_the_page(tmp_path):
 
 
 def test_the_terminal_shows_one_normalization_and_rounds():
-    row = dict.fromkeys(HEADLINE, 0.123456) | {
+    row = dict.fromkeys(RESULTS.names, 0.123456) | {
         "checkpoint": "checkpoint-8",
         "verdict": "resolved",
-        "next_update_low": math.nan,
+        "second_order": "resolved",
+        "delta_h12_next_update_low": math.nan,
     }
     row |= {"normalization": "per_token", "estimator": "snis"}
     lines = terminal_table([row, row | {"normalization": "per_sequence"}]).splitlines()

@@ -14,10 +14,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from demo_fixtures import ROOT, copy_of_the_demo_run
 
 pytestmark = pytest.mark.sweep
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("entropy_core", "flows", "tasks")
 CONFIG = {
     "name": "packaged",
@@ -70,10 +70,7 @@ def environment(tmp_path_factory) -> Path:
 def project(tmp_path_factory) -> Path:
     """A user's folder; it has a package `flows` of its own, as projects that use Prefect do."""
     folder = tmp_path_factory.mktemp("project")
-    demo_run = ROOT / "artifacts" / "demo-run"
-    subprocess.run([sys.executable, "-m", "entropy_core.demo", "--out", demo_run], cwd=ROOT, check=True)
-    (folder / "runs").mkdir()
-    (folder / "runs" / "demo").symlink_to(demo_run)
+    copy_of_the_demo_run(folder / "runs" / "demo")
     (folder / "configs").mkdir()
     (folder / "configs" / "my-run.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "configs" / "reward.py").write_text(REWARD)

@@ -44,7 +44,7 @@ def require(checkpoint: Checkpoint, truth: dict[str, Any]) -> None:
     assert sorted(name for group in optimizer.groups for name in group.names) == sorted(truth)
     assert sorted([*truth, *optimizer.unmoved]) == sorted(checkpoint.parameter_shapes)
     for name, slot in truth.items():
-        assert torch.equal(optimizer.exp_avg[name], slot["exp_avg"])
+        assert torch.equal(optimizer.moments["exp_avg"][name], slot["exp_avg"])
     count = f"does not move {len(optimizer.unmoved)} of {len(checkpoint.parameter_shapes)} parameters"
     assert any(count in said for said in checkpoint.assumptions)
 

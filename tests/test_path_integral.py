@@ -17,11 +17,12 @@ from enumeration import (
     processor_of,
 )
 
-from entropy_core.numerics import importance, path_integral, uncertainty
+from entropy_core.numerics import path_integral, uncertainty
 from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns, Functional
 from entropy_core.numerics.quadrature import NODES, WEIGHTS
 from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.numerics.weights import prefix_weights
 from entropy_core.policy import moves
 from entropy_core.policy.derivatives import token_derivatives
 
@@ -44,7 +45,7 @@ def columns_at(everything: Everything, eta: float, base: Bases) -> dict[Function
                 lambda rows: token_derivatives(policy, rows, everything.v, everything.world.temperature),
             )
         )
-    weights = importance.prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, offsets_N1)
+    weights = prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, offsets_N1)
     there = as_tokens(moved, offsets_N1)
     return {f: path_integral.derivative_columns(f, there, weights, base_K) for f, base_K in base.items()}
 

@@ -213,7 +213,7 @@ def test_the_run_folder_has_what_people_open(first, home):
     directory = first.result.run_directory
     assert directory == home / "artifacts" / "runs" / first.result.run_id
     assert {path.name for path in directory.iterdir()} == {
-        *("results.parquet", "agreement.parquet", "report.md", "config.yaml", "run.json"),
+        *("results.parquet", "agreement.parquet", "report.md", "report.html", "config.yaml", "run.json"),
         *(f"{table}.parquet" for table in TABLES),
         *(
             f"{figure}.{kind}"

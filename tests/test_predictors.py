@@ -11,6 +11,9 @@ from entropy_core.numerics.predictors import (
     Agreement,
     agreement,
     discriminator,
+    points_needed,
+    rank_correlation,
+    slope_standard_error,
     token_covariance,
     weighted_token_covariance,
 )
@@ -125,3 +128,31 @@ def test_agreement_of_nothing_is_none():
     assert agreement(torch.tensor([1.0, 2.0, -3.0]), torch.tensor([0.1, 0.1, 0.1]))[1:] == (None, 2 / 3, 3)
     holes = agreement(torch.tensor([1.0, nan, 2.0, 3.0, 9.0]), torch.tensor([2.0, 1.0, 4.0, 6.0, inf]))
     assert holes == pytest.approx(Agreement(2.0, 1.0, 1.0, 3), rel=1e-6)
+
+
+def test_the_error_of_the_slope_and_the_ranks_are_those_of_scipy():
+    generator = torch.Generator().manual_seed(0)
+    for points in (3, 5, 8):
+        x_C, y_C = torch.randn(2, points, generator=generator, dtype=torch.float64)
+        line = stats.linregress(x_C.numpy(), y_C.numpy())
+        assert slope_standard_error(x_C, y_C) == pytest.approx(line.stderr, rel=1e-10)
+        assert slope_standard_error(x_C, y_C + 3.0) == pytest.approx(line.stderr, rel=1e-10)  # a shift that all share
+        kendall = stats.kendalltau(x_C.numpy(), y_C.numpy(), method="exact")
+        assert rank_correlation(x_C, y_C) == pytest.approx((kendall.statistic, kendall.pvalue), rel=1e-10)
+
+
+def test_too_little_has_neither():
+    two, equal, three = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1.0, 3.0, 2.0])
+    assert slope_standard_error(two, two) is slope_standard_error(equal, three) is None
+    assert (
+        rank_correlation(two[:1], two[:1]) is rank_correlation(equal, three) is rank_correlation(three, equal) is None
+    )
+    assert rank_correlation(two, -two) == (-1.0, 1.0)  # two points are in order, or in the other one
+    p_values = [rank_correlation(torch.arange(n), torch.arange(n)).p_value for n in (4, 5)]
+    assert p_values[0] > 0.05 > p_values[1]
+
+
+def test_how_many_points_a_correlation_needs():
+    assert points_needed(0.0) is None and points_needed(1.0) == 4
+    assert points_needed(0.5**2) == 30  # the usual table says 29 or 30
+    assert points_needed(0.006) > 1000

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from entropy_core.estimates.tables import RESULTS, TABLES
 from entropy_core.report import figures, tokens_in_text
 from entropy_core.report import page as report
+from entropy_core.report.verdict_lines import order_sentences
 
 NOTHING: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
 ETAS = (0.0, 0.01, 0.3, 1.0, 3.0)
@@ -43,6 +44,15 @@ def row(checkpoint: str, step: int, multiple: float, normalization: str, estimat
         **{f"delta_h_{name}_update_low": 0.9 * size - abs(size) / part for name, part in WIDTHS.items()},
         **{f"delta_h_{name}_update_high": 0.9 * size + abs(size) / part for name, part in WIDTHS.items()},
         "interval_over_u": "valid",
+        "delta_h2": 0.09 * abs(size) * multiple,
+        "delta_h12": size * (1 - 0.09 * multiple),
+        "second_order": "resolved",
+        "delta_h12_interval_over_u": "valid",
+        "remainder": -0.01 * size * multiple,
+        **{f"delta_h12_{name}_update_low": 0.91 * size - abs(size) / part for name, part in WIDTHS.items()},
+        **{f"delta_h12_{name}_update_high": 0.91 * size + abs(size) / part for name, part in WIDTHS.items()},
+        "interval_over_e": "valid",
+        "sampler": "policy",
         **{f"sign_{name}_update": "negative" for name in WIDTHS},
         "linearity": "undecided",
         "above_rounding": True,
@@ -260,6 +270,9 @@ def test_the_page_has_every_row_of_its_normalization():
         "δH₁, this update": "[-0.024, -0.016]",
         "δH₁, mean update": "[-0.025, -0.015]",
         "δH₁, next update": "[-0.03, -0.01]",
+        "δH₁ + δH₂": "-0.0182",
+        "δH₁ + δH₂, this update": "[-0.0222, -0.0142]",
+        "δH₁ + δH₂, next update": "[-0.0282, -0.0082]",
         "ΔH": "-0.018",
         "ΔH, this update": "[-0.022, -0.014]",
         "ΔH, next update": "[-0.028, -0.008]",
@@ -274,10 +287,34 @@ def test_the_page_has_every_row_of_its_normalization():
 
 def test_the_page_says_it_first_and_in_a_sentence():
     page = report.markdown("demo", sweep(), NOTHING, [])
-    assert "- **checkpoint-12**: H = 1.1300; this step of 1 × lr changes it by δH₁ = -0.02 [-0.024, -0.016], " in page
-    assert "the next one [-0.03, -0.01]; measured for this step: -0.018 [-0.022, -0.014] (resolved)" in page
+    said = "- **checkpoint-12**: H = 1.1300; this step of 1 × lr changes it by "
+    assert f"{said}δH₁ + δH₂ = -0.0182 [-0.0222, -0.0142], the next one [-0.0282, -0.0082]; " in page
+    assert "; measured for this step: -0.018 [-0.022, -0.014] (resolved)" in page
+    page = report.markdown("demo", [row | {"second_order": "unresolved"} for row in sweep()], NOTHING, [])
+    assert f"{said}δH₁ = -0.02 [-0.024, -0.016], the next one [-0.03, -0.01]; measured" in page
     assert page.index("**checkpoint-12**") < page.index("## Results")
     assert "## Assumptions" not in page
+
+
+def orders(**changes: Any) -> str:
+    (said,) = order_sentences([row("checkpoint-6", 6, 1.0, "per_token", "snis") | {"delta_h1": -0.02} | changes])
+    return said
+
+
+def test_what_the_orders_leave_is_said_in_a_sentence():
+    curvature = "the curvature is δH₂ = +0.0018 [+0.001, +0.001]"
+    assert orders() == (
+        f"checkpoint-6, 1 × lr: the change is 10% smaller than predicted at first order; {curvature}; with it the "
+        "prediction is within 1.1%."
+    )
+    assert "is 5.0% larger than predicted at first order" in orders(delta_h=-0.021)
+    assert "the change is as the first order predicts it; " in orders(delta_h=-0.02)
+    assert "the change is +0.01, and the first order predicts -0.02; " in orders(delta_h=0.01)
+    assert orders(second_order="unresolved").endswith(f"at first order; {curvature}, which may be none.")
+    none = orders(second_order="none: …", delta_h2=None, delta_h12=None, remainder=None)
+    assert none.endswith("at first order; there is no δH₂: at no step size but 0 are the weights reliable.")
+    for unknown in ({"weights_reliable": False}, {"sign_this_update": "unknown"}, {"delta_h1": 0.0}):
+        assert f"the change is not measured well enough to compare; {curvature}." in orders(**unknown)
 
 
 def test_the_page_links_the_figures_by_file_name():
@@ -327,10 +364,12 @@ def test_cells_are_rounded(name, value, text):
 
 def test_without_a_valid_interval_over_u_none_is_printed_and_the_page_says_why():
     reason = "no valid interval over U: 3 prompts of U have unequal rewards, and it takes 8"
-    none = {f"{of}{name}_update_{end}": None for of in ("", "delta_h_") for name in ("mean", "next") for end in END}
-    rows = [row | none | {"interval_over_u": reason, "p_mean_update": None} for row in sweep()]
+    prefixes = ("", "delta_h12_", "delta_h_")
+    none = {f"{of}{name}_update_{end}": None for of in prefixes for name in ("mean", "next") for end in END}
+    none |= {"interval_over_u": reason, "delta_h12_interval_over_u": reason, "p_mean_update": None}
+    rows = [row | none for row in sweep()]
     page = report.markdown("demo", rows, NOTHING, [])
-    assert f"**checkpoint-6: {reason}.**" in page and f"[-0.024, -0.016], {reason}; measured" in page
+    assert f"**checkpoint-6: {reason}.**" in page and f"[-0.0222, -0.0142], {reason}; measured" in page
     head, *body = table_of(page, "Results")
     for cells in body:
         named = dict(zip(head, cells, strict=True))

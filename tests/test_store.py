@@ -73,6 +73,14 @@ def test_a_reference_survives_json_and_pickle(store):
     assert pickle.loads(pickle.dumps(made)).summary == made.summary
 
 
+def test_what_a_summary_does_not_say_is_of_another_version(store):
+    made = store.run(DRAW, None, {"seed": 1})
+    with pytest.raises(StoreError, match=rf"{made.key}.* says nothing of median") as caught:
+        made.summary["median"]
+    assert caught.value.fix == "run the sweep again"
+    assert pickle.loads(pickle.dumps(made.summary)) == {"n": 3, "mean": 0.1}
+
+
 def test_ls_is_sorted_and_skips_what_is_not_complete(store, caplog):
     made = [store.run(stage, None, {"seed": seed}) for stage in (CONSTANT, DRAW) for seed in range(3)]
     (store.root / "draw" / ".tmp-x").mkdir()

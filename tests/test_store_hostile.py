@@ -164,3 +164,48 @@ def test_a_record_that_makes_no_sense_is_said_to(copied, tmp_path, capsys, chang
     else:
         extra = {"export": ["latest", str(tmp_path / "x.tar")]}.get(command, [])
         assert main(["store", command, *extra, "--artifacts", str(copied.root)]) in (0, 2)
+
+
+@pytest.mark.attack("a copied store whose record makes no sense")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(finished=5),
+        lambda record: record.update(checkpoints=5),
+        lambda record: record["checkpoints"][0].pop("checkpoint"),
+        lambda record: record["checkpoints"][0].update(checkpoint=["\x1b[2J"]),
+        lambda record: record["report"].update(stage="../thesis"),
+    ],
+)
+def test_a_record_that_makes_no_sense_is_listed_as_such(copied, capsys, change):
+    edit_record(copied, change)
+    for command in (["runs"], ["store", "ls"], ["store", "verify"]):
+        assert main([*command, "--artifacts", str(copied.root)]) == (command[-1] == "verify")
+        said = capsys.readouterr().out
+        assert "does not say what the run needs: " in said and "\x1b" not in said
+
+
+@pytest.mark.attack("prune is told a folder that is no store")
+@pytest.mark.parametrize("command", [["prune", "--yes"], ["prune"], ["seal"]])
+def test_a_folder_that_is_no_store_is_left_alone(copied, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setenv("ENTROPY_PROBE_SEAL_KEY", "a key")
+    folder = tmp_path / "user"
+    (folder / "thesis" / ".tmp-draft").mkdir()
+    before = sorted(folder.rglob("*"))
+    assert main(["store", *command, "--artifacts", str(folder)]) == 2
+    assert "there is no store in" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.attack("a copied store with a link in place of a run")
+def test_a_run_is_not_written_through_a_link(copied, tmp_path):
+    again(copied)
+    run_id = runs.recorded(copied.root)[-1]
+    outside = (copied.root / "runs" / run_id).rename(tmp_path / "outside")
+    (copied.root / "runs" / run_id).symlink_to(outside)
+    (outside / "report.md").write_text("the only copy")
+    before = everything(outside)
+    with pytest.raises(StoreError, match="is a link to another folder"):
+        again(copied)
+    assert main(["store", "prune", "--keep-runs", "0", "--yes", "--artifacts", str(copied.root)]) == 0
+    assert everything(outside) == before

@@ -1,5 +1,7 @@
 """A loss of the user: found by name, checked on a made-up batch, and never a gradient that it did not give."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_losses import batch_of
@@ -31,6 +33,20 @@ def file(tmp_path):
         return f"{tmp_path / 'losses.py'}:mine"
 
     return write
+
+
+BACKWARD = """import torch
+class Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_K):
+        return x_K.sum()
+    @staticmethod
+    def backward(ctx, *of):
+        raise KeyError("no such thing")
+    @classmethod
+    def of(cls, batch):
+        return cls.apply(batch.logprobs_K)
+"""
 
 
 def returning(value: str) -> str:
@@ -91,6 +107,28 @@ def test_a_process_of_its_own_changes_no_bit(file):
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, found, expected)) and not torch.equal(*found)
+
+
+@pytest.mark.parametrize("fails", ["1 / 0", "losses.dapo(batch) / 0", "batch.logprobs_K", "Backward.of(batch)"])
+def test_a_part_of_u_without_a_finite_gradient_is_told_from_the_others(file, fails):
+    name = file(f"{BACKWARD}\n{returning(f'losses.grpo(batch) if batch.rewards_N[0] else {fails}')}")
+    other, one = batch_of(seed=1), batch_of()
+    one = replace(one, rewards_N=one.rewards_N.clone())
+    one.rewards_N[0] = 0.0
+    found = apart.coefficients_of_each(name, [other, one, other])
+    expected = losses.coefficients(losses.grpo, other)
+    assert found[1] is None and all(map(torch.equal, found[0], expected)) and all(map(torch.equal, found[2], expected))
+    with pytest.raises(LossError):
+        apart.token_coefficients(name, one)
+
+
+def test_a_part_of_u_whose_tokens_are_all_masked_has_a_gradient_where_nothing_is_divided_by_them():
+    masked = replace(batch_of(), mask_K=torch.zeros_like(batch_of().mask_K))
+    assert apart.coefficients_of_each("dapo", [masked, batch_of()])[0] is None
+    assert apart.coefficients_of_each("dapo", [masked, batch_of()])[1] is not None
+    (found,) = apart.coefficients_of_each("grpo", [masked])
+    assert found is not None and not found.logprob_K.any()
+    assert apart.coefficients_of_each("dapo", []) == apart.coefficients_of_each("mine.py:none", []) == []
 
 
 def test_a_process_of_its_own_tells_what_is_wrong(file):

@@ -291,8 +291,8 @@ from entropy_core.execution import Execution
 from entropy_core.pipeline.runner import direct_runner
 from entropy_core.pipeline.statistics import variance
 from entropy_core.store.store import Store
-for name in ("figures", "token_figure", "save_figure"):
-    setattr(figures, name, lambda *_: {})
+figures.figures = figures.token_figure = lambda *_: {}
+figures.save_figure = lambda _, png, svg: svg.write_text("<svg/>")
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 store = Store(sys.argv[1])

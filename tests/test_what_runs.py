@@ -62,7 +62,7 @@ class Trace:
         self._names: dict[int, tuple[CodeType, str]] = {}  # by id, since hashing code takes longer than all the rest
 
     def within(self, stage: Stage, compute: Callable[[], Any]) -> Any:
-        self._stage = stage
+        self._stage, self._inside = stage, False
         load_policy.cache_clear()
         sys.settrace(self._note)
         try:
@@ -75,7 +75,19 @@ class Trace:
             self._names[id(code)] = code, definition_of(code)
         return self._names[id(code)][1]
 
-    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+    def _note(self, frame: FrameType, event: str, _: Any) -> Callable[..., None] | None:
+        if frame.f_code is self._stage.function.__code__:
+            self._inside, frame.f_trace_lines = True, False
+            self._note_within(frame)
+            return self._leave
+        if self._inside:  # most of what runs does not: the store digests, reads and writes
+            self._note_within(frame)
+        return None
+
+    def _leave(self, frame: FrameType, event: str, _: Any) -> None:
+        self._inside = event != "return"  # which an exception that passes through is, too
+
+    def _note_within(self, frame: FrameType) -> None:
         name, ran = self._name(frame.f_code), self.ran[self._stage.name]
         if not name or name in ran or name.endswith(":<module>"):
             return

@@ -61,8 +61,8 @@ def differences(folder: Path, device: str, **changes: Mapping[str, Any]) -> Iter
     """
     checkpoint = write_checkpoint(folder / "checkpoint-3")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
-    usual = _swept(checkpoint, folder / "usual", changes, device="cpu")
-    there = _swept(checkpoint, folder / "there", changes, device=device, gen_batch_size=24, tf_batch_size=7)
+    usual = swept(checkpoint, folder / "usual", changes, device="cpu")
+    there = swept(checkpoint, folder / "there", changes, device=device, gen_batch_size=24, tf_batch_size=7)
     if [stage for stage, _ in usual] != [stage for stage, _ in there]:
         raise ValueError("the sweeps on the CPU and on the device ran different stages")
     largest: dict[str, Difference] = {}
@@ -73,10 +73,20 @@ def differences(folder: Path, device: str, **changes: Mapping[str, Any]) -> Iter
     yield from largest.values()
 
 
-def _swept(
+def swept(
     checkpoint: Path, store: Path, changes: Mapping[str, Mapping[str, Any]], **execution_changes: Any
 ) -> list[tuple[str, Artifact]]:
-    """Every artifact with the name of its stage, in order; without the report, which draws figures."""
+    """A sweep of a checkpoint, beside which there is a reward.
+
+    Args:
+        checkpoint: its directory.
+        store: where artifacts go.
+        changes: as in `differences`.
+        execution_changes: fields of `Execution`, such as the device.
+
+    Returns:
+        Every artifact with the name of its stage, in order; without the report, which draws figures.
+    """
     asked: dict[str, Any] = {
         "batch_config": {"E_total_sequences": 64, "B_U": 8, "G": 4},
         "generation": {"max_new_tokens": 16, "gen_batch_size": 32, "tf_batch_size": 16},

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.checkpoints.content import StoredTensor, load_tensors, read_json, stored_tensors
+from entropy_core.checkpoints.dora import let_norms_move
+from entropy_core.checkpoints.residual_base import FACTORS_OF, FAR, NEAR, Layer, distance, taken_out
 from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
@@ -30,7 +32,6 @@ PEFT_PREFIX = "base_model.model."  # of PEFT's wrapper, in its names of paramete
 _TWICE = ".modules_to_save."
 _PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base weights alone
 _REFUSED = {
-    "use_dora": "DoRA, whose gradient holds the norm of the weight fixed: it is not the derivative of the policy",
     "use_qalora": "QALoRA, which belongs to quantised base weights",
     "alora_invocation_tokens": "activated LoRA, which is another policy before and after its invocation",
     "layer_replication": "layer replication, which shares base weights between layers",
@@ -48,7 +49,8 @@ def adapter_base(directory: Path) -> str:
 def insert_adapter(model: nn.Module, directory: Path) -> None:
     """Replace layers of a base model by those of an adapter, on the device of the base and untrained.
 
-    LoRA with ranks and scales per layer, biases, `modules_to_save`, `trainable_token_indices` and tied embeddings.
+    LoRA with ranks and scales per layer, biases, `modules_to_save`, `trainable_token_indices` and tied embeddings;
+    DoRA, rank-stabilised LoRA.
 
     Args:
         model: a base model of transformers; may be on the meta device. It is changed in place: what the adapter trains
@@ -75,6 +77,8 @@ def insert_adapter(model: nn.Module, directory: Path) -> None:
         ) from error
     if getattr(config, "target_modules_to_tie", None):
         raise _refusal(directory, "LoRA factors that the embedding shares with the head (ensure_weight_tying)")
+    if other := let_norms_move(model):
+        raise _refusal(directory, f"DoRA on layers that are not linear ones: {some_names(other)}")
     _untie_containers(model)
 
 
@@ -135,6 +139,62 @@ def fill_adapter(model: nn.Module, directory: Path) -> None:
     loaded = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(directory / ADAPTER_WEIGHTS).items()}
     tensors = {name: loaded[name] for name in adapter_tensors(directory)}
     set_peft_model_state_dict(model, tensors)
+    initialised = read_json(directory / "adapter_config.json").get("init_lora_weights", True)
+    if _changes_base(initialised):
+        _take_out_of_base(model, directory, initialised)
+
+
+def what_adapter_is(directory: Path) -> tuple[str, ...]:
+    """What is to be said about an adapter whose step or base is not that of plain LoRA, one sentence each."""
+    values = read_json(directory / "adapter_config.json")
+    said: tuple[str, ...] = ()
+    if values.get("use_dora"):
+        said += (
+            "DoRA: the trainer's gradient holds the norms of the weights fixed, and so does that on U; derivatives of "
+            "the entropy let them move, as they do when the step is taken.",
+        )
+    if _changes_base(values.get("init_lora_weights", True)):
+        said += (
+            f"The adapter began as {values['init_lora_weights']}, which takes its factors out of the base: if they "
+            "are in the base that is on disk, they are taken out of it here; if not, it is the residual base already.",
+        )
+    return said
+
+
+def _changes_base(initialised: Any) -> bool:
+    return isinstance(initialised, str) and (initialised in FACTORS_OF or initialised.startswith("pissa_niter_"))
+
+
+def _take_out_of_base(model: nn.Module, directory: Path, initialised: str) -> None:
+    """Make the residual base, if it is not there yet."""
+    from peft.tuners.lora import Linear
+
+    with torch.no_grad():
+        layers: list[tuple[Tensor, Tensor]] = []
+        distances = []
+        for name, module in model.named_modules():
+            if not isinstance(module, Linear):
+                continue
+            turned = bool(module.fan_in_fan_out)
+            if turned and initialised == "olora":
+                raise _refusal(directory, f"OLoRA on {name}, whose weight is stored the other way round")
+            weight = module.get_base_layer().weight.data
+            added = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
+            layer = Layer(weight.T if turned else weight, added, module.r["default"], module.scaling["default"])
+            began = taken_out(layer, initialised)
+            distances.append(distance(layer, began))
+            layers.append((weight, (began.T if turned else began).to(weight.dtype)))
+        near, far = (sum(d <= NEAR for d in distances), sum(d >= FAR for d in distances))
+        if near == len(distances) and initialised in FACTORS_OF:
+            for weight, began in layers:
+                weight -= began
+        elif far < len(distances):
+            raise CheckpointError(
+                f"the adapter of {directory} began as {initialised}, and its base is neither the one that this was "
+                f"computed from nor the residual one: {near} of {len(distances)} layers are still near their beginning",
+                cause="another base model, an initialisation that is random, or a long training",
+                fix="save the residual base (the model without its adapter) and set `policy.base_model` to it",
+            )
 
 
 def adapter_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -154,10 +214,11 @@ def _read_config(directory: Path) -> "LoraConfig":
     if values.get("peft_type") != "LORA":
         raise _refusal(directory, f"peft_type {values.get('peft_type')!r}")
     initialised = values.get("init_lora_weights", True)
-    if initialised not in _PLAIN_INITIALISATIONS:
+    if initialised not in _PLAIN_INITIALISATIONS and not _changes_base(initialised):
         raise _refusal(directory, f"init_lora_weights {initialised!r}, which changes the base weights")
     known = LoraConfig.__dataclass_fields__
-    variants = {name: name for name, of in known.items() if of.metadata.get("is_lora_variant")} | _REFUSED
+    variants = {name: name for name, of in known.items() if of.metadata.get("is_lora_variant") and name != "use_dora"}
+    variants |= _REFUSED
     if asked := [reason for name, reason in variants.items() if values.get(name)]:
         raise _refusal(directory, "; ".join(asked))
     if unknown := [name for name, value in values.items() if name not in known and value]:

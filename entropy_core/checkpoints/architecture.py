@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from entropy_core.checkpoints.adapters import PEFT_PREFIX, adapter_tensors, check_adapter, insert_adapter
+from entropy_core.checkpoints.adapters import (
+    PEFT_PREFIX,
+    adapter_tensors,
+    check_adapter,
+    insert_adapter,
+    what_adapter_is,
+)
 from entropy_core.checkpoints.content import StoredTensor, read_json, stored_tensors
 from entropy_core.checkpoints.layout import Layout
 from entropy_core.checkpoints.model_config import check_generation_config, check_model_config
@@ -93,6 +99,7 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
     if layout.base is not None:
         insert_adapter(model, layout.model)
         check_adapter(model, layout.model)
+        said += what_adapter_is(layout.model)
         stored |= adapter_tensors(layout.model)
     first = {id(p): name for name, p in model.named_parameters()}
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
@@ -112,6 +119,11 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
         read_by=transformers.__version__,
     )
     return architecture, (*said, *_precision(layout, stored))
+
+
+def module_names(directory: Path) -> list[str]:
+    """The names of the modules of a model, without an adapter. Raises CheckpointError as `read_architecture` does."""
+    return [name for name, _ in _empty_model(directory, len(stored_tensors(directory))).named_modules()]
 
 
 def _empty_model(directory: Path, tensors: int) -> "PreTrainedModel":

@@ -122,7 +122,8 @@ def read_archive(path: Path, start: int = 0, length: int | None = None, mapped: 
         mapped: the bytes of the file, from `map_file`; None: they are mapped for this archive alone.
 
     Returns:
-        Plain values, with tuples and sets as lists; tensors as `StoredTensor` or `ShardOfTensor`; all else as `Inert`.
+        Plain values, with tuples and sets as lists; tensors as `StoredTensor` or `ShardOfTensor`; all else as `Inert`,
+        torchao's moments among it, with their dtype and shape as arguments.
 
     Raises:
         CheckpointError: the file is damaged, or no such archive.
@@ -281,6 +282,8 @@ class _Archive:
                 if not rebuilt.name.endswith("_rebuild_wrapper_subclass"):
                     return self._found(Inert(rebuilt.name, of_it), depth + 1)
                 given = self._found(state, depth + 1)
+                if kind.name.startswith("torchao.optim."):
+                    return Inert(kind.name, of_it[1:3], given)
                 if kind.name.endswith(".ShardedTensor"):
                     return _shard_of_sharded(given)
                 return _shard_of_dtensor(self._found(of_it, depth + 1), given)

@@ -16,11 +16,13 @@ from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout, find_layout
 from entropy_core.checkpoints.layouts.interface import understood
 from entropy_core.checkpoints.layouts.places import open_state
-from entropy_core.checkpoints.optimizer_file import LATEST, as_float, load_optimizer
+from entropy_core.checkpoints.optimizer_file import LATEST, load_optimizer
 from entropy_core.checkpoints.optimizer_names import name_slots
+from entropy_core.checkpoints.optimizer_rules import as_float
 from entropy_core.checkpoints.optimizer_state import OptimizerState, fresh_optimizer, optimizer_by_name
 from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.files.checkpoint import checkpoint_name, step_in_name
+from entropy_core.numerics.rules import RULES
 
 log = logging.getLogger("entropy_probe.checkpoints")
 
@@ -33,7 +35,7 @@ class Checkpoint:
         layout: where its parts lie.
         name: the directory's own name, such as `checkpoint-100`.
         step: the trainer's `global_step`; 0 for a fresh model that says none.
-        optimizer: Adam's state by name; its tensors are read from `optimizer.pt` when they are used.
+        optimizer: the optimizer's state by name; its tensors are read from `optimizer.pt` when they are used.
         parameter_shapes: every trained parameter, in `named_parameters()` order (a tied weight once).
         model_shapes: every parameter of the model without its adapter.
         narrow: dtype of the parameters that the trainer keeps in one narrower than float32, as torch names it.
@@ -69,7 +71,7 @@ def read_checkpoint(
 
     Raises:
         CheckpointError: a file is missing, corrupt, or a pickle with code; the weights do not fit the config; the
-            optimizer is not Adam or AdamW, lacks hyperparameters, does not cover every trained parameter, or has
+            optimizer's step is not known, it lacks hyperparameters, does not cover every trained parameter, or has
             slots that are left over, of a wrong shape, or before their first step; every saved learning rate is 0,
             none is given and none was logged.
         ConfigError: `learning_rate` is not a positive finite number, or is missing where the optimizer is fresh.
@@ -87,7 +89,8 @@ def read_checkpoint(
         optimizer, assumed = fresh_optimizer(model.trained, learning_rate)
     else:
         optimizer, assumed = _saved_optimizer(layout, model, learning_rate, rate)
-        low, high = min(optimizer.step.values()), max(optimizer.step.values())
+        counts = [steps for steps in optimizer.step.values() if steps] or [global_step or 0]
+        low, high = min(counts), max(counts)
         if global_step is None:
             global_step = high
             assumed += (f"No file and no folder's name says the trainer's step: it is the optimizer's, {high}.",)
@@ -96,7 +99,7 @@ def read_checkpoint(
             assumed += (
                 f"The optimizer counts {taken} steps, the trainer {global_step}: bias correction uses the optimizer's.",
             )
-    matched, trained = len(optimizer.exp_avg), len(model.trained)
+    matched, trained = len(optimizer.step), len(model.trained)
     log.info("%s: optimizer state matched by name for %d of %d trained parameters", directory, matched, trained)
     narrow = _narrow(model, optimizer)
     if narrow:
@@ -130,11 +133,25 @@ def _narrow(model: Architecture, optimizer: OptimizerState) -> dict[str, str]:
     if not optimizer.slot:
         return {}
     found = {}
-    for name, moment in optimizer.exp_avg.items():
-        saved_as = _SAVED_AS.get(moment.dtype)
-        if saved_as and model.saved_as.get(name, saved_as) == saved_as:
-            found[name] = str(moment.dtype).removeprefix("torch.")
+    for group in optimizer.groups:
+        first = optimizer.moments[group.moments[0]] if group.moments else {}
+        for name in group.names:
+            dtype = first[name].dtype if name in first else torch.float32
+            saved_as = _SAVED_AS.get(dtype)
+            if saved_as and model.saved_as.get(name, saved_as) == saved_as:
+                found[name] = str(dtype).removeprefix("torch.")
+            # of Adafactor's weights the moments, always float32, say nothing
+            if group.rule != "adamw" and (name in found or (group.rule == "adafactor" and _is_narrow(model, name))):
+                raise CheckpointError(
+                    f"the weight {name} is kept in {found.get(name) or model.saved_as[name]}, and how "
+                    f"{RULES[group.rule].name} rounds its step there is not known",
+                    fix="train with float32 weights (bf16=True keeps them so), or with AdamW",
+                )
     return found
+
+
+def _is_narrow(model: Architecture, name: str) -> bool:
+    return model.saved_as.get(name) in _SAVED_AS.values()
 
 
 class LoggedRate(NamedTuple):

@@ -1,8 +1,10 @@
 """What a model's config.json and generation_config.json may not say, before transformers reads them.
 
-transformers takes an unreadable generation config for none, and a name with a slash for an attention kernel on the hub.
+transformers takes an unreadable generation config for none, a name with a slash for an attention kernel on the hub, and
+the weights from where `transformers_weights` says, be it another folder.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ GENERATION = "generation_config.json"
 
 
 def check_model_config(directory: Path) -> None:
-    """Refuse a config.json that asks for code or kernels from elsewhere.
+    """Refuse a config.json that asks for code, kernels or weights from elsewhere.
 
     Args:
         directory: of a model.
@@ -25,7 +27,13 @@ def check_model_config(directory: Path) -> None:
         CheckpointError: it does, or it cannot be read.
     """
     for key, value in _entries(read_json(directory / "config.json")):
-        if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+        if key == "transformers_weights" and value not in (None, "model.safetensors", "model.safetensors.index.json"):
+            raise CheckpointError(
+                f"{directory}/config.json has the weights in {value!r}, and they are read from model.safetensors",
+                cause="it belongs to another folder, or was edited",
+                fix="remove transformers_weights, and have the weights in model.safetensors",
+            )
+        if key.endswith("_implementation") and "/" in json.dumps(value):  # one name, or one for each part of the model
             raise CheckpointError(
                 f"{directory}/config.json asks for {key} {value!r}, which is code on the hub",
                 cause="it was trained with that kernel, or the file was edited",

@@ -13,7 +13,8 @@ from entropy_core.checkpoints.architecture import Architecture
 from entropy_core.checkpoints.content import read_names
 from entropy_core.checkpoints.layout import Layout
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer
-from entropy_core.checkpoints.optimizer_file import SAVE_NAMES, as_float
+from entropy_core.checkpoints.optimizer_file import SAVE_NAMES
+from entropy_core.checkpoints.optimizer_rules import as_float
 from entropy_core.checkpoints.partly_trained import only_choice, unchanged_weights
 from entropy_core.checkpoints.pieces import Moment
 from entropy_core.errors import CheckpointError, some_names
@@ -141,7 +142,7 @@ def _trained_alone(
 
 
 def _shape(slot: dict[str, Any] | None) -> tuple[int, ...] | None:
-    moment = (slot or {}).get("exp_avg")
+    moment = next((slot[key] for key in ("exp_avg", "momentum_buffer", "exp_avg_sq") if slot and key in slot), None)
     return tuple(moment.shape) if isinstance(moment, Moment) else None
 
 

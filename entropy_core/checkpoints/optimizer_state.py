@@ -1,4 +1,4 @@
-"""Adam's state by parameter name.
+"""The optimizer's state by parameter name.
 
     optimizer_by_name    what `optimizer.pt` holds, under its parameters' names: whole, and ready for a next step
     check_moments        that its moments are numbers, for which they have to be read
@@ -15,53 +15,64 @@ from typing import Any, NamedTuple
 import torch
 
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer
-from entropy_core.checkpoints.layouts.single_file import USE_ADAMW
-from entropy_core.checkpoints.optimizer_file import LATEST, SAVE_NAMES, as_float, range_of
+from entropy_core.checkpoints.layouts.single_file import KNOWN_STEPS
+from entropy_core.checkpoints.optimizer_file import LATEST, SAVE_NAMES, range_of
+from entropy_core.checkpoints.optimizer_rules import (
+    RULE,
+    as_float,
+    hyperparameters,
+    is_square,
+    learning_rate_of,
+    moment_shapes,
+)
 from entropy_core.checkpoints.pieces import Moment
-from entropy_core.errors import CheckpointError, some_names
+from entropy_core.errors import CheckpointError, ConfigError, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
 from entropy_core.numerics.adamw import AdamHyperparameters
+from entropy_core.numerics.rules import RULES
 
 Shapes = dict[str, tuple[int, ...]]  # by parameter name
 Slots = dict[str, dict[str, Any]]  # by parameter name
 
 
-class AdamGroup(NamedTuple):
-    """One parameter group of Adam or AdamW.
+class OptimizerGroup(NamedTuple):
+    """One parameter group.
 
     Attributes:
-        hyperparameters: of its next step.
+        hyperparameters: of its next step, as its rule has them.
         names: the group's parameters, in the optimizer's order.
+        rule: name of what makes its step, in `numerics.rules`.
+        moments: keys of the moments in its parameters' slots.
         fused: whether torch's fused implementation makes the step, which rounds less often in narrow dtypes.
     """
 
-    hyperparameters: AdamHyperparameters
+    hyperparameters: Any
     names: tuple[str, ...]
+    rule: str = "adamw"
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     fused: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class OptimizerState:
-    """Adam's state by parameter name. The tensors have the parameter's shape and the dtype they were saved in.
+    """The optimizer's state by parameter name. The tensors have the dtype that they were saved in.
 
     Attributes:
         learning_rate: the trainer's nominal one, of the next step: the largest over the groups.
         groups: the groups that hold parameters; together they hold every parameter that moves once.
         unmoved: trainable parameters without a slot, which the trainer does not move.
-        step: steps taken so far, per parameter.
+        step: steps taken so far, per parameter; 0 where the optimizer does not count them.
         slot: the parameter's place among the slots of the file; empty where the optimizer is fresh.
-        exp_avg, exp_avg_sq: first and second moment of the gradient, without bias correction.
-        max_exp_avg_sq: largest second moment so far, for the amsgrad groups only.
+        moments: key in the slots → by parameter, what the next step starts from: for AdamW `exp_avg` and `exp_avg_sq`,
+            without bias correction.
     """
 
     learning_rate: float
-    groups: tuple[AdamGroup, ...]
+    groups: tuple[OptimizerGroup, ...]
     unmoved: tuple[str, ...]
     step: dict[str, int]
     slot: dict[str, int]
-    exp_avg: dict[str, Moment]
-    exp_avg_sq: dict[str, Moment]
-    max_exp_avg_sq: dict[str, Moment]
+    moments: dict[str, dict[str, Moment]]
 
 
 def optimizer_by_name(
@@ -83,6 +94,7 @@ def optimizer_by_name(
     Raises:
         CheckpointError: there is no slot, or one is left over, of a wrong shape, or before its first step; a
             hyperparameter is out of range; every saved learning rate is 0 and none is given.
+        ConfigError: a learning rate is given to an optimizer that makes its own.
     """
     slot_of = _slots_by_name(saved, names, shapes)
     place = {id(slot): position for position, slot in enumerate(saved.slots.values())}
@@ -90,24 +102,29 @@ def optimizer_by_name(
     moving = [tuple(name for name in members if name in slot_of) for members in names]
     # the Trainer makes its second group even when nothing is in it
     named = [(group, members) for group, members in zip(saved.groups, moving, strict=True) if members]
-    found = [_hyperparameters(saved.path, group) for group, _ in named]
-    saved_rate = max(lr for lr, _ in found)
-    rates = _relative_rates(saved, [lr for lr, _ in found], learning_rate)
-    groups = tuple(
-        AdamGroup(of_group._replace(relative_lr=rate), members, bool(group.get("fused")))
-        for (_, of_group), rate, (group, members) in zip(found, rates, named, strict=True)
-    )
+    if learning_rate is not None and any(group.get("relative_step") for group, _ in named):
+        fact = "learning_rate is set, and the run's Adafactor makes its own (relative_step=True)"
+        raise ConfigError(fact, fix="leave `learning_rate` out")
+    found = [learning_rate_of(saved.path, group, [slot_of[name] for name in members]) for group, members in named]
+    saved_rate, nominal = max(found), max(found) if learning_rate is None else learning_rate
+    rates = _relative_rates(saved, [group for group, _ in named], found, learning_rate)
+    groups = []
+    moments: dict[str, dict[str, Moment]] = {}
+    for rate, (group, members) in zip(rates, named, strict=True):
+        keys: dict[str, list[Moment]] = {}
+        for name in members:
+            for key in moment_shapes(group, shapes[name]):
+                moments.setdefault(key, {})[name] = slot_of[name][key]
+                keys.setdefault(key, []).append(slot_of[name][key])
+        of_group = hyperparameters(saved.path, group, rate * nominal, rate, [m for of in keys.values() for m in of])
+        groups.append(OptimizerGroup(of_group, members, group[RULE], tuple(keys), bool(group.get("fused"))))
     state = OptimizerState(
-        learning_rate=saved_rate if learning_rate is None else learning_rate,
-        groups=groups,
+        learning_rate=nominal,
+        groups=tuple(groups),
         unmoved=unmoved,
-        step=_steps(saved.path, slot_of),
+        step=_steps(saved.path, slot_of, {n for group in groups if RULES[group.rule].counts for n in group.names}),
         slot={name: place[id(slot)] for name, slot in slot_of.items()},
-        exp_avg={name: slot["exp_avg"] for name, slot in slot_of.items()},
-        exp_avg_sq={name: slot["exp_avg_sq"] for name, slot in slot_of.items()},
-        max_exp_avg_sq={
-            n: slot_of[n]["max_exp_avg_sq"] for group in groups if group.hyperparameters.amsgrad for n in group.names
-        },
+        moments=moments,
     )
     said: tuple[str, ...] = ()
     if unmoved:
@@ -117,9 +134,20 @@ def optimizer_by_name(
         )
     if learning_rate is not None:
         said += (f"Learning rate {learning_rate:g} in place of the saved {saved_rate:g}.",)
-    decays = any(group.hyperparameters.weight_decay for group in groups)
-    if decays and any("decoupled_weight_decay" not in group for group in saved.groups):
+    decays = [
+        group
+        for group, of in zip((group for group, _ in named), groups, strict=True)
+        if of.hyperparameters.weight_decay
+    ]
+    if any(group[RULE] == "adamw" and "decoupled_weight_decay" not in group for group in decays):
         said += ("optimizer.pt does not tell AdamW from Adam: taken to be AdamW, with decoupled weight decay.",)
+    if any(group.rule == "muon" for group in groups):
+        said += (
+            "Muon orthogonalises in bfloat16, and so does the step here; intervals over U are of the step without that "
+            "rounding. The part of δH₁ that rounding adds is listed.",
+        )
+    if (rules := sorted({RULES[group.rule].name for group in groups})) != ["AdamW"]:
+        said += (f"The optimizer is {' and '.join(rules)}, by the keys of its state.",)
     return state, said
 
 
@@ -133,11 +161,10 @@ def check_moments(path: Path, state: OptimizerState) -> None:
     Raises:
         CheckpointError: a moment is NaN or infinite, or a second one is negative; names it.
     """
-    slots = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq, "max_exp_avg_sq": state.max_exp_avg_sq}
     bad = [
         f"{name} ({key})"
         for name in state.step
-        for key, by_name in slots.items()
+        for key, by_name in state.moments.items()
         if name in by_name and not _is_sound(by_name[name], key)
     ]
     if bad:
@@ -152,7 +179,7 @@ def _is_sound(moment: Moment, key: str) -> bool:
     if not moment.numel():
         return True
     low, high = range_of(moment)
-    return (low >= 0 or key == "exp_avg") and -math.inf < low <= high < math.inf
+    return (low >= 0 or not is_square(key)) and -math.inf < low <= high < math.inf
 
 
 def fresh_optimizer(shapes: Shapes, learning_rate: float) -> tuple[OptimizerState, tuple[str, ...]]:
@@ -168,13 +195,13 @@ def fresh_optimizer(shapes: Shapes, learning_rate: float) -> tuple[OptimizerStat
     usual = AdamHyperparameters(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
     state = OptimizerState(
         learning_rate=learning_rate,
-        groups=(AdamGroup(usual, tuple(shapes)),),
+        groups=(OptimizerGroup(usual, tuple(shapes)),),
         unmoved=(),
         step=dict.fromkeys(shapes, 0),
         slot={},
-        exp_avg={name: torch.zeros(shape) for name, shape in shapes.items()},
-        exp_avg_sq={name: torch.zeros(shape) for name, shape in shapes.items()},
-        max_exp_avg_sq={},
+        moments={
+            key: {name: torch.zeros(shape) for name, shape in shapes.items()} for key in ("exp_avg", "exp_avg_sq")
+        },
     )
     said = f"betas ({usual.beta1:g}, {usual.beta2:g}), eps {usual.eps:g}, weight decay {usual.weight_decay:g}"
     return state, (f"The optimizer is taken to be AdamW before its first step, with {said}.",)
@@ -194,30 +221,30 @@ def _slots_by_name(saved: SavedOptimizer, names: list[tuple[str, ...]], shapes: 
         fact = f"{path} names parameters that the model does not have, or names them twice: {some_names(unknown)}"
         raise CheckpointError(fact, cause="optimizer.pt and config.json of two different models", fix=SAVE_AGAIN)
     listed = set(index_of.values())
-    if extra := [str(index) for index in slots if index not in listed]:
+    if extra := [str(index) for index, slot in slots.items() if index not in listed and slot]:
         fact = f"{path} has slots that belong to no parameter group: {some_names(extra)}"
         raise CheckpointError(fact, cause="the optimizer of another model", fix=SAVE_AGAIN)
-    slot_of = {name: slots[index_of[name]] for name in shapes if slots.get(index_of.get(name))}
+    slot_of = {name: slots[index_of[name]] for name in shapes if index_of.get(name) in slots}
     if not slot_of:
         raise CheckpointError(
             f"{path} has a slot of none of the {len(shapes)} trained parameters",
             cause="the optimizer of another model",
             fix=SAVE_AGAIN,
         )
-    amsgrad = {name for group, members in zip(groups, names, strict=True) if group["amsgrad"] for name in members}
-    _require_moments(path, slot_of, shapes, amsgrad)
+    group_of = {name: group for group, members in zip(groups, names, strict=True) for name in members}
+    _require_moments(path, slot_of, shapes, group_of)
     return slot_of
 
 
-def _require_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: set[str]) -> None:
-    moments: list[tuple[str, str, Any]] = [
-        (name, key, slot.get(key))
+def _require_moments(path: Path, slot_of: Slots, shapes: Shapes, group_of: dict[str, dict[str, Any]]) -> None:
+    moments: list[tuple[str, str, Any, tuple[int, ...]]] = [
+        (name, key, slot.get(key), shape)
         for name, slot in slot_of.items()
-        for key in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * (name in amsgrad)
+        for key, shape in moment_shapes(group_of[name], shapes[name]).items()
     ]
-    if bad := [f"{n} ({key})" for n, key, m in moments if not isinstance(m, Moment) or not m.is_floating_point()]:
-        raise CheckpointError(f"{path}: slots lack a moment: {some_names(bad)}", fix=USE_ADAMW)
-    if bad := [f"{n} ({key} {tuple(m.shape)}, model {shapes[n]})" for n, key, m in moments if m.shape != shapes[n]]:
+    if bad := [f"{n} ({key})" for n, key, m, _ in moments if not isinstance(m, Moment) or not m.is_floating_point()]:
+        raise CheckpointError(f"{path}: slots lack a moment: {some_names(bad)}", fix=KNOWN_STEPS)
+    if bad := [f"{n} ({key} {tuple(m.shape)}, model {shapes[n]})" for n, key, m, of in moments if m.shape != of]:
         raise CheckpointError(
             f"{path}: slots have another shape than their parameter: {some_names(bad)}",
             cause="param groups in another order than the Trainer's, or the optimizer of another model",
@@ -225,39 +252,23 @@ def _require_moments(path: Path, slot_of: Slots, shapes: Shapes, amsgrad: set[st
         )
 
 
-def _steps(path: Path, slot_of: Slots) -> dict[str, int]:
-    steps = {name: as_float(slot.get("step")) for name, slot in slot_of.items()}
+def _steps(path: Path, slot_of: Slots, counted: set[str]) -> dict[str, int]:
+    steps = {name: as_float(slot.get("step")) for name, slot in slot_of.items() if name in counted}
     if unset := [name for name, step in steps.items() if not 1 <= step < LATEST]:
         raise CheckpointError(
             f"{path} has no step count, or one that cannot be, for {some_names(unset)}",
             cause="saved before the first step, or an optimizer other than torch's AdamW",
             fix="probe a later checkpoint of a run with torch's AdamW",
         )
-    return {name: int(step) for name, step in steps.items()}
+    return {name: int(steps.get(name, 0)) for name in slot_of}
 
 
-def _hyperparameters(path: Path, group: dict[str, Any]) -> tuple[float, AdamHyperparameters]:
-    """The learning rate of a group, and its other hyperparameters."""
-    betas = group["betas"] if isinstance(group["betas"], list | tuple) and len(group["betas"]) == 2 else (None, None)
-    lr, beta1, beta2, eps, decay = (as_float(x) for x in (group["lr"], *betas, group["eps"], group["weight_decay"]))
-    if not (0 <= lr < math.inf and 0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < math.inf and abs(decay) < math.inf):
-        saved = ", ".join(f"{key} {group[key]}" for key in ("lr", "betas", "eps", "weight_decay"))
-        raise CheckpointError(f"{path} has hyperparameters out of range: {saved}", fix=SAVE_AGAIN)
-    return lr, AdamHyperparameters(
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=decay,
-        maximize=bool(group.get("maximize", False)),
-        decoupled=bool(group.get("decoupled_weight_decay", True)),
-        amsgrad=bool(group["amsgrad"]),
-    )
-
-
-def _relative_rates(saved: SavedOptimizer, rates: list[float], learning_rate: float | None) -> list[float]:
+def _relative_rates(
+    saved: SavedOptimizer, groups: list[dict[str, Any]], rates: list[float], learning_rate: float | None
+) -> list[float]:
     """Learning rates of the groups over the largest; `initial_lr` gives them where a schedule has ended in 0."""
     if max(rates) == 0:
-        initial = [as_float(group.get("initial_lr")) for group in saved.groups if group["params"]]
+        initial = [as_float(group.get("initial_lr")) for group in groups]
         if learning_rate is None:
             peak = f" (the run's peak was {max(initial):g})" if all(rate > 0 for rate in initial) else ""
             raise CheckpointError(

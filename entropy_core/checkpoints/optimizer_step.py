@@ -1,7 +1,7 @@
 """The optimizer's next step, block by block, from the trainer's own file: what is elementwise is not stored."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from torch import Tensor
 from entropy_core.checkpoints.optimizer_file import SavedMoments
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import optimizer_digest
-from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
+from entropy_core.numerics.next_step import NextStep, Rule
 from entropy_core.numerics.rounded_step import rounded_step
+from entropy_core.numerics.rules import RULES
 from entropy_core.numerics.vectors import Block, Lazy, in_blocks
 
 if TYPE_CHECKING:
@@ -20,13 +21,21 @@ if TYPE_CHECKING:
 
 PARTS: dict[str, Callable[[NextStep], Tensor]] = {
     "direction": lambda step: step.direction,
+    "taken": lambda step: step.taken,
     "momentum": lambda step: step.momentum,
     "gradient": lambda step: step.gradient,
     "decay": lambda step: step.decay,
-    "preconditioner": lambda step: step.preconditioner,
-    "jacobian": lambda step: step.jacobian,
 }
 """What can be asked of a step, see `NextStep`."""
+
+MAPS: dict[str, Callable[[NextStep, Tensor], Tensor]] = {
+    "preconditioned": lambda step, covector: step.preconditioned(covector),
+    "pulled_back": lambda step, covector: step.pulled_back(covector),
+}
+"""What a step can do to a covector."""
+
+
+_Piece = Callable[[Mapping[Block, Tensor]], Tensor]  # the part of a vector that a step is of
 
 
 class _Parameter(NamedTuple):
@@ -36,11 +45,15 @@ class _Parameter(NamedTuple):
     slot: int | None
     narrow: str
     fused: bool
-    hyperparameters: AdamHyperparameters
+    rule: Rule
+    moments: tuple[str, ...]
+    hyperparameters: Any
 
 
-class OptimizerStep(Mapping[Block, NextStep]):
-    """The AdamW step from a checkpoint's state, each block computed when it is asked for, on the policy's device.
+class OptimizerStep:
+    """The next step from a checkpoint's state, each block computed when it is asked for, on the policy's device.
+
+    A rule that is not elementwise needs the whole parameter; its results are kept until another one is asked for.
 
     Args:
         checkpoint: artifact of load-checkpoint.
@@ -63,46 +76,82 @@ class OptimizerStep(Mapping[Block, NextStep]):
     ) -> None:
         self._moments = _moments(checkpoint.summary["optimizer"], execution)
         self._gradient, self._parameters, self._clip = gradient, in_blocks(parameters), clip
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self._blocks: dict[str, list[Block]] = {}
+        for block in gradient:
+            self._blocks.setdefault(block.name, []).append(block)
         self._device = next(iter(parameters.values())).device
         self._learning_rate = float(checkpoint.summary["learning_rate"])
         self._of: dict[str, _Parameter] = {}
         for group in checkpoint.json("groups.json"):
-            hyperparameters = AdamHyperparameters(**group["hyperparameters"])
+            rule, moments = RULES[group["rule"]], tuple(group["moments"])
+            hyperparameters = rule.hyperparameters(**group["hyperparameters"])
             for name, of_one in group["parameters"].items():
                 steps, slot, narrow = of_one
-                self._of[name] = _Parameter(steps, slot, narrow, group["fused"], hyperparameters)
+                self._of[name] = _Parameter(steps, slot, narrow, group["fused"], rule, moments, hyperparameters)
 
-    def __getitem__(self, block: Block) -> NextStep:
-        gradient = self._gradient[block] if self._clip == 1.0 else self._clip * self._gradient[block]
-        return NextStep(gradient, self._parameters[block], self._state(block), self._of[block.name].hyperparameters)
+    def _of_block(self, block: Block) -> NextStep:
+        """The step of a block, by an elementwise rule."""
+        of_one = self._of[block.name]
+        gradient, state = self._clip_one(block), self._state(block)
+        step: NextStep = of_one.rule.next_step(gradient, self._parameters[block], state, of_one.hyperparameters)
+        return step
 
-    def _state(self, block: Block) -> AdamState:
+    def _of_parameter(self, name: str) -> NextStep:
+        """The step of a whole parameter, by any rule."""
+        of_one, blocks = self._of[name], self._blocks[name]
+        g, theta = (
+            torch.cat([find(block) for block in blocks]).view(self._shapes[name])
+            for find in (self._clip_one, self._parameters.__getitem__)
+        )
+        assert self._moments is not None and of_one.slot is not None
+        found = {key: self._moments.whole(of_one.slot, key) for key in of_one.moments}
+        moments = {key: moment.to(self._device) for key, moment in found.items() if moment is not None}
+        step: NextStep = of_one.rule.next_step(
+            g, theta, of_one.rule.state(of_one.steps, **moments), of_one.hyperparameters
+        )
+        return step
+
+    def _clip_one(self, block: Block) -> Tensor:
+        return self._gradient[block] if self._clip == 1.0 else self._clip * self._gradient[block]
+
+    def _state(self, block: Block) -> Any:
         of_one = self._of[block.name]
         if self._moments is None or of_one.slot is None:
             count = block.stop - block.start
-            zeros = (torch.zeros(count, dtype=torch.float64, device=self._device) for _ in range(2))
-            return AdamState(of_one.steps, *zeros)
-        amsgrad = of_one.hyperparameters.amsgrad
-        return self._moments.state(of_one.slot, of_one.steps, amsgrad, block.start, block.stop).to(self._device)
+            zeros = {key: torch.zeros(count, dtype=torch.float64, device=self._device) for key in of_one.moments}
+            return of_one.rule.state(of_one.steps, **zeros)
+        read = {key: self._moments.read(of_one.slot, key, block.start, block.stop) for key in of_one.moments}
+        moments = {key: moment.to(self._device) for key, moment in read.items() if moment is not None}
+        return of_one.rule.state(of_one.steps, **moments)
 
     @property
     def narrow(self) -> dict[str, torch.dtype]:
         """The dtype of each parameter that the trainer keeps in a dtype narrower than float32."""
         return {name: getattr(torch, of_one.narrow) for name, of_one in self._of.items() if of_one.narrow}
 
-    def taken(self, block: Block, rounded_clip: float) -> Tensor:
+    @property
+    def rounds(self) -> bool:
+        """Whether the trainer's step differs from the direction: its weights, or its arithmetic, are narrow."""
+        return bool(self.narrow) or any(of_one.rule is RULES["muon"] for of_one in self._of.values())
+
+    def taken(self, rounded_clip: float) -> Lazy[Block]:
         """The step that the trainer takes, per unit of the nominal learning rate, with the rounding of its weights.
 
         Args:
-            block: a piece of a parameter.
             rounded_clip: factor that clips gradients of narrow dtypes.
 
         Returns:
-            Float64; the plain direction where the weights are not narrow.
+            Float64; the plain step where the weights are not narrow.
         """
+        plain = self.part("taken")
+        return Lazy(
+            list(self._gradient),
+            lambda block: self._rounded(block, rounded_clip) if self._of[block.name].narrow else plain[block],
+        )
+
+    def _rounded(self, block: Block, rounded_clip: float) -> Tensor:
         of_one = self._of[block.name]
-        if not of_one.narrow:
-            return self[block].direction
         dtype = getattr(torch, of_one.narrow)
         gradient = self._gradient[block].to(dtype)
         gradient *= torch.tensor(rounded_clip)
@@ -117,15 +166,31 @@ class OptimizerStep(Mapping[Block, NextStep]):
         )
         return change / self._learning_rate
 
-    def __iter__(self) -> Iterator[Block]:
-        return iter(self._gradient)
-
-    def __len__(self) -> int:
-        return len(self._gradient)
-
     def part(self, name: str) -> Lazy[Block]:
         """One part of the step as a vector; its name is one of `PARTS`."""
-        return Lazy(list(self), lambda block: PARTS[name](self[block]))
+        return self._vector(lambda step, _: PARTS[name](step))
+
+    def applied(self, name: str, covector: Mapping[Block, Tensor]) -> Lazy[Block]:
+        """What the step does to a covector, as a vector; the name is one of `MAPS`."""
+        return self._vector(lambda step, of: MAPS[name](step, of(covector)))
+
+    def _vector(self, find: Callable[[NextStep, _Piece], Tensor]) -> Lazy[Block]:
+        """A vector of what is found for each block, or for each parameter where its rule is not elementwise."""
+        last: dict[str, Tensor] = {}
+
+        def one(block: Block) -> Tensor:
+            name = block.name
+            if self._of[name].rule.elementwise:
+                return find(self._of_block(block), lambda vector: vector[block].double())
+            if name not in last:
+                last.clear()
+                last[name] = find(self._of_parameter(name), lambda vector: self._assembled(vector, name)).reshape(-1)
+            return last[name][block.start : block.stop].clone()
+
+        return Lazy(list(self._gradient), one)
+
+    def _assembled(self, vector: Mapping[Block, Tensor], name: str) -> Tensor:
+        return torch.cat([vector[block].double() for block in self._blocks[name]]).view(self._shapes[name])
 
 
 def moved_parameters(checkpoint: "Artifact") -> set[str]:

@@ -1,7 +1,7 @@
 """Tensors that a checkpoint stores in pieces or in codes, read a block at a time.
 
 Scattered   a tensor in pieces, each where its file has it
-Quantised   codes of 8 bits, with a scale for each block of 256
+Quantised   codes of 8 or 4 bits, with a scale for each block of numbers
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from entropy_core.checkpoints.archives import StoredTensor
 
 BLOCK = 256
-"""Numbers that share a scale in bitsandbytes' 8-bit states."""
+"""Numbers that share a scale in 8-bit states."""
 
 
 class Piece(NamedTuple):
@@ -109,12 +109,17 @@ class Scattered:
 
 
 class Quantised:
-    """A moment in bitsandbytes' 8-bit codes: number i is qmap[code_i] · absmax[i // 256].
+    """A moment in codes: number i is qmap[code_i] · absmax[i // block].
+
+    bitsandbytes' 8-bit states have blocks of 256, torchao's 8-bit ones of 256 and its 4-bit ones of 128.
 
     Args:
-        codes: uint8, in the parameter's shape.
-        qmap: the 256 values.
+        codes: uint8; of 4 bits, two in a byte, the first one in the upper half.
+        qmap: the value of each code.
         absmax: the largest number of each block.
+        shape: of the parameter; None: that of the codes.
+        bits: of a code, 8 or 4.
+        block: numbers that share a scale.
 
     Raises:
         ValueError: there are other numbers of them.
@@ -122,15 +127,29 @@ class Quantised:
 
     dtype = torch.float32
 
-    def __init__(self, codes: Tensor, qmap: Tensor, absmax: Tensor) -> None:
-        if qmap.shape != (256,) or absmax.shape != (-(-codes.numel() // BLOCK),):
+    def __init__(
+        self,
+        codes: Tensor | StoredTensor,
+        qmap: Tensor,
+        absmax: Tensor,
+        shape: tuple[int, ...] | None = None,
+        bits: int = 8,
+        block: int = BLOCK,
+    ) -> None:
+        self.shape = tuple(codes.shape) if shape is None else shape
+        if (
+            codes.dtype != torch.uint8
+            or codes.numel() * 8 != self.numel() * bits
+            or qmap.shape != (2**bits,)
+            or block < 1
+            or absmax.shape != (-(-self.numel() // block),)
+        ):
             raise ValueError(f"{codes.numel()} codes with {qmap.numel()} values and {absmax.numel()} scales")
-        self.shape = tuple(codes.shape)
-        self._codes, self._qmap, self._absmax = codes, qmap, absmax
+        self._codes, self._qmap, self._absmax, self._bits, self._block = codes, qmap, absmax, bits, block
 
     def numel(self) -> int:
         """How many numbers it has."""
-        return self._codes.numel()
+        return math.prod(self.shape)
 
     def is_floating_point(self) -> bool:
         """Whether it holds numbers that are not whole: the codes stand for such."""
@@ -138,9 +157,18 @@ class Quantised:
 
     def flat(self, start: int, stop: int) -> Tensor:
         """The numbers from `start` to `stop` of the flat tensor, float32."""
-        codes = self._codes.reshape(-1)[start:stop]
-        scales = self._absmax[torch.arange(start, stop).div_(BLOCK, rounding_mode="floor")]
+        if self._bits == 8:
+            codes = self._stored(start, stop)
+        else:
+            pairs = self._stored(start // 2, -(-stop // 2))
+            codes = torch.stack([pairs >> 4, pairs & 15], -1).view(-1)[start % 2 :][: stop - start]
+        scales = self._absmax[torch.arange(start, stop).div_(self._block, rounding_mode="floor")]
         return self._qmap[codes.long()].float() * scales
+
+    def _stored(self, start: int, stop: int) -> Tensor:
+        if isinstance(self._codes, StoredTensor):
+            return self._codes.flat(start, stop)
+        return self._codes.reshape(-1)[start:stop]
 
     def whole(self) -> Tensor:
         """All of them, in its shape."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from entropy_core.checkpoints.content import read_json
 from entropy_core.errors import CheckpointError, shortage
 
 
@@ -18,6 +19,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, or none that can be loaded.
     """
+    said = directory / "tokenizer_config.json"
+    if said.exists() and (file := read_json(said).get("gguf_file")):
+        raise CheckpointError(
+            f"{said} has the tokenizer in {file!r:.80}, which may be anywhere and is not read",
+            cause="it was converted from GGUF, or edited",
+            fix="save the tokenizer with tokenizer.save_pretrained",
+        )
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers of all kinds raise errors of all kinds

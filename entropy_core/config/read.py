@@ -104,6 +104,10 @@ def _problem(error: Mapping[str, Any], model: type[BaseModel]) -> str:
             return f"{key}: must be a mapping of keys to values" if key else "must be a mapping of keys to values"
         case "value_error":
             return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+        case "string_pattern_mismatch":
+            return f"{key}: must match {error['ctx']['pattern']}, not {_show(error['input'])}"
+        case "string_too_long" | "string_too_short":
+            return f"{key}: {error['msg'].removeprefix('String should ').replace('have', 'must have')}"
         case "too_long" | "too_short":
             bound = "at most {max_length}" if error["type"] == "too_long" else "at least {min_length}"
             return f"{key}: must have {bound} entries, not {{actual_length}}".format(**error["ctx"])

@@ -20,6 +20,7 @@ from entropy_core.config.paths import (
     ModelName,
     StoreFolder,
 )
+from entropy_core.config.sampling import SamplingConfig
 from entropy_core.config.section import DISTINCT, Section, Seed, each_once
 from entropy_core.isolation.process import Isolation
 from entropy_core.numerics.advantages import Aggregation, Loss, Scaling
@@ -130,42 +131,6 @@ class BatchConfig(Section):
         if system_prompt and info.data.get("apply_chat_template") is False:
             raise ValueError("it is a part of the chat template: set apply_chat_template: true")
         return system_prompt
-
-
-class SamplingConfig(Section):
-    """The law that is sampled, scored and differentiated: softmax(z/τ), nothing cut off."""
-
-    temperature: float = Field(1.0, ge=1e-6, le=100, description="τ, applied before the softmax everywhere.")
-    top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Must be 1: the sampled and the scored law must be the same.",
-        json_schema_extra={"minimum": 1},
-    )
-    max_new_tokens: int = Field(64, ge=1, le=1_000_000, description="A response is cut here if no EOS came.")
-    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
-        default_factory=list,
-        max_length=20,
-        description="A response also ends with the token whose text completes one of these, as your trainer's may.",
-    )
-    do_sample: Literal[True] = Field(True, description="Entropy of a greedy policy is not estimated.")
-    gen_batch_size: int = Field(
-        512, ge=1, le=1_000_000, description="Sequences decoded together; does not change the result."
-    )
-    tf_batch_size: int = Field(
-        256, ge=1, le=1_000_000, description="Sequences per teacher-forced pass; does not change the result."
-    )
-
-    @field_validator("top_p")
-    @classmethod
-    def _whole_law(cls, top_p: float) -> float:
-        if top_p < 1:
-            raise ValueError(
-                f"it is {top_p}, but E must be sampled from the policy itself: under a cut-off law the entropy and its "
-                "derivative are those of another policy. Set top_p: 1.0"
-            )
-        return top_p
 
 
 class UpdateConfig(Section):

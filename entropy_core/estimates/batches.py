@@ -52,9 +52,11 @@ def evaluation_batch(
 
 
 def _tokens(scores: "Artifact", derivatives: "Artifact") -> Tokens:
-    table = read_tokens([scores], "logprobs", "entropies").join(read_tokens([derivatives], "dlogprobs", "dentropies"))
+    table = read_tokens([scores], "logprobs", "entropies", optional=("proposal_logprobs",))
+    table = table.join(read_tokens([derivatives], "dlogprobs", "dentropies"))
     along = TokenPair(table["dlogprobs"], table["dentropies"])
-    return Tokens(table["logprobs"], table["entropies"], table.offsets_N1, along)
+    log_q_K = table.columns.get("proposal_logprobs")
+    return Tokens(table["logprobs"], table["entropies"], table.offsets_N1, along, log_q_K)
 
 
 def moved_batch(entry: "AtStepSize", sequences: Sequence[TokenTable]) -> Moved:

@@ -37,7 +37,7 @@ def numerical_noise(batch: EvaluationBatch, rescored: Sequence[Moved], normaliza
 
 
 def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
-    """Compute entropy and length of E, and z of its mean score along v, which has mean 0 for correctly scored samples.
+    """Compute entropy and length of the policy on E.
 
     Args:
         batch: E.
@@ -47,14 +47,8 @@ def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
         Columns of `tables.ESTIMATES`.
     """
     S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
-    H, score = uncertainty.entropy(S_N, T_N, normalization), uncertainty.mean(batch.score_N)
-    score_se = batch.standard_error(score)
-    return {
-        "H": H.value,
-        "H_se": batch.standard_error(H),
-        "mean_length": float(T_N.mean()),
-        "mean_score_z": score.value / score_se if score_se else 0.0,
-    }
+    H = uncertainty.entropy(S_N, T_N, normalization)
+    return {"H": H.value, "H_se": batch.standard_error(H), "mean_length": float(T_N.mean())}
 
 
 def describe_influence(estimate: Estimate) -> Row:
@@ -186,16 +180,20 @@ def predicted_changes(
     }
 
 
-def predictor_rows(row: Row, by_literature: Mapping[str, float]) -> list[Row]:
+def predictor_rows(row: Row, by_literature: Mapping[str, float], on_other_e: Sequence[float] = ()) -> list[Row]:
     """Pair every prediction for one row of estimates with its measured change.
 
     Args:
-        row: columns of `rows.predict` and `rows.measure`.
+        row: columns of `rows.predict`, `second_order.predict` and `rows.measure`.
         by_literature: predictions per unit step, from `predicted_changes`.
+        on_other_e: ∂_vH on each further E batch.
 
     Returns:
         Rows of `tables.PREDICTORS`, without the column `normalization`.
     """
     shared = {"eta": row["eta"], "eta_over_lr": row["eta_over_lr"], "delta_h": row["delta_h"]}
-    predicted = {"delta_h1": row["delta_h1"]} | {name: row["eta"] * value for name, value in by_literature.items()}
+    predicted = {"delta_h1": row["delta_h1"], "delta_h12": row["delta_h12"]}
+    if on_other_e:
+        predicted["delta_h1_other_e"] = row["eta"] * sum(on_other_e) / len(on_other_e)
+    predicted |= {name: row["eta"] * value for name, value in by_literature.items()}
     return [shared | {"predictor": name, "predicted": value} for name, value in predicted.items()]

@@ -18,12 +18,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_core.numerics import baselines, first_order, importance, path_integral, ragged, ridge, uncertainty
+from entropy_core.numerics import (
+    baselines,
+    first_order,
+    importance,
+    path_integral,
+    ragged,
+    ridge,
+    uncertainty,
+    weighted_first_order,
+)
 from entropy_core.numerics.choices import Baseline, Estimator
 from entropy_core.numerics.functional import FUNCTIONALS, Columns, Functional, TokenPair, Tokens
-from entropy_core.numerics.importance import PrefixWeights, WeightTotals
+from entropy_core.numerics.importance import WeightTotals
+from entropy_core.numerics.sampling import Sampling
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Estimate
+from entropy_core.numerics.weights import PrefixWeights, log_weights_are_usable, prefix_weights
 
 Blocks = Sequence[Callable[[], Tokens]]
 """Functions that each load the tokens of one block of sequences."""
@@ -105,15 +116,45 @@ class EvaluationBatch:
     @cached_property
     def weighted_columns(self) -> dict[Functional, Columns]:
         """Per-sequence terms of the estimator whose weights are normalised at each position."""
-        totals = _totals({f: first_order.weighted_totals(f, t) for f in self.functionals} for t, _ in self.read())
-        return _laid_out(
-            {f: first_order.weighted_columns(f, t, totals[f]) for f in self.functionals} for t, _ in self.read()
+        totals = _totals(
+            {f: weighted_first_order.weighted_totals(f, t) for f in self.functionals} for t, _ in self.read()
         )
+        return _laid_out(
+            {f: weighted_first_order.weighted_columns(f, t, totals[f]) for f in self.functionals}
+            for t, _ in self.read()
+        )
+
+    @cached_property
+    def unweighted_columns(self) -> dict[Functional, Columns]:
+        """`columns` without the weights of the sampling law: plain totals and local parts of each sequence."""
+        if not self.from_proposal:
+            return self.columns
+        of_blocks = ((tokens._replace(proposal_logprobs_K=None), bases) for tokens, bases in self.read())
+        return _laid_out(
+            {f: first_order.first_order_columns(f, tokens, base_K) for f, base_K in bases.items()}
+            for tokens, bases in of_blocks
+        )
+
+    def value_columns(self, estimator: Estimator) -> dict[Functional, Columns]:
+        """Return the columns whose totals estimate E[F] at θ in the way that an estimator of ΔH does at θ + ηv."""
+        if estimator == "weighted_per_decision":
+            return self.weighted_columns
+        return self.unweighted_columns if estimator == "snis" else self.columns
 
     @cached_property
     def score_N(self) -> Tensor:
         """Score Σ_k ℓ̇_k of each sequence, float64 [N]."""
         return torch.cat([ragged.sequence_sum(t.derivative.logprob_K, t.offsets_N1) for t, _ in self.read()])
+
+    @cached_property
+    def from_proposal(self) -> bool:
+        """Whether another law than the policy drew the sequences."""
+        return next(iter(self.read()))[0].proposal_logprobs_K is not None
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """Weights from the law that drew the sequences to the policy; all 1 if the policy drew them."""
+        return reduce(Sampling.plus, (Sampling.of(tokens) for tokens, _ in self.read()))
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())).total_N)
@@ -149,7 +190,8 @@ class Measured(NamedTuple):
     Args:
         columns: by functional, the terms of its value at θ + ηv; for `path_integral`, the terms of its derivative at
             each node; None for η = 0.
-        weights_N: importance weights of whole sequences; for `path_integral`, at its last node.
+        weights_N: importance weights of whole sequences, from the law that drew them to θ + ηv; for `path_integral`, to
+            its last node.
         usable: False if a weight over- or underflowed.
         ess_prefix: smallest effective sample size of the prefix weights at any position.
     """
@@ -172,7 +214,7 @@ def measured(batch: EvaluationBatch, moved: Moved, estimator: Estimator) -> Meas
         The terms per sequence, and the importance weights.
     """
     if moved.eta == 0:
-        return Measured(None, torch.ones(len(batch), dtype=torch.float64), True, float(len(batch)))
+        return Measured(None, batch.sampling.weights_N, True, batch.sampling.ess_prefix)
 
     def blocks() -> Iterator[tuple[Tokens, Bases, MovedTokens]]:
         for (tokens, bases), moved_block in zip(batch.read(), moved.read(), strict=True):
@@ -187,7 +229,7 @@ def measured(batch: EvaluationBatch, moved: Moved, estimator: Estimator) -> Meas
         found, weights = _of_block(tokens, bases, moved_block, estimator, totals)
         columns.append(found)
         whole.append(weights.sequence_N)
-        usable = usable and importance.log_weights_are_usable(weights)
+        usable = usable and log_weights_are_usable(weights)
         of_block = importance.log_totals(weights, tokens.offsets_N1)
         logs = of_block if logs is None else logs.plus(of_block)
     assert logs is not None
@@ -233,8 +275,9 @@ def _at(
     tokens: Tokens, logprobs_K: Tensor, entropies_K: Tensor, along: TokenPair | None = None
 ) -> tuple[Tokens, PrefixWeights]:
     """Return a block with ℓ and h under another policy, and the importance weights to that policy."""
-    weights = importance.prefix_weights(tokens.logprobs_K, logprobs_K, tokens.offsets_N1)
-    return tokens._replace(logprobs_K=logprobs_K, entropies_K=entropies_K, along=along), weights
+    drawn_K = tokens.drawn_logprobs_K
+    moved = Tokens(logprobs_K, entropies_K, tokens.offsets_N1, along, drawn_K)
+    return moved, prefix_weights(drawn_K, logprobs_K, tokens.offsets_N1)
 
 
 def _laid_out(parts: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
@@ -274,8 +317,7 @@ def _ridge(blocks: Blocks, clusters_N: Tensor | None, functionals: Sequence[Func
     def block_of(functional: Functional, i: int, tokens: Tokens) -> ridge.RidgeBlock:
         returns_K = baselines.returns_to_go(functional, tokens)
         features_KF = ridge.prefix_features(tokens.logprobs_K, tokens.entropies_K, tokens.offsets_N1)
-        weights_K = tokens.derivative.logprob_K**2
-        return ridge.RidgeBlock(returns_K, features_KF, weights_K, tokens.offsets_N1, folds[i])
+        return ridge.RidgeBlock(returns_K, features_KF, baselines.score_weights(tokens), tokens.offsets_N1, folds[i])
 
     def fits_of(functional: Functional) -> list[ridge.Fit]:
         def read() -> Iterator[ridge.RidgeBlock]:

@@ -10,7 +10,8 @@ summed over a response and T is its length. The entropy per token is E[S]/E[T].
     micro-batches             E[ΣS/ΣT], with sums over a micro-batch: its tokens count more where it has few.
     padding                   E[S]/T', where T' is the length to which the batch is padded.
     shifted                   h of all tokens but the first, or but the last. The h that comes in its place is cached
-                              nowhere and left out: it is that after the end, or in the prompt.
+                              nowhere: it is that after the end, or in the prompt, and taken to be as large on average
+                              as h is, give or take the standard deviation of h; between two bounds, therefore.
     temperature               h of the logits that are not divided by the temperature τ: the law ∝ π^τ.
     truncated                 h of the law that top-p or top-k leaves; between two bounds.
 """
@@ -97,10 +98,10 @@ def known_mistakes(of: Responses, sampling: Sampling) -> Iterator[Logged]:
             yield _micro_batches(of, size)
     if sampling.longest:
         yield ratio("an average that counts padding", of.entropy_N, ones_N * sampling.longest)
-    if (of.lengths_N > 1).any():
-        shorter_N = of.lengths_N - 1
-        yield ratio("entropies that are shifted by one token", of.entropy_N - of.first_N, shorter_N)
-        yield ratio("entropies that are shifted by one token, the other way", of.entropy_N - of.last_N, shorter_N)
+    mean, deviation = float(of.entropies_K.mean()), float(of.entropies_K.std(correction=0))
+    for left_out_N, way in ((of.first_N, ""), (of.last_N, ", the other way")):
+        middle = ratio(f"entropies that are shifted by one token{way}", of.entropy_N - left_out_N + mean, of.lengths_N)
+        yield middle._replace(within=deviation / float(of.lengths_N.mean()))
     if sampling.temperature != 1:
         entropies_K, surprisals_K = _at_temperature_one(of, sampling.temperature)
         yield ratio(f"entropies of {UNTEMPERED}", of.sums(entropies_K), of.lengths_N)

@@ -2,11 +2,7 @@
 
 θ are the checkpoint's parameters, v is the step per unit of learning rate, η the step size, and U the update batch.
 
-Both the prediction δH₁ and the measured change ΔH have three intervals, for three questions:
-
-    this update   what does the step on this U do?                 randomness of E
-    mean update   what do steps on batches like U do on average?   randomness of E and of U
-    next update   what will the step on another U do?              randomness of E, of U, and of the other U
+The prediction δH₁ and the measured change ΔH have the three intervals of `intervals`.
 """
 
 import math
@@ -17,6 +13,7 @@ from torch import Tensor
 
 from entropy_core.estimates import distributions, pareto
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.estimates.intervals import Randomness, intervals, widened
 from entropy_core.numerics import bootstrap, half_samples, importance, path_integral, uncertainty, verdicts
 from entropy_core.numerics.bootstrap import BootstrapIntervals
 from entropy_core.numerics.choices import Estimator, Normalization
@@ -27,13 +24,6 @@ from entropy_core.numerics.uncertainty import Estimate
 Row = dict[str, Any]
 
 POWER_QUANTILE = uncertainty.normal_quantile(0.6)  # a change of (z + 0.84) SE is detected with probability 80 %
-
-
-LARGEST_CURVATURE = 0.5
-"""Largest |curvature|/|δH₁| at which ΔH has intervals over U: their width is that of δH₁, corrected to first order."""
-
-DRAWS_OF_U = {"mean_update": 1, "next_update": 2}
-"""How many draws of U the estimate and what an interval is for differ by."""
 
 
 class Contributions(NamedTuple):
@@ -66,6 +56,12 @@ class Derivative(NamedTuple):
     nonlinearity: float
     informative: int
     units_e: int
+    invalid_over_e: str  # why no interval over E is valid; empty if they are
+
+    @property
+    def randomness(self) -> Randomness:
+        """What the intervals of a change take from ∂_vH."""
+        return Randomness(self.units_e, self.over_u, self.invalid_over_e)
 
 
 def derivative_of(
@@ -74,6 +70,7 @@ def derivative_of(
     contributions: Contributions,
     confidence_level: float,
     resamples: int,
+    invalid_over_e: str = "",
 ) -> Derivative:
     """Estimate ∂_vH with its standard errors over E and over U.
 
@@ -83,6 +80,7 @@ def derivative_of(
         contributions: influence of each sequence of U on ∂_vH.
         confidence_level: confidence level of the bootstrap intervals.
         resamples: number of bootstrap resamples.
+        invalid_over_e: why no interval over E is valid; empty if they are.
 
     Returns:
         The estimate and its standard errors, in nats per unit step.
@@ -97,7 +95,9 @@ def derivative_of(
         of_estimator={
             "per_decision": estimate,
             "weighted_per_decision": uncertainty.entropy_derivative(batch.weighted_columns, normalization),
-            "snis": uncertainty.snis_derivative(columns, batch.score_N, normalization),
+            "snis": uncertainty.snis_derivative(
+                batch.unweighted_columns, batch.score_N, normalization, batch.sampling.weights_N
+            ),
             "path_integral": estimate,
         },
         local=float(columns[ENTROPY].local_N.mean()) / mean_length,
@@ -109,6 +109,7 @@ def derivative_of(
         nonlinearity=steps.nonlinearity,
         informative=informative,
         units_e=batch.units,
+        invalid_over_e=invalid_over_e,
     )
 
 
@@ -124,8 +125,8 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         Columns of `tables.ESTIMATES`, in nats.
     """
     delta_h1, over_u = derivative.estimate.value * eta, derivative.over_u
-    ends = derivative.bootstrap
-    percentile, bca = (sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
+    ends, invalid = derivative.bootstrap, derivative.invalid_over_e
+    percentile, bca = ((None, None) if invalid else sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
     finite = over_u.degrees_of_freedom > 0 and math.isfinite(derivative.nonlinearity)
     return {
         "delta_h1": delta_h1,
@@ -137,8 +138,9 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         "se_interaction": over_u.interaction**0.5 * abs(eta),
         "nonlinearity_over_u": derivative.nonlinearity if finite else None,
         "informative_prompts_u": derivative.informative,
+        "interval_over_e": f"no valid interval over E: {invalid}" if invalid else "valid",
         "interval_over_u": f"no valid interval over U: {over_u.invalid}" if over_u.invalid else "valid",
-        **_intervals("", delta_h1, derivative.se_given_u * abs(eta), derivative, eta, confidence_level)[0],
+        **intervals("", delta_h1, derivative.se_given_u * abs(eta), derivative.randomness, eta, confidence_level)[0],
         "percentile_low": percentile[0],
         "percentile_high": percentile[1],
         "bca_low": bca[0],
@@ -147,43 +149,29 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
     }
 
 
-def _intervals(
-    prefix: str, value: float, se_given_u: float, derivative: Derivative, eta: float, level: float, widen: float = 1.0
-) -> tuple[Row, Row]:
-    """Compute the three intervals of a change, and the p-values of a change of 0 for this and for the mean update.
+class Reliability(NamedTuple):
+    """Whether importance weights can be trusted: effective sample size, Pareto k̂ and its threshold, and the answer."""
+
+    ess: float
+    pareto_k: float | None
+    threshold: float
+    reliable: bool
+
+
+def reliability(terms: Measured, sequences: int, eta: float) -> Reliability:
+    """Judge the weights of an estimator of ΔH.
 
     Args:
-        prefix: of the names of the columns.
-        value: the estimate, nats.
-        se_given_u: its standard error over E.
-        derivative: ∂_vH, whose standard error over U, times η, is that of the estimate.
+        terms: with the weights.
+        sequences: N, size of E.
         eta: absolute step size.
-        level: confidence level.
-        widen: factor of the standard error over U; infinite for none.
 
     Returns:
-        The columns of the intervals, None where there is no valid one, and p-values by interval.
+        The answer, and what it is from.
     """
-    over_u, scale = derivative.over_u, widen * abs(eta)
-    of_e = uncertainty.Total(se_given_u, float(derivative.units_e - 1))
-    totals: dict[str, uncertainty.Total | None] = {"this_update": of_e}
-    for name, draws in DRAWS_OF_U.items():
-        totals[name] = None
-        if not over_u.invalid and math.isfinite(widen):
-            parts = over_u.standard_error * scale, over_u.degrees_of_freedom + 1, over_u.interaction * scale**2
-            totals[name] = uncertainty.total_standard_error(se_given_u, derivative.units_e, *parts, draws)
-    row: Row = {}
-    p_values: Row = {}
-    for name, total in totals.items():
-        half, p_value = None, None
-        if total is not None:
-            half = distributions.t_quantile(0.5 + level / 2, total.degrees_of_freedom) * total.standard_error
-            z = abs(value) / total.standard_error if total.standard_error else math.inf if value else 0.0
-            p_value = 2 * distributions.t_tail(z, total.degrees_of_freedom)
-        row[f"{prefix}{name}_low"] = None if half is None else value - half
-        row[f"{prefix}{name}_high"] = None if half is None else value + half
-        p_values[name] = p_value
-    return row, p_values
+    ess = importance.effective_sample_size(terms.weights_N) if terms.usable else 0.0
+    k, threshold = pareto.pareto_k(terms.weights_N) if terms.usable and eta else None, pareto.threshold(sequences)
+    return Reliability(ess, k, threshold, terms.usable and verdicts.weights_reliable(ess / sequences, k, threshold))
 
 
 def change_of(
@@ -201,17 +189,20 @@ def change_of(
     Returns:
         ΔH in nats per sequence or per token.
     """
-    S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
     if moved_terms.columns is None:
-        return Estimate(0.0, torch.zeros_like(S_N))
+        return Estimate(0.0, torch.zeros(len(batch), dtype=torch.float64))
     if isinstance(moved_terms.columns, tuple):
         return path_integral.entropy_change(moved_terms.columns, eta, normalization)
-    moved_S_N, moved_T_N = (moved_terms.columns[functional] for functional in (ENTROPY, LENGTH))
-    if estimator == "snis":
-        moved = uncertainty.snis_entropy(moved_terms.weights_N, moved_S_N, moved_T_N, normalization)
-    else:
-        moved = uncertainty.entropy(moved_S_N, moved_T_N, normalization)
-    return moved.minus(uncertainty.entropy(S_N, T_N, normalization))
+
+    def entropy(weights_N: Tensor, S_N: Tensor, T_N: Tensor) -> Estimate:
+        if estimator == "snis":
+            return uncertainty.snis_entropy(weights_N, S_N, T_N, normalization)
+        return uncertainty.entropy(S_N, T_N, normalization)
+
+    at_theta = batch.value_columns(estimator)
+    before = entropy(batch.sampling.weights_N, *(at_theta[functional].total_N for functional in (ENTROPY, LENGTH)))
+    after = entropy(moved_terms.weights_N, *(moved_terms.columns[functional] for functional in (ENTROPY, LENGTH)))
+    return after.minus(before)
 
 
 def measure(
@@ -243,8 +234,7 @@ def measure(
         Columns of `tables.ESTIMATES`; the measured columns are None if weights overflowed.
     """
     usable, N = moved_terms.usable, len(batch)
-    ess = importance.effective_sample_size(moved_terms.weights_N) if usable else 0.0
-    k, k_threshold = pareto.pareto_k(moved_terms.weights_N) if usable and eta else None, pareto.threshold(N)
+    ess, k, k_threshold, reliable = reliability(moved_terms, N, eta)
     quantile = distributions.t_quantile(0.5 + confidence_level / 2, derivative.units_e - 1)
 
     def error(estimate: Estimate) -> float:
@@ -254,19 +244,15 @@ def measure(
     difference = change.minus(prediction)
     of_same = derivative.of_estimator[estimator].scaled(eta)
     curvature = change.minus(of_same)
-    reliable = usable and verdicts.weights_reliable(ess / N, k, k_threshold)
-    size, bend = abs(prediction.value), curvature.value
-    widen = max(1.0, abs(1 + 2 * bend / prediction.value)) if abs(bend) <= LARGEST_CURVATURE * size > 0 else math.inf
-    if eta == 0:
-        widen = 1.0
-    intervals, p_values = _intervals(
-        "delta_h_", change.value, error(change), derivative, eta, confidence_level, widen if reliable else math.inf
+    widen = widened(prediction.value, curvature.value) if reliable else math.inf
+    ends, p_values = intervals(
+        "delta_h_", change.value, error(change), derivative.randomness, eta, confidence_level, widen
     )
     measured = {
         "delta_h": change.value,
         "delta_h_se": error(change),
-        **intervals,
-        "curvature": bend,
+        **ends,
+        "curvature": curvature.value,
         "curvature_se": error(curvature),
         "paired_difference": difference.value,
         "paired_difference_se": error(difference),
@@ -275,13 +261,15 @@ def measure(
     }
     if not usable:
         measured = dict.fromkeys(measured)  # weights overflowed
-    ends = ((measured[f"delta_h_{name}_low"], measured[f"delta_h_{name}_high"]) for name in p_values)
-    signs = {f"sign_{name}": verdicts.sign(*pair) for name, pair in zip(p_values, ends, strict=True)}
+    signs = {
+        f"sign_{name}": verdicts.sign(measured[f"delta_h_{name}_low"], measured[f"delta_h_{name}_high"])
+        for name in p_values
+    }
     if not reliable:
         signs = dict.fromkeys(signs, "unknown")
     above, below = verdicts.bounds(curvature, of_same)
     shape: verdicts.Linearity = "undecided"
-    if reliable and eta:
+    if reliable and eta and not derivative.invalid_over_e:
         shape = verdicts.linearity(above.value, error(above), below.value, error(below), quantile)
     above_rounding = usable and abs(change.value) > noise_floor
     word, rule = verdicts.verdict(
@@ -290,6 +278,7 @@ def measure(
         above_rounding=above_rounding,
         sign_this_update=signs["sign_this_update"],
         linearity=shape,
+        invalid_over_e=derivative.invalid_over_e,
     )
     return {
         **measured,

@@ -55,6 +55,7 @@ ESTIMATES = pa.schema(
             "nonlinearity_over_u", _REAL, "1", "how far steps on halves of U are from averaging to the step; 0: linear"
         ),
         _field("informative_prompts_u", _WHOLE, "prompts", "prompts of U whose responses have unequal rewards"),
+        _field("interval_over_e", _TEXT, "", "valid, or: no valid interval over E, and why; then none is given"),
         _field("interval_over_u", _TEXT, "", "valid, or: no valid interval over U, and why; then none is given"),
         *_ends("", "delta_h1"),
         _field(
@@ -63,6 +64,31 @@ ESTIMATES = pa.schema(
         _field("percentile_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update"),
         _field("bca_low", _REAL, _H, "lower end of the bootstrap interval of delta_h1 for this update: BCa"),
         _field("bca_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update: BCa"),
+        _field(
+            "delta_h2",
+            _REAL,
+            _H,
+            "second order: eta^2/2 times the second derivative along v; its variation over U is unknown",
+        ),
+        _field(
+            "delta_h2_se",
+            _REAL,
+            _H,
+            "standard error of delta_h2 for this update: over E, of rounding, and of orders above the second",
+        ),
+        _field("delta_h2_this_update_low", _REAL, _H, "lower end of the interval of delta_h2 for this update"),
+        _field("delta_h2_this_update_high", _REAL, _H, "upper end of the interval of delta_h2 for this update"),
+        _field("delta_h2_points", _WHOLE, "", "step sizes, or nodes of path_integral, that delta_h2 comes from"),
+        _field("second_order", _TEXT, "", "resolved: the interval of delta_h2 is without 0; unresolved; or none: why"),
+        _field("delta_h12", _REAL, _H, "predicted entropy change, second order: delta_h1 + delta_h2"),
+        _field(
+            "delta_h12_se",
+            _REAL,
+            _H,
+            "standard error of delta_h12 for this update: both parts share E; of rounding and higher orders, too",
+        ),
+        *_ends("delta_h12_", "delta_h12"),
+        _field("delta_h12_interval_over_u", _TEXT, "", "as interval_over_u, for the intervals of delta_h12 over U"),
         _field("confidence_level", _REAL, "1", "confidence level of every interval in this row"),
         _field("delta_h", _REAL, _H, "measured entropy change, by importance sampling on the same E"),
         _field("delta_h_se", _REAL, _H, "standard error of delta_h for this update: over E, and of rounding"),
@@ -71,6 +97,8 @@ ESTIMATES = pa.schema(
         _field("curvature_se", _REAL, _H, "its standard error for this update, and of rounding"),
         _field("paired_difference", _REAL, _H, "delta_h - delta_h1; the curvature when the estimator is per_decision"),
         _field("paired_difference_se", _REAL, _H, "its standard error for this update (both share E), and of rounding"),
+        _field("remainder", _REAL, _H, "delta_h - delta_h12: the orders above the second, if the weights are reliable"),
+        _field("remainder_se", _REAL, _H, "its standard error for this update (all share E), and of rounding"),
         _field("ess", _REAL, "sequences", "effective sample size of the whole-sequence weights"),
         _field("ess_fraction", _REAL, "1", "ess / n_sequences"),
         _field("ess_prefix", _REAL, "sequences", "smallest effective sample size of the prefix weights at a position"),
@@ -109,9 +137,22 @@ ESTIMATES = pa.schema(
         _field("attribution_closure", _REAL, "1", "relative error of the sum of all parts against inner_product"),
         _field("gradient_check", _REAL, "1", "relative difference of <grad H, v> and forward mode, at equal baselines"),
         _field("derivative_check", _REAL, "1", "relative error of central differences against forward mode, if used"),
+        _field("sampler", _TEXT, "", "what drew E: the policy, or a proposal with weights to the policy"),
+        _field(
+            "sampler_ess_fraction", _REAL, "1", "ESS/N of the whole-sequence weights from what drew E to the policy"
+        ),
+        _field("sampler_ess_prefix", _REAL, "sequences", "smallest ESS of the prefix weights of E at a position"),
+        _field("sampler_pareto_k", _REAL, "1", "Pareto k of the whole-sequence weights of E; null for the policy"),
+        _field("mean_weight", _REAL, "1", "mean weight of E; its expectation is 1 if log q is that of what drew E"),
+        _field("mean_weight_z", _REAL, "1", "z of mean_weight - 1"),
         _field(
             "mean_score_z", _REAL, "1", "z of the mean score on E along v; its mean is 0 for correctly scored samples"
         ),
+        _field("mean_surprisal_z", _REAL, "1", "z of the mean of surprisal - entropy on E; its mean is 0, too"),
+        _field(
+            "mean_logprob_difference", _REAL, "nats", "mean |log-probability under the policy - log q| of a token of E"
+        ),
+        _field("largest_logprob_difference", _REAL, "nats", "largest difference of this kind"),
         _field("excess_kurtosis", _REAL, "1", "excess kurtosis of the influence values of delta_h1"),
         _field("largest_influence", _REAL, "1", "largest share of one sequence in the variance of delta_h1 over E"),
         _field("truncated_fraction", _REAL, "1", "fraction of the responses of E that were cut at max_new_tokens"),
@@ -186,7 +227,12 @@ PREDICTORS = pa.schema(
         _field("normalization", _TEXT, "", "per_token or per_sequence"),
         _field("eta", _REAL, "learning-rate unit", "step size"),
         _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
-        _field("predictor", _TEXT, "", "delta_h1, or a predictor from the literature, computed on U"),
+        _field(
+            "predictor",
+            _TEXT,
+            "",
+            "delta_h1 or delta_h12, which share E with delta_h; delta_h1_other_e: on further E; or from the literature",
+        ),
         _field("predicted", _REAL, "", "eta times the predictor; those from the literature omit a constant factor"),
         _field("delta_h", _REAL, _H, "entropy change measured by the first estimator"),
     ]
@@ -226,7 +272,12 @@ AGREEMENT = of_checkpoints(
                 "",
                 "agrees, disagrees, not logged, or not comparable (batches or groups of another size, or one value)",
             ),
-            _field("explained_by", _TEXT, "", "known mistake of a logged entropy that gives the trainer's; or null"),
+            _field(
+                "explained_by",
+                _TEXT,
+                "",
+                "known mistakes of a logged entropy that give the trainer's, nearest first; or null",
+            ),
         ]
     )
 )
@@ -244,6 +295,16 @@ def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
         if set(row) != names:
             raise ValueError(f"columns {sorted(set(row) ^ names)} are not in both the row and the schema")
     return pa.Table.from_pylist(list(rows), schema=schema)
+
+
+def best_prediction(row: Row) -> str:
+    """Return the name of a row's best prediction: `delta_h12` where the second order is resolved, else `delta_h1`."""
+    return "delta_h12" if row["second_order"] == "resolved" else "delta_h1"
+
+
+def interval_of(prediction: str, update: str) -> str:
+    """Return how the columns of an interval begin: of `delta_h1` or `delta_h12`, for the update this, mean or next."""
+    return f"{'delta_h12_' if prediction == 'delta_h12' else ''}{update}_update"
 
 
 def unit_of(normalization: str) -> str:

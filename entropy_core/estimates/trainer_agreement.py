@@ -38,6 +38,9 @@ FALSE_ALARMS = 0.01
 SMALLEST = 0.01
 """Relative difference up to which values agree: another number format alone can make as much."""
 
+MOST_NAMED = 3
+"""Mistakes that are named of those that fit."""
+
 _OF_ONE_STEP = ("gradient_norm", "learning_rate")  # not averaged over the steps since the last entry
 _SAMPLED = ("mean_reward", "equal_reward_fraction", "mean_length", "truncated_fraction")
 
@@ -300,7 +303,10 @@ def rows_of(found: Sequence[Compared], logging: Logging) -> Iterator[dict[str, A
 
 
 def _explained(rows: Sequence[Compared], logging: Logging, false_alarms: float) -> str | None:
-    """The mistake that is nearest to what was logged, of those that agree with it at every checkpoint."""
+    """The mistakes that agree with what was logged at every checkpoint, nearest first: one number may fit several.
+
+    Of a mistake with bounds the middle counts: one that says exactly what was logged explains more.
+    """
     distance: dict[str, float] = {}
     agreed: dict[str, int] = {}
     for row in rows:
@@ -314,9 +320,9 @@ def _explained(rows: Sequence[Compared], logging: Logging, false_alarms: float) 
             limit = error * t_quantile(1 - false_alarms / 2, row.degrees_of_freedom)
             if apart <= max(limit, SMALLEST * abs(row.trainer)):
                 agreed[logged.what] = agreed.get(logged.what, 0) + 1
-                distance[logged.what] = distance.get(logged.what, 0.0) + apart
+                distance[logged.what] = distance.get(logged.what, 0.0) + abs(logged.value - row.trainer)
     possible = [what for what, times in agreed.items() if times == len(rows)]
-    return min(possible, key=lambda what: distance[what]) if possible else None
+    return ", or ".join(sorted(possible, key=lambda what: distance[what])[:MOST_NAMED]) or None
 
 
 def entropy_error(of: Responses) -> float:

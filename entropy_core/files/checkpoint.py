@@ -17,8 +17,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import translate
 from pathlib import Path
 
 from entropy_core.errors import CheckpointError, one_line, shortage
@@ -45,6 +45,8 @@ BYSTANDERS = (
     *("README*", "*.md", "LICENSE*", "NOTICE*", "*.png", "*.html", "*.py", ".*", "*~", "*.tmp", "*.lock"),  # for people
 )
 """Files on which no result depends. All others count, for a tokenizer may be made of files of any name."""
+ALWAYS = ("*.safetensors", "tokenizer*")
+"""Files that count although a bystander may be called so: an index names shards, and a tokenizer its files."""
 
 SHARDS = (
     *("*.distcp", ".metadata", "*_optim_states.pt", "*_model_states.pt"),
@@ -161,6 +163,11 @@ def model_directory(directory: Path) -> Path:
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
+def _one_of(patterns: Iterable[str]) -> Callable[[str], object]:
+    """A function that tells the names that match one of these patterns; made once, because a directory has many."""
+    return re.compile("|".join(map(translate, patterns)) or "(?!)").match
+
+
 def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]:
     """Content digests of the files that a result may depend on: all but the known bystanders.
 
@@ -178,9 +185,10 @@ def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]
     require_directory(directory)
     candidates = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
     names = sorted(path.relative_to(directory).as_posix() for path in candidates if path.is_file())
+    counts, bystander, beside = map(_one_of, (ALWAYS, BYSTANDERS, besides))
     digests = {}
     for name in names:
-        if not any(fnmatch(name, pattern) for pattern in (*BYSTANDERS, *besides)):
+        if not (beside(name) if counts(name) else beside(name) or bystander(name)):
             try:
                 digests[name] = file_digest(directory / name)
             except OSError as error:

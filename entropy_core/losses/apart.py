@@ -4,6 +4,7 @@ That process is sent the batch and sends back what the sweep needs of a loss: `t
 whether it is one, `check_loss`. A loss of this package is differentiated where it is asked for.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from entropy_core.errors import LossError
+from entropy_core.errors import LossError, one_line
 from entropy_core.isolation.process import Isolation
 from entropy_core.losses import functions
 from entropy_core.losses.functions import SIGNATURE, load_loss, source_file
@@ -21,6 +22,8 @@ from entropy_core.numerics import losses
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.loss_batch import LossBatch
 from entropy_core.numerics.losses import LOSSES
+
+log = logging.getLogger("entropy_probe.losses")
 
 _DEFAULT_LIMITS = Isolation()
 
@@ -41,19 +44,37 @@ def token_coefficients(name: str, batch: LossBatch, isolation: Isolation = _DEFA
             passed a limit, or ended its process.
         ConfigError: there is no such function.
     """
-    return coefficients_of_each(name, [batch], isolation)[0]
+    if name in LOSSES:
+        return functions.coefficients_of(name, LOSSES[name], batch)
+    [found] = _pairs_apart(isolation, name, _coefficients_apart, [batch])
+    return functions.require_finite(name, found, batch)
 
 
 def coefficients_of_each(
     name: str, batches: Sequence[LossBatch], isolation: Isolation = _DEFAULT_LIMITS
-) -> list[TokenPair]:
-    """`token_coefficients` of several batches; a function of the user is called in one process for all of them."""
+) -> list[TokenPair | None]:
+    """`losses.coefficients` of several batches, on some of which the loss may have no finite gradient.
+
+    Args:
+        name: of the loss.
+        batches: parts of U.
+        isolation: how a function of the user is called: in one process for all batches.
+
+    Returns:
+        ∂L/∂ℓ_k and ∂L/∂h_k of each batch; None where the loss fails, or a number is not finite.
+
+    Raises:
+        LossError: a function of the user passed a limit, or ended its process.
+        ConfigError: there is no such function.
+    """
     if name in LOSSES:
-        return [functions.coefficients_of(name, LOSSES[name], batch) for batch in batches]
-    shapes = {f"{i}.{part}": b.logprobs_K.shape for i, b in enumerate(batches) for part in TokenPair._fields}
-    found = _called_apart(isolation, name, _coefficients_apart, (name, list(batches)), shapes)
-    pairs = [TokenPair(*(found[f"{i}.{part}"] for part in TokenPair._fields)) for i in range(len(batches))]
-    return [functions.require_finite(name, pair, batch) for pair, batch in zip(pairs, batches, strict=True)]
+        pairs = [losses.coefficients(LOSSES[name], batch) for batch in batches]
+    else:
+        pairs = _pairs_apart(isolation, name, _coefficients_of_each_apart, batches) if batches else []
+    found = [pair if all(torch.isfinite(values_K).all() for values_K in pair) else None for pair in pairs]
+    if None in found:
+        log.warning("loss %r has no finite gradient on %d of %d parts of U", name, found.count(None), len(found))
+    return found
 
 
 def influences(
@@ -104,6 +125,15 @@ def check_loss(name: str, kl_beta: float, max_new_tokens: int, isolation: Isolat
         _called_apart(isolation, name, _check_apart, (name, kl_beta, max_new_tokens), {})
 
 
+def _pairs_apart(
+    isolation: Isolation, name: str, function: Callable[..., bytes], batches: Sequence[LossBatch]
+) -> list[TokenPair]:
+    """The coefficients of each batch that a process of a user's function answers."""
+    shapes = {f"{i}.{part}": b.logprobs_K.shape for i, b in enumerate(batches) for part in TokenPair._fields}
+    found = _called_apart(isolation, name, function, (name, list(batches)), shapes)
+    return [TokenPair(*(found[f"{i}.{part}"] for part in TokenPair._fields)) for i in range(len(batches))]
+
+
 def _called_apart(
     isolation: Isolation,
     name: str,
@@ -143,8 +173,22 @@ def _with_threads(function: Callable[..., bytes], threads: int, *arguments: Any)
 
 def _coefficients_apart(name: str, batches: Sequence[LossBatch]) -> bytes:
     loss = load_loss(name)
-    found = [functions.coefficients_of(name, loss, batch)._asdict() for batch in batches]
-    return safetensors.save(_plain({f"{i}.{part}": t for i, pair in enumerate(found) for part, t in pair.items()}))
+    return _answer([functions.coefficients_of(name, loss, batch) for batch in batches])
+
+
+def _coefficients_of_each_apart(name: str, batches: Sequence[LossBatch]) -> bytes:
+    loss, found = load_loss(name), []
+    for batch in batches:
+        try:
+            found.append(functions.coefficients_of(name, loss, batch))
+        except Exception as error:  # also one that a backward function of the user raises
+            print(one_line(error))
+            found.append(TokenPair(*(torch.full_like(batch.logprobs_K, torch.nan) for _ in TokenPair._fields)))
+    return _answer(found)
+
+
+def _answer(pairs: Sequence[TokenPair]) -> bytes:
+    return safetensors.save(_plain({f"{i}.{part}": t for i, p in enumerate(pairs) for part, t in p._asdict().items()}))
 
 
 def _influences_apart(name: str, batch: LossBatch, pairs: Sequence[TokenPair]) -> bytes:

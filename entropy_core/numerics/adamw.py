@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_core.numerics.next_step import Diagonal
 from entropy_core.numerics.vectors import K, Lazy, dot, global_norm
 
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -45,14 +46,8 @@ class AdamState(NamedTuple):
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None = None
 
-    def to(self, device: torch.device) -> "AdamState":
-        """Return the same state on a device."""
-        largest = self.max_exp_avg_sq
-        moments = self.exp_avg.to(device), self.exp_avg_sq.to(device)
-        return AdamState(self.step, *moments, None if largest is None else largest.to(device))
 
-
-class NextStep:
+class NextStep(Diagonal):
     """The next AdamW step of one parameter, per unit of the nominal learning rate; properties are computed on access.
 
     v = momentum + gradient + decay. P and J = ∂v/∂g are diagonal. The preconditioner P treats the denominator as a
@@ -157,9 +152,14 @@ def pull_back(
         w, lazily, with the keys of `jacobian`, float64.
     """
     pulled = Lazy(list(jacobian), lambda key: jacobian[key].double() * covector[key].double())
+    return through_clipping(pulled, gradient, max_norm)
+
+
+def through_clipping(pulled: Mapping[K, Tensor], gradient: Mapping[K, Tensor], max_norm: float) -> Lazy[K]:
+    """Return what `pull_back` does, for a step whose Jᵀ·a at the clipped gradient is `pulled`."""
     norm = global_norm(gradient)
     factor = clip_factor(norm, max_norm)
     if norm == 0.0 or factor == 1.0:
-        return Lazy(list(jacobian), lambda key: factor * pulled[key])
+        return Lazy(list(pulled), lambda key: factor * pulled[key])
     along = factor / ((norm + CLIP_EPSILON) * norm) * dot(gradient, pulled)
-    return Lazy(list(jacobian), lambda key: factor * pulled[key] - along * gradient[key].double())
+    return Lazy(list(pulled), lambda key: factor * pulled[key] - along * gradient[key].double())

@@ -14,21 +14,25 @@ from torch import Tensor
 from entropy_core.numerics import ragged
 from entropy_core.numerics.choices import Baseline
 from entropy_core.numerics.functional import Functional, Tokens
+from entropy_core.numerics.weights import sampling_weights
 
 
 def returns_to_go(functional: Functional, tokens: Tokens) -> Tensor:
     """Return R_k, the sum of the per-token values f_j that depend on the token of step k.
 
     Args:
-        functional: R_k = Σ_{j>k} f_j, or Σ_{j≥k} f_j if f_k depends on the token of step k.
+        functional: R_k = Σ_{j>k} f_j, or Σ_{j≥k} f_j if f_k depends on the token of step k. If another law than the
+            policy drew the tokens, each f_j has the likelihood ratio of the tokens between step k and f_j as a factor.
         tokens: a block of sequences.
 
     Returns:
         float64 [K].
     """
-    values_K = functional.values(tokens)
+    weights = sampling_weights(tokens)
+    values_K = weights.of(functional) * functional.values(tokens)
     after_K = ragged.sum_after(values_K, tokens.offsets_N1)
-    return after_K + values_K if functional.of_action else after_K
+    returns_K = after_K + values_K if functional.of_action else after_K
+    return returns_K / weights.after_K
 
 
 class TimeTotals(NamedTuple):
@@ -107,7 +111,8 @@ def baselines(functional: Functional, tokens: Tokens, baseline: Baseline, totals
         tokens: a block of sequences, with derivatives for `time_loo_weighted`.
         baseline: `none`; `time_loo`, the mean of R over the other sequences that reach the same step; or
             `time_loo_weighted`, the mean weighted by ℓ̇², which has the least variance of all means for this direction.
-            (`ridge` uses the prefixes; see the module `ridge`.)
+            (`ridge` uses the prefixes; see the module `ridge`.) If another law than the policy drew the tokens, these
+            means have the factors W_{k+1} and W²_{k+1} as further weights.
         totals: `baseline_totals` over all sequences; None if this block is the whole batch.
 
     Returns:
@@ -124,5 +129,12 @@ def baselines(functional: Functional, tokens: Tokens, baseline: Baseline, totals
     return time_loo_baseline(returns_K, tokens.offsets_N1, _weights(baseline, tokens), totals)
 
 
+def score_weights(tokens: Tokens) -> Tensor:
+    """Return (W_{k+1} ℓ̇_k)², the weights of the least-squares baselines, float64 [K]."""
+    return (sampling_weights(tokens).after_K * tokens.derivative.logprob_K) ** 2
+
+
 def _weights(baseline: Baseline, tokens: Tokens) -> Tensor | None:
-    return tokens.derivative.logprob_K**2 if baseline == "time_loo_weighted" else None
+    if baseline == "time_loo_weighted":
+        return score_weights(tokens)
+    return None if tokens.proposal_logprobs_K is None else sampling_weights(tokens).after_K

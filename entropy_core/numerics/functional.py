@@ -42,12 +42,19 @@ class Tokens(NamedTuple):
         entropies_K: h, nats.
         offsets_N1: int64 [N + 1].
         along: ℓ̇ and ḣ, derivatives along a direction, nats per unit step; None if there is no direction.
+        proposal_logprobs_K: log q of each token under the law that drew it; None if this policy drew the tokens.
     """
 
     logprobs_K: Tensor
     entropies_K: Tensor
     offsets_N1: Tensor
     along: TokenPair | None = None
+    proposal_logprobs_K: Tensor | None = None
+
+    @property
+    def drawn_logprobs_K(self) -> Tensor:
+        """log q of each token under the law that drew it, nats."""
+        return self.logprobs_K if self.proposal_logprobs_K is None else self.proposal_logprobs_K
 
     @property
     def derivative(self) -> TokenPair:
@@ -65,7 +72,8 @@ class Tokens(NamedTuple):
         offsets_N1 = self.offsets_N1[: sequences + 1]
         count = int(offsets_N1[-1])
         along = self.along and TokenPair(*(values_K[:count] for values_K in self.along))
-        return Tokens(self.logprobs_K[:count], self.entropies_K[:count], offsets_N1, along)
+        log_q_K = None if self.proposal_logprobs_K is None else self.proposal_logprobs_K[:count]
+        return Tokens(self.logprobs_K[:count], self.entropies_K[:count], offsets_N1, along, log_q_K)
 
 
 class Functional(NamedTuple):

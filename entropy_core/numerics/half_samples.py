@@ -56,6 +56,7 @@ class HalfSteps(NamedTuple):
         variance_of_half: of f over batches of P/2 prompts, and so at least that over batches of P prompts.
         nonlinearity: mean square of (P_A f_A + P_B f_B)/P − f, relative to `variance`; 0 for a linear step.
         fresh: the optimizer has made no step yet.
+        no_interval: why the optimizer's rule allows no interval over U; empty if it may.
     """
 
     splits: int
@@ -63,9 +64,12 @@ class HalfSteps(NamedTuple):
     variance_of_half: float
     nonlinearity: float
     fresh: bool = False
+    no_interval: str = ""
 
 
-def half_steps(value: float, halves_R2: Tensor, prompts_R2: Tensor, fresh: bool = False) -> HalfSteps:
+def half_steps(
+    value: float, halves_R2: Tensor, prompts_R2: Tensor, fresh: bool = False, no_interval: str = ""
+) -> HalfSteps:
     """Estimate the variance of f over U from steps on halves of it.
 
     Args:
@@ -73,19 +77,20 @@ def half_steps(value: float, halves_R2: Tensor, prompts_R2: Tensor, fresh: bool 
         halves_R2: f of the steps on both halves of each split, float64 [R, 2].
         prompts_R2: number of prompts of each half, [R, 2].
         fresh: whether the optimizer has made no step yet.
+        no_interval: why its rule allows no interval over U; empty if it may.
 
     Returns:
         The variances; NaN without a split.
     """
     if not len(halves_R2):
-        return HalfSteps(0, float("nan"), float("nan"), float("nan"), fresh)
+        return HalfSteps(0, float("nan"), float("nan"), float("nan"), fresh, no_interval)
     share_R2 = prompts_R2.double() / prompts_R2.sum(1, keepdim=True)
     squares_R = (halves_R2[:, 0] - halves_R2[:, 1]) ** 2
     variance = float((squares_R * _scale(prompts_R2)).mean())
     even_R = (halves_R2 * share_R2).sum(1) - value
     even = float((even_R**2).mean())
     nonlinearity = even / variance if variance > 0 else 0.0 if even == 0 else math.inf
-    return HalfSteps(len(halves_R2), variance, float(squares_R.mean()) / 2, nonlinearity, fresh)
+    return HalfSteps(len(halves_R2), variance, float(squares_R.mean()) / 2, nonlinearity, fresh, no_interval)
 
 
 class OverU(NamedTuple):
@@ -118,9 +123,11 @@ def over_u(linearised: float, interaction: float, halves: HalfSteps, prompts: in
     if informative < FEWEST:
         invalid = f"{informative} prompts of U have unequal rewards, and it takes {FEWEST}"
     elif not halves.splits:
-        invalid = "in every split of U all responses of one half are masked"
+        invalid = "in every split of U the loss of one half has no finite gradient"
     elif halves.fresh:  # a first step is nearly the sign of g: for some policies intervals of 95 % held in 89 %
         invalid = "the optimizer has made no step yet, and a first step depends on little but the signs of the gradient"
+    elif halves.no_interval:
+        invalid = halves.no_interval
     elif not halves.nonlinearity <= LINEAR and informative < FEWEST_BENT:
         invalid = f"the step is not linear in the gradient, and {informative} prompts, not {FEWEST_BENT}, inform it"
     elif math.isinf(halves.nonlinearity):

@@ -16,6 +16,9 @@ H_tok(θ') = Σ_i w_i S'_i / Σ_i w_i T_i.
 η = 0 equals the estimator of `first_order` for every sequence. `weighted_per_decision` normalises the weights at each
 position over all sequences; normalising over unfinished sequences only would ignore the change in response lengths and
 be biased. `weighted_per_decision` and `snis` are consistent, with a bias of O(1/N).
+
+Sequences may come from another law q than the policy at θ. Then q takes the place of π_θ in the denominators, here and
+in `path_integral`, and E[F](θ) itself is estimated in the same way, with the weights W of `weights.sampling_weights`.
 """
 
 from typing import NamedTuple
@@ -25,35 +28,7 @@ from torch import Tensor
 
 from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import Functional, Tokens
-
-
-class PrefixWeights(NamedTuple):
-    """ρ_k and ρ_{k+1} of every token, float64 [K], and w of every sequence, float64 [N]."""
-
-    before_K: Tensor
-    after_K: Tensor
-    sequence_N: Tensor
-
-    def of(self, functional: Functional) -> Tensor:
-        """Return r_k, the weight of f_k, [K]."""
-        return self.after_K if functional.of_action else self.before_K
-
-
-def prefix_weights(logprobs_K: Tensor, moved_logprobs_K: Tensor, offsets_N1: Tensor) -> PrefixWeights:
-    """Compute the likelihood ratio of every prefix.
-
-    Args:
-        logprobs_K: ℓ at θ, nats, [K].
-        moved_logprobs_K: ℓ' at θ', nats, [K].
-        offsets_N1: int64 [N + 1].
-
-    Returns:
-        Weights, accumulated in float64; exactly 1 if ℓ' = ℓ at all tokens of the prefix.
-    """
-    log_ratio_K = moved_logprobs_K.double() - logprobs_K.double()
-    log_before_K = ragged.sum_before(log_ratio_K, offsets_N1)
-    sequence_N = ragged.sequence_sum(log_ratio_K, offsets_N1).exp()
-    return PrefixWeights(log_before_K.exp(), (log_before_K + log_ratio_K).exp(), sequence_N)
+from entropy_core.numerics.weights import PrefixWeights
 
 
 def per_decision_column(functional: Functional, moved: Tokens, weights: PrefixWeights, base_K: Tensor) -> Tensor:
@@ -62,7 +37,7 @@ def per_decision_column(functional: Functional, moved: Tokens, weights: PrefixWe
     Args:
         functional: F.
         moved: the sequences at θ'.
-        weights: `prefix_weights` from θ to θ'.
+        weights: `weights.prefix_weights` from θ to θ'.
         base_K: baseline b_k from `baselines.baselines` or `ridge.ridge_baseline`, computed at θ.
 
     Returns:
@@ -81,6 +56,25 @@ class WeightTotals(NamedTuple):
     ended_T1: Tensor
     sequences_1: Tensor
 
+    @classmethod
+    def of(cls, weights_K: Tensor, values_K: Tensor, ended_N: Tensor, offsets_N1: Tensor) -> "WeightTotals":
+        """Sum weights and weighted values of tokens, [K], by position, and weights of sequences, [N], by length."""
+        lengths_N = ragged.lengths(offsets_N1)
+        ended_T1 = torch.zeros(int(lengths_N.max()) + 1, dtype=torch.float64).index_add_(0, lengths_N, ended_N)
+        sequences_1 = torch.tensor([float(len(lengths_N))], dtype=torch.float64)
+        weights_T, values_T = (ragged.position_sum(column_K, offsets_N1) for column_K in (weights_K, values_K))
+        return cls(weights_T, values_T, ended_T1, sequences_1)
+
+    @property
+    def weight_T(self) -> Tensor:
+        """W_k, the mean weight over all sequences; a finished sequence keeps its w."""
+        return (self.alive_T + self.ended_T1.cumsum(0)[:-1]) / self.sequences_1
+
+    @property
+    def value_T(self) -> Tensor:
+        """A_k, the mean weighted value over all sequences."""
+        return self.values_T / self.sequences_1
+
     def plus(self, other: "WeightTotals") -> "WeightTotals":
         """Return the totals over the sequences of both blocks."""
         return WeightTotals(*map(ragged.padded_sum, self, other))
@@ -88,14 +82,8 @@ class WeightTotals(NamedTuple):
 
 def weight_totals(functional: Functional, moved: Tokens, weights: PrefixWeights) -> WeightTotals:
     """Return the totals of a block of sequences that `weighted_per_decision_column` needs; takes the same arguments."""
-    lengths_N, weight_K = ragged.lengths(moved.offsets_N1), weights.of(functional)
-    ended_T1 = torch.zeros(int(lengths_N.max()) + 1, dtype=torch.float64).index_add_(0, lengths_N, weights.sequence_N)
-    return WeightTotals(
-        ragged.position_sum(weight_K, moved.offsets_N1),
-        ragged.position_sum(weight_K * functional.values(moved), moved.offsets_N1),
-        ended_T1,
-        torch.tensor([float(len(lengths_N))], dtype=torch.float64),
-    )
+    weight_K = weights.of(functional)
+    return WeightTotals.of(weight_K, weight_K * functional.values(moved), weights.sequence_N, moved.offsets_N1)
 
 
 def weighted_per_decision_column(
@@ -106,7 +94,7 @@ def weighted_per_decision_column(
     Args:
         functional: F.
         moved: the sequences at θ'.
-        weights: `prefix_weights` from θ to θ'.
+        weights: `weights.prefix_weights` from θ to θ'.
         totals: `weight_totals` over all sequences; None if this block is the whole batch.
 
     Returns:
@@ -114,16 +102,18 @@ def weighted_per_decision_column(
     """
     totals = totals or weight_totals(functional, moved, weights)
     offsets_N1, weight_K = moved.offsets_N1, weights.of(functional)
-    position_K, lengths_N = ragged.position_index(offsets_N1), ragged.lengths(offsets_N1)
-    # W_k: mean of r_k over all sequences; a finished sequence keeps its w
-    W_T = (totals.alive_T + totals.ended_T1.cumsum(0)[:-1]) / totals.sequences_1
-    A_T = totals.values_T / totals.sequences_1
+    position_K, W_T, A_T = ragged.position_index(offsets_N1), totals.weight_T, totals.value_T
     # ψ_i = Σ_k r_ik f'_ik/W_k − Σ_k (A_k/W_k²) r_ik, where r_ik = w_i after the end of sequence i
     slope_T = A_T / W_T**2
     terms_K = weight_K * functional.values(moved)
     own_N = ragged.sequence_sum(terms_K / W_T[position_K] - slope_T[position_K] * weight_K, offsets_N1)
-    slope_after_T1 = slope_T.sum() - torch.cat([slope_T.new_zeros(1), slope_T.cumsum(0)])
-    return (A_T / W_T).sum() + own_N - weights.sequence_N * slope_after_T1[lengths_N]
+    return (A_T / W_T).sum() + own_N - weights.sequence_N * sum_after_end(slope_T, offsets_N1)
+
+
+def sum_after_end(values_T: Tensor, offsets_N1: Tensor) -> Tensor:
+    """Return, for each sequence, the sum of values over the positions that it does not reach, float64 [N]."""
+    after_T1 = values_T.sum() - torch.cat([values_T.new_zeros(1), values_T.cumsum(0)])
+    return after_T1[ragged.lengths(offsets_N1)]
 
 
 def effective_sample_size(weights_N: Tensor) -> float:
@@ -151,7 +141,7 @@ def log_totals(weights: PrefixWeights, offsets_N1: Tensor) -> LogTotals:
     Sums are kept as logarithms, because weights at late positions may be many orders of magnitude larger than others.
 
     Args:
-        weights: `prefix_weights` of the block.
+        weights: `weights.prefix_weights` of the block.
         offsets_N1: int64 [N + 1].
 
     Returns:
@@ -193,8 +183,3 @@ def _log_sum_by(logs: Tensor, index: Tensor, size: int) -> Tensor:
     """Return log Σ exp(logs) over the entries with each index: float64 [size], −inf for an index without entries."""
     largest = logs.new_full((size,), -torch.inf).scatter_reduce(0, index, logs, "amax")
     return largest + logs.new_zeros(size).index_add(0, index, (logs - largest[index]).exp()).log()
-
-
-def log_weights_are_usable(weights: PrefixWeights) -> bool:
-    """Return False if any weight over- or underflowed."""
-    return bool(torch.isfinite(weights.after_K).all() and (weights.sequence_N > 0).all())

@@ -18,9 +18,10 @@ from torch import Tensor
 from entropy_core.numerics import ragged
 from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.functional import Columns, Functional, Tokens
-from entropy_core.numerics.importance import PrefixWeights, per_decision_column
+from entropy_core.numerics.importance import per_decision_column
 from entropy_core.numerics.quadrature import WEIGHTS
 from entropy_core.numerics.uncertainty import Estimate, entropy_derivative
+from entropy_core.numerics.weights import PrefixWeights
 
 
 def derivative_columns(functional: Functional, moved: Tokens, weights: PrefixWeights, base_K: Tensor) -> Columns:
@@ -29,7 +30,7 @@ def derivative_columns(functional: Functional, moved: Tokens, weights: PrefixWei
     Args:
         functional: F.
         moved: the sequences at θ', with derivatives at θ'.
-        weights: `importance.prefix_weights` from θ to θ'.
+        weights: `weights.prefix_weights` from θ to θ'.
         base_K: baseline b_k, computed at θ.
 
     Returns:

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     E_TOKEN = 2
     U_PROMPT = 3
     U_TOKEN = 4
+    E_COMPONENT = 5
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -102,26 +103,44 @@ DRAWN_BYTES = 2**26
 """Bytes of float64 probabilities in memory at a time; does not change a draw."""
 
 
-def inverse_cdf_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> Tensor:
+def inverse_cdf_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float | Tensor) -> Tensor:
     """Draw one token per row from softmax(z/τ) by inverting the CDF in float64.
 
     Args:
         logits_BV: z, [B, V], any float dtype.
         uniforms_B: float64 [B] in (0, 1).
-        temperature: τ > 0.
+        temperature: τ > 0, or one for each row, [B].
 
     Returns:
         int64 [B]; a token of probability zero is never drawn.
     """
     rows = max(1, DRAWN_BYTES // (8 * logits_BV.shape[1]))
-    parts = zip(logits_BV.split(rows), uniforms_B.split(rows), strict=True)
-    return torch.cat([_inverse_cdf_tokens(logits_RV, uniforms_R, temperature) for logits_RV, uniforms_R in parts])
+    temperature_B = torch.as_tensor(temperature, dtype=torch.float64, device=logits_BV.device).expand(len(logits_BV))
+    parts = zip(*(of_rows.split(rows) for of_rows in (logits_BV, uniforms_B, temperature_B)), strict=True)
+    return torch.cat([_inverse_cdf_tokens(*part) for part in parts])
 
 
-def _inverse_cdf_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: float) -> Tensor:
-    cdf_RV = torch.softmax(logits_RV.double() / temperature, dim=-1).cumsum_(dim=-1)
+def _inverse_cdf_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature_R: Tensor) -> Tensor:
+    cdf_RV = torch.softmax(logits_RV.double() / temperature_R.unsqueeze(1), dim=-1).cumsum_(dim=-1)
     target_R1 = (uniforms_R * cdf_RV[:, -1]).unsqueeze(1)  # the last entry is 1 only up to rounding
     tokens_R1 = torch.searchsorted(cdf_RV, target_R1, right=True)
     # a target that was rounded up to the last entry must select the first token that reaches this entry
     last_possible_R1 = torch.searchsorted(cdf_RV, cdf_RV[:, -1:].contiguous())
     return torch.minimum(tokens_R1, last_possible_R1).squeeze(1)
+
+
+def token_logprobs(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+    """Compute the log-probability of one token per row under the law that `inverse_cdf_tokens` draws from.
+
+    Args:
+        logits_BV: z, [B, V], any float dtype.
+        tokens_B: int64 [B].
+        temperature: τ > 0.
+
+    Returns:
+        Nats, float64 [B].
+    """
+    rows = max(1, DRAWN_BYTES // (8 * logits_BV.shape[1]))
+    parts = zip(logits_BV.split(rows), tokens_B.unsqueeze(1).split(rows), strict=True)
+    found = [(z_RV.double() / temperature).log_softmax(-1).gather(-1, tokens_R1) for z_RV, tokens_R1 in parts]
+    return torch.cat(found).squeeze(1)

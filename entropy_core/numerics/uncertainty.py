@@ -104,23 +104,31 @@ def entropy_derivative(columns: Mapping[Functional, Columns], normalization: Nor
     return ratio_derivative(columns[ENTROPY], columns[LENGTH])
 
 
-def snis_derivative(columns: Mapping[Functional, Columns], score_N: Tensor, normalization: Normalization) -> Estimate:
+def snis_derivative(
+    columns: Mapping[Functional, Columns],
+    score_N: Tensor,
+    normalization: Normalization,
+    weights_N: Tensor | None = None,
+) -> Estimate:
     """Compute the derivative of `snis_entropy` at η = 0, the limit of ΔH/η of the `snis` estimator on this batch.
 
     The weights are w ≈ 1 + ηs with the score s of the whole sequence, so Σ wS'/Σ wT has the derivative
     (E[sS + Ṡ] − H·E[sT])/L; for `per_sequence`, 1 replaces T. Its expectation is ∂_vH, with more noise.
 
     Args:
-        columns: `first_order.first_order_columns` of entropy and length; only totals and local parts are used.
+        columns: `first_order.first_order_columns` of entropy and length, without weights; only totals and local parts
+            are used.
         score_N: s = Σ_k ℓ̇_k, float64 [N].
         normalization: per sequence or per token.
+        weights_N: weights W at η = 0, a factor of every term, float64 [N]; None if all are 1.
 
     Returns:
         The estimate, in nats per unit step.
     """
 
     def weighted(total_N: Tensor, local_N: Tensor) -> Columns:
-        return Columns(total_N, score_N * total_N + local_N, local_N)
+        columns = Columns(total_N, score_N * total_N + local_N, local_N)
+        return columns if weights_N is None else Columns(*(weights_N * column_N for column_N in columns))
 
     S_N, T_N = columns[ENTROPY].total_N, columns[LENGTH].total_N
     divided_by_N = T_N if normalization == "per_token" else torch.ones_like(T_N)

@@ -89,7 +89,13 @@ def weights_reliable(ess_fraction: float, pareto_k: float | None, pareto_k_thres
 
 
 def verdict(
-    *, eta: float, weights_reliable: bool, above_rounding: bool, sign_this_update: Sign, linearity: Linearity
+    *,
+    eta: float,
+    weights_reliable: bool,
+    above_rounding: bool,
+    sign_this_update: Sign,
+    linearity: Linearity,
+    invalid_over_e: str = "",
 ) -> Verdict:
     """Return one word for the answers of a row, by the first rule that applies.
 
@@ -101,6 +107,7 @@ def verdict(
         above_rounding: whether |ΔH| is above the noise floor.
         sign_this_update: sign of ΔH for this update.
         linearity: see `linearity`.
+        invalid_over_e: why no interval over E is valid; empty if they are.
 
     Returns:
         The verdict.
@@ -111,6 +118,8 @@ def verdict(
         return Verdict("weights-unreliable", f"ESS/N < {MINIMUM_ESS_FRACTION:g}, or a heavy tail of the weights")
     if not above_rounding:
         return Verdict("noise-limited", "|dH| <= noise floor: rounding alone may produce it")
+    if invalid_over_e:
+        return Verdict("noise-limited", f"no valid interval over E: {invalid_over_e}")
     if sign_this_update == "unknown":
         return Verdict("noise-limited", "the interval of dH for this update holds 0")
     if linearity == "nonlinear":

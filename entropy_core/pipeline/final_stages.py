@@ -30,5 +30,5 @@ def compared(recorded: Sequence[Inputs], config: ProbeConfig) -> Inputs:
             for entry in recorded
         ],
         "temperature": config.generation.temperature,
-        "same_prompts": e_split == u_split,
+        "same_prompts": e_split == u_split and not config.generation.own_sampler,
     }

@@ -72,7 +72,8 @@ def _lines(
     by_section: dict[str, list[tuple[str, Any, str]]] = {section: [] for section in _SECTIONS}
     for key, why in _OWN.items():
         section, _, name = key.partition(".")
-        by_section[section].append((name, getattr(getattr(config, section), name), why))
+        if key not in hint:
+            by_section[section].append((name, getattr(getattr(config, section), name), why))
     for setting in settled.settings:
         section, _, name = setting.key.partition(".")
         if (said := _said(setting, hint)) is not None:

@@ -15,7 +15,7 @@ from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
 from entropy_core.pipeline.runner import Inputs, Runner
-from entropy_core.policy.spec import PolicySpec
+from entropy_core.policy.spec import PolicySpec, ProposalSpec
 from entropy_core.prompts import pools as prompts
 from entropy_core.rewards import functions as rewards
 from entropy_core.rewards.spec import RewardSpec
@@ -207,7 +207,6 @@ class Measurement:
     def _sample(self, what: Stage, total: int, inputs: Inputs, suffix: str = "") -> list[Artifact]:
         size = self.config.execution.shard_size
         shared = inputs | {
-            "policy": self.policy,
             "max_new_tokens": self.config.generation.max_new_tokens,
             "stop_strings": self.config.generation.stop_strings,
         }
@@ -216,7 +215,10 @@ class Measurement:
 
     def _sample_e(self, seed: int, suffix: str) -> tuple[list[Artifact], list[Artifact]]:
         """Sample an E batch and score it."""
+        policy, proposal = self._sampler()
         inputs = {
+            "policy": policy,
+            "proposal": proposal,
             "prompts": self.e_pool,
             "batch": "E",
             "mode": self.config.batch_config.E_sampling_mode,
@@ -226,9 +228,21 @@ class Measurement:
         e_batch = self._sample(stage.SAMPLE_E, self.e_total, inputs, suffix)
         return e_batch, self._score(stage.SCORE_E, self.policy, e_batch, suffix)
 
+    def _sampler(self) -> tuple[PolicySpec, ProposalSpec | None]:
+        """Return the policy that E is sampled with, and the law; None if both are those of the scores."""
+        how = self.config.generation
+        if not how.own_sampler:
+            return self.policy, None
+        policy = self.policy.model_copy(update={"dtype": "bfloat16"}) if how.sampler == "bf16" else self.policy
+        if not how.proposal_temperature:
+            return policy, ProposalSpec(temperature=how.temperature, share=0.0)
+        return policy, ProposalSpec(temperature=how.proposal_temperature, share=how.proposal_share)
+
     def _sample_u(self) -> list[Artifact]:
         batch = self.config.batch_config
         inputs = {
+            "policy": self.policy,
+            "proposal": None,
             "prompts": self.u_pool,
             "batch": "U",
             "mode": "distinct",

@@ -22,6 +22,7 @@ from entropy_core.files.digests import file_digest
 from entropy_core.losses.apart import check_loss
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
+from entropy_core.pipeline.patterns import require_quick_patterns
 from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
 from entropy_core.pipeline.trainer_log import trainer_log
 from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
@@ -248,6 +249,7 @@ def _reference(config: ProbeConfig, layout: Layout, name: str) -> tuple[dict[str
             f"the reference policy {of.directory} has its weights in shards, which are read of what is probed alone",
             fix="set update.reference to a directory with model.safetensors",
         )
+    require_quick_patterns(of)
     theirs, ours = (read_architecture(one)[0].vocabulary for one in (of, layout))
     if theirs != ours:
         raise CheckpointError(

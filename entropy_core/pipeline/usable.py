@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from entropy_core.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from entropy_core.checkpoints.layout import find_layout
 from entropy_core.checkpoints.tokenizer import tokenizer_directory
 from entropy_core.checkpoints.trainer_files import TrainerFiles, read_trainer_files
 from entropy_core.config.schema import ProbeConfig
@@ -16,6 +17,7 @@ from entropy_core.files.checkpoint import (
     tokenizer_digest,
     weights_digest,
 )
+from entropy_core.pipeline.patterns import require_quick_patterns
 from entropy_core.pipeline.settings import Settled, settle, with_read
 
 _Found = TypeVar("_Found")
@@ -123,6 +125,7 @@ def _each(config: ProbeConfig, read: Callable[[Path, str], _Found]) -> tuple[lis
 
 def _checkpoint(config: ProbeConfig, directory: Path) -> Checkpoint:
     fresh = config.update.optimizer_state == "fresh"
+    require_quick_patterns(find_layout(directory, config.policy.base_model, fresh))
     return read_checkpoint(directory, config.update.learning_rate or None, config.policy.base_model, fresh)
 
 

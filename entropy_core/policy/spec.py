@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from entropy_core.numerics.proposal import Proposal
 from entropy_core.policy.model import Policy
 from entropy_core.policy.pretrained import load_policy, use_full_precision
 from entropy_core.store.inputs import Weights
@@ -19,7 +20,7 @@ class PolicySpec(BaseModel):
         weights: content digest of the checkpoint's model, or of the adapter; or the artifact of load-weights, where the
             checkpoint has its weights in shards.
         base: content digest of an adapter's base model; empty for a full model.
-        dtype: data type of the parameters and of the arithmetic.
+        dtype: data type of the parameters and of the arithmetic; bfloat16 only to sample from.
         attn_implementation: attention in forward mode.
         temperature: τ; the policy is softmax(z/τ) for logits z.
     """
@@ -28,9 +29,28 @@ class PolicySpec(BaseModel):
 
     weights: str | Weights
     base: str = ""
-    dtype: Literal["float32", "float64"]
+    dtype: Literal["bfloat16", "float32", "float64"]
     attn_implementation: Literal["blockwise", "eager"]
     temperature: float = Field(gt=0)
+
+
+class ProposalSpec(BaseModel):
+    """A law that draws E in place of the policy, see `numerics.proposal.Proposal`; a part of the keys of its results.
+
+    Attributes:
+        temperature: temperature of the broad component.
+        share: share of the responses that come from it; 0 if only the numbers of the sampler are less exact.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    temperature: float = Field(gt=0)
+    share: float = Field(ge=0, le=1)
+
+    @property
+    def law(self) -> Proposal:
+        """The mixture."""
+        return Proposal(self.temperature, self.share)
 
 
 def policy_of(spec: PolicySpec, execution: "Execution") -> Policy:

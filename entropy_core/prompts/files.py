@@ -97,11 +97,29 @@ def _parsed_csv(text: str, types: dict[str, Any]) -> pa.Table:
     )
 
 
+class _RepeatedKeyError(Exception):
+    """An object of JSON has a key twice; not a ValueError, for it is JSON."""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two equal keys the last one would win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+def _twice(where: str, error: _RepeatedKeyError) -> PromptError:
+    return PromptError(f"{where} has an object with the key {error.args[0]!r:.80} twice", fix="remove one of them")
+
+
 def _read_json(path: Path) -> list[dict]:
     """A list of objects; or, as some write it under this name, one object per line."""
     text = _text(path)
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_each_key_once)
+    except _RepeatedKeyError as error:
+        raise _twice(str(path), error) from None
     except (ValueError, RecursionError):
         return _rows_of_lines(path, text)
     if isinstance(rows, dict) and "\n" not in text.strip():
@@ -124,7 +142,9 @@ def _rows_of_lines(path: Path, text: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_each_key_once)
+        except _RepeatedKeyError as error:
+            raise _twice(f"{path}:{number}", error) from None
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{path}:{number} is not JSON: {one_line(error)}", fix="correct the line") from None
         if not isinstance(row, dict):

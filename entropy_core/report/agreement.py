@@ -52,14 +52,11 @@ def _sentence(name: str, rows: Sequence[Row], logged: int) -> str:
 def _cause(odd: dict[str, list[Row]]) -> str:
     names = set(odd)
     if mistake := next((row["explained_by"] for row in odd.get("entropy", [])), None):
-        wrong = (
-            "Check generation.temperature: 1 would fit, too."
-            if "temperature" in mistake
-            else "The settings may be right."
-        )
+        temperature = " (1 would fit, too)" if "temperature" in mistake else ""
         return (
             f"What the trainer calls entropy is as large as {mistake}: then it is the log that is not the entropy per "
-            f"token. {wrong}"
+            f"token, and the settings may be right. Otherwise check generation.temperature{temperature}, the prompts "
+            "and the chat template."
         )
     if names == {"entropy"}:
         return (

@@ -11,7 +11,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from entropy_core.estimates.tables import Row, at_learning_rate, by_checkpoint, first_of_each, unit_of
+from entropy_core.estimates.tables import (
+    Row,
+    at_learning_rate,
+    best_prediction,
+    by_checkpoint,
+    first_of_each,
+    interval_of,
+    unit_of,
+)
 from entropy_core.numerics.uncertainty import normal_quantile
 from entropy_core.report import tokens_in_text
 
@@ -104,10 +112,11 @@ def _prediction(figure: Figure, rows: Sequence[Row], unit: str) -> None:
     estimator = rows[0]["estimator"]
     shown = [row for row in at_learning_rate(rows) if row["delta_h"] is not None and row["estimator"] == estimator]
     for row in shown:
+        best = best_prediction(row)
         axes.errorbar(
-            row["delta_h1"],
+            row[best],
             row["delta_h"],
-            xerr=_reach(row, "this_update"),
+            xerr=_reach(row, interval_of(best, "this")),
             yerr=_reach(row, "delta_h_this_update"),
             fmt="o",
             markersize=4,
@@ -115,11 +124,16 @@ def _prediction(figure: Figure, rows: Sequence[Row], unit: str) -> None:
             linewidth=1,
             label=row["checkpoint"],
         )
-    names = ("this_update_low", "this_update_high", "delta_h")
-    ends = [row[name] for row in shown for name in names] or [0.0]
-    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="ΔH = δH₁")
+    ends = [
+        row[name]
+        for row in shown
+        for name in (*(f"{interval_of(best_prediction(row), 'this')}_{end}" for end in ("low", "high")), "delta_h")
+    ] or [0.0]
+    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="as predicted")
+    orders = {best_prediction(row) for row in shown}
+    what = {"delta_h1": "δH₁", "delta_h12": "δH₁ + δH₂"}
     axes.set(
-        xlabel=f"predicted δH₁ [{unit}], this update",
+        xlabel=f"predicted {what[orders.pop()] if len(orders) == 1 else 'change'} [{unit}], this update",
         ylabel=f"measured ΔH [{unit}], this update",
         title=f"Predicted and measured entropy change, η = {shown[0]['eta_over_lr']:g} × lr" if shown else "",
     )
@@ -137,9 +151,16 @@ def _eta_sweep(figure: Figure, rows: Sequence[Row], unit: str) -> None:
         line = sorted(measured or group, key=lambda row: row["eta"])
         x = [row["eta_over_lr"] for row in line]
         axes.plot(x, [row["delta_h1"] for row in line], color="black", linewidth=0.8, label="δH₁")
+        best = best_prediction(line[0])
+        if best != "delta_h1":
+            axes.plot(x, [row[best] for row in line], "--", color="black", linewidth=0.8, label="δH₁ + δH₂")
         for update, shade in (("this", 0.25), ("next", 0.1)):
-            low, high = ([_number(row[f"{update}_update_{end}"]) for row in line] for end in ("low", "high"))
-            axes.fill_between(x, low, high, color="black", alpha=shade, linewidth=0, label=f"δH₁, {update} update")
+            low, high = (
+                [_number(row[f"{interval_of(best, update)}_{end}"]) for row in line] for end in ("low", "high")
+            )
+            axes.fill_between(
+                x, low, high, color="black", alpha=shade, linewidth=0, label=f"predicted, {update} update"
+            )
         for estimator in dict.fromkeys(row["estimator"] for row in group):
             part = [row for row in line if row["estimator"] == estimator and row["delta_h"] is not None]
             axes.errorbar(
@@ -157,7 +178,8 @@ def _eta_sweep(figure: Figure, rows: Sequence[Row], unit: str) -> None:
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     figure.supylabel(f"entropy change [{unit}]", fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    labels = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, fontsize=8)
 
 
 def _training(figure: Figure, rows: Sequence[Row], unit: str) -> None:
@@ -176,18 +198,21 @@ def _training(figure: Figure, rows: Sequence[Row], unit: str) -> None:
     )
     above.set(ylabel=f"H [{unit}]", title="Entropy, and its predicted change by the next step")
     if at_lr:
+        resolved = all(best_prediction(row) == "delta_h12" for row in at_lr)
+        best = "delta_h12" if resolved else "delta_h1"
+        following = interval_of(best, "next")
+        known = all(row[f"{following}_low"] is not None for row in at_lr)
         below.errorbar(
             [row["step"] for row in at_lr],
-            [row["delta_h1"] for row in at_lr],
-            yerr=_reaches(
-                at_lr, "next_update" if all(row["next_update_low"] is not None for row in at_lr) else "this_update"
-            ),
+            [row[best] for row in at_lr],
+            yerr=_reaches(at_lr, following if known else interval_of(best, "this")),
             fmt="o-",
             markersize=4,
             capsize=2,
             linewidth=1,
         )
         multiples = {round(row["eta_over_lr"], 9) for row in at_lr}
-        below.set(ylabel=f"δH₁ at {multiples.pop():g} × lr" if len(multiples) == 1 else "δH₁ closest to the lr")
+        what = "δH₁ + δH₂" if resolved else "δH₁"
+        below.set(ylabel=f"{what} at {multiples.pop():g} × lr" if len(multiples) == 1 else f"{what} closest to the lr")
     below.axhline(0, color="black", linewidth=0.8)
     below.set(xlabel="training step")

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
+from entropy_core.estimates.tables import Row, at_learning_rate, best_prediction, first_of_each, interval_of
+from entropy_core.report import evaluation_batch
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
+from entropy_core.report.answer import answer
 from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
-from entropy_core.report.verdict_lines import interval, verdict_lines
+from entropy_core.report.verdict_lines import interval, order_lines, verdict_lines
 
 COLUMNS = {
     "checkpoint": "checkpoint",
@@ -18,6 +20,9 @@ COLUMNS = {
     "this_update": "δH₁, this update",
     "mean_update": "δH₁, mean update",
     "next_update": "δH₁, next update",
+    "delta_h12": "δH₁ + δH₂",
+    "delta_h12_this_update": "δH₁ + δH₂, this update",
+    "delta_h12_next_update": "δH₁ + δH₂, next update",
     "delta_h": "ΔH",
     "delta_h_this_update": "ΔH, this update",
     "delta_h_next_update": "ΔH, next update",
@@ -26,7 +31,9 @@ COLUMNS = {
     "ess_fraction": "ESS/N",
     "verdict": "verdict",
 }
-INTERVALS = {"this_update", "mean_update", "next_update", "delta_h_this_update", "delta_h_next_update"}
+INTERVALS = {
+    f"{prefix}{update}_update" for prefix in ("", "delta_h12_", "delta_h_") for update in ("this", "mean", "next")
+}
 CONVENTION = (
     "Brackets, bands and bars are intervals at the confidence level, and name what they are for: *this update*, the "
     "step on this U, with the randomness of E; *the mean update*, the mean step on batches like U, with that of E and "
@@ -64,7 +71,12 @@ def markdown(
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
-        *(f"> **Warning:** {warning}\n" for warning in (*disagreements(compared), *warnings)),
+        *(
+            f"> **Warning:** {warning}\n"
+            for warning in (*evaluation_batch.invalid_over_e(shown), *disagreements(compared), *warnings)
+        ),
+        answer(shown, bool(disagreements(compared))),
+        "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
@@ -91,10 +103,15 @@ def markdown(
         "",
         markdown_table(shown),
         "",
-        "δH₁ is the first-order prediction η·⟨∇H, v⟩, and ΔH is the change measured by importance sampling. "
+        "δH₁ is the first-order prediction η·⟨∇H, v⟩, δH₂ the second order ½η²·∂²_vH, and ΔH the change measured by "
+        "importance sampling. "
         f"{CONVENTION}δH₁ and ΔH use the same E batch and share its noise: their agreement shows that the step is in "
         "the linear range, not that δH₁ is accurate. The intervals show how accurate δH₁ is.",
         *_without_interval(shown),
+        "",
+        "## First and second order",
+        "",
+        *order_lines(shown),
         "",
         "## Verdicts",
         "",
@@ -104,6 +121,8 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
+    if content := evaluation_batch.section(shown):
+        lines += ["", "## How E was drawn", "", *content]
     if content := agreement_section(compared, shown):
         lines += ["", "## Does this look like the trainer's run?", "", *content]
     for title, section in SECTIONS.items():
@@ -157,13 +176,14 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
         measured = "not measurable"
         if row["delta_h"] is not None:
             measured = f"{row['delta_h']:+.3g} {interval(row, 'delta_h_this_update')}"
-        following = f"the next one {interval(row, 'next_update')}"
-        if row["interval_over_u"] != "valid":
-            following = row["interval_over_u"]
+        best = best_prediction(row)
+        over_u = row["interval_over_u" if best == "delta_h1" else "delta_h12_interval_over_u"]
+        following = f"the next one {interval(row, interval_of(best, 'next'))}" if over_u == "valid" else over_u
+        what = "δH₁" if best == "delta_h1" else "δH₁ + δH₂"
         lines.append(
             f"- **{row['checkpoint']}**: H = {row['H']:.4f}; this step of {row['eta_over_lr']:g} × lr changes it by "
-            f"δH₁ = {row['delta_h1']:+.3g} {interval(row, 'this_update')}, {following}; measured for this step: "
-            f"{measured} ({row['verdict']})"
+            f"{what} = {row[best]:+.3g} {interval(row, interval_of(best, 'this'))}, {following}; measured for this "
+            f"step: {measured} ({row['verdict']})"
         )
     return lines
 

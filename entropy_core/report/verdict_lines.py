@@ -25,6 +25,64 @@ def interval(row: Row, name: str) -> str:
     return "–" if low is None else f"[{low:+.3g}, {high:+.3g}]"
 
 
+def order_sentences(rows: Sequence[Row]) -> list[str]:
+    """Say how far the first order is from the change at the learning rate, and the second: a sentence per checkpoint.
+
+    Args:
+        rows: rows of the result table, of one normalisation.
+
+    Returns:
+        Sentences; none for a checkpoint without a step size other than 0.
+    """
+    at_lr = first_of_each(at_learning_rate(rows))
+    return [f"{row['checkpoint']}, {row['eta_over_lr']:g} × lr: {_of_orders(row)}." for row in at_lr]
+
+
+def _of_orders(row: Row) -> str:
+    if row["delta_h2"] is None:
+        second = "there is no δH₂: at no step size but 0 are the weights reliable"
+    else:
+        second = f"the curvature is δH₂ = {row['delta_h2']:+.2g} {interval(row, 'delta_h2_this_update')}"
+    if row["second_order"] == "unresolved":
+        second += ", which may be none"
+    if not row["weights_reliable"] or row["sign_this_update"] == "unknown" or not row["delta_h1"]:
+        return f"the change is not measured well enough to compare; {second}"
+    ratio = row["delta_h"] / row["delta_h1"]
+    if ratio < 0:
+        said = f"the change is {row['delta_h']:+.3g}, and the first order predicts {row['delta_h1']:+.3g}"
+    elif round(abs(ratio - 1), 3) == 0:
+        said = "the change is as the first order predicts it"
+    else:
+        off = f"{_percent(abs(ratio - 1))} {'smaller' if ratio < 1 else 'larger'}"
+        said = f"the change is {off} than predicted at first order"
+    if row["second_order"] != "resolved":
+        return f"{said}; {second}"
+    return f"{said}; {second}; with it the prediction is within {_percent(abs(row['remainder'] / row['delta_h']))}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}"
+
+
+def order_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the section on the first and the second order.
+
+    Args:
+        rows: rows of the result table, of one normalisation.
+
+    Returns:
+        Lines of markdown.
+    """
+    return [
+        *(f"- {sentence}" for sentence in order_sentences(rows)),
+        "",
+        "δH₂ is the second derivative of H along the step, from the step sizes at which ΔH was measured, extrapolated "
+        "to 0. Its interval is for this update: E, rounding, and the orders above the second. Where it is without 0, "
+        "the headline predicts with it. Prediction and measurement share E: that they agree shows the shape of the "
+        "change, not that either is accurate.",
+    ]
+
+
 def verdict_lines(rows: Sequence[Row]) -> list[str]:
     """Return a table of the verdicts, and the p-values at the learning rate over the checkpoints.
 

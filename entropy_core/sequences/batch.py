@@ -32,6 +32,7 @@ class BatchedSequences:
     response_tokens_K: Tensor
     response_offsets_N1: Tensor
     finish_reasons: tuple[FinishReason, ...]
+    proposal_logprobs_K: Tensor | None = None  # log q under the law that drew the tokens; None: the policy's own
 
     def __len__(self) -> int:
         return len(self.sequence_ids_N)
@@ -43,15 +44,17 @@ class BatchedSequences:
 
     def select(self, chosen_B: Tensor) -> "BatchedSequences":
         """Return the chosen sequences, in the given order."""
+        chosen_K, log_q_K = ragged.token_index(self.response_offsets_N1, chosen_B), self.proposal_logprobs_K
         return BatchedSequences(
             sequence_ids_N=self.sequence_ids_N[chosen_B],
             prompt_ids_N=self.prompt_ids_N[chosen_B],
             draws_N=self.draws_N[chosen_B],
             prompt_tokens=self.prompt_tokens[ragged.token_index(self.prompt_offsets_N1, chosen_B)],
             prompt_offsets_N1=ragged.offsets_from_lengths(ragged.lengths(self.prompt_offsets_N1)[chosen_B]),
-            response_tokens_K=self.response_tokens_K[ragged.token_index(self.response_offsets_N1, chosen_B)],
+            response_tokens_K=self.response_tokens_K[chosen_K],
             response_offsets_N1=ragged.offsets_from_lengths(self.lengths_N[chosen_B]),
             finish_reasons=tuple(self.finish_reasons[i] for i in chosen_B.tolist()),
+            proposal_logprobs_K=None if log_q_K is None else log_q_K[chosen_K],
         )
 
     @cached_property

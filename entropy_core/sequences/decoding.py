@@ -8,8 +8,8 @@ into the existing columns.
 Columns that no row needs any more are dropped, and so are idle rows once no prompt is waiting. The draws of a sequence
 depend only on (seed, purpose, sequence id, position), so batching does not change them.
 
-All bookkeeping is on the host. A step reads only the drawn tokens from the device, because every other read would
-stall a GPU.
+All bookkeeping is on the host. A step reads only the drawn tokens from the device (and their log-probabilities, if the
+law that draws them is not the policy), because every other read would stall a GPU.
 """
 
 from collections import deque
@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from entropy_core.errors import NonFiniteError
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
+from entropy_core.numerics.proposal import Proposal
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import FinishReason
 from entropy_core.sequences.cache import ROOM, new_cache
@@ -50,13 +51,26 @@ class DecodingRequest:
     temperature: float
     max_new_tokens: int
     stop_strings: Sequence[str] = ()
+    proposal: Proposal | None = None
+
+    def temperatures(self) -> Tensor:
+        """Return the temperature that each response is drawn at, float64 [N]."""
+        temperature_N = torch.full((len(self.prompts),), self.temperature, dtype=torch.float64)
+        if self.proposal is None:
+            return temperature_N
+        uniforms_N = philox.uniforms(self.seed, Purpose.E_COMPONENT, self.sequence_ids_N)
+        return temperature_N.where(uniforms_N >= self.proposal.share, self.proposal.temperature)
 
 
 class Response(NamedTuple):
-    """Token ids of a response and why it ended; a sampled EOS is included as the last token."""
+    """Token ids of a response and why it ended; a sampled EOS is included as the last token.
+
+    With a proposal, each token has its log-probabilities at the policy's and at the proposal's temperature.
+    """
 
     tokens: list[int]
     finish_reason: FinishReason
+    logprobs: list[list[float]]
 
 
 @dataclass
@@ -64,7 +78,7 @@ class _Rows:
     """State of the rows of the batch. Idle rows are computed like the others, and their results are ignored.
 
     On the device: the mask [rows, columns], 1 for a row's own tokens, and the latest token of each row. On the host:
-    the sequence of each row or `IDLE`, the column of its first token, and its response so far.
+    the sequence of each row or `IDLE`, the column of its first token, and its response so far with log-probabilities.
     """
 
     mask_BL: Tensor
@@ -72,11 +86,13 @@ class _Rows:
     sequences: list[int]
     first_columns: list[int]
     tokens: list[list[int]]
+    logprobs: list[list[list[float]]]
 
     @classmethod
     def idle(cls, mask_BL: Tensor) -> "_Rows":
         count = len(mask_BL)
-        return cls(mask_BL, mask_BL.new_zeros(count, 1), [IDLE] * count, [0] * count, [[] for _ in range(count)])
+        empty: tuple[list[list[int]], list[list[list[float]]]] = [[] for _ in range(count)], [[] for _ in range(count)]
+        return cls(mask_BL, mask_BL.new_zeros(count, 1), [IDLE] * count, [0] * count, *empty)
 
     @property
     def busy(self) -> list[int]:
@@ -103,6 +119,7 @@ class Decoding:
         self.policy, self.request, self.progress = policy, request, progress
         self.waiting = deque(sorted(range(len(request.prompts)), key=self._length, reverse=True))
         self.responses: dict[int, Response] = {}
+        self.temperature_N = request.temperatures()
         self.rows = min(rows, len(request.prompts))
         self.eos = frozenset(policy.eos_token_ids)
         self.cache = new_cache(policy.model)
@@ -149,7 +166,7 @@ class Decoding:
                 layer.replace(rows_R, new)
             batch.mask_BL[rows_R] = nn.functional.pad(mask_RL, (batch.mask_BL.shape[1] - mask_RL.shape[1], 0))
         for row, sequence in zip(rows, taken, strict=True):
-            batch.sequences[row], batch.tokens[row] = sequence, []
+            batch.sequences[row], batch.tokens[row], batch.logprobs[row] = sequence, [], []
             batch.first_columns[row] = batch.mask_BL.shape[1] - self._length(sequence)
         ids_R = self.request.sequence_ids_N[torch.tensor(taken)]
         uniforms_R = philox.uniforms(self.request.seed, self.request.purpose, ids_R)
@@ -177,10 +194,12 @@ class Decoding:
     def _draw(self, rows: Sequence[int], logits_RV: Tensor, uniforms_R: Tensor) -> Tensor:
         """Draw the next token of R rows, record the tokens of busy rows, and free the rows whose responses ended."""
         request, batch = self.request, self.batch
-        tokens_R = philox.inverse_cdf_tokens(logits_RV, uniforms_R, request.temperature)
+        temperature_R = self.temperature_N[torch.tensor([batch.sequences[row] for row in rows]).clamp_min(0)]
+        tokens_R = philox.inverse_cdf_tokens(logits_RV, uniforms_R, temperature_R.to(logits_RV.device))
         finite_R = torch.isfinite(logits_RV.amax(dim=-1))  # single −inf logits are allowed: impossible tokens
         done = len(self.responses)
-        for row, token in zip(rows, torch.where(finite_R, tokens_R, NOT_FINITE).tolist(), strict=True):
+        recorded = self._logprobs(logits_RV, tokens_R)
+        for i, (row, token) in enumerate(zip(rows, torch.where(finite_R, tokens_R, NOT_FINITE).tolist(), strict=True)):
             sequence, tokens = batch.sequences[row], batch.tokens[row]
             if sequence == IDLE:
                 continue
@@ -192,12 +211,21 @@ class Decoding:
                     fix="check the checkpoint; if the run diverged, probe an earlier one",
                 )
             tokens.append(token)
+            batch.logprobs[row] += recorded[i : i + 1]
             if reason := self._ended(tokens):
-                self.responses[sequence] = Response(tokens, reason)
+                self.responses[sequence] = Response(tokens, reason, batch.logprobs[row])
                 batch.sequences[row] = IDLE
         if len(self.responses) > done:
             self.progress(len(self.responses), len(request.prompts))
         return tokens_R.where(finite_R, 0)
+
+    def _logprobs(self, logits_RV: Tensor, tokens_R: Tensor) -> list[list[float]]:
+        """Return the log-probabilities of tokens under both components of the proposal; empty without one."""
+        if self.request.proposal is None:
+            return []
+        temperatures = self.request.temperature, self.request.proposal.temperature
+        columns = [philox.token_logprobs(logits_RV, tokens_R, temperature) for temperature in temperatures]
+        return torch.stack(columns, dim=1).tolist()
 
     def _ended(self, tokens: list[int]) -> FinishReason | None:
         """Return why a response ends with its latest token; None if it does not end."""
@@ -236,6 +264,7 @@ class Decoding:
             [batch.sequences[row] for row in rows],
             [batch.first_columns[row] - first for row in rows],
             [batch.tokens[row] for row in rows],
+            [batch.logprobs[row] for row in rows],
         )
 
     def _free_rows(self, count: int) -> list[int]:

@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 def write_sequences(out: "Writer", sequences: BatchedSequences) -> None:
-    """Write token ids, flat with offsets, to `tokens.safetensors`."""
-    out.tensors(
-        {
-            "prompt_tokens": sequences.prompt_tokens,
-            "prompt_offsets": sequences.prompt_offsets_N1,
-            "response_tokens": sequences.response_tokens_K,
-            "response_offsets": sequences.response_offsets_N1,
-        },
-        "tokens.safetensors",
-    )
+    """Write token ids, flat with offsets, to `tokens.safetensors`, and log q if another law drew them."""
+    tensors = {
+        "prompt_tokens": sequences.prompt_tokens,
+        "prompt_offsets": sequences.prompt_offsets_N1,
+        "response_tokens": sequences.response_tokens_K,
+        "response_offsets": sequences.response_offsets_N1,
+    }
+    if sequences.proposal_logprobs_K is not None:
+        tensors["proposal_logprobs"] = sequences.proposal_logprobs_K
+    out.tensors(tensors, "tokens.safetensors")
 
 
 def read_sequences(artifact: "Artifact") -> BatchedSequences:
@@ -35,4 +35,5 @@ def read_sequences(artifact: "Artifact") -> BatchedSequences:
         response_tokens_K=tensors["response_tokens"],
         response_offsets_N1=tensors["response_offsets"],
         finish_reasons=tuple(table["finish_reason"].to_pylist()),
+        proposal_logprobs_K=tensors.get("proposal_logprobs"),
     )

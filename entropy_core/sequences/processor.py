@@ -14,6 +14,7 @@ from torch import Tensor
 from entropy_core.errors import PromptError
 from entropy_core.numerics import philox, ragged
 from entropy_core.numerics.philox import Purpose
+from entropy_core.numerics.proposal import Proposal
 from entropy_core.policy.model import Policy
 from entropy_core.policy.scorer import TeacherForcedRows
 from entropy_core.policy.spec import PolicySpec, policy_of
@@ -34,13 +35,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Sampling settings, and batch sizes, which do not change the result."""
+    """Sampling settings, and batch sizes, which do not change the result; a proposal is for E only."""
 
     temperature: float
     max_new_tokens: int
     gen_batch_size: int = 512
     tf_batch_size: int = 256
     stop_strings: tuple[str, ...] = ()
+    proposal: Proposal | None = None
 
 
 class SequenceProcessor:
@@ -221,10 +223,16 @@ class SequenceProcessor:
         prompts = [pool[i] for i in prompt_ids_N.tolist()]
         how = self.config
         request = DecodingRequest(
-            prompts, sequence_ids_N, seed, purpose, how.temperature, how.max_new_tokens, how.stop_strings
+            *(prompts, sequence_ids_N, seed, purpose),
+            *(how.temperature, how.max_new_tokens, how.stop_strings, how.proposal),
         )
         responses = Decoding(self.policy, request, how.gen_batch_size, self.progress).run()
         tokens = [response.tokens for response in responses]
+        log_q_K = None
+        if how.proposal is not None:
+            pairs = [pair for response in responses for pair in response.logprobs]
+            policy_K, broad_K = torch.tensor(pairs, dtype=torch.float64).view(-1, 2).unbind(1)
+            log_q_K = how.proposal.logprobs(policy_K, broad_K, _offsets(tokens))
         return BatchedSequences(
             sequence_ids_N=sequence_ids_N,
             prompt_ids_N=prompt_ids_N,
@@ -234,6 +242,7 @@ class SequenceProcessor:
             response_tokens_K=_flat(tokens),
             response_offsets_N1=_offsets(tokens),
             finish_reasons=tuple(response.finish_reason for response in responses),
+            proposal_logprobs_K=log_q_K,
         )
 
 
@@ -256,7 +265,11 @@ def _offsets(lists: Sequence[Sequence[int]]) -> Tensor:
 
 
 def processor_of(
-    spec: PolicySpec, execution: "Execution", max_new_tokens: int = 0, stop_strings: Sequence[str] = ()
+    spec: PolicySpec,
+    execution: "Execution",
+    max_new_tokens: int = 0,
+    stop_strings: Sequence[str] = (),
+    proposal: Proposal | None = None,
 ) -> SequenceProcessor:
     """Load a policy and return a processor that samples and scores sequences with it.
 
@@ -265,11 +278,11 @@ def processor_of(
         execution: device, batch sizes, and paths of files.
         max_new_tokens: maximum response length; used only for generation.
         stop_strings: strings that end a response, in addition to EOS; used only for generation.
+        proposal: law that draws responses in place of the policy; used only for generation.
 
     Returns:
         The processor.
     """
-    config = GenerationConfig(
-        spec.temperature, max_new_tokens, execution.gen_batch_size, execution.tf_batch_size, tuple(stop_strings)
-    )
+    batch_sizes = execution.gen_batch_size, execution.tf_batch_size
+    config = GenerationConfig(spec.temperature, max_new_tokens, *batch_sizes, tuple(stop_strings), proposal)
     return SequenceProcessor(policy_of(spec, execution), config, execution.progress)

@@ -35,7 +35,7 @@ def agreement(
             (shards of score-e-batch and score-u-batch), `update` (artifact of compute-update, of which only the summary
             and what the loss reads is used), and `log`, see `trainer_agreement.compared`.
         temperature: of the sampling.
-        same_prompts: the prompts of E are drawn as those of U are, so that E tells of the trainer, too.
+        same_prompts: E is drawn as U is, from the same prompts and by the policy, so that it tells of the trainer, too.
 
     Returns:
         Summary: numbers of rows and of disagreements.

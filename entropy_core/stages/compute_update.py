@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
+from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.errors import NonFiniteError
 from entropy_core.losses.apart import token_coefficients
@@ -43,7 +44,7 @@ def compute_update(
     responses_per_prompt: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    """Compute the gradient of the loss on U, then the next AdamW step per unit of learning rate.
+    """Compute the gradient of the loss on U, then the optimizer's next step per unit of learning rate.
 
     Where the trainer keeps its weights in a narrow dtype, v is the change of the rounded weights over the learning
     rate: the trainer's own step, so that the measured change of the entropy tends to its first order.
@@ -84,12 +85,13 @@ def compute_update(
     moving = moved_parameters(checkpoint)
     gradient = model.new_accumulator(moving)
     start = 0
-    for shard in shards:
-        stop = start + len(shard.response_tokens_K)
-        for index_K, rows in processor.micro_batches(shard):
-            weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-            model.add_gradients(rows, [weights], policy.temperature, [gradient])
-        start = stop
+    with held_norms(model.model):
+        for shard in shards:
+            stop = start + len(shard.response_tokens_K)
+            for index_K, rows in processor.micro_batches(shard):
+                weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
+                model.add_gradients(rows, [weights], policy.temperature, [gradient])
+            start = stop
     gradient = with_zeros(gradient, model.named_parameters())
     g = in_blocks(gradient)
     norm = global_norm(g)
@@ -106,8 +108,7 @@ def compute_update(
     )
     of_direction, changed = [], 0
     with out.vector("direction", shapes, dtype) as direction, out.vector("gradient", shapes, dtype) as loss_gradient:
-        for block in step:
-            v = step.taken(block, rounded_clip)
+        for block, v in step.taken(rounded_clip).items():
             of_direction.append(squares(v))
             changed += int(v.count_nonzero())
             direction.write(block, v)
@@ -123,7 +124,7 @@ def compute_update(
         "max_grad_norm": max_grad_norm,
         "update_norm": sum(of_direction) ** 0.5,
         "moved_fraction": changed / sum(gradient[name].numel() for name in moving),
-        "rounded": bool(narrow),
+        "rounded": step.rounds,
         "prompts": len(rewards_PG),
         "prompts_with_equal_rewards": groups_of_equal(rewards_N.view_as(rewards_PG)),
         "loss": loss.model_dump(),

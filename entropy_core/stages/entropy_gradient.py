@@ -1,6 +1,6 @@
 """entropy-gradient: gradients of entropy (∇H_seq) and length (∇L) on each half of E, by backward passes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
-from entropy_core.numerics.baselines import TimeTotals, baseline_totals
+from entropy_core.numerics.baselines import TimeTotals, baseline_totals, baselines
 from entropy_core.numerics.choices import Baseline
-from entropy_core.numerics.first_order import score_coefficients
-from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, Functional, Tokens
+from entropy_core.numerics.first_order import score_coefficients, terms
+from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, LENGTH, Functional, Tokens
 from entropy_core.numerics.halves import HALVES
 from entropy_core.numerics.vectors import in_blocks
+from entropy_core.numerics.weights import sampling_weights
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import BatchedSequences
@@ -43,7 +44,8 @@ def entropy_gradient(
 
         ∇E[F] = (1/N) Σ_i Σ_k [∇f_k + (R_k − b_k)∇ℓ_k]
 
-    R_k is the return-to-go and b_k its baseline. The gradients of two halves of E have independent errors, from which
+    R_k is the return-to-go and b_k its baseline; weighted as in `numerics.first_order` if another law than the policy
+    drew E. The gradients of two halves of E have independent errors, from which
     the variance over U for the exact ∇H can be estimated.
 
     Args:
@@ -60,7 +62,8 @@ def entropy_gradient(
     """
     processor = processor_of(policy, execution)
     model, dtype = processor.policy, getattr(torch, policy.dtype)
-    totals, S_N, T_N = _of_all(scores)
+    totals = _totals(scores)
+    S_N, T_N = _sums(scores, totals)
     ids_N = torch.cat([read_sequences(artifact).sequence_ids_N for artifact in sequences])
     half_N = ids_N // responses_per_prompt % 2
     summary = []
@@ -92,8 +95,11 @@ def _write(out: "Writer", name: str, gradient: dict[str, Tensor], dtype: torch.d
 
 def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) -> Coefficients:
     """Return the coefficients of ∇ℓ_k and ∇h_k in N·∇E[F] for the tokens of a shard."""
-    slopes = functional.slopes(tokens)
-    return Coefficients(score_coefficients(functional, tokens, BASELINE, totals) + slopes.logprob_K, slopes.entropy_K)
+    slopes, weights_K = functional.slopes(tokens), sampling_weights(tokens).of(functional)
+    return Coefficients(
+        score_coefficients(functional, tokens, BASELINE, totals) + weights_K * slopes.logprob_K,
+        weights_K * slopes.entropy_K,
+    )
 
 
 def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> Iterator[tuple[BatchedSequences, Tokens]]:
@@ -104,19 +110,29 @@ def _shards(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> It
 
 
 def _scores(scored: "Artifact") -> TokenTable:
-    return read_tokens([scored], "logprobs", "entropies")
+    return read_tokens([scored], "logprobs", "entropies", optional=("proposal_logprobs",))
 
 
 def _tokens(table: TokenTable) -> Tokens:
-    return Tokens(table["logprobs"], table["entropies"], table.offsets_N1)
+    log_q_K = table.columns.get("proposal_logprobs")
+    return Tokens(table["logprobs"], table["entropies"], table.offsets_N1, proposal_logprobs_K=log_q_K)
 
 
-def _of_all(scores: "Sequence[Artifact]") -> tuple[dict[Functional, TimeTotals], Tensor, Tensor]:
-    """Return the baseline totals over all sequences, and entropy S and length T of each sequence, float64 [N]."""
-    totals, S, T = [], [], []
-    for tokens in map(_tokens, map(_scores, scores)):
-        totals.append([baseline_totals(functional, tokens, BASELINE) for functional in FUNCTIONALS])
-        S.append(ragged.sequence_sum(ENTROPY.values(tokens), tokens.offsets_N1))
-        T.append(ragged.lengths(tokens.offsets_N1).double())
-    of_all = [reduce(TimeTotals.plus, of_functional) for of_functional in zip(*totals, strict=True)]
-    return dict(zip(FUNCTIONALS, of_all, strict=True)), torch.cat(S), torch.cat(T)
+def _totals(scores: "Sequence[Artifact]") -> dict[Functional, TimeTotals]:
+    """Return the baseline totals over all sequences."""
+    blocks = [
+        {functional: baseline_totals(functional, tokens, BASELINE) for functional in FUNCTIONALS}
+        for tokens in map(_tokens, map(_scores, scores))
+    ]
+    return {functional: reduce(TimeTotals.plus, [block[functional] for block in blocks]) for functional in FUNCTIONALS}
+
+
+def _sums(scores: "Sequence[Artifact]", totals: Mapping[Functional, TimeTotals]) -> tuple[Tensor, ...]:
+    """Return, for entropy and length, the term of each sequence in E[F], float64 [N]."""
+
+    def of_block(functional: Functional, tokens: Tokens) -> Tensor:
+        base_K = baselines(functional, tokens, BASELINE, totals[functional])
+        return ragged.sequence_sum(terms(functional, tokens, base_K).value_K, tokens.offsets_N1)
+
+    blocks = [[of_block(f, tokens) for f in (ENTROPY, LENGTH)] for tokens in map(_tokens, map(_scores, scores))]
+    return tuple(map(torch.cat, zip(*blocks, strict=True)))

@@ -7,10 +7,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.losses.apart import influences
 from entropy_core.losses.files import name_of, read_batch
-from entropy_core.numerics import adamw, ragged
+from entropy_core.numerics import ragged
+from entropy_core.numerics.adamw import through_clipping
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm
@@ -44,7 +46,7 @@ def first_order_u(
     The sensitivities of a token are ⟨w, ∇ℓ_k⟩ and ⟨w, ∇h_k⟩, whatever the loss makes of it, so that a token without an
     advantage has them too. They come by forward mode along two covectors w:
 
-        P∘∇H   P the preconditioner with the denominators as they are. With the coefficients c and d of the loss,
+        Pᵀ∇H   P the preconditioner with the denominators as they are. With the coefficients c and d of the loss,
                c_k⟨w, ∇ℓ_k⟩ + d_k⟨w, ∇h_k⟩ is the share of token k in ∂_vH; the shares add up to it with those of
                momentum and decay. Any other weighting of the tokens is another such sum.
         Jᵀ∇H   J = ∂v/∂g, the derivative of the whole step, second moments and clipping included. From it comes the
@@ -80,14 +82,15 @@ def first_order_u(
     blocks = blocks_of(model.named_parameters())
     direction, loss_gradient = (_stored(update, name, blocks, model.device) for name in ("direction", "gradient"))
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])
-    jacobian, preconditioner, *parts = map(step.part, ("jacobian", "preconditioner", "momentum", "decay"))
-    rounding = Lazy(blocks, lambda block: direction[block] - step[block].direction)
+    unrounded, *parts = map(step.part, ("direction", "momentum", "decay"))
+    rounding = Lazy(blocks, lambda block: direction[block] - unrounded[block])
 
     def along(covector: Mapping[Block, Tensor]) -> TokenPair:
         """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token, float64 [K]."""
         scale = global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
         unit = tangent_of(Lazy(blocks, lambda block: covector[block] / scale), model)
-        found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
+        with held_norms(model.model):
+            found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
         return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
 
     # everything is linear in ∇H: first along ∇H_seq and ∇L, then both normalisations from these
@@ -98,10 +101,13 @@ def first_order_u(
     for kind in KINDS:
         covectors = [_stored(gradient, f"{kind}_{half}", blocks, model.device) for half in HALVES]
         pulled_back.append(
-            [along(adamw.pull_back(w, jacobian, loss_gradient, settings["max_grad_norm"])) for w in covectors]
+            [
+                along(through_clipping(step.applied("pulled_back", w), loss_gradient, settings["max_grad_norm"]))
+                for w in covectors
+            ]
         )
         whole = _whole(halves, covectors)
-        preconditioned.append(along(_product(preconditioner, whole, settings["clip_factor"])))
+        preconditioned.append(along(_times(settings["clip_factor"], step.applied("preconditioned", whole))))
         along_parts = [dot(whole, part) for part in (direction, *parts)]
         along_parts.append(dot(whole, rounding) if settings["rounded"] else 0.0)
         inner_products.append(torch.tensor(along_parts, dtype=torch.float64))
@@ -157,8 +163,8 @@ def _whole(halves: Sequence[Mapping[str, Any]], covectors: Sequence[Lazy[Block]]
     return Lazy(list(covectors[0]), lambda block: of_all(halves, [covector[block] for covector in covectors]))
 
 
-def _product(diagonal: Lazy[Block], covector: Lazy[Block], factor: float) -> Lazy[Block]:
-    return Lazy(list(diagonal), lambda block: factor * diagonal[block] * covector[block])
+def _times(factor: float, vector: Lazy[Block]) -> Lazy[Block]:
+    return Lazy(list(vector), lambda block: factor * vector[block])
 
 
 def _named(

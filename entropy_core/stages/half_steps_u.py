@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.losses.apart import coefficients_of_each
 from entropy_core.losses.files import name_of, read_parts
@@ -40,7 +41,8 @@ def half_steps_u(
     """Take the step again on each half of the prompts of U, for several splits, and compute ⟨∇H, v⟩ of each.
 
     What the trainer does to a batch is done to a half: advantages, denominators of the loss, clipping, both moments.
-    Only the inner products are kept. Each split costs a backward pass over U, and memory for one gradient.
+    Only the inner products are kept. Each split costs a backward pass over U, and memory for one gradient. A split is
+    left out where the loss has no finite gradient on one of its halves.
 
     Args:
         out: writer of `halves.parquet`: a row for each half of each split, with the number of its `prompts`, the
@@ -53,7 +55,8 @@ def half_steps_u(
         gradient: artifact of entropy-gradient.
 
     Returns:
-        Summary: the number of splits, and whether the optimizer has made no step yet.
+        Summary: the number of splits that are kept; whether the optimizer has made no step yet; and why its rule allows
+        no interval over U, empty if it may.
     """
     processor, settings = processor_of(policy, execution), update.summary
     model, shards = processor.policy, [read_sequences(shard) for shard in sequences]
@@ -61,34 +64,38 @@ def half_steps_u(
     parts_P = [part_P for row_P in first_RP for part_P in (row_P, ~row_P)]
     loss = name_of(execution, settings["loss"]["name"], settings["loss"]["source"])
     batches = read_parts(update, tokens_of(shards), parts_P)
-    # a half whose responses are all masked, such as cut ones, has no loss
-    both = [i for i in range(0, len(batches), 2) if all(batch.lengths_N.any() for batch in batches[i : i + 2])]
-    parts_P, batches = ([of[j] for i in both for j in (i, i + 1)] for of in (parts_P, batches))
-    coefficients = coefficients_of_each(loss, batches, execution.isolation) if batches else []
+    found = coefficients_of_each(loss, batches, execution.isolation)
+    # as where a loss divides by the number of tokens that count, and in a half none does
+    whole_R = [None not in found[i : i + 2] for i in range(0, len(found), 2)]
 
     halves, moving = gradient.summary["halves"], moved_parameters(checkpoint)
     covectors = [[gradient.vector(f"{kind}_{half}") for half in HALVES] for kind in KINDS]
     rows = []
-    for index, (part_P, of_tokens) in enumerate(zip(parts_P, coefficients, strict=True)):
+    for index, (part_P, of_tokens) in enumerate(zip(parts_P, found, strict=True)):
+        if of_tokens is None or not whole_R[index // 2]:
+            continue
         accumulated = model.new_accumulator(moving)
         _add_gradient(accumulated, processor, shards, part_P, of_tokens, policy.temperature)
         g = in_blocks(with_zeros(accumulated, model.named_parameters()))
         clip = clip_factor(global_norm(g), settings["max_grad_norm"])
         step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip)
         products = torch.zeros(len(KINDS), dtype=torch.float64)
-        for block in step:  # v is not kept
-            v = step[block].direction
+        for block, v in step.part("direction").items():  # v is not kept
             for kind, of_halves in enumerate(covectors):
                 dH = of_all(halves, [file.block(block).to(v.device).double() for file in of_halves])
                 products[kind] += float((v * dH).sum())
-        found = by_normalization(list(products), *entropy_and_length(halves))
-        columns = {f"inner_product_{normalization}": float(value) for normalization, value in found.items()}
+        inner = by_normalization(list(products), *entropy_and_length(halves))
+        columns = {f"inner_product_{normalization}": float(value) for normalization, value in inner.items()}
         rows.append({"split": index // 2, "prompts": int(part_P.sum()), "clip_factor": clip} | columns)
         del accumulated, g, step  # before the next accumulator, which takes 8 bytes per parameter
     names = [f"inner_product_{normalization}" for normalization in ("per_token", "per_sequence")]
     kinds = {"split": pa.int64(), "prompts": pa.int64()} | dict.fromkeys(("clip_factor", *names), pa.float64())
     out.table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), "halves.parquet")
-    return {"splits": len(rows) // 2, "fresh": not checkpoint.summary["optimizer"]}
+    return {
+        "splits": len(rows) // 2,
+        "fresh": not checkpoint.summary["optimizer"],
+        "no_interval": checkpoint.summary["no_interval"],
+    }
 
 
 def _add_gradient(
@@ -108,5 +115,6 @@ def _add_gradient(
         stop = start + len(chosen.response_tokens_K)
         for index_K, rows in processor.micro_batches(chosen):
             weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-            processor.policy.add_gradients(rows, [weights], temperature, [into])
+            with held_norms(processor.policy.model):
+                processor.policy.add_gradients(rows, [weights], temperature, [into])
         start = stop

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.estimates.tables import RESULTS, TABLES, Row, of_checkpoints, to_table
+from entropy_core.estimates.tables import RESULTS, TABLES, Row, of_checkpoints, to_table, unit_of
+from entropy_core.report import html
 from entropy_core.report import page as pages
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def report(
 
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
-            columns, `agreement.parquet`, `report.md`, and the figures as PNG and SVG.
+            columns, `agreement.parquet`, `report.md`, the same page as `report.html`, and the figures as PNG and SVG.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
@@ -56,6 +57,10 @@ def report(
         figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
     page = pages.markdown(name, rows, others, notes, settings, warnings, compared.to_pylist())
     out.path("report.md").write_text(page, encoding="utf-8")
+    share, unit = f"share_{rows[0]['normalization']}", unit_of(rows[0]["normalization"])
+    in_text = html.responses(last["checkpoint"], tokens, sequences, share, unit)
+    inlined = {figure_name: out.path(f"{figure_name}.svg").read_bytes() for figure_name in drawn}
+    out.path("report.html").write_text(html.html(name, page, inlined, in_text), encoding="utf-8")
     return {"rows": len(rows), "checkpoints": len(checkpoints)}
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from entropy_core.policy.spec import PolicySpec
+from entropy_core.policy.spec import PolicySpec, ProposalSpec
 from entropy_core.prompts.conversations import is_conversational
 from entropy_core.sequences.files import write_sequences
 from entropy_core.sequences.processor import processor_of
@@ -30,11 +30,13 @@ def sample(
     count: int,
     max_new_tokens: int,
     stop_strings: Sequence[str],
+    proposal: ProposalSpec | None,
 ) -> dict[str, Any]:
     """Sample the sequences `first`, …, `first + count − 1` of a batch.
 
     Args:
-        out: writer of `tokens.safetensors` (flat ids with offsets) and `sequences.parquet` (one row per sequence).
+        out: writer of `tokens.safetensors` (flat ids with offsets, and log q with a proposal) and `sequences.parquet`
+            (one row per sequence).
         execution: device and decoding batch size.
         policy: the policy to sample from.
         prompts: artifact of load-prompts.
@@ -46,12 +48,13 @@ def sample(
         count: number of sequences.
         max_new_tokens: maximum response length.
         stop_strings: a response ends with the token that completes one of these strings.
+        proposal: the law that draws in place of the policy; None for the policy.
 
     Returns:
         Summary: numbers of sequences, tokens and cut responses, and the attention kernel used.
     """
     table = prompts.table("prompts.parquet")
-    processor = processor_of(policy, execution, max_new_tokens, stop_strings)
+    processor = processor_of(policy, execution, max_new_tokens, stop_strings, proposal.law if proposal else None)
     pool = prompts.table("prompt_tokens.parquet")["token_ids"].to_pylist()
     processor.require_vocabulary(pool)
     if mode == "replacement":

@@ -3,8 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from torch import Tensor
 
+from entropy_core.errors import NonFiniteError
+from entropy_core.numerics import weights
 from entropy_core.policy.spec import PolicySpec
+from entropy_core.sequences.batch import LogprobResults
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
 
@@ -18,17 +22,25 @@ def score(out: "Writer", execution: "Execution", *, policy: PolicySpec, sequence
     """Score one shard by teacher forcing.
 
     Args:
-        out: writer of `tokens.safetensors` (logprobs, entropies; nats) and `scores.parquet` (one row per sequence).
+        out: writer of `tokens.safetensors` (logprobs, entropies, nats; and proposal_logprobs, log q, if another law
+            than the policy drew the sequences) and `scores.parquet` (one row per sequence).
         execution: device and micro-batch size.
         policy: the policy to score with.
         sequences: artifact of a sampling stage.
 
     Returns:
         Summary: number of sequences, and the sum of their entropies in nats.
+
+    Raises:
+        NonFiniteError: the weights from the law that drew the sequences to the policy over- or underflow.
     """
     batch = read_sequences(sequences)
     results, diagnostics = processor_of(policy, execution).score(batch)
-    batch.table({"logprobs": results.logprobs_K, "entropies": results.entropies_K}).write(out)
+    columns = {"logprobs": results.logprobs_K, "entropies": results.entropies_K}
+    if batch.proposal_logprobs_K is not None:
+        columns["proposal_logprobs"] = batch.proposal_logprobs_K
+        _require_weights(batch.proposal_logprobs_K, results)
+    batch.table(columns).write(out)
     out.table(
         pa.table(
             {
@@ -44,3 +56,13 @@ def score(out: "Writer", execution: "Execution", *, policy: PolicySpec, sequence
         "scores.parquet",
     )
     return {"sequences": len(batch), "entropy": float(diagnostics.sum_entropies_N.sum())}
+
+
+def _require_weights(log_q_K: Tensor, results: LogprobResults) -> None:
+    to_policy = weights.prefix_weights(log_q_K, results.logprobs_K, results.offsets_N1)
+    if not weights.log_weights_are_usable(to_policy):
+        raise NonFiniteError(
+            "the weights from the law that drew E to the policy are too large or too small for float64",
+            cause="a proposal that is far from the policy, and long responses",
+            fix="set generation.proposal_temperature closer to the policy's, or generation.proposal_share below 1",
+        )

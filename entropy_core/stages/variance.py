@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from entropy_core.errors import NonFiniteError
-from entropy_core.estimates import diagnostics, evaluation
+from entropy_core.estimates import diagnostics, evaluation, sampler, second_order
 from entropy_core.estimates import rows as estimates
 from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
@@ -15,6 +15,7 @@ from entropy_core.estimates.rows import Contributions, Derivative, Row
 from entropy_core.estimates.tables import ESTIMATES, TABLES, to_table
 from entropy_core.numerics import half_samples, uncertainty
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
+from entropy_core.numerics.second_order import Observation, SecondOrder, combine
 from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.store.columns import concatenate, read_tokens
 
@@ -93,6 +94,8 @@ def variance(
         NonFiniteError: a batch is too small for a standard error.
     """
     batch, of_batch = evaluation_batch(scores, first_order_e, baseline, units)
+    of_batch |= sampler.describe_sampler(batch)
+    invalid_over_e = sampler.not_as_recorded(of_batch)
     of_batch |= _describe_update(update.summary)
     of_batch |= {"learning_rate": learning_rate}
     of_batch |= {"derivative_check": calibration.summary["difference"] if calibration else None}
@@ -106,7 +109,9 @@ def variance(
     for normalization in normalizations:
         steps = _half_steps(half_steps_u, of_u["inner_product"][normalization], normalization)
         contributions = _contributions(of_sequences, normalization, update.summary, steps)
-        derivative = estimates.derivative_of(batch, normalization, contributions, confidence_level, bootstrap_resamples)
+        derivative = estimates.derivative_of(
+            batch, normalization, contributions, confidence_level, bootstrap_resamples, invalid_over_e
+        )
         columns = of_batch | {
             "normalization": normalization,
             "attribution_closure": of_u["closure"][normalization],
@@ -118,16 +123,29 @@ def variance(
         per_unit |= {"inner_product": of_u["inner_product"][normalization]}
         noise = diagnostics.numerical_noise(again, rescored, normalization)
         common[normalization] = _Common(derivative, columns, per_unit, noise)
-    found: dict[tuple[Normalization, Estimator], list[tuple[Row, Estimate]]] = {
-        (normalization, estimator): [] for normalization in normalizations for estimator in estimators
-    }
+    changes: dict[tuple[Normalization, Estimator], list[_Step]] = {}
+    seen: dict[Normalization, list[Observation]] = {normalization: [] for normalization in normalizations}
     for entry in moved:
-        for estimator in estimators:
+        eta = entry["eta"]
+        both: list[Estimator] = [*estimators, "per_decision"] if entry["shards"] else [*estimators]
+        for estimator in dict.fromkeys(both):
             there = evaluation.measured(batch, moved_batch(entry, sequences), estimator)
-            for normalization, shared in common.items():
-                change = estimates.change_of(batch, there, entry["eta"], estimator, normalization)
-                row = _row(batch, there, change, entry["eta"], estimator, shared, learning_rate, confidence_level)
-                found[normalization, estimator].append((row, change))
+            for of, shared in common.items():
+                change = estimates.change_of(batch, there, eta, estimator, of)
+                if estimator in estimators:
+                    of_rows = there._replace(columns=None)  # of no use any more, and large
+                    changes.setdefault((of, estimator), []).append(_Step(eta, of_rows, change))
+                if estimator in ("per_decision", "path_integral"):
+                    slope, rounding = shared.derivative.estimate, shared.noise / 2
+                    seen[of] += second_order.observations(batch, there, change, slope, eta, of, rounding)
+    found: dict[tuple[Normalization, Estimator], list[tuple[Row, Estimate]]] = {}
+    for of, shared in common.items():
+        second = combine(seen[of], shared.derivative.estimate.value) if seen[of] else None
+        for estimator in estimators:
+            found[of, estimator] = [
+                (_row(batch, step, estimator, shared, second, learning_rate, confidence_level), step.change)
+                for step in changes[of, estimator]
+            ]
     by_seed = {seed: _values(batch, normalizations)}
     for another in replicates:
         replicate, _ = evaluation_batch(another["scores"], another["first_order_e"], baseline, units)
@@ -151,7 +169,8 @@ def variance(
         add("eta_pairs", normalization, pairs)
         for row, _ in at_etas if estimator == estimators[0] else ():
             if row["eta"]:
-                add("predictors", normalization, diagnostics.predictor_rows(row, by_literature))
+                on_other_e = [values[normalization][0] for other, values in by_seed.items() if other != seed]
+                add("predictors", normalization, diagnostics.predictor_rows(row, by_literature, on_other_e))
     for normalization in normalizations:
         of_seed = {seed: values[normalization] for seed, values in by_seed.items()}
         add("replicates", normalization, diagnostics.replicate_rows(of_seed, learning_rate))
@@ -172,16 +191,25 @@ class _Common(NamedTuple):
     noise: float
 
 
+class _Step(NamedTuple):
+    """ΔH at one step size by one estimator, and the weights that it was measured with."""
+
+    eta: float
+    terms: Measured
+    change: Estimate
+
+
 def _row(
     batch: EvaluationBatch,
-    there: Measured,
-    change: Estimate,
-    eta: float,
+    step: _Step,
     estimator: Estimator,
     common: _Common,
+    second: SecondOrder | None,
     learning_rate: float,
     confidence_level: float,
 ) -> Row:
+    (eta, there, change), derivative = step, common.derivative
+    measurable = change if there.usable else None
     noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # path_integral subtracts nothing
     return {
         **common.columns,
@@ -190,8 +218,10 @@ def _row(
         "estimator": estimator,
         **{name: value * eta for name, value in common.per_unit.items()},
         "noise_floor": noise_floor,
-        **estimates.predict(common.derivative, eta, confidence_level),
-        **estimates.measure(batch, change, there, common.derivative, eta, estimator, noise_floor, confidence_level),
+        **estimates.predict(derivative, eta, confidence_level),
+        **second_order.predict(batch, derivative, second, eta, confidence_level),
+        **estimates.measure(batch, change, there, derivative, eta, estimator, noise_floor, confidence_level),
+        **second_order.remainder(batch, measurable, derivative, second, eta, noise_floor),
     }
 
 
@@ -220,7 +250,9 @@ def _half_steps(artifact: "HalfSteps", value: float, normalization: Normalizatio
     values, prompts = halves[f"inner_product_{normalization}"].to_pylist(), halves["prompts"].to_pylist()
     halves_R2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
     prompts_R2 = torch.tensor(prompts, dtype=torch.int64).view(-1, 2)
-    return half_samples.half_steps(value, halves_R2, prompts_R2, artifact.summary["fresh"])
+    return half_samples.half_steps(
+        value, halves_R2, prompts_R2, artifact.summary["fresh"], artifact.summary["no_interval"]
+    )
 
 
 def _by_literature(

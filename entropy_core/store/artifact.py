@@ -21,6 +21,18 @@ if TYPE_CHECKING:  # loaded where they are used: looking an artifact up takes ne
 _TAGS = ({"float"}, {"artifact", "digest"})  # a dict of these names could be taken for what they stand for
 
 
+class _Summary(dict[str, Any]):
+    """A summary that explains what it does not have: a recorded run may have been made by another version."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self._where = where
+
+    def __missing__(self, name: str) -> Any:
+        fact = f"{self._where} says nothing of {name}"
+        raise StoreError(fact, cause="another version of this stage made it", fix="run the sweep again")
+
+
 @dataclass(frozen=True)
 class Artifact:
     """What one run of a stage left in the store. Two artifacts are equal wherever their stores are.
@@ -54,8 +66,8 @@ class Artifact:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the stage's function returned. Raises UnsoundError as `path` does."""
-        return self.manifest["summary"]
+        """What the stage's function returned. Raises UnsoundError as `path` does; StoreError for a missing key."""
+        return _Summary(self.manifest["summary"], f"artifact {self.stage}/{self.key} in {self.root}")
 
     def path(self, name: str) -> Path:
         """Locate one data file, verified: its content is read, unless it was before and the file has not changed.
@@ -84,12 +96,15 @@ class Artifact:
             raise self._unsound(fault)
         return self.directory / name
 
-    def tensors(self, name: str = "tensors.safetensors", only: Sequence[str] = ()) -> "dict[str, torch.Tensor]":
+    def tensors(
+        self, name: str = "tensors.safetensors", only: Sequence[str] = (), optional: Sequence[str] = ()
+    ) -> "dict[str, torch.Tensor]":
         """Load the tensors of a safetensors file onto the CPU, all or some.
 
         Args:
             name: of the file.
             only: which tensors to read; all of them where none is named.
+            optional: further tensors, read if the file has them.
 
         Returns:
             Tensors by name.
@@ -104,7 +119,8 @@ class Artifact:
             if missing := [one for one in only if one not in file.keys()]:  # noqa: SIM118 (no mapping)
                 fact = f"{name} of artifact {self.stage}/{self.key} in {self.root} has no {', '.join(missing)}"
                 raise StoreError(fact, cause="another version of this stage made it", fix="run the sweep again")
-            return {one: file.get_tensor(one) for one in only or file.keys()}
+            found = [one for one in optional if one in file.keys()]  # noqa: SIM118 (no mapping)
+            return {one: file.get_tensor(one) for one in (*only, *found) or file.keys()}
 
     def vector(self, name: str) -> "TensorFile":
         """Open a file of `VECTORS`, to be read a tensor or a block at a time. Raises StoreError as `path` does."""

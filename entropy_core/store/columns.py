@@ -93,21 +93,26 @@ def concatenate(tables: Sequence[TokenTable]) -> TokenTable:
     )
 
 
-def read_tokens(shards: "Sequence[Artifact]", *names: str, file: str = TOKENS) -> TokenTable:
+def read_tokens(
+    shards: "Sequence[Artifact]", *names: str, file: str = TOKENS, optional: Sequence[str] = ()
+) -> TokenTable:
     """Read the table of some shards, one after the other.
 
     Args:
         shards: artifacts that a `TokenTable` was written to.
         names: of the columns that are wanted; may be none.
         file: which of their files.
+        optional: names of columns that are read where the shards have them.
 
     Returns:
         The table.
     """
-    found = [shard.tensors(file, ("sequences", "offsets", *names)) for shard in shards]
-    return concatenate(
-        [TokenTable(of_one["sequences"], of_one["offsets"], {name: of_one[name] for name in names}) for of_one in found]
-    )
+    found = [shard.tensors(file, ("sequences", "offsets", *names), optional) for shard in shards]
+    tables = []
+    for tensors in found:
+        columns = {name: tensors[name] for name in (*names, *optional) if name in tensors}
+        tables.append(TokenTable(tensors["sequences"], tensors["offsets"], columns))
+    return concatenate(tables)
 
 
 def as_numbers(rewards: Sequence[float | None]) -> Tensor:

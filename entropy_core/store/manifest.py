@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -336,16 +336,16 @@ def _read_once(path: Path) -> dict[str, Any]:
     """The manifest, parsed once per process as long as the file does not change."""
     identity = identity_of(require_readable(path).stat())
     if identity not in _manifests:
-        manifest = _read_manifest(path)
+        manifest = _parsed(path.read_bytes())
         if time.time_ns() - identity[-1] < SETTLED_NS:
             return manifest
         _manifests[identity] = manifest
     return _manifests[identity]
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+@lru_cache(maxsize=64)
+def _parsed(content: bytes) -> dict[str, Any]:
     """Raises ValueError if it is not, byte for byte, what was written."""
-    content = path.read_bytes()
     manifest = json.loads(content)
     rest = {name: value for name, value in manifest.items() if name not in ("seal", SIGNATURE)}
     signed = {SIGNATURE: manifest[SIGNATURE]} if SIGNATURE in manifest else {}

@@ -47,6 +47,7 @@ def finished(root: Path, run_id: str) -> datetime:
         StoreError: its record cannot be understood, or is not signed as it must be.
     """
     with understood(folder(root, run_id) / RECORD) as record:
+        _named(record)
         return _finished(record)
 
 
@@ -109,7 +110,7 @@ def sign(store: Store, run_id: str) -> str:
     try:
         with _explained(path):
             record, _ = _parted(path)
-            _finished(record)
+            _named(record), _finished(record)
     except StoreError as error:
         return error.fact
     with writing(store, run_id) as temporary:
@@ -174,6 +175,8 @@ def writing(store: Store, run_id: str) -> Iterator[Path]:
         StoreError: the store cannot be written; the record is what it was.
     """
     final = folder(store.root, run_id)
+    if final.is_symlink():
+        raise StoreError(f"{final} is a link to another folder, which is not written to", fix="remove the link")
     with store.writing():
         final.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(final) as temporary:
@@ -201,11 +204,17 @@ def named(root: Path, run_id: str) -> set[Name]:
         StoreError: the record cannot be understood.
     """
     with understood(folder(root, run_id) / RECORD) as record:
-        found = [*references(record["checkpoints"]), record["report"]]
-        names = {(reference["stage"], reference["key"]) for reference in found}
-        if wrong := [name for name in names if not may_name(*name)]:
-            raise ValueError(f"{wrong[0]} names no artifact")
-        return names
+        return _named(record)
+
+
+def _named(record: Mapping[str, Any]) -> set[Name]:
+    if wrong := [entry for entry in record["checkpoints"] if not isinstance(entry["checkpoint"], str)]:
+        raise ValueError(f"{wrong[0]['checkpoint']!r:.80} names no checkpoint")
+    found = [*references(record["checkpoints"]), record["report"]]
+    names = {(reference["stage"], reference["key"]) for reference in found}
+    if unknown := [name for name in names if not may_name(*name)]:
+        raise ValueError(f"{unknown[0]} names no artifact")
+    return names
 
 
 def with_upstream(store: Store, names: set[Name]) -> set[Name]:

@@ -1,11 +1,11 @@
 """Whether the tests would notice: known mistakes, put into a copy of the code one at a time."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +53,8 @@ MUTATIONS = (
     Mutation(
         "EOS sampled, but not scored",
         "sequences/decoding",
-        "self.responses[sequence] = Response(tokens, reason)",
-        'self.responses[sequence] = Response(tokens[:-1] if reason == "eos" else tokens, reason)',
+        "self.responses[sequence] = Response(tokens, reason, ",
+        'self.responses[sequence] = Response(tokens[:-1] if reason == "eos" else tokens, reason, ',
         "test_sequence_processor",
     ),
     Mutation(
@@ -109,7 +109,7 @@ MUTATIONS = (
     Mutation(
         "clip factor left out of J",
         "numerics/adamw",
-        "return Lazy(list(jacobian), lambda key: factor * pulled[key] - along * gradient[key].double())",
+        "return Lazy(list(pulled), lambda key: factor * pulled[key] - along * gradient[key].double())",
         "return pulled",
         "test_adamw",
     ),
@@ -172,8 +172,8 @@ MUTATIONS = (
     Mutation(
         "the step's own entropy in the reward to go",
         "numerics/baselines",
-        "return after_K + values_K if functional.of_action else after_K",
-        "return after_K + values_K",
+        "returns_K = after_K + values_K if functional.of_action else after_K",
+        "returns_K = after_K + values_K",
         "test_enumeration",
     ),
     Mutation(
@@ -185,7 +185,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a value that depends on its own token weighted without it",
-        "numerics/importance",
+        "numerics/weights",
         "return self.after_K if functional.of_action else self.before_K",
         "return self.before_K",
         "test_functional",
@@ -199,7 +199,7 @@ MUTATIONS = (
     ),
     Mutation(
         "prefix weights one step late",
-        "numerics/importance",
+        "numerics/weights",
         "return PrefixWeights(log_before_K.exp(), ",
         "return PrefixWeights((log_before_K + log_ratio_K).exp(), ",
         "test_importance",
@@ -242,19 +242,12 @@ MUTATIONS = (
 )
 
 
-def run_tests(copy: Path, tests: str) -> tuple[int, list[str], str]:
-    """Exit status, the tests that failed, and the output; with the copy's own package."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    files = [f"tests/{name}.py" for name in tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    failed = re.findall(r"^FAILED tests/(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    return done.returncode, failed, done.stdout + done.stderr
+def files_of(tests: str) -> list[str]:
+    return [f"tests/{name}.py" for name in tests.split()]
 
 
-def mutate(mutation: Mutation | None, copy: Path) -> tuple[int, list[str], str]:
-    """Run the tests in a copy of the code with one mistake in it; None: all of them, without."""
+def mutate(mutation: Mutation | None, copy: Path) -> list[str]:
+    """Copy the code, with one mistake in it; returns the tests to run there. None: all of them, without a mistake."""
     copy.mkdir()
     for name in COPIED:
         source = ROOT / name
@@ -263,13 +256,20 @@ def mutate(mutation: Mutation | None, copy: Path) -> tuple[int, list[str], str]:
         else:
             shutil.copyfile(source, copy / name)
     if mutation is None:
-        return run_tests(copy, " ".join(dict.fromkeys(name for one in MUTATIONS for name in one.tests.split())))
+        return list(dict.fromkeys(file for one in MUTATIONS for file in files_of(one.tests)))
     path = copy / "entropy_core" / f"{mutation.module}.py"
     code = path.read_text(encoding="utf-8")
     if code.count(mutation.text) != 1:
         raise ValueError(f"{mutation.text!r} is {code.count(mutation.text)} times in {path.name}")
     path.write_text(code.replace(mutation.text, mutation.instead), encoding="utf-8")
-    return run_tests(copy, mutation.tests)
+    return files_of(mutation.tests)
+
+
+def outcome(copy: Path) -> tuple[int, list[str], str]:
+    """Exit status, the tests that failed, and the output."""
+    said = (copy / "output").read_text(encoding="utf-8")
+    failed = re.findall(r"^FAILED tests/(.*?)(?: - .*)?$", said, re.MULTILINE)
+    return int((copy / "status").read_text()), failed, said
 
 
 def test_every_mistake_is_noticed(record: Proof, tmp_path: Path):
@@ -279,18 +279,19 @@ def test_every_mistake_is_noticed(record: Proof, tmp_path: Path):
         limit="a test fails for every mistake, and none without one",
         columns=("mistake", "module", "first test that fails"),
     )
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
-        runs = [
-            workers.submit(mutate, mutation, tmp_path / str(number))
-            for number, mutation in enumerate((None, *MUTATIONS))
-        ]
-    _, *outcomes = [run.exception() or run.result() for run in runs]
-    for mutation, outcome in zip(MUTATIONS, outcomes, strict=True):
-        name = f"error: {outcome}" if isinstance(outcome, BaseException) else next(iter(outcome[1]), "none")
-        record.row(mutation.mistake, f"`{mutation.module}`", f"`{name}`")
-    status, failed, output = runs[0].result()
+    copies = {
+        str(tmp_path / str(number)): mutate(mutation, tmp_path / str(number))
+        for number, mutation in enumerate((None, *MUTATIONS))
+    }
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "tests" / "mutants.py", json.dumps(copies)]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    plain, *mutants = [outcome(Path(copy)) for copy in copies]
+    for mutation, (_, failed, _) in zip(MUTATIONS, mutants, strict=True):
+        record.row(mutation.mistake, f"`{mutation.module}`", f"`{next(iter(failed), 'none')}`")
+    status, failed, output = plain
     record.note(f"Without a mistake: {output.strip().splitlines()[-1]}")
     assert (status, failed) == (0, []), output[-2000:]
-    for mutation, run in zip(MUTATIONS, runs[1:], strict=True):
-        status, failed, output = run.result()
+    for mutation, (status, failed, output) in zip(MUTATIONS, mutants, strict=True):
         assert status == 1 and failed, f"{mutation.mistake}: {output[-2000:]}"

@@ -12,10 +12,11 @@ from enumeration import Everything, as_tokens, enumerate_world, no_baseline, per
 from pipeline_fixtures import probe, skip_figures
 from proofs import Proof, power
 
-from entropy_core.numerics import importance, path_integral
+from entropy_core.numerics import path_integral
 from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.quadrature import NODES, WEIGHTS
 from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.numerics.weights import prefix_weights
 from entropy_core.policy import moves
 from entropy_core.policy.derivatives import token_derivatives
 
@@ -47,7 +48,7 @@ def by_path(everything: Everything, eta: float) -> tuple[float, float]:
                 lambda rows: token_derivatives(world.policy, rows, everything.v, world.temperature),
             )
         moved = TokenDerivatives(*columns)
-        weights = importance.prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, offsets_N1)
+        weights = prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, offsets_N1)
         there, bases = as_tokens(moved, offsets_N1), no_baseline(everything)
         (S_N, x_N, _), (T_N, y_N, _) = (
             path_integral.derivative_columns(f, there, weights, bases[f]) for f in (ENTROPY, LENGTH)

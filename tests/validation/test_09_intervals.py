@@ -15,12 +15,13 @@ from test_02_coverage import G, Trainer, halves_of_gradient
 from torch import Tensor
 
 from entropy_core.estimates import rows
-from entropy_core.estimates.evaluation import Moved, MovedTokens, measured
-from entropy_core.numerics import adamw, importance, ragged
+from entropy_core.estimates.evaluation import EvaluationBatch, Measured, Moved, MovedTokens, measured
+from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
 from entropy_core.numerics.half_samples import balanced_halves, half_steps
 from entropy_core.numerics.halves import by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.token_statistics import TokenDerivatives
+from entropy_core.numerics.weights import prefix_weights
 from entropy_core.policy import moves
 
 pytestmark = pytest.mark.validate
@@ -110,7 +111,7 @@ class Sweeps:
         direction = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
         with moves.moved(policy, direction, eta):
             moved, _ = processor_of(everything.world).score(everything.sequences)
-        weights = importance.prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, everything.offsets_N1)
+        weights = prefix_weights(everything.tokens.logprobs_K, moved.logprobs_K, everything.offsets_N1)
         law_N = everything.probability_N * weights.sequence_N
         S_N = ragged.sequence_sum(moved.entropies_K, everything.offsets_N1)
         entropy = float(law_N @ S_N / (law_N @ everything.sequences.lengths_N.double()))
@@ -151,9 +152,17 @@ class Sweeps:
             int((g_PQ.abs().sum(1) > 0).sum()),
         )
         derivative = rows.derivative_of(batch, "per_token", contributions, LEVEL, 2)
-        eta, (moved_H, tokens) = setting.eta, self._exact(v, setting.eta)
+        return self.row(batch, derivative, v, pick_K)
+
+    def measured(self, batch: EvaluationBatch, v: Tensor, eta: float, pick_K: Tensor) -> tuple[float, Measured]:
+        """The entropy at θ + ηv, and the terms of ΔH on E."""
+        moved_H, tokens = self._exact(v, eta)
         of_e = MovedTokens(*(x_K[pick_K] for x_K in tokens[:2] if x_K is not None))
-        terms = measured(batch, Moved(eta, lambda: [of_e]), "per_decision")
+        return moved_H, measured(batch, Moved(eta, lambda: [of_e]), "per_decision")
+
+    def row(self, batch: EvaluationBatch, derivative: rows.Derivative, v: Tensor, pick_K: Tensor) -> Replication:
+        eta = self.setting.eta
+        moved_H, terms = self.measured(batch, v, eta, pick_K)
         change = rows.change_of(batch, terms, eta, "per_decision", "per_token")
         row = rows.predict(derivative, eta, LEVEL)
         row |= rows.measure(batch, change, terms, derivative, eta, "per_decision", 0.0, LEVEL)

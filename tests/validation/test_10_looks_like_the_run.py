@@ -8,19 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted_entropies import agreement
 from proofs import Proof
 from transformers import AutoTokenizer
 
-from entropy_core.config.read import parse_config
-from entropy_core.pipeline import catalogue as stage
-from entropy_core.pipeline import sweep as pipeline
-from entropy_core.pipeline.final_stages import compared
-from entropy_core.pipeline.measure import Measurement
-from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.runner import Inputs, direct_runner
 from entropy_core.prompts.arithmetic import problems
 from entropy_core.report.agreement import disagreements
-from entropy_core.store.store import Store
 
 pytestmark = pytest.mark.validate
 
@@ -29,18 +22,6 @@ MOST = 0.05  # of the seeds
 REWARD = "def length(completions, **_):\n    return [len(text) / 32 for text in completions]\n"
 SWAPPED = "{{ messages[0]['content'].split('+')[1].rstrip('=') + '+' + messages[0]['content'].split('+')[0] + ',' }}"
 """A template that ends a prompt with another character."""
-
-
-class OfTheAgreement(Measurement):
-    """The stages that the comparison with the trainer needs, and no others."""
-
-    def variance_inputs(self) -> Inputs:
-        _, scores = self._sample_e(self.config.batch_config.E_batch_seed, "")
-        u_batch = self._sample_u()
-        scores_u = self._score(stage.SCORE_U, self.policy, u_batch)
-        update = self._update(u_batch, scores_u)
-        found = {"scores": scores, "scores_u": scores_u, "update": update}
-        return found | {"learning_rate": self.optimizer.summary["learning_rate"]}
 
 
 def rows(run: Path, store: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:
@@ -53,15 +34,7 @@ def rows(run: Path, store: Path, **sections: dict[str, Any]) -> list[dict[str, A
         "update": {"reward": "arithmetic"},
         "execution": {"shard_size": 512, "device": "cpu", "artifacts": str(store)},
     }
-    config = parse_config(asked | {name: asked[name] | section for name, section in sections.items()})
-    checkpoints = preflight(config)
-    config = pipeline.settled_config(config, checkpoints)
-    runner = direct_runner(Store(config.store_root), pipeline.execution_for(config, checkpoints))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "Measurement", OfTheAgreement)
-        recorded = pipeline._measured(config, checkpoints, runner)
-    table = runner(stage.AGREEMENT, compared(recorded, config), "demo")
-    return table.table("agreement.parquet").to_pylist()
+    return agreement(asked | {name: asked[name] | section for name, section in sections.items()})
 
 
 def with_template(run: Path, folder: Path) -> Path:

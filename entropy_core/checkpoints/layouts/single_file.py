@@ -20,12 +20,16 @@ from torch import Tensor
 from entropy_core.checkpoints.archives import StoredTensor, map_file, plain_dict, read_archive
 from entropy_core.checkpoints.content import stored_tensors
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, by_name, model_name
+from entropy_core.checkpoints.layouts.torchao_moments import plain_state
 from entropy_core.checkpoints.pieces import Quantised, Scattered, in_one_piece
 from entropy_core.errors import CheckpointError, one_line, shortage
 from entropy_core.files.checkpoint import SAVE_AGAIN
 from entropy_core.files.regular import require_readable
 
-USE_ADAMW = "probe a checkpoint that was trained with torch's AdamW (optim='adamw_torch' or 'adamw_torch_fused')"
+KNOWN_STEPS = (
+    "probe a checkpoint that was trained with torch's AdamW (optim='adamw_torch' or 'adamw_torch_fused'), SGD, Lion, "
+    "Adafactor or Muon"
+)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _QUANTISED = "__bnb_optimizer_quant_state__"
 
@@ -54,7 +58,7 @@ class OptimizerFile:
         is_list = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
         if not (is_state and is_list and groups and all(isinstance(group.get("params"), list) for group in groups)):
             fact = f"{self._path} is not the state_dict of a torch optimizer (`state` and `param_groups`)"
-            raise CheckpointError(fact, fix=USE_ADAMW)
+            raise CheckpointError(fact, fix=KNOWN_STEPS)
         slots, groups = _of_bitsandbytes(self._path, slots, groups)
         if not all(isinstance(name, str) for group in groups for name in group["params"]):
             return SavedOptimizer(self._path, slots, groups)
@@ -157,11 +161,13 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's own message is not repeated: it recommends to switch the safety off
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code and code[1].startswith("torchao.optim."):
+            return plain_state(path, read_archive(path))
         if code:
             raise CheckpointError(
                 f"{path} holds more than tensors and numbers ({code[1]}), and was not executed",
                 cause="an optimizer that saves its own classes, or code from an untrusted source",
-                fix=USE_ADAMW,
+                fix=KNOWN_STEPS,
             ) from error
         fact = f"{path} cannot be read as tensors and numbers ({type(error).__name__})"
         raise shortage(error) or CheckpointError(fact, cause="a damaged file", fix=SAVE_AGAIN) from error
@@ -192,28 +198,47 @@ def _of_bitsandbytes(
 ) -> tuple[dict[Any, dict[str, Any]], list[dict[str, Any]]]:
     """The same with an AdamW of bitsandbytes as torch's: its states are the two moments, in codes or in float32.
 
+    An optimizer with one state says its kind by its groups alone: without ε, betas of a Lion, or (momentum, dampening).
+
     The quantised states lie in a dictionary of their own since 0.49.2, and directly in the slot before. An AdEMAMix
     has two first moments in `state1`, and a mixing coefficient `alpha`; a LAMB has the norm of the update.
     """
     inner = {index: slot | plain_dict(slot.get(_QUANTISED)) for index, slot in slots.items()}
     if not inner or not all("state1" in slot for slot in inner.values()):
         return slots, groups
-    if any("state2" not in slot or "unorm_vec" in slot for slot in inner.values()) or any(
-        group.get("alpha") for group in groups
-    ):
+    two_states = all("state2" in slot for slot in inner.values())
+    if two_states:
+        converted_groups = [{"amsgrad": False, **group} for group in groups]
+    else:
+        converted_groups = [of for of in map(_with_one_state, groups) if of]
+    mixed = any("unorm_vec" in slot or ("state2" in slot) != two_states for slot in inner.values())
+    if mixed or len(converted_groups) != len(groups) or any(group.get("alpha") for group in groups):
         raise CheckpointError(
-            f"{path} is the state of an optimizer of bitsandbytes that is not Adam or AdamW",
-            cause="Lion, LAMB, AdEMAMix, RMSprop or SGD of bitsandbytes",
-            fix="probe a checkpoint that was trained with its AdamW, or with torch's",
+            f"{path} is the state of an optimizer of bitsandbytes that is not Adam, AdamW, Lion or SGD",
+            cause="LAMB, LARS, AdEMAMix, RMSprop or Adagrad of bitsandbytes",
+            fix="probe a checkpoint that was trained with its AdamW, Lion or SGD, or with torch's",
         )
     converted: dict[Any, dict[str, Any]] = {}
     for index, slot in inner.items():
         try:
-            moments = {key: _moment(slot, place) for place, key in ((1, "exp_avg"), (2, "exp_avg_sq"))}
+            first = "momentum_buffer" if "momentum" in converted_groups[0] else "exp_avg"
+            keys = (first, "exp_avg_sq") if two_states else (first,)
+            moments = {key: _moment(slot, place) for place, key in enumerate(keys, 1)}
         except ValueError as error:
             raise CheckpointError(f"{path}: the codes of slot {index}: {error}", fix=SAVE_AGAIN) from error
-        converted[index] = {"step": slot.get("step"), **moments}
-    return converted, [{"amsgrad": False, **group} for group in groups]
+        converted[index] = moments if first == "momentum_buffer" else {"step": slot.get("step"), **moments}
+    return converted, converted_groups
+
+
+def _with_one_state(group: dict[str, Any]) -> dict[str, Any]:
+    """The group of a Lion or of SGD as lion-pytorch and torch write it; empty for any other optimizer."""
+    betas = group.get("betas")
+    if group.get("eps") != 0 or not isinstance(betas, list | tuple) or len(betas) != 2:
+        return {}
+    rest = {key: value for key, value in group.items() if key not in ("betas", "eps", "alpha")}
+    if betas[1]:
+        return rest | {"betas": betas}
+    return rest | {"momentum": betas[0], "dampening": 0.0, "nesterov": False}
 
 
 def _moment(slot: dict[str, Any], place: int) -> Any:
