@@ -27,8 +27,8 @@ class ProbeError(Exception):
     """An error a user can act on.
 
     Args:
-        fact: what is so, with the names and numbers involved.
-        cause: what usually leads to it; may be empty when the fact says it all.
+        fact: what is wrong, with the names and numbers involved.
+        cause: the likely cause; empty where the fact says it all.
         fix: what to do.
     """
 
@@ -46,7 +46,7 @@ class ProbeError(Exception):
 
 
 def _visible(text: str) -> str:
-    """The text with escape sequences for what is not printable, its lines cut; line breaks are kept before a list."""
+    """Escape what is not printable, and cut long lines; only line breaks before the entries of a list are kept."""
     lines = [line if len(line) <= 2000 else line[:1999] + "…" for line in re.split(r"\n(?=  )", text)]
     return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
@@ -80,7 +80,7 @@ class StoreError(ProbeError):
 
 
 class UnsoundError(StoreError):
-    """An artifact was found damaged when it was used; whoever says so sets which one."""
+    """An artifact was found damaged when it was used; `stage` and `key`, set by whoever raises it, name it."""
 
     stage: str
     key: str
@@ -91,7 +91,7 @@ class NonFiniteError(ProbeError):
 
 
 class ShortageError(ProbeError):
-    """The process may not have more of something that files need; says nothing about the files."""
+    """The process ran out of something that it needs to read a file; the file may be sound."""
 
 
 class MemoryShortageError(ShortageError):
@@ -99,10 +99,10 @@ class MemoryShortageError(ShortageError):
 
 
 def shortage(error: BaseException) -> ShortageError | None:
-    """What to raise in place of an error in reading a file, where the file is not to blame.
+    """Tell a shortage of memory or descriptors from a bad file, by the error that reading the file raised.
 
     Args:
-        error: of the system, or of a library, which may only quote the system's.
+        error: of the system, or of a library that quotes the system's message.
 
     Returns:
         The error to raise; None where the file may well be to blame.

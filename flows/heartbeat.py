@@ -1,7 +1,7 @@
-"""A flow run whose process dies without a word is marked as crashed, by an automation of the server.
+"""An automation of the server that marks a flow run as crashed when its process died without reporting it.
 
-Prefect's runner marks the runs whose processes end while it watches. If it is killed together with them, nobody is left
-to say so but the server, which misses their heartbeats.
+Prefect's runner does that for processes that end while it runs. If it is killed together with them, only the server can
+notice, because their heartbeats stop.
 """
 
 from collections.abc import Iterable
@@ -22,9 +22,9 @@ def watch_heartbeats(deployments: Iterable[UUID]) -> None:
     """Tell the server to mark silent runs of these deployments, and no others.
 
     Args:
-        deployments: their ids. What an earlier call has told the server is replaced if it named others.
+        deployments: their ids. They replace those of an earlier call.
     """
-    ends = ("Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Paused", "Suspended", "Scheduled")
+    silent_states = ("Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Paused", "Suspended", "Scheduled")
     names = sorted(f"prefect.deployment.{deployment}" for deployment in deployments)
     trigger = EventTrigger(
         posture=Posture.Proactive,
@@ -32,16 +32,16 @@ def watch_heartbeats(deployments: Iterable[UUID]) -> None:
         match_related={"prefect.resource.role": "deployment", "prefect.resource.id": names},
         for_each={"prefect.resource.id"},
         after={"prefect.flow-run.heartbeat"},
-        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ends)},
+        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in silent_states)},
         threshold=1,
         within=SILENCE,
     )
     actions = [ChangeFlowRunState(state=StateType.CRASHED, message="Its process fell silent; retry goes on.")]
     with get_client(sync_client=True) as client:
-        told = client.read_automations_by_name(NAME)
-        for automation in told:
+        existing = client.read_automations_by_name(NAME)
+        for automation in existing:
             if getattr(automation.trigger, "match_related", None) != trigger.match_related:
                 changed = AutomationCore(name=NAME, enabled=automation.enabled, trigger=trigger, actions=actions)
                 client.update_automation(automation.id, changed)
-        if not told:
+        if not existing:
             client.create_automation(AutomationCore(name=NAME, trigger=trigger, actions=actions))

@@ -26,8 +26,8 @@ def deployments(config: Path | None, **where: Any) -> list[RunnerDeployment]:
     """Describe the deployments to Prefect.
 
     Args:
-        config: a YAML file, with which the form of the sweep begins; None: an empty form.
-        where: of `Flow.to_deployment`: the work pool, if there is one.
+        config: a YAML file that fills in the form of the sweep; None for an empty form.
+        where: arguments of `Flow.to_deployment` that name the work pool, if there is one.
 
     Returns:
         `checkpoint-sweep`, `variance` and `interventions`.
@@ -63,9 +63,10 @@ def deployments(config: Path | None, **where: Any) -> list[RunnerDeployment]:
 
 
 def _filled_in(config: ProbeConfig) -> dict[str, Any]:
-    """What a form begins with: the file's settings and those that the checkpoints say, for a form posts all it shows.
+    """What a form is filled in with: the settings of the file, and what it leaves to the checkpoints.
 
-    Where the checkpoints cannot be read, or not be probed in this way, it is the file's alone: a run says why.
+    A form posts everything that it shows, so that a default shown there would override the checkpoint's value. If the
+    checkpoints cannot be read or probed, only the file's settings are filled in, and a run will say why.
     """
     try:
         return read_settings(config)[0].model_dump(mode="json")
@@ -74,9 +75,9 @@ def _filled_in(config: ProbeConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Register the deployments and run what is asked for, one at a time, until interrupted."""
+    """Register the deployments, and run their flow runs one at a time until interrupted."""
     parser = argparse.ArgumentParser(prog="entropy-probe serve", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--config", type=Path, help="a YAML file: what the form begins with")
+    parser.add_argument("--config", type=Path, help="a YAML file that fills in the form")
     parser.add_argument("--work-pool", default="", help="register the deployments for a pool of workers, and end")
     options = parser.parse_args(arguments)
     folder = os.environ.setdefault(FOLDER, os.getcwd())

@@ -17,12 +17,12 @@ from entropy_core.policy.pretrained import load_policy
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 
-# What is compared is float32. Its errors are of the size of the numbers that go into a sum, so that what is a
-# difference of nearly equal ones, such as a change of the entropy, loses digits.
+# The numbers compared are float32. A difference of nearly equal numbers, such as a change of the entropy, has fewer
+# correct digits than the numbers themselves.
 TOLERANCE = {"sample-e-batch": 0.0, "sample-u-batch": 0.0, "variance": 1e-2}
 USUAL_TOLERANCE = 1e-4
 ARE_ERRORS = ("gradient_check", "attribution_closure", "noise_floor", "closure")
-"""Columns that say how large rounding errors are: of the same size on every device, and not the same numbers."""
+"""Columns that measure rounding errors. They are as large on every device, but not the same numbers."""
 
 REWARD = '''"""A reward that an untrained policy gets different amounts of."""
 
@@ -41,17 +41,17 @@ class Difference(NamedTuple):
 
     @property
     def tolerance(self) -> float:
-        """What rounding alone may make."""
+        """The largest error that rounding alone may cause."""
         return TOLERANCE.get(self.stage, USUAL_TOLERANCE)
 
 
 def differences(folder: Path, device: str, **changes: Mapping[str, Any]) -> Iterator[Difference]:
-    """The largest difference of every stage between the CPU and a device, whose micro-batches are others, too.
+    """The largest difference of every stage between the CPU and a device, which also has other micro-batches.
 
     Args:
-        folder: empty; a checkpoint, a reward and two stores are put there.
+        folder: an empty folder, for a checkpoint, a reward and two stores.
         device: its name.
-        changes: sections of the configuration, over what is asked for here.
+        changes: sections of the configuration, whose values replace those of `swept`.
 
     Yields:
         A difference per stage, in the order of the sweep.
@@ -61,13 +61,13 @@ def differences(folder: Path, device: str, **changes: Mapping[str, Any]) -> Iter
     """
     checkpoint = write_checkpoint(folder / "checkpoint-3")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
-    usual = swept(checkpoint, folder / "usual", changes, device="cpu")
-    there = swept(checkpoint, folder / "there", changes, device=device, gen_batch_size=24, tf_batch_size=7)
-    if [stage for stage, _ in usual] != [stage for stage, _ in there]:
+    on_cpu = swept(checkpoint, folder / "cpu", changes, device="cpu")
+    on_device = swept(checkpoint, folder / "device", changes, device=device, gen_batch_size=24, tf_batch_size=7)
+    if [stage for stage, _ in on_cpu] != [stage for stage, _ in on_device]:
         raise ValueError("the sweeps on the CPU and on the device ran different stages")
     largest: dict[str, Difference] = {}
-    for (stage, ours), (_, theirs) in zip(there, usual, strict=True):
-        for column, error in _errors(_numbers(ours), _numbers(theirs)):
+    for (stage, found), (_, expected) in zip(on_device, on_cpu, strict=True):
+        for column, error in _errors(_numbers(found), _numbers(expected)):
             if stage not in largest or error > largest[stage].error:
                 largest[stage] = Difference(stage, column, error)
     yield from largest.values()
@@ -76,7 +76,7 @@ def differences(folder: Path, device: str, **changes: Mapping[str, Any]) -> Iter
 def swept(
     checkpoint: Path, store: Path, changes: Mapping[str, Mapping[str, Any]], **execution_changes: Any
 ) -> list[tuple[str, Artifact]]:
-    """A sweep of a checkpoint, beside which there is a reward.
+    """Sweep a checkpoint. The reward's file is in the folder that holds the checkpoint.
 
     Args:
         checkpoint: its directory.
@@ -87,7 +87,7 @@ def swept(
     Returns:
         Every artifact with the name of its stage, in order; without the report, which draws figures.
     """
-    asked: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "batch_config": {"E_total_sequences": 64, "B_U": 8, "G": 4},
         "generation": {"max_new_tokens": 16, "gen_batch_size": 32, "tf_batch_size": 16},
         "update": {"reward": f"{checkpoint.parent / 'reward.py'}:share_of_low_digits", "max_grad_norm": 0.1},
@@ -95,7 +95,7 @@ def swept(
         "variance": {"bootstrap_resamples": 200},
         "execution": {"shard_size": 32, "artifacts": str(store)},
     }
-    sections = {name: asked.get(name, {}) | dict(changes.get(name, {})) for name in asked | changes}
+    sections = {name: defaults.get(name, {}) | dict(changes.get(name, {})) for name in defaults | changes}
     config = parse_config(sections | {"checkpoints": [str(checkpoint)]})
     checkpoints = preflight(config)
     execution = replace(execution_for(config, checkpoints), **execution_changes)

@@ -1,10 +1,10 @@
 """The optimizer's state by parameter name.
 
-    optimizer_by_name    what `optimizer.pt` holds, under its parameters' names: whole, and ready for a next step
-    check_moments        that its moments are numbers, for which they have to be read
-    fresh_optimizer      before the first step
+    optimizer_by_name    name the contents of `optimizer.pt`, and check that a next step can be made from them
+    check_moments        read the moments, and check that they are numbers
+    fresh_optimizer      the state before the first step
 
-The names themselves are the model's to say.
+The names come from the model.
 """
 
 import math
@@ -126,6 +126,18 @@ def optimizer_by_name(
         slot={name: place[id(slot)] for name, slot in slot_of.items()},
         moments=moments,
     )
+    return state, _assumptions(state, [group for group, _ in named], shapes, saved_rate, learning_rate)
+
+
+def _assumptions(
+    state: OptimizerState,
+    saved_groups: list[dict[str, Any]],
+    shapes: Shapes,
+    saved_rate: float,
+    learning_rate: float | None,
+) -> tuple[str, ...]:
+    """What was assumed of the optimizer, as sentences; `saved_groups` are the file's, in the order of the state's."""
+    unmoved, groups = state.unmoved, state.groups
     said: tuple[str, ...] = ()
     if unmoved:
         said += (
@@ -134,11 +146,7 @@ def optimizer_by_name(
         )
     if learning_rate is not None:
         said += (f"Learning rate {learning_rate:g} in place of the saved {saved_rate:g}.",)
-    decays = [
-        group
-        for group, of in zip((group for group, _ in named), groups, strict=True)
-        if of.hyperparameters.weight_decay
-    ]
+    decays = [group for group, of in zip(saved_groups, groups, strict=True) if of.hyperparameters.weight_decay]
     if any(group[RULE] == "adamw" and "decoupled_weight_decay" not in group for group in decays):
         said += ("optimizer.pt does not tell AdamW from Adam: taken to be AdamW, with decoupled weight decay.",)
     if any(group.rule == "muon" for group in groups):
@@ -148,7 +156,7 @@ def optimizer_by_name(
         )
     if (rules := sorted({RULES[group.rule].name for group in groups})) != ["AdamW"]:
         said += (f"The optimizer is {' and '.join(rules)}, by the keys of its state.",)
-    return state, said
+    return said
 
 
 def check_moments(path: Path, state: OptimizerState) -> None:

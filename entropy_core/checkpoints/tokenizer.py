@@ -9,7 +9,7 @@ from entropy_core.errors import CheckpointError, shortage
 
 
 def tokenizer_directory(model: Path, base: Path | None) -> Path:
-    """Where the tokenizer of a model lies, or that of an adapter: the base's, where the adapter has none."""
+    """The directory with the tokenizer: that of the model or adapter, or of the base if the adapter has none."""
     return model if base is None or any(model.glob("tokenizer*")) else base
 
 
@@ -19,10 +19,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, or none that can be loaded.
     """
-    said = directory / "tokenizer_config.json"
-    if said.exists() and (file := read_json(said).get("gguf_file")):
+    settings = directory / "tokenizer_config.json"
+    if settings.exists() and (file := read_json(settings).get("gguf_file")):
         raise CheckpointError(
-            f"{said} has the tokenizer in {file!r:.80}, which may be anywhere and is not read",
+            f"{settings} has the tokenizer in {file!r:.80}, which may be anywhere and is not read",
             cause="it was converted from GGUF, or edited",
             fix="save the tokenizer with tokenizer.save_pretrained",
         )

@@ -1,7 +1,7 @@
-"""Tokenize a prompt pool: special tokens, chat template, token ids, and length limit; as TRL's trainers do it.
+"""Tokenize a prompt pool: special tokens, chat template, token ids, and length limit, as in TRL's trainers.
 
 TRL 1.16 tokenizes a text with the special tokens that the tokenizer adds, and a conversation by the chat template with
-the beginning of the assistant's turn, whoever had the last turn.
+the beginning of the assistant's turn, whoever spoke last.
 """
 
 from collections.abc import Mapping, Sequence
@@ -112,7 +112,7 @@ def _in_template(
 
 
 def _differences(pool: Pool, tokenizer: Any) -> list[str]:
-    """What TRL makes of conversations and is another thing here, or may be thought to be."""
+    """Notes on what TRL does differently with these conversations, or may seem to."""
     notes = []
     if "chat_template_kwargs" in pool.table.column_names:
         notes.append(

@@ -87,6 +87,7 @@ def half_steps_u(
         inner = by_normalization(list(products), *entropy_and_length(halves))
         columns = {f"inner_product_{normalization}": float(value) for normalization, value in inner.items()}
         rows.append({"split": index // 2, "prompts": int(part_P.sum()), "clip_factor": clip} | columns)
+        del accumulated, g, step  # before the next accumulator, which takes 8 bytes per parameter
     names = [f"inner_product_{normalization}" for normalization in ("per_token", "per_sequence")]
     kinds = {"split": pa.int64(), "prompts": pa.int64()} | dict.fromkeys(("clip_factor", *names), pa.float64())
     out.table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), "halves.parquet")
