@@ -37,10 +37,12 @@ ESTIMATES = pa.schema(
         _field(
             "estimator", _TEXT, "", "estimator of delta_h: per_decision, weighted_per_decision, snis or path_integral"
         ),
-        _field("H", _REAL, _H, "entropy of the policy on E"),
+        _field("H", _REAL, _H, "entropy of the policy, responses cut at max_new_tokens; on E"),
         _field("H_se", _REAL, _H, "standard error of H for this policy: over E"),
-        _field("mean_length", _REAL, "tokens", "mean response length on E, the EOS token counted"),
-        _field("delta_h1", _REAL, _H, "predicted entropy change, first order: eta times the derivative along v"),
+        _field(
+            "mean_length", _REAL, "tokens", "mean response length on E, the EOS token counted, at most max_new_tokens"
+        ),
+        _field("delta_h1", _REAL, _H, "predicted change of H, first order: eta times the derivative along v"),
         _field("delta_h1_local", _REAL, _H, "part of delta_h1 at fixed prefixes; changed token choices give the rest"),
         _field("se_given_u", _REAL, _H, "standard error of delta_h1 for this update: over E, with the step held fixed"),
         _field(
@@ -80,7 +82,7 @@ ESTIMATES = pa.schema(
         _field("delta_h2_this_update_high", _REAL, _H, "upper end of the interval of delta_h2 for this update"),
         _field("delta_h2_points", _WHOLE, "", "step sizes, or nodes of path_integral, that delta_h2 comes from"),
         _field("second_order", _TEXT, "", "resolved: the interval of delta_h2 is without 0; unresolved; or none: why"),
-        _field("delta_h12", _REAL, _H, "predicted entropy change, second order: delta_h1 + delta_h2"),
+        _field("delta_h12", _REAL, _H, "predicted change of H, second order: delta_h1 + delta_h2"),
         _field(
             "delta_h12_se",
             _REAL,
@@ -90,7 +92,7 @@ ESTIMATES = pa.schema(
         *_ends("delta_h12_", "delta_h12"),
         _field("delta_h12_interval_over_u", _TEXT, "", "as interval_over_u, for the intervals of delta_h12 over U"),
         _field("confidence_level", _REAL, "1", "confidence level of every interval in this row"),
-        _field("delta_h", _REAL, _H, "measured entropy change, by importance sampling on the same E"),
+        _field("delta_h", _REAL, _H, "measured change of H, by importance sampling on the same E"),
         _field("delta_h_se", _REAL, _H, "standard error of delta_h for this update: over E, and of rounding"),
         *_ends("delta_h_", "delta_h"),
         _field("curvature", _REAL, _H, "delta_h minus eta times the derivative of the same estimator on the same E"),
@@ -157,11 +159,16 @@ ESTIMATES = pa.schema(
         _field("largest_influence", _REAL, "1", "largest share of one sequence in the variance of delta_h1 over E"),
         _field("truncated_fraction", _REAL, "1", "fraction of the responses of E that were cut at max_new_tokens"),
         _field("learning_rate", _REAL, "", "the checkpoint's nominal learning rate"),
-        _field("gradient_norm", _REAL, "", "norm of the loss gradient on U before clipping"),
+        _field(
+            "gradient_norm",
+            _REAL,
+            "",
+            "norm, before clipping, of the gradient of the loss on U, cut and masked as by the trainer",
+        ),
         _field("clip_factor", _REAL, "1", "factor that clipping applied to this gradient"),
         _field("update_norm", _REAL, "", "norm of v, the step per unit of learning rate"),
         _field("moved_fraction", _REAL, "1", "share of the trained weights that the step moves at all"),
-        _field("mean_reward", _REAL, "", "mean reward on U"),
+        _field("mean_reward", _REAL, "", "mean reward on U, of all responses, those that were cut included"),
         _field("equal_reward_fraction", _REAL, "1", "fraction of prompts of U whose responses have equal rewards"),
     ]
 )
