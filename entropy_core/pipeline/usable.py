@@ -123,7 +123,8 @@ def _each(config: ProbeConfig, read: Callable[[Path, str], _Found]) -> tuple[lis
 
 def _checkpoint(config: ProbeConfig, directory: Path) -> Checkpoint:
     fresh = config.update.optimizer_state == "fresh"
-    return read_checkpoint(directory, config.update.learning_rate or None, config.policy.base_model, fresh)
+    masters = config.policy.weights == "master"
+    return read_checkpoint(directory, config.update.learning_rate or None, config.policy.base_model, fresh, masters)
 
 
 def _unique_names(directories: Sequence[Path]) -> list[str]:
