@@ -52,6 +52,12 @@ class PolicyConfig(Section):
         "each adapter names. Of checkpoints in shards without a config.json, the directory that has it and the "
         "tokenizer.",
     )
+    weights: Literal["trained", "master"] = Field(
+        "trained",
+        description="Which weights are θ where a trainer keeps two copies. trained: those that it saved to be opened, "
+        "such as model.safetensors, in the number format that it sampled from; where there are none, what its shards "
+        "hold, which for DeepSpeed are the float32 masters. master: those of the shards in any case.",
+    )
 
 
 class BatchConfig(Section):

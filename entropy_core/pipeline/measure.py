@@ -79,6 +79,7 @@ def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Run
         "base": checkpoint.base or checkpoint.description,
         "learning_rate": config.update.learning_rate,
         "optimizer_state": config.update.optimizer_state,
+        "weights": config.policy.weights,
     }
     return run(stage.LOAD_CHECKPOINT, inputs, checkpoint.name)
 
