@@ -4,19 +4,31 @@ The oracle of the screen is the step of the optimizer taken again by hand, with 
 prediction is the step of the optimizer with the changed gradient, `adamw.NextStep` by parameter.
 """
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, values, whole, write_reward
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.config.read import parse_config
 from entropy_core.errors import ConfigError, LossError
 from entropy_core.estimates import interventions as estimates
+from entropy_core.isolation.process import Isolation
 from entropy_core.losses.changed import AS_IT_IS, changed_by, excess_of, read_sensitivities
-from entropy_core.losses.interventions import InterventionSpec, asked_for, not_applicable
+from entropy_core.losses.interventions import (
+    OPTIMIZER,
+    SETTINGS,
+    WEIGHTS,
+    InterventionSpec,
+    asked_for,
+    not_applicable,
+)
 from entropy_core.losses.spec import LossSpec
+from entropy_core.losses.token_weights import token_weights
 from entropy_core.numerics import interventions, losses, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
 from entropy_core.numerics.altered_optimizer import Altered, kept_on, step_factors
@@ -31,6 +43,7 @@ from entropy_core.policy.spec import policy_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
 
+PAGE = Path(__file__).parents[1] / "docs" / "interventions.md"
 TRIED = [
     {"loss": "dapo"},
     {"loss": "reinforce"},
@@ -401,6 +414,20 @@ def screened(differences_IB: torch.Tensor, influence_IP: torch.Tensor) -> estima
         Blocks(ones_B, ones_B, ones_B),
         halves,
     )
+
+
+def test_the_page_has_every_intervention_and_its_example_runs(tmp_path):
+    page = PAGE.read_text(encoding="utf-8")
+    for name in (*SETTINGS, *WEIGHTS, *OPTIMIZER, "random", *SETTINGS["loss"].names):
+        assert re.search(rf"`{name}\b", page) or f"`{name}" in page, name
+    for function, _ in WEIGHTS.values():
+        for paper in re.findall(r"arXiv:[0-9.]+[0-9]", function.__doc__):
+            assert paper in page, paper
+    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL))
+    parse_config({"checkpoints": ["x"], **yaml.safe_load(blocks["yaml"])})
+    (tmp_path / "my_idea.py").write_text(blocks["python"])
+    found_K = token_weights(f"{tmp_path / 'my_idea.py'}:weights", batch_of(), Isolation())
+    assert set(found_K.tolist()) <= {0.5, 1.0}
 
 
 def test_intervals_and_verdicts():
