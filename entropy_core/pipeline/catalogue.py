@@ -4,6 +4,7 @@ from entropy_core.pipeline import final_stages
 from entropy_core.stages.calibrate import calibrate
 from entropy_core.stages.compute_update import compute_update
 from entropy_core.stages.discriminate import discriminate
+from entropy_core.stages.dropout_u import dropout_u
 from entropy_core.stages.entropy_gradient import entropy_gradient
 from entropy_core.stages.first_order_e import first_order_e
 from entropy_core.stages.first_order_u import first_order_u
@@ -36,6 +37,7 @@ CALIBRATE = Stage("calibrate", calibrate, vectors=("update",))
 FIRST_ORDER_E = Stage("first-order-e", first_order_e, vectors=("update",))
 FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradient"))
 HALF_STEPS_U = Stage("half-steps-u", half_steps_u, vectors=("gradient",))
+DROPOUT_U = Stage("dropout-u", dropout_u, vectors=("update", "gradient"))
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
 VARIANCE, AGREEMENT, REPORT = final_stages.VARIANCE, final_stages.AGREEMENT, final_stages.REPORT

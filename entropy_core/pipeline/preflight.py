@@ -53,6 +53,7 @@ class CheckpointToProbe:
         read: settings that the configuration leaves open and that the checkpoints record; see `settings`.
         settings: all settings of the training, each with its source.
         warnings: warnings at the top of the report.
+        dropout: whether dropout was on in the trainer's step.
         log: what its trainer logged near it; see `trainer_log`.
     """
 
@@ -71,6 +72,7 @@ class CheckpointToProbe:
     read: Mapping[str, Any]
     settings: tuple[Setting, ...]
     warnings: tuple[str, ...]
+    dropout: bool
     log: Mapping[str, Any]
 
 
@@ -136,6 +138,7 @@ def _checked(
                 read=settled.read,
                 settings=settled.settings,
                 warnings=warnings,
+                dropout=trainer.drops,
                 log=trainer_log(checkpoint.step, trainer, trainers),
             )
         )
