@@ -4,8 +4,8 @@
     verl        compute_score(data_source, solution_str, ground_truth, extra_info) -> float or {"score": float}
     OpenRLHF    reward_func(queries, prompts, labels) -> list, tensor, or {"rewards": list or tensor, …}
 
-A function is verl's if it has a parameter `solution_str`, and OpenRLHF's if it has one called `queries`. What TRL passes
-besides the columns is left out where a function has no place for it.
+A function is verl's if it has a parameter `solution_str`, and OpenRLHF's if it has a parameter `queries`. What TRL
+passes besides the columns is left out where a function has no place for it.
 """
 
 import asyncio

@@ -70,6 +70,7 @@ OF_GRPO: dict[str, dict[str, Any]] = {
     "grpo, other Adam": {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "weight_decay": 0.0},
     "grpo, linear schedule": {"lr_scheduler_type": "linear"},
     "grpo, cosine schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 1},
+    "the first step of a rollout": {"num_iterations": 2},  # of whose two steps the last of three is the first
     "grpo, checkpointed activations": {"gradient_checkpointing": True},
     "the embedding frozen": {"model": "the embedding frozen", "max_grad_norm": 0.02},
     "queries frozen": {"model": "queries frozen"},
