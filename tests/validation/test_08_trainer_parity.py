@@ -76,6 +76,7 @@ OF_GRPO: dict[str, dict[str, Any]] = {
     "queries frozen": {"model": "queries frozen"},
     **{name: {"model": name, "router_aux_loss_coef": 0.0} for name in ("qwen2_moe", "mixtral", "qwen3_next")},
     **{name: {"model": name} for name in ("lfm2", "falcon_h1", "resized vocabulary", "LoRA+")},
+    "LoRA of experts": {"model": "LoRA of experts", "router_aux_loss_coef": 0.0},
     "an adapter that was trained before, KL": {"model": "adapter of a supervised training", "beta": 0.1},
     "bfloat16": {"model": "bfloat16", "learning_rate": 1e-3},
     "lora": {"lora": {}},
