@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = {"sample-e-batch", "sample-u-batch"}
 SCORE = {"score-e-batch", "score-u-batch", "score-u-reference"}
 FORWARD_MODE = {"calibrate", "first-order-e", "first-order-u", "path-integral"}
-BACKWARD = {"compute-update", "entropy-gradient", "half-steps-u"}
+BACKWARD = {"compute-update", "entropy-gradient", "half-steps-u", "dropout-u"}
 MOVED = {"importance", "path-integral", "calibrate", "first-order-e"}  # the last by central differences
 POLICY = SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance"}
 STATISTICS = {"variance", "agreement", "report"}
@@ -113,7 +113,9 @@ EDITS = {
         {"rescore-e-batch"},
     ),
     "how the policy is moved": Edit(replaces(".mul_(eta).add_(start)", ".mul_(eta * 1.0).add_(start)"), MOVED),
-    "the recomputation of activations": Edit(replaces("preserve_rng_state=False", "preserve_rng_state=True"), BACKWARD),
+    "the recomputation of activations": Edit(
+        replaces("preserve_rng_state=self.model.training", "preserve_rng_state=True"), BACKWARD
+    ),
     # sampling
     "a detail of the sampler": Edit(replaces("REFILL = 16", "REFILL = 32"), SAMPLE),
     "the random numbers": Edit(replaces("_ROUNDS = 10", "_ROUNDS = 12"), SAMPLE),
@@ -131,7 +133,7 @@ EDITS = {
             "def clip_factor(gradient_norm: float, max_norm: float)",
             "def clip_factor(gradient_norm: float, max_norm: object)",
         ),
-        {"compute-update", "first-order-u", "half-steps-u"},
+        {"compute-update", "first-order-u", "half-steps-u", "dropout-u"},
     ),
     "a reward": Edit(
         replaces("[float(c.strip() == str(a).strip())", "[1.0 * (c.strip() == str(a).strip())"), {"reward-u-batch"}
@@ -143,7 +145,7 @@ EDITS = {
     ),
     "how shards are cut": Edit(
         replaces("part = -(-size // ranks)", "part = -(-size // ranks) + 0"),
-        {"load-checkpoint", "load-weights", "compute-update", "first-order-u", "half-steps-u"},
+        {"load-checkpoint", "load-weights", "compute-update", "first-order-u", "half-steps-u", "dropout-u"},
     ),
     "how adapters are filled": Edit(
         replaces(

@@ -126,6 +126,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
     ),
     "no role": (("p.jsonl", one({"content": "1"}), {}), "message 0 without a role"),
     "no content": (("p.jsonl", one(USER, {"role": "user", "content": None}), {}), "message 1 without content"),
+    "images beside texts": (("p.jsonl", [{"prompt": "1+1=", "images": ["a.png"]}], {}), "prompts with pictures"),
     "an image": (("p.jsonl", one(USER | {"content": [{"type": "image"}]}), {}), "parts that are not text"),
     "texts, then a conversation": (
         ("p.jsonl", [*ROWS, {"prompt": [USER]}], {}),

@@ -81,6 +81,20 @@ OF_VERL = {
 }
 
 
+OF_OPENRLHF = {
+    "OpenRLHF's, a tensor": "import torch\ndef reward(queries, prompts, labels): return torch.tensor(\n"
+    "    [(len(q) - len(p)) / 2 for q, p in zip(queries, prompts, strict=True)])",
+    "OpenRLHF's, with more": "def reward(queries, prompts, labels, **_):\n    assert labels == ['2', '4']\n"
+    "    scores = [len(q.removeprefix(p)) / 2 for q, p in zip(queries, prompts)]\n"
+    "    return {'rewards': scores, 'scores': scores, 'extra_logs': {}}",
+}
+
+
+@pytest.mark.parametrize("case", OF_OPENRLHF)
+def test_a_function_of_openrlhfs_is_given_prompts_with_their_responses(tmp_path: Path, case: str):
+    assert called(tmp_path, OF_OPENRLHF[case], {"label": ["2", "4"]}, ["a", "bc"]) == LENGTHS
+
+
 @pytest.mark.parametrize("case", RIGHT)
 def test_a_function_that_people_have_is_called_as_trl_calls_it(tmp_path: Path, case: str):
     assert called(tmp_path, RIGHT[case]) == LENGTHS
@@ -120,6 +134,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Any, str]] = {
         VERL,
         CHATS,
         r"ZeroDivisionError: division by zero at .*mine\.py:1 on sequence 1",
+    ),
+    "OpenRLHF's without labels": (
+        OF_OPENRLHF["OpenRLHF's, with more"],
+        COLUMNS,
+        ["a", "b"],
+        "takes queries, as OpenRLHF's do, and the pool has no column label",
     ),
     "async that raises": (
         "async def reward(completions, **_):\n    return [{'2': 1.0}[c] for c in completions]",

@@ -280,7 +280,7 @@ POOLS = core("prompts.pools", "rewards.functions")
         ("sample score discriminate", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER | POOLS),
         ("rescore importance", FORWARD_MODE | STATISTICS | OPTIMIZER | POOLS),
         ("entropy_gradient", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER | POOLS),
-        ("compute_update half_steps_u", FORWARD_MODE | MOVES | STATISTICS | POOLS),
+        ("compute_update half_steps_u dropout_u", FORWARD_MODE | MOVES | STATISTICS | POOLS),
         ("calibrate first_order_e first_order_u path_integral", STATISTICS | POOLS),
         ("load_checkpoint load_weights", FORWARD_MODE | MOVES | STATISTICS | POOLS),
         ("load_prompts reward", FORWARD_MODE | MOVES | STATISTICS | OPTIMIZER),

@@ -1,5 +1,6 @@
 """What a stage takes: an artifact of another stage, a missing input or another type is refused before anything runs."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,8 @@ from entropy_core.store.store import Stage, Store
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    gathered(make_run(folder / "run") / "checkpoint-3")
+    config = gathered(make_run(folder / "run") / "checkpoint-3") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
     return folder
 
 

@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {  # settings of the trainer; LoRA where ther
     "full, several rewards, normalised one by one": {"own": SEVERAL} | WEIGHTS | NORMALISED,
     "partly frozen, clipped": {"model": "queries frozen", "max_grad_norm": 0.02},
     "lora, on a trained adapter": {"model": "adapter of a supervised training", "beta": 0.1},
+    "lora, of experts": {"model": "LoRA of experts", "router_aux_loss_coef": 0.0},
     "lora": {"lora": {}},
     "lora, clipped, with norms and the head": {
         "lora": {"modules_to_save": ["norm", "lm_head"], "rank_pattern": {"up_proj": 2}},

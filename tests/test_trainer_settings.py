@@ -211,6 +211,30 @@ def test_what_is_close_is_warned_of(tmp_path, case):
     assert case in warning and warning.endswith(".")
 
 
+def test_a_step_on_an_older_rollout_is_told_from_the_first_on_it(tmp_path):
+    files = saved(tmp_path, num_iterations=3, gradient_accumulation_steps=2)
+    at = {f"checkpoint-{step}": dataclasses.replace(files, step=step) for step in (6, 7, 8)}
+    found = settle(asked(), at)
+    assert [one.rpartition("; ")[2] for one in found.warnings] == [
+        "the next one is number 2 of the 3 on its rollout (checkpoint-7).",
+        "the next one is number 3 of the 3 on its rollout (checkpoint-8).",
+    ]
+    assert [one for one in found.notes if "number 1 of the 3 on its rollout (checkpoint-6)" in one]
+    parts = saved(tmp_path, steps_per_generation=4, num_iterations=2)
+    (first, second) = settle(asked(), {"a": dataclasses.replace(parts, step=9)}).warnings
+    assert "num_iterations = 2" in first and "number 2 of the 8" in first and "number 2 of the 8" in second
+
+
+def test_tools_are_refused_by_name(tmp_path):
+    files = dataclasses.replace(saved(tmp_path), log=({"step": 1, "tools/call_frequency": 0.5},))
+    with pytest.raises(ConfigError, match="calls of tools") as refused:
+        settle(asked(), {"a": files})
+    assert "update.leave_out: [tools]" in refused.value.fix
+    assert len(settle(asked(update={"leave_out": ["tools"]}), {"a": files}).warnings) == 1
+    never = dataclasses.replace(files, log=({"step": 1, "tools/call_frequency": 0.0},))
+    assert settle(asked(), {"a": never}).warnings == ()
+
+
 def test_several_are_refused_together(tmp_path):
     with pytest.raises(ConfigError) as refused:
         settled(tmp_path, delta=0.9, top_k=20)

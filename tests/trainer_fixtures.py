@@ -89,7 +89,7 @@ def train(
     more: Any = None,
     **settings: Any,
 ) -> list[Batch]:
-    """A few steps of TRL with a checkpoint after each; returns the batch of each step."""
+    """A few steps of TRL with a checkpoint after each; returns the batch of each step, or of each rollout."""
     from datasets import Dataset
     from transformers import PrinterCallback
 
@@ -154,7 +154,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    assert len(batches) == STEPS
+    assert len(batches) == -(-STEPS // settings.get("num_iterations", 1))
     return batches
 
 

@@ -69,6 +69,24 @@ def lora_plus(home: Path) -> Made:
     return model, {"optimizers": (optimizer, None)}
 
 
+def lora_of_experts(home: Path) -> Made:
+    """LoRA on bare parameters: the weights of all experts of a layer in one tensor."""
+    from peft import LoraConfig, get_peft_model
+
+    base, _ = of_architecture("qwen2_moe", **EXPERTS)
+    base.save_pretrained(home / "base")
+    build_tokenizer().save_pretrained(home / "base")
+    base = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    own = ADAPTER | {"target_modules": ["q_proj"], "target_parameters": parameters, "lora_dropout": 0.0}
+    model = get_peft_model(base, LoraConfig(**own))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, {}
+
+
 MODELS: dict[str, Callable[[Path], Made]] = {
     "bfloat16": lambda home: (build_model(SHAPE).bfloat16(), {}),
     "the embedding frozen": lambda home: partly_frozen("embed_tokens"),
@@ -81,6 +99,7 @@ MODELS: dict[str, Callable[[Path], Made]] = {
     "adapter of a supervised training": adapter_of_supervised_training,
     "resized vocabulary": resized_vocabulary,
     "LoRA+": lora_plus,
+    "LoRA of experts": lora_of_experts,
 }
 
 

@@ -35,7 +35,6 @@ _REFUSED = {
     "use_qalora": "QALoRA, which belongs to quantised base weights",
     "alora_invocation_tokens": "activated LoRA, which is another policy before and after its invocation",
     "layer_replication": "layer replication, which shares base weights between layers",
-    "target_parameters": "LoRA on bare parameters (mixtures of experts)",
     "megatron_config": "Megatron's parallel layers",
 }
 _PLAIN_LORA = "train with plain LoRA, or merge the adapter into its base and probe that with `optimizer_state: fresh`"

@@ -36,6 +36,7 @@ class TrainerFiles:
         has_experts: the model is a mixture of experts.
         clipping: the norm of the clipping and what says it, where that is not the trainer's settings.
         quantised_base: the quantised model that the adapter names as its base, where it is computed with another one.
+        step: how many steps it had made, as its own state says; None where nothing says it.
     """
 
     kind: str = ""
@@ -50,6 +51,12 @@ class TrainerFiles:
     has_experts: bool = False
     clipping: tuple[float, str] | None = None
     quantised_base: str = ""
+    step: int | None = None
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout was on in the trainer's step."""
+        return bool(self.dropout) and not self.arguments.get("disable_dropout")
 
 
 def read_trainer_files(layout: Layout) -> TrainerFiles:
@@ -74,7 +81,8 @@ def read_trainer_files(layout: Layout) -> TrainerFiles:
     config = _read(layout.architecture / "config.json")
     rates = {f"config.json: {key}": rate for key, rate in _rates(config)}
     rates |= {f"adapter_config.json: {key}": rate for key, rate in _rates(adapter)}
-    log = _logged(_read(directory / "trainer_state.json"))
+    state = _read(directory / "trainer_state.json")
+    log, step = _logged(state), state.get("global_step")
     experts = [value for key, value in _entries(config) if key in _EXPERTS]
     return TrainerFiles(
         kind=kind,
@@ -89,6 +97,7 @@ def read_trainer_files(layout: Layout) -> TrainerFiles:
         has_experts=any(isinstance(count, int) and count > 1 for count in experts),
         clipping=_clipping(layout),
         quantised_base="" if "quantization_config" in config else _quantised(adapter.get("base_model_name_or_path")),
+        step=step if isinstance(step, int) else None,
     )
 
 

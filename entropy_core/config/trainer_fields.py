@@ -125,6 +125,9 @@ MODELLED_AT = {
     ),
 }
 
+OF_ROLLOUTS = ("num_iterations", "steps_per_generation")
+"""Settings by which several steps are taken on one rollout."""
+
 NO_EFFECT = {
     # where it ends, what it writes, which prompts come when
     *("output_dir", "overwrite_output_dir", "num_train_epochs", "max_steps", "seed", "data_seed", "full_determinism"),

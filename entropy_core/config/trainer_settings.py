@@ -14,6 +14,7 @@ from entropy_core.config.trainer_fields import (
     LOSSES,
     MODELLED_AT,
     NO_EFFECT,
+    OF_ROLLOUTS,
     OPTIMIZER,
     SETTINGS,
     SPECIAL_TOKENS_SINCE,
@@ -51,7 +52,8 @@ class Difference(NamedTuple):
 
 
 KNOWN = {*SETTINGS, *OPTIMIZER, *NO_EFFECT, *MODELLED_AT}
-LEFT_OUT = {*SETTINGS, *MODELLED_AT, *LEFT_OPEN}
+TOOLS = "tools"
+LEFT_OUT = {*SETTINGS, *MODELLED_AT, *LEFT_OPEN, TOOLS}
 """What `update.leave_out` may name."""
 
 
@@ -234,7 +236,13 @@ def _differences(files: TrainerFiles) -> Iterator[Difference]:
                 what = "the model has experts, and the loss may have had a term that balances their load"
                 yield Difference(name, what, "warn")
             elif name in arguments and (isinstance(value, Inert) or not _same(rule.same, value, arguments)):
-                yield Difference(name, f"the trainer had {name} = {_shown(value)}: {rule.what}", rule.weight, rule.key)
+                what, weight = rule.what, rule.weight
+                if name in OF_ROLLOUTS and (place := _place_in_rollout(files)):
+                    number, of = place
+                    what += f"; the next one is number {number} of the {of} on its rollout"
+                    if (name, number) == ("num_iterations", 1):  # of the other name's steps each has part of a group
+                        weight = "note"
+                yield Difference(name, f"the trainer had {name} = {_shown(value)}: {what}", weight, rule.key)
         if not arguments.get("use_vllm"):
             for name, same in LEFT_OPEN.items():
                 value = files.generation.get(name)
@@ -244,15 +252,35 @@ def _differences(files: TrainerFiles) -> Iterator[Difference]:
         unknown = sorted(name for name in arguments if name not in KNOWN and not name.startswith("_"))
         if unknown:
             yield Difference("", f"settings of the trainer that are not known here: {', '.join(unknown)}", "warn")
+        if any(entry.get("tools/call_frequency") for entry in files.log):
+            what = "the trainer logged calls of tools: responses of several turns, with what the tools said, are not "
+            yield Difference(TOOLS, f"{what}modelled", "refuse")
     elif files.kind:
         what = f"{TRAINING_ARGUMENTS} is of {files.kind}: of its settings only max_grad_norm is read"
         yield Difference("", what, "warn")
-    if files.dropout and not arguments.get("disable_dropout"):
+    if files.drops:
         rates = ", ".join(f"{name} = {rate:g}" for name, rate in files.dropout.items())
         yield Difference("", f"dropout was on in the trainer's step as a rule ({rates}), and is off here", "warn")
     if files.quantised_base:
         what = f"the adapter was trained on {files.quantised_base!r}, which is quantised, and the base here is not"
         yield Difference("", what, "warn")
+
+
+def _place_in_rollout(files: TrainerFiles) -> tuple[int, int] | None:
+    """Which of the steps on its rollout the next step is, from 1, and how many there are; None where it is not known.
+
+    TRL counts from the start of its process: it begins a rollout anew where it resumes.
+    """
+    accumulated, iterations, parts = (
+        files.arguments.get(name) for name in ("gradient_accumulation_steps", "num_iterations", "steps_per_generation")
+    )
+    parts = accumulated if parts is None else parts
+    if not (isinstance(accumulated, int) and isinstance(iterations, int) and isinstance(parts, int)):
+        return None
+    if files.step is None or accumulated < 1 or parts * iterations % accumulated:
+        return None
+    steps = parts * iterations // accumulated
+    return (files.step % steps + 1, steps) if steps > 1 else None
 
 
 def _waits(files: TrainerFiles) -> bool:

@@ -6,6 +6,7 @@ from entropy_core.stages.block_sensitivities import block_sensitivities
 from entropy_core.stages.calibrate import calibrate
 from entropy_core.stages.compute_update import compute_update
 from entropy_core.stages.discriminate import discriminate
+from entropy_core.stages.dropout_u import dropout_u
 from entropy_core.stages.entropy_gradient import entropy_gradient
 from entropy_core.stages.first_order_e import first_order_e
 from entropy_core.stages.first_order_u import first_order_u
@@ -40,6 +41,7 @@ CALIBRATE = Stage("calibrate", calibrate, vectors=("update",))
 FIRST_ORDER_E = Stage("first-order-e", first_order_e, vectors=("update",))
 FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradient"))
 HALF_STEPS_U = Stage("half-steps-u", half_steps_u, vectors=("gradient",))
+DROPOUT_U = Stage("dropout-u", dropout_u, vectors=("update", "gradient"))
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
 BLOCK_SENSITIVITIES = Stage("block-sensitivities", block_sensitivities, vectors=("update",))

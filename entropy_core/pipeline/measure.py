@@ -27,6 +27,8 @@ NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
 """Draws and sequences of the rounding noise: enough to estimate its size, and cheaper than one step size."""
 CALIBRATION_SEQUENCES = 64
 """Number of sequences on which central differences are compared with forward mode."""
+DROPOUT_DRAWS = 4
+"""Steps with dropout on: enough to see how far they are from the step without."""
 
 
 def source_of(config: ProbeConfig) -> Path | None:
@@ -126,6 +128,7 @@ class Measurement:
         self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
         self.run, self.release = run, release
         self.interventions: Inputs = {}  # of the interventions stage, once they have been tried
+        self.with_dropout: Artifact | None = None  # of dropout-u; it is no input of the statistics
         self.e_pool, self.u_pool = (pools[split] for split in config.splits)
         self.policy = PolicySpec(
             weights=checkpoint.weights or self._weights(),
@@ -175,6 +178,8 @@ class Measurement:
         first_order_u = self._once(stage.FIRST_ORDER_U, of_both)
         half_steps_u = self._once(stage.HALF_STEPS_U, of_both)
         discriminators_u = self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch})
+        if self.checkpoint.dropout:
+            self.with_dropout = self._once(stage.DROPOUT_U, of_both | {"draws": DROPOUT_DRAWS})
         learning_rate = self.optimizer.summary["learning_rate"]
         if self.config.interventions:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)

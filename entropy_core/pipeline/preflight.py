@@ -56,6 +56,7 @@ class CheckpointToProbe:
         read: settings that the configuration leaves open and that the checkpoints record; see `settings`.
         settings: all settings of the training, each with its source.
         warnings: warnings at the top of the report.
+        dropout: whether dropout was on in the trainer's step.
         log: what its trainer logged near it; see `trainer_log`.
     """
 
@@ -74,6 +75,7 @@ class CheckpointToProbe:
     read: Mapping[str, Any]
     settings: tuple[Setting, ...]
     warnings: tuple[str, ...]
+    dropout: bool
     log: Mapping[str, Any]
 
 
@@ -139,6 +141,7 @@ def _checked(
                 read=settled.read,
                 settings=settled.settings,
                 warnings=warnings,
+                dropout=trainer.drops,
                 log=trainer_log(checkpoint.step, trainer, trainers),
             )
         )

@@ -1,7 +1,7 @@
 """Run a sweep over checkpoints."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class Promised(Artifact):
     @property
     def summary(self) -> dict[str, Any]:
         """Summary with values that make every stage run; they enter no key, because dependents are `Promised`."""
-        return {"learning_rate": 1.0, "half_width": 1.0, "notes": []}
+        return {"learning_rate": 1.0, "half_width": 1.0, "notes": [], "relative_differences": [], "changes": []}
 
 
 def _require_same_versions(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store) -> None:
@@ -142,7 +142,8 @@ def _measured(
         load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints
     ]  # before any sampling, to find broken ones early
     by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run usually has a single tokenizer
-    measured = []
+    measured: list[Inputs] = []
+    dropped: list[Mapping[str, Any]] = []
     for checkpoint, optimizer in zip(checkpoints, optimizers, strict=True):
         if checkpoint.tokenizer not in by_tokenizer:
             asked = dict.fromkeys(config.splits)
@@ -154,6 +155,7 @@ def _measured(
         except OtherNumbers as error:  # another device or thread count gives other bits; do not mix
             log.warning("%s, and all that depends on it is computed again, too", error)
             inputs = measurement.variance_inputs()
+        dropped += [measurement.with_dropout.summary] if measurement.with_dropout else []
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
         measured.append(
             {
@@ -167,4 +169,32 @@ def _measured(
                 "log": dict(checkpoint.log),
             }
         )
+    for entry in measured:
+        entry["warnings"] += dropout_sizes(dropped)
     return measured
+
+
+def dropout_sizes(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what the trainer's dropout does to the step.
+
+    Args:
+        summaries: of dropout-u, of each checkpoint whose trainer had dropout on.
+
+    Returns:
+        A sentence; none without such a checkpoint.
+    """
+    apart = [value for summary in summaries for value in summary["relative_differences"]]
+    changes = [value for summary in summaries for value in summary["changes"]]
+    if not apart:
+        return []
+    of_entropy = f", and δH₁ changes by {_range(changes)}" if changes else ""
+    return [
+        f"With dropout on as in the trainer's step, over {len(apart)} draws of its masks, v differs by {_range(apart)} "
+        f"of its norm{of_entropy}."
+    ]
+
+
+def _range(values: Sequence[float]) -> str:
+    """The smallest and the largest, and the mean."""
+    low, high, mean = min(values), max(values), sum(values) / len(values)
+    return f"{low:.2%} to {high:.2%} (mean {mean:.2%})"

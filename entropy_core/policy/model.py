@@ -216,10 +216,27 @@ class Policy:
         }
 
     @contextmanager
+    def dropout(self, seed: int) -> Iterator[None]:
+        """Context in which passes drop what the model's dropout rates say, as they do in a trainer.
+
+        Args:
+            seed: of the masks.
+        """
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            self.model.train()
+            try:
+                yield
+            finally:
+                self.model.eval()
+
+    @contextmanager
     def _recomputing(self) -> Iterator[None]:
         layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=self.model.training
+            )
         try:
             yield
         finally:

@@ -119,6 +119,12 @@ def load_pool(
     if not rows:
         raise PromptError(f"dataset {dataset_name!r} has no prompts in split {split!r}", fix="add prompts")
     _check_prompts(rows, dataset_name, prompt_column)
+    if pictured := sorted({name for row in rows for name in ("image", "images") if row.get(name)}):
+        raise PromptError(
+            f"{dataset_name!r} has prompts with pictures, in column {some_names(pictured)}, which are not modelled",
+            cause="a dataset for models that see",
+            fix="remove the column, if the policy was given the texts alone",
+        )
     notes: tuple[str, ...] = ()
     identities = [_identity(row[prompt_column]) for row in rows]
     if copies := len(rows) - len(set(identities)):

@@ -1,4 +1,4 @@
-"""Reward functions, with TRL's signature `f(prompts, completions, **columns) -> list[float]`, or verl's.
+"""Reward functions, with TRL's signature `f(prompts, completions, **columns) -> list[float]`, verl's or OpenRLHF's.
 
     exact_match              the whole response is the column `answer`
     arithmetic, gsm8k        the final answer of the demo's task, the number after `####`

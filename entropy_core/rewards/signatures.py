@@ -1,10 +1,11 @@
-"""How a reward function is called: as TRL calls it, or as verl does. It may be `async`, as in both.
+"""How a reward function is called: as TRL calls it, or as verl or OpenRLHF do. It may be `async`, as in TRL and verl.
 
-    TRL    f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric) -> list
-    verl   compute_score(data_source, solution_str, ground_truth, extra_info) -> float or {"score": float}
+    TRL         f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric) -> list
+    verl        compute_score(data_source, solution_str, ground_truth, extra_info) -> float or {"score": float}
+    OpenRLHF    reward_func(queries, prompts, labels) -> list, tensor, or {"rewards": list or tensor, …}
 
-A function is verl's if it has a parameter `solution_str`. What TRL passes besides the columns is left out where a
-function has no place for it.
+A function is verl's if it has a parameter `solution_str`, and OpenRLHF's if it has a parameter `queries`. What TRL
+passes besides the columns is left out where a function has no place for it.
 """
 
 import asyncio
@@ -47,6 +48,8 @@ def call(function: Callable[..., Any], responses: Responses) -> Any:
     parameters = _parameters(function)
     if "solution_str" in parameters:
         return _one_by_one(function, responses)
+    if "queries" in parameters:
+        return _of_queries(function, responses)
     # TRL leaves these columns out, and its own arguments come before columns of their names
     columns = {name: v for name, v in responses.columns.items() if name not in ("completion", "completion_ids")}
     given = {
@@ -81,6 +84,21 @@ def _one_by_one(function: Callable[..., Any], responses: Responses) -> list[Any]
         found = asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
         scores.append(found["score"] if isinstance(found, dict) else found)
     return scores
+
+
+def _of_queries(function: Callable[..., Any], responses: Responses) -> Any:
+    """Call a function of OpenRLHF's; a query is a prompt and its response, without special tokens."""
+    if "label" not in responses.columns or not all(isinstance(prompt, str) for prompt in responses.prompts):
+        raise RewardError(
+            "the function takes queries, as OpenRLHF's do, and the pool has no column label, or its prompts are no "
+            "texts",
+            cause="the labels are in a column of another name, or the prompts are conversations",
+            fix="name the column label and write the prompts as texts, or take prompts and completions, as TRL's "
+            "rewards do",
+        )
+    queries = [prompt + text for prompt, text in zip(responses.prompts, responses.texts, strict=True)]
+    found = function(queries=queries, prompts=list(responses.prompts), labels=list(responses.columns["label"]))
+    return found["rewards"] if isinstance(found, dict) else found
 
 
 async def _awaited(found: Any) -> Any:

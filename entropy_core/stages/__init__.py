@@ -5,6 +5,7 @@
     load-prompts ── sample-u-batch ─┼─ reward-u-batch ─┐                                     │              │
                                     │  score-u-batch ──┼─ compute-update ─┬─ first-order-u ──┘ ─────────────┤
     load-checkpoint ────────────────┘──────────────────┘                  │  half-steps-u ───────────────────┤
+                                                                          │  dropout-u (a warning)           │
                                                                           ├─ first-order-e (calibrate) ──────┼─ variance
                                                                           ├─ importance (per η) ─────────────┤     │
                                                                           └─ path-integral (per η) ──────────┘   report

@@ -70,11 +70,13 @@ OF_GRPO: dict[str, dict[str, Any]] = {
     "grpo, other Adam": {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "weight_decay": 0.0},
     "grpo, linear schedule": {"lr_scheduler_type": "linear"},
     "grpo, cosine schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 1},
+    "the first step of a rollout": {"num_iterations": 2},  # of whose two steps the last of three is the first
     "grpo, checkpointed activations": {"gradient_checkpointing": True},
     "the embedding frozen": {"model": "the embedding frozen", "max_grad_norm": 0.02},
     "queries frozen": {"model": "queries frozen"},
     **{name: {"model": name, "router_aux_loss_coef": 0.0} for name in ("qwen2_moe", "mixtral", "qwen3_next")},
     **{name: {"model": name} for name in ("lfm2", "falcon_h1", "resized vocabulary", "LoRA+")},
+    "LoRA of experts": {"model": "LoRA of experts", "router_aux_loss_coef": 0.0},
     "an adapter that was trained before, KL": {"model": "adapter of a supervised training", "beta": 0.1},
     "bfloat16": {"model": "bfloat16", "learning_rate": 1e-3},
     "lora": {"lora": {}},
