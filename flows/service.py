@@ -197,6 +197,8 @@ def _start(stack: ExitStack, listener: socket.socket, api_url: str, options: lis
         if server.poll() is not None:
             with suppress(ProcessLookupError):  # it would run what it is told by whoever takes the port next
                 os.killpg(serving.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                serving.wait(_GRACE_SECONDS)
             listener.close()
         for name, process in (("server", server), ("serve", serving)):
             if process.poll() is not None:

@@ -103,7 +103,8 @@ def home(tmp_path_factory) -> Path:
 
 def settings(home: Path, artifacts: str) -> dict:
     batch = {"E_total_sequences": 32, "B_U": 4, "G": 4}
-    return values(home / "run", home / artifacts, batch_config=batch, importance={"etas": [0, 0.5, 1]})
+    made = values(home / "run", home / artifacts, batch_config=batch, importance={"etas": [0, 0.5, 1]})
+    return made | {"update": made["update"] | {"reward": [made["update"]["reward"]]}}  # as a form posts it
 
 
 @pytest.fixture(scope="module")

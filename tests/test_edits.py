@@ -217,7 +217,7 @@ EDITS = {
         replaces("def plain_text(text: str)", "def unused(): ...\n\n\ndef plain_text(text: str)"), set()
     ),
     "what is asked of a user's loss": Edit(
-        replaces("for part, t in pair.items()}))", "for part, t in list(pair.items())}))"),
+        replaces("for part, t in p._asdict().items()}))", "for part, t in list(p._asdict().items())}))"),
         {"compute-update", "half-steps-u"},
     ),
     "what is asked of a user's reward": Edit(
