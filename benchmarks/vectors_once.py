@@ -27,7 +27,7 @@ from entropy_core.policy.derivatives import token_derivatives
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec, policy_of
 from entropy_core.store.artifact import Artifact
-from entropy_core.store.manifest import VECTORS
+from entropy_core.store.data_files import VECTORS
 from entropy_core.store.store import Stage, Store
 
 SHAPES = {

@@ -13,8 +13,9 @@ from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.sweep import Promised, execution_for, go_through
 from entropy_core.store import archive, runs, signature, vectors
 from entropy_core.store.adoption import Adoption
+from entropy_core.store.data_files import VECTORS
 from entropy_core.store.explain import differences, nearest, of_this_code, resolve
-from entropy_core.store.manifest import VECTORS, sign
+from entropy_core.store.manifest import sign
 from entropy_core.store.pruning import needs, waste
 from entropy_core.store.signature import SignatureError
 from entropy_core.store.store import Store

@@ -224,7 +224,9 @@ def test_each_library_has_its_own_door():
     assert importers("safetensors") == core(
         "store.artifact", "checkpoints.content", "losses.apart", "losses.token_weights"
     )
-    assert importers("pyarrow.parquet") == core("store.artifact", "store.manifest", "prompts.files") | {"flows.results"}
+    assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files") | {
+        "flows.results"
+    }
     assert importers("yaml") == core("config.plain_yaml")
     assert importers("prefect") == {name for name in importers("prefect") if room(name) in ("tasks", "flows")}
     assert importers("prefect") >= {"flows.entropy_probe", "tasks.stages", "tasks.artifact_cache"}

@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.losses.files import read_batch
 from entropy_core.numerics.adamw import clip_factor
@@ -76,8 +77,9 @@ def dropout_u(
         )
         apart = whole = 0.0
         products = torch.zeros(2, len(KINDS), dtype=torch.float64)  # of this step, and of the plain one
-        for block in step:
-            both = step[block].direction, plain[block].direction
+        directions = step.part("direction"), plain.part("direction")
+        for block in without:
+            both = tuple(direction[block] for direction in directions)
             apart, whole = apart + squares(both[0] - both[1]), whole + squares(both[1])
             for kind, of_halves in enumerate(covectors):
                 dH = of_all(halves, [file.block(block).to(model.device).double() for file in of_halves])
@@ -106,9 +108,10 @@ def _add_gradient(
 ) -> None:
     """Add the gradient of the loss on U, whose tokens have these coefficients."""
     start = 0
-    for shard in shards:
-        stop = start + len(shard.response_tokens_K)
-        for index_K, rows in processor.micro_batches(shard):
-            weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-            processor.policy.add_gradients(rows, [weights], temperature, [into])
-        start = stop
+    with held_norms(processor.policy.model):
+        for shard in shards:
+            stop = start + len(shard.response_tokens_K)
+            for index_K, rows in processor.micro_batches(shard):
+                weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
+                processor.policy.add_gradients(rows, [weights], temperature, [into])
+            start = stop

@@ -16,8 +16,9 @@ from typing import Any
 from entropy_core.code.identity import code_of, name_of
 from entropy_core.files.digests import file_digest
 from entropy_core.store.artifact import Artifact, upstream
+from entropy_core.store.data_files import DROPPED
 from entropy_core.store.differing import first_difference
-from entropy_core.store.manifest import DROPPED, commit, make_visible, recipe_key, temporary_sibling
+from entropy_core.store.manifest import commit, make_visible, recipe_key, temporary_sibling
 from entropy_core.store.relatives import Relatives
 from entropy_core.store.store import Stage, Store, recipe_of
 

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from entropy_core.errors import StoreError
 from entropy_core.files.digests import file_digest
 from entropy_core.store import runs
-from entropy_core.store.manifest import DROPPED, MANIFEST, VECTORS, check_files, make_visible, temporary_sibling
+from entropy_core.store.data_files import DROPPED, VECTORS, check_files
+from entropy_core.store.manifest import MANIFEST, make_visible, temporary_sibling
 from entropy_core.store.signature import SignatureError
 from entropy_core.store.store import Store
 

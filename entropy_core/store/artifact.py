@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from entropy_core.errors import StoreError, UnsoundError
-from entropy_core.store.manifest import DROPPED, MANIFEST, VECTORS, check_file, check_manifest, json_text, may_name_file
+from entropy_core.store.data_files import DROPPED, VECTORS, check_file
+from entropy_core.store.manifest import MANIFEST, check_manifest, json_text, may_name_file
 
 if TYPE_CHECKING:  # loaded where they are used: looking an artifact up takes neither
     import pyarrow

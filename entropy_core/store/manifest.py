@@ -1,8 +1,9 @@
-"""What an artifact's manifest says, and how an artifact is verified against it.
+"""What an artifact's manifest says, and how it is written and verified.
 
 The manifest is written last, when every data file is on the disk, so a directory that has one is complete. It holds
 what the key is made of, the SHA-256 of every data file, the stage's summary, and how the result came about; and a seal,
-the SHA-256 of all the rest, so that not a byte of it changes unnoticed. Against lies there is `signature`.
+the SHA-256 of all the rest, so that not a byte of it changes unnoticed. Against lies there is `signature`. What it says
+of the data files is in `data_files`.
 """
 
 import hashlib
@@ -16,23 +17,20 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from entropy_core.errors import StoreError, one_line
-from entropy_core.files.digests import SETTLED_NS, Identity, file_digest, identity_of
+from entropy_core.files.digests import SETTLED_NS, Identity, identity_of
 from entropy_core.files.regular import NotAFileError, require_readable
+from entropy_core.store.data_files import DROPPED, describe
 from entropy_core.store.manifest_form import require_form
 from entropy_core.store.signature import SIGNATURE, SignatureError, require_signature, signature
 
 MANIFEST = "manifest.json"
-VECTORS = "vectors/"
-"""Where an artifact has its files of the size of the policy. Their digests count for good; they themselves may go."""
-DROPPED = "vectors.dropped"
-"""Says that they went on purpose: without it, they are lost."""
 TEMPORARY = ".tmp-"
 """Begins the name of what is being written, or was left by a process that died."""
 FORMAT = 1
@@ -42,7 +40,6 @@ _KEYED = ("format", "stage", "code", "libraries", "inputs")
 _LIBRARIES = ("torch", "transformers", "peft", "pyarrow", "safetensors")
 
 _manifests: dict[Identity, dict[str, Any]] = {}
-_altered: set[Identity] = set()  # data files that were opened and found to be others
 
 
 def may_name(stage_name: Any, key: Any) -> bool:
@@ -104,7 +101,7 @@ def commit(
     """
     if files is None:
         paths = sorted(temporary.rglob("*"))
-        files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths if path.is_file()}
+        files = {path.relative_to(temporary).as_posix(): describe(path) for path in paths if path.is_file()}
     digest = content_digest(files, manifest["summary"])
     (temporary / MANIFEST).write_bytes(_sealed({**manifest, "files": files, "digest": digest}))
     make_visible(temporary, final)
@@ -165,70 +162,6 @@ def check_manifest(directory: Path, stage_name: str, key: str) -> tuple[dict[str
         return {}, f"its manifest was damaged or edited: {one_line(error)}"
 
 
-def check_files(
-    directory: Path, files: Mapping[str, Mapping[str, Any]], digest: Callable[[Path], str] | None = None
-) -> str:
-    """Check the data files of an artifact against their entries in the manifest, but for `VECTORS` that were dropped.
-
-    Args:
-        directory: of the artifact.
-        files: file name → entry.
-        digest: see `check_file`; None: that a file is there and has its size is enough.
-
-    Returns:
-        What is wrong first, or "".
-    """
-    dropped = (directory / DROPPED).exists()
-    for name, entry in files.items():
-        path = directory / name
-        if dropped and name.startswith(VECTORS):
-            continue
-        if fault := check_file(path, entry, digest) if digest else check_presence(path, entry):
-            return fault
-    return ""
-
-
-def check_presence(path: Path, entry: Mapping[str, Any]) -> str:
-    """Check that a data file is there, is as large as its entry in the manifest says, and was not found to be altered.
-
-    Nothing of it is read: `check_file` does that when the file is opened.
-
-    Returns:
-        What is wrong, or "".
-    """
-    try:
-        stat = require_readable(path).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return f"{path.name} is missing"
-    except NotAFileError as error:
-        return f"{path.name} is no file: {error.strerror}"
-    if stat.st_size != entry.get("bytes"):
-        return f"{path.name} has {stat.st_size} bytes instead of {entry.get('bytes')}"
-    return _alteration(path) if identity_of(stat) in _altered else ""
-
-
-def check_file(path: Path, entry: Mapping[str, Any], digest: Callable[[Path], str] = file_digest) -> str:
-    """Check a data file against its entry in the manifest, its content included.
-
-    Args:
-        path: the file.
-        entry: of the manifest.
-        digest: how its content is digested, such as `file_digests.read_digest`, which trusts nothing but the disk.
-
-    Returns:
-        What is wrong, or "".
-    """
-    fault = check_presence(path, entry)
-    if not fault and digest(path) != entry["sha256"]:
-        _altered.add(identity_of(path.stat()))
-        fault = _alteration(path)
-    return fault
-
-
-def _alteration(path: Path) -> str:
-    return f"{path.name} was altered: its SHA-256 is another"
-
-
 def as_json(value: Any, what: str) -> dict[str, Any]:
     """Make of a dict what will be read back from the manifest.
 
@@ -274,23 +207,6 @@ def peak_rss_bytes() -> int:
 def _sha256(document: Any) -> str:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    """The manifest's entry for a file."""
-    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        entry["tensors"] = {name: {"dtype": of["dtype"], "shape": of["shape"]} for name, of in header.items()}
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        metadata = pyarrow.parquet.read_metadata(path)
-        entry["num_rows"] = metadata.num_rows
-        entry["schema"] = metadata.schema.to_arrow_schema().to_string(show_schema_metadata=False)
-    return entry
 
 
 def _fsync(path: Path) -> None:

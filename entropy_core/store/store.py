@@ -35,10 +35,10 @@ from entropy_core.errors import StoreError
 from entropy_core.files.sources import Stamps, require_untouched
 from entropy_core.store import locks
 from entropy_core.store.artifact import Artifact, Writer, artifacts_in, canonical, upstream
+from entropy_core.store.data_files import check_files
 from entropy_core.store.manifest import (
     FORMAT,
     as_json,
-    check_files,
     check_manifest,
     commit,
     may_name,

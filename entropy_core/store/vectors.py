@@ -12,7 +12,8 @@ from contextlib import suppress
 
 from entropy_core.files.digests import file_digest
 from entropy_core.store.artifact import Artifact
-from entropy_core.store.manifest import DROPPED, VECTORS, temporary_sibling
+from entropy_core.store.data_files import DROPPED, VECTORS
+from entropy_core.store.manifest import temporary_sibling
 from entropy_core.store.store import Store
 
 log = logging.getLogger("entropy_probe.store")
