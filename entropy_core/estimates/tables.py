@@ -139,6 +139,9 @@ ESTIMATES = pa.schema(
         _field("attribution_closure", _REAL, "1", "relative error of the sum of all parts against inner_product"),
         _field("gradient_check", _REAL, "1", "relative difference of <grad H, v> and forward mode, at equal baselines"),
         _field("derivative_check", _REAL, "1", "relative error of central differences against forward mode, if used"),
+        _field("unseen_share", _REAL, "1", "expected steps of a response to a token that E never took where it was"),
+        _field("unseen_expected", _REAL, "steps", "how many such steps a batch drawn like E should have"),
+        _field("unseen_bound", _REAL, "1", "largest entropy that unseen responses can add, relative to that measured"),
         _field("sampler", _TEXT, "", "what drew E: the policy, or a proposal with weights to the policy"),
         _field(
             "sampler_ess_fraction", _REAL, "1", "ESS/N of the whole-sequence weights from what drew E to the policy"

@@ -195,6 +195,7 @@ class Measurement:
         self.release(update)
         return {
             "learning_rate": learning_rate,
+            "max_new_tokens": self.config.generation.max_new_tokens,
             "seed": batch.E_batch_seed,
             "scores": scores,
             "rescores": self._rescored(e_batch),

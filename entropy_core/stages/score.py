@@ -7,6 +7,7 @@ from torch import Tensor
 
 from entropy_core.errors import NonFiniteError
 from entropy_core.numerics import weights
+from entropy_core.numerics.unseen import states
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import LogprobResults
 from entropy_core.sequences.files import read_sequences
@@ -22,21 +23,24 @@ def score(out: "Writer", execution: "Execution", *, policy: PolicySpec, sequence
     """Score one shard by teacher forcing.
 
     Args:
-        out: writer of `tokens.safetensors` (logprobs, entropies, nats; and proposal_logprobs, log q, if another law
-            than the policy drew the sequences) and `scores.parquet` (one row per sequence).
+        out: writer of `tokens.safetensors` (logprobs, entropies, nats; states, see `numerics.unseen`; and
+            proposal_logprobs, log q, if another law than the policy drew the sequences) and `scores.parquet` (one row
+            per sequence).
         execution: device and micro-batch size.
         policy: the policy to score with.
         sequences: artifact of a sampling stage.
 
     Returns:
-        Summary: number of sequences, and the sum of their entropies in nats.
+        Summary: numbers of sequences and tokens, the sum of their entropies in nats, and the size of the vocabulary.
 
     Raises:
         NonFiniteError: the weights from the law that drew the sequences to the policy over- or underflow.
     """
     batch = read_sequences(sequences)
-    results, diagnostics = processor_of(policy, execution).score(batch)
+    processor = processor_of(policy, execution)
+    results, diagnostics = processor.score(batch)
     columns = {"logprobs": results.logprobs_K, "entropies": results.entropies_K}
+    columns["states"] = states(batch.prompt_ids_N, batch.response_tokens_K, batch.response_offsets_N1)
     if batch.proposal_logprobs_K is not None:
         columns["proposal_logprobs"] = batch.proposal_logprobs_K
         _require_weights(batch.proposal_logprobs_K, results)
@@ -55,7 +59,12 @@ def score(out: "Writer", execution: "Execution", *, policy: PolicySpec, sequence
         ),
         "scores.parquet",
     )
-    return {"sequences": len(batch), "entropy": float(diagnostics.sum_entropies_N.sum())}
+    return {
+        "sequences": len(batch),
+        "tokens": len(batch.response_tokens_K),
+        "entropy": float(diagnostics.sum_entropies_N.sum()),
+        "vocabulary": processor.policy.model.get_output_embeddings().weight.shape[0],
+    }
 
 
 def _require_weights(log_q_K: Tensor, results: LogprobResults) -> None:

@@ -1,5 +1,6 @@
 """variance: estimates with intervals from cached per-token columns, without model or parameter-sized files."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -7,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from entropy_core.errors import NonFiniteError
-from entropy_core.estimates import diagnostics, evaluation, sampler, second_order
+from entropy_core.estimates import diagnostics, evaluation, sampler, second_order, unseen
 from entropy_core.estimates import rows as estimates
 from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
@@ -15,6 +16,7 @@ from entropy_core.estimates.rows import Contributions, Derivative, Row
 from entropy_core.estimates.tables import ESTIMATES, TABLES, to_table
 from entropy_core.numerics import half_samples, uncertainty
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
+from entropy_core.numerics.functional import ENTROPY
 from entropy_core.numerics.second_order import Observation, SecondOrder, combine
 from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.store.columns import concatenate, read_tokens
@@ -42,6 +44,7 @@ def variance(
     execution: "Execution",
     *,
     learning_rate: float,
+    max_new_tokens: int,
     scores: "Sequence[ScoresOfE]",
     rescores: "Sequence[Rescores]",
     first_order_e: "Sequence[AlongV]",
@@ -68,6 +71,7 @@ def variance(
             of the tables of `tables.TABLES`.
         execution: unused.
         learning_rate: nominal learning rate, the unit of `eta_over_lr`.
+        max_new_tokens: maximum response length of E.
         scores: shards of score-e-batch.
         rescores: draws of rescore-e-batch on the first sequences, for the numerical noise.
         first_order_e: shards of first-order-e.
@@ -95,7 +99,10 @@ def variance(
     """
     batch, of_batch = evaluation_batch(scores, first_order_e, baseline, units)
     of_batch |= sampler.describe_sampler(batch)
-    invalid_over_e = sampler.not_as_recorded(of_batch)
+    largest = max_new_tokens * math.log(scores[0].summary["vocabulary"])
+    H_seq = float(batch.columns[ENTROPY].total_N.mean())
+    of_batch |= unseen.describe_unseen(unseen.unseen_of(scores), len(batch), H_seq, largest)
+    invalid_over_e = sampler.not_as_recorded(of_batch) or unseen.cannot_know(of_batch, len(batch))
     of_batch |= _describe_update(update.summary)
     of_batch |= {"learning_rate": learning_rate}
     of_batch |= {"derivative_check": calibration.summary["difference"] if calibration else None}
