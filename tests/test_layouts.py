@@ -294,3 +294,13 @@ def test_the_plan_of_a_sweep_from_shards(tmp_path):
     config = parse_config(values(run, tmp_path / "store", checkpoints=[str(run / "checkpoint-3")]))
     steps = plan(config, preflight(config), Store(config.store_root))
     assert "load-weights" in {step.stage for step in steps} and all(not step.cached for step in steps)
+
+
+def test_three_ranks_with_shards_of_several_sizes(tmp_path):
+    trainers = written(tmp_path / "trainers", 3)
+    for layout, where in LAYOUTS.items():
+        test_moments_steps_and_groups_are_those_of_the_writer(trainers, layout)
+        if where[:5] != "plain":
+            test_weights_in_shards_are_those_of_the_writer(trainers, layout)
+    for kind in OF_FSDP1:
+        test_flat_parameters_of_fsdp1_are_cut_where_its_units_are(trainers, kind)

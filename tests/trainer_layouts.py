@@ -1,4 +1,4 @@
-"""Checkpoints as the trainers that shard write them, by torch's own FSDP2, FSDP1 and DCP on two gloo ranks.
+"""Checkpoints as the trainers that shard write them, by torch's own FSDP2, FSDP1 and DCP on gloo ranks.
 
 `written` trains a tiny Llama for two steps and saves it in every layout. Beside each other lie, in one folder:
 
@@ -22,15 +22,17 @@ from pipeline_fixtures import trainer_groups
 
 from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer
 
-WORLD, STEPS = 2, 2
-SHAPE = DemoSettings(hidden_size=16, layers=2, heads=2, intermediate_size=23)  # 23 rows do not go into two shards
+STEPS = 2
+SHAPE = DemoSettings(
+    hidden_size=16, layers=2, heads=2, intermediate_size=23
+)  # 23 rows do not go into two shards, nor 16 into 3
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-7}
 
 
-def written(folder: Path) -> Path:
-    """Write all of them; returns the folder."""
+def written(folder: Path, ranks: int = 2) -> Path:
+    """Write all of them on so many ranks; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_rank, (folder,), nprocs=WORLD)
+    torch.multiprocessing.spawn(_rank, (folder, ranks), nprocs=ranks)
     describe(folder / "fsdp_full", folder / "plain" / "checkpoint-2")
     return folder
 
@@ -45,10 +47,10 @@ def describe(directory: Path, original: Path, inside: str = "") -> Path:
     return directory
 
 
-def _rank(rank: int, folder: Path) -> None:
+def _rank(rank: int, folder: Path, ranks: int) -> None:
     warnings.simplefilter("ignore")  # of torch, about its own APIs
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     _fsdp2(rank, folder)
     _fsdp1(rank, folder, "fsdp1", device_mesh=True)
     _fsdp1(rank, folder, "sharded_tensors", device_mesh=False)
@@ -69,7 +71,7 @@ def _fsdp2(rank: int, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = build_model(SHAPE)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -131,7 +133,7 @@ def _fsdp1(rank: int, folder: Path, name: str, device_mesh: bool) -> None:
 
     plain = build_model(SHAPE)
     policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(plain.model.layers[0])})
-    mesh = {"device_mesh": init_device_mesh("cpu", (WORLD,))} if device_mesh else {}
+    mesh = {"device_mesh": init_device_mesh("cpu", (dist.get_world_size(),))} if device_mesh else {}
     model = FSDP(plain, auto_wrap_policy=policy, use_orig_params=False, device_id=torch.device("cpu"), **mesh)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, **HYPERPARAMETERS)
     _train(model, optimizer)
@@ -156,9 +158,10 @@ def _whole(tensor: Any, rank: int) -> torch.Tensor:
 
 def _of_rank(directory: Path, rank: int, weights: Any, optimizer: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    torch.save(weights, directory / f"model_world_size_{WORLD}_rank_{rank}.pt")
-    torch.save(optimizer, directory / f"optim_world_size_{WORLD}_rank_{rank}.pt")
-    torch.save({"rng": rank}, directory / f"extra_state_world_size_{WORLD}_rank_{rank}.pt")
+    of_rank = f"world_size_{dist.get_world_size()}_rank_{rank}.pt"
+    torch.save(weights, directory / f"model_{of_rank}")
+    torch.save(optimizer, directory / f"optim_{of_rank}")
+    torch.save({"rng": rank}, directory / f"extra_state_{of_rank}")
 
 
 def _save(state: dict[str, Any], directory: Path) -> None:

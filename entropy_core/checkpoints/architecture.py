@@ -20,6 +20,7 @@ from entropy_core.checkpoints.adapters import (
 from entropy_core.checkpoints.content import StoredTensor, read_json, stored_tensors
 from entropy_core.checkpoints.layout import Layout
 from entropy_core.checkpoints.model_config import check_generation_config, check_model_config
+from entropy_core.checkpoints.quantised_base import as_dense, quantised_by
 from entropy_core.checkpoints.shards import tensors_in_shards
 from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
@@ -92,10 +93,20 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
     from transformers.trainer_pt_utils import get_parameter_names
 
     stored = tensors_in_shards(layout.shards) if layout.shards else stored_tensors(layout.architecture)
-    model = _empty_model(layout.architecture, len(stored))
+    quantised = quantised_by(layout.architecture) if layout.base is not None else ""
+    if quantised:
+        stored = as_dense(layout.architecture, stored)
+    model = _empty_model(layout.architecture, len(stored), bool(quantised))
     of_model = _shapes(model)
     check_generation_config(layout.architecture, model.get_input_embeddings().weight.shape[0])
     said = _check_weights(layout.shards or layout.architecture, model, stored)
+    if quantised:
+        said += (
+            f"The base is quantised in {quantised} by bitsandbytes; its weights are dequantised"
+            + (
+                ", and its rounding of activations is left out." if quantised == "8 bits" else ", as in its own layers."
+            ),
+        )
     if layout.base is not None:
         insert_adapter(model, layout.model)
         check_adapter(model, layout.model)
@@ -123,20 +134,23 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
 
 def module_names(directory: Path) -> list[str]:
     """The names of the modules of a model, without an adapter. Raises CheckpointError as `read_architecture` does."""
-    return [name for name, _ in _empty_model(directory, len(stored_tensors(directory))).named_modules()]
+    model = _empty_model(directory, len(stored_tensors(directory)), bool(quantised_by(directory)))
+    return [name for name, _ in model.named_modules()]
 
 
-def _empty_model(directory: Path, tensors: int) -> "PreTrainedModel":
+def _empty_model(directory: Path, tensors: int, dequantised: bool) -> "PreTrainedModel":
     import transformers
 
     check_model_config(directory)
-    if "quantization_config" in read_json(directory / "config.json"):
+    if not dequantised and "quantization_config" in read_json(directory / "config.json"):
         raise CheckpointError(
             f"{directory}/config.json has a quantization_config, and quantised weights have no derivative",
             fix="probe the model that was quantised; for an adapter, set `policy.base_model` to it",
         )
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if dequantised:
+            del config.quantization_config
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
         if isinstance(layers, int) and layers > tensors:  # a million of them take minutes, and no file has them
             raise ValueError(f"it says {layers} layers, and the files hold {tensors} tensors")

@@ -4,12 +4,15 @@ import logging
 from collections.abc import Hashable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from entropy_core.checkpoints.adapters import fill_adapter, insert_adapter
-from entropy_core.checkpoints.model_config import check_generation_config, check_model_config
+from entropy_core.checkpoints.content import stored_tensors
+from entropy_core.checkpoints.model_config import GENERATION, check_generation_config, check_model_config
+from entropy_core.checkpoints.quantised_base import dense_weights, quantised_by
 from entropy_core.checkpoints.tokenizer import load_tokenizer, tokenizer_directory
 from entropy_core.errors import CheckpointError, one_line, shortage
 from entropy_core.policy.model import Policy
@@ -67,14 +70,16 @@ def load_policy(
     home = base or directory
     check_model_config(home)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            home,
-            dtype=getattr(torch, dtype),
-            attn_implementation="eager",
-            experts_implementation="eager",  # grouped products have no forward-mode derivative
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        settings: dict[str, Any] = {
+            "dtype": getattr(torch, dtype),
+            "attn_implementation": "eager",
+            "experts_implementation": "eager",  # grouped products have no forward-mode derivative
+            "trust_remote_code": False,
+        }
+        if base is not None and quantised_by(base):
+            model = _dequantised(base, settings)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(home, local_files_only=True, **settings)
         tokenizer = load_tokenizer(tokenizer_directory(directory, base))
     except CheckpointError:
         raise
@@ -90,3 +95,19 @@ def load_policy(
         fill_adapter(model, directory)
     log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
     return Policy(model.to(resolve_device(device)), tokenizer, blockwise=attn_implementation == "blockwise")
+
+
+def _dequantised(home: Path, settings: dict[str, Any]) -> PreTrainedModel:
+    """A quantised model with dense weights."""
+    config = AutoConfig.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+    del config.quantization_config
+    with torch.random.fork_rng(devices=[]):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **settings)
+    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, weight in dense_weights(home, stored_tensors(home)):
+            if name in places:
+                places[name].copy_(weight)
+    if (home / GENERATION).exists():
+        model.generation_config = GenerationConfig.from_pretrained(home, local_files_only=True)
+    return model
