@@ -3,7 +3,7 @@
 import base64
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from entropy_core.estimates.agreement import independent
 from entropy_core.report.agreement import disagreements
+from entropy_core.report.interventions import deepest
 from entropy_core.store import runs
 
 HEADLINE = (
@@ -27,6 +28,8 @@ HEADLINE = (
     "ess_fraction",
     "verdict",
 )
+INTERVENTIONS = ("checkpoint", "intervention", "delta_h1", "difference", "low", "high", "p_holm", "verdict")
+"""Columns of interventions.parquet that a reader looks at first."""
 _VIEW = ("normalization", "estimator")  # what the terminal shows one choice of
 
 
@@ -39,7 +42,12 @@ def headline(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         As many rows with the columns `HEADLINE`, in four significant digits; None for what is not a finite number.
     """
-    return [{name: _rounded(row[name]) for name in HEADLINE} for row in rows]
+    return selected(rows, HEADLINE)
+
+
+def selected(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Select columns, numbers in four significant digits; None for what is not a finite number."""
+    return [{name: _rounded(row[name]) for name in columns} for row in rows]
 
 
 def terminal_table(rows: list[dict[str, Any]]) -> str:
@@ -86,6 +94,26 @@ def agreement_table(rows: list[dict[str, Any]], replicates: list[dict[str, Any]]
     )
 
 
+def interventions_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay out what each intervention changes, for the first normalisation and the deepest level that has all of them.
+
+    Args:
+        rows: of interventions.parquet, at least one.
+
+    Returns:
+        A table with aligned columns, and a line that says what it shows.
+    """
+    normalization = rows[0]["normalization"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["normalization"] == normalization:
+            groups.setdefault(row["checkpoint"], []).append(row)
+    shown = [row for group in groups.values() for row in deepest(group)]
+    lines = [INTERVENTIONS, *([_text(_rounded(row[name])) for name in INTERVENTIONS] for row in shown)]
+    level = shown[0]["level"]
+    return "\n".join([*aligned(lines), f"({normalization}, {level}; differences from the run as it is, same E and U)"])
+
+
 def print_results(run_directory: Path) -> None:
     """Print the warnings and the tables of a recorded run, and which files are in its folder.
 
@@ -102,6 +130,8 @@ def print_results(run_directory: Path) -> None:
     print(f"\n{terminal_table(rows)}")
     if agreement := agreement_table(rows, replicates):
         print(f"\n{agreement}")
+    if (run_directory / "interventions.parquet").exists():
+        print(f"\n{interventions_table(pq.read_table(run_directory / 'interventions.parquet').to_pylist())}")
     print(f"\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
