@@ -78,8 +78,8 @@ def test_a_null_rarely_acts(record: Proof, swept: Probe):
         claim="Random tokens of U lose their policy term and the others are scaled up, which changes nothing on "
         f"average: {FAMILIES} families of {FAMILY} masks per checkpoint of the demo run. Without a margin, `acts` goes "
         "by the p-value alone; p below 5 % is that of a single test.",
-        limit="a null acts in at most 5 % at every checkpoint; of all families together at most 10 % have one that acts, "
-        "where 5 % are to be expected at most",
+        limit="a null acts in at most 5 % at every checkpoint; of all families together at most 10 % have one that "
+        "acts, where 5 % are to be expected at most",
         columns=("checkpoint", "tokens dropped", "p below 5 %", "acts", "families with one that acts"),
     )
     of_all = []
