@@ -5,7 +5,7 @@ import math
 import re
 import textwrap
 import webbrowser
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from entropy_core.estimates.tables import best_prediction, interval_of
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.answer import answer
 from entropy_core.report.evaluation_batch import invalid_over_e
+from entropy_core.report.interventions import deepest
 from entropy_core.report.verdict_lines import order_sentences
 from entropy_core.store import runs
 
@@ -35,6 +36,8 @@ HEADLINE = (
     "ess_fraction",
     "verdict",
 )
+INTERVENTIONS = ("checkpoint", "intervention", "delta_h1", "difference", "low", "high", "p_holm", "verdict")
+"""Columns of interventions.parquet that a reader looks at first."""
 _VIEW = ("normalization", "estimator")  # what the terminal shows one choice of
 
 
@@ -48,7 +51,7 @@ def headline(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         As many rows with the columns `HEADLINE`, in four significant digits; None for what is not a finite number.
         `prediction` is the best one, with the ends of its interval for the next update.
     """
-    return [{name: _rounded((row | _prediction(row))[name]) for name in HEADLINE} for row in rows]
+    return selected([row | _prediction(row) for row in rows], HEADLINE)
 
 
 def _prediction(row: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +59,11 @@ def _prediction(row: dict[str, Any]) -> dict[str, Any]:
     best = best_prediction(row)
     following = interval_of(best, "next")
     return {"prediction": row[best], "next_low": row[f"{following}_low"], "next_high": row[f"{following}_high"]}
+
+
+def selected(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Select columns, numbers in four significant digits; None for what is not a finite number."""
+    return [{name: _rounded(row[name]) for name in columns} for row in rows]
 
 
 def terminal_table(rows: list[dict[str, Any]]) -> str:
@@ -102,6 +110,26 @@ def agreement_table(rows: list[dict[str, Any]], replicates: list[dict[str, Any]]
     )
 
 
+def interventions_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay out what each intervention changes, for the first normalisation and the deepest level that has all of them.
+
+    Args:
+        rows: of interventions.parquet, at least one.
+
+    Returns:
+        A table with aligned columns, and a line that says what it shows.
+    """
+    normalization = rows[0]["normalization"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["normalization"] == normalization:
+            groups.setdefault(row["checkpoint"], []).append(row)
+    shown = [row for group in groups.values() for row in deepest(group)]
+    lines = [INTERVENTIONS, *([_text(_rounded(row[name])) for name in INTERVENTIONS] for row in shown)]
+    level = shown[0]["level"]
+    return "\n".join([*aligned(lines), f"({normalization}, {level}; differences from the run as it is, same E and U)"])
+
+
 def print_results(run_directory: Path) -> None:
     """Print the warnings and the tables of a recorded run, and which files are in its folder.
 
@@ -122,6 +150,8 @@ def print_results(run_directory: Path) -> None:
         print(sentence)
     if agreement := agreement_table(rows, replicates):
         print(f"\n{agreement}")
+    if (run_directory / "interventions.parquet").exists():
+        print(f"\n{interventions_table(pq.read_table(run_directory / 'interventions.parquet').to_pylist())}")
     print(f"\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")

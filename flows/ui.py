@@ -14,8 +14,9 @@ from prefect.artifacts import (
 
 from entropy_core.pipeline.plan import Cost, Step
 from entropy_core.pipeline.statistics import SweepResult
+from entropy_core.report.interventions import deepest
 from flows.plan import plan_table, plan_total
-from flows.results import headline, inline_figures
+from flows.results import INTERVENTIONS, headline, inline_figures, selected
 
 
 def published_progress() -> Callable[[str, float], None]:
@@ -56,6 +57,13 @@ def publish(result: SweepResult) -> None:
         of_checkpoint = [row for row in rows if row["checkpoint"] == checkpoint]
         about = f"{checkpoint}. All columns: `{folder}/results.parquet`"
         create_table_artifact(of_checkpoint, key=f"results-{_slug(checkpoint)}", description=about)
+    if "interventions.parquet" in report.manifest["files"]:
+        changes = report.table("interventions.parquet").to_pylist()
+        for checkpoint in dict.fromkeys(row["checkpoint"] for row in changes):
+            ranked = deepest([row for row in changes if row["checkpoint"] == checkpoint])
+            about = f"{checkpoint}: what would change it. All columns: `{folder}/interventions.parquet`"
+            cells = selected(ranked, ("normalization", *INTERVENTIONS))
+            create_table_artifact(cells, key=f"interventions-{_slug(checkpoint)}", description=about)
     page = inline_figures(report.path("report.md").read_text(encoding="utf-8"), report.path)
     create_markdown_artifact(page, key="report", description=f"Files: `{folder}`")
     (folder / "flow-run.txt").write_text(f"{runtime.flow_run.ui_url}\n", encoding="utf-8")

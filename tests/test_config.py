@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.read import load_config, parse_config
 from entropy_core.config.schema import ProbeConfig, Section, VarianceConfig, VarianceRequest
 from entropy_core.errors import ConfigError
@@ -77,7 +78,7 @@ def test_every_section_is_closed_and_every_value_is_described(model):
         model.model_validate({"no_such_key": 1})
 
 
-@pytest.mark.parametrize("model", [ProbeConfig, VarianceRequest])
+@pytest.mark.parametrize("model", [ProbeConfig, VarianceRequest, InterventionsRequest])
 def test_the_forms_of_the_user_interface_are_plain(model):
     """No toggles between a value and none; a choice is a drop-down; every number is bounded but for the step sizes."""
     schema = model.model_json_schema()

@@ -17,11 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SAMPLE = {"sample-e-batch", "sample-u-batch"}
 SCORE = {"score-e-batch", "score-u-batch", "score-u-reference"}
-FORWARD_MODE = {"calibrate", "first-order-e", "first-order-u", "path-integral"}
-BACKWARD = {"compute-update", "entropy-gradient", "half-steps-u", "dropout-u"}
+CHANGED_STEP = {"predict", "altered-step"}
+FORWARD_MODE = {"calibrate", "first-order-e", "first-order-u", "path-integral", "block-sensitivities"}
+BACKWARD = {
+    *("compute-update", "entropy-gradient", "half-steps-u", "dropout-u", "block-sensitivities"),
+    *CHANGED_STEP,
+}
 MOVED = {"importance", "path-integral", "calibrate", "first-order-e"}  # the last by central differences
 POLICY = SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance"}
-STATISTICS = {"variance", "agreement", "report"}
+STATISTICS = {"variance", "agreement", "interventions", "report"}
+OF_THE_LOSS = {"compute-update", "first-order-u", "half-steps-u", "screen"} | CHANGED_STEP
 
 
 class Project:
@@ -126,14 +131,14 @@ EDITS = {
     # the update
     "a loss": Edit(
         replaces("(policy_gradient(batch)) / batch.lengths_N", "(policy_gradient(batch)) * 1.0 / batch.lengths_N"),
-        {"compute-update", "first-order-u", "half-steps-u"},
+        OF_THE_LOSS,
     ),
     "an annotation": Edit(
         replaces(
             "def clip_factor(gradient_norm: float, max_norm: float)",
             "def clip_factor(gradient_norm: float, max_norm: object)",
         ),
-        {"compute-update", "first-order-u", "half-steps-u", "dropout-u"},
+        OF_THE_LOSS | {"dropout-u"},
     ),
     "a reward": Edit(
         replaces("[float(c.strip() == str(a).strip())", "[1.0 * (c.strip() == str(a).strip())"), {"reward-u-batch"}
@@ -145,7 +150,9 @@ EDITS = {
     ),
     "how shards are cut": Edit(
         replaces("part = -(-size // ranks)", "part = -(-size // ranks) + 0"),
-        {"load-checkpoint", "load-weights", "compute-update", "first-order-u", "half-steps-u", "dropout-u"},
+        {"load-checkpoint", "load-weights", "compute-update", "first-order-u", "half-steps-u", "dropout-u"}
+        | {"block-sensitivities"}
+        | CHANGED_STEP,
     ),
     "how adapters are filled": Edit(
         replaces(
@@ -160,10 +167,12 @@ EDITS = {
     # statistics
     "a statistic": Edit(replaces("((C - 1) / C * ((without_C", "((C - 1) * ((without_C"), {"variance"}),
     "a type in a module of statistics": Edit(
-        replaces('Estimator = Literal["per_decision",', 'Estimator = Literal["mean", "per_decision",'), {"variance"}
+        replaces('Estimator = Literal["per_decision",', 'Estimator = Literal["mean", "per_decision",'),
+        {"variance", "interventions"},
     ),
     "the formula of a baseline": Edit(
-        adds("def time_loo_baseline(", "def time_totals(*_): ..."), {"entropy-gradient", "variance"}
+        adds("def time_loo_baseline(", "def time_totals(*_): ..."),
+        {"entropy-gradient", "block-sensitivities", "variance", "interventions"},
     ),
     "a limit of a verdict": Edit(replaces("MATERIAL_CURVATURE = ", "MATERIAL_CURVATURE = 2 * "), {"variance"}),
     "the schema of a table": Edit(
@@ -175,7 +184,8 @@ EDITS = {
     "a sentence of the report": Edit(replaces("## Where the change comes from", "## Where it comes from"), {"report"}),
     # what runs on import
     "a statement that runs on import": Edit(
-        adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"), POLICY | {"agreement", "variance"}
+        adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"),
+        POLICY | {"screen", "interventions", "agreement", "variance"},
     ),
     # what changes nothing
     "an unused error class": Edit(
@@ -218,7 +228,7 @@ EDITS = {
     ),
     "what is asked of a user's loss": Edit(
         replaces("for part, t in p._asdict().items()}))", "for part, t in list(p._asdict().items())}))"),
-        {"compute-update", "half-steps-u"},
+        {"compute-update", "half-steps-u", "screen"} | CHANGED_STEP,
     ),
     "what is asked of a user's reward": Edit(
         replaces("json.dumps(_called(name, responses))", "json.dumps(list(_called(name, *arguments)))"),

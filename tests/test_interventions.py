@@ -409,6 +409,7 @@ def screened(differences_IB: torch.Tensor, influence_IP: torch.Tensor) -> estima
         product,
         product,
         torch.ones(len(labels)).double(),
+        torch.ones(len(labels)).double(),
         product,
         influence.unsqueeze(2).expand(-1, -1, 2, -1),
         Blocks(ones_B, ones_B, ones_B),

@@ -125,7 +125,14 @@ def trace(tmp_path_factory) -> Trace:
     trace = Trace()
     for number, (checkpoint, sections) in enumerate(
         [
-            (run / "checkpoint-3", {"importance": {"etas": [0, 0.5, 1], "estimators": ["per_decision", "snis"]}}),
+            (
+                run / "checkpoint-3",
+                {
+                    "importance": {"etas": [0, 0.5, 1], "estimators": ["per_decision", "snis"]},
+                    "interventions": [{"loss": "dapo"}, {"entropy_advantage": 0.4}, "dynamic_sampling", {"beta1": 0.5}],
+                    "lab": {"measure": "best 1"},
+                },
+            ),
             (
                 run / "checkpoint-5",
                 {

@@ -35,6 +35,7 @@ class Screened(NamedTuple):
         product_IKB: ⟨∇, v'⟩ by intervention, kind and block of E, float64; NaN where the screen cannot tell.
         gradient_IKB: the part of the gradient in it.
         clip_I: the clip factor that is in both.
+        saturation_I: the factor of the part of the gradient once the momentum is saturated; NaN where there is none.
         kept_on_IKB: the same once momentum is that of the changed gradient.
         influence_IKHP: of each prompt of U on `product`, with ∇ of each half of E, float64.
         blocks: the blocks of E.
@@ -46,6 +47,7 @@ class Screened(NamedTuple):
     product_IKB: Tensor
     gradient_IKB: Tensor
     clip_I: Tensor
+    saturation_I: Tensor
     kept_on_IKB: Tensor
     influence_IKHP: Tensor
     blocks: Blocks
@@ -58,6 +60,7 @@ class Screened(NamedTuple):
             product_IKB=self.product_IKB + (factor_I11 - 1.0) * self.gradient_IKB,
             gradient_IKB=factor_I11 * self.gradient_IKB,
             clip_I=clip_I,
+            kept_on_IKB=self.kept_on_IKB + (factor_I11 - 1.0) * self.saturation_I.view(-1, 1, 1) * self.gradient_IKB,
             influence_IKHP=factor_I11.unsqueeze(-1) * self.influence_IKHP,
         )
 
@@ -149,7 +152,9 @@ def predict_rows(
         row |= _paired(difference, over_e, over_u, settings)
         row |= {f"difference_half_{half}": x * settings.eta for half, x in enumerate(by_half)}
         row |= {"p_half_1": _p_value(by_half[1], combined([Error(*halves[1][1:]), added])) if screens else None}
-        row |= {"kept_on_delta_h1": None, "kept_on_difference": None}
+        kept, kept_difference, _ = _on_e(screened, screened.kept_on_IKB, i, normalization)
+        row |= {"kept_on_delta_h1": _scaled(kept.value, settings.eta)}
+        row |= {"kept_on_difference": _scaled(kept_difference.value, settings.eta)}
         found.append(row)
     return found
 

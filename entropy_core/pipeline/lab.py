@@ -8,7 +8,8 @@ from entropy_core.files import functions as user_functions
 from entropy_core.files.sources import content_digest
 from entropy_core.losses import token_weights
 from entropy_core.losses.changed import AS_IT_IS
-from entropy_core.losses.interventions import InterventionSpec, asked_for, is_own
+from entropy_core.losses.interventions import InterventionSpec, asked_for, is_own, not_applicable
+from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.halves import by_normalization
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -38,6 +39,7 @@ class StepAsItIs(NamedTuple):
     update: Artifact
     gradient: Artifact
     learning_rate: float
+    loss: LossSpec
 
 
 def specs_of(config: ProbeConfig) -> list[InterventionSpec]:
@@ -93,8 +95,7 @@ def tried(
     sensitivities = run(stage.BLOCK_SENSITIVITIES, of_both | of_e | {"sequences_u": batches.u, "blocks": BLOCKS}, name)
     of_u["sensitivities"] = sensitivities
     screened = run(stage.SCREEN, of_u | {"interventions": specs}, name)
-    skipped = {entry["intervention"] for entry in screened.summary.get("skipped", ())}
-    tried_specs = [spec for spec in (AS_IT_IS, *specs) if spec.label not in skipped]
+    tried_specs = [AS_IT_IS, *(spec for spec in specs if not not_applicable(step.loss, spec))]
     exact = of_u | {"policy": step.policy, "sequences": batches.u}
     predicted: list[Inputs] = []
     if config.lab.predict == "all":

@@ -183,7 +183,7 @@ class Measurement:
         learning_rate = self.optimizer.summary["learning_rate"]
         if self.config.interventions:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
-            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate)
+            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
             self.interventions = tried(self.config, batches, step, self.run, self.checkpoint.name, self.release)
         self.release(gradient)
         moved = self._moved(e_batch, update, learning_rate)

@@ -40,8 +40,9 @@ def section(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str
         "two changes of the entropy has little noise. Its interval is for the mean update: over E and over U. *Acts*: "
         "p, adjusted by Holm for the number of interventions, is at most the level. *Does not act*: the difference is "
         "surely smaller than the margin, be it zero or not. *Cannot tell*: neither; E and U of this size detect "
-        "the difference in the last column with probability 80 %. *Kept on* is the difference per step once the "
-        "momentum is that of the changed gradient. The best are selected by one half of E; the other half judges them.",
+        "the difference in the last column with probability 80 %. *Kept on* is the difference a step once the "
+        "momentum is that of the changed gradient, at the denominators of the run. The best are selected by one half "
+        "of E; the other half judges them.",
     ]
     reasons = {(one["intervention"], one["reason"]) for of_one in skipped.values() for one in of_one}
     if reasons:
@@ -89,7 +90,6 @@ def _table(group: Sequence[Row]) -> list[str]:
         last = rows[max(run + 1, len(rows) - SHOWN // 2) :]
         rows = [*first, rows[run], *last]
     measured = {row["intervention"]: row for row in group if row["level"] == "measure"}
-    screened = {row["intervention"]: row for row in group if row["level"] == "screen"}
     body = []
     for row in rows:
         name = row["intervention"]
@@ -98,7 +98,7 @@ def _table(group: Sequence[Row]) -> list[str]:
             row["delta_h1"],
             row["difference"],
             measured.get(name, {}).get("difference"),
-            screened.get(name, {}).get("kept_on_difference"),
+            row["kept_on_difference"],
         )
         delta_h1, difference, of_measured, kept = ("–" if x is None else f"{x:+.3g}" for x in cells)
         p_holm = "–" if row["p_holm"] is None else f"{row['p_holm']:.2g}"

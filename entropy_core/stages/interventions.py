@@ -118,6 +118,10 @@ def _screened(screen: "Artifact") -> Screened:
         product_IKB=tensors["product"],
         gradient_IKB=tensors["gradient"],
         clip_I=torch.tensor([entry["clip_factor"] for entry in summary["interventions"]], dtype=torch.float64),
+        saturation_I=torch.tensor(
+            [torch.nan if entry["kept_on"] is None else entry["kept_on"] for entry in summary["interventions"]],
+            dtype=torch.float64,
+        ),
         kept_on_IKB=tensors["kept_on"],
         influence_IKHP=tensors["influence"],
         blocks=Blocks(*columns),

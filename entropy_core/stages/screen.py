@@ -57,9 +57,10 @@ def screen(
         interventions: what is tried.
 
     Returns:
-        `interventions`: for each its label, whether it is judged on the second half of E only, the clip factor that is
-        taken, and ⟨∇H_tok, v'⟩ by the first half, 0 where the screen cannot tell; `skipped`: what cannot be tried,
-        and why; `blocks`, as block-sensitivities gave them; and entropy and length of the first half.
+        `interventions`: for each its label, whether it is judged on the second half of E only, the factor of the
+        gradient's part once the momentum is saturated, the clip factor that is taken, and ⟨∇H_tok, v'⟩ by the first
+        half, 0 where the screen cannot tell; `skipped`: what cannot be tried, and why; `blocks`, as block-sensitivities
+        gave them; and entropy and length of the first half.
     """
     blocks, of_u = sensitivities.summary["blocks"], read_sensitivities(sensitivities)
     table, excess_K = excess_of(scores_u, discriminators_u)
@@ -79,7 +80,7 @@ def screen(
             continue
         changed = changed_by(intervention, execution, update, table, excess_K, sensitivities)
         factors = _factors(changed.altered, groups, update.summary)
-        saturated = kept_on(groups) if groups else None
+        saturated = kept_on([(changed.altered.of(group), t) for group, t in groups]) if groups else None
         of_kinds: list[list[Tensor]] = [[], [], []]
         for kind in KINDS:
             gradient_B = torch.stack([changed.coefficients.dot(pair).sum() for pair in of_u[kind]])
@@ -98,6 +99,7 @@ def screen(
             {
                 "label": intervention.label,
                 "on_second_half": intervention.name in ON_HALF_OF_E,
+                "kept_on": saturated,
                 "clip_factor": _clip_factor(changed.altered, update.summary),
                 "first_half": 0.0 if math.isnan(by_half) else by_half,
             }
