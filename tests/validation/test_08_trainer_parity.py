@@ -1,5 +1,7 @@
 """The step of the trainer: TRL really trains under each setting, and the probe predicts the change of the weights."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,22 @@ def test_the_step_is_the_trainers(record: Proof, tmp_path: Path, monkeypatch: py
         if not (agrees and without[0] < 1 - 1e-3):
             missed.append(f"{kind}: {name}")
     assert len(cases) >= 60 and not missed, missed
+
+
+def test_what_dropout_does_is_as_large_as_measured(record: Proof, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    record(
+        "A step with dropout",
+        claim="TRL trains with dropout in its adapter, which draws masks of its own. The distance of its step from v, "
+        "relative to v, beside that of four draws, which the probe measures and warns of.",
+        limit="within a factor of 1.5 of the mean of the draws",
+        columns=("rate", "trainer", "smallest draw", "largest draw"),
+    )
+    skip_figures(monkeypatch)
+    for rate in (0.05, 0.2):
+        home = tmp_path / str(rate)
+        (cosine, ratio), *_ = held_against_the_trainer(home, {"lora": {"lora_dropout": rate}})
+        apart = math.sqrt(ratio**2 - 2 * ratio * cosine + 1)
+        (manifest,) = (home / "artifacts" / "dropout-u").glob("*/manifest.json")
+        draws = json.loads(manifest.read_text())["summary"]["relative_differences"]
+        record.row(f"{rate}", f"{apart:.4f}", f"{min(draws):.4f}", f"{max(draws):.4f}")
+        assert 1 / 1.5 < apart / (sum(draws) / len(draws)) < 1.5
