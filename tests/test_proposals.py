@@ -23,6 +23,7 @@ from torch import Tensor
 
 from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
 from entropy_core.estimates.rows import change_of
+from entropy_core.estimates.sampler import unusable
 from entropy_core.numerics import importance, path_integral, philox, ragged, uncertainty
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
 from entropy_core.numerics.first_order import first_order_columns, score_coefficients
@@ -323,6 +324,17 @@ def test_a_policy_in_bfloat16_records_the_law_of_its_own_logits(everything: Ever
     weights_N = prefix_weights(found.proposal_logprobs_K, scored_K, found.response_offsets_N1).sequence_N
     assert float(weights_N.mean()) == pytest.approx(1.0, abs=4 * float(weights_N.std()) / 300**0.5)
     assert float(weights_N.std()) > 1e-3
+
+
+def test_weights_that_are_too_uneven_or_wrong_are_said():
+    row = {"sampler": "proposal", "sampler_ess_fraction": 0.5}
+    row |= {"mean_weight_z": 4.0, "mean_score_z": -4.0, "mean_surprisal_z": 0.0}
+    assert unusable(row) == ""
+    assert unusable(row | {"sampler_ess_fraction": 0.49}).startswith("the weights of E are too uneven (ESS/N = 0.49)")
+    assert "the mean weight is 7 SE from 1)" in unusable(row | {"mean_weight_z": -7.0})
+    both = unusable(row | {"mean_score_z": 5.0, "mean_surprisal_z": 9.0})
+    assert "the mean score is 5 SE from 0 and the mean surprisal is 9 SE from the entropy" in both
+    assert unusable(row | {"sampler": "policy", "mean_score_z": 5.0}) == ""
 
 
 def test_the_component_of_a_response_has_a_stream_of_its_own():

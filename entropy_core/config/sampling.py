@@ -37,7 +37,7 @@ class SamplingConfig(Section):
         "the ratio of the policy to the mixture; 0: none. U is always drawn from the policy.",
     )
     proposal_share: float = Field(
-        0.5,
+        0.3,
         gt=0,
         le=1,
         description="The share of E that is drawn at `proposal_temperature`. No weight is above 1/(1 - share).",

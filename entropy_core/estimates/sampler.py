@@ -9,6 +9,7 @@ from entropy_core.estimates.evaluation import EvaluationBatch
 from entropy_core.estimates.tables import Row
 from entropy_core.numerics import importance, uncertainty
 from entropy_core.numerics.uncertainty import Estimate
+from entropy_core.numerics.verdicts import MINIMUM_ESS_FRACTION
 
 LARGEST_Z = 4.0
 """Largest |z| of the mean weight, score and excess surprisal: by chance one in 16,000 is beyond, more in a skewed E."""
@@ -39,22 +40,28 @@ def describe_sampler(batch: EvaluationBatch) -> Row:
     }
 
 
-def not_as_recorded(row: Row) -> str:
-    """Say why E cannot have been drawn from the recorded law.
+def unusable(row: Row) -> str:
+    """Say why estimates from this E cannot be trusted.
 
     Args:
         row: columns of `describe_sampler`.
 
     Returns:
-        The reason; empty if nothing speaks against it, or if the policy drew E, where no other law is recorded.
+        The reason; empty if nothing speaks against it, or if the policy drew E, where there are no weights.
     """
+    if row["sampler"] == "policy":
+        return ""
     checks = {"mean weight": "1", "mean score": "0", "mean surprisal": "the entropy"}
     z_of = {name: row[f"{name.replace(' ', '_')}_z"] for name in checks}
-    wrong = {name: z for name, z in z_of.items() if abs(z) > LARGEST_Z}
-    if row["sampler"] == "policy" or not wrong:
-        return ""
-    found = " and ".join(f"the {name} is {abs(z):.0f} SE from {checks[name]}" for name, z in wrong.items())
-    return f"E was not drawn from the recorded law ({found})"
+    if wrong := {name: z for name, z in z_of.items() if abs(z) > LARGEST_Z}:
+        found = " and ".join(f"the {name} is {abs(z):.0f} SE from {checks[name]}" for name, z in wrong.items())
+        return f"E was not drawn from the recorded law ({found})"
+    if row["sampler_ess_fraction"] < MINIMUM_ESS_FRACTION:
+        return (
+            f"the weights of E are too uneven (ESS/N = {row['sampler_ess_fraction']:.2f}); lower "
+            "generation.proposal_share, or set generation.proposal_temperature closer to the policy's"
+        )
+    return ""
 
 
 def _z(batch: EvaluationBatch, estimate: Estimate) -> float:

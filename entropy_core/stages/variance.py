@@ -102,7 +102,7 @@ def variance(
     largest = max_new_tokens * math.log(scores[0].summary["vocabulary"])
     H_seq = float(batch.columns[ENTROPY].total_N.mean())
     of_batch |= unseen.describe_unseen(unseen.unseen_of(scores), len(batch), H_seq, largest)
-    invalid_over_e = sampler.not_as_recorded(of_batch) or unseen.cannot_know(of_batch, len(batch))
+    invalid_over_e = sampler.unusable(of_batch) or unseen.cannot_know(of_batch, len(batch))
     of_batch |= _describe_update(update.summary)
     of_batch |= {"learning_rate": learning_rate}
     of_batch |= {"derivative_check": calibration.summary["difference"] if calibration else None}

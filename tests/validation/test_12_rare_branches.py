@@ -20,7 +20,7 @@ from entropy_core.numerics.weights import sampling_weights
 pytestmark = pytest.mark.validate
 
 RARE, LONG, WIDE, PLAIN = 1e-3, 60, 1000, (0.7, 0.3)  # a rare response has 60 tokens, each one of a thousand
-E_SIZE, SWEEPS = 256, 1000
+E_SIZE, SWEEPS = 256, 2000
 
 
 class Law(NamedTuple):
