@@ -59,7 +59,6 @@ def variance(
     baseline: Baseline,
     units: Literal["sequence", "prompt"],
     confidence_level: float,
-    bootstrap_resamples: int,
 ) -> Row:
     """Compute all estimates of one checkpoint.
 
@@ -85,7 +84,6 @@ def variance(
         baseline: baseline of the return-to-go.
         units: independent units of E.
         confidence_level: confidence level of the intervals.
-        bootstrap_resamples: number of bootstrap resamples.
 
     Returns:
         Summary: number of rows of each table.
@@ -107,7 +105,7 @@ def variance(
     for normalization in normalizations:
         steps = _half_steps(half_steps_u, of_u["inner_product"][normalization], normalization)
         contributions = _contributions(of_sequences, normalization, update.summary, steps)
-        derivative = estimates.derivative_of(batch, normalization, contributions, confidence_level, bootstrap_resamples)
+        derivative = estimates.derivative_of(batch, normalization, contributions)
         columns = of_batch | {
             "normalization": normalization,
             "attribution_closure": of_u["closure"][normalization],
