@@ -180,13 +180,14 @@ def test_predictors_are_computed_on_the_tokens_of_u(plain):
     cov = float(((logp_K - logp_K.mean()) * advantages_K).mean())
     rows = table(plain, "predictors")
     at_lr = {r["predictor"]: r for r in rows if r["normalization"] == "per_token" and round(r["eta_over_lr"], 6) == 0.1}
-    assert set(at_lr) == {"delta_h1", "token_covariance", "weighted_token_covariance", "discriminator"}
+    assert set(at_lr) == {"delta_h1", "delta_h12", "token_covariance", "weighted_token_covariance", "discriminator"}
     eta = at_lr["delta_h1"]["eta"]
     assert at_lr["token_covariance"]["predicted"] == pytest.approx(-eta * cov, rel=1e-6)
     measured = rows_of(plain)["per_token", 0.1]
     assert {row["delta_h"] for row in at_lr.values()} == {measured["delta_h"]}
-    assert at_lr["delta_h1"]["predicted"] == measured["delta_h1"]
-    assert len(rows) == 2 * 4 * 4
+    for name in ("delta_h1", "delta_h12"):
+        assert at_lr[name]["predicted"] == measured[name]
+    assert len(rows) == 2 * 4 * 5
     # E_π[S*] of every step, from the model's own logits
     model = policy_of(plain.run.inputs("score-u-batch")["policy"], plain.run.execution).model
     prompt, response = shards[0].prompt(0), shards[0].response(0)
