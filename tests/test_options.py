@@ -129,6 +129,13 @@ def test_replicates_are_the_batches_of_further_seeds(folder, plain):
     assert rows[0]["mean_se"] == pytest.approx(stats.sem(values_R))
     spread = sum(((x - rows[0]["mean"]) / e) ** 2 for x, e in zip(values_R, errors_R, strict=True))
     assert rows[0]["p_value"] == pytest.approx(float(stats.chi2.sf(spread, 2)))
+    (other,) = (
+        row
+        for row in table(found, "predictors")
+        if (row["predictor"], row["normalization"]) == ("delta_h1_other_e", "per_token")
+        and round(row["eta_over_lr"], 6) == 0.1
+    )
+    assert other["predicted"] == pytest.approx(0.1 * sum(values_R[1:]) / 2, rel=1e-12)
     page = found.result.report.path("report.md").read_text(encoding="utf-8")
     assert "## Accuracy of δH₁" in page and "| checkpoint-3 | 3 |" in page
     assert table(plain, "replicates") == []
