@@ -89,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     variance.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: latest)")
     variance.add_argument("--confidence", dest="confidence_level", type=float, metavar="X", help="level of intervals")
     variance.add_argument("--baseline", metavar="NAME", help="none, time_loo, time_loo_weighted or ridge")
-    variance.add_argument("--bootstrap-resamples", type=int, metavar="N", help="resamples of the bootstrap")
     variance.add_argument("--cluster", metavar="UNIT", help="auto or prompt: what is independent in E")
     variance.add_argument("--normalizations", nargs="+", metavar="NAME", help="per_token, per_sequence or both")
     _add_direct(variance)

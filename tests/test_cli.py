@@ -70,12 +70,12 @@ def test_the_version(capsys):
 
 
 def test_every_setting_of_the_statistics_has_an_option():
-    given = ["--confidence", ".9", "--baseline", "ridge", "--bootstrap-resamples", "300", "--cluster", "prompt"]
+    given = ["--confidence", ".9", "--baseline", "ridge", "--cluster", "prompt"]
     options = cli._parser().parse_args(["variance", "a-run", *given, "--normalizations", "per_token"])
     asked = cli._request(options)
     assert asked.model_fields_set == {"run", "artifacts", *VarianceConfig.model_fields}
     assert asked.applied_to(VarianceConfig()) == VarianceConfig(
-        confidence_level=0.9, baseline="ridge", bootstrap_resamples=300, cluster="prompt", normalizations=["per_token"]
+        confidence_level=0.9, baseline="ridge", cluster="prompt", normalizations=["per_token"]
     )
     assert (asked.run, asked.artifacts) == ("a-run", str(Path.cwd() / "artifacts"))
     nothing = cli._request(cli._parser().parse_args(["variance"]))

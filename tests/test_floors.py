@@ -271,7 +271,7 @@ FORWARD_MODE = core(
     "numerics.direct_derivatives",
 )
 MOVES = core("policy.moves", "sequences.moves")
-STATISTICS = core("numerics.uncertainty", "numerics.bootstrap", "numerics.importance", "numerics.linearity")
+STATISTICS = core("numerics.uncertainty", "numerics.importance", "numerics.linearity")
 OPTIMIZER = core("numerics.adamw", "checkpoints.optimizer_state")
 POOLS = core("prompts.pools", "rewards.functions")
 

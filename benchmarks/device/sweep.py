@@ -92,7 +92,6 @@ def swept(
         "generation": {"max_new_tokens": 16, "gen_batch_size": 32, "tf_batch_size": 16},
         "update": {"reward": f"{checkpoint.parent / 'reward.py'}:share_of_low_digits", "max_grad_norm": 0.1},
         "importance": {"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
-        "variance": {"bootstrap_resamples": 200},
         "execution": {"shard_size": 32, "artifacts": str(store)},
     }
     sections = {name: defaults.get(name, {}) | dict(changes.get(name, {})) for name in defaults | changes}

@@ -292,9 +292,6 @@ class VarianceConfig(Section):
 
     confidence_level: float = Field(0.95, gt=0, le=0.999999, description="Of every interval.")
     baseline: Baseline = Field("time_loo", description="Baseline of the reward-to-go, from the other sequences.")
-    bootstrap_resamples: int = Field(
-        2000, ge=200, le=100_000, description="Resamples for the bootstrap intervals of δH₁ with the update held fixed."
-    )
     cluster: Literal["auto", "prompt"] = Field(
         "auto",
         description="Independent units of E. auto: sequences when prompts are drawn with replacement (target: the "

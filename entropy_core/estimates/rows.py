@@ -14,8 +14,7 @@ from torch import Tensor
 from entropy_core.estimates import distributions, pareto
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.intervals import Randomness, intervals, widened
-from entropy_core.numerics import bootstrap, half_samples, importance, path_integral, uncertainty, verdicts
-from entropy_core.numerics.bootstrap import BootstrapIntervals
+from entropy_core.numerics import half_samples, importance, path_integral, uncertainty, verdicts
 from entropy_core.numerics.choices import Estimator, Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.half_samples import HalfSteps, OverU
@@ -49,7 +48,6 @@ class Derivative(NamedTuple):
     of_estimator: dict[Estimator, Estimate]  # the exact derivative of each ΔH estimator at η = 0
     local: float
     jackknife: float
-    bootstrap: BootstrapIntervals
     se_given_u: float
     linearised: float  # standard error over U, linearised in the gradient
     over_u: OverU
@@ -68,8 +66,6 @@ def derivative_of(
     batch: EvaluationBatch,
     normalization: Normalization,
     contributions: Contributions,
-    confidence_level: float,
-    resamples: int,
     invalid_over_e: str = "",
 ) -> Derivative:
     """Estimate ∂_vH with its standard errors over E and over U.
@@ -78,8 +74,6 @@ def derivative_of(
         batch: E.
         normalization: per sequence or per token.
         contributions: influence of each sequence of U on ∂_vH.
-        confidence_level: confidence level of the bootstrap intervals.
-        resamples: number of bootstrap resamples.
         invalid_over_e: why no interval over E is valid; empty if they are.
 
     Returns:
@@ -102,7 +96,6 @@ def derivative_of(
         },
         local=float(columns[ENTROPY].local_N.mean()) / mean_length,
         jackknife=uncertainty.jackknife_standard_error(columns, normalization, batch.clusters_N),
-        bootstrap=bootstrap.intervals(columns, normalization, confidence_level, resamples, batch.clusters_N),
         se_given_u=batch.standard_error(estimate),
         linearised=linearised,
         over_u=half_samples.over_u(linearised, interaction, steps, len(whole_PG), informative),
@@ -125,8 +118,7 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         Columns of `tables.ESTIMATES`, in nats.
     """
     delta_h1, over_u = derivative.estimate.value * eta, derivative.over_u
-    ends, invalid = derivative.bootstrap, derivative.invalid_over_e
-    percentile, bca = ((None, None) if invalid else sorted(eta * end for end in pair) for pair in (ends[:2], ends[2:4]))
+    invalid = derivative.invalid_over_e
     finite = over_u.degrees_of_freedom > 0 and math.isfinite(derivative.nonlinearity)
     return {
         "delta_h1": delta_h1,
@@ -141,10 +133,6 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         "interval_over_e": f"no valid interval over E: {invalid}" if invalid else "valid",
         "interval_over_u": f"no valid interval over U: {over_u.invalid}" if over_u.invalid else "valid",
         **intervals("", delta_h1, derivative.se_given_u * abs(eta), derivative.randomness, eta, confidence_level)[0],
-        "percentile_low": percentile[0],
-        "percentile_high": percentile[1],
-        "bca_low": bca[0],
-        "bca_high": bca[1],
         "confidence_level": confidence_level,
     }
 

@@ -43,7 +43,7 @@ def observations(
         One observation from ΔH, or one from each node of the path integral; none for η = 0 or unreliable weights.
     """
     weights = reliability(terms, len(batch), eta)
-    if eta == 0 or not weights.reliable:
+    if not weights.reliable or not _has_a_square(eta):
         return []
     x = second_order.spread(weights.ess / len(batch), eta)
     if not isinstance(terms.columns, tuple):
@@ -55,6 +55,11 @@ def observations(
         )
         for columns, node, share in zip(terms.columns, NODES, shares, strict=True)
     ]
+
+
+def _has_a_square(eta: float) -> bool:
+    """Tell if η² is neither 0 nor too large or too small for a float."""
+    return 1e-100 < abs(eta) < 1e100
 
 
 def predict(
@@ -73,8 +78,8 @@ def predict(
         Columns of `tables.ESTIMATES`, in nats.
     """
     over_u = derivative.over_u.invalid
-    if second is None:
-        ends, _ = intervals("delta_h12_", 0.0, 0.0, derivative.randomness, eta, confidence_level)
+    if second is None or not (eta == 0 or _has_a_square(eta)):
+        ends, _ = intervals("delta_h12_", 0.0, 0.0, derivative.randomness, 0.0, confidence_level)  # for their names
         names = ("delta_h2", "delta_h2_se", "delta_h2_this_update_low", "delta_h2_this_update_high")
         missing = dict.fromkeys([*names, "delta_h12", "delta_h12_se", *ends])
         return {**missing, "delta_h2_points": 0, "second_order": NONE, "delta_h12_interval_over_u": NONE}
@@ -126,7 +131,7 @@ def remainder(
     Returns:
         Columns of `tables.ESTIMATES`, in nats.
     """
-    if change is None or second is None:
+    if change is None or second is None or not (eta == 0 or _has_a_square(eta)):
         return {"remainder": None, "remainder_se": None}
     left = change.minus(derivative.estimate.scaled(eta)).minus(second.coefficient.scaled(eta**2))
     fixed = math.hypot(second.fixed * eta**2, noise_floor / 2)

@@ -61,12 +61,6 @@ ESTIMATES = pa.schema(
         _field("interval_over_u", _TEXT, "", "valid, or: no valid interval over U, and why; then none is given"),
         *_ends("", "delta_h1"),
         _field(
-            "percentile_low", _REAL, _H, "lower end of the bootstrap interval of delta_h1 for this update: percentiles"
-        ),
-        _field("percentile_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update"),
-        _field("bca_low", _REAL, _H, "lower end of the bootstrap interval of delta_h1 for this update: BCa"),
-        _field("bca_high", _REAL, _H, "upper end of the bootstrap interval of delta_h1 for this update: BCa"),
-        _field(
             "delta_h2",
             _REAL,
             _H,

@@ -27,7 +27,7 @@ from entropy_core.store.artifact import Artifact
 from entropy_core.store.inputs import require_inputs
 from entropy_core.store.store import Store
 
-RECORD_FORMAT = 4
+RECORD_FORMAT = 5
 """Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 

@@ -62,7 +62,6 @@ def variance(
     baseline: Baseline,
     units: Literal["sequence", "prompt"],
     confidence_level: float,
-    bootstrap_resamples: int,
 ) -> Row:
     """Compute all estimates of one checkpoint.
 
@@ -89,7 +88,6 @@ def variance(
         baseline: baseline of the return-to-go.
         units: independent units of E.
         confidence_level: confidence level of the intervals.
-        bootstrap_resamples: number of bootstrap resamples.
 
     Returns:
         Summary: number of rows of each table.
@@ -116,9 +114,7 @@ def variance(
     for normalization in normalizations:
         steps = _half_steps(half_steps_u, of_u["inner_product"][normalization], normalization)
         contributions = _contributions(of_sequences, normalization, update.summary, steps)
-        derivative = estimates.derivative_of(
-            batch, normalization, contributions, confidence_level, bootstrap_resamples, invalid_over_e
-        )
+        derivative = estimates.derivative_of(batch, normalization, contributions, invalid_over_e)
         columns = of_batch | {
             "normalization": normalization,
             "attribution_closure": of_u["closure"][normalization],

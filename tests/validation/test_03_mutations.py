@@ -239,6 +239,13 @@ MUTATIONS = (
         "dy",
         "test_direct_derivatives",
     ),
+    Mutation(
+        "the second order taken for the whole second derivative",
+        "numerics/second_order",
+        "coefficient = slope.minus(derivative).scaled(1 / (2 * eta))",
+        "coefficient = slope.minus(derivative).scaled(1 / eta)",
+        "test_second_order",
+    ),
 )
 
 

@@ -151,7 +151,7 @@ class Sweeps:
             half_steps(float(whole @ v), values_R2, prompts_R2, fresh=setting.steps == 0),
             int((g_PQ.abs().sum(1) > 0).sum()),
         )
-        derivative = rows.derivative_of(batch, "per_token", contributions, LEVEL, 2)
+        derivative = rows.derivative_of(batch, "per_token", contributions)
         return self.row(batch, derivative, v, pick_K)
 
     def measured(self, batch: EvaluationBatch, v: Tensor, eta: float, pick_K: Tensor) -> tuple[float, Measured]:

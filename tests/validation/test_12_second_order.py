@@ -165,8 +165,8 @@ def _over_e(
 SETTINGS = (
     Setting("64 prompts, 5 × η", eta=5e-4),
     Setting("64 prompts, 20 × η", eta=2e-3),
-    Setting("16 prompts, 20 × η", prompts=16, eta=2e-3),
-    Setting("clipped to half its norm, 20 × η", clipped_to=0.5, eta=2e-3),
+    Setting("16 prompts, 5 × η", prompts=16, eta=5e-4),
+    Setting("clipped to half its norm, 5 × η", clipped_to=0.5, eta=5e-4),
     Setting("rare reward, 5 × η", sparse=True, eta=5e-4),
 )
 SWEEPS, FRACTIONS = 200, (0.1, 0.3)
