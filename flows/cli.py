@@ -25,6 +25,7 @@ examples:
   entropy-probe plan my-run.yaml                what would run, why, and how long it would take
   entropy-probe sweep my-run.yaml               run it, with Prefect's UI while it runs
   entropy-probe sweep my-run.yaml --direct      run it in this process, on a cluster node for example
+  entropy-probe interventions                   what would change the entropy of the last sweep, and how surely
   entropy-probe variance --confidence .99       the statistics of the last sweep at another confidence level
 
 Paths in a configuration start at the folder of its file. `COMMAND --help` says more."""
@@ -93,6 +94,21 @@ def _parser() -> argparse.ArgumentParser:
     variance.add_argument("--normalizations", nargs="+", metavar="NAME", help="per_token, per_sequence or both")
     _add_direct(variance)
     _add_artifacts(variance)
+
+    tried = command("interventions", "try what might change the entropy on a recorded sweep", _interventions)
+    tried.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: latest)")
+    tried.add_argument(
+        "--try",
+        dest="interventions",
+        nargs="+",
+        metavar="NAME[=VALUE]",
+        help="published (the default), entropy_coef=0.01, positives_only, my_idea.py:weights, …",
+    )
+    tried.add_argument("--predict", metavar="WHICH", help="all (the default) or none: the exact step under each")
+    tried.add_argument("--measure", metavar="WHICH", help='all, none, or "best N" (default: "best 5"): ΔH on E')
+    tried.add_argument("--margin", type=float, metavar="X", help="share of |δH₁| that does not matter (default: 0.1)")
+    _add_direct(tried)
+    _add_artifacts(tried)
 
     _add_artifacts(command("runs", "list the recorded sweeps", _runs))
 
@@ -183,6 +199,25 @@ def _variance(options: argparse.Namespace) -> int:
     from flows import local
 
     return local.variance(asked)
+
+
+def _interventions(options: argparse.Namespace) -> int:
+    from entropy_core.config.paths import Origin
+    from entropy_core.config.read import parse_interventions
+
+    lab = {name: getattr(options, name) for name in ("predict", "measure", "margin")}
+    given = {"lab": {name: value for name, value in lab.items() if value is not None}}
+    if options.interventions:
+        given["interventions"] = options.interventions
+    asked = {"run": options.run_id, "artifacts": str(options.artifacts or _STORE), **given}
+    request = parse_interventions(asked, Origin(Path.cwd(), must_exist=True))
+    if options.direct:
+        from flows import direct
+
+        return direct.interventions(request)
+    from flows import local
+
+    return local.interventions(request)
 
 
 def _request(options: argparse.Namespace) -> "VarianceRequest":

@@ -4,8 +4,9 @@ import logging
 import time
 from pathlib import Path
 
+from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.read import load_config
-from entropy_core.config.schema import VarianceRequest
+from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.execution import Execution
 from entropy_core.pipeline import statistics
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -27,14 +28,35 @@ def sweep(config_path: Path) -> int:
     Raises:
         ProbeError: the sweep cannot be run; what was finished stays in the store.
     """
+    _log_to_the_terminal()
+    return _sweep(load_config(config_path, must_exist=True))
+
+
+def interventions(asked: InterventionsRequest) -> int:
+    """Try interventions on the checkpoints of a recorded sweep and print the results.
+
+    Args:
+        asked: which sweep, which interventions.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ProbeError: there is no such sweep, or its checkpoints are gone.
+    """
+    from entropy_core.pipeline.recorded import with_interventions
+
+    _log_to_the_terminal()
+    return _sweep(with_interventions(asked))
+
+
+def _sweep(config: ProbeConfig) -> int:
     from entropy_core.pipeline import sweep as pipeline  # a rerun of the statistics need not wait for these
     from entropy_core.pipeline.plan import plan, typical_costs
     from entropy_core.pipeline.preflight import preflight
     from flows.plan import plan_total
     from flows.progress import Progress
 
-    _log_to_the_terminal()
-    config = load_config(config_path, must_exist=True)
     checkpoints = preflight(config)
     store = Store(config.store_root)
     steps, costs = plan(config, checkpoints, store), typical_costs(store)

@@ -1,4 +1,4 @@
-"""The two flows. What happens in which order is the pipeline's business; this is what Prefect makes of it.
+"""The three flows. What happens in which order is the pipeline's business; this is what Prefect makes of it.
 
 The types of the parameters make the forms, and what a form cannot know is found here: a flow that validates for itself
 says what is wrong on one line, and Prefect would on several.
@@ -11,8 +11,9 @@ from pathlib import Path
 from prefect import flow
 from prefect.states import Completed, State
 
+from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.paths import Origin
-from entropy_core.config.read import parse_config, parse_request
+from entropy_core.config.read import parse_config, parse_interventions, parse_request
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import ConfigError, ProbeError
 from entropy_core.execution import Execution
@@ -20,6 +21,7 @@ from entropy_core.pipeline import statistics
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.plan import plan, typical_costs
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.recorded import with_interventions
 from entropy_core.store.store import Store
 from flows.progress import Progress
 from flows.service import FOLDER
@@ -51,7 +53,10 @@ def checkpoint_sweep(config: ProbeConfig) -> State:
     Raises:
         ProbeError: the request cannot be met; the message says why, and what to do.
     """
-    config = parse_config(config, origin=Origin(_folder(), must_exist=True))
+    return _swept(parse_config(config, origin=Origin(_folder(), must_exist=True)))
+
+
+def _swept(config: ProbeConfig) -> State:
     checkpoints = preflight(config)
     store = Store(config.store_root)
     steps, costs = plan(config, checkpoints, store), typical_costs(store)
@@ -78,6 +83,23 @@ def variance(request: VarianceRequest = VarianceRequest()) -> State:  # noqa: B0
     request = parse_request(request, Origin(_folder()))
     store = Store(request.artifacts)
     return _published(statistics.variance(request, store, prefect_runner(store, Execution())))
+
+
+@flow(name="entropy-probe", validate_parameters=False)
+def interventions(request: InterventionsRequest = InterventionsRequest()) -> State:  # noqa: B008 (frozen)
+    """Try interventions on the checkpoints of a recorded sweep: which of them change what the next step does.
+
+    Args:
+        request: which sweep, which interventions. What the sweep computed is reused.
+
+    Returns:
+        As `checkpoint_sweep`.
+
+    Raises:
+        ProbeError: there is no such sweep, or its checkpoints are gone.
+    """
+    request = parse_interventions(request, Origin(_folder(), must_exist=True))
+    return _swept(with_interventions(request))
 
 
 def _folder() -> Path:

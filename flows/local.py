@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.read import load_config
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.store import runs
@@ -70,6 +71,24 @@ def variance(asked: VarianceRequest) -> int:
     runs.find(store_root, asked.run)
     service.use(store_root)
     return _run("variance", {"request": asked.model_dump(mode="json", exclude_unset=True)}, None)
+
+
+def interventions(asked: InterventionsRequest) -> int:
+    """Try interventions on a recorded sweep through Prefect, and print the results.
+
+    Args:
+        asked: which sweep, which interventions.
+
+    Returns:
+        The exit status: 0 if the run was completed.
+
+    Raises:
+        ProbeError: there is no such sweep, or Prefect does not start.
+    """
+    store_root = Path(asked.artifacts)
+    runs.find(store_root, asked.run)
+    service.use(store_root)
+    return _run("interventions", {"request": asked.model_dump(mode="json", exclude_unset=True)}, None)
 
 
 def up(config_path: Path | None, port: int) -> NoReturn:

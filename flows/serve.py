@@ -1,4 +1,4 @@
-"""Serve the two deployments: `entropy-probe serve`, with a Prefect server at PREFECT_API_URL.
+"""Serve the three deployments: `entropy-probe serve`, with a Prefect server at PREFECT_API_URL.
 
 With `--work-pool NAME` they are registered there instead, for the workers of that pool to run.
 """
@@ -17,20 +17,20 @@ from entropy_core.config.read import load_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import ProbeError
 from entropy_core.pipeline.usable import read_settings
-from flows.entropy_probe import checkpoint_sweep, variance
+from flows.entropy_probe import checkpoint_sweep, interventions, variance
 from flows.heartbeat import watch_heartbeats
 from flows.service import FOLDER, ROOT
 
 
 def deployments(config: Path | None, **where: Any) -> list[RunnerDeployment]:
-    """Describe both deployments to Prefect.
+    """Describe the deployments to Prefect.
 
     Args:
         config: a YAML file that fills in the form of the sweep; None for an empty form.
         where: arguments of `Flow.to_deployment` that name the work pool, if there is one.
 
     Returns:
-        `checkpoint-sweep` and `variance`.
+        `checkpoint-sweep`, `variance` and `interventions`.
 
     Raises:
         ConfigError: the configuration is wrong.
@@ -47,6 +47,13 @@ def deployments(config: Path | None, **where: Any) -> list[RunnerDeployment]:
         variance.to_deployment(
             "variance",
             description="The statistics of a recorded sweep with other settings, from its cached batches alone.",
+            parameters={"request": {"artifacts": chosen["execution"]["artifacts"]}} if chosen else {},
+            entrypoint_type=EntrypointType.MODULE_PATH,
+            **where,
+        ),
+        interventions.to_deployment(
+            "interventions",
+            description="What would change the entropy: interventions on the checkpoints of a recorded sweep.",
             parameters={"request": {"artifacts": chosen["execution"]["artifacts"]}} if chosen else {},
             entrypoint_type=EntrypointType.MODULE_PATH,
             **where,

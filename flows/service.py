@@ -1,4 +1,4 @@
-"""The Prefect of a store: a server and the process that serves the two deployments, one of each at a time.
+"""The Prefect of a store: a server and the process that serves the three deployments, one of each at a time.
 
 artifacts/prefect/      PREFECT_HOME: the history of all runs; for this user only
   owner.lock            held by the process that started the server
@@ -44,7 +44,7 @@ HOME = Path("artifacts").absolute() / "prefect"
 """PREFECT_HOME, of the store that this process works for; see `use`."""
 
 FLOW = "entropy-probe"
-DEPLOYMENTS = ("checkpoint-sweep", "variance")
+DEPLOYMENTS = ("checkpoint-sweep", "variance", "interventions")
 
 _STARTUP_SECONDS = 180
 _GRACE_SECONDS = 15

@@ -130,7 +130,7 @@ def values(run: Path, artifacts: Path, **sections: Mapping[str, Any] | Any) -> d
         "execution": {"shard_size": 8, "artifacts": str(artifacts), "device": "cpu"},
     }
     for name, section in sections.items():
-        base[name] = base[name] | section if isinstance(section, Mapping) else section
+        base[name] = base.get(name, {}) | section if isinstance(section, Mapping) else section
     return base
 
 

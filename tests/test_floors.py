@@ -221,7 +221,9 @@ def test_each_library_has_its_own_door():
     assert importers("markdown_it") == core("report.html")
     assert importers("matplotlib") == core("report.figures", "report.tokens_in_text")
     assert importers("scipy") == core("estimates.distributions")
-    assert importers("safetensors") == core("store.artifact", "checkpoints.content", "losses.apart")
+    assert importers("safetensors") == core(
+        "store.artifact", "checkpoints.content", "losses.apart", "losses.token_weights"
+    )
     assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files") | {
         "flows.results"
     }
@@ -241,7 +243,7 @@ def test_nothing_is_imported_that_is_not_declared():
     assert used - known <= of_theirs  # of scipy, transformers, Prefect and pydantic
 
 
-@pytest.mark.parametrize("stage", ["variance", "agreement", "report"])
+@pytest.mark.parametrize("stage", ["variance", "agreement", "interventions", "report"])
 def test_the_statistics_reach_no_policy(stage):
     modules = reached(f"entropy_core.stages.{stage}")
     assert {"entropy_core.estimates.tables", f"entropy_core.stages.{stage}"} <= modules
@@ -254,7 +256,10 @@ def test_the_statistics_reach_no_policy(stage):
 def test_what_handles_no_sequence_does_not_reach_the_policy():
     """So that an edit of the policy leaves the loaded checkpoints, the prompts and the rewards where they are."""
     without = {name for name in STAGES if not any(room(other) == "policy" for other in reached(name))}
-    names = ("load_checkpoint", "load_weights", "load_prompts", "reward", "variance", "agreement", "report")
+    names = (
+        *("load_checkpoint", "load_weights", "load_prompts", "reward"),
+        *("screen", "variance", "agreement", "interventions", "report"),
+    )
     assert without == {f"entropy_core.stages.{name}" for name in names}
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from entropy_core.checkpoints.layout import find_layout
 from entropy_core.checkpoints.tokenizer import load_tokenizer
+from entropy_core.checkpoints.trainer_files import read_trainer_files
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import tokenizer_digest, weights_digest
 from entropy_core.isolation.process import Isolation
@@ -168,3 +169,17 @@ def test_a_pattern_that_ends_is_left_to_peft(original: Path, tmp_path: Path):
     for changes in ({}, {"target_modules": r".*\.(q|v)_proj"}, {"target_modules": "("}, {"rank_pattern": {"a+": 2}}):
         edit(directory / "adapter_config.json", **changes)
         patterns.require_quick_patterns(find_layout(directory))
+
+
+@pytest.mark.parametrize(
+    "named", [8, True, ["base"], {"a": 1}, "~nobody-of-this-name/base", "x" * 5000, "a\0b", "\ud800"]
+)
+@pytest.mark.parametrize("base", ["", "base"])
+def test_a_base_that_can_be_none_is_refused(original: Path, tmp_path: Path, named: Any, base: str):
+    directory = shutil.copytree(original / "lora", tmp_path / "checkpoint-3")
+    edit(directory / "adapter_config.json", base_model_name_or_path=named)
+    try:
+        layout = find_layout(directory, base and original / base)
+        assert base and read_trainer_files(layout).is_adapter
+    except CheckpointError as error:
+        assert "names the base model" in str(error) or "not on this machine: it names" in str(error)

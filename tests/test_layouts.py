@@ -201,6 +201,15 @@ def test_weights_that_transformers_opens_are_preferred_to_the_masters(tmp_path):
     (directory / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
     layout = find_layout(directory)
     assert layout.shards is None and layout.optimizer == directory / "global_step2"
+    assert any("`policy.weights: master` takes that one" in said for said in read_checkpoint(directory).assumptions)
+    of_masters = read_checkpoint(directory, masters=True)
+    assert of_masters.layout.shards == directory / "global_step2" and of_masters.layout.model == directory
+    assert not any("policy.weights" in said for said in of_masters.assumptions)
+
+
+def test_a_trainer_with_one_copy_of_its_weights_has_no_masters(sound):
+    with pytest.raises(CheckpointError, match=r"policy\.weights is master, and .* has no weights in shards"):
+        read_checkpoint(sound, masters=True)
 
 
 def test_eight_bit_moments_of_bitsandbytes(tmp_path):

@@ -47,8 +47,9 @@ def run(repository: Path, *arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, (repository / "docs" / "validation.md").read_text()
 
 
-def test_a_whole_run_writes_the_page_and_a_proof_that_fails_is_on_it(repository):
-    status, words, page = run(repository, "tests/validation")
+@pytest.mark.parametrize("processes", [[], ["-n", "2", "--dist", "worksteal"]], ids=["one process", "two"])
+def test_a_whole_run_writes_the_page_and_a_proof_that_fails_is_on_it(repository, processes):
+    status, words, page = run(repository, "tests/validation", *processes)
     assert status == 1 and "docs/validation.md is written: 4 proofs, 1 failed ['Product']" in words
     assert "| outcome | 1 of 4 FAILED |" in page
     assert page.count("| Product | FAILED |") == 1 and page.count("| Product | holds |") == 1

@@ -46,6 +46,22 @@ def test_a_failing_commit_leaves_nothing(store, monkeypatch):
     assert store.run(DRAW, None, {"seed": 1}).summary["n"] == 3
 
 
+def test_all_of_an_artifact_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(store, monkeypatch):
+    """What the loss of power would show, which kills of a process do not."""
+    synced, renamed = [], os.rename
+
+    def rename(old, new):
+        ours = [path.stat().st_ino for path in [Path(old), *Path(old).rglob("*")]]
+        assert len(ours) == 5 and set(ours) <= set(synced)  # of three files, one in a folder
+        synced.clear()
+        renamed(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "rename", rename)
+    made = store.run(DRAW, None, {"seed": 1})
+    assert synced == [made.directory.parent.stat().st_ino, store.root.stat().st_ino]
+
+
 def test_a_root_that_is_a_file_is_explained(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot be written"):

@@ -42,8 +42,19 @@ _PLAIN_LORA = "train with plain LoRA, or merge the adapter into its base and pro
 
 
 def adapter_base(directory: Path) -> str:
-    """The base model that an adapter says it was trained on: a path or a name, or "" if it does not say."""
-    return read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
+    """The base model that an adapter says it was trained on: a path or a name, or "" if it does not say.
+
+    Raises:
+        CheckpointError: what it says can be neither, or the configuration cannot be read.
+    """
+    path = directory / "adapter_config.json"
+    named = read_json(path).get("base_model_name_or_path") or ""
+    try:
+        Path(named).expanduser().is_dir()
+    except (TypeError, RuntimeError, OSError, ValueError):  # no text, a user that is not there, too long
+        fact = f"{path} names the base model {named!r:.80}, which can be no path"
+        raise CheckpointError(fact, cause="the file was edited", fix=SAVE_AGAIN) from None
+    return named
 
 
 def insert_adapter(model: nn.Module, directory: Path) -> None:

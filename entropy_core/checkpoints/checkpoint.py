@@ -13,9 +13,9 @@ import torch
 
 from entropy_core.checkpoints.architecture import Architecture, Shapes, read_architecture
 from entropy_core.checkpoints.content import read_json
-from entropy_core.checkpoints.layout import Layout, find_layout
+from entropy_core.checkpoints.layout import Layout, find_layout, has_second_copy
 from entropy_core.checkpoints.layouts.interface import understood
-from entropy_core.checkpoints.layouts.places import open_state
+from entropy_core.checkpoints.layouts.places import find_places, open_state
 from entropy_core.checkpoints.optimizer_file import LATEST, load_optimizer
 from entropy_core.checkpoints.optimizer_names import name_slots
 from entropy_core.checkpoints.optimizer_rules import as_float
@@ -53,7 +53,11 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    directory: Path, learning_rate: float | None = None, base_model: Path | str = "", fresh: bool = False
+    directory: Path,
+    learning_rate: float | None = None,
+    base_model: Path | str = "",
+    fresh: bool = False,
+    masters: bool = False,
 ) -> Checkpoint:
     """Read the optimizer's state by name, and verify that it belongs to the model and can make a next step.
 
@@ -65,6 +69,7 @@ def read_checkpoint(
         base_model: takes the place of the base that an adapter names.
         fresh: the optimizer has made no step: moments of 0, the Trainer's default hyperparameters, and the learning
             rate, which must be given.
+        masters: the weights are those of the shards, even where there are others that transformers can open.
 
     Returns:
         The checkpoint; the tensors are on the CPU and map `optimizer.pt` privately.
@@ -81,7 +86,7 @@ def read_checkpoint(
     if fresh and learning_rate is None:
         fact = "the optimizer is fresh, and has no learning rate of its own"
         raise ConfigError(fact, fix="set `learning_rate` to that of the run")
-    layout = find_layout(directory, base_model, fresh)
+    layout = find_layout(directory, base_model, fresh, masters)
     global_step, rate = _progress(layout)
     model, said = read_architecture(layout)
     if layout.optimizer is None:
@@ -99,6 +104,8 @@ def read_checkpoint(
             assumed += (
                 f"The optimizer counts {taken} steps, the trainer {global_step}: bias correction uses the optimizer's.",
             )
+    if layout.base is None and layout.shards is None and layout.optimizer and (other := other_copy(layout)):
+        assumed += (other,)
     matched, trained = len(optimizer.step), len(model.trained)
     log.info("%s: optimizer state matched by name for %d of %d trained parameters", directory, matched, trained)
     narrow = _narrow(model, optimizer)
@@ -148,6 +155,17 @@ def _narrow(model: Architecture, optimizer: OptimizerState) -> dict[str, str]:
                     fix="train with float32 weights (bf16=True keeps them so), or with AdamW",
                 )
     return found
+
+
+def other_copy(layout: Layout) -> str:
+    """What is to be said where the trainer keeps weights in shards beside those that transformers opens."""
+    places = find_places(layout.directory)
+    if places is None or not has_second_copy(places):
+        return ""
+    return (
+        f"The weights are those that {places.trainer} saved to be opened, and not the copy in its shards: "
+        "`policy.weights: master` takes that one."
+    )
 
 
 def _is_narrow(model: Architecture, name: str) -> bool:

@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HELD = "norm_is_held"
 
-
-def let_norms_move(model: nn.Module) -> list[str]:
+def let_norms_move(model: Any) -> list[str]:
     """Let the norms of DoRA's layers count in derivatives; in place.
 
     Args:
@@ -32,7 +30,7 @@ def let_norms_move(model: nn.Module) -> list[str]:
     for name, layer in model.named_modules():
         kind = type(layer).__name__
         if kind == "DoraLinearLayer":
-            setattr(layer, _HELD, False)
+            layer.norm_is_held = False
             layer.forward = MethodType(_forward, layer)
         elif kind.startswith("Dora"):
             others.append(name)
@@ -42,14 +40,14 @@ def let_norms_move(model: nn.Module) -> list[str]:
 @contextmanager
 def held_norms(model: nn.Module) -> Iterator[None]:
     """Hold the norms of DoRA's layers fixed in derivatives, as the trainer's gradient does."""
-    layers = [layer for layer in model.modules() if hasattr(layer, _HELD)]
+    layers: list[Any] = [layer for layer in model.modules() if "norm_is_held" in vars(layer)]
     for layer in layers:
-        setattr(layer, _HELD, True)
+        layer.norm_is_held = True
     try:
         yield
     finally:
         for layer in layers:
-            setattr(layer, _HELD, False)
+            layer.norm_is_held = False
 
 
 def _forward(
@@ -67,7 +65,7 @@ def _forward(
     weight = base_layer.weight.T if layer.fan_in_fan_out else base_layer.weight
     added = lora_B.weight @ lora_A.weight
     norm = torch.linalg.norm(weight + scaling * added, dim=1)
-    if getattr(layer, _HELD):
+    if layer.norm_is_held:
         norm = norm.detach()
     ratio = layer.weight / norm
     if base_result is None:

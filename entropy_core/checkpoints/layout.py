@@ -54,7 +54,7 @@ class Layout:
         return self.base or self.model
 
 
-def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = False) -> Layout:
+def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = False, masters: bool = False) -> Layout:
     """Find the parts of a checkpoint; refuse a directory that lacks one, and say what it is instead.
 
     Args:
@@ -62,12 +62,14 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
         base_model: takes the place of the base that an adapter names; describes the model of shards without a
             config.json beside them.
         fresh: the optimizer has made no step, whatever files there are.
+        masters: the weights are those of the shards, even where there are others that transformers can open.
 
     Returns:
         Where they lie.
 
     Raises:
-        CheckpointError: there is no such directory, a file is missing, or the base model is not on this machine.
+        CheckpointError: there is no such directory, a file is missing, the base model is not on this machine, or there
+            are no masters.
     """
     directory = Path(directory)
     require_directory(directory)
@@ -75,12 +77,19 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
     model = model_directory(directory)
     inside = names_in(model)
     opens = "adapter_config.json" in inside or ("config.json" in inside and bool(inside & _MODEL_FILES))
-    places = None if fresh and opens else find_places(directory)
+    places = None if fresh and opens and not masters else find_places(directory)
     base = shards = None
+    if masters and opens and ("adapter_config.json" in inside or not has_second_copy(places)):
+        what = "an adapter, whose weights are one copy" if "adapter_config.json" in inside else "no weights in shards"
+        raise CheckpointError(
+            f"policy.weights is master, and {directory} has {what}",
+            cause="a trainer that keeps one copy of its weights",
+            fix="leave policy.weights out",
+        )
     if "adapter_config.json" in inside:
         _require_adapter_files(model, inside)
         base = _base_directory(model, base_model)
-    elif not opens and places is not None and places.weights is not None:
+    elif (masters or not opens) and places is not None and places.weights is not None:
         shards = places.weights
         model = _description(directory, model, places, base_model)
     else:
@@ -100,6 +109,11 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
         raise CheckpointError(fact, cause="the save was interrupted", fix=SAVE_AGAIN)
     names = directory / "optimizer_param_names.json"
     return Layout(directory, model, base, optimizer, names if optimizer and names.exists() else None, progress, shards)
+
+
+def has_second_copy(places: Places | None) -> bool:
+    """Whether a trainer keeps weights in shards, beside or in place of those that transformers opens."""
+    return bool(places and places.weights and not places.weights.name.startswith("model.safetensors"))
 
 
 def _description(directory: Path, model: Path, places: Places, base_model: Path | str) -> Path:

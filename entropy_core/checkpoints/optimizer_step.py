@@ -9,6 +9,7 @@ from torch import Tensor
 from entropy_core.checkpoints.optimizer_file import SavedMoments
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import optimizer_digest
+from entropy_core.numerics.altered_optimizer import Altered
 from entropy_core.numerics.next_step import NextStep, Rule
 from entropy_core.numerics.rounded_step import rounded_step
 from entropy_core.numerics.rules import RULES
@@ -61,6 +62,7 @@ class OptimizerStep:
         parameters: θ by name.
         gradient: before clipping, on the device of the parameters.
         clip: factor that the gradient is scaled by.
+        altered: hyperparameters in place of the saved ones.
 
     Raises:
         CheckpointError: `optimizer.pt` is not what was loaded any more.
@@ -73,6 +75,7 @@ class OptimizerStep:
         parameters: Mapping[str, Tensor],
         gradient: Mapping[Block, Tensor],
         clip: float,
+        altered: Altered = Altered(),  # noqa: B008 (immutable)
     ) -> None:
         self._moments = _moments(checkpoint.summary["optimizer"], execution)
         self._gradient, self._parameters, self._clip = gradient, in_blocks(parameters), clip
@@ -85,7 +88,7 @@ class OptimizerStep:
         self._of: dict[str, _Parameter] = {}
         for group in checkpoint.json("groups.json"):
             rule, moments = RULES[group["rule"]], tuple(group["moments"])
-            hyperparameters = rule.hyperparameters(**group["hyperparameters"])
+            hyperparameters = altered.of(rule.hyperparameters(**group["hyperparameters"]))
             for name, of_one in group["parameters"].items():
                 steps, slot, narrow = of_one
                 self._of[name] = _Parameter(steps, slot, narrow, group["fused"], rule, moments, hyperparameters)

@@ -12,9 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Discriminator, Field, PlainSerializer, Tag, ValidationInfo, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 from entropy_core.files.hub_cache import cached_snapshot
+from entropy_core.losses.interventions import asked_for
 from entropy_core.prompts.files import SUFFIXES
 from entropy_core.prompts.pools import KNOWN
 
@@ -102,6 +112,11 @@ def _file(path: str, origin: Origin) -> str:
     return located
 
 
+def _known_intervention(entry: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]:
+    asked_for(entry)
+    return entry
+
+
 def _store(path: str, origin: Origin) -> str:
     located = origin.locate(path)
     if origin.must_exist and os.path.exists(located) and not os.path.isdir(located):
@@ -141,6 +156,14 @@ FunctionNames = Annotated[
     WithJsonSchema({"type": "array", "items": {"type": "string"}}),
 ]
 """One function, or a list of several; a form has a list."""
+
+InterventionEntry = Annotated[
+    Annotated[str, _with_origin(_function), Tag("")] | Annotated[dict[str, JsonValue], Tag("mapping")],
+    Discriminator(lambda value: "mapping" if isinstance(value, dict) else ""),
+    AfterValidator(_known_intervention),
+    WithJsonSchema({"type": "string"}),
+]
+"""`published`, a name, `name=value`, `file.py:function`, or a mapping of one name to its value; a form has texts."""
 
 StoreFolder = Annotated[str, _with_origin(_store)]
 """A folder that is made when something is first written to it."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from entropy_core.config import plain_yaml
+from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.paths import Origin
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import ConfigError
@@ -49,6 +50,11 @@ def parse_request(values: Any, origin: Origin | None = None) -> VarianceRequest:
     return _parse(VarianceRequest, values, "the request", origin, [])
 
 
+def parse_interventions(values: Any, origin: Origin | None = None) -> InterventionsRequest:
+    """Parse plain values into an `InterventionsRequest`. Raises ConfigError as `parse_config` does."""
+    return _parse(InterventionsRequest, values, "the request", origin, [])
+
+
 def load_config(path: Path | str, must_exist: bool = False) -> ProbeConfig:
     """Load a `ProbeConfig` from a YAML file; relative paths in it are resolved against the folder of the file.
 
@@ -86,7 +92,7 @@ def _parse(model: type[_Model], values: Any, source: str, origin: Origin | None,
     )
 
 
-_TAGS = {"", "list"}
+_TAGS = {"", "list", "mapping"}
 """What pydantic adds to a key that may be one value or several."""
 
 

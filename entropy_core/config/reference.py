@@ -8,8 +8,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
-from entropy_core.estimates.tables import AGREEMENT, RESULTS, TABLES, of_checkpoints
+from entropy_core.estimates.tables import AGREEMENT, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
 
 
 def configuration_page() -> str:
@@ -28,6 +29,11 @@ def configuration_page() -> str:
         "recorded values.",
         "",
         *_table({name: VarianceRequest.model_fields[name] for name in ("run", "artifacts")}, ""),
+        "## The `request` of entropy-probe/interventions",
+        "",
+        "`lab` as above, and:",
+        "",
+        *_table({name: InterventionsRequest.model_fields[name] for name in ("run", "artifacts", "interventions")}, ""),
     ]
     return "\n".join(lines) + "\n"
 
@@ -46,9 +52,10 @@ def tables_page() -> str:
         "replicates": "A row per checkpoint × normalisation × E batch, if `E_replicates` is above 1.",
         "predictors": "A row per checkpoint × normalisation × step size × predictor.",
         "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
+        "interventions": "A row per checkpoint × normalisation × level × intervention, if any are asked for.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
-    schemas |= {"agreement": AGREEMENT}
+    schemas |= {"agreement": AGREEMENT, "interventions": INTERVENTIONS}
     for name, schema in schemas.items():
         lines += [
             "",
@@ -96,6 +103,8 @@ def _type(field: FieldInfo) -> str:
     if listed:
         kind = get_args(kind)[0]
         kind = get_args(kind)[0] if get_origin(kind) not in (None, Literal) else kind
+        if get_origin(kind) is Union:
+            return "list of string, or of a name and its value"
     if get_origin(kind) is Literal:
         name = ", ".join(f"`{choice if isinstance(choice, str) else _yaml(choice)}`" for choice in get_args(kind))
     else:

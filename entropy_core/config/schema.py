@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, JsonValue, ValidationInfo, field_validator
 
+from entropy_core.config.lab import LabConfig
 from entropy_core.config.paths import (
     CheckpointPattern,
     DatasetName,
     Directory,
     FunctionName,
     FunctionNames,
+    InterventionEntry,
     ModelName,
     StoreFolder,
 )
@@ -49,6 +51,12 @@ class PolicyConfig(Section):
         description="Base model under LoRA adapters, its directory or its name in the hub cache; empty: the one that "
         "each adapter names. Of checkpoints in shards without a config.json, the directory that has it and the "
         "tokenizer.",
+    )
+    weights: Literal["trained", "master"] = Field(
+        "trained",
+        description="Which weights are θ where a trainer keeps two copies. trained: those that it saved to be opened, "
+        "such as model.safetensors, in the number format that it sampled from; where there are none, what its shards "
+        "hold, which for DeepSpeed are the float32 masters. master: those of the shards in any case.",
     )
 
 
@@ -367,6 +375,13 @@ class ProbeConfig(Section):
     update: UpdateConfig = UpdateConfig()
     importance: ImportanceConfig = ImportanceConfig()
     variance: VarianceConfig = VarianceConfig()
+    interventions: list[InterventionEntry] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="What might change the entropy, tried on every checkpoint: `published`, a name, a name with its "
+        "value such as `entropy_coef: 0.01`, or your own `file.py:function`.",
+    )
+    lab: LabConfig = LabConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
     @property

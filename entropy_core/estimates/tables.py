@@ -37,10 +37,12 @@ ESTIMATES = pa.schema(
         _field(
             "estimator", _TEXT, "", "estimator of delta_h: per_decision, weighted_per_decision, snis or path_integral"
         ),
-        _field("H", _REAL, _H, "entropy of the policy on E"),
+        _field("H", _REAL, _H, "entropy of the policy, responses cut at max_new_tokens; on E"),
         _field("H_se", _REAL, _H, "standard error of H for this policy: over E"),
-        _field("mean_length", _REAL, "tokens", "mean response length on E, the EOS token counted"),
-        _field("delta_h1", _REAL, _H, "predicted entropy change, first order: eta times the derivative along v"),
+        _field(
+            "mean_length", _REAL, "tokens", "mean response length on E, the EOS token counted, at most max_new_tokens"
+        ),
+        _field("delta_h1", _REAL, _H, "predicted change of H, first order: eta times the derivative along v"),
         _field("delta_h1_local", _REAL, _H, "part of delta_h1 at fixed prefixes; changed token choices give the rest"),
         _field("se_given_u", _REAL, _H, "standard error of delta_h1 for this update: over E, with the step held fixed"),
         _field(
@@ -80,7 +82,7 @@ ESTIMATES = pa.schema(
         _field("delta_h2_this_update_high", _REAL, _H, "upper end of the interval of delta_h2 for this update"),
         _field("delta_h2_points", _WHOLE, "", "step sizes, or nodes of path_integral, that delta_h2 comes from"),
         _field("second_order", _TEXT, "", "resolved: the interval of delta_h2 is without 0; unresolved; or none: why"),
-        _field("delta_h12", _REAL, _H, "predicted entropy change, second order: delta_h1 + delta_h2"),
+        _field("delta_h12", _REAL, _H, "predicted change of H, second order: delta_h1 + delta_h2"),
         _field(
             "delta_h12_se",
             _REAL,
@@ -90,7 +92,7 @@ ESTIMATES = pa.schema(
         *_ends("delta_h12_", "delta_h12"),
         _field("delta_h12_interval_over_u", _TEXT, "", "as interval_over_u, for the intervals of delta_h12 over U"),
         _field("confidence_level", _REAL, "1", "confidence level of every interval in this row"),
-        _field("delta_h", _REAL, _H, "measured entropy change, by importance sampling on the same E"),
+        _field("delta_h", _REAL, _H, "measured change of H, by importance sampling on the same E"),
         _field("delta_h_se", _REAL, _H, "standard error of delta_h for this update: over E, and of rounding"),
         *_ends("delta_h_", "delta_h"),
         _field("curvature", _REAL, _H, "delta_h minus eta times the derivative of the same estimator on the same E"),
@@ -157,11 +159,16 @@ ESTIMATES = pa.schema(
         _field("largest_influence", _REAL, "1", "largest share of one sequence in the variance of delta_h1 over E"),
         _field("truncated_fraction", _REAL, "1", "fraction of the responses of E that were cut at max_new_tokens"),
         _field("learning_rate", _REAL, "", "the checkpoint's nominal learning rate"),
-        _field("gradient_norm", _REAL, "", "norm of the loss gradient on U before clipping"),
+        _field(
+            "gradient_norm",
+            _REAL,
+            "",
+            "norm, before clipping, of the gradient of the loss on U, cut and masked as by the trainer",
+        ),
         _field("clip_factor", _REAL, "1", "factor that clipping applied to this gradient"),
         _field("update_norm", _REAL, "", "norm of v, the step per unit of learning rate"),
         _field("moved_fraction", _REAL, "1", "share of the trained weights that the step moves at all"),
-        _field("mean_reward", _REAL, "", "mean reward on U"),
+        _field("mean_reward", _REAL, "", "mean reward on U, of all responses, those that were cut included"),
         _field("equal_reward_fraction", _REAL, "1", "fraction of prompts of U whose responses have equal rewards"),
     ]
 )
@@ -282,6 +289,39 @@ AGREEMENT = of_checkpoints(
     )
 )
 """What the trainer logged beside what the probe measures; one table for all checkpoints."""
+
+
+INTERVENTIONS = of_checkpoints(
+    pa.schema(
+        [
+            _field("normalization", _TEXT, "", "per_token or per_sequence"),
+            _field("intervention", _TEXT, "", "what is changed; the null, which changes nothing on average: random"),
+            _field("level", _TEXT, "", "screen: frozen denominators; predict: the exact step; measure: on E after it"),
+            _field("delta_h1", _REAL, _H, "first-order change of the entropy by the step under the intervention"),
+            _field("delta_h", _REAL, _H, "change measured after this step, by importance sampling on the same E"),
+            _field("difference", _REAL, _H, "this change minus that of the run as it is, on the same E and U"),
+            _field("low", _REAL, _H, "lower end of the interval of the difference for the mean update"),
+            _field("high", _REAL, _H, "upper end of the interval of the difference for the mean update"),
+            _field("se_over_e", _REAL, _H, "standard error of the difference for this update: over E"),
+            _field("se_over_u", _REAL, _H, "standard error of the difference over U alone, for the mean update"),
+            _field("se", _REAL, _H, "standard error of the difference for the mean update: over E and over U"),
+            _field("degrees_of_freedom", _REAL, "1", "of the t interval and the p-value (Welch-Satterthwaite)"),
+            _field("p_value", _REAL, "1", "p-value for the mean update: the intervention makes no difference (t test)"),
+            _field("p_holm", _REAL, "1", "the same for the mean update, adjusted by Holm over the rows of this level"),
+            _field("p_bh", _REAL, "1", "the same for the mean update, adjusted by Benjamini and Hochberg"),
+            _field("verdict", _TEXT, "", "acts, does not act (within the margin), cannot tell; or as it is: the run"),
+            _field("margin", _REAL, _H, "size of a difference up to which it does not matter"),
+            _field("detectable", _REAL, _H, "smallest difference that E and U detect with probability 80 %"),
+            _field("difference_half_0", _REAL, _H, "the difference by the half of E that the best are selected on"),
+            _field("difference_half_1", _REAL, _H, "the difference by the other half of E, which judges the selected"),
+            _field("p_half_1", _REAL, "1", "p-value for this update by the half of E that judges (t test)"),
+            _field("kept_on_delta_h1", _REAL, _H, "delta_h1 once the momentum is that of the changed gradient"),
+            _field("kept_on_difference", _REAL, _H, "the difference once both runs have saturated their momentum"),
+            _field("confidence_level", _REAL, "1", "confidence level of the interval and of the verdict"),
+        ]
+    )
+)
+"""What each intervention changes; one table for all checkpoints."""
 
 
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:

@@ -85,6 +85,24 @@ def read_parts(update: "Artifact", sequences: TokenTable, parts_P: Sequence[Tens
     return [whole.batch(part_P) for part_P in parts_P]
 
 
+def read_with(update: "Artifact", sequences: TokenTable, specs: Sequence[LossSpec]) -> list[LossBatch]:
+    """Load U as each of several losses would have it, in place of the loss of the step.
+
+    Args:
+        update: artifact of compute-update.
+        sequences: token table of the sequences of U.
+        specs: the losses; none with a KL term where the step has none.
+
+    Returns:
+        The batch of each loss.
+
+    Raises:
+        StoreError: the step was computed from other sequences.
+    """
+    whole, _ = _read(update, sequences)
+    return [whole._replace(spec=spec).batch() for spec in specs]
+
+
 class _Inputs(NamedTuple):
     """What the loss of a step was made of."""
 

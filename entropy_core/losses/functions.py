@@ -148,7 +148,7 @@ def check_loss(name: str, kl_beta: float, max_new_tokens: int) -> None:
             weights.
     """
     where = f"in {source_file(name)}"
-    loss, batch = load_loss(name), _made_up(kl_beta, max_new_tokens)
+    loss, batch = load_loss(name), made_up_batch(kl_beta, max_new_tokens)
     found = coefficients_of(name, loss, batch)
     if not found.logprob_K.any():
         raise LossError(
@@ -223,7 +223,7 @@ def _depends_on_reference(loss: LossFunction, batch: LossBatch) -> bool:
     return bool(gradient_K.any())
 
 
-def _made_up(kl_beta: float, max_new_tokens: int) -> LossBatch:
+def made_up_batch(kl_beta: float, max_new_tokens: int) -> LossBatch:
     """Three prompts with two responses each, of one to five tokens."""
     lengths_N = torch.tensor([3, 1, 4, 2, 1, 5]).clamp_max(max_new_tokens)
     count = int(lengths_N.sum())

@@ -1,6 +1,8 @@
 """All stages, by name."""
 
 from entropy_core.pipeline import final_stages
+from entropy_core.stages.altered_step import altered_step
+from entropy_core.stages.block_sensitivities import block_sensitivities
 from entropy_core.stages.calibrate import calibrate
 from entropy_core.stages.compute_update import compute_update
 from entropy_core.stages.discriminate import discriminate
@@ -13,10 +15,12 @@ from entropy_core.stages.load_checkpoint import load_checkpoint
 from entropy_core.stages.load_prompts import load_prompts
 from entropy_core.stages.load_weights import load_weights
 from entropy_core.stages.path_integral import path_integral
+from entropy_core.stages.predict import predict
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
 from entropy_core.stages.sample import sample
 from entropy_core.stages.score import score
+from entropy_core.stages.screen import screen
 from entropy_core.store.store import Stage
 
 LOAD_CHECKPOINT = Stage("load-checkpoint", load_checkpoint)
@@ -38,6 +42,11 @@ FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradie
 HALF_STEPS_U = Stage("half-steps-u", half_steps_u, vectors=("gradient",))
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
-VARIANCE, AGREEMENT, REPORT = final_stages.VARIANCE, final_stages.AGREEMENT, final_stages.REPORT
+BLOCK_SENSITIVITIES = Stage("block-sensitivities", block_sensitivities, vectors=("update",))
+SCREEN = Stage("screen", screen)
+PREDICT = Stage("predict", predict, vectors=("gradient",))
+ALTERED_STEP = Stage("altered-step", altered_step)
+VARIANCE, INTERVENTIONS = final_stages.VARIANCE, final_stages.INTERVENTIONS
+AGREEMENT, REPORT = final_stages.AGREEMENT, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

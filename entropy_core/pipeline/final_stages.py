@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.stages.agreement import agreement
+from entropy_core.stages.interventions import interventions
 from entropy_core.stages.report import report
 from entropy_core.stages.variance import variance
 from entropy_core.store.store import Stage
 
 VARIANCE = Stage("variance", variance)
+INTERVENTIONS = Stage("interventions", interventions)
 AGREEMENT = Stage("agreement", agreement)
 REPORT = Stage("report", report)
 
@@ -17,6 +19,19 @@ REPORT = Stage("report", report)
 def settings_of(config: ProbeConfig) -> Inputs:
     """Return the settings of the variance stage."""
     return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
+
+
+def compared_interventions(entry: Inputs, config: ProbeConfig) -> Inputs:
+    """Return the inputs of the interventions stage, from what is recorded of a checkpoint that has any."""
+    names = ("learning_rate", "scores", "first_order_e", "half_steps_u", "update")
+    settings = config.variance
+    return (
+        {name: entry[name] for name in ("checkpoint", "step")}
+        | {name: entry["inputs"][name] for name in names}
+        | entry["interventions"]
+        | {name: getattr(settings, name) for name in ("normalizations", "baseline", "confidence_level")}
+        | {"units": config.units_of_e, "margin": config.lab.margin}
+    )
 
 
 def compared(recorded: Sequence[Inputs], config: ProbeConfig) -> Inputs:

@@ -13,6 +13,7 @@ from entropy_core.losses import functions as user_losses
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
+from entropy_core.pipeline.lab import Batches, StepAsItIs, tried
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec, ProposalSpec
@@ -78,6 +79,7 @@ def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Run
         "base": checkpoint.base or checkpoint.description,
         "learning_rate": config.update.learning_rate,
         "optimizer_state": config.update.optimizer_state,
+        "weights": config.policy.weights,
     }
     return run(stage.LOAD_CHECKPOINT, inputs, checkpoint.name)
 
@@ -123,6 +125,7 @@ class Measurement:
     ) -> None:
         self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
         self.run, self.release = run, release
+        self.interventions: Inputs = {}  # of the interventions stage, once they have been tried
         self.e_pool, self.u_pool = (pools[split] for split in config.splits)
         self.policy = PolicySpec(
             weights=checkpoint.weights or self._weights(),
@@ -171,8 +174,13 @@ class Measurement:
         }
         first_order_u = self._once(stage.FIRST_ORDER_U, of_both)
         half_steps_u = self._once(stage.HALF_STEPS_U, of_both)
-        self.release(gradient)
+        discriminators_u = self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch})
         learning_rate = self.optimizer.summary["learning_rate"]
+        if self.config.interventions:
+            batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
+            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate)
+            self.interventions = tried(self.config, batches, step, self.run, self.checkpoint.name, self.release)
+        self.release(gradient)
         moved = self._moved(e_batch, update, learning_rate)
         replicates = []
         for i in range(1, batch.E_replicates):
@@ -190,7 +198,7 @@ class Measurement:
             "half_steps_u": half_steps_u,
             "update": update,
             "scores_u": scores_u,
-            "discriminators_u": self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch}),
+            "discriminators_u": discriminators_u,
             "calibration": calibration,
             "moved": moved,
             "replicates": replicates,

@@ -20,6 +20,8 @@ from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.files.checkpoint import optimizer_digest, weights_digest
 from entropy_core.files.digests import file_digest
 from entropy_core.losses.apart import check_loss
+from entropy_core.losses.interventions import own_interventions
+from entropy_core.losses.token_weights import check_token_weights
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
 from entropy_core.pipeline.patterns import require_quick_patterns
@@ -174,6 +176,8 @@ def _pools(config: ProbeConfig, state: Mapping[str, Any]) -> dict[str, Pool]:
     batch = config.batch_config
     isolation, longest = config.execution.isolation, config.generation.max_new_tokens
     check_loss(config.update.loss, config.update.kl_beta, longest, isolation)
+    for name in own_interventions(config.interventions):
+        check_token_weights(name, longest, isolation)
     located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
     pools = {
         split: prompts.load_pool(

@@ -9,10 +9,18 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from entropy_core.config import plain_yaml
+from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import StoreError
-from entropy_core.pipeline.final_stages import AGREEMENT, VARIANCE, compared, settings_of
+from entropy_core.pipeline.final_stages import (
+    AGREEMENT,
+    INTERVENTIONS,
+    VARIANCE,
+    compared,
+    compared_interventions,
+    settings_of,
+)
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact
@@ -21,6 +29,10 @@ from entropy_core.store.store import Store
 
 RECORD_FORMAT = 4
 """Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
+
+
+_WITH_ARTIFACTS = ("inputs", "interventions")
+"""What is recorded of a checkpoint as inputs of later stages."""
 
 
 class _Form(BaseModel):
@@ -37,6 +49,7 @@ class _Checkpoint(_Form):
     checkpoint: str
     step: int
     inputs: dict[str, Any]
+    interventions: dict[str, Any] = {}
     notes: list[str]
     settings: list[_Setting]
     warnings: list[str]
@@ -59,8 +72,8 @@ def write_run(store: Store, run_id: str, config: ProbeConfig, checkpoints: Seque
         store: the store of the artifacts.
         run_id: ID of the run.
         config: configuration of the sweep.
-        checkpoints: for each checkpoint its name, step, log, notes, settings, warnings and the inputs of its variance
-            stage.
+        checkpoints: for each checkpoint its name, step, log, notes, settings, warnings, the inputs of its variance
+            stage, and those of its interventions stage, which may be empty.
         report: artifact of the report stage.
 
     Returns:
@@ -73,7 +86,7 @@ def write_run(store: Store, run_id: str, config: ProbeConfig, checkpoints: Seque
         "finished": datetime.now(UTC).isoformat(),
         "config": document,
         "report": report.to_dict(),
-        "checkpoints": [entry | {"inputs": _freeze(entry["inputs"])} for entry in checkpoints],
+        "checkpoints": [entry | {of: _freeze(entry[of]) for of in _WITH_ARTIFACTS} for entry in checkpoints],
     }
     with runs.writing(store, run_id) as folder:
         for file in report.manifest["files"]:
@@ -108,11 +121,33 @@ def read_run(store: Store, run_id: str) -> tuple[Path, ProbeConfig, list[Inputs]
         _require_form(record)
         config = parse_config(record["config"], str(directory / runs.RECORD))
         runs.named(store.root, directory.name)  # refuses references to anything but artifacts
-        checkpoints = [entry | {"inputs": _revive(entry["inputs"], store)} for entry in record["checkpoints"]]
+        checkpoints = [
+            entry | {of: _revive(entry.get(of, {}), store) for of in _WITH_ARTIFACTS} for entry in record["checkpoints"]
+        ]
         for entry in checkpoints:
             require_inputs(VARIANCE, entry["inputs"] | settings_of(config))
+            if entry["interventions"]:
+                require_inputs(INTERVENTIONS, compared_interventions(entry, config))
         require_inputs(AGREEMENT, compared(checkpoints, config))
     return directory, config, checkpoints
+
+
+def with_interventions(request: InterventionsRequest) -> ProbeConfig:
+    """Return the configuration of a recorded sweep with the interventions that are asked for.
+
+    Args:
+        request: which sweep, which interventions.
+
+    Returns:
+        The configuration of a sweep that finds all but the interventions computed.
+
+    Raises:
+        StoreError, ConfigError: as `read_run`.
+    """
+    _, config, _ = read_run(Store(request.artifacts), request.run)
+    execution = config.execution.model_copy(update={"artifacts": request.artifacts})
+    asked = {"interventions": request.interventions, "lab": request.lab, "execution": execution}
+    return config.model_copy(update=asked)
 
 
 def _require_form(record: Any) -> None:

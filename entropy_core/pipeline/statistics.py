@@ -9,7 +9,15 @@ from pathlib import Path
 
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
-from entropy_core.pipeline.final_stages import AGREEMENT, REPORT, VARIANCE, compared, settings_of
+from entropy_core.pipeline.final_stages import (
+    AGREEMENT,
+    INTERVENTIONS,
+    REPORT,
+    VARIANCE,
+    compared,
+    compared_interventions,
+    settings_of,
+)
 from entropy_core.pipeline.recorded import read_run, write_run
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -46,7 +54,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
     def work() -> SweepResult:
         for entry in recorded:
-            for artifact in artifacts_in(entry["inputs"]):
+            for artifact in artifacts_in([entry["inputs"], entry["interventions"]]):
                 if store.find(artifact.stage, artifact.key) is None:
                     raise StoreError(
                         f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
@@ -76,6 +84,9 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
             "step": entry["step"],
             "estimates": run(VARIANCE, entry["inputs"] | settings_of(config), entry["checkpoint"]),
             "attribution": entry["inputs"]["first_order_u"],
+            "interventions": run(INTERVENTIONS, compared_interventions(entry, config), entry["checkpoint"])
+            if entry["interventions"]
+            else None,
         }
         for entry in recorded
     ]

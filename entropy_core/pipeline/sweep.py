@@ -11,6 +11,8 @@ from entropy_core.execution import Execution
 from entropy_core.files.functions import imported_files
 from entropy_core.files.sources import Sources, content_digest
 from entropy_core.losses import functions as user_losses
+from entropy_core.losses import token_weights
+from entropy_core.losses.interventions import own_interventions
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, load_pool, source_of
 from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config
@@ -36,6 +38,7 @@ def execution_for(
     paths = Sources({digest: path for checkpoint in checkpoints for digest, path in checkpoint.paths.items()})
     of_users = [rewards.source_file(name) for name in config.update.rewards]
     of_users.append(user_losses.source_file(config.update.loss))
+    of_users += map(token_weights.source_file, own_interventions(config.interventions))
     beside = [path for file in of_users if file for path in imported_files(file).values()]
     for file in (source_of(config), *of_users, *beside):
         if file is not None:
@@ -157,6 +160,7 @@ def _measured(
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,
                 "inputs": inputs,
+                "interventions": measurement.interventions,
                 "notes": [*checkpoint.assumptions, *of_pools],
                 "settings": [setting._asdict() for setting in checkpoint.settings],
                 "warnings": list(checkpoint.warnings),

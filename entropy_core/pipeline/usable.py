@@ -125,8 +125,9 @@ def _each(config: ProbeConfig, read: Callable[[Path, str], _Found]) -> tuple[lis
 
 def _checkpoint(config: ProbeConfig, directory: Path) -> Checkpoint:
     fresh = config.update.optimizer_state == "fresh"
+    masters = config.policy.weights == "master"
     require_quick_patterns(find_layout(directory, config.policy.base_model, fresh))
-    return read_checkpoint(directory, config.update.learning_rate or None, config.policy.base_model, fresh)
+    return read_checkpoint(directory, config.update.learning_rate or None, config.policy.base_model, fresh, masters)
 
 
 def _unique_names(directories: Sequence[Path]) -> list[str]:

@@ -134,7 +134,8 @@ def _changes(results: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         steps = after["step"] - before["step"]
         ends = [of_step[row["checkpoint"]] for row in (before, after)]
         predicted = sum(steps / 2 * row["delta_h1"] / row["eta_over_lr"] for row in ends)
-        predicted_se = math.hypot(*(steps / 2 * _of_mean_update(row) / row["eta_over_lr"] for row in ends))
+        # the checkpoints share the seeds of E and U: their errors may be one error, and then they add up
+        predicted_se = sum(steps / 2 * _of_mean_update(row) / row["eta_over_lr"] for row in ends)
         logged = [entropy.get(row["checkpoint"]) for row in (before, after)]
         known = per_token and None not in logged
         body.append(
@@ -153,5 +154,7 @@ def _changes(results: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         "",
         "The last column is δH₁ at the learning rate, averaged over the two checkpoints, times the steps between them. "
         "It takes every step to be like those two: what it misses is curvature within a step, and that later steps "
-        "differ from these.",
+        "differ from these. ± are standard errors. Checkpoints share the seeds of E and U, and their errors are "
+        "correlated: that of the sum is for errors that are the same, and that of the difference for independent "
+        "ones, so that neither is too small.",
     ]

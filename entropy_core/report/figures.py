@@ -22,6 +22,7 @@ from entropy_core.estimates.tables import (
 )
 from entropy_core.numerics.uncertainty import normal_quantile
 from entropy_core.report import tokens_in_text
+from entropy_core.report.interventions import deepest
 
 STYLE = {
     "axes.spines.top": False,
@@ -53,6 +54,54 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
             "eta_sweep": _draw(_eta_sweep, shown, unit),
             "training": _draw(_training, shown, unit),
         }
+
+
+def intervention_figure(rows: Sequence[Row]) -> Figure:
+    """Draw what each intervention changes, ranked, for every checkpoint.
+
+    Args:
+        rows: of `interventions.parquet`, of one normalisation.
+
+    Returns:
+        A panel of bars with paired intervals for each checkpoint: the exact steps, or the screen where none was taken;
+        crosses are differences of the measured ΔH.
+    """
+    groups = {name: deepest(group) for name, group in by_checkpoint(rows).items()}
+    tallest = max(map(len, groups.values()))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.6 + (0.5 + 0.17 * tallest) * len(groups)), layout="constrained")
+        panels: list[Axes] = list(figure.subplots(len(groups), 1, squeeze=False).flat)
+        for axes, (checkpoint, group) in zip(panels, groups.items(), strict=True):
+            _bars(axes, group, [row for row in rows if row["checkpoint"] == checkpoint and row["level"] == "measure"])
+            axes.set_title(checkpoint, fontsize=9)
+        panels[-1].set_xlabel(f"difference of δH₁ from the run as it is [{unit_of(rows[0]['normalization'])}]")
+    return figure
+
+
+_COLOURS = {"acts": "tab:blue", "does not act": "tab:gray", "cannot tell": "lightgray", "as it is": "black"}
+
+
+def _bars(axes: Axes, group: Sequence[Row], measured: Sequence[Row]) -> None:
+    """Draw the ranked differences; the axis goes three margins beyond what acts, whatever the others are."""
+    margin = group[0]["margin"]
+    names = [row["intervention"] for row in group]
+    for row in group:
+        axes.barh(row["intervention"], row["difference"], color=_COLOURS[row["verdict"]], height=0.7)
+    reach = [[(b - a) / 2 for a, b in zip(*_ends(group), strict=True)]] * 2
+    values = [row["difference"] for row in group]
+    axes.errorbar(values, names, xerr=reach, fmt="none", ecolor="black", elinewidth=0.7, capsize=1.5)
+    at = {row["intervention"]: row["difference"] for row in measured if row["intervention"] in names}
+    axes.plot(list(at.values()), list(at), "x", color="tab:red", markersize=4, label="of the measured ΔH")
+    axes.axvspan(-margin, margin, color="tab:green", alpha=0.12, linewidth=0, label="margin")
+    largest = max([abs(row["difference"]) for row in group if row["verdict"] == "acts"] + [margin])
+    axes.set_xlim(-1.2 * largest - 3 * margin, 1.2 * largest + 3 * margin)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.legend(fontsize=7, loc="lower right")
+
+
+def _ends(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    return [_number(row["low"]) for row in rows], [_number(row["high"]) for row in rows]
 
 
 def token_figure(tokens: Sequence[Row], sequences: Sequence[Row], rows: Sequence[Row], checkpoint: str) -> Figure:

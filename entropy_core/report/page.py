@@ -1,6 +1,7 @@
 """The report page of a sweep, as markdown."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from entropy_core.estimates.tables import Row, at_learning_rate, best_prediction, first_of_each, interval_of
@@ -8,6 +9,7 @@ from entropy_core.report import evaluation_batch
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
+from entropy_core.report.interventions import section as intervention_section
 from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
 from entropy_core.report.verdict_lines import interval, order_lines, verdict_lines
 
@@ -49,6 +51,8 @@ def markdown(
     settings: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] = (),
     compared: Sequence[Row] = (),
+    interventions: Sequence[Row] = (),
+    skipped: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({}),
 ) -> str:
     """Write the report page of a sweep.
 
@@ -60,6 +64,8 @@ def markdown(
         settings: settings of the training, each with its source.
         warnings: warnings at the top of the page.
         compared: rows of `agreement.parquet`; what disagrees is said before the warnings.
+        interventions: rows of `interventions.parquet`.
+        skipped: by checkpoint the interventions that could not be tried, and why.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -82,6 +88,7 @@ def markdown(
         "",
         *_headlines(shown),
         "",
+        *_interventions([row for row in interventions if row["normalization"] == normalization], skipped),
         "![predicted against measured entropy change](prediction.png)",
         "",
         "![entropy change against step size](eta_sweep.png)",
@@ -141,6 +148,11 @@ def markdown(
     if notes:
         lines += ["", "## Assumptions", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def _interventions(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
+    content = intervention_section(rows, skipped)
+    return ["## What would change it", "", *content, "", "## Predicted and measured", ""] if content else []
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

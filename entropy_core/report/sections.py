@@ -122,8 +122,8 @@ def predictors(tables: Tables) -> list[str]:
         "Regression of the measured on the predicted ΔH, with one point per checkpoint at the step size closest to the "
         "learning rate. A predictor is right if its slope is positive; the bracket is the t interval of the slope, and "
         "p is that of no relation, exact. R² of a few points is large by chance: without any relation it is on average "
-        "1/(checkpoints − 1). *Needs* is how many checkpoints it takes to tell a correlation of this size from none, "
-        "at 5 % and in 80 % of all runs; with fewer, the row says nothing. With fewer than five no ranking does.",
+        "1/(checkpoints − 1). *Needs* is how many checkpoints it takes to tell such a correlation from none, at "
+        "5 % and in 80 % of all runs; with fewer, the row says nothing. With fewer than five no ranking does.",
         "",
         "`delta_h1` and `delta_h12` share U, the step and E with the ΔH they are compared with, so that their noise "
         "agrees, too. "

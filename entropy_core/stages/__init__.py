@@ -9,6 +9,12 @@
                                                                           ├─ importance (per η) ─────────────┤     │
                                                                           └─ path-integral (per η) ──────────┘   report
 
+Interventions, if any are asked for:
+
+    E, U, compute-update ── block-sensitivities ── screen ──────────────────────────┐
+    U, entropy-gradient ─── predict (per intervention) ─────────────────────────────┼─ interventions ── report
+    U ── altered-step (per intervention that is measured) ── importance ────────────┘
+
 Every stage that uses the policy reads it from the checkpoint, or from load-weights where its weights are in shards.
 
 A stage is a function `(out, execution, **inputs) → summary`. Its keyword arguments are exactly the contents of its key,

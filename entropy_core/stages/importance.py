@@ -10,7 +10,7 @@ from entropy_core.sequences.processor import processor_of
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Writer
-    from entropy_core.store.inputs import SequencesOfE, Update
+    from entropy_core.store.inputs import AnyStep, SequencesOfE
 
 
 def importance(
@@ -19,7 +19,7 @@ def importance(
     *,
     policy: PolicySpec,
     sequences: "SequencesOfE",
-    update: "Update",
+    update: "AnyStep",
     eta: float,
 ) -> dict[str, Any]:
     """Score one shard under θ + ηv by teacher forcing.
@@ -29,7 +29,7 @@ def importance(
         execution: device and micro-batch size.
         policy: the policy at θ.
         sequences: a shard of sample-e-batch.
-        update: artifact of compute-update, which holds v.
+        update: artifact of compute-update or altered-step, which holds v.
         eta: step size η; the learning rate gives the trainer's own step.
 
     Returns:

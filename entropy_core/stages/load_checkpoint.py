@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 
 def load_checkpoint(
-    out: "Writer", execution: "Execution", *, checkpoint: str, base: str, learning_rate: float, optimizer_state: str
+    out: "Writer",
+    execution: "Execution",
+    *,
+    checkpoint: str,
+    base: str,
+    learning_rate: float,
+    optimizer_state: str,
+    weights: str,
 ) -> dict[str, Any]:
     """Write the inputs of the next step by parameter name, except the moments, which stay in the trainer's file.
 
@@ -30,6 +37,7 @@ def load_checkpoint(
         base: content digest of an adapter's base model; empty for a full model.
         learning_rate: replaces the saved learning rate; 0 keeps the saved one.
         optimizer_state: `checkpoint`, or `fresh` before the first step.
+        weights: `master` for those of the shards in any case, else `trained`.
 
     Returns:
         Summary: step, nominal learning rate, number of trained tensors and of numbers that move, number of tensors with
@@ -41,6 +49,7 @@ def load_checkpoint(
         learning_rate or None,
         execution.paths[base] if base else "",
         fresh=optimizer_state == "fresh",
+        masters=weights == "master",
     )
     optimizer, file = found.optimizer, found.layout.optimizer
     if file is not None:

@@ -31,7 +31,7 @@ def load_weights(out: "Writer", execution: "Execution", *, checkpoint: str, desc
         Summary: number of tensors and of numbers in them.
     """
     home = execution.paths[description]
-    layout = find_layout(execution.paths[checkpoint], home, fresh=True)
+    layout = find_layout(execution.paths[checkpoint], home, fresh=True, masters=True)
     if layout.shards is None:
         fact = f"{layout.directory} has its weights in files of their own"
         raise CheckpointError(fact, cause="it was changed", fix="run the sweep again")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.estimates.tables import RESULTS, TABLES, Row, of_checkpoints, to_table, unit_of
+from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, Row, of_checkpoints, to_table, unit_of
 from entropy_core.report import html
 from entropy_core.report import page as pages
 
@@ -28,11 +28,12 @@ def report(
 
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
-            columns, `agreement.parquet`, `report.md`, the same page as `report.html`, and the figures as PNG and SVG.
+            columns, `agreement.parquet`, `interventions.parquet` if there are any, `report.md`, the same page as
+            `report.html`, and the figures as PNG and SVG.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
-            `attribution` (artifact of first-order-u).
+            `attribution` (artifact of first-order-u), `interventions` (artifact of interventions, or None).
         agreement: artifact of agreement, whose table is copied.
         settings: settings of the training, as mappings of `key`, `value` and `source`.
         warnings: warnings at the top of the report, one sentence each.
@@ -53,9 +54,20 @@ def report(
     last = checkpoints[-1]
     tokens, sequences = (last["attribution"].table(f"{table}.parquet").to_pylist() for table in ("tokens", "sequences"))
     drawn = figures.figures(rows) | {"tokens": figures.token_figure(tokens, sequences, rows, last["checkpoint"])}
+    tried = [entry["interventions"] for entry in checkpoints if entry["interventions"]]
+    changes = [row for artifact in tried for row in artifact.table("interventions.parquet").to_pylist()]
+    skipped = {
+        entry["checkpoint"]: entry["interventions"].summary["skipped"]
+        for entry in checkpoints
+        if entry["interventions"]
+    }
+    if tried:
+        out.table(to_table(changes, INTERVENTIONS), "interventions.parquet")
+        shown = [row for row in changes if row["normalization"] == rows[0]["normalization"]]
+        drawn["interventions"] = figures.intervention_figure(shown)
     for figure_name, figure in drawn.items():
         figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
-    page = pages.markdown(name, rows, others, notes, settings, warnings, compared.to_pylist())
+    page = pages.markdown(name, rows, others, notes, settings, warnings, compared.to_pylist(), changes, skipped)
     out.path("report.md").write_text(page, encoding="utf-8")
     share, unit = f"share_{rows[0]['normalization']}", unit_of(rows[0]["normalization"])
     in_text = html.responses(last["checkpoint"], tokens, sequences, share, unit)

@@ -44,6 +44,10 @@ Rescores = Annotated[Artifact, made_by("rescore-e-batch")]
 Rewards = Annotated[Artifact, made_by("reward-u-batch")]
 Discriminators = Annotated[Artifact, made_by("discriminate-u")]
 Update = Annotated[Artifact, made_by("compute-update")]
+AnyStep = Annotated[Artifact, made_by("compute-update", "altered-step")]
+Sensitivities = Annotated[Artifact, made_by("block-sensitivities")]
+Screen = Annotated[Artifact, made_by("screen")]
+Predicted = Annotated[Artifact, made_by("predict")]
 Gradient = Annotated[Artifact, made_by("entropy-gradient")]
 Calibration = Annotated[Artifact, made_by("calibrate")]
 AlongV = Annotated[Artifact, made_by("first-order-e")]
@@ -52,6 +56,7 @@ HalfSteps = Annotated[Artifact, made_by("half-steps-u")]
 MovedScores = Annotated[Artifact, made_by("importance")]
 Path = Annotated[Artifact, made_by("path-integral")]
 Estimates = Annotated[Artifact, made_by("variance")]
+Interventions = Annotated[Artifact, made_by("interventions")]
 Agreement = Annotated[Artifact, made_by("agreement")]
 
 
@@ -62,6 +67,22 @@ class AtStepSize(TypedDict):
     eta: float
     shards: Sequence[MovedScores]
     path: Sequence[Path]
+
+
+@with_config(_STRICT)
+class PredictedIntervention(TypedDict):
+    """What the exact step under one intervention does to first order."""
+
+    label: str
+    predicted: Predicted
+
+
+@with_config(_STRICT)
+class MeasuredIntervention(TypedDict):
+    """What was measured of E after the step under one intervention."""
+
+    label: str
+    shards: Sequence[MovedScores]
 
 
 @with_config(_STRICT)
@@ -106,6 +127,7 @@ class ReportedCheckpoint(TypedDict):
     step: int
     estimates: Estimates
     attribution: Attribution
+    interventions: Interventions | None
 
 
 def require_inputs(stage: "Stage", inputs: Mapping[str, Any]) -> None:

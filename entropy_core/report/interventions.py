@@ -1,0 +1,110 @@
+"""The section of the report that says what would change the entropy, and how sure that is."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from entropy_core.estimates.tables import Row, by_checkpoint
+from entropy_core.report.sections import markdown_rows
+
+LEVELS = ("screen", "predict", "measure")
+SHOWN = 8
+"""Interventions in the table of a checkpoint, at most."""
+
+
+def deepest(rows: Sequence[Row]) -> list[Row]:
+    """Select, of one checkpoint, the exact steps if they were taken, else the screen; by falling difference."""
+    levels = {row["level"] for row in rows}
+    return [row for row in rows if row["level"] == ("predict" if "predict" in levels else "screen")]
+
+
+def section(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
+    """Return the section on interventions.
+
+    Args:
+        rows: of `interventions.parquet`, of one normalisation.
+        skipped: by checkpoint what could not be tried, and why.
+
+    Returns:
+        Lines of markdown; none without rows.
+    """
+    if not rows:
+        return []
+    lines = []
+    for checkpoint, group in by_checkpoint(rows).items():
+        lines += [f"- **{checkpoint}**: {sentence}" for sentence in _sentences(group)]
+    lines += ["", "![what each intervention changes](interventions.png)", ""]
+    for checkpoint, group in by_checkpoint(rows).items():
+        lines += [f"{checkpoint}:", "", *_table(group), ""]
+    lines += [
+        "Every intervention is tried on the same E and the same U as the run as it is, so that the difference of the "
+        "two changes of the entropy has little noise. Its interval is for the mean update: over E and over U. *Acts*: "
+        "p, adjusted by Holm for the number of interventions, is at most the level. *Does not act*: the difference is "
+        "surely smaller than the margin, be it zero or not. *Cannot tell*: neither; E and U of this size detect "
+        "the difference in the last column with probability 80 %. *Kept on* is the difference per step once the "
+        "momentum is that of the changed gradient. The best are selected by one half of E; the other half judges them.",
+    ]
+    reasons = {(one["intervention"], one["reason"]) for of_one in skipped.values() for one in of_one}
+    if reasons:
+        lines += ["", "Not tried: " + "; ".join(f"`{name}` ({reason})" for name, reason in sorted(reasons)) + "."]
+    return lines
+
+
+def _sentences(group: Sequence[Row]) -> list[str]:
+    """What a reader wants to know first: what acts most, what does not, what cannot be told."""
+    rows = deepest(group)
+    run = next(row for row in rows if row["verdict"] == "as it is")
+    tried = [row for row in rows if row is not run]
+    acting = [row for row in tried if row["verdict"] == "acts"]
+    unknown = [row for row in tried if row["verdict"] == "cannot tell"]
+    idle = len(tried) - len(acting) - len(unknown)
+    start = f"the step changes the entropy by δH₁ = {run['delta_h1']:+.3g}. Of {len(tried)} interventions, "
+    start += f"{len(acting)} act{'s' if len(acting) == 1 else ''}"
+    if acting:
+        ends = [acting[0]] if len(acting) == 1 or acting[0] is acting[-1] else [acting[0], acting[-1]]
+        start += ", most of all " + " and ".join(_effect(row, run, group) for row in ends)
+    found = [f"{start}; {idle} {'does' if idle == 1 else 'do'} not act, and of {len(unknown)} it cannot be told."]
+    detectable = [row["detectable"] for row in unknown if row["detectable"] is not None]
+    if detectable:
+        found.append(
+            f"of those that cannot be told, half would have to change δH₁ by {median(detectable):.2g} or more to be "
+            "seen; a larger U, or a larger E, sees less."
+        )
+    return found
+
+
+def _effect(row: Row, run: Row, group: Sequence[Row]) -> str:
+    share = f", {row['difference'] / abs(run['delta_h1']):+.0%} of it" if run["delta_h1"] else ""
+    text = f"`{row['intervention']}` by {row['difference']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]{share}"
+    for other in group:
+        if other["level"] == "measure" and other["intervention"] == row["intervention"]:
+            text += f" (measured: {other['difference']:+.3g} [{other['low']:+.3g}, {other['high']:+.3g}])"
+    return text
+
+
+def _table(group: Sequence[Row]) -> list[str]:
+    rows = deepest(group)
+    if len(rows) > SHOWN:  # both ends of the ranking, and the run between them
+        run = next(i for i, row in enumerate(rows) if row["verdict"] == "as it is")
+        first = rows[: min(run, SHOWN // 2)]
+        last = rows[max(run + 1, len(rows) - SHOWN // 2) :]
+        rows = [*first, rows[run], *last]
+    measured = {row["intervention"]: row for row in group if row["level"] == "measure"}
+    screened = {row["intervention"]: row for row in group if row["level"] == "screen"}
+    body = []
+    for row in rows:
+        name = row["intervention"]
+        interval = "–" if row["low"] is None else f"[{row['low']:+.2g}, {row['high']:+.2g}]"
+        cells = (
+            row["delta_h1"],
+            row["difference"],
+            measured.get(name, {}).get("difference"),
+            screened.get(name, {}).get("kept_on_difference"),
+        )
+        delta_h1, difference, of_measured, kept = ("–" if x is None else f"{x:+.3g}" for x in cells)
+        p_holm = "–" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
+        detectable = "–" if row["detectable"] is None else f"{row['detectable']:.2g}"
+        body.append(
+            (f"`{name}`", delta_h1, difference, interval, of_measured, kept, p_holm, row["verdict"], detectable)
+        )
+    head = ("intervention", "δH₁", "difference", "interval", "of ΔH", "kept on", "p (Holm)", "verdict", "detectable")
+    return markdown_rows(head, body)

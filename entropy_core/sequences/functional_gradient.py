@@ -1,0 +1,126 @@
+"""Gradients of functionals E[F], F = Σ_k f_k, on a part of the evaluation batch E, by backward passes.
+
+    ∇E[F] = (1/N) Σ_i Σ_k [∇f_k + (R_k − b_k)∇ℓ_k]
+
+R_k is the return-to-go and b_k its baseline, from all of E. ℓ is the log-probability of a token. Weighted as in
+`numerics.first_order` if another law than the policy drew E.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_core.numerics import ragged
+from entropy_core.numerics.baselines import TimeTotals, baseline_totals, baselines
+from entropy_core.numerics.choices import Baseline
+from entropy_core.numerics.first_order import score_coefficients, terms
+from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, LENGTH, Functional, Tokens
+from entropy_core.numerics.weights import sampling_weights
+from entropy_core.policy.model import Coefficients
+from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.processor import SequenceProcessor
+from entropy_core.store.columns import TokenTable, read_tokens
+
+if TYPE_CHECKING:
+    from entropy_core.store.artifact import Artifact
+
+BASELINE: Baseline = "time_loo"
+"""Fixed baseline: all baselines give the same mean, this one has little noise, and a change costs a backward pass."""
+
+
+class ScoredBatch(NamedTuple):
+    """E with what its gradients need of all of it.
+
+    Args:
+        sequences: shards of sample-e-batch.
+        scores: shards of score-e-batch, in the same order.
+        totals: baseline totals of each functional over all sequences.
+        entropy_N: term of each sequence in the entropy E[S], nats, float64; its S where the policy drew E.
+        length_N: term of each sequence in the length E[T], float64; its T where the policy drew E.
+    """
+
+    sequences: "Sequence[Artifact]"
+    scores: "Sequence[Artifact]"
+    totals: dict[Functional, TimeTotals]
+    entropy_N: Tensor
+    length_N: Tensor
+
+    @property
+    def ids_N(self) -> Tensor:
+        """Ids of the sequences, int64."""
+        return torch.cat([read_sequences(artifact).sequence_ids_N for artifact in self.sequences])
+
+    def shards(self) -> Iterator[tuple[BatchedSequences, Tokens]]:
+        """Yield each shard with ℓ and h of its tokens, one shard in memory at a time."""
+        for of_sequences, scored in zip(self.sequences, self.scores, strict=True):
+            batch = read_sequences(of_sequences)
+            yield batch, _tokens(_scores(scored).require(batch.identities_N, batch.response_offsets_N1))
+
+
+def scored_batch(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> ScoredBatch:
+    """Read E and add up what the baselines need, one shard in memory at a time."""
+    blocks = [
+        {functional: baseline_totals(functional, tokens, BASELINE) for functional in FUNCTIONALS}
+        for tokens in map(_tokens, map(_scores, scores))
+    ]
+    totals = {of: reduce(TimeTotals.plus, [block[of] for block in blocks]) for of in FUNCTIONALS}
+
+    def of_block(functional: Functional, tokens: Tokens) -> Tensor:
+        base_K = baselines(functional, tokens, BASELINE, totals[functional])
+        return ragged.sequence_sum(terms(functional, tokens, base_K).value_K, tokens.offsets_N1)
+
+    of_blocks = [[of_block(f, tokens) for f in (ENTROPY, LENGTH)] for tokens in map(_tokens, map(_scores, scores))]
+    return ScoredBatch(sequences, scores, totals, *map(torch.cat, zip(*of_blocks, strict=True)))
+
+
+def functional_gradient(
+    processor: SequenceProcessor,
+    e_batch: ScoredBatch,
+    functional: Functional,
+    chosen_N: Tensor,
+) -> dict[str, Tensor]:
+    """Compute ∇E[F] over a part of E.
+
+    Args:
+        processor: the policy that sampled E.
+        e_batch: E.
+        functional: F.
+        chosen_N: whether each sequence is in the part, bool [N].
+
+    Returns:
+        The gradient by parameter name, float64.
+    """
+    model = processor.policy
+    gradient, count, start = model.new_accumulator(), int(chosen_N.sum()), 0
+    for batch, tokens in e_batch.shards():
+        here_N = chosen_N[start : start + len(batch)]
+        start += len(batch)
+        here_K = torch.repeat_interleave(here_N, batch.lengths_N)
+        of_tokens = _coefficients(functional, tokens, e_batch.totals[functional])
+        weights = [values_K[here_K] / count for values_K in of_tokens]
+        for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
+            of_rows = Coefficients(*(values_K[index_K] for values_K in weights))
+            model.add_gradients(rows, [of_rows], processor.config.temperature, [gradient])
+    return gradient
+
+
+def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) -> Coefficients:
+    """Return the coefficients of ∇ℓ_k and ∇h_k in N·∇E[F] for the tokens of a shard."""
+    slopes, weights_K = functional.slopes(tokens), sampling_weights(tokens).of(functional)
+    return Coefficients(
+        score_coefficients(functional, tokens, BASELINE, totals) + weights_K * slopes.logprob_K,
+        weights_K * slopes.entropy_K,
+    )
+
+
+def _scores(scored: "Artifact") -> TokenTable:
+    return read_tokens([scored], "logprobs", "entropies", optional=("proposal_logprobs",))
+
+
+def _tokens(table: TokenTable) -> Tokens:
+    log_q_K = table.columns.get("proposal_logprobs")
+    return Tokens(table["logprobs"], table["entropies"], table.offsets_N1, proposal_logprobs_K=log_q_K)

@@ -1,0 +1,118 @@
+"""block-sensitivities: how the entropy on each of several blocks of E answers to every token of U."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from entropy_core.checkpoints.dora import held_norms
+from entropy_core.checkpoints.optimizer_step import OptimizerStep
+from entropy_core.numerics.functional import FUNCTIONALS, TokenPair
+from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm, in_blocks
+from entropy_core.policy.derivatives import tangent_of
+from entropy_core.policy.spec import PolicySpec
+from entropy_core.sequences.batch import tokens_of
+from entropy_core.sequences.derivatives import forward_mode
+from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.functional_gradient import functional_gradient, scored_batch
+from entropy_core.sequences.processor import processor_of
+from entropy_core.store.columns import TokenTable
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Writer
+    from entropy_core.store.inputs import Checkpoint, ScoresOfE, SequencesOfE, SequencesOfU, Update
+
+
+def block_sensitivities(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    policy: PolicySpec,
+    sequences: "Sequence[SequencesOfE]",
+    scores: "Sequence[ScoresOfE]",
+    sequences_u: "Sequence[SequencesOfU]",
+    checkpoint: "Checkpoint",
+    update: "Update",
+    responses_per_prompt: int,
+    blocks: int,
+) -> dict[str, Any]:
+    """The sensitivities of first-order-u along P∘∇H, for ∇H of several independent blocks of E.
+
+    Any other weighting of the tokens of U then changes δH₁ by a sum over these, on every block, and the spread over the
+    blocks is the error over E of that change. No gradient is kept.
+
+    Args:
+        out: `sensitivities.safetensors` (`KIND/BLOCK/logprob` and `…/entropy`, [K], KIND the entropy or the length of a
+            response; nats or tokens per unit step and unit of coefficient); the factor of clipping is in them.
+        execution: device and micro-batch.
+        policy: whose sequences they are, and how it is computed.
+        sequences: shards of sample-e-batch.
+        scores: shards of score-e-batch.
+        sequences_u: shards of sample-u-batch.
+        checkpoint: artifact of load-checkpoint.
+        update: artifact of compute-update.
+        responses_per_prompt: number of responses of E to a prompt, all in the same block.
+        blocks: number of blocks.
+
+    Returns:
+        For each block its number of sequences, H_tok and mean length, and by kind ⟨∇, part⟩ of the parts of the step.
+    """
+    processor = processor_of(policy, execution)
+    model, settings = processor.policy, update.summary
+    shards = [read_sequences(shard) for shard in sequences_u]
+    of_u, e_batch = tokens_of(shards), scored_batch(sequences, scores)
+    parameters = model.named_parameters()
+    names = blocks_of(parameters)
+    files = {name: update.vector(name) for name in ("direction", "gradient")}
+
+    def stored(name: str) -> Lazy[Block]:
+        return Lazy(names, lambda block: files[name].block(block).to(model.device).double())
+
+    direction = stored("direction")
+    step = OptimizerStep(checkpoint, execution, parameters, stored("gradient"), settings["clip_factor"])
+    parts = {name: step.part(name) for name in ("momentum", "decay", "direction")}
+
+    def along(covector: Mapping[Block, Tensor]) -> TokenPair:
+        """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token of U."""
+        scale = global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
+        unit = tangent_of(Lazy(names, lambda block: covector[block] / scale), model)
+        with held_norms(model.model):
+            found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
+        return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
+
+    block_N = e_batch.ids_N // responses_per_prompt % blocks
+    columns: dict[str, Tensor] = {}
+    summary = []
+    for number in block_N.unique().tolist():
+        mine_N = block_N == number
+        entry: dict[str, Any] = {
+            "sequences": int(mine_N.sum()),
+            "H_tok": float(e_batch.entropy_N[mine_N].sum() / e_batch.length_N[mine_N].sum()),
+            "mean_length": float(e_batch.length_N[mine_N].mean()),
+        }
+        for functional in FUNCTIONALS:
+            covector = in_blocks(functional_gradient(processor, e_batch, functional, mine_N))
+            pair = along(_times(settings["clip_factor"], step.applied("preconditioned", covector)))
+            for of, values_K in zip(("logprob", "entropy"), pair, strict=True):
+                columns[f"{functional.name}/{number}/{of}"] = values_K.to(getattr(torch, policy.dtype))
+            entry[functional.name] = _products(covector, parts, direction if settings["rounded"] else None)
+        summary.append(entry)
+    TokenTable(of_u.sequences_N, of_u.offsets_N1, columns).write(out, "sensitivities.safetensors")
+    return {"blocks": summary}
+
+
+def _times(factor: float, vector: Lazy[Block]) -> Lazy[Block]:
+    return Lazy(list(vector), lambda block: factor * vector[block])
+
+
+def _products(
+    covector: Mapping[Block, Tensor], parts: Mapping[str, Lazy[Block]], direction: Mapping[Block, Tensor] | None
+) -> dict[str, float]:
+    """⟨covector, part⟩ of the parts of a step, and of its rounding where `direction` is the rounded step."""
+    found = {name: dot(covector, parts[name]) for name in ("momentum", "decay")}
+    if direction is None:
+        return found | {"rounding": 0.0}
+    rounding = Lazy(list(covector), lambda block: direction[block] - parts["direction"][block])
+    return found | {"rounding": dot(covector, rounding)}

@@ -1,0 +1,152 @@
+"""interventions: what each intervention does to the change of the entropy, with paired errors and a verdict."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from entropy_core.estimates import evaluation
+from entropy_core.estimates import interventions as estimates
+from entropy_core.estimates.batches import evaluation_batch, moved_batch
+from entropy_core.estimates.interventions import Row, Screened, Settings
+from entropy_core.estimates.rows import change_of
+from entropy_core.estimates.tables import INTERVENTIONS, to_table
+from entropy_core.numerics.block_estimates import Blocks, Error
+from entropy_core.numerics.choices import Baseline, Normalization
+from entropy_core.numerics.uncertainty import Estimate
+from entropy_core.store.columns import read_tokens
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.inputs import (
+        AlongV,
+        AtStepSize,
+        HalfSteps,
+        MeasuredIntervention,
+        PredictedIntervention,
+        ScoresOfE,
+        Screen,
+        Update,
+    )
+
+
+def interventions(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    checkpoint: str,
+    step: int,
+    learning_rate: float,
+    scores: "Sequence[ScoresOfE]",
+    first_order_e: "Sequence[AlongV]",
+    half_steps_u: "HalfSteps",
+    update: "Update",
+    screen: "Screen",
+    predicted: "Sequence[PredictedIntervention]",
+    measured: "Sequence[MeasuredIntervention]",
+    margin: float,
+    normalizations: Sequence[Normalization],
+    baseline: Baseline,
+    units: Literal["sequence", "prompt"],
+    confidence_level: float,
+) -> dict[str, Any]:
+    """Compare every intervention with the run as it is, from cached columns alone.
+
+    Args:
+        out: writer of `interventions.parquet` (schema `tables.INTERVENTIONS`), by falling difference within a level.
+        execution: unused.
+        checkpoint: its name.
+        step: the trainer's global step.
+        learning_rate: nominal learning rate: the step that is taken.
+        scores: shards of score-e-batch.
+        first_order_e: shards of first-order-e.
+        half_steps_u: artifact of half-steps-u, which knows whether the optimizer has made a step.
+        update: artifact of compute-update, of which only the summary is read.
+        screen: artifact of screen.
+        predicted: artifacts of predict, the first of them of the run as it is; empty: none.
+        measured: shards of importance after the step under an intervention, the first of them of the run as it is.
+        margin: share of |δH₁| of the run within which a difference is none that matters.
+        normalizations: per token, per sequence, or both.
+        baseline: baseline of the return-to-go in ΔH.
+        units: independent units of E.
+        confidence_level: of intervals and verdicts.
+
+    Returns:
+        Summary: number of rows, what could not be tried and why, and the number of those that act.
+    """
+    informative = update.summary["prompts"] - update.summary["prompts_with_equal_rewards"]
+    settings = Settings(learning_rate, confidence_level, margin, informative, half_steps_u.summary["fresh"])
+    screened = _screened(screen)
+    products = {entry["label"]: entry["predicted"].summary["products"] for entry in predicted}
+    clip_of = {entry["label"]: entry["predicted"].summary["clip_factor"] for entry in predicted}
+    as_taken = screened
+    if clip_of:
+        as_taken = screened.clipped(torch.tensor([clip_of[label] for label in screened.labels], dtype=torch.float64))
+    changes = _changes(scores, first_order_e, measured, baseline, units, learning_rate, normalizations)
+    rows: list[Row] = []
+    for normalization in normalizations:
+        of_screen = estimates.screen_rows(screened, settings, normalization)
+        levels = [of_screen]
+        if products:
+            levels.append(estimates.predict_rows(as_taken, products, settings, normalization))
+        if changes:
+            levels.append(estimates.measure_rows(as_taken, changes[normalization], settings, normalization))
+        base = of_screen[0]["delta_h1"]
+        for of_level in levels:
+            rows += [
+                {"checkpoint": checkpoint, "step": step, "normalization": normalization}
+                | {"confidence_level": confidence_level}
+                | row
+                for row in estimates.with_verdicts(of_level, screened.labels[0], base, settings)
+            ]
+    out.table(to_table(rows, INTERVENTIONS), "interventions.parquet")
+    acting = {row["intervention"] for row in rows if row["verdict"] == "acts"}
+    return {"rows": len(rows), "skipped": screen.summary["skipped"], "acting": len(acting)}
+
+
+def _screened(screen: "Artifact") -> Screened:
+    tensors, summary = screen.tensors("screen.safetensors"), screen.summary
+    blocks = summary["blocks"]
+    columns = (
+        torch.tensor([block[name] for block in blocks], dtype=torch.float64)
+        for name in ("sequences", "H_tok", "mean_length")
+    )
+    return Screened(
+        labels=[entry["label"] for entry in summary["interventions"]],
+        second_half=[entry["on_second_half"] for entry in summary["interventions"]],
+        product_IKB=tensors["product"],
+        gradient_IKB=tensors["gradient"],
+        clip_I=torch.tensor([entry["clip_factor"] for entry in summary["interventions"]], dtype=torch.float64),
+        kept_on_IKB=tensors["kept_on"],
+        influence_IKHP=tensors["influence"],
+        blocks=Blocks(*columns),
+        halves=estimates.halves_of(blocks),
+    )
+
+
+def _changes(
+    scores: "Sequence[Artifact]",
+    first_order_e: "Sequence[Artifact]",
+    measured: Sequence[Mapping[str, Any]],
+    baseline: Baseline,
+    units: Literal["sequence", "prompt"],
+    learning_rate: float,
+    normalizations: Sequence[Normalization],
+) -> dict[Normalization, dict[str, tuple[float, float, Error]]]:
+    """By normalisation and label: ΔH, its difference from that of the run, and the error of the difference over E."""
+    if not measured:
+        return {}
+    batch, _ = evaluation_batch(scores, first_order_e, baseline, units)
+    sequences = [read_tokens([shard]) for shard in scores]
+    found: dict[Normalization, dict[str, tuple[float, float, Error]]] = {of: {} for of in normalizations}
+    run: dict[Normalization, Estimate] = {}
+    for entry in measured:
+        at_eta: AtStepSize = {"eta": learning_rate, "shards": entry["shards"], "path": []}
+        terms = evaluation.measured(batch, moved_batch(at_eta, sequences), "per_decision")
+        for normalization, of_label in found.items():
+            change = change_of(batch, terms, learning_rate, "per_decision", normalization)
+            difference = change.minus(run.setdefault(normalization, change))
+            error = Error(batch.standard_error(difference), float(batch.units - 1))
+            of_label[entry["label"]] = (change.value, difference.value, error)
+    return found
