@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from benchmarks.common import Run, status_kilobytes
 from benchmarks.device.models import QWEN, SMOLLM2, Shape, make_batch, make_policy
@@ -46,7 +47,7 @@ def fits(table: Table, device: torch.device, tiny: bool) -> None:
     policy = make_policy(shape, device)
     of = SequenceProcessor(policy, GenerationConfig(1.0, length, rows, rows))
     batch = make_batch(shape, rows, length)
-    for name, run in _runs(of, batch):
+    for name, run in passes(of, batch, lambda: random_direction(policy)).items():
         if table.left < (0 if tiny else ENOUGH):
             table.add("fits", {"what": name, "note": "left out: no time was left"})
             continue
@@ -97,8 +98,19 @@ def predictions(memory: float) -> Iterator[Row]:
         yield row
 
 
-def _runs(of: SequenceProcessor, batch: BatchedSequences) -> Iterator[tuple[str, Run]]:
-    """One micro-batch of each pass."""
+def passes(
+    of: SequenceProcessor, batch: BatchedSequences, direction: Callable[[], dict[str, Tensor]]
+) -> dict[str, Run]:
+    """Each kind of pass over a batch, by name.
+
+    Args:
+        of: the policy, and the size of its micro-batches.
+        batch: the sequences.
+        direction: makes v, within the pass that needs it.
+
+    Returns:
+        Functions without arguments.
+    """
     policy = of.policy
 
     def gradient() -> None:
@@ -107,17 +119,16 @@ def _runs(of: SequenceProcessor, batch: BatchedSequences) -> Iterator[tuple[str,
             ones_K = torch.ones(len(index_K), dtype=torch.float64)
             policy.add_gradients(rows, [Coefficients(ones_K, ones_K)], 1.0, into)
 
-    def along() -> None:
-        forward_mode(of, batch, random_direction(policy))
-
-    def moved() -> None:
-        with moves.moved(policy, random_direction(policy), 1e-4):
+    def step_size() -> None:
+        with moves.moved(policy, direction(), 1e-4):
             of.score(batch)
 
-    yield "scoring", lambda: of.score(batch)
-    yield "forward mode", along
-    yield "gradient", gradient
-    yield "a step size", moved
+    return {
+        "scoring": lambda: of.score(batch),
+        "forward mode": lambda: forward_mode(of, batch, direction()),
+        "gradient": gradient,
+        "a step size": step_size,
+    }
 
 
 def peak(run: Callable[[], object], device: torch.device) -> tuple[float, float]:

@@ -5,16 +5,16 @@ With blockwise attention and torch's fused kernel the memory of a pass grows no 
 
 import statistics
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from benchmarks.common import Run, seconds
-from benchmarks.device.fits import peak
+from benchmarks.common import seconds
+from benchmarks.device.fits import passes, peak
 from benchmarks.device.models import SMOLLM2, TINY, make_batch, make_policy
 from benchmarks.device.table import Row, Table
 from benchmarks.passes import random_direction
-from entropy_core.policy import moves
-from entropy_core.policy.model import Coefficients, Policy
+from entropy_core.policy.model import Policy
 from entropy_core.policy.pretrained import use_full_precision
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.derivatives import forward_mode
@@ -42,7 +42,8 @@ def long(table: Table, device: torch.device, tiny: bool) -> None:
             continue
         of, batch = SequenceProcessor(policy, GenerationConfig(1.0, length, 1, 1)), make_batch(shape, 1, length)
         took = 0.0
-        for name, run in _runs(of, batch, direction).items():
+        runs = {"bare forward of the trunk": partial(_trunk, policy, of, batch)}
+        for name, run in (runs | passes(of, batch, lambda: direction)).items():
             what = f"{shape.name}, {length:,} tokens: {name}"
             with table.attempt("long", what):
                 most, _ = peak(run, device)
@@ -55,28 +56,6 @@ def long(table: Table, device: torch.device, tiny: bool) -> None:
             with table.attempt("long", f"{shape.name}, {length:,} tokens: against the whole matrix of scores"):
                 for row in _errors(of, batch, direction, f"{shape.name}, {length:,} tokens"):
                     table.add("long", row)
-
-
-def _runs(of: SequenceProcessor, batch: BatchedSequences, v: dict[str, torch.Tensor]) -> dict[str, Run]:
-    policy = of.policy
-
-    def gradient() -> None:
-        into = [policy.new_accumulator()]
-        for index_K, rows in of.micro_batches(batch):
-            ones_K = torch.ones(len(index_K), dtype=torch.float64)
-            policy.add_gradients(rows, [Coefficients(ones_K, ones_K)], 1.0, into)
-
-    def step_size() -> None:
-        with moves.moved(policy, v, 1e-4):
-            of.score(batch)
-
-    return {
-        "bare forward of the trunk": lambda: _trunk(policy, of, batch),
-        "scoring": lambda: of.score(batch),
-        "forward mode": lambda: forward_mode(of, batch, v),
-        "gradient": gradient,
-        "a step size": step_size,
-    }
 
 
 def _trunk(policy: Policy, of: SequenceProcessor, batch: BatchedSequences) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.archives import release
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, understood
 from entropy_core.checkpoints.layouts.places import open_state
 from entropy_core.checkpoints.optimizer_rules import recognised
 from entropy_core.checkpoints.pieces import Moment
+from entropy_core.checkpoints.stored_tensors import release
 
 LATEST = 2**53
 """A step that no run comes to."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.archives import StoredTensor
+from entropy_core.checkpoints.stored_tensors import StoredTensor
 
 BLOCK = 256
 """Numbers that share a scale in 8-bit states."""

@@ -1,5 +1,6 @@
 """Forward mode: log-probabilities ℓ and entropies h of a micro-batch, and their derivatives along a direction v."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,7 @@ from torch.func import functional_call
 from entropy_core.errors import CheckpointError, one_line
 from entropy_core.numerics.direct_derivatives import DirectDerivatives
 from entropy_core.numerics.token_statistics import TokenDerivatives
-from entropy_core.numerics.vectors import Block
+from entropy_core.numerics.vectors import Block, squares
 from entropy_core.policy.attention import attention_set
 from entropy_core.policy.blockwise import forward_mode_attention
 from entropy_core.policy.model import Policy
@@ -23,15 +24,31 @@ def as_tangent(direction: Mapping[str, Tensor], policy: Policy) -> dict[str, Ten
     return {name: v.to(parameters[name]) for name, v in direction.items()}
 
 
-def tangent_of(direction: Mapping[Block, Tensor], policy: Policy) -> dict[str, Tensor]:
-    """Assemble a direction given in blocks, in the shapes and dtypes and on the devices of the policy's parameters."""
-    tangent = {
-        name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in policy.named_parameters().items()
+def scaled_tangent_of(direction: Mapping[Block, Tensor], policy: Policy) -> tuple[dict[str, Tensor], float]:
+    """Assemble a direction given in blocks, in the shapes and dtypes and on the devices of the policy's parameters.
+
+    It is divided by about its norm, so that narrow dtypes can hold it: by a power of two, since that rounds nothing.
+    Each block is computed once.
+
+    Args:
+        direction: v in blocks, float64.
+        policy: the policy.
+
+    Returns:
+        v/s by parameter name, and s; 1 for a direction of zeros.
+    """
+    parameters, total = policy.named_parameters(), 0.0
+    wide = {
+        name: torch.empty(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        for name, p in parameters.items()
     }
-    flat = {name: tensor.view(-1) for name, tensor in tangent.items()}
+    flat = {name: tensor.view(-1) for name, tensor in wide.items()}
     for (name, start, stop), values in direction.items():
         flat[name][start:stop] = values
-    return tangent
+        total += squares(values)
+    scale = 2.0 ** round(math.log2(total) / 2) if total else 1.0
+    flat.clear()
+    return {name: wide.pop(name).div_(scale).to(p.dtype) for name, p in parameters.items()}, scale
 
 
 def token_derivatives(

@@ -15,8 +15,8 @@ from entropy_core.numerics import ragged
 from entropy_core.numerics.adamw import through_clipping
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
-from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm
-from entropy_core.policy.derivatives import tangent_of
+from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot
+from entropy_core.policy.derivatives import scaled_tangent_of
 from entropy_core.policy.model import Policy
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import BatchedSequences, tokens_of
@@ -87,10 +87,9 @@ def first_order_u(
 
     def along(covector: Mapping[Block, Tensor]) -> TokenPair:
         """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token, float64 [K]."""
-        scale = global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
-        unit = tangent_of(Lazy(blocks, lambda block: covector[block] / scale), model)
+        tangent, scale = scaled_tangent_of(covector, model)
         with held_norms(model.model):
-            found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
+            found = [forward_mode(processor, shard, tangent)[2:] for shard in shards]
         return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
 
     # everything is linear in ∇H: first along ∇H_seq and ∇L, then both normalisations from these

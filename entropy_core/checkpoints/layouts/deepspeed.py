@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from entropy_core.checkpoints.archives import StoredTensor, fields, integers, plain_dict, read_archive
+from entropy_core.checkpoints.archives import read_archive
 from entropy_core.checkpoints.inert_pickle import Inert
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, by_name, damaged, model_name, number
 from entropy_core.checkpoints.pieces import Piece, Scattered, in_one_piece
+from entropy_core.checkpoints.stored_tensors import StoredTensor, fields, integers, plain_dict
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import SAVE_AGAIN
 

@@ -14,18 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.archives import (
-    StoredTensor,
-    fields,
-    integers,
-    map_file,
-    plain_dict,
-    read_archive,
-    read_state_pickle,
-)
+from entropy_core.checkpoints.archives import map_file, read_archive, read_state_pickle
 from entropy_core.checkpoints.inert_pickle import Inert
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, by_name, damaged, model_name, number
 from entropy_core.checkpoints.pieces import Piece, Scattered
+from entropy_core.checkpoints.stored_tensors import StoredTensor, fields, integers, plain_dict
 
 METADATA = ".metadata"
 _OPTIMIZERS = ("optimizer", "optimizers", "optim")

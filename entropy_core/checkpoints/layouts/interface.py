@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from entropy_core.checkpoints.archives import StoredTensor
 from entropy_core.checkpoints.pieces import Scattered
+from entropy_core.checkpoints.stored_tensors import StoredTensor
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import SAVE_AGAIN
 

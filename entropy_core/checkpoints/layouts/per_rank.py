@@ -12,10 +12,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from entropy_core.checkpoints.archives import ShardOfTensor, StoredTensor, plain_dict, read_archive
+from entropy_core.checkpoints.archives import read_archive
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, by_name, damaged, model_name, number
 from entropy_core.checkpoints.pieces import Piece, Scattered, in_one_piece
+from entropy_core.checkpoints.stored_tensors import ShardOfTensor, StoredTensor, plain_dict
 
 RANKS = re.compile(r"(model|optim)_world_size_(\d+)_rank_(\d+)\.pt")
 _LAYER = re.compile(r"^(.*?\.\d+)\.")

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.archives import StoredTensor, map_file, plain_dict, read_archive
+from entropy_core.checkpoints.archives import map_file, read_archive
 from entropy_core.checkpoints.content import stored_tensors
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, by_name, model_name
 from entropy_core.checkpoints.layouts.torchao_moments import plain_state
 from entropy_core.checkpoints.pieces import Quantised, Scattered, in_one_piece
+from entropy_core.checkpoints.stored_tensors import StoredTensor, plain_dict
 from entropy_core.errors import CheckpointError, one_line, shortage
 from entropy_core.files.checkpoint import SAVE_AGAIN
 from entropy_core.files.regular import require_readable

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from entropy_core.checkpoints.archives import StoredTensor, integers, plain_dict
 from entropy_core.checkpoints.inert_pickle import Inert
 from entropy_core.checkpoints.layouts.interface import number
 from entropy_core.checkpoints.pieces import Quantised, Scattered, in_one_piece
+from entropy_core.checkpoints.stored_tensors import StoredTensor, integers, plain_dict
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
