@@ -1,9 +1,8 @@
 """The whole sweep, by the direct runner: what comes out, what is computed again when something changes, what is not."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,21 +12,15 @@ from pipeline_fixtures import (
     Counting,
     Probe,
     make_gpt2,
-    make_run,
     probe,
     skip_figures,
-    values,
     write_reward,
 )
+from swept_fixtures import ESTIMATORS, ETAS, OF_THE_RUN, G, P, by_eta, config_of, main_rows
 
 from entropy_core.config.read import load_config, parse_config
-from entropy_core.config.schema import VarianceRequest
-from entropy_core.errors import CheckpointError, ConfigError, StoreError
 from entropy_core.estimates.tables import RESULTS, TABLES
-from entropy_core.execution import Execution
-from entropy_core.files.digests import file_digest
-from entropy_core.numerics.choices import Estimator
-from entropy_core.pipeline import catalogue, statistics
+from entropy_core.pipeline import catalogue
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.measure import NOISE_DRAWS
 from entropy_core.pipeline.preflight import preflight
@@ -35,50 +28,21 @@ from entropy_core.pipeline.runner import Runner
 from entropy_core.policy import spec
 from entropy_core.store.store import Store
 
-ETAS = [0, 0.01, 0.02, 1]
-OF_THE_RUN = ("agreement", "report")  # which are of all checkpoints together
-ESTIMATORS = list(get_args(Estimator))
-P, G = 8, 4
-BATCH = {"E_total_sequences": 16, "B_U": P, "G": G}
-
-
-def config_of(folder: Path, **sections: Any) -> dict[str, Any]:
-    """The sweep of this module, in a folder that has a run and a reward."""
-    own = {
-        "batch_config": BATCH,
-        "update": {"reward": f"{folder / 'reward.py'}:share_of_low_digits"},
-        "importance": {"etas": ETAS, "estimators": ESTIMATORS},
-    }
-    for name, section in sections.items():
-        own[name] = own[name] | section if name in own else section
-    return values(folder / "run", folder / "artifacts", **own)
+pytest_plugins = ["swept_fixtures"]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A run, a reward, and the store of the first sweep; read only."""
-    folder = tmp_path_factory.mktemp("home")
-    make_run(folder / "run")
-    write_reward(folder)
-    return folder
+def home(swept) -> Path:
+    return swept.home
 
 
 @pytest.fixture(scope="module")
-def first(home) -> Probe:
-    return probe(config_of(home))
-
-
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory) -> Probe:
-    """The sweep of a policy in which float64 is float64, so that equal means equal."""
-    folder = tmp_path_factory.mktemp("exact")
-    make_gpt2(folder / "run" / "checkpoint-3")
-    write_reward(folder)
-    return probe(config_of(folder))
+def first(swept) -> Probe:
+    return swept.first
 
 
 @pytest.fixture
-def away(home, first, tmp_path) -> Path:
+def away(home, tmp_path) -> Path:
     """A copy of everything, to change."""
     return shutil.copytree(home, tmp_path / "away")
 
@@ -88,28 +52,13 @@ def _without_figures(first, monkeypatch):
     skip_figures(monkeypatch)
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """From here on nothing may load a model or a tokenizer."""
-
-    def refuse(*_, **__):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(spec, "load_policy", refuse)
-    for name in ("policy.pretrained.AutoModelForCausalLM", "checkpoints.tokenizer.AutoTokenizer"):
-        monkeypatch.setattr(f"entropy_core.{name}.from_pretrained", refuse)
-
-
-def main_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["estimator"] == "per_decision"]
-
-
-def by_eta(rows: list[dict[str, Any]]) -> list[dict[float, dict[str, Any]]]:
-    """Per checkpoint and normalisation: the rows of per_decision by multiple of the learning rate."""
-    groups: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
-    for row in main_rows(rows):
-        groups.setdefault((row["checkpoint"], row["normalization"]), {})[round(row["eta_over_lr"], 6)] = row
-    return list(groups.values())
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory) -> Probe:
+    """The sweep of a policy in which float64 is float64, so that equal means equal."""
+    folder = tmp_path_factory.mktemp("exact")
+    make_gpt2(folder / "run" / "checkpoint-3")
+    write_reward(folder)
+    return probe(config_of(folder))
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
@@ -235,7 +184,7 @@ def test_the_run_folder_has_what_people_open(first, home):
 def test_the_same_sweep_again_computes_nothing_and_loads_nothing(away, first, request):
     config = parse_config(config_of(away))
     checkpoints = preflight(config)
-    request.getfixturevalue("no_model")
+    request.getfixturevalue("without_model")
     store = Store(config.store_root)
     run = Counting(store, pipeline.execution_for(config, checkpoints))
     again = pipeline.sweep(config, checkpoints, store, run)
@@ -405,182 +354,3 @@ def test_a_killed_sweep_goes_on_where_it_was(away, first):
     assert sum(counting.computed.values()) == len({(a.stage, a.key) for a in computed})
     digests = {artifact.digest for _, _, artifact in first.run.asked}
     assert {a.digest for a in computed if a.stage not in ("variance", *OF_THE_RUN)} <= digests
-
-
-# --- the statistics again --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def again(away, no_model):
-    """The variance flow on a store whose checkpoints, reward and run folder are gone."""
-    shutil.rmtree(away / "run")
-    (away / "reward.py").unlink()
-
-    def run(**request: Any) -> tuple[Counting, pipeline.SweepResult]:
-        store = Store(away / "artifacts")
-        counting = Counting(store, Execution())
-        request = VarianceRequest(artifacts=str(away / "artifacts"), **request)
-        return counting, statistics.variance(request, store, counting)
-
-    return run
-
-
-def test_another_confidence_level_needs_neither_model_nor_checkpoint(again, first):
-    counting, result = again(confidence_level=0.5)
-    assert counting.was_computed == {"variance": len(NAMES), "report": 1}
-    assert {stage for stage, _, _ in counting.asked} == {"variance", "agreement", "report"}
-    rows = result.report.table("results.parquet").to_pylist()
-    for row, before in zip(rows, first.rows, strict=True):
-        assert row["confidence_level"] == 0.5
-        for name in ("H", "delta_h1", "delta_h", "se_given_u", "se_over_u"):
-            assert row[name] == before[name]
-        if row["eta"]:
-            for name in ("this_update", "delta_h_this_update"):
-                assert row[f"{name}_high"] - row[f"{name}_low"] < before[f"{name}_high"] - before[f"{name}_low"]
-    assert result.run_id != first.result.run_id
-    assert load_config(result.run_directory / "config.yaml").variance.confidence_level == 0.5
-
-
-def test_a_request_for_nothing_new_is_the_same_run(again, first):
-    counting, result = again()
-    assert counting.was_computed == {}
-    assert result.run_id == first.result.run_id
-
-
-def test_one_normalization_and_clusters_of_prompts(again):
-    counting, result = again(normalizations=["per_sequence"], cluster="prompt", baseline="none")
-    assert counting.was_computed == {"variance": len(NAMES), "report": 1}
-    rows = result.report.table("results.parquet").to_pylist()
-    assert {row["normalization"] for row in rows} == {"per_sequence"}
-
-
-def test_a_run_can_be_named_and_the_latest_is_the_default(again, first):
-    _, other = again(confidence_level=0.5)
-    _, named = again(run=first.result.run_id, confidence_level=0.75)
-    assert load_config(named.run_directory / "config.yaml").variance.confidence_level == 0.75
-    _, latest = again(baseline="none")
-    assert load_config(latest.run_directory / "config.yaml").variance.confidence_level == 0.75
-    assert len({first.result.run_id, other.run_id, named.run_id, latest.run_id}) == 4
-
-
-@pytest.mark.parametrize("stage", ["score-e-batch", "rescore-e-batch", "first-order-u", "compute-update", "importance"])
-def test_an_artifact_that_is_gone_is_named(again, first, away, stage):
-    artifact = first.run.artifacts(stage)[0]
-    shutil.rmtree(away / "artifacts" / stage / artifact.key)
-    with pytest.raises(
-        StoreError, match=rf"{stage}/{artifact.key} of checkpoint-3 is not in .*entropy-probe sweep .*config.yaml"
-    ):
-        again(confidence_level=0.5)
-
-
-def test_a_damaged_artifact_is_set_aside_and_named(again, first, away):
-    artifact = first.run.artifacts("first-order-e")[1]
-    path = away / "artifacts" / "first-order-e" / artifact.key / "tokens.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(StoreError, match=artifact.key):
-        again(confidence_level=0.5)
-    assert len(list((away / "artifacts" / ".quarantine").iterdir())) == 1
-
-
-def test_a_run_of_another_version_is_refused_with_what_differs(again, first, away):
-    path = away / "artifacts" / "runs" / first.result.run_id / "run.json"
-    record = json.loads(path.read_text())
-    record["config"]["variance"]["bootstrap"] = 1000
-    path.write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=r"run\.json: variance\.bootstrap: unknown key"):
-        again(confidence_level=0.5)
-
-
-def test_a_run_that_was_not_recorded_is_refused_with_those_that_were(again, first, tmp_path):
-    with pytest.raises(StoreError, match=f"no run 'tiny-0'.*recorded are {first.result.run_id}"):
-        again(run="tiny-0")
-    with pytest.raises(StoreError, match="no sweep is recorded there"):
-        statistics.variance(VarianceRequest(), Store(tmp_path / "empty"), lambda *_: pytest.fail("ran"))
-
-
-def test_the_record_has_no_absolute_path(first, home):
-    """So that a store can be moved or copied as a whole."""
-    record = json.loads((first.result.run_directory / "run.json").read_text())
-    assert str(home) not in json.dumps(record["checkpoints"])
-    assert str(home) not in json.dumps(record["report"])
-
-
-# --- other modes -----------------------------------------------------------------------------------------------------
-
-
-def test_distinct_prompts(away):
-    batch = {"E_sampling_mode": "distinct", "B_E_values": [4], "G": 4}
-    distinct = probe(config_of(away, checkpoints=[str(away / "run" / NAMES[0])], batch_config=batch))
-    rows = distinct.rows
-    assert {row["n_sequences"] for row in rows} == {16}
-    assert all(value is None or value == value for row in rows for value in row.values())
-    sampled = [
-        row for a in distinct.run.artifacts("sample-e-batch") for row in a.table("sequences.parquet").to_pylist()
-    ]
-    assert [row["draw"] for row in sampled] == [0, 1, 2, 3] * 4
-    assert len({row["prompt_id"] for row in sampled}) == 4
-    u = {
-        row["prompt_id"]
-        for a in distinct.run.artifacts("sample-u-batch")
-        for row in a.table("sequences.parquet").to_pylist()
-    }
-    assert u != {row["prompt_id"] for row in sampled}  # another stream, at the same seed
-    assert not distinct.run.was_computed.keys() & {"sample-u-batch", "compute-update"}
-    variance = distinct.run.inputs("variance")
-    assert variance["units"] == "prompt"  # responses to one prompt are not independent
-    small = by_eta(rows)[0][0.01]
-    assert abs(small["paired_difference"]) <= 0.01 * abs(small["delta_h1"])
-    assert small["gradient_check"] <= 1e-5
-
-
-def test_float32_says_the_same(away, first):
-    single = probe(config_of(away, checkpoints=[str(away / "run" / NAMES[0])], policy={"dtype": "float32"}))
-    for row, double in zip(single.rows, first.rows, strict=False):
-        assert row["gradient_check"] <= 1e-5
-        assert row["H"] == pytest.approx(double["H"], rel=1e-5)
-        assert row["delta_h1"] == pytest.approx(double["delta_h1"], rel=1e-4)
-        assert abs(row["delta_h"] - double["delta_h"]) <= 1e-6 + 3 * row["noise_floor"]
-
-
-def test_absolute_step_sizes(redo):
-    absolute = redo(importance={"etas": [0, 0.002], "eta_unit": "absolute"})
-    assert absolute.run.was_computed == {"variance": len(NAMES), "report": 1}  # 0.002 is the learning rate
-    assert {row["eta"] for row in absolute.rows} == {0.0, 0.002}
-
-
-def test_weights_that_change_under_the_sweep_are_noticed(away):
-    shutil.rmtree(away / "artifacts")
-    config = parse_config(config_of(away))
-    checkpoints = preflight(config)
-    store = Store(config.store_root)
-    run = Counting(store, pipeline.execution_for(config, checkpoints))
-    shutil.copyfile(away / "run" / NAMES[1] / "model.safetensors", away / "run" / NAMES[0] / "model.safetensors")
-    with pytest.raises(CheckpointError, match="changed after the sweep had begun"):
-        pipeline.sweep(config, checkpoints, store, run)
-    assert not (store.root / "sample-e-batch").exists() or not list((store.root / "sample-e-batch").iterdir())
-
-
-def test_a_file_is_what_its_digest_says_or_is_not_used(tmp_path):
-    path = tmp_path / "pool.jsonl"
-    path.write_text('{"prompt": "a"}')
-    digest = file_digest(path)
-    execution = Execution(paths={digest: path})
-    execution.stamps({"source": digest})
-    for change in (lambda: path.write_text('{"prompt": "b"}'), path.unlink):
-        change()
-        with pytest.raises(ConfigError, match=r"pool\.jsonl changed after the sweep had begun"):
-            execution.stamps({"nested": [{"source": digest}]})
-    execution.stamps({"source": "another"})
-
-
-def test_a_reward_that_changes_under_the_sweep_is_noticed(away):
-    config = parse_config(config_of(away))
-    checkpoints = preflight(config)
-    store = Store(config.store_root)
-    shutil.rmtree(store.root / "reward-u-batch")
-    run = Counting(store, pipeline.execution_for(config, checkpoints))
-    (away / "reward.py").write_text((away / "reward.py").read_text() + "\n\ndef other(): ...\n")
-    with pytest.raises(ConfigError, match="changed after the sweep had begun"):
-        pipeline.sweep(config, checkpoints, store, run)

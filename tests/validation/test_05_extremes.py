@@ -8,9 +8,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bad_input_fixtures import (
+    NAME,
+    change_json,
+    config_of,
+    finite,
+    forget_tokenizer,
+    prompts,
+    write_function,
+    write_pool,
+)
 from pipeline_fixtures import Probe, make_run, probe, skip_figures, write_reward
 from proofs import Proof
-from test_bad_input import NAME, change_json, config_of, finite, forget_tokenizer, prompts, write_function, write_pool
 
 from entropy_core.demo.run import build_tokenizer
 from entropy_core.errors import ConfigError, NonFiniteError, ProbeError
