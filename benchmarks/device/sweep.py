@@ -21,8 +21,9 @@ from entropy_core.store.store import Stage, Store
 # correct digits than the numbers themselves.
 TOLERANCE = {"sample-e-batch": 0.0, "sample-u-batch": 0.0, "variance": 1e-2}
 USUAL_TOLERANCE = 1e-4
-ARE_ERRORS = ("gradient_check", "attribution_closure", "noise_floor", "closure")
-"""Columns that measure rounding errors. They are as large on every device, but not the same numbers."""
+ARE_ERRORS = ("gradient_check", "attribution_closure", "noise_floor", "closure", "remainder")
+"""Columns of rounding errors, or of what is left when nearly all cancels. They are as large on every device, but not
+the same numbers."""
 
 REWARD = '''"""A reward that an untrained policy gets different amounts of."""
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.numerics.functional import FUNCTIONALS, TokenPair
-from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm, in_blocks
-from entropy_core.policy.derivatives import tangent_of
+from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, in_blocks
+from entropy_core.policy.derivatives import scaled_tangent_of
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import tokens_of
 from entropy_core.sequences.derivatives import forward_mode
@@ -76,10 +76,9 @@ def block_sensitivities(
 
     def along(covector: Mapping[Block, Tensor]) -> TokenPair:
         """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token of U."""
-        scale = global_norm(covector) or 1.0  # a unit direction keeps the tangents in a good range
-        unit = tangent_of(Lazy(names, lambda block: covector[block] / scale), model)
+        tangent, scale = scaled_tangent_of(covector, model)
         with held_norms(model.model):
-            found = [forward_mode(processor, shard, unit)[2:] for shard in shards]
+            found = [forward_mode(processor, shard, tangent)[2:] for shard in shards]
         return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
 
     block_N = e_batch.ids_N // responses_per_prompt % blocks
