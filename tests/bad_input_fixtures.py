@@ -71,14 +71,16 @@ def refused(kind: type[ProbeError], message: str, config: dict[str, Any]) -> str
 def finite(done: Probe) -> list[dict[str, Any]]:
     """The rows, in which no number is missing, infinite or NaN; of so few weights no tail can be fitted.
 
-    Of so few prompts there is no interval over U, and none is given.
+    Of so few prompts there is no interval over U, and none is given; nor over E, where E says that it cannot know.
     """
     for row in done.rows:
+        cannot_know = row["interval_over_e"] != "valid"
         assert row["interval_over_u"].startswith("no valid interval over U: ")
         for name, value in row.items():
             over_u = "mean_update" in name or "next_update" in name or name == "nonlinearity_over_u"
             assert value is None or not over_u or name.startswith(("sign", "nonlinearity")), name
-            missing = value is None and name not in ("pareto_k", "sampler_pareto_k", "derivative_check") and not over_u
+            hidden = over_u or (cannot_know and name.endswith(("_low", "_high", "p_this_update")))
+            missing = value is None and name not in ("pareto_k", "sampler_pareto_k", "derivative_check") and not hidden
             assert not missing and (not isinstance(value, float) or math.isfinite(value)), (name, value)
     return done.rows
 

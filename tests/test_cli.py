@@ -168,6 +168,7 @@ def test_a_list_of_runs_says_where_they_are(tmp_path, capsys):
         record = {
             "finished": f"2026-01-0{number + 1}T10:11:12+00:00",
             "checkpoints": [{"checkpoint": name} for name in names],
+            "report": {"stage": "report", "key": "0" * 32, "digest": "0" * 64},
         }
         (folder / runs.RECORD).write_text(json.dumps(record))
     assert main(["runs", "--artifacts", str(tmp_path)]) == 0

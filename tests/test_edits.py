@@ -89,6 +89,7 @@ def renames_a_module(project: Project) -> None:
     path = project.file_with("MATERIAL_CURVATURE =")
     path.rename(path.with_name("judgements.py"))
     project.edit("uncertainty, verdicts\n", "uncertainty, judgements as verdicts\n", everywhere=True)
+    project.edit("numerics.verdicts import", "numerics.judgements import", everywhere=True)
 
 
 class Edit(NamedTuple):
