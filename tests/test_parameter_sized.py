@@ -79,7 +79,7 @@ def recorded(tmp_path) -> tuple[Store, Artifact]:
     record = {
         "finished": "2026-01-01T00:00:00+00:00",
         "report": reference,
-        "checkpoints": [{"inputs": {"update": {"artifact": reference}}}],
+        "checkpoints": [{"checkpoint": "checkpoint-3", "inputs": {"update": {"artifact": reference}}}],
     }
     with runs.writing(store, "a-run") as folder:
         (folder / runs.RECORD).write_text(json.dumps(record))

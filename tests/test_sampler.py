@@ -116,7 +116,7 @@ def test_a_law_that_is_recorded_wrongly_is_caught(
     for row in found.rows:
         assert row["interval_over_e"].startswith("no valid interval over E: E was not drawn from the recorded law")
         assert speaks in row["interval_over_e"]
-        assert row["this_update_low"] is row["delta_h_next_update_high"] is row["bca_low"] is None
+        assert row["this_update_low"] is row["delta_h_next_update_high"] is row["delta_h12_this_update_low"] is None
         assert row["sign_this_update"] == "unknown" and row["linearity"] == "undecided"
         assert row["verdict"] in ("reference", "noise-limited", "weights-unreliable")
     report = (found.result.run_directory / "report.md").read_text()

@@ -5,6 +5,7 @@ so a draw does not depend on batch size, order, shard or worker.
 """
 
 from enum import IntEnum
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -109,19 +110,19 @@ def inverse_cdf_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float
     Args:
         logits_BV: z, [B, V], any float dtype.
         uniforms_B: float64 [B] in (0, 1).
-        temperature: τ > 0, or one for each row, [B].
+        temperature: τ > 0, or one for each row, float64 [B].
 
     Returns:
         int64 [B]; a token of probability zero is never drawn.
     """
     rows = max(1, DRAWN_BYTES // (8 * logits_BV.shape[1]))
-    temperature_B = torch.as_tensor(temperature, dtype=torch.float64, device=logits_BV.device).expand(len(logits_BV))
-    parts = zip(*(of_rows.split(rows) for of_rows in (logits_BV, uniforms_B, temperature_B)), strict=True)
-    return torch.cat([_inverse_cdf_tokens(*part) for part in parts])
+    parts = zip(logits_BV.split(rows), uniforms_B.split(rows), strict=True)
+    of_parts = temperature.unsqueeze(1).split(rows) if isinstance(temperature, Tensor) else repeat(temperature)
+    return torch.cat([_inverse_cdf_tokens(*part, of_part) for part, of_part in zip(parts, of_parts, strict=False)])
 
 
-def _inverse_cdf_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature_R: Tensor) -> Tensor:
-    cdf_RV = torch.softmax(logits_RV.double() / temperature_R.unsqueeze(1), dim=-1).cumsum_(dim=-1)
+def _inverse_cdf_tokens(logits_RV: Tensor, uniforms_R: Tensor, temperature: float | Tensor) -> Tensor:
+    cdf_RV = torch.softmax(logits_RV.double() / temperature, dim=-1).cumsum_(dim=-1)
     target_R1 = (uniforms_R * cdf_RV[:, -1]).unsqueeze(1)  # the last entry is 1 only up to rounding
     tokens_R1 = torch.searchsorted(cdf_RV, target_R1, right=True)
     # a target that was rounded up to the last entry must select the first token that reaches this entry

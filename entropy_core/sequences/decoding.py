@@ -194,8 +194,7 @@ class Decoding:
     def _draw(self, rows: Sequence[int], logits_RV: Tensor, uniforms_R: Tensor) -> Tensor:
         """Draw the next token of R rows, record the tokens of busy rows, and free the rows whose responses ended."""
         request, batch = self.request, self.batch
-        temperature_R = self.temperature_N[torch.tensor([batch.sequences[row] for row in rows]).clamp_min(0)]
-        tokens_R = philox.inverse_cdf_tokens(logits_RV, uniforms_R, temperature_R.to(logits_RV.device))
+        tokens_R = philox.inverse_cdf_tokens(logits_RV, uniforms_R, self._temperature(rows, logits_RV.device))
         finite_R = torch.isfinite(logits_RV.amax(dim=-1))  # single −inf logits are allowed: impossible tokens
         done = len(self.responses)
         recorded = self._logprobs(logits_RV, tokens_R)
@@ -218,6 +217,12 @@ class Decoding:
         if len(self.responses) > done:
             self.progress(len(self.responses), len(request.prompts))
         return tokens_R.where(finite_R, 0)
+
+    def _temperature(self, rows: Sequence[int], device: torch.device) -> float | Tensor:
+        """Return the temperature that rows are drawn at: one for all, or one for each with a proposal, float64 [R]."""
+        if self.request.proposal is None:
+            return self.request.temperature
+        return self.temperature_N[torch.tensor([self.batch.sequences[row] for row in rows]).clamp_min(0)].to(device)
 
     def _logprobs(self, logits_RV: Tensor, tokens_R: Tensor) -> list[list[float]]:
         """Return the log-probabilities of tokens under both components of the proposal; empty without one."""
