@@ -171,9 +171,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the step's own entropy in the reward to go",
-        "numerics/baselines",
-        "returns_K = after_K + values_K if functional.of_action else after_K",
-        "returns_K = after_K + values_K",
+        "numerics/first_order",
+        "of_score_K = later_K + values_K if functional.of_action else later_K",
+        "of_score_K = later_K + values_K",
         "test_enumeration",
     ),
     Mutation(

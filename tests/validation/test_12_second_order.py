@@ -38,6 +38,8 @@ STEPS = {
     "five steps": (0.003, 0.03, 0.1, 0.3, 1.0),
     "path_integral, one step": (0.3,),
 }
+OF_LLAMA = {"five steps": STEPS["five steps"], "path_integral, a small step": (0.1,)}
+"""Its weights are unreliable at .3 in many batches, and those in which they are not are no fair sample."""
 REPLICATIONS, OF_E = 400, 400
 
 
@@ -108,12 +110,10 @@ def test_the_second_order_over_e(record: Proof):
         ),
     )
     right = []
-    for name, model in (("GPT-2", gpt2), ("Llama", llama64)):
+    for name, model, of_model in (("GPT-2", gpt2, STEPS), ("Llama", llama64, OF_LLAMA)):
         world = World(policy_of(model()), [[1], [2, 0], [3, 1, 0, 2]], temperature=0.7, max_new_tokens=4)
         everything = enumerate_world(world, random_direction(world.policy))
-        for label, etas in STEPS.items():
-            if name == "Llama" and label not in ("five steps", "path_integral, one step"):
-                continue
+        for label, etas in of_model.items():
             steps = Steps(everything, etas, label.startswith("path"))
             for normalization in NAMES if label == "five steps" else ("per_token",):
                 slope, exact = exact_second(everything, normalization)
