@@ -153,9 +153,9 @@ FunctionNames = Annotated[
     Discriminator(lambda value: "list" if isinstance(value, list) else ""),
     AfterValidator(lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value),
     PlainSerializer(lambda value: [value] if isinstance(value, str) else value, when_used="json"),
-    WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}),
+    WithJsonSchema({"type": "array", "items": {"type": "string"}}),
 ]
-"""One function, or a list of several; a form begins with a list."""
+"""One function, or a list of several; a form has a list."""
 
 InterventionEntry = Annotated[
     Annotated[str, _with_origin(_function), Tag("")] | Annotated[dict[str, JsonValue], Tag("mapping")],
