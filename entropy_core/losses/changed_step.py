@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.losses.changed import Changed
 from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.rounded_step import rounded_clip_factor
 from entropy_core.numerics.vectors import Block, global_norm, in_blocks
-from entropy_core.policy.model import Coefficients
 from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.loss_gradient import add_loss_gradient
 from entropy_core.sequences.processor import SequenceProcessor
 
 if TYPE_CHECKING:
@@ -57,14 +56,7 @@ def changed_step(
     """
     model, moving = processor.policy, moved_parameters(checkpoint)
     accumulated = model.new_accumulator(moving)
-    start = 0
-    with held_norms(model.model):
-        for shard in shards:
-            stop = start + len(shard.response_tokens_K)
-            for index_K, rows in processor.micro_batches(shard):
-                weights = Coefficients(*(values_K[start:stop][index_K] for values_K in changed.coefficients))
-                model.add_gradients(rows, [weights], processor.config.temperature, [accumulated])
-            start = stop
+    add_loss_gradient(accumulated, processor, shards, changed.coefficients)
     gradient = with_zeros(accumulated, model.named_parameters())
     g = in_blocks(gradient)
     largest = changed.altered.max_grad_norm

@@ -71,6 +71,11 @@ def in_blocks(tensors: Mapping[str, Tensor]) -> Lazy[Block]:
     return Lazy(blocks_of(flat), lambda block: flat[block.name][block.start : block.stop].double())
 
 
+def times(factor: float, vector: Lazy[K]) -> Lazy[K]:
+    """Return the vector times a number."""
+    return Lazy(list(vector), lambda key: factor * vector[key])
+
+
 def dot(a: Mapping[K, Tensor], b: Mapping[K, Tensor]) -> float:
     """Return ⟨a, b⟩ over the keys of a."""
     return sum(float((a[key].double() * b[key].double()).sum()) for key in sorted(a))

@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
-from entropy_core.numerics.functional import FUNCTIONALS, TokenPair
-from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, in_blocks
-from entropy_core.policy.derivatives import scaled_tangent_of
+from entropy_core.numerics.functional import FUNCTIONALS
+from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, in_blocks, times
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import tokens_of
-from entropy_core.sequences.derivatives import forward_mode
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.functional_gradient import functional_gradient, scored_batch
 from entropy_core.sequences.processor import processor_of
+from entropy_core.sequences.token_sensitivities import token_sensitivities
 from entropy_core.store.columns import TokenTable
 
 if TYPE_CHECKING:
@@ -74,13 +72,6 @@ def block_sensitivities(
     step = OptimizerStep(checkpoint, execution, parameters, stored("gradient"), settings["clip_factor"])
     parts = {name: step.part(name) for name in ("momentum", "decay", "direction")}
 
-    def along(covector: Mapping[Block, Tensor]) -> TokenPair:
-        """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token of U."""
-        tangent, scale = scaled_tangent_of(covector, model)
-        with held_norms(model.model):
-            found = [forward_mode(processor, shard, tangent)[2:] for shard in shards]
-        return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
-
     block_N = e_batch.ids_N // responses_per_prompt % blocks
     columns: dict[str, Tensor] = {}
     summary = []
@@ -93,17 +84,15 @@ def block_sensitivities(
         }
         for functional in FUNCTIONALS:
             covector = in_blocks(functional_gradient(processor, e_batch, functional, mine_N))
-            pair = along(_times(settings["clip_factor"], step.applied("preconditioned", covector)))
+            pair = token_sensitivities(
+                processor, shards, times(settings["clip_factor"], step.applied("preconditioned", covector))
+            )
             for of, values_K in zip(("logprob", "entropy"), pair, strict=True):
                 columns[f"{functional.name}/{number}/{of}"] = values_K.to(getattr(torch, policy.dtype))
             entry[functional.name] = _products(covector, parts, direction if settings["rounded"] else None)
         summary.append(entry)
     TokenTable(of_u.sequences_N, of_u.offsets_N1, columns).write(out, "sensitivities.safetensors")
     return {"blocks": summary}
-
-
-def _times(factor: float, vector: Lazy[Block]) -> Lazy[Block]:
-    return Lazy(list(vector), lambda block: factor * vector[block])
 
 
 def _products(

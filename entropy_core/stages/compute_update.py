@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.errors import NonFiniteError
 from entropy_core.losses.apart import token_coefficients
@@ -17,10 +16,10 @@ from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.advantages import groups_of_equal
 from entropy_core.numerics.rounded_step import rounded_clip_factor
 from entropy_core.numerics.vectors import global_norm, in_blocks, squares
-from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import require_ids, tokens_of
 from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.loss_gradient import add_loss_gradient
 from entropy_core.sequences.processor import processor_of
 from entropy_core.store.columns import as_numbers, read_tokens
 
@@ -84,14 +83,7 @@ def compute_update(
 
     moving = moved_parameters(checkpoint)
     gradient = model.new_accumulator(moving)
-    start = 0
-    with held_norms(model.model):
-        for shard in shards:
-            stop = start + len(shard.response_tokens_K)
-            for index_K, rows in processor.micro_batches(shard):
-                weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-                model.add_gradients(rows, [weights], policy.temperature, [gradient])
-            start = stop
+    add_loss_gradient(gradient, processor, shards, coefficients)
     gradient = with_zeros(gradient, model.named_parameters())
     g = in_blocks(gradient)
     norm = global_norm(g)

@@ -5,20 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
-from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.losses.files import read_batch
 from entropy_core.numerics.adamw import clip_factor
-from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.vectors import Lazy, blocks_of, global_norm, in_blocks, squares
-from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
-from entropy_core.sequences.batch import BatchedSequences, tokens_of
+from entropy_core.sequences.batch import tokens_of
 from entropy_core.sequences.files import read_sequences
-from entropy_core.sequences.processor import SequenceProcessor, processor_of
+from entropy_core.sequences.loss_gradient import add_loss_gradient
+from entropy_core.sequences.processor import processor_of
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -70,7 +67,7 @@ def dropout_u(
     def taken(draw: int) -> dict[str, float]:
         accumulated = model.new_accumulator(moving)
         with model.dropout(seed=draw):
-            _add_gradient(accumulated, processor, shards, coefficients, policy.temperature)
+            add_loss_gradient(accumulated, processor, shards, coefficients)
         g = in_blocks(with_zeros(accumulated, parameters))
         step = OptimizerStep(
             checkpoint, execution, parameters, g, clip_factor(global_norm(g), settings["max_grad_norm"])
@@ -97,21 +94,3 @@ def dropout_u(
             row["inner_product_per_token"] / row["without_per_token"] - 1 for row in rows if row["without_per_token"]
         ],
     }
-
-
-def _add_gradient(
-    into: dict[str, Tensor],
-    processor: SequenceProcessor,
-    shards: Sequence[BatchedSequences],
-    coefficients: TokenPair,
-    temperature: float,
-) -> None:
-    """Add the gradient of the loss on U, whose tokens have these coefficients."""
-    start = 0
-    with held_norms(processor.policy.model):
-        for shard in shards:
-            stop = start + len(shard.response_tokens_K)
-            for index_K, rows in processor.micro_batches(shard):
-                weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-                processor.policy.add_gradients(rows, [weights], temperature, [into])
-            start = stop

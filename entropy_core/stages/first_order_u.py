@@ -7,7 +7,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.losses.apart import influences
 from entropy_core.losses.files import name_of, read_batch
@@ -15,14 +14,13 @@ from entropy_core.numerics import ragged
 from entropy_core.numerics.adamw import through_clipping
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
-from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot
-from entropy_core.policy.derivatives import scaled_tangent_of
+from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, times
 from entropy_core.policy.model import Policy
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import BatchedSequences, tokens_of
-from entropy_core.sequences.derivatives import forward_mode
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
+from entropy_core.sequences.token_sensitivities import token_sensitivities
 from entropy_core.store.columns import TokenTable
 
 if TYPE_CHECKING:
@@ -85,13 +83,6 @@ def first_order_u(
     unrounded, *parts = map(step.part, ("direction", "momentum", "decay"))
     rounding = Lazy(blocks, lambda block: direction[block] - unrounded[block])
 
-    def along(covector: Mapping[Block, Tensor]) -> TokenPair:
-        """⟨covector, ∇ℓ_k⟩ and ⟨covector, ∇h_k⟩ of every token, float64 [K]."""
-        tangent, scale = scaled_tangent_of(covector, model)
-        with held_norms(model.model):
-            found = [forward_mode(processor, shard, tangent)[2:] for shard in shards]
-        return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
-
     # everything is linear in ∇H: first along ∇H_seq and ∇L, then both normalisations from these
     halves = gradient.summary["halves"]
     preconditioned: list[TokenPair] = []  # by kind
@@ -101,12 +92,20 @@ def first_order_u(
         covectors = [_stored(gradient, f"{kind}_{half}", blocks, model.device) for half in HALVES]
         pulled_back.append(
             [
-                along(through_clipping(step.applied("pulled_back", w), loss_gradient, settings["max_grad_norm"]))
+                token_sensitivities(
+                    processor,
+                    shards,
+                    through_clipping(step.applied("pulled_back", w), loss_gradient, settings["max_grad_norm"]),
+                )
                 for w in covectors
             ]
         )
         whole = _whole(halves, covectors)
-        preconditioned.append(along(_times(settings["clip_factor"], step.applied("preconditioned", whole))))
+        preconditioned.append(
+            token_sensitivities(
+                processor, shards, times(settings["clip_factor"], step.applied("preconditioned", whole))
+            )
+        )
         along_parts = [dot(whole, part) for part in (direction, *parts)]
         along_parts.append(dot(whole, rounding) if settings["rounded"] else 0.0)
         inner_products.append(torch.tensor(along_parts, dtype=torch.float64))
@@ -160,10 +159,6 @@ def _stored(artifact: "Artifact", name: str, blocks: Sequence[Block], device: to
 def _whole(halves: Sequence[Mapping[str, Any]], covectors: Sequence[Lazy[Block]]) -> Lazy[Block]:
     """The covector of all of E."""
     return Lazy(list(covectors[0]), lambda block: of_all(halves, [covector[block] for covector in covectors]))
-
-
-def _times(factor: float, vector: Lazy[Block]) -> Lazy[Block]:
-    return Lazy(list(vector), lambda block: factor * vector[block])
 
 
 def _named(

@@ -7,7 +7,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.dora import held_norms
 from entropy_core.checkpoints.optimizer_step import OptimizerStep, moved_parameters, with_zeros
 from entropy_core.losses.apart import coefficients_of_each
 from entropy_core.losses.files import name_of, read_parts
@@ -16,10 +15,10 @@ from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.half_samples import balanced_halves
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
 from entropy_core.numerics.vectors import global_norm, in_blocks
-from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import BatchedSequences, tokens_of
 from entropy_core.sequences.files import read_sequences
+from entropy_core.sequences.loss_gradient import add_loss_gradient
 from entropy_core.sequences.processor import SequenceProcessor, processor_of
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def half_steps_u(
         if of_tokens is None or not whole_R[index // 2]:
             continue
         accumulated = model.new_accumulator(moving)
-        _add_gradient(accumulated, processor, shards, part_P, of_tokens, policy.temperature)
+        _add_gradient(accumulated, processor, shards, part_P, of_tokens)
         g = in_blocks(with_zeros(accumulated, model.named_parameters()))
         clip = clip_factor(global_norm(g), settings["max_grad_norm"])
         step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip)
@@ -104,17 +103,10 @@ def _add_gradient(
     shards: Sequence[BatchedSequences],
     part_P: Tensor,
     coefficients: TokenPair,
-    temperature: float,
 ) -> None:
     """Add the gradient of the loss on some of the prompts, whose tokens have these coefficients."""
     responses = sum(len(shard) for shard in shards) // len(part_P)
     mine_N = part_P.repeat_interleave(responses)
-    start = 0
-    for shard, mine_B in zip(shards, mine_N.split([len(shard) for shard in shards]), strict=True):
-        chosen = shard.select(mine_B.nonzero().squeeze(1))
-        stop = start + len(chosen.response_tokens_K)
-        for index_K, rows in processor.micro_batches(chosen):
-            weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
-            with held_norms(processor.policy.model):
-                processor.policy.add_gradients(rows, [weights], temperature, [into])
-        start = stop
+    of_shards = zip(shards, mine_N.split([len(shard) for shard in shards]), strict=True)
+    chosen = (shard.select(mine_B.nonzero().squeeze(1)) for shard, mine_B in of_shards)
+    add_loss_gradient(into, processor, chosen, coefficients)
