@@ -136,7 +136,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the loss's term in the entropy left out of the step",
-        "stages/compute_update",
+        "sequences/loss_gradient",
         "for values_K in coefficients)",
         "for values_K in (coefficients[0], 0 * coefficients[1]))",
         "test_update",
