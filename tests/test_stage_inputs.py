@@ -38,6 +38,7 @@ def asked(home, store: str = "artifacts") -> dict[str, Any]:
         batch_config={"E_replicates": 2},
         update={"kl_beta": 0.1, "reference": str(home / "run" / "checkpoint-5")},
         importance={"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
+        price=True,
         interventions=["positives_only"],
         lab={"measure": "best 1"},
     )

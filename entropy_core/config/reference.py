@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
+from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.tables import AGREEMENT, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
 
 
@@ -51,11 +52,12 @@ def tables_page() -> str:
         "eta_pairs": "A row per checkpoint × normalisation × estimator × η > 0 for which −η was measured as well.",
         "replicates": "A row per checkpoint × normalisation × E batch, if `E_replicates` is above 1.",
         "predictors": "A row per checkpoint × normalisation × step size × predictor.",
+        "price": "A row per checkpoint × normalisation × step size but 0, if `price` is set.",
         "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
         "interventions": "A row per checkpoint × normalisation × level × intervention, if any are asked for.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
-    schemas |= {"agreement": AGREEMENT, "interventions": INTERVENTIONS}
+    schemas |= {"price": of_checkpoints(PRICE), "agreement": AGREEMENT, "interventions": INTERVENTIONS}
     for name, schema in schemas.items():
         lines += [
             "",

@@ -372,6 +372,11 @@ class ProbeConfig(Section):
     update: UpdateConfig = UpdateConfig()
     importance: ImportanceConfig = ImportanceConfig()
     variance: VarianceConfig = VarianceConfig()
+    price: bool = Field(
+        False,
+        description="Compute the reward of every response of E, too, and say what a step does to the expected reward "
+        "and how much entropy goes with it.",
+    )
     interventions: list[InterventionEntry] = Field(
         default_factory=list,
         max_length=1000,

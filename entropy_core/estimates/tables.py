@@ -5,18 +5,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from entropy_core.estimates.fields import NATS as _H
+from entropy_core.estimates.fields import REAL as _REAL
+from entropy_core.estimates.fields import TARGETS
+from entropy_core.estimates.fields import TEXT as _TEXT
+from entropy_core.estimates.fields import WHOLE as _WHOLE
+from entropy_core.estimates.fields import field as _field
+
 Row = Mapping[str, Any]
-
-
-def _field(name: str, kind: pa.DataType, unit: str, description: str) -> pa.Field:
-    return pa.field(name, kind, metadata={"unit": unit, "description": description})
-
-
-_TEXT, _REAL, _WHOLE = pa.string(), pa.float64(), pa.int64()
-_H = "nats per token (per_token) or per sequence (per_sequence)"
-
-TARGETS = ("for this policy", "for this update", "for the mean update", "for the next update")
-"""What an interval, a standard error or a p-value may be for; the description of its column says which."""
 
 
 def _ends(prefix: str, quantity: str) -> list[pa.Field]:

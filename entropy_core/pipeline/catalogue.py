@@ -35,6 +35,7 @@ SCORE_U = Stage("score-u-batch", score)
 SCORE_REFERENCE = Stage("score-u-reference", score)
 DISCRIMINATE_U = Stage("discriminate-u", discriminate)
 REWARD_U = Stage("reward-u-batch", reward)
+REWARD_E = Stage("reward-e-batch", reward)
 COMPUTE_UPDATE = Stage("compute-update", compute_update)
 ENTROPY_GRADIENT = Stage("entropy-gradient", entropy_gradient)
 CALIBRATE = Stage("calibrate", calibrate, vectors=("update",))
@@ -48,7 +49,7 @@ BLOCK_SENSITIVITIES = Stage("block-sensitivities", block_sensitivities, vectors=
 SCREEN = Stage("screen", screen)
 PREDICT = Stage("predict", predict, vectors=("gradient",))
 ALTERED_STEP = Stage("altered-step", altered_step)
-VARIANCE, INTERVENTIONS = final_stages.VARIANCE, final_stages.INTERVENTIONS
+VARIANCE, PRICE, INTERVENTIONS = final_stages.VARIANCE, final_stages.PRICE, final_stages.INTERVENTIONS
 AGREEMENT, REPORT = final_stages.AGREEMENT, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

@@ -16,9 +16,11 @@ from entropy_core.errors import StoreError
 from entropy_core.pipeline.final_stages import (
     AGREEMENT,
     INTERVENTIONS,
+    PRICE,
     VARIANCE,
     compared,
     compared_interventions,
+    priced,
     settings_of,
 )
 from entropy_core.pipeline.runner import Inputs
@@ -31,7 +33,7 @@ RECORD_FORMAT = 5
 """Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 
-_WITH_ARTIFACTS = ("inputs", "interventions")
+_WITH_ARTIFACTS = ("inputs", "price", "interventions")
 """What is recorded of a checkpoint as inputs of later stages."""
 
 
@@ -49,6 +51,7 @@ class _Checkpoint(_Form):
     checkpoint: str
     step: int
     inputs: dict[str, Any]
+    price: dict[str, Any] = {}
     interventions: dict[str, Any] = {}
     notes: list[str]
     settings: list[_Setting]
@@ -73,7 +76,7 @@ def write_run(store: Store, run_id: str, config: ProbeConfig, checkpoints: Seque
         run_id: ID of the run.
         config: configuration of the sweep.
         checkpoints: for each checkpoint its name, step, log, notes, settings, warnings, the inputs of its variance
-            stage, and those of its interventions stage, which may be empty.
+            stage, and what is its own of those of its price and interventions stages, which may be empty.
         report: artifact of the report stage.
 
     Returns:
@@ -126,6 +129,8 @@ def read_run(store: Store, run_id: str) -> tuple[Path, ProbeConfig, list[Inputs]
         ]
         for entry in checkpoints:
             require_inputs(VARIANCE, entry["inputs"] | settings_of(config))
+            if entry["price"]:
+                require_inputs(PRICE, priced(entry, config))
             if entry["interventions"]:
                 require_inputs(INTERVENTIONS, compared_interventions(entry, config))
         require_inputs(AGREEMENT, compared(checkpoints, config))

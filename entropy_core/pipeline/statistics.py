@@ -12,10 +12,12 @@ from entropy_core.errors import StoreError
 from entropy_core.pipeline.final_stages import (
     AGREEMENT,
     INTERVENTIONS,
+    PRICE,
     REPORT,
     VARIANCE,
     compared,
     compared_interventions,
+    priced,
     settings_of,
 )
 from entropy_core.pipeline.recorded import read_run, write_run
@@ -54,7 +56,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
     def work() -> SweepResult:
         for entry in recorded:
-            for artifact in artifacts_in([entry["inputs"], entry["interventions"]]):
+            for artifact in artifacts_in([entry["inputs"], entry["price"], entry["interventions"]]):
                 if store.find(artifact.stage, artifact.key) is None:
                     raise StoreError(
                         f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
@@ -87,6 +89,7 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
             "interventions": run(INTERVENTIONS, compared_interventions(entry, config), entry["checkpoint"])
             if entry["interventions"]
             else None,
+            "price": run(PRICE, priced(entry, config), entry["checkpoint"]) if entry["price"] else None,
         }
         for entry in recorded
     ]

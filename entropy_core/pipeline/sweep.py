@@ -162,6 +162,7 @@ def _measured(
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,
                 "inputs": inputs,
+                "price": measurement.price,
                 "interventions": measurement.interventions,
                 "notes": [*checkpoint.assumptions, *of_pools],
                 "settings": [setting._asdict() for setting in checkpoint.settings],

@@ -10,6 +10,7 @@ from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
 from entropy_core.report.interventions import section as intervention_section
+from entropy_core.report.price import section as price_section
 from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
 from entropy_core.report.verdict_lines import interval, order_lines, verdict_lines
 
@@ -53,6 +54,8 @@ def markdown(
     compared: Sequence[Row] = (),
     interventions: Sequence[Row] = (),
     skipped: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({}),
+    prices: Sequence[Row] = (),
+    without_reward: int = 0,
 ) -> str:
     """Write the report page of a sweep.
 
@@ -66,6 +69,8 @@ def markdown(
         compared: rows of `agreement.parquet`; what disagrees is said before the warnings.
         interventions: rows of `interventions.parquet`.
         skipped: by checkpoint the interventions that could not be tried, and why.
+        prices: rows of `price.parquet`.
+        without_reward: how many responses of E have no reward; then there are no prices.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -73,6 +78,7 @@ def markdown(
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     normalization = rows[0]["normalization"]
     shown = [row for row in rows if row["normalization"] == normalization]
+    priced = [row for row in prices if row["normalization"] == normalization]
     first = shown[0]
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
@@ -81,7 +87,7 @@ def markdown(
             f"> **Warning:** {warning}\n"
             for warning in (*evaluation_batch.invalid_over_e(shown), *disagreements(compared), *warnings)
         ),
-        answer(shown, bool(disagreements(compared))),
+        answer(shown, bool(disagreements(compared)), priced),
         "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
@@ -128,6 +134,8 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
+    if content := price_section(priced, without_reward):
+        lines += ["", "## The price of the entropy", "", *content]
     if content := evaluation_batch.section(shown):
         lines += ["", "## How E was drawn", "", *content]
     if content := agreement_section(compared, shown):
