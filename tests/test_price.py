@@ -210,7 +210,9 @@ def priced(tmp_path_factory) -> Probe:
                 make_run(folder / "run"),
                 folder / "artifacts",
                 update={"reward": write_reward(folder)},
-                importance={"etas": [0, 0.1, 1], "estimators": ["per_decision", "path_integral"]},
+                importance={"etas": [0, 0.5, 1], "estimators": ["per_decision", "path_integral"]},
+                interventions=[{"lr": 0.5}, "positives_only"],
+                lab={"predict": "none", "measure": "all"},
                 price=True,
             )
         )
@@ -219,8 +221,8 @@ def priced(tmp_path_factory) -> Probe:
 def test_the_reward_of_e_is_the_mean_of_its_responses(priced: Probe):
     rows = priced.result.report.table("price.parquet").to_pylist()
     assert [(row["checkpoint"], row["normalization"], row["eta_over_lr"]) for row in rows][:4] == [
-        ("checkpoint-3", "per_token", pytest.approx(0.1)),
-        ("checkpoint-3", "per_sequence", pytest.approx(0.1)),
+        ("checkpoint-3", "per_token", 0.5),
+        ("checkpoint-3", "per_sequence", 0.5),
         ("checkpoint-3", "per_token", 1.0),
         ("checkpoint-3", "per_sequence", 1.0),
     ]
@@ -256,6 +258,26 @@ def test_the_price_is_in_the_report_and_in_a_rerun_of_the_statistics(priced: Pro
     )
     assert narrow["delta_j"] == wide["delta_j"]
     assert narrow["delta_j_high"] - narrow["delta_j_low"] < 0.5 * (wide["delta_j_high"] - wide["delta_j_low"])
+
+
+def test_an_intervention_has_its_reward_beside_that_of_the_run(priced: Probe):
+    of_etas = {
+        (row["checkpoint"], row["normalization"], row["eta_over_lr"]): row
+        for row in priced.result.report.table("price.parquet").to_pylist()
+    }
+    rows = priced.result.report.table("interventions.parquet").to_pylist()
+    measured = [row for row in rows if row["level"] == "measure"]
+    assert {row["intervention"] for row in measured} == {"as it is", "lr: 0.5", "positives_only"}
+    assert all(row["delta_j"] is None for row in rows if row["level"] != "measure")
+    for row in measured:
+        half, whole = (of_etas[row["checkpoint"], row["normalization"], multiple] for multiple in (0.5, 1.0))
+        if row["intervention"] == "as it is":
+            assert (row["delta_j"], row["difference_j"], row["price"]) == (whole["delta_j"], 0.0, None)
+        if row["intervention"] == "lr: 0.5":  # half of the same step
+            assert row["delta_j"] == pytest.approx(half["delta_j"], rel=1e-9)
+            assert row["difference_j"] == pytest.approx(half["delta_j"] - whole["delta_j"], rel=1e-9)
+            assert row["price"] == pytest.approx(row["difference"] / row["difference_j"], rel=1e-12)
+            assert row["difference_j_low"] < row["difference_j"] < row["difference_j_high"]
 
 
 def test_without_a_reward_for_each_response_nothing_is_said(priced: Probe, tmp_path, monkeypatch):

@@ -24,6 +24,11 @@ Row = dict[str, Any]
 POWER_QUANTILE = uncertainty.normal_quantile(0.6)  # a change of (t + 0.84) SE is detected with probability 80 %
 
 
+_OF_DIFFERENCE = ("delta_j", "difference_j", "difference_j_se", "difference_j_low", "difference_j_high")
+NO_REWARD: Row = dict.fromkeys((*_OF_DIFFERENCE, "price", "price_low", "price_high"))
+"""The columns of `difference_columns` where nothing is known."""
+
+
 class OnE(NamedTuple):
     """How errors over E become intervals.
 
@@ -138,6 +143,31 @@ def price_row(on_e: OnE, slopes: tuple[Estimate, Estimate], changes: Changes, et
         **(measured if changes.usable else dict.fromkeys(measured)),
         "confidence_level": on_e.confidence_level,
         "verdict": told if changes.reliable else "weights-unreliable",
+    }
+
+
+def difference_columns(on_e: OnE, entropy: Estimate, reward: Estimate, of_run: Estimate) -> Row:
+    """Compute what an intervention does to the expected reward, and the entropy that goes with it.
+
+    Args:
+        on_e: E, with rewards.
+        entropy: ΔH under the intervention minus that of the run as it is.
+        reward: ΔJ under the intervention.
+        of_run: ΔJ of the run as it is.
+
+    Returns:
+        The columns of `tables.INTERVENTIONS` on the reward.
+    """
+    difference = reward.minus(of_run)
+    error = on_e.batch.standard_error(difference)
+    low, high = on_e.ends(difference.value, error)
+    return {
+        "delta_j": reward.value,
+        "difference_j": difference.value,
+        "difference_j_se": error,
+        "difference_j_low": low,
+        "difference_j_high": high,
+        **_priced("price", on_e, entropy, difference),
     }
 
 

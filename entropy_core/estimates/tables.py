@@ -283,6 +283,7 @@ AGREEMENT = of_checkpoints(
 )
 """What the trainer logged beside what the probe measures; one table for all checkpoints."""
 
+_PER_REWARD = "nats per unit of reward"
 
 INTERVENTIONS = of_checkpoints(
     pa.schema(
@@ -310,7 +311,15 @@ INTERVENTIONS = of_checkpoints(
             _field("p_half_1", _REAL, "1", "p-value for this update by the half of E that judges (t test)"),
             _field("kept_on_delta_h1", _REAL, _H, "delta_h1 once the momentum is that of the changed gradient"),
             _field("kept_on_difference", _REAL, _H, "the difference once both runs have saturated their momentum"),
-            _field("confidence_level", _REAL, "1", "confidence level of the interval and of the verdict"),
+            _field("delta_j", _REAL, "reward", "change of the expected reward, measured after this step; or null"),
+            _field("difference_j", _REAL, "reward", "this change minus that of the run as it is, on the same E and U"),
+            _field("difference_j_se", _REAL, "reward", "standard error of difference_j for this update: over E"),
+            _field("difference_j_low", _REAL, "reward", "lower end of the interval of difference_j for this update"),
+            _field("difference_j_high", _REAL, "reward", "upper end of the interval of difference_j for this update"),
+            _field("price", _REAL, _PER_REWARD, "difference / difference_j: entropy kept per unit of reward gained"),
+            _field("price_low", _REAL, _PER_REWARD, "lower end of Fieller's interval of the price for this update"),
+            _field("price_high", _REAL, _PER_REWARD, "upper end of it for this update; null if difference_j may be 0"),
+            _field("confidence_level", _REAL, "1", "confidence level of the intervals and of the verdict"),
         ]
     )
 )

@@ -42,6 +42,7 @@ def compared_interventions(entry: Inputs, config: ProbeConfig) -> Inputs:
         {name: entry[name] for name in ("checkpoint", "step")}
         | {name: entry["inputs"][name] for name in names}
         | entry["interventions"]
+        | {"rewards": entry["price"].get("rewards", [])}
         | {name: getattr(settings, name) for name in ("normalizations", "baseline", "confidence_level")}
         | {"units": config.units_of_e, "margin": config.lab.margin}
     )

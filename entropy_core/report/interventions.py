@@ -78,8 +78,19 @@ def _effect(row: Row, run: Row, group: Sequence[Row]) -> str:
     text = f"`{row['intervention']}` by {row['difference']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]{share}"
     for other in group:
         if other["level"] == "measure" and other["intervention"] == row["intervention"]:
-            text += f" (measured: {other['difference']:+.3g} [{other['low']:+.3g}, {other['high']:+.3g}])"
+            text += f" (measured: {other['difference']:+.3g} {_span(other, '')}{_with_reward(other)})"
     return text
+
+
+def _with_reward(row: Row) -> str:
+    if row["difference_j"] is None:
+        return ""
+    return f"; expected reward: {row['difference_j']:+.2g} {_span(row, 'difference_j_')}"
+
+
+def _span(row: Row, prefix: str) -> str:
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    return "–" if low is None else f"[{low:+.2g}, {high:+.2g}]"
 
 
 def _table(group: Sequence[Row]) -> list[str]:
@@ -90,10 +101,10 @@ def _table(group: Sequence[Row]) -> list[str]:
         last = rows[max(run + 1, len(rows) - SHOWN // 2) :]
         rows = [*first, rows[run], *last]
     measured = {row["intervention"]: row for row in group if row["level"] == "measure"}
+    rewarded = any(row["difference_j"] is not None for row in measured.values())
     body = []
     for row in rows:
         name = row["intervention"]
-        interval = "–" if row["low"] is None else f"[{row['low']:+.2g}, {row['high']:+.2g}]"
         cells = (
             row["delta_h1"],
             row["difference"],
@@ -103,8 +114,14 @@ def _table(group: Sequence[Row]) -> list[str]:
         delta_h1, difference, of_measured, kept = ("–" if x is None else f"{x:+.3g}" for x in cells)
         p_holm = "–" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
         detectable = "–" if row["detectable"] is None else f"{row['detectable']:.2g}"
-        body.append(
-            (f"`{name}`", delta_h1, difference, interval, of_measured, kept, p_holm, row["verdict"], detectable)
-        )
-    head = ("intervention", "δH₁", "difference", "interval", "of ΔH", "kept on", "p (Holm)", "verdict", "detectable")
-    return markdown_rows(head, body)
+        of_reward = [_reward_cell(measured.get(name))] if rewarded else []
+        begin = (f"`{name}`", delta_h1, difference, _span(row, ""), of_measured, *of_reward)
+        body.append((*begin, kept, p_holm, row["verdict"], detectable))
+    head = ["intervention", "δH₁", "difference", "interval", "of ΔH", *(["of ΔJ"] if rewarded else [])]
+    return markdown_rows((*head, "kept on", "p (Holm)", "verdict", "detectable"), body)
+
+
+def _reward_cell(row: Row | None) -> str:
+    if row is None or row["difference_j"] is None:
+        return "–"
+    return f"{row['difference_j']:+.2g} {_span(row, 'difference_j_')}"
