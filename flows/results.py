@@ -143,18 +143,26 @@ def print_results(run_directory: Path) -> None:
         warnings = [*invalid_over_e(rows), *disagreements(compared), *record["checkpoints"][0]["warnings"]]
     for warning in warnings:
         print(f"\nWARNING: {warning}")
-    shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
-    print(f"\n{textwrap.fill(answer(shown, bool(disagreements(compared))), 120)}")
+    prices, tried = (_table(run_directory / f"{name}.parquet") for name in ("price", "interventions"))
+    shown, priced, compared_with = (
+        [row for row in table if row["normalization"] == rows[0]["normalization"]] for table in (rows, prices, tried)
+    )
+    print(f"\n{textwrap.fill(answer(shown, bool(disagreements(compared)), priced, compared_with), 120)}")
     print(f"\n{terminal_table(rows)}\n")
     for sentence in order_sentences(shown):
         print(sentence)
     if agreement := agreement_table(rows, replicates):
         print(f"\n{agreement}")
-    if (run_directory / "interventions.parquet").exists():
-        print(f"\n{interventions_table(pq.read_table(run_directory / 'interventions.parquet').to_pylist())}")
+    if tried:
+        print(f"\n{interventions_table(tried)}")
     print(f"\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table that not every run has."""
+    return pq.read_table(path).to_pylist() if path.exists() else []
 
 
 def show(root: Path, run_id: str, in_browser: bool) -> int:

@@ -27,6 +27,7 @@ from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.numerics.weights import prefix_weights
 from entropy_core.pipeline.statistics import variance
 from entropy_core.policy import moves
+from entropy_core.report import interventions
 from entropy_core.report import price as report
 from entropy_core.report.answer import answer
 
@@ -330,3 +331,29 @@ def test_what_is_said_of_the_reward(situation: str):
     )
     assert expected in answer([result_row()], prices=[ROW | columns])
     assert "reward of" not in answer([result_row()])
+
+
+def intervention(
+    name: str, difference: float, verdict: str, level: str = "predict", **columns: object
+) -> dict[str, object]:
+    ends = {"low": difference - 1e-4, "high": difference + 1e-4, "difference_j": None}
+    row = {"checkpoint": "checkpoint-10", "intervention": name, "level": level, "delta_h1": -0.002 + difference}
+    return row | ends | {"difference": difference, "verdict": verdict} | columns
+
+
+def test_what_would_change_the_entropy_is_said_with_its_price():
+    run = intervention("as it is", 0.0, "as it is")
+    best = intervention("lr: 0.5", 1e-3, "acts")
+    idle = [intervention("clip_cov", 1e-5, "cannot tell"), intervention("positives_only", -4e-4, "acts")]
+    reward = {"difference_j": -0.004, "difference_j_low": -0.005, "difference_j_high": -0.003}
+    measured = intervention("lr: 0.5", 9e-4, "acts", "measure", **reward)
+    start = (
+        "Of 3 interventions tried there, 2 surely act; lr: 0.5 keeps most entropy, +0.001 [+0.0009, +0.0011] a step "
+    )
+    assert interventions.sentence([best, idle[0], run, idle[1]]) == f"{start}(+50% of the step)."
+    with_price = f"{start}(+50% of the step), and changes the expected reward by -0.004 [-0.005, -0.003]."
+    rows = [best, idle[0], run, idle[1], measured]
+    assert interventions.sentence(rows) == with_price
+    assert with_price in answer([result_row()], tried=rows)
+    none = "Of 2 interventions tried there, 1 surely act, and none of them keeps entropy."
+    assert interventions.sentence([idle[0], run, idle[1]]) == none

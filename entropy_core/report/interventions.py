@@ -50,6 +50,37 @@ def section(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str
     return lines
 
 
+def sentence(rows: Sequence[Row]) -> str:
+    """Say what would change the step of the last checkpoint most, upwards, and what it does to the expected reward.
+
+    Args:
+        rows: of `interventions.parquet`, of one normalisation.
+
+    Returns:
+        One sentence without markup; empty without rows.
+    """
+    if not rows:
+        return ""
+    *_, group = by_checkpoint(rows).values()
+    shown = deepest(group)
+    run = next(row for row in shown if row["verdict"] == "as it is")
+    acting = [row for row in shown if row["verdict"] == "acts"]
+    raising = [row for row in acting if row["difference"] > 0]
+    start = f"Of {len(shown) - 1} interventions tried there, {len(acting)} surely act"
+    if not raising:
+        return f"{start}, and none of them keeps entropy."
+    best = raising[0]
+    share = f" ({best['difference'] / abs(run['delta_h1']):+.0%} of the step)" if run["delta_h1"] else ""
+    text = (
+        f"{start}; {best['intervention']} keeps most entropy, {best['difference']:+.2g} {_span(best, '')} a step{share}"
+    )
+    measured = [row for row in group if row["level"] == "measure" and row["intervention"] == best["intervention"]]
+    if not measured or measured[0]["difference_j"] is None:
+        return f"{text}."
+    reward = measured[0]
+    return f"{text}, and changes the expected reward by {reward['difference_j']:+.2g} {_span(reward, 'difference_j_')}."
+
+
 def _sentences(group: Sequence[Row]) -> list[str]:
     """What a reader wants to know first: what acts most, what does not, what cannot be told."""
     rows = deepest(group)

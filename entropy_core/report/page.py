@@ -78,7 +78,9 @@ def markdown(
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     normalization = rows[0]["normalization"]
     shown = [row for row in rows if row["normalization"] == normalization]
-    priced = [row for row in prices if row["normalization"] == normalization]
+    priced, tried = (
+        [row for row in table if row["normalization"] == normalization] for table in (prices, interventions)
+    )
     first = shown[0]
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
@@ -87,14 +89,14 @@ def markdown(
             f"> **Warning:** {warning}\n"
             for warning in (*evaluation_batch.invalid_over_e(shown), *disagreements(compared), *warnings)
         ),
-        answer(shown, bool(disagreements(compared)), priced),
+        answer(shown, bool(disagreements(compared)), priced, tried),
         "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
         "",
         *_headlines(shown),
         "",
-        *_interventions([row for row in interventions if row["normalization"] == normalization], skipped),
+        *_interventions(tried, skipped),
         "![predicted against measured entropy change](prediction.png)",
         "",
         "![entropy change against step size](eta_sweep.png)",
