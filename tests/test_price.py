@@ -347,13 +347,12 @@ def test_what_would_change_the_entropy_is_said_with_its_price():
     idle = [intervention("clip_cov", 1e-5, "cannot tell"), intervention("positives_only", -4e-4, "acts")]
     reward = {"difference_j": -0.004, "difference_j_low": -0.005, "difference_j_high": -0.003}
     measured = intervention("lr: 0.5", 9e-4, "acts", "measure", **reward)
-    start = (
-        "Of 3 interventions tried there, 2 surely act; lr: 0.5 keeps most entropy, +0.001 [+0.0009, +0.0011] a step "
-    )
+    tried = "Of 3 interventions tried at checkpoint-10, 2 surely act"
+    start = f"{tried}; lr: 0.5 keeps most entropy, +0.001 [+0.0009, +0.0011] a step "
     assert interventions.sentence([best, idle[0], run, idle[1]]) == f"{start}(+50% of the step)."
     with_price = f"{start}(+50% of the step), and changes the expected reward by -0.004 [-0.005, -0.003]."
     rows = [best, idle[0], run, idle[1], measured]
     assert interventions.sentence(rows) == with_price
     assert with_price in answer([result_row()], tried=rows)
-    none = "Of 2 interventions tried there, 1 surely act, and none of them keeps entropy."
+    none = "Of 2 interventions tried at checkpoint-10, 1 surely act, and none of them keeps entropy."
     assert interventions.sentence([idle[0], run, idle[1]]) == none

@@ -66,14 +66,13 @@ def sentence(rows: Sequence[Row]) -> str:
     run = next(row for row in shown if row["verdict"] == "as it is")
     acting = [row for row in shown if row["verdict"] == "acts"]
     raising = [row for row in acting if row["difference"] > 0]
-    start = f"Of {len(shown) - 1} interventions tried there, {len(acting)} surely act"
+    start = f"Of {len(shown) - 1} interventions tried at {run['checkpoint']}, {len(acting)} surely act"
     if not raising:
         return f"{start}, and none of them keeps entropy."
     best = raising[0]
     share = f" ({best['difference'] / abs(run['delta_h1']):+.0%} of the step)" if run["delta_h1"] else ""
-    text = (
-        f"{start}; {best['intervention']} keeps most entropy, {best['difference']:+.2g} {_span(best, '')} a step{share}"
-    )
+    kept = f"{best['difference']:+.2g} {_span(best, '')} a step{share}"
+    text = f"{start}; {best['intervention']} keeps most entropy, {kept}"
     measured = [row for row in group if row["level"] == "measure" and row["intervention"] == best["intervention"]]
     if not measured or measured[0]["difference_j"] is None:
         return f"{text}."
