@@ -17,8 +17,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import translate
+from functools import cache
 from pathlib import Path
 
 from entropy_core.errors import CheckpointError, one_line, shortage
@@ -163,12 +164,13 @@ def model_directory(directory: Path) -> Path:
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
-def _one_of(patterns: Iterable[str]) -> Callable[[str], object]:
-    """A function that tells the names that match one of these patterns; made once, because a directory has many."""
+@cache
+def _one_of(patterns: tuple[str, ...]) -> Callable[[str], object]:
+    """A function that tells names that match one of these patterns; made once, since every stage asks."""
     return re.compile("|".join(map(translate, patterns)) or "(?!)").match
 
 
-def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]:
+def file_digests(directory: Path, besides: tuple[str, ...] = ()) -> dict[str, str]:
     """Content digests of the files that a result may depend on: all but the known bystanders.
 
     Args:
