@@ -207,7 +207,7 @@ def test_each_library_has_its_own_door():
         "sequences.cache",
         "sequences.decoding",
     )
-    of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture")
+    of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture", "prompts.templates")
     of_the_demo = core("demo.run", "demo.smollm2", "demo.training_run")
     assert importers("transformers") == of_the_model | of_the_checkpoint | of_the_demo
     assert importers("psutil") == core("sequences.decoding", "isolation.guard") | {"flows.door"}
