@@ -146,7 +146,7 @@ def _changes(
     found: dict[Normalization, dict[str, tuple[float, float, Error]]] = {of: {} for of in normalizations}
     run: dict[Normalization, Estimate] = {}
     for entry in measured:
-        at_eta: AtStepSize = {"eta": learning_rate, "shards": entry["shards"], "path": []}
+        at_eta: AtStepSize = {"eta": learning_rate, "eta_over_lr": 1.0, "shards": entry["shards"], "path": []}
         terms = evaluation.measured(batch, moved_batch(at_eta, sequences), "per_decision")
         for normalization, of_label in found.items():
             change = change_of(batch, terms, learning_rate, "per_decision", normalization)
