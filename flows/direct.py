@@ -47,10 +47,10 @@ def interventions(asked: InterventionsRequest) -> int:
     from entropy_core.pipeline.recorded import with_interventions
 
     _log_to_the_terminal()
-    return _sweep(with_interventions(asked))
+    return _sweep(*with_interventions(asked))
 
 
-def _sweep(config: ProbeConfig) -> int:
+def _sweep(config: ProbeConfig, rerun_of: str = "") -> int:
     from entropy_core.pipeline import sweep as pipeline  # a rerun of the statistics need not wait for these
     from entropy_core.pipeline.plan import plan, typical_costs
     from entropy_core.pipeline.preflight import preflight
@@ -64,7 +64,7 @@ def _sweep(config: ProbeConfig) -> int:
     progress = Progress(steps, costs, lambda line, _: _say(line))
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     run = progress.watched(terminal_runner(store, execution))
-    print_results(pipeline.sweep(config, checkpoints, store, run).run_directory)
+    print_results(pipeline.sweep(config, checkpoints, store, run, rerun_of).run_directory)
     return 0
 
 

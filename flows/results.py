@@ -1,11 +1,10 @@
 """How the results of a sweep are shown: in the terminal, and in Prefect's UI, whose tables do not round."""
 
 import base64
-import math
 import re
 import textwrap
 import webbrowser
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,57 +12,17 @@ import pyarrow.parquet as pq
 
 from entropy_core.errors import ProbeError
 from entropy_core.estimates.agreement import independent
-from entropy_core.estimates.tables import best_prediction, interval_of
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.answer import answer
 from entropy_core.report.evaluation_batch import invalid_over_e
+from entropy_core.report.headline import HEADLINE, headline, rounded
 from entropy_core.report.interventions import deepest
 from entropy_core.report.verdict_lines import order_sentences
 from entropy_core.store import runs
 
-HEADLINE = (
-    "checkpoint",
-    "eta_over_lr",
-    "normalization",
-    "estimator",
-    "H",
-    "delta_h1",
-    "prediction",
-    "next_low",
-    "next_high",
-    "delta_h",
-    "delta_h_se",
-    "ess_fraction",
-    "verdict",
-)
 INTERVENTIONS = ("checkpoint", "intervention", "delta_h1", "difference", "low", "high", "p_holm", "verdict")
 """Columns of interventions.parquet that a reader looks at first."""
 _VIEW = ("normalization", "estimator")  # what the terminal shows one choice of
-
-
-def headline(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Select and round what a reader looks at first.
-
-    Args:
-        rows: of results.parquet.
-
-    Returns:
-        As many rows with the columns `HEADLINE`, in four significant digits; None for what is not a finite number.
-        `prediction` is the best one, with the ends of its interval for the next update.
-    """
-    return selected([row | _prediction(row) for row in rows], HEADLINE)
-
-
-def _prediction(row: dict[str, Any]) -> dict[str, Any]:
-    """The best prediction, to first or second order, and its interval for the next update."""
-    best = best_prediction(row)
-    following = interval_of(best, "next")
-    return {"prediction": row[best], "next_low": row[f"{following}_low"], "next_high": row[f"{following}_high"]}
-
-
-def selected(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Select columns, numbers in four significant digits; None for what is not a finite number."""
-    return [{name: _rounded(row[name]) for name in columns} for row in rows]
 
 
 def terminal_table(rows: list[dict[str, Any]]) -> str:
@@ -125,7 +84,7 @@ def interventions_table(rows: Sequence[dict[str, Any]]) -> str:
         if row["normalization"] == normalization:
             groups.setdefault(row["checkpoint"], []).append(row)
     shown = [row for group in groups.values() for row in deepest(group)]
-    lines = [INTERVENTIONS, *([_text(_rounded(row[name])) for name in INTERVENTIONS] for row in shown)]
+    lines = [INTERVENTIONS, *([_text(rounded(row[name])) for name in INTERVENTIONS] for row in shown)]
     level = shown[0]["level"]
     return "\n".join([*aligned(lines), f"({normalization}, {level}; differences from the run as it is, same E and U)"])
 
@@ -170,7 +129,7 @@ def show(root: Path, run_id: str, in_browser: bool) -> int:
 
     Args:
         root: of the store.
-        run_id: of the run; `latest` is the one that finished last.
+        run_id: of the run; `latest` is the sweep that finished last.
         in_browser: whether to open `report.html`.
 
     Returns:
@@ -228,12 +187,6 @@ def size(count: float) -> str:
     """A number of bytes in a unit that suits it."""
     unit = next((unit for unit in (1e9, 1e6) if count >= unit), 1e3)
     return f"{count / unit:.3g} {({1e9: 'GB', 1e6: 'MB', 1e3: 'kB'})[unit]}"
-
-
-def _rounded(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.4g}") + 0.0 if math.isfinite(value) else None
 
 
 def _text(value: Any) -> str:

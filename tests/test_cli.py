@@ -73,7 +73,6 @@ def test_every_setting_of_the_statistics_has_an_option():
     given = ["--confidence", ".9", "--baseline", "ridge", "--cluster", "prompt"]
     options = cli._parser().parse_args(["variance", "a-run", *given, "--normalizations", "per_token"])
     asked = cli._request(options)
-    assert asked.model_fields_set == {"run", "artifacts", *VarianceConfig.model_fields}
     assert asked.applied_to(VarianceConfig()) == VarianceConfig(
         confidence_level=0.9, baseline="ridge", cluster="prompt", normalizations=["per_token"]
     )
@@ -115,14 +114,16 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     same = values(home / "run", tmp_path / "other", checkpoints=[str(home / "run" / NAMES[0])])
     same["update"] = {"reward": f"{home}/reward.py:share_of_low_digits"}
     expected = probe(same).rows
-    assert recorded_rows(home / "artifacts") == expected
+    assert recorded_rows(home / "artifacts", -1) == expected
 
     options = ("--confidence", ".5", "--artifacts", home / "artifacts", "--direct")
     changed = command("variance", *options, cwd=elsewhere, code=WITHOUT_PREFECT.replace("prefect", "transformers"))
     assert changed.returncode == 0, changed.stderr
     stages = re.findall(r"^  (\S+) +(\S+) · ", changed.stdout, re.MULTILINE)
     assert stages == [("computed", "variance"), ("reused", "agreement"), ("computed", "report")]
-    assert {row["confidence_level"] for row in recorded_rows(home / "artifacts")} == {0.5}
+    assert {row["confidence_level"] for row in recorded_rows(home / "artifacts", -1)} == {0.5}
+    assert {row["confidence_level"] for row in recorded_rows(home / "artifacts", 0)} == {0.95}
+    assert runs.find(home / "artifacts", "latest").name == runs.recorded(home / "artifacts")[0]
 
     listed = here("runs", "--artifacts", home / "artifacts").splitlines()
     assert [line.split()[1] for line in listed[1:-1]] == runs.recorded(home / "artifacts")
@@ -136,10 +137,10 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     assert "1 would run" not in here("store", "explain", config)
 
 
-def recorded_rows(root: Path) -> list[dict[str, Any]]:
+def recorded_rows(root: Path, which: int) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    return pq.read_table(runs.find(root, "latest") / "results.parquet").to_pylist()
+    return pq.read_table(runs.folder(root, runs.recorded(root)[which]) / "results.parquet").to_pylist()
 
 
 def test_ctrl_c_ends_a_direct_sweep_and_the_same_command_goes_on(home, monkeypatch, capsys):
@@ -201,7 +202,7 @@ def test_a_list_of_runs_says_where_they_are(tmp_path, capsys):
         (["variance", "a-run", "--direct"], "there is no run 'a-run'"),
         (["variance", "--confidence", "95"], "confidence_level: must be less than"),
         (["variance", "--confidence", "nan"], "confidence_level: must be a finite number"),
-        (["variance", "--baseline", "mean"], "baseline: must be 'none'"),
+        (["variance", "--baseline", "mean"], "baseline: must be 'as_recorded'"),
         (["variance", "--normalizations", "per_token", "per_token"], "per_token is listed twice"),
     ],
 )

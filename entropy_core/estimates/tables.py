@@ -28,7 +28,7 @@ def _ends(prefix: str, quantity: str) -> list[pa.Field]:
 ESTIMATES = pa.schema(
     [
         _field("eta", _REAL, "learning-rate unit", "absolute step size: the policy moves to theta + eta * v"),
-        _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
+        _field("eta_over_lr", _REAL, "1", "eta as a multiple of the checkpoint's learning rate, as asked for"),
         _field("normalization", _TEXT, "", "per_token: E[S]/E[T]; per_sequence: E[S]"),
         _field(
             "estimator", _TEXT, "", "estimator of delta_h: per_decision, weighted_per_decision, snis or path_integral"

@@ -362,5 +362,6 @@ class Measurement:
             found = {
                 name: self._over_shards(what, there, step) if what and eta else [] for name, what in passes.items()
             }
-            moved.append({"eta": eta, **found})
+            in_learning_rates = multiple if asked.eta_unit == "learning_rate" else eta / learning_rate
+            moved.append({"eta": eta, "eta_over_lr": in_learning_rates, **found})
         return moved

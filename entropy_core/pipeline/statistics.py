@@ -63,7 +63,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
                         cause="it was deleted, or the store was moved without it",
                         fix=f"make it again: `entropy-probe sweep {directory / 'config.yaml'}`",
                     )
-        return record(recorded, reported(recorded, config, run), config, store)
+        return record(recorded, reported(recorded, config, run), config, store, rerun_of=directory.name)
 
     with store.in_use():
         return with_repairs(store, work)
@@ -100,10 +100,12 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
     return run(REPORT, inputs | said, config.name)
 
 
-def record(recorded: Sequence[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
-    """Write the folder of the run and return the result."""
+def record(
+    recorded: Sequence[Inputs], report: Artifact, config: ProbeConfig, store: Store, rerun_of: str = ""
+) -> SweepResult:
+    """Write the folder of the run, which may be a rerun of another, and return the result."""
     run_id = f"{config.name}-{report.digest[:12]}"  # equal results give the same run id
-    return SweepResult(run_id, write_run(store, run_id, config, recorded, report), report)
+    return SweepResult(run_id, write_run(store, run_id, config, recorded, report, rerun_of), report)
 
 
 def assumptions(config: ProbeConfig) -> list[str]:

@@ -54,7 +54,9 @@ def execution_for(
     )
 
 
-def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store, run: Runner) -> SweepResult:
+def sweep(
+    config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store, run: Runner, rerun_of: str = ""
+) -> SweepResult:
     """Probe every checkpoint and write the report.
 
     Args:
@@ -62,6 +64,7 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
         checkpoints: checkpoints from `preflight`.
         store: the store of the artifacts.
         run: runner of stages.
+        rerun_of: the recorded run that this one adds interventions to; empty for a sweep of its own.
 
     Returns:
         The report, and the run folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
@@ -71,7 +74,7 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
     def work() -> SweepResult:
         keeper = VectorKeeper(store, run, config.execution.keep_vectors)
         recorded = _measured(config, checkpoints, keeper, keeper.release)
-        return record(recorded, reported(recorded, config, run), config, store)
+        return record(recorded, reported(recorded, config, run), config, store, rerun_of)
 
     with store.in_use():
         if config.execution.library_versions == "same":

@@ -92,7 +92,7 @@ def markdown(
         answer(shown, bool(disagreements(compared)), priced, tried),
         "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
-        f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
+        f"prompts. Entropies in nats ({normalization}); intervals at {percent(first['confidence_level'])}.",
         "",
         *_headlines(shown),
         "",
@@ -190,6 +190,11 @@ def format_value(name: str, value: Any) -> str:
     if value == 0:
         return "0"
     return f"{value:.3g}" if name.endswith("_se") or name.startswith("se_") else f"{value:+.4g}"
+
+
+def percent(level: float) -> str:
+    """Format a confidence level, with all of its digits."""
+    return f"{100 * level:.10g} %"
 
 
 def _headlines(rows: Sequence[Row]) -> list[str]:

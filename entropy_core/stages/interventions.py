@@ -160,7 +160,7 @@ def _changes(
     found: dict[Normalization, dict[str, _Measured]] = {of: {} for of in normalizations}
     run: dict[Normalization, tuple[Estimate, Estimate | None]] = {}
     for entry in measured:
-        at_eta: AtStepSize = {"eta": learning_rate, "shards": entry["shards"], "path": []}
+        at_eta: AtStepSize = {"eta": learning_rate, "eta_over_lr": 1.0, "shards": entry["shards"], "path": []}
         terms = evaluation.measured(batch, moved_batch(at_eta, sequences), "per_decision")
         rewarded = REWARD in batch.functionals and terms.usable
         reward = reward_change(batch, terms, learning_rate, "per_decision") if rewarded else None

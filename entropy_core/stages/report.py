@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, Row, of_checkpoints, to_table, unit_of
-from entropy_core.report import html
+from entropy_core.report import headline, html
 from entropy_core.report import page as pages
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def report(
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
             columns, `agreement.parquet`, `price.parquet` and `interventions.parquet` if they were asked for,
-            `report.md`, the same page as `report.html`, and the figures as PNG and SVG.
+            `report.md`, the same page as `report.html`, the figures as PNG and SVG, and the main columns of the results
+            as CSV and JSON.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
@@ -47,6 +48,8 @@ def report(
 
     rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")
+    out.path("headline.csv").write_text(headline.as_csv(rows), encoding="utf-8")
+    out.path("headline.json").write_text(headline.as_json(rows), encoding="utf-8")
     others = {table: _gathered(checkpoints, table) for table in TABLES}
     for table, schema in TABLES.items():
         out.table(to_table(others[table], of_checkpoints(schema)), f"{table}.parquet")

@@ -67,6 +67,7 @@ class AtStepSize(TypedDict):
     """What was measured of E at one step size η; nothing at 0."""
 
     eta: float
+    eta_over_lr: float
     shards: Sequence[MovedScores]
     path: Sequence[Path]
 
