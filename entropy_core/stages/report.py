@@ -57,7 +57,8 @@ def report(
     out.table(compared, "agreement.parquet")
     last = checkpoints[-1]
     tokens, sequences = (last["attribution"].table(f"{table}.parquet").to_pylist() for table in ("tokens", "sequences"))
-    drawn = figures.figures(rows) | {"tokens": figures.token_figure(tokens, sequences, rows, last["checkpoint"])}
+    drawn = figures.figures(rows, compared.to_pylist())
+    drawn["tokens"] = figures.token_figure(tokens, sequences, rows, last["checkpoint"])
     tried = [entry["interventions"] for entry in checkpoints if entry["interventions"]]
     changes = [row for artifact in tried for row in artifact.table("interventions.parquet").to_pylist()]
     skipped = {
