@@ -27,7 +27,7 @@ from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.numerics.weights import prefix_weights
 from entropy_core.pipeline.statistics import variance
 from entropy_core.policy import moves
-from entropy_core.report import interventions
+from entropy_core.report import frontier, interventions
 from entropy_core.report import price as report
 from entropy_core.report.answer import answer
 
@@ -356,3 +356,24 @@ def test_what_would_change_the_entropy_is_said_with_its_price():
     assert with_price in answer([result_row()], tried=rows)
     none = "Of 2 interventions tried at checkpoint-10, 1 surely act, and none of them keeps entropy."
     assert interventions.sentence([idle[0], run, idle[1]]) == none
+
+
+def test_the_frontier_has_what_no_other_beats_in_both():
+    def at(entropy: float, reward: float) -> dict:
+        return {"difference": entropy, "difference_j": reward}
+
+    run, better, worse, keeps, gains = at(0.0, 0.0), at(1.0, 0.0), at(-1.0, -1.0), at(2.0, -1.0), at(0.0, 3.0)
+    assert frontier.undominated([run, better, worse, keeps, gains]) == [keeps, better, gains]
+    assert frontier.undominated([run]) == [run]
+
+
+def test_the_frontier_is_drawn_where_rewards_were_measured(priced: Probe):
+    rows = priced.result.report.table("interventions.parquet").to_pylist()
+    shown = [row for row in rows if row["normalization"] == "per_token"]
+    figure = frontier.frontier_figure(shown)
+    [axes] = figure.axes
+    points = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "o"]
+    assert len(points) >= 1 and axes.get_xlabel().startswith("reward gained")
+    assert "![entropy kept against reward gained](frontier.png)" in priced.result.report.path("report.md").read_text()
+    assert priced.result.report.path("frontier.svg").exists()
+    assert not frontier.with_rewards([row for row in shown if row["intervention"] == "as it is"])

@@ -33,6 +33,8 @@ def section(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str
     for checkpoint, group in by_checkpoint(rows).items():
         lines += [f"- **{checkpoint}**: {sentence}" for sentence in _sentences(group)]
     lines += ["", "![what each intervention changes](interventions.png)", ""]
+    if any(row["difference_j"] is not None and row["verdict"] != "as it is" for row in rows):
+        lines += ["![entropy kept against reward gained](frontier.png)", ""]
     for checkpoint, group in by_checkpoint(rows).items():
         lines += [f"{checkpoint}:", "", *_table(group), ""]
     lines += [

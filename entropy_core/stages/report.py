@@ -44,7 +44,7 @@ def report(
     Returns:
         Summary: numbers of rows and checkpoints.
     """
-    from entropy_core.report import figures  # here, so that only this stage loads the plotting library
+    from entropy_core.report import figures, frontier  # here, so that only this stage loads the plotting library
 
     rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")
@@ -70,6 +70,8 @@ def report(
         out.table(to_table(changes, INTERVENTIONS), "interventions.parquet")
         shown = [row for row in changes if row["normalization"] == rows[0]["normalization"]]
         drawn["interventions"] = figures.intervention_figure(shown)
+        if frontier.with_rewards(shown):
+            drawn["frontier"] = frontier.frontier_figure(shown)
     prices, without_reward = _gathered(checkpoints, "price", "price"), 0
     if priced := [entry["price"] for entry in checkpoints if entry["price"]]:
         out.table(to_table(prices, of_checkpoints(PRICE)), "price.parquet")
