@@ -8,15 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from entropy_core.errors import ProbeError
 from entropy_core.estimates.agreement import independent
-from entropy_core.report.agreement import disagreements
-from entropy_core.report.answer import answer
-from entropy_core.report.evaluation_batch import invalid_over_e
 from entropy_core.report.headline import HEADLINE, headline, rounded
 from entropy_core.report.interventions import deepest
+from entropy_core.report.recorded_run import RecordedRun
 from entropy_core.report.verdict_lines import order_sentences
 from entropy_core.store import runs
 
@@ -95,20 +91,13 @@ def print_results(run_directory: Path) -> None:
     Args:
         run_directory: its folder.
     """
-    rows, replicates, compared = (
-        pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates", "agreement")
-    )
-    with runs.understood(run_directory / runs.RECORD) as record:
-        warnings = [*invalid_over_e(rows), *disagreements(compared), *record["checkpoints"][0]["warnings"]]
-    for warning in warnings:
+    run = RecordedRun(run_directory.parents[1], run_directory.name)
+    rows, replicates, tried = (run.rows(name) for name in ("results", "replicates", "interventions"))
+    for warning in run.warnings:
         print(f"\nWARNING: {warning}")
-    prices, tried = (_table(run_directory / f"{name}.parquet") for name in ("price", "interventions"))
-    shown, priced, compared_with = (
-        [row for row in table if row["normalization"] == rows[0]["normalization"]] for table in (rows, prices, tried)
-    )
-    print(f"\n{textwrap.fill(answer(shown, bool(disagreements(compared)), priced, compared_with), 120)}")
+    print(f"\n{textwrap.fill(run.answer, 120)}")
     print(f"\n{terminal_table(rows)}\n")
-    for sentence in order_sentences(shown):
+    for sentence in order_sentences([row for row in rows if row["normalization"] == rows[0]["normalization"]]):
         print(sentence)
     if agreement := agreement_table(rows, replicates):
         print(f"\n{agreement}")
@@ -117,11 +106,6 @@ def print_results(run_directory: Path) -> None:
     print(f"\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
-
-
-def _table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table that not every run has."""
-    return pq.read_table(path).to_pylist() if path.exists() else []
 
 
 def show(root: Path, run_id: str, in_browser: bool) -> int:

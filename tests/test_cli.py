@@ -126,10 +126,12 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     assert runs.find(home / "artifacts", "latest").name == runs.recorded(home / "artifacts")[0]
 
     listed = here("runs", "--artifacts", home / "artifacts").splitlines()
-    assert [line.split()[1] for line in listed[1:-1]] == runs.recorded(home / "artifacts")
-    assert all(NAMES[0] in line and str(home / "artifacts" / "runs") in line for line in listed[1:-1])
-    assert listed[-1] == "2 runs"
-    first_id = runs.recorded(home / "artifacts")[0]
+    first_id, second_id = runs.recorded(home / "artifacts")
+    assert [line.split(maxsplit=3)[1:] for line in listed[1:-1]] == [
+        [first_id, "–", f"sweep of {NAMES[0]} (1)"],
+        [second_id, first_id, "confidence_level 0.5"],
+    ]
+    assert listed[-1] == f"2 runs in {home / 'artifacts' / 'runs'}"
     opened = here("report", first_id, "--artifacts", home / "artifacts")
     page = runs.folder(home / "artifacts", first_id) / "report.html"
     assert opened.lstrip("\n").startswith(table.partition(f"\n{home}")[0]) and opened.endswith(f" {page}\n")
@@ -160,25 +162,33 @@ def test_ctrl_c_ends_a_direct_sweep_and_the_same_command_goes_on(home, monkeypat
     assert capsys.readouterr().out.count("  reused ") == len(finished)
 
 
-def test_a_list_of_runs_says_where_they_are(tmp_path, capsys):
+def test_a_list_of_runs_says_what_each_is(tmp_path, capsys):
     assert main(["runs", "--artifacts", str(tmp_path)]) == 0
     assert f"0 runs in {tmp_path}" in capsys.readouterr().out
-    for number, names in enumerate((["a"], ["a", "b"], ["a", "b", "c"])):
+    parents, clusters = ("", "", "probe-1", "gone"), ("auto", "auto", "prompt", "auto")
+    for number, names in enumerate((["a"], ["a", "b"], ["a", "b", "c"], ["a"])):
         folder = runs.folder(tmp_path, f"probe-{number}")
         folder.mkdir(parents=True)
         record = {
             "finished": f"2026-01-0{number + 1}T10:11:12+00:00",
+            "rerun_of": parents[number],
+            "config": {
+                "name": f"n{number}",
+                "variance": {"cluster": clusters[number]},
+            },
             "checkpoints": [{"checkpoint": name} for name in names],
             "report": {"stage": "report", "key": "0" * 32, "digest": "0" * 64},
         }
         (folder / runs.RECORD).write_text(json.dumps(record))
     assert main(["runs", "--artifacts", str(tmp_path)]) == 0
     head, *rows, last = capsys.readouterr().out.splitlines()
-    assert head.split() == ["finished", "run", "checkpoints", "files"] and last == "3 runs"
-    assert [row.split() for row in rows] == [
-        ["2026-01-01T10:11Z", "probe-0", "a", "(1)", f"{tmp_path}/runs/probe-0"],
-        ["2026-01-02T10:11Z", "probe-1", "a", "b", "(2)", f"{tmp_path}/runs/probe-1"],
-        ["2026-01-03T10:11Z", "probe-2", "a", "…", "c", "(3)", f"{tmp_path}/runs/probe-2"],
+    assert re.split("  +", head) == ["finished", "run", "rerun of", "what it is"]
+    assert last == f"4 runs in {tmp_path / 'runs'}"
+    assert [re.split("  +", row) for row in rows] == [
+        ["2026-01-01T10:11Z", "probe-0", "–", "sweep of a (1)"],
+        ["2026-01-02T10:11Z", "probe-1", "–", "sweep of a b (2)"],
+        ["2026-01-03T10:11Z", "probe-2", "probe-1", "cluster prompt"],
+        ["2026-01-04T10:11Z", "probe-3", "gone", "its parent is not recorded any more"],
     ]
 
 

@@ -144,7 +144,7 @@ def test_imports_go_downwards():
         f"{name} imports {other}"
         for name, found in OURS.items()
         for other in found - {"entropy_core"}
-        if floor(other) > floor(name)
+        if name != "entropy_core" and floor(other) > floor(name)
     ]
     assert upwards == []
 
@@ -166,9 +166,12 @@ def test_no_import_goes_round_in_a_circle():
 
 
 def test_a_package_is_its_docstring():
-    """So that a module loads what it imports and nothing else of the room that it is in."""
+    """So that a module loads what it imports and nothing else of the room that it is in.
+
+    The whole package also has names for a notebook, which load what they need when they are used.
+    """
     for name, path in FILES.items():
-        if name.startswith("entropy_core") and path.name == "__init__.py":
+        if name.startswith("entropy_core.") and path.name == "__init__.py":
             assert ast.get_docstring(TREES[name]) and len(TREES[name].body) == 1, name
 
 
@@ -227,6 +230,7 @@ def test_each_library_has_its_own_door():
     )
     assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files") | {
         "entropy_core.report.provenance",
+        "entropy_core.report.recorded_run",
         "flows.results",
     }
     assert importers("yaml") == core("config.plain_yaml")

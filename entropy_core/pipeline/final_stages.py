@@ -25,7 +25,7 @@ def settings_of(config: ProbeConfig) -> Inputs:
 
 def priced(entry: Inputs, config: ProbeConfig) -> Inputs:
     """Return the inputs of the price stage, from what is recorded of a checkpoint whose E has rewards."""
-    names = ("learning_rate", "scores", "rescores", "first_order_e", "moved", "estimators")
+    names = ("scores", "rescores", "first_order_e", "moved", "estimators")
     return (
         {name: entry["inputs"][name] for name in names}
         | entry["price"]

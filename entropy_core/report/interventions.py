@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from entropy_core.estimates.tables import Row, by_checkpoint
-from entropy_core.report.sections import markdown_rows
+from entropy_core.report.markdown import markdown_rows
 
 LEVELS = ("screen", "predict", "measure")
 SHOWN = 8

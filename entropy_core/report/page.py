@@ -10,8 +10,9 @@ from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
 from entropy_core.report.interventions import section as intervention_section
+from entropy_core.report.markdown import markdown_rows
 from entropy_core.report.price import section as price_section
-from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
+from entropy_core.report.sections import SECTIONS, settings_table
 from entropy_core.report.verdict_lines import interval, order_lines, verdict_lines
 
 COLUMNS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from entropy_core.report import html
-from entropy_core.report.sections import markdown_rows
+from entropy_core.report.markdown import markdown_rows
 
 Provenance = Mapping[str, str]
 """What is said, by name: run, rerun_of, date, code, config, and the settings of the statistics and of the batches."""

@@ -24,7 +24,6 @@ def price(
     out: "Writer",
     execution: "Execution",
     *,
-    learning_rate: float,
     scores: "Sequence[ScoresOfE]",
     rescores: "Sequence[Rescores]",
     first_order_e: "Sequence[AlongV]",
@@ -41,7 +40,6 @@ def price(
     Args:
         out: writer of `price.parquet` (schema `price_table.PRICE`), one row per normalisation and step size but 0.
         execution: unused.
-        learning_rate: nominal learning rate, the unit of `eta_over_lr`.
         scores: shards of score-e-batch.
         rescores: draws of rescore-e-batch on the first sequences, for the numerical noise.
         first_order_e: shards of first-order-e.
@@ -78,7 +76,7 @@ def price(
                     terms.usable,
                     reliable,
                 )
-                where = {"normalization": of, "eta": eta, "eta_over_lr": eta / learning_rate, "estimator": estimator}
+                where = {"normalization": of, "eta": eta, "eta_over_lr": entry["eta_over_lr"], "estimator": estimator}
                 rows.append(where | price_row(on_e, slopes, changes, eta))
     out.table(to_table(rows, PRICE), "price.parquet")
     return {"rows": len(rows), "without_reward": without}
