@@ -23,4 +23,6 @@ def chi_squared_tail(value: float, degrees_of_freedom: float) -> float:
 
 def noncentral_t_below(value: float, degrees_of_freedom: float, shift: float) -> float:
     """Return the probability that the noncentral t, of Z + `shift` over its estimated error, is below a value."""
+    if value <= 0 and shift > 10:  # less than 1e-18, for which the library gives NaN
+        return 0.0
     return float(special.nctdtr(degrees_of_freedom, shift, value))

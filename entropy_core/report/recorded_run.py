@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.errors import StoreError
-from entropy_core.estimates.tables import Row
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.answer import answer
 from entropy_core.report.evaluation_batch import invalid_over_e
@@ -66,11 +65,10 @@ class RecordedRun:
             raise StoreError(f"the run {self.id} has no table {name!r}", fix=f"use one of {there}")
         return pyarrow.parquet.ParquetFile(path).read()
 
-    def rows(self, name: str) -> list[Row]:
+    def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a table; none where the run has no such table."""
         there = (self.directory / f"{name}.parquet").is_file()
-        rows: list[Row] = self.table(name).to_pylist() if there else []
-        return rows
+        return self.table(name).to_pylist() if there else []
 
     def results(self) -> "pyarrow.Table":
         """Read the result table: a row per checkpoint, step size, normalisation and estimator."""
