@@ -1,16 +1,14 @@
-"""`entropy-probe store`: what was computed, whether it is sound, why it would run again, and what may go."""
+"""`entropy-probe store`: what was computed, whether it is sound, why it would run again, and what may go.
+
+A model library takes seconds to load, and only what goes through a sweep needs one.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from entropy_core.config.read import load_config, parse_config
-from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import ConfigError, StoreError
 from entropy_core.files.digests import read_digest
-from entropy_core.pipeline.memory import run_within_memory
-from entropy_core.pipeline.plan import plan, summarize
-from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.sweep import Promised, execution_for, go_through
 from entropy_core.store import archive, runs, signature, vectors
 from entropy_core.store.adoption import Adoption
 from entropy_core.store.data_files import VECTORS
@@ -20,6 +18,9 @@ from entropy_core.store.pruning import needs, waste
 from entropy_core.store.signature import SignatureError
 from entropy_core.store.store import Store
 from flows.listing import print_table, print_unusable, unusable
+
+if TYPE_CHECKING:
+    from entropy_core.config.schema import ProbeConfig
 
 
 def ls(store: Store) -> int:
@@ -116,6 +117,8 @@ def explain(store: Store, what: Sequence[str], of_config: bool) -> int:
     if len(what) == 2:
         return explain_two(store, what[0], what[1])
     if Path(what[0]).suffix in (".yaml", ".yml", ".json"):
+        from entropy_core.config.read import load_config
+
         config = load_config(what[0], must_exist=True)
         return explain_config(Store(config.store_root) if of_config else store, config)
     return explain_one(store, what[0])
@@ -153,16 +156,21 @@ def explain_one(store: Store, a: str) -> int:
     return 0
 
 
-def explain_config(store: Store, config: ProbeConfig) -> int:
+def explain_config(store: Store, config: "ProbeConfig") -> int:
     """What a sweep would compute, and why."""
+    from entropy_core.pipeline.plan import plan, summarize
+    from entropy_core.pipeline.preflight import preflight
+
     print("\n".join(summarize(plan(config, preflight(config), store))))
     return 0
 
 
 def adopt(store: Store, what: str) -> int:
     """After an edit that changes nothing: take over what a sweep has computed, on the evidence of one of each stage."""
-    from entropy_core.config.read import load_config
+    from entropy_core.config.read import load_config, parse_config
+    from entropy_core.pipeline.memory import run_within_memory
     from entropy_core.pipeline.preflight import preflight
+    from entropy_core.pipeline.sweep import Promised, execution_for, go_through
 
     if Path(what).suffix in (".yaml", ".yml", ".json"):
         config = load_config(Path(what))

@@ -50,7 +50,7 @@ def command(*arguments: Any, cwd: Path, code: str = WITHOUT_PREFECT) -> subproce
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_help_names_every_command_and_loads_nothing(capsys):
+def test_the_help_names_every_command_and_loads_nothing(tmp_path, capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
     assert re.findall(r"^    (\w+) ", said, re.MULTILINE) == list(COMMANDS)
@@ -58,9 +58,13 @@ def test_the_help_names_every_command_and_loads_nothing(capsys):
         with pytest.raises(SystemExit, match=r"^0$"):
             main([name, "--help"])
         assert f"usage: entropy-probe {name}" in capsys.readouterr().out
-    code = "import sys\nfrom flows.cli import main\nmain([])\nprint(*sorted(sys.modules), file=sys.stderr)"
-    loaded = command(cwd=Path(), code=code).stderr.split()
-    assert not {"torch", "prefect", "pydantic", "pyarrow", "yaml"} & set(loaded)
+    help_of_all = "import sys\nfrom flows.cli import main\nmain([])\nprint(*sys.modules, file=sys.stderr)\n"
+    list_a_store = f"main(['store', 'ls', '--artifacts', {str(tmp_path)!r}])\nprint(*sys.modules, file=sys.stderr)"
+    by_help, by_store = (
+        set(line.split()) for line in command(cwd=tmp_path, code=help_of_all + list_a_store).stderr.splitlines()
+    )
+    assert not {"torch", "prefect", "pydantic", "pyarrow", "yaml"} & by_help
+    assert not {"torch", "prefect", "pyarrow", "transformers"} & by_store and "entropy_core.store.store" in by_store
 
 
 def test_the_version(capsys):
