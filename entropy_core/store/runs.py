@@ -6,7 +6,6 @@ what a run needs; nothing else keeps an artifact. Where a key is set, run.json i
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -15,7 +14,7 @@ from typing import Any
 
 from entropy_core.errors import StoreError, one_line
 from entropy_core.files.regular import NotAFileError, require_readable
-from entropy_core.store.manifest import TEMPORARY, may_name, temporary_sibling
+from entropy_core.store.manifest import MOST_BYTES, TEMPORARY, bring_to_disk, may_name, temporary_sibling
 from entropy_core.store.signature import SIGNATURE, require_signature, signature
 from entropy_core.store.store import Store
 
@@ -135,7 +134,9 @@ def sign(store: Store, run_id: str) -> str:
 
 def _parted(path: Path) -> tuple[Any, Any]:
     """A record, and its signature if it has one."""
-    record = json.loads(require_readable(path).read_text(encoding="utf-8"))
+    if (size := require_readable(path).stat().st_size) > MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes")
+    record = json.loads(path.read_text(encoding="utf-8"))
     return record, record.pop(SIGNATURE, None)
 
 
@@ -205,9 +206,8 @@ def writing(store: Store, run_id: str) -> Iterator[Path]:
         with temporary_sibling(final) as temporary:
             yield temporary
             final.mkdir(exist_ok=True)
+            bring_to_disk(temporary.iterdir())
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == RECORD):
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
                 path.replace(final / path.name)
 
 
