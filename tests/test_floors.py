@@ -225,7 +225,8 @@ def test_each_library_has_its_own_door():
         "store.artifact", "checkpoints.content", "losses.apart", "losses.token_weights"
     )
     assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files") | {
-        "flows.results"
+        "flows.growing_sweep",
+        "flows.results",
     }
     assert importers("yaml") == core("config.plain_yaml")
     assert importers("prefect") == {name for name in importers("prefect") if room(name) in ("tasks", "flows")}
