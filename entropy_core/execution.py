@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from entropy_core.files.digests import Identity
 from entropy_core.files.sources import Stamps, stamps
 from entropy_core.isolation.process import Isolation
 
@@ -26,6 +27,8 @@ class Execution:
         recompute_activations: in a backward pass, rather than keep those within a layer.
         isolation: how functions of the user are called.
         progress: called with (done, total) as a stage advances.
+        held: a folder whose files are hard links: another name of one of them may be deleted while a stage reads it,
+            which sets the file's ctime.
         within_memory: stage name → the smaller settings with which it no longer ran out of memory; see `halved`.
     """
 
@@ -37,6 +40,7 @@ class Execution:
     recompute_activations: bool = False
     isolation: Isolation = field(default_factory=Isolation)
     progress: Callable[[int, int], None] = _silent
+    held: Path | None = None
     within_memory: "dict[str, Execution]" = field(default_factory=dict, compare=False, repr=False)
 
     def halved(self) -> "Execution":
@@ -47,7 +51,14 @@ class Execution:
 
     def stamps(self, inputs: Any) -> Stamps:
         """Make sure that the files that a stage's inputs name are what they were; see `sources.stamps`."""
-        return stamps(inputs, self.paths)
+        found = stamps(inputs, self.paths)
+        if self.held is None:
+            return found
+        return {path: self._without_ctime(of) if path.is_relative_to(self.held) else of for path, of in found.items()}
+
+    @staticmethod
+    def _without_ctime(of_digests: tuple[frozenset[Identity], ...]) -> tuple[frozenset[Identity], ...]:
+        return tuple(frozenset(identity[:-1] for identity in identities) for identities in of_digests)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest records."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.errors import ProbeError, one_line
-from flows import power, run_commands
+from flows import power, run_commands, watch_options
 from flows.arguments import STORE, add_artifacts
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ examples:
   entropy-probe plan my-run.yaml                what would run, why, and how long it would take
   entropy-probe sweep my-run.yaml               run it, with Prefect's UI while it runs
   entropy-probe sweep my-run.yaml --direct      run it in this process, on a cluster node for example
+  entropy-probe watch runs/grpo                 probe each checkpoint while the run is trained
   entropy-probe interventions                   what would change the entropy of the last sweep, and how surely
   entropy-probe power --tell 0.0005              how large E and U have to be to tell such a change
   entropy-probe variance --confidence .99       the statistics of the last sweep at another confidence level
@@ -86,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     init = command("init", "write a configuration from what a run's checkpoints say, each line with its source", _init)
     init.add_argument("run_directory", type=Path, metavar="RUN_DIR", help="the directory that holds checkpoint-*")
     init.add_argument("-o", "--output", type=Path, metavar="FILE", help="a new file (default: standard output)")
+
+    watch = command("watch", "probe each checkpoint of a run while it is trained, and keep those it deletes", _watch)
+    watch_options.add_to(watch)
+    add_artifacts(watch)
 
     variance = command("variance", "compute the statistics of a recorded sweep again, with other settings", _variance)
     variance.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: latest)")
@@ -181,6 +186,12 @@ def _sweep(options: argparse.Namespace) -> int:
     from flows import local
 
     return local.sweep(options.config)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from flows.watch import watch
+
+    return watch(watch_options.asked(options))
 
 
 def _variance(options: argparse.Namespace) -> int:

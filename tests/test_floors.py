@@ -231,6 +231,8 @@ def test_each_library_has_its_own_door():
     assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files") | {
         "entropy_core.report.provenance",
         "entropy_core.report.recorded_run",
+        "entropy_core.pipeline.power",
+        "flows.growing_sweep",
         "flows.results",
     }
     assert importers("yaml") == core("config.plain_yaml")

@@ -90,7 +90,7 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
                 fix="correct the pattern; a run's checkpoints are usually RUN/checkpoint-*",
             )
         for match in sorted(matches):
-            for directory in _checkpoints_of_run(Path(match)) or [Path(match)]:
+            for directory in checkpoints_of_run(Path(match)) or [Path(match)]:
                 found.setdefault(directory.resolve(), directory)
 
     def by_step(path: Path) -> tuple[float, str]:
@@ -100,7 +100,7 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
     return sorted(found.values(), key=by_step)
 
 
-def _checkpoints_of_run(directory: Path) -> list[Path]:
+def checkpoints_of_run(directory: Path) -> list[Path]:
     """The checkpoints in a run directory; none in any other. A trainer saves its last model beside them, too.
 
     Of the Trainer and accelerate `checkpoint-N`, of verl and SkyRL `global_step_N`, of NeMo-RL and prime-rl `step_N`,

@@ -55,7 +55,12 @@ def execution_for(
 
 
 def sweep(
-    config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store, run: Runner, rerun_of: str = ""
+    config: ProbeConfig,
+    checkpoints: Sequence[CheckpointToProbe],
+    store: Store,
+    run: Runner,
+    rerun_of: str = "",
+    earlier: Sequence[Inputs] = (),
 ) -> SweepResult:
     """Probe every checkpoint and write the report.
 
@@ -65,6 +70,8 @@ def sweep(
         store: the store of the artifacts.
         run: runner of stages.
         rerun_of: the recorded run that this one adds interventions to; empty for a sweep of its own.
+        earlier: what is recorded of checkpoints that were probed before and may be gone; see `recorded.read_run`. They
+            are in the report, too, unless they have the name of one that is probed now.
 
     Returns:
         The report, and the run folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
@@ -73,7 +80,8 @@ def sweep(
 
     def work() -> SweepResult:
         keeper = VectorKeeper(store, run, config.execution.keep_vectors)
-        recorded = _measured(config, checkpoints, keeper, keeper.release)
+        measured = _measured(config, checkpoints, keeper, keeper.release)
+        recorded = _with_earlier(measured, earlier)
         return record(recorded, reported(recorded, config, run), config, store, rerun_of)
 
     with store.in_use():
@@ -176,6 +184,12 @@ def _measured(
     for entry in measured:
         entry["warnings"] += dropout_sizes(dropped)
     return measured
+
+
+def _with_earlier(measured: list[Inputs], earlier: Sequence[Inputs]) -> list[Inputs]:
+    names = {entry["checkpoint"] for entry in measured}
+    kept = [entry for entry in earlier if entry["checkpoint"] not in names]
+    return sorted([*kept, *measured], key=lambda entry: entry["step"]) if kept else measured
 
 
 def dropout_sizes(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
