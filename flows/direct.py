@@ -63,7 +63,7 @@ def _sweep(config: ProbeConfig) -> int:
     _say(plan_total(steps, costs))
     progress = Progress(steps, costs, lambda line, _: _say(line))
     execution = pipeline.execution_for(config, checkpoints, progress.within)
-    run = progress.watched(terminal_runner(store, execution))
+    run = progress.watched(Runner(lambda stage, inputs, label: compute(store, stage, execution, inputs)))
     print_results(pipeline.sweep(config, checkpoints, store, run).run_directory)
     return 0
 

@@ -130,29 +130,41 @@ def interventions_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*aligned(lines), f"({normalization}, {level}; differences from the run as it is, same E and U)"])
 
 
-def print_results(run_directory: Path) -> None:
-    """Print the warnings and the tables of a recorded run, and which files are in its folder.
+RESULT = "The result:"
+"""How the log of a run begins what `summary` says; it is one entry, so that nothing of it is lost."""
+
+
+def summary(run_directory: Path) -> str:
+    """Say what came out of a recorded run: its warnings, the answer, the tables.
 
     Args:
         run_directory: its folder.
+
+    Returns:
+        Lines for a terminal.
     """
     rows, replicates, compared = (
         pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates", "agreement")
     )
     with runs.understood(run_directory / runs.RECORD) as record:
         warnings = [*invalid_over_e(rows), *disagreements(compared), *record["checkpoints"][0]["warnings"]]
-    for warning in warnings:
-        print(f"\nWARNING: {warning}")
     shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
-    print(f"\n{textwrap.fill(answer(shown, bool(disagreements(compared))), 120)}")
-    print(f"\n{terminal_table(rows)}\n")
-    for sentence in order_sentences(shown):
-        print(sentence)
-    if agreement := agreement_table(rows, replicates):
-        print(f"\n{agreement}")
+    parts = [f"WARNING: {warning}" for warning in warnings]
+    parts += [textwrap.fill(answer(shown, bool(disagreements(compared))), 120), terminal_table(rows)]
+    parts += ["\n".join(sentences)] if (sentences := list(order_sentences(shown))) else []
+    parts += [agreement] if (agreement := agreement_table(rows, replicates)) else []
     if (run_directory / "interventions.parquet").exists():
-        print(f"\n{interventions_table(pq.read_table(run_directory / 'interventions.parquet').to_pylist())}")
-    print(f"\n{run_directory}/")
+        parts.append(interventions_table(pq.read_table(run_directory / "interventions.parquet").to_pylist()))
+    return "\n\n".join(parts)
+
+
+def print_results(run_directory: Path) -> None:
+    """Print the warnings and the tables of a recorded run, and which files are in its folder.
+
+    Args:
+        run_directory: its folder.
+    """
+    print(f"\n{summary(run_directory)}\n\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
 
