@@ -63,7 +63,7 @@ def _sweep(config: ProbeConfig, rerun_of: str = "") -> int:
     say(plan_total(steps, costs))
     progress = Progress(steps, costs, lambda line, _: say(line))
     execution = pipeline.execution_for(config, checkpoints, progress.within)
-    run = progress.watched(terminal_runner(store, execution))
+    run = progress.watched(Runner(lambda stage, inputs, label: compute(store, stage, execution, inputs)))
     print_results(pipeline.sweep(config, checkpoints, store, run, rerun_of).run_directory)
     return 0
 

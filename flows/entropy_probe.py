@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.states import Completed, State
 
 from entropy_core.config.lab import InterventionsRequest
@@ -24,6 +24,7 @@ from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.recorded import with_interventions
 from entropy_core.store.store import Store
 from flows.progress import Progress
+from flows.results import RESULT, summary
 from flows.service import FOLDER
 from flows.ui import publish, publish_plan, published_progress
 from tasks.stages import prefect_runner
@@ -118,4 +119,5 @@ def _folder() -> Path:
 
 def _published(result: statistics.SweepResult) -> State:
     publish(result)
+    get_run_logger().info("%s\n%s", RESULT, summary(result.run_directory))
     return Completed(message=f"Results in {result.run_directory}", data=result)

@@ -85,25 +85,37 @@ def interventions_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*aligned(lines), f"({normalization}, {level}; differences from the run as it is, same E and U)"])
 
 
+RESULT = "The result:"
+"""How the log of a run begins what `summary` says; it is one entry, so that nothing of it is lost."""
+
+
+def summary(run_directory: Path) -> str:
+    """Say what came out of a recorded run: its warnings, the answer, the tables.
+
+    Args:
+        run_directory: its folder.
+
+    Returns:
+        Lines for a terminal.
+    """
+    run = RecordedRun(run_directory.parents[1], run_directory.name)
+    rows, replicates, tried = (run.rows(name) for name in ("results", "replicates", "interventions"))
+    shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
+    parts = [f"WARNING: {warning}" for warning in run.warnings]
+    parts += [textwrap.fill(run.answer, 120), terminal_table(rows)]
+    parts += ["\n".join(sentences)] if (sentences := list(order_sentences(shown))) else []
+    parts += [agreement] if (agreement := agreement_table(rows, replicates)) else []
+    parts += [interventions_table(tried)] if tried else []
+    return "\n\n".join(parts)
+
+
 def print_results(run_directory: Path) -> None:
     """Print the warnings and the tables of a recorded run, and which files are in its folder.
 
     Args:
         run_directory: its folder.
     """
-    run = RecordedRun(run_directory.parents[1], run_directory.name)
-    rows, replicates, tried = (run.rows(name) for name in ("results", "replicates", "interventions"))
-    for warning in run.warnings:
-        print(f"\nWARNING: {warning}")
-    print(f"\n{textwrap.fill(run.answer, 120)}")
-    print(f"\n{terminal_table(rows)}\n")
-    for sentence in order_sentences([row for row in rows if row["normalization"] == rows[0]["normalization"]]):
-        print(sentence)
-    if agreement := agreement_table(rows, replicates):
-        print(f"\n{agreement}")
-    if tried:
-        print(f"\n{interventions_table(tried)}")
-    print(f"\n{run_directory}/")
+    print(f"\n{summary(run_directory)}\n\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
 

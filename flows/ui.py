@@ -1,6 +1,8 @@
 """What Prefect's UI shows of a run beside its states: its plan, how far it is, tables of results, the report."""
 
+import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID
 
@@ -19,15 +21,22 @@ from entropy_core.report.interventions import deepest
 from flows.plan import plan_table, plan_total
 from flows.results import INTERVENTIONS, inline_figures
 
+_SECONDS_BETWEEN_UPDATES = 2.0
+
 
 def published_progress() -> Callable[[str, float], None]:
     """Make what `Progress` tells: a line goes to the log, and how much is done to an artifact of the run."""
     artifact = create_progress_artifact(0.0, key="progress", description="begins")
     assert isinstance(artifact, UUID)  # and not a coroutine: flows are not asynchronous here
 
+    told = -math.inf
+
     def tell(line: str, done: float) -> None:
+        nonlocal told
         get_run_logger().info(line)
-        update_progress_artifact(artifact, 100.0 * done, description=line)
+        if done == 1 or time.monotonic() - told >= _SECONDS_BETWEEN_UPDATES:  # each asks the server
+            update_progress_artifact(artifact, 100.0 * done, description=line)
+            told = time.monotonic()
 
     return tell
 

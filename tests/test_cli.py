@@ -103,13 +103,14 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
 
     first = command("sweep", "../configs/tiny.yaml", "--direct", cwd=elsewhere)
     assert first.returncode == 0, first.stderr
-    lines = re.findall(r"^  (computed|reused) +(\S+) · .+  \((\S+) m?s\)$", first.stdout, re.MULTILINE)
-    assert [state for state, _, _ in lines] == ["computed"] * total
-    assert lines[-1][1] == "report" and f"{total} of {total} stages" in first.stdout
+    lines = re.findall(r"^  computed  (\S+) · .+  \((?:(\d+) parts, )?\S+ m?s\)$", first.stdout, re.MULTILINE)
+    assert sum(int(parts or 1) for _, parts in lines) == total and "reused" not in first.stdout
+    assert lines[-1][0] == "report" and f"{total} of {total} stages" in first.stdout
+    assert first.stdout.count("  measured  checkpoint-") == 1
     assert "matched by name for 12 of 12 trained parameters" in first.stderr and "Traceback" not in first.stderr
 
     again = here("sweep", config, "--direct")
-    assert again.count("\n  reused ") + again.startswith("  reused ") == total and "computed" not in again
+    assert f"\n  reused    {total} stage runs: load-" in again and "computed" not in again and "measured  " not in again
     table = first.stdout.partition("\n\n")[2]
     assert table == again.partition("\n\n")[2] and "eta_over_lr" in table and str(home / "artifacts") in table
     assert list(elsewhere.iterdir()) == []
@@ -163,7 +164,7 @@ def test_ctrl_c_ends_a_direct_sweep_and_the_same_command_goes_on(home, monkeypat
     finished = {(one.stage, one.key): one.digest for one in Store(home / "artifacts").ls()}
     assert {"load-prompts", "sample-e-batch", "score-e-batch"} <= {stage for stage, _ in finished}
     assert main(["sweep", config, "--direct"]) == 0
-    assert capsys.readouterr().out.count("  reused ") == len(finished)
+    assert sum(map(int, re.findall(r"  reused +(\d+) stage run", capsys.readouterr().out))) == len(finished)
 
 
 def test_a_list_of_runs_says_what_each_is(tmp_path, capsys):

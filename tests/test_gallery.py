@@ -77,7 +77,6 @@ RUNS = {
     "five": training_run(5),
     "six": training_run(6),
     "forty": training_run(40, noise=0.1),
-    "two-hundred": training_run(200),
     "tiny": training_run(5, size=1e-6),
     "huge": training_run(5, size=4e4),
     "noisy": training_run(5, noise=5.0),
@@ -127,8 +126,17 @@ def interventions_of(count: int, margin: float = 1e-4) -> list[dict[str, Any]]:
 
 
 SWEPT = ("prediction", "eta_sweep", "training")
+ONLY = {
+    **dict.fromkeys(("six", "noisy", "measured-in-part", "both-directions", "all-estimators"), ("eta_sweep",)),
+    **dict.fromkeys(("tiny", "huge"), ("prediction", "training")),
+    **dict.fromkeys(("cjk-names", "rtl-names", "markup-names"), ("prediction",)),
+    **dict.fromkeys(("long-names", "no-effect"), ("prediction", "eta_sweep")),
+    **dict.fromkeys(("forty-unmeasured",), ("prediction", "eta_sweep")),
+    **dict.fromkeys(("per-sequence",), ()),
+}
+"""Which figures show what is extreme about a run, where not all do."""
 NAMES = [
-    *(f"{which}-{name}" for name in RUNS for which in SWEPT),
+    *(f"{which}-{name}" for name in RUNS for which in ONLY.get(name, SWEPT)),
     *(f"tokens-{name}" for name in (*SCRIPTS, "silent")),
     *(f"interventions-{count}" for count in (1, 5, 40)),
 ]

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.markers import CARETDOWN, CARETUP
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from entropy_core.estimates.tables import (
@@ -139,12 +140,14 @@ def _half_width(row: Row) -> float:
 
 
 def _range_of_ratios(rows: Sequence[Row]) -> tuple[float, float]:
-    """What part of the axis is shown: all ratios that are known, and their intervals."""
+    """What part of the axis is shown: ratios that are known, their intervals, and what the second order predicts."""
     ends = [0.9, 1.1]
     for row in _with_ratio(rows):
         ratio, half = row["delta_h"] / row["delta_h1"], _half_width(row)
         if half <= WIDEST and row["weights_reliable"]:
             ends += [ratio - half, ratio + half]
+        if row["second_order"] == "resolved":
+            ends.append(row["delta_h12"] / row["delta_h1"])
     low, high = max(min(ends), -1.0), min(max(ends), 3.0)
     margin = 0.06 * (high - low)
     return low - margin, high + margin
@@ -177,17 +180,24 @@ def _ratios_of_one(axes: Axes, group: Sequence[Row], low: float, high: float) ->
                 color=color,
                 markerfacecolor=color if row["eta"] > 0 else "white",
                 alpha=1.0 if row["weights_reliable"] else 0.4,
-                label=f"ΔH / δH₁, {estimator}" if row["eta"] > 0 else f"{estimator}, η < 0",
+                label=_label_of(row),
             )
     if not _with_ratio(group):
         axes.text(0.5, 0.2, "ΔH not measured", transform=axes.transAxes, ha="center", color=GREY, fontsize=8)
 
 
+def _label_of(row: Row) -> str:
+    if not row["weights_reliable"]:
+        return "pale: weights unreliable"
+    return f"ΔH / δH₁, {row['estimator']}" if row["eta"] > 0 else f"{row['estimator']}, η < 0"
+
+
 def _beyond(axes: Axes, x: float, above: bool, low: float, high: float, color: str) -> None:
     """Mark at the edge that a point lies beyond it."""
-    y, marker = (high, "$↑$") if above else (low, "$↓$")
-    inside = y + (-0.04 if above else 0.04) * (high - low)
-    axes.plot(x, inside, marker=marker, color=color, linestyle="none", label="beyond the axis")
+    end, marker = (high, CARETUP) if above else (low, CARETDOWN)
+    axes.plot(
+        x, end, marker=marker, color=color, markersize=6, linestyle="none", clip_on=False, label="beyond the axis"
+    )
 
 
 def _ratios_of_all(

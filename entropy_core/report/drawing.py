@@ -100,7 +100,10 @@ def short(name: str, fonts: list[str]) -> str:
 
 def legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
     """Put one legend for all of the axes below them, where no data are."""
-    entries = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    entries: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 

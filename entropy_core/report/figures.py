@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -73,7 +74,7 @@ def intervention_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-_BARS = {
+_BARS: dict[str, dict[str, Any]] = {
     "acts": {"color": "#0072b2"},
     "does not act": {"color": "0.82"},
     "cannot tell": {"color": "white", "edgecolor": "0.55", "hatch": "////"},
@@ -96,9 +97,14 @@ def _bars(axes: Axes, group: Sequence[Row], measured: Sequence[Row], fonts: list
         )
     reach = [(number(row["high"]) - number(row["low"])) / 2 for row in group]
     axes.errorbar(
-        [row["difference"] for row in group], places.values(), xerr=reach, fmt="none", ecolor="black", elinewidth=0.7,
+        [row["difference"] for row in group],
+        list(places.values()),
+        xerr=reach,
+        fmt="none",
+        ecolor="black",
+        elinewidth=0.7,
         label="interval for the mean update",
-    )  # fmt: skip
+    )
     at = [(row["difference"], places[row["intervention"]]) for row in measured if row["intervention"] in places]
     if at:
         axes.plot(*zip(*at, strict=True), "x", color=ORANGE, label="of the measured ΔH")
