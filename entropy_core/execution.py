@@ -22,7 +22,8 @@ class Execution:
         paths: content digest → the checkpoint directory, prompt file or reward file that has it.
         device: `auto`, `cpu` or `cuda`.
         gen_batch_size: sequences decoded together.
-        tf_batch_size: sequences per teacher-forced pass.
+        tf_batch_size: sequences per teacher-forced pass, at most.
+        tf_batch_tokens: tokens per teacher-forced pass, padding included, at most; but one sequence at least.
         head_chunk_megabytes: memory of the logits that exist at one time.
         recompute_activations: in a backward pass, rather than keep those within a layer.
         isolation: how functions of the user are called.
@@ -36,6 +37,7 @@ class Execution:
     device: str = "auto"
     gen_batch_size: int = 512
     tf_batch_size: int = 256
+    tf_batch_tokens: int = 65_536
     head_chunk_megabytes: float = 64.0
     recompute_activations: bool = False
     isolation: Isolation = field(default_factory=Isolation)
@@ -44,8 +46,9 @@ class Execution:
     within_memory: "dict[str, Execution]" = field(default_factory=dict, compare=False, repr=False)
 
     def halved(self) -> "Execution":
-        """The same with half the sequences at a time, one at least, half the logits, and activations recomputed."""
-        sizes = {name: max(1, getattr(self, name) // 2) for name in ("gen_batch_size", "tf_batch_size")}
+        """The same with half the sequences and tokens at a time, half the logits, and activations recomputed."""
+        names = ("gen_batch_size", "tf_batch_size", "tf_batch_tokens")
+        sizes = {name: max(1, getattr(self, name) // 2) for name in names}
         logits = self.head_chunk_megabytes / 2
         return replace(self, **sizes, head_chunk_megabytes=logits, recompute_activations=True)
 
@@ -66,6 +69,7 @@ class Execution:
             "device": self.device,
             "gen_batch_size": self.gen_batch_size,
             "tf_batch_size": self.tf_batch_size,
+            "tf_batch_tokens": self.tf_batch_tokens,
             "head_chunk_megabytes": self.head_chunk_megabytes,
             "recompute_activations": self.recompute_activations,
         }

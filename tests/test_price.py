@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import World, gpt2, policy_of, random_direction
 from enumeration import Direction, Everything, enumerate_world, every_batch
-from pipeline_fixtures import Probe, call_here, make_run, probe, skip_figures, values, write_reward
+from pipeline_fixtures import NAMES, Probe, call_here, make_run, probe, skip_figures, values, write_reward
 from test_answer import row as result_row
 from test_proposals import at_temperature, planted
 from torch import Tensor
@@ -25,11 +25,13 @@ from entropy_core.numerics.path_integral import derivative_columns
 from entropy_core.numerics.quadrature import NODES, WEIGHTS
 from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.numerics.weights import prefix_weights
+from entropy_core.pipeline.power import planned
 from entropy_core.pipeline.statistics import variance
 from entropy_core.policy import moves
 from entropy_core.report import frontier, interventions
 from entropy_core.report import price as report
 from entropy_core.report.answer import answer
+from flows.cli import main
 
 EXACT = 1e-10
 
@@ -291,6 +293,32 @@ def test_without_a_reward_for_each_response_nothing_is_said(priced: Probe, tmp_p
     found = probe(document).result.report
     assert found.table("price.parquet").num_rows == 0
     assert "responses of E have no reward" in found.path("report.md").read_text(encoding="utf-8")
+
+
+def test_a_recorded_sweep_says_what_it_would_take_to_tell_more(priced: Probe, capsys):
+    store, run_id = priced.run.store, priced.result.run_id
+    now = planned(store, run_id)
+    assert [(row["checkpoint"], row["question"]) for row in now] == [(name, "this update") for name in NAMES]
+    assert all(row["E"] == 16 and row["U"] == 4 and row["seconds"] > 0 for row in now)  # of too few prompts for more
+    half = planned(store, run_id, effect=now[0]["detects"] / 2)[0]
+    assert half["needs E"] == pytest.approx(4 * 16, rel=0.25) and half["needs U"] == 4  # t tells less of fewer
+    assert half["detects then"] <= now[0]["detects"] / 2
+    assert planned(store, run_id, budget=10 * now[0]["seconds"])[0]["detects then"] < now[0]["detects"]
+    other = planned(store, run_id, intervention="lr: 0.5")
+    assert 0 < other[0]["detects"] != now[0]["detects"]
+    arguments = ["power", run_id, "--artifacts", str(store.root)]
+    assert main([*arguments, "--tell", "1e-4"]) == 0
+    assert "needs E" in capsys.readouterr().out
+    for wrong, said in (
+        (
+            ["--intervention", "nope"],
+            "has not tried the intervention 'nope'\nLikely cause: it tried lr: 0.5",
+        ),
+        (["--tell", "0"], "--tell is 0"),
+        (["--seconds", "nan"], "--seconds is nan"),
+    ):
+        assert main([*arguments, *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 ROW = {

@@ -48,6 +48,7 @@ def execution_for(
         device=config.execution.device,
         gen_batch_size=config.generation.gen_batch_size,
         tf_batch_size=config.generation.tf_batch_size,
+        tf_batch_tokens=config.generation.tf_batch_tokens,
         head_chunk_megabytes=config.execution.head_chunk_megabytes,
         isolation=config.execution.isolation,
         progress=progress,

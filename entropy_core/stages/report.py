@@ -85,11 +85,11 @@ def report(
         notes,
         settings,
         warnings,
-        compared.to_pylist(),
-        changes,
-        skipped,
-        prices,
-        without_reward,
+        compared=compared.to_pylist(),
+        interventions=changes,
+        skipped=skipped,
+        prices=prices,
+        without_reward=without_reward,
     )
     out.path("report.md").write_text(page, encoding="utf-8")
     share, unit = f"share_{rows[0]['normalization']}", unit_of(rows[0]["normalization"])
