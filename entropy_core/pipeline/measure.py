@@ -196,13 +196,16 @@ class Measurement:
             seed, suffix = batch.E_batch_seed + i, f" · replicate {i + 1}/{batch.E_replicates}"
             e_again, scores_again = self._sample_e(seed, suffix)
             replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
+        rescores = self._rescored(e_batch)
         self.release(update)
+        if isinstance(policy.weights, Artifact):
+            self.release(policy.weights)
         return {
             "learning_rate": learning_rate,
             "max_new_tokens": self.config.generation.max_new_tokens,
             "seed": batch.E_batch_seed,
             "scores": scores,
-            "rescores": self._rescored(e_batch),
+            "rescores": rescores,
             "first_order_e": first_order_e,
             "first_order_u": first_order_u,
             "half_steps_u": half_steps_u,
