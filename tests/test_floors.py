@@ -222,12 +222,13 @@ def test_each_library_has_its_own_door():
     assert importers("reasoning_gym") == core("prompts.reasoning_tasks")
     assert importers("math_verify") == core("rewards.math_answers")
     assert importers("markdown_it") == core("report.html")
-    assert importers("matplotlib") == core("report.figures", "report.tokens_in_text")
+    assert importers("matplotlib") == core("report.comparison_figure", "report.figures", "report.tokens_in_text")
     assert importers("scipy") == core("estimates.distributions")
     assert importers("safetensors") == core(
         "store.artifact", "checkpoints.content", "losses.apart", "losses.token_weights"
     )
     assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files") | {
+        "entropy_core.pipeline.comparison",
         "entropy_core.report.provenance",
         "entropy_core.report.recorded_run",
         "flows.results",

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
-from entropy_core.estimates.tables import AGREEMENT, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
+from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
 
 
 def configuration_page() -> str:
@@ -53,9 +53,10 @@ def tables_page() -> str:
         "predictors": "A row per checkpoint × normalisation × step size × predictor.",
         "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
         "interventions": "A row per checkpoint × normalisation × level × intervention, if any are asked for.",
+        "compare": "A row per pair of checkpoints × normalisation × quantity; `entropy-probe compare` writes it.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
-    schemas |= {"agreement": AGREEMENT, "interventions": INTERVENTIONS}
+    schemas |= {"agreement": AGREEMENT, "interventions": INTERVENTIONS, "compare": COMPARISON}
     for name, schema in schemas.items():
         lines += [
             "",
