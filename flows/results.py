@@ -74,6 +74,21 @@ def agreement_table(rows: list[dict[str, Any]], replicates: list[dict[str, Any]]
     )
 
 
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay out two runs, checkpoint by checkpoint, for the first normalisation.
+
+    Args:
+        rows: of compare.parquet, at least one.
+
+    Returns:
+        A table with aligned columns, and a line that says what it shows.
+    """
+    normalization = rows[0]["normalization"]
+    shown = [row for row in rows if row["normalization"] == normalization]
+    lines = [COMPARISON, *([_text(rounded(row[name])) for name in COMPARISON] for row in shown)]
+    return "\n".join([*aligned(lines), f"({normalization}, the other less the first; intervals for this update)"])
+
+
 def interventions_table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay out what each intervention changes, for the first normalisation and the deepest level that has all of them.
 
@@ -92,21 +107,6 @@ def interventions_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [INTERVENTIONS, *([_text(rounded(row[name])) for name in INTERVENTIONS] for row in shown)]
     level = shown[0]["level"]
     return "\n".join([*aligned(lines), f"({normalization}, {level}; differences from the run as it is, same E and U)"])
-
-
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out two runs, checkpoint by checkpoint, for the first normalisation.
-
-    Args:
-        rows: of compare.parquet, at least one.
-
-    Returns:
-        A table with aligned columns, and a line that says what it shows.
-    """
-    normalization = rows[0]["normalization"]
-    shown = [row for row in rows if row["normalization"] == normalization]
-    lines = [COMPARISON, *([_text(rounded(row[name])) for name in COMPARISON] for row in shown)]
-    return "\n".join([*aligned(lines), f"({normalization}, the other less the first; intervals for this update)"])
 
 
 def print_results(run_directory: Path) -> None:
