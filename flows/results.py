@@ -4,7 +4,7 @@ import base64
 import re
 import textwrap
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ from entropy_core.store import runs
 
 INTERVENTIONS = ("checkpoint", "intervention", "delta_h1", "difference", "low", "high", "p_holm", "verdict")
 """Columns of interventions.parquet that a reader looks at first."""
+COMPARISON = (
+    *("step", "quantity", "other_run", "value", "other_value", "difference", "difference_se"),
+    *("this_update_low", "this_update_high", "verdict"),
+)
+"""Columns of compare.parquet that a reader looks at first."""
 _VIEW = ("normalization", "estimator")  # what the terminal shows one choice of
 
 
@@ -63,6 +68,21 @@ def agreement_table(rows: list[dict[str, Any]], replicates: list[dict[str, Any]]
             + f"; largest z of a mean score {score_z:.2f})",
         ]
     )
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay out two runs, checkpoint by checkpoint, for the first normalisation.
+
+    Args:
+        rows: of compare.parquet, at least one.
+
+    Returns:
+        A table with aligned columns, and a line that says what it shows.
+    """
+    normalization = rows[0]["normalization"]
+    shown = [row for row in rows if row["normalization"] == normalization]
+    lines = [COMPARISON, *([_text(rounded(row[name])) for name in COMPARISON] for row in shown)]
+    return "\n".join([*aligned(lines), f"({normalization}, the other less the first; intervals for this update)"])
 
 
 def interventions_table(rows: Sequence[dict[str, Any]]) -> str:

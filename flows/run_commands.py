@@ -1,6 +1,7 @@
-"""The commands about recorded runs: which there are, and what one of them says."""
+"""The commands about recorded runs: which there are, what one of them says, and how several differ."""
 
 import argparse
+import textwrap
 from collections.abc import Callable, Iterator
 from datetime import UTC
 from pathlib import Path
@@ -19,6 +20,15 @@ def add_to(command: AddCommand) -> None:
     """
     add_artifacts(command("runs", "list the recorded runs: when, of what, and what a rerun changed", _runs))
 
+    compared = command(
+        "compare", "compare runs with the first: reruns of a sweep, or sweeps of training runs", _compare
+    )
+    compared.add_argument("run_ids", nargs="+", metavar="RUN", help="ids of two runs or more, or latest")
+    compared.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="for the page, table and figure (default: in the store)"
+    )
+    add_artifacts(compared)
+
     shown = command("report", "print the results of a recorded run again, and say where its report is", _report)
     shown.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: the last sweep)")
     shown.add_argument("--open", action="store_true", help="open report.html in the browser")
@@ -27,6 +37,22 @@ def add_to(command: AddCommand) -> None:
 
 def _runs(options: argparse.Namespace) -> int:
     return list_runs(options.artifacts or STORE)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from entropy_core.pipeline.comparison import compare
+    from entropy_core.store.store import Store
+    from flows.results import comparison_table
+
+    found = compare(Store(options.artifacts or STORE), options.run_ids, options.output)
+    for paragraph in found.answers:
+        print(f"{textwrap.fill(paragraph, 120)}\n")
+    if found.rows:
+        print(comparison_table(found.rows))
+    print(f"\n{found.folder.absolute()}/")
+    for path in sorted(found.folder.glob("compare.*")):
+        print(f"    {path.name}")
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

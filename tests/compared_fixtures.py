@@ -27,17 +27,19 @@ from entropy_core.pipeline import statistics
 from entropy_core.pipeline.statistics import SweepResult
 from entropy_core.store.store import Store
 
-BATCH = {"E_total_sequences": 32, "B_U": 8, "G": 4}
+BATCH = {"E_total_sequences": 32, "B_U": 16, "G": 4}
 
 
 class Compared(NamedTuple):
-    """A store that is read only, and the runs in it: a sweep, its rerun, and the sweep of another training run."""
+    """A store that is read only, and what is in it: a sweep, its rerun, the sweep of another training run, one with
+    other batches, and one of both training runs."""
 
     store: Store
     first: SweepResult
     ridge: SweepResult
     second: SweepResult
     other_batches: SweepResult
+    both: SweepResult
 
 
 @pytest.fixture(scope="session")
@@ -53,16 +55,17 @@ def compared(tmp_path_factory) -> Compared:
             save_checkpoint(home / "faster" / f"checkpoint-{step}", model, optimizer, step)
     store = Store(home / "artifacts")
 
-    def sweep(name: str, run: str, **batch: int) -> SweepResult:
-        asked = {"name": name, "checkpoints": [str(home / run / "checkpoint-*")], "batch_config": BATCH | batch}
+    def sweep(name: str, *training_runs: str, **batch: int) -> SweepResult:
+        asked = {"name": name, "checkpoints": [str(home / run) for run in training_runs], "batch_config": BATCH | batch}
         importance = {"etas": [0, 1], "estimators": ["per_decision", "snis"]}
         return probe(config_of(home, importance=importance, execution={"shard_size": 16}, **asked)).result
 
     with pytest.MonkeyPatch.context() as patch:
         skip_figures(patch)
         call_here(patch)
-        first, other_batches = sweep("slow", "run"), sweep("slow", "run", E_batch_seed=7, U_batch_seed=9)
+        other_batches, first = sweep("slow", "run", E_batch_seed=7, U_batch_seed=9), sweep("slow", "run")
         counting = Counting(store, Execution())
         asked = VarianceRequest(run=first.run_id, artifacts=str(store.root), baseline="ridge")
         ridge = statistics.variance(asked, store, counting)
-        return Compared(store, first, ridge, sweep("fast", "faster"), other_batches)
+        both = sweep("both", "run", "faster")
+        return Compared(store, first, ridge, sweep("fast", "faster"), other_batches, both)

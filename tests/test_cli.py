@@ -19,7 +19,10 @@ from entropy_core.store.store import Store
 from flows import cli, store_commands
 from flows.cli import main
 
-COMMANDS = ("sweep", "plan", "init", "watch", "variance", "runs", "report", "power", "store", "legacy", "ui", "serve")
+COMMANDS = (
+    *("sweep", "plan", "init", "watch", "variance", "runs", "compare", "report", "power", "store", "legacy", "ui"),
+    "serve",
+)
 WITHOUT_PREFECT = """
 import sys
 sys.modules["prefect"] = None  # importing it is an error

@@ -222,18 +222,18 @@ def test_each_library_has_its_own_door():
     assert importers("reasoning_gym") == core("prompts.reasoning_tasks")
     assert importers("math_verify") == core("rewards.math_answers")
     assert importers("markdown_it") == core("report.html")
-    drawing = ("curves", "drawing", "figures", "frontier", "glyphs", "tokens_in_text")
+    drawing = ("comparison_figure", "curves", "drawing", "figures", "frontier", "glyphs", "tokens_in_text")
     assert importers("matplotlib") == core(*(f"report.{name}" for name in drawing))
     assert importers("scipy") == core("estimates.distributions")
     assert importers("safetensors") == core(
         "store.artifact", "checkpoints.content", "losses.apart", "losses.token_weights"
     )
     assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files") | {
+        "entropy_core.pipeline.comparison",
         "entropy_core.report.provenance",
         "entropy_core.report.recorded_run",
         "entropy_core.pipeline.power",
         "flows.growing_sweep",
-        "flows.results",
     }
     assert importers("yaml") == core("config.plain_yaml")
     assert importers("prefect") == {name for name in importers("prefect") if room(name) in ("tasks", "flows")}

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.estimates.price_table import PRICE
-from entropy_core.estimates.tables import AGREEMENT, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
+from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
 
 
 def configuration_page() -> str:
@@ -55,9 +55,11 @@ def tables_page() -> str:
         "price": "A row per checkpoint × normalisation × step size but 0, if `price` is set.",
         "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
         "interventions": "A row per checkpoint × normalisation × level × intervention, if any are asked for.",
+        "compare": "A row per pair of checkpoints × normalisation × quantity; `entropy-probe compare` writes it.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
     schemas |= {"price": of_checkpoints(PRICE), "agreement": AGREEMENT, "interventions": INTERVENTIONS}
+    schemas |= {"compare": COMPARISON}
     for name, schema in schemas.items():
         lines += [
             "",

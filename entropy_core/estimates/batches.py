@@ -13,13 +13,15 @@ import torch
 
 from entropy_core.errors import StoreError
 from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens
-from entropy_core.numerics.choices import Baseline
+from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.functional import FUNCTIONALS, REWARD, TokenPair, Tokens
 from entropy_core.numerics.quadrature import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.store.columns import TokenTable, as_numbers, read_tokens
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from entropy_core.store.artifact import Artifact
     from entropy_core.store.inputs import AtStepSize
 
@@ -121,3 +123,40 @@ def moved_of_first(batch: EvaluationBatch, rescored: "Artifact", sequences: Toke
         yield from map(MovedTokens, *(columns[name].split(counts) for name in ("logprobs", "entropies")))
 
     return Moved(1.0, read)
+
+
+def influences(
+    of_sequences: "pa.Table", normalization: Normalization, prompts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read the influence of each sequence of U on ∂_vH from the table of first-order-u.
+
+    Args:
+        of_sequences: `sequences.parquet`.
+        normalization: per sequence or per token.
+        prompts: P, number of prompts of U.
+
+    Returns:
+        With ∇H from all of E, float64 [P, G]; and with ∇H from each half of E, float64 [2, P, G].
+    """
+    whole, *halves = (
+        torch.tensor(of_sequences[f"influence_{normalization}{suffix}"].to_pylist(), dtype=torch.float64)
+        for suffix in ("", "_half_0", "_half_1")
+    )
+    return whole.view(prompts, -1), torch.stack(halves).view(2, prompts, -1)
+
+
+def halves_of_u(table: "pa.Table", normalization: Normalization) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read ∂_vH of the steps on halves of U from the table of half-steps-u.
+
+    Args:
+        table: `halves.parquet`.
+        normalization: per sequence or per token.
+
+    Returns:
+        ∂_vH of both halves of each split, float64 [R, 2], and their numbers of prompts, int64 [R, 2].
+    """
+    values, prompts = table[f"inner_product_{normalization}"].to_pylist(), table["prompts"].to_pylist()
+    return (
+        torch.tensor(values, dtype=torch.float64).view(-1, 2),
+        torch.tensor(prompts, dtype=torch.int64).view(-1, 2),
+    )

@@ -326,6 +326,37 @@ INTERVENTIONS = of_checkpoints(
 """What each intervention changes; one table for all checkpoints."""
 
 
+COMPARISON = pa.schema(
+    [
+        _field("run", _TEXT, "", "the run that the others are compared with, and its run directory if it has several"),
+        _field("other_run", _TEXT, "", "the run that is compared with it, and its run directory"),
+        _field("step", _WHOLE, "optimizer steps", "the trainer's global step, the same in both"),
+        _field("checkpoint", _TEXT, "", "name of the checkpoint in `run`"),
+        _field("other_checkpoint", _TEXT, "", "name of the checkpoint in `other_run`"),
+        _field("normalization", _TEXT, "", "per_token or per_sequence"),
+        _field("quantity", _TEXT, "", "H, delta_h1 or delta_h; the changes at the step size of the row"),
+        _field("eta_over_lr", _REAL, "1", "step size as a multiple of the learning rate; null for H"),
+        _field("value", _REAL, _H, "the quantity in `run`"),
+        _field("value_se", _REAL, _H, "its standard error for this update: over E"),
+        _field("other_value", _REAL, _H, "the quantity in `other_run`"),
+        _field("other_value_se", _REAL, _H, "its standard error for this update: over E"),
+        _field("difference", _REAL, _H, "other_value - value; null if one of them could not be measured"),
+        _field("difference_se", _REAL, _H, "its standard error for this update: over E, paired as `shared_e` says"),
+        *_ends("", "the difference"),
+        _field("shared_e", _TEXT, "", "same batch or same prompts: paired by sequence; other prompts: independent"),
+        _field("shared_u", _TEXT, "", "same step or same prompts: paired by prompt; other prompts: independent"),
+        _field("confidence_level", _REAL, "1", "confidence level of the intervals"),
+        _field(
+            "verdict",
+            _TEXT,
+            "",
+            "other_value is higher or lower for this update, or equal; cannot tell; not measured",
+        ),
+    ]
+)
+"""Two runs, checkpoint by checkpoint; the table that `entropy-probe compare` writes."""
+
+
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     """Convert rows to a table with exactly this schema.
 

@@ -10,7 +10,7 @@ import torch
 from entropy_core.errors import NonFiniteError
 from entropy_core.estimates import diagnostics, evaluation, sampler, second_order, unseen
 from entropy_core.estimates import rows as estimates
-from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
+from entropy_core.estimates.batches import evaluation_batch, halves_of_u, influences, moved_batch, moved_of_first
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.rows import Contributions, Derivative, Row
 from entropy_core.estimates.tables import ESTIMATES, TABLES, to_table
@@ -241,22 +241,13 @@ def _contributions(
     of_sequences: pa.Table, normalization: Normalization, update: Mapping[str, Any], steps: half_samples.HalfSteps
 ) -> Contributions:
     prompts = update["prompts"]
-    whole, *halves = (
-        torch.tensor(of_sequences[f"influence_{normalization}{suffix}"].to_pylist(), dtype=torch.float64)
-        for suffix in ("", "_half_0", "_half_1")
-    )
     informative = prompts - update["prompts_with_equal_rewards"]
-    return Contributions(whole.view(prompts, -1), torch.stack(halves).view(2, prompts, -1), steps, informative)
+    return Contributions(*influences(of_sequences, normalization, prompts), steps, informative)
 
 
 def _half_steps(artifact: "HalfSteps", value: float, normalization: Normalization) -> half_samples.HalfSteps:
-    halves = artifact.table("halves.parquet")
-    values, prompts = halves[f"inner_product_{normalization}"].to_pylist(), halves["prompts"].to_pylist()
-    halves_R2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
-    prompts_R2 = torch.tensor(prompts, dtype=torch.int64).view(-1, 2)
-    return half_samples.half_steps(
-        value, halves_R2, prompts_R2, artifact.summary["fresh"], artifact.summary["no_interval"]
-    )
+    of_splits = halves_of_u(artifact.table("halves.parquet"), normalization)
+    return half_samples.half_steps(value, *of_splits, artifact.summary["fresh"], artifact.summary["no_interval"])
 
 
 def _by_literature(
