@@ -42,6 +42,7 @@ FLOORS = (
     "report",
     "stages",
     "config",  # above the stages: what a stage reads of it is an input, and so in its key
+    "training",  # in the process of a trainer, which the pipeline is not
     "pipeline",
     "demo",
     "tasks",
@@ -212,7 +213,8 @@ def test_each_library_has_its_own_door():
     )
     of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture", "prompts.templates")
     of_the_demo = core("demo.run", "demo.smollm2", "demo.training_run")
-    assert importers("transformers") == of_the_model | of_the_checkpoint | of_the_demo
+    of_a_trainer = core("training")
+    assert importers("transformers") == of_the_model | of_the_checkpoint | of_the_demo | of_a_trainer
     assert importers("psutil") == core("sequences.decoding", "isolation.guard") | {"flows.door"}
     assert importers("peft") == core("checkpoints.adapters", "demo.smollm2")
     assert importers("trl") == core("demo.training_run")
@@ -228,7 +230,7 @@ def test_each_library_has_its_own_door():
     assert importers("safetensors") == core(
         "store.artifact", "checkpoints.content", "losses.apart", "losses.token_weights"
     )
-    assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files") | {
+    assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files", "training") | {
         "entropy_core.pipeline.comparison",
         "entropy_core.report.provenance",
         "entropy_core.report.recorded_run",
