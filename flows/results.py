@@ -5,15 +5,18 @@ import math
 import re
 import textwrap
 import webbrowser
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from entropy_core.errors import ProbeError
+from entropy_core.errors import ProbeError, StoreError, one_line
 from entropy_core.estimates.agreement import independent
 from entropy_core.estimates.tables import best_prediction, interval_of
+from entropy_core.files.regular import require_readable
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.answer import answer
 from entropy_core.report.evaluation_batch import invalid_over_e
@@ -136,12 +139,10 @@ def print_results(run_directory: Path) -> None:
     Args:
         run_directory: its folder.
     """
-    rows, replicates, compared = (
-        pq.read_table(run_directory / f"{name}.parquet").to_pylist() for name in ("results", "replicates", "agreement")
-    )
+    rows, replicates, compared = (_table(run_directory, name) for name in ("results", "replicates", "agreement"))
     with runs.understood(run_directory / runs.RECORD) as record:
-        warnings = [*invalid_over_e(rows), *disagreements(compared), *record["checkpoints"][0]["warnings"]]
-    for warning in warnings:
+        of_run = list(record["checkpoints"][0]["warnings"])
+    for warning in [*invalid_over_e(rows), *disagreements(compared), *of_run]:
         print(f"\nWARNING: {warning}")
     shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
     print(f"\n{textwrap.fill(answer(shown, bool(disagreements(compared))), 120)}")
@@ -151,7 +152,7 @@ def print_results(run_directory: Path) -> None:
     if agreement := agreement_table(rows, replicates):
         print(f"\n{agreement}")
     if (run_directory / "interventions.parquet").exists():
-        print(f"\n{interventions_table(pq.read_table(run_directory / 'interventions.parquet').to_pylist())}")
+        print(f"\n{interventions_table(_table(run_directory, 'interventions'))}")
     print(f"\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
@@ -172,7 +173,8 @@ def show(root: Path, run_id: str, in_browser: bool) -> int:
         ProbeError: there is no such run, it has no such page, or there is no browser.
     """
     directory = runs.find(root, run_id)
-    print_results(directory)
+    with _explained(directory):
+        print_results(directory)
     page = directory.absolute() / "report.html"
     if not page.exists():
         cause = "it was recorded by an earlier version"
@@ -183,6 +185,27 @@ def show(root: Path, run_id: str, in_browser: bool) -> int:
     if in_browser and not webbrowser.open(page.as_uri()):
         raise ProbeError("no browser could be started", fix=f"open {page} in one")
     return 0
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Say that the tables of a run are not what they were, as in a store that came from elsewhere."""
+    try:
+        yield
+    except BrokenPipeError:  # `entropy-probe report | head`
+        raise
+    except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
+        raise StoreError(
+            f"the tables in {directory} cannot be shown: {one_line(error)}",
+            cause="they were edited, damaged, or written by another version",
+            fix=f"`entropy-probe variance {directory.name}` writes them anew",
+        ) from None
+
+
+def _table(directory: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a table of a run."""
+    with require_readable(directory / f"{name}.parquet").open("rb") as file:
+        return pq.read_table(file).to_pylist()
 
 
 def inline_figures(markdown: str, locate: Callable[[str], Path]) -> str:
