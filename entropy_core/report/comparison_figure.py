@@ -17,7 +17,7 @@ _MARKS = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "*-.")
 _COLOURS = tuple(f"C{i}" for i in range(10))
 
 
-def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Row]) -> Figure:
+def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Row] = ()) -> Figure:
     """Draw H, the predicted change and the difference of δH₁ against the training step.
 
     Args:
@@ -25,7 +25,7 @@ def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Ro
         compared: rows of `tables.COMPARISON`.
 
     Returns:
-        Three panels, for the first normalisation that all have; the last one is empty where no step is in two runs.
+        A panel each, for the first normalisation that all have; none for differences where there are none.
     """
     normalization = _common_normalization(series)
     unit = unit_of(normalization)
@@ -35,8 +35,8 @@ def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Ro
     known = all(row[f"{interval_of(best_prediction(row), 'next')}_low"] is not None for row in chain(*at_lr.values()))
     update = "next" if known else "this"
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 6.6), layout="constrained")
-        above, middle, below = figure.subplots(3, 1, sharex=True)
+        figure = Figure(figsize=(6.4, 6.6 if of_h1 else 4.8), layout="constrained")
+        above, middle, *below = figure.subplots(3 if of_h1 else 2, 1, sharex=True)
         for name, mark, colour in zip(shown, cycle(_MARKS), cycle(_COLOURS)):
             first = first_of_each(shown[name])
             reach = [normal_quantile(row["confidence_level"]) * row["H_se"] for row in first]
@@ -45,16 +45,20 @@ def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Ro
             values = [row[column] for row, column in zip(at_lr[name], best, strict=True)]
             reach = [_reach(row, interval_of(of, update)) for row, of in zip(at_lr[name], best, strict=True)]
             _curve(middle, at_lr[name], values, reach, mark, colour)
-            differences = [row for row in of_h1 if row["other_run"] == name]
-            reach = [_reach(row, "this_update") for row in differences]
-            _curve(below, differences, [row["difference"] for row in differences], reach, mark, colour)
             above.plot([], [], mark, color=colour, markersize=4, linewidth=1, label=name)
-        above.set(ylabel=f"H [{unit}]", title="Entropy, its predicted change, and the difference from the first")
+            differences = [row for row in of_h1 if row["other_run"] == name and row["difference"] is not None]
+            reach = [_reach(row, "this_update") for row in differences]
+            for axes in below:
+                _curve(axes, differences, [row["difference"] for row in differences], reach, mark, colour)
+        above.set(ylabel=f"H [{unit}]", title="Entropy, and its predicted change by the next step")
         middle.set_ylabel(f"predicted change\n{update} update")
         middle.axhline(0, color="black", linewidth=0.8)
-        below.set(xlabel="training step", ylabel="difference of δH₁\nthis update")
-        below.xaxis.set_major_locator(MaxNLocator(integer=True))
-        below.axhline(0, color="black", linewidth=0.8)
+        for axes in below:
+            axes.set_ylabel("difference of δH₁\nfrom the first")
+            axes.axhline(0, color="black", linewidth=0.8)
+        last = below[0] if below else middle
+        last.set_xlabel("training step")
+        last.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
