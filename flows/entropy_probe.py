@@ -25,7 +25,7 @@ from entropy_core.pipeline.recorded import with_interventions
 from entropy_core.store.store import Store
 from flows.progress import Progress
 from flows.service import FOLDER
-from flows.ui import publish, publish_plan, published_progress
+from flows.ui import announce, publish, publish_plan, published_progress
 from tasks.stages import prefect_runner
 
 
@@ -64,7 +64,9 @@ def _swept(config: ProbeConfig) -> State:
     progress = Progress(steps, costs, published_progress())
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     run = progress.watched(prefect_runner(store, execution))
-    return _published(pipeline.sweep(config, checkpoints, store, run))
+    result = pipeline.sweep(config, checkpoints, store, run)
+    announce(result, config.name)
+    return _published(result)
 
 
 @flow(name="entropy-probe", validate_parameters=False)
