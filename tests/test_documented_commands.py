@@ -27,6 +27,8 @@ ELSEWHERE = (
     "make ui",  # in test_demo_sweep.py; `served` is what it does, and what the next one does
     "entropy-probe ui my-run.yaml",
     "entropy-probe serve my-run.yaml --work-pool probe",  # in test_ui.py, like the next four
+    "entropy-probe watch runs/grpo --config my-run.yaml --report-to",  # in test_reporters.py, like the next one
+    "prefect automation create",
     *("export PREFECT_", "prefect server start ", "prefect work-pool ", "prefect worker start "),
     *("make sweep", "prefect deployment run entropy-probe/"),  # in test_demo_sweep.py
 )
