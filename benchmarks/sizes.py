@@ -3,7 +3,7 @@
 `python -m benchmarks.sizes docs` writes it; a test holds the page to the formulas.
 """
 
-import sys
+import argparse
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -128,8 +128,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main() -> None:
     """Write the page."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
-    (folder / "sizes.md").write_text(sizes_page(), encoding="utf-8")
+    parser = argparse.ArgumentParser("python -m benchmarks.sizes", description=(__doc__ or "").partition(",")[0] + ".")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs"), help="where to (default: docs)")
+    (parser.parse_args().folder / "sizes.md").write_text(sizes_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
