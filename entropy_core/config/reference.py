@@ -1,7 +1,7 @@
 """Generate the reference pages from the code; `python -m entropy_core.config.reference` writes them to docs/."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -132,7 +132,11 @@ def _is_section(field: FieldInfo) -> bool:
 
 def main() -> None:
     """Write the pages."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    parser = argparse.ArgumentParser(
+        "python -m entropy_core.config.reference", description="Write the reference pages."
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs"), help="where to (default: docs)")
+    folder = parser.parse_args().folder
     for name, page in PAGES.items():
         (folder / name).write_text(page(), encoding="utf-8")
 
