@@ -102,7 +102,7 @@ docs: .venv/.installed
 	$(BIN)/python -m benchmarks.sizes docs
 
 docs-site: .venv/.docs
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file docs-site/mkdocs.yml
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file .ci/site/mkdocs.yml
 	@echo "The site is in artifacts/site: open artifacts/site/index.html"
 
 clean:

@@ -11,7 +11,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from benchmarks.sizes import sizes_page
-from entropy_core.estimates import interventions, trainer_agreement
+from entropy_core.estimates import interventions, price_table, trainer_agreement
 from entropy_core.estimates.second_order import NONE
 from entropy_core.estimates.tables import AGREEMENT, INTERVENTIONS, RESULTS, TABLES
 from entropy_core.numerics import verdicts
@@ -65,7 +65,7 @@ def test_every_page_is_linked_by_the_readme_and_is_on_the_site():
     linked = {Path(link.partition("#")[0]).name for link in links(ROOT / "README.md")}
     pages = {page.name for page in DOCS.glob("*.md")}
     assert pages - linked <= {"chaos.md"}  # which the page on validation links
-    site = (ROOT / "docs-site" / "mkdocs.yml").read_text(encoding="utf-8")
+    site = (ROOT / ".ci" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
     assert Counter(re.findall(r"^ *- (?:Overview: )?(\S+\.md)$", site, re.MULTILINE)) == Counter([*pages, "index.md"])
 
 
@@ -114,6 +114,8 @@ def test_every_verdict_of_the_code_is_explained_and_none_other():
         },
         "`verdict` in agreement.parquet": words_returned(trainer_agreement, "verdict"),
         "`verdict` in interventions.parquet": words_returned(interventions, "_verdict") | {"as it is"},
+        "`verdict` in price.parquet": set(get_args(price_table.Word)),
+        "`verdict` in compare.parquet": {"higher", "lower", "equal", "cannot tell", "not measured"},
     }
 
 
@@ -130,7 +132,7 @@ def test_every_column_is_of_a_term_of_the_glossary():
     text = (DOCS / "glossary.md").read_text(encoding="utf-8")
     rows = [re.split(r"(?<!\\)\|", line)[2] for line in text.splitlines() if line.startswith("| ") and "`" in line]
     terms = {term for row in rows for term in re.findall(r"`([^`]+)`", row)}
-    schemas = [RESULTS, AGREEMENT, INTERVENTIONS, *TABLES.values()]
+    schemas = [RESULTS, AGREEMENT, INTERVENTIONS, price_table.PRICE, *TABLES.values()]
     columns = {name for schema in schemas for name in schema.names}
     unknown = {name for name in columns if not any(name == term or name.startswith(f"{term}_") for term in terms)}
     assert unknown == set()

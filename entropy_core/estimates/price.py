@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from entropy_core.estimates.distributions import t_quantile
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.estimates.price_table import Word
 from entropy_core.numerics import uncertainty
 from entropy_core.numerics.choices import Estimator
 from entropy_core.numerics.fieller import Moments, ratio_interval
@@ -130,7 +131,7 @@ def price_row(on_e: OnE, slopes: tuple[Estimate, Estimate], changes: Changes, et
         "delta_h": changes.entropy.value,
         **_priced("price", on_e, changes.entropy, changes.reward, rounding),
     }
-    told = "reward rises" if low > 0 else "reward falls" if high < 0 else "cannot tell"
+    told: Word = "reward rises" if low > 0 else "reward falls" if high < 0 else "cannot tell"
     return {
         "J": J.value,
         "J_se": batch.standard_error(J),

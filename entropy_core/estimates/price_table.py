@@ -1,8 +1,13 @@
 """The columns of price.parquet: what a step does to the expected reward, and the price of it in entropy."""
 
+from typing import Literal
+
 import pyarrow as pa
 
 from entropy_core.estimates.fields import NATS, REAL, TEXT, field
+
+Word = Literal["reward rises", "reward falls", "cannot tell", "weights-unreliable"]
+"""The verdict of a row."""
 
 _UNIT = "reward"
 _PRICE = "nats per unit of reward"
