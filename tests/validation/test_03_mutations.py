@@ -137,8 +137,8 @@ MUTATIONS = (
     Mutation(
         "the loss's term in the entropy left out of the step",
         "sequences/loss_gradient",
-        "for values_K in coefficients)",
-        "for values_K in (coefficients[0], 0 * coefficients[1]))",
+        "for values_K in of_shard)",
+        "for values_K in (of_shard[0], 0 * of_shard[1]))",
         "test_update",
     ),
     Mutation(
