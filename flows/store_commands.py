@@ -10,6 +10,7 @@ from entropy_core.files.digests import read_digest
 from entropy_core.pipeline.memory import run_within_memory
 from entropy_core.pipeline.plan import plan, summarize
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.stored_code import require_no_stored_code
 from entropy_core.pipeline.sweep import Promised, execution_for, go_through
 from entropy_core.store import archive, runs, signature, vectors
 from entropy_core.store.adoption import Adoption
@@ -186,6 +187,7 @@ def adopt(store: Store, what: str) -> int:
         with runs.understood(path) as record:
             document = record["config"]
         config = parse_config(document, str(path))
+        require_no_stored_code(config, store.root)
     checkpoints = preflight(config)
     execution = execution_for(config, checkpoints)
     adoption = Adoption(
