@@ -125,6 +125,11 @@ def shortage(error: BaseException) -> ShortageError | None:
     return None
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether a library failed, be it by a panic in Rust, which is no Exception; or somebody ends the process."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def some_names(names: Iterable[str]) -> str:
     """The first 8 names, and how many more there are, for a message."""
     listed = [name if len(name) <= 200 else name[:199] + "…" for name in names]

@@ -170,6 +170,7 @@ def adopt(store: Store, what: str) -> int:
     from entropy_core.config.read import load_config, parse_config
     from entropy_core.pipeline.memory import run_within_memory
     from entropy_core.pipeline.preflight import preflight
+    from entropy_core.pipeline.stored_code import require_no_stored_code
     from entropy_core.pipeline.sweep import Promised, execution_for, go_through
 
     if Path(what).suffix in (".yaml", ".yml", ".json"):
@@ -179,6 +180,7 @@ def adopt(store: Store, what: str) -> int:
         with runs.understood(path) as record:
             document = record["config"]
         config = parse_config(document, str(path))
+        require_no_stored_code(config, store.root)
     checkpoints = preflight(config)
     execution = execution_for(config, checkpoints)
     adoption = Adoption(

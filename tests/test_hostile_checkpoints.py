@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from lora_fixtures import make_base, make_lora
 from pipeline_fixtures import make_gpt2
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from entropy_core.checkpoints.layout import find_layout
 from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.checkpoints.trainer_files import read_trainer_files
-from entropy_core.errors import CheckpointError
+from entropy_core.errors import CheckpointError, PromptError
 from entropy_core.files.checkpoint import tokenizer_digest, weights_digest
 from entropy_core.isolation.process import Isolation
 from entropy_core.pipeline import patterns
 from entropy_core.policy.pretrained import load_policy
+from entropy_core.prompts.pools import Pool
+from entropy_core.prompts.tokens import encode
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -127,6 +130,42 @@ def test_a_tokenizer_from_elsewhere_is_not_read(sound: Path):
     (sound / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"has the tokenizer in '/somewhere/else\.gguf'"):
         load_tokenizer(sound)
+
+
+DOUBLES = [{"type": "Replace", "pattern": {"String": "1"}, "content": "11"}] * 40
+NOTHING = {"type": "Replace", "pattern": {"Regex": "x?"}, "content": "y" * 2000}
+BOMBS = {
+    "a normalizer that doubles": {"normalizer": {"type": "Sequence", "normalizers": DOUBLES}},
+    "a normalizer within one": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": DOUBLES[:20]}] * 2}
+    },
+    "a decoder that doubles": {"decoder": {"type": "Sequence", "decoders": DOUBLES}},
+    "a long text for nothing": {"normalizer": NOTHING},
+}
+
+
+@pytest.mark.attack("a tokenizer that fills the memory, or fails in Rust")
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_tokenizer_that_fills_the_memory_is_refused(sound: Path, name: str):
+    edit(sound / "tokenizer.json", **BOMBS[name])
+    with pytest.raises(CheckpointError, match=r"of .*tokenizer\.json makes up to .* characters of one"):
+        load_tokenizer(sound)
+
+
+@pytest.mark.attack("a tokenizer that fills the memory, or fails in Rust")
+def test_a_panic_is_an_error(sound: Path):
+    pattern = {"type": "Split", "pattern": {"Regex": "^(1+)+$"}, "behavior": "Isolated", "invert": False}
+    edit(sound / "tokenizer.json", pre_tokenizer=pattern)
+    pool = Pool(pa.table({"prompt": ["1" * 60 + "2"]}), ())
+    with pytest.raises(PromptError, match=r"cannot encode every prompt: Onig: .*retry-limit"):
+        encode(pool, load_tokenizer(sound))
+
+
+def test_a_usual_tokenizer_is_loaded(sound: Path):
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    usual = [{"type": "NFKC"}, {"type": "Prepend", "prepend": "▁"}, space, {"type": "Lowercase"}]
+    edit(sound / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": usual})
+    assert load_tokenizer(sound)
 
 
 @pytest.mark.attack("an attention kernel from the hub")

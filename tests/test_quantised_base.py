@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from entropy_core.checkpoints.checkpoint import read_checkpoint
 from entropy_core.checkpoints.content import stored_tensors
-from entropy_core.checkpoints.quantised_base import dense_weights
+from entropy_core.checkpoints.quantised_base import as_dense, dense_weights
 from entropy_core.demo.run import build_tokenizer
 from entropy_core.errors import CheckpointError
 from entropy_core.policy.pretrained import load_policy
@@ -124,3 +124,29 @@ def test_codes_without_what_belongs_to_them_are_refused(lost: str, tmp_path: Pat
     with pytest.raises(CheckpointError, match="up_proj"):
         read_checkpoint(checkpoint, base_model=tmp_path / "base")
         load_policy(checkpoint, lost, "float32", "eager", "cpu", tmp_path / "base")
+
+
+STATES = {
+    "a number that no float holds": b'{"shape": [3], "dtype": "float32", "blocksize": 64, "nested_offset": 1%s}'
+    % (b"0" * 400),
+    "no size": b'{"shape": [3], "dtype": "float32", "blocksize": true}',
+    "a shape in words": b'{"shape": "x", "dtype": "float32", "blocksize": 64}',
+    "a dtype in a list": b'{"shape": [3], "dtype": [], "blocksize": 64}',
+    "a list": b"[]",
+    "lists without end": b"[" * 100_000,
+    "more bytes than there are, in eight": torch.tensor(2**45),
+    "numbers that are no bytes": torch.tensor([300, -1]),
+    "fractions": torch.tensor([0.5]),
+}
+
+
+@pytest.mark.attack("a quantised base that makes no sense")
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_makes_no_sense_is_refused(name: str, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(OTHERS / "base_nf4", tmp_path / "base"))
+    tensors, said = load_file(base / "model.safetensors"), STATES[name]
+    state = said if isinstance(said, torch.Tensor) else torch.tensor(list(said), dtype=torch.uint8)
+    tensors["model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"] = state
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj.* do not fit together"):
+        as_dense(base, stored_tensors(base))

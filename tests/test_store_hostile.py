@@ -252,6 +252,31 @@ def test_tables_that_make_no_sense_are_said_to(copied, capsys, change):
     assert "cannot be shown" in said and said.count("\n") == 1
 
 
+@pytest.mark.attack("a copied store whose record names code in it")
+@pytest.mark.parametrize("key", ["reward", "loss", "interventions"])
+@pytest.mark.parametrize("command", [["interventions", "--direct"], ["store", "adopt", "latest"]])
+def test_code_that_came_with_a_store_is_not_executed(copied, tmp_path, monkeypatch, capsys, command, key):
+    """An archive brings any file that its manifests name."""
+    [run_id] = runs.recorded(copied.root)
+    evil, proof = runs.folder(copied.root, run_id) / "evil.py", tmp_path / "proof"
+    evil.write_text(f"open({str(proof)!r}, 'w')\ndef f(*_, **__): return []\n")
+    (tmp_path / "linked").symlink_to(evil.parent)
+    said = f"{tmp_path / 'linked' / 'evil.py'}:f"
+
+    def change(record):
+        of = record["config"] if key == "interventions" else record["config"]["update"]
+        of[key] = [said] if key == "interventions" else said
+
+    edit_record(copied, change)
+    if key == "interventions" and command[0] == "interventions":
+        command = [*command, "--try", "positives_only"]  # in place of those of the record
+        assert main([*command, "--artifacts", str(copied.root)]) in (0, 2)
+    else:
+        assert main([*command, "--artifacts", str(copied.root)]) == 2
+        assert "names code in the store" in capsys.readouterr().err
+    assert not proof.exists()
+
+
 @pytest.mark.attack("prune is told a folder that is no store")
 @pytest.mark.parametrize("command", [["prune", "--yes"], ["prune"], ["seal"]])
 def test_a_folder_that_is_no_store_is_left_alone(copied, tmp_path, monkeypatch, capsys, command):

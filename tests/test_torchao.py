@@ -67,6 +67,8 @@ def test_a_moment_is_its_codes_times_their_scales(bits: int) -> None:
         (lambda moment: setattr(moment, "name", "torchao.optim.subclass_fp8.OptimStateFp8"), "torchao's OptimStateFp8"),
         (lambda moment: setattr(moment, "name", "torchao.optim.subclass_8bit.OptimState8bit"), "2048 codes with 16"),
         (lambda moment: setattr(moment.arguments[0], "name", "torch.bfloat16"), "not float32, which it rounds"),
+        (lambda moment: moment.arguments.append(0), "not float32"),
+        (lambda moment: moment.arguments.clear(), "not float32"),
         (lambda moment: moment.state.pop("scale"), "without its codes or scales"),
         (lambda moment: moment.state.update(block_size=0), "2048 codes with 16 values"),
         (lambda moment: moment.state.update(codes=moment.state["scale"]), "32 codes with"),
@@ -78,3 +80,10 @@ def test_what_cannot_be_is_refused(spoil: Any, said: str) -> None:
     spoil(content["state"][0]["exp_avg"])
     with pytest.raises(CheckpointError, match=said):
         plain_state(path, content)
+
+
+def test_a_slot_that_is_none_is_left_to_the_reader_of_slots() -> None:
+    path = OTHERS / "torchao_adamw4bit.pt"
+    content = read_archive(path)
+    content["state"][0] = 5
+    assert plain_state(path, content)["state"][0] == 5

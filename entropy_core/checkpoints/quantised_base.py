@@ -141,14 +141,17 @@ def _of_four_bits(codes: Tensor, parts: dict[str, Tensor], of: _FourBits) -> Ten
 def _read_state(file: Path, name: str) -> _FourBits:
     """The JSON that lies in a tensor of bytes."""
     try:
-        said: dict[str, Any] = json.loads(bytes(load_tensor(file, name).tolist()))
+        text = load_tensor(file, name)
+        if text.dtype != torch.uint8 or text.ndim != 1:
+            raise ValueError("no bytes")
+        said: dict[str, Any] = json.loads(bytes(text.tolist()))
         shape = tuple(said["shape"])
         blocks = said["blocksize"], said.get("nested_blocksize") or 1
         whole = all(type(size) is int and size > 0 for size in (*shape, *blocks))
         if not whole or said["dtype"] not in _NAMES:
             raise ValueError(said["dtype"])
         return _FourBits(shape, said["dtype"], *blocks, float(said.get("nested_offset") or 0.0))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise _damaged(file, name) from error
 
 

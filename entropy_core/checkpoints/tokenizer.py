@@ -5,7 +5,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from entropy_core.checkpoints.content import read_json
-from entropy_core.errors import CheckpointError, shortage
+from entropy_core.checkpoints.expansion import require_moderate
+from entropy_core.errors import CheckpointError, is_failure, shortage
 
 
 def tokenizer_directory(model: Path, base: Path | None) -> Path:
@@ -26,9 +27,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             cause="it was converted from GGUF, or edited",
             fix="save the tokenizer with tokenizer.save_pretrained",
         )
+    require_moderate(directory)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers of all kinds raise errors of all kinds
+    except BaseException as error:  # tokenizers of all kinds raise errors of all kinds
+        if not is_failure(error):
+            raise
         raise shortage(error) or CheckpointError(
             f"{directory} has no tokenizer that can be loaded ({type(error).__name__})",
             cause="the trainer was not given the tokenizer, and did not save it",

@@ -24,6 +24,7 @@ from entropy_core.pipeline.final_stages import (
     settings_of,
 )
 from entropy_core.pipeline.runner import Inputs
+from entropy_core.pipeline.stored_code import require_no_stored_code
 from entropy_core.report.provenance import Provenance, write_stamped
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact
@@ -181,9 +182,11 @@ def with_interventions(request: InterventionsRequest) -> tuple[ProbeConfig, str]
         The configuration of a sweep that finds all but the interventions computed, and what it is a rerun of.
 
     Raises:
-        StoreError, ConfigError: as `read_run`.
+        StoreError, ConfigError: as `read_run` and `require_no_stored_code`.
     """
-    directory, config, _ = read_run(Store(request.artifacts), request.run)
+    store = Store(request.artifacts)
+    directory, config, _ = read_run(store, request.run)
+    require_no_stored_code(config, store.root)
     execution = config.execution.model_copy(update={"artifacts": request.artifacts})
     asked = {"interventions": request.interventions, "lab": request.lab, "execution": execution}
     return config.model_copy(update=asked), directory.name

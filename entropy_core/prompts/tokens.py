@@ -7,7 +7,7 @@ the beginning of the assistant's turn, whoever spoke last.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from entropy_core.errors import PromptError, one_line, shortage
+from entropy_core.errors import PromptError, is_failure, one_line, shortage
 from entropy_core.prompts.conversations import is_conversational
 from entropy_core.prompts.pools import Pool
 from entropy_core.prompts.templates import rendered
@@ -82,7 +82,9 @@ def encode(
 def _as_text(texts: Sequence[str], tokenizer: Any, add_special_tokens: bool) -> list[list[int]]:
     try:
         return tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
-    except Exception as error:  # tokenizers of all kinds raise errors of all kinds
+    except BaseException as error:  # tokenizers of all kinds raise errors of all kinds
+        if not is_failure(error):
+            raise
         raise shortage(error) or PromptError(
             f"the tokenizer of {tokenizer.name_or_path} cannot encode every prompt: {one_line(error)}",
             cause="the prompts contain characters that are not in its vocabulary",

@@ -38,7 +38,7 @@ def plain_state(path: Path, saved: Any) -> Any:
 
     found = opened(saved)
     for slot in plain_dict(plain_dict(found).get("state")).values():
-        if any(isinstance(moment, Scattered) and moment.dtype != torch.float32 for moment in slot.values()):
+        if any(isinstance(moment, Scattered) and moment.dtype != torch.float32 for moment in plain_dict(slot).values()):
             raise _narrow_torchao(path)
     return found
 
@@ -53,7 +53,7 @@ def _torchao_moment(path: Path, moment: Inert) -> Quantised:
             cause="torchao's AdamWFp8, or CPU offload",
             fix="train with its AdamW8bit or AdamW4bit, or with torch's AdamW",
         )
-    dtype, shape = moment.arguments
+    dtype, shape = moment.arguments if len(moment.arguments) == 2 else (None, None)
     if not isinstance(dtype, Inert) or dtype.name != "torch.float32":
         raise _narrow_torchao(path)
     parts = [state.get(key) for key in ("codes", "qmap", "scale")]
