@@ -174,7 +174,9 @@ EDITS = {
         adds("def time_loo_baseline(", "def time_totals(*_): ..."),
         {"entropy-gradient", "block-sensitivities", "variance", "price", "interventions"},
     ),
-    "a limit of a verdict": Edit(replaces("MATERIAL_CURVATURE = ", "MATERIAL_CURVATURE = 2 * "), {"variance"}),
+    "a limit of a verdict": Edit(
+        replaces("MATERIAL_CURVATURE = ", "MATERIAL_CURVATURE = 2 * "), {"variance", "report"}
+    ),
     "the schema of a table": Edit(
         replaces(
             "LINEARITY = pa.schema(\n    [\n", "LINEARITY = pa.schema(\n    [\n        _field('n', _WHOLE, '', ''),\n"

@@ -277,7 +277,7 @@ def test_the_points_are_the_ratio_of_the_measured_to_the_predicted_change():
     }
     assert list(values.values()) == pytest.approx([1 - 0.03 * eta for eta in ETAS if eta])
     assert list(values) == pytest.approx([eta for eta in ETAS if eta], rel=0.2)  # beside those of the other estimator
-    band = next(patch for patch in panel.patches if "5 %" in str(patch.get_label()))
+    band = next(patch for patch in panel.patches if "within 5%" in str(patch.get_label()))
     assert (band.get_y(), band.get_height()) == pytest.approx((0.95, 0.1))
 
 

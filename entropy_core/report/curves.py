@@ -105,7 +105,11 @@ def eta_sweep(figure: Figure, rows: Sequence[Row], training: Training) -> None:
     low, high = _range_of_ratios(rows)
     for axes in panels:
         axes.axhspan(
-            1 - MATERIAL_CURVATURE, 1 + MATERIAL_CURVATURE, color="0.85", linewidth=0, label="linear: within 5 %"
+            1 - MATERIAL_CURVATURE,
+            1 + MATERIAL_CURVATURE,
+            color="0.85",
+            linewidth=0,
+            label=f"linear: within {MATERIAL_CURVATURE:.0%}",
         )
         axes.axhline(1, color=BLACK, linewidth=0.8, zorder=1)
         axes.set_ylim(low, high)
