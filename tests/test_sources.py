@@ -23,7 +23,8 @@ from entropy_core.policy.pretrained import load_policy
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.store import Stage, Store
 
-REPLACEMENTS = 50
+REPLACEMENTS = 25
+OF_EACH_FILE = 50
 POOL = "".join(f'{{"prompt": "{n}+{n}=", "answer": "{n}"}}\n' for n in range(1, 9))
 
 
@@ -125,20 +126,20 @@ def test_replacements_at_random_moments_leave_no_wrong_number(sweeps):
     for name in NAMES:
         sweeps.put(name, 0)
 
-    replaced, refused = disturbed(sweeps, NAMES, expected, random.Random(3))
-    assert refused > 5 and replaced == REPLACEMENTS
+    replaced, refused = disturbed(sweeps, NAMES, expected, random.Random(3), REPLACEMENTS)
+    assert refused and replaced == REPLACEMENTS  # how often depends on the speed of the machine
     final = probe(sweeps.settings("disturbed"))
     assert final.rows and contents(sweeps.folder / "disturbed").items() <= expected.items()
 
 
 def disturbed(
-    sweeps: Sweeps, names: Sequence[str], expected: dict[tuple[str, str], str], chance: random.Random
+    sweeps: Sweeps, names: Sequence[str], expected: dict[tuple[str, str], str], chance: random.Random, times: int
 ) -> tuple[int, int]:
     """Sweep again and again while files are replaced and put back; how often that was done, and refused to go on."""
     done, replaced, refused = threading.Event(), [], 0
 
     def disturb() -> None:
-        while len(replaced) < REPLACEMENTS:
+        while len(replaced) < times:
             time.sleep(chance.uniform(0.0, 0.25))
             name, how = chance.choice(names), chance.choice(("in place", "another file"))
             sweeps.put(name, 1, how)
@@ -177,7 +178,7 @@ def test_fifty_replacements_of_each_file_leave_no_wrong_number(sweeps, name, rec
         sweeps.put(name, variant)
         probe(sweeps.settings("undisturbed"))
     expected = contents(sweeps.folder / "undisturbed")
-    replaced, _ = disturbed(sweeps, [name], expected, random.Random(name))
+    replaced, _ = disturbed(sweeps, [name], expected, random.Random(name), OF_EACH_FILE)
     final, undisturbed = probe(sweeps.settings("disturbed")), probe(sweeps.settings("undisturbed"))
     assert final.rows == undisturbed.rows
     record_property("tries", replaced)
@@ -201,6 +202,16 @@ def during(monkeypatch, where: str, before: Callable[[], None], after: Callable[
         yield
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, variants) -> tuple[list[dict[str, Any]], dict[tuple[str, str], str]]:
+    """The rows of a sweep that nobody disturbs, and what it leaves in its store."""
+    sweeps = Sweeps(tmp_path_factory.mktemp("undisturbed"), variants)
+    load_policy.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        skip_figures(patch)
+        return probe(sweeps.settings("artifacts")).rows, contents(sweeps.folder / "artifacts")
+
+
 READING = {
     "optimizer.pt": ("load-checkpoint", "entropy_core.stages.load_checkpoint.read_checkpoint", CheckpointError),
     "model.safetensors": ("sample-e-batch", "entropy_core.policy.spec.load_policy", CheckpointError),
@@ -211,7 +222,7 @@ READING = {
 
 
 @pytest.mark.parametrize(("name", "how"), [*zip(READING, ["in place", "another file"] * 3, strict=False)])
-def test_a_file_that_is_put_back_after_it_was_read_is_noticed(sweeps, monkeypatch, name, how):
+def test_a_file_that_is_put_back_after_it_was_read_is_noticed(sweeps, undisturbed, monkeypatch, name, how):
     """The worst moment: other content exactly while it is read, and the old one before anybody looks again."""
     stage, where, kind = READING[name]
     load_policy.cache_clear()
@@ -220,10 +231,9 @@ def test_a_file_that_is_put_back_after_it_was_read_is_noticed(sweeps, monkeypatc
         probe(sweeps.settings("artifacts"))
     assert not list((sweeps.folder / "artifacts" / stage).iterdir())
     done = probe(sweeps.settings("artifacts"))  # in the same process, which has loaded the policy of other files
-    load_policy.cache_clear()
-    undisturbed = probe(sweeps.settings("undisturbed"))
-    assert done.rows == undisturbed.rows
-    assert contents(sweeps.folder / "artifacts") == contents(sweeps.folder / "undisturbed")
+    rows, stored = undisturbed
+    assert done.rows == rows
+    assert contents(sweeps.folder / "artifacts") == stored
 
 
 @pytest.mark.parametrize("name", READING)

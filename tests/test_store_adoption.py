@@ -80,7 +80,7 @@ def rows_of(said: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split(maxsplit=5)[1:] for line in said.splitlines()[1:-1]}
 
 
-def test_a_real_edit_that_changes_nothing(edited, first, tmp_path):
+def test_a_real_edit_that_changes_nothing(edited, tmp_path):
     """Every stage that handles sequences is concerned: one of each is computed, the rest is linked."""
     store = Store(tmp_path / "artifacts")
     before = set(store.names())
@@ -107,12 +107,17 @@ def test_a_real_edit_that_changes_nothing(edited, first, tmp_path):
     [(status, said)] = then
     assert status == 0 and all(line.endswith(" 0 would run") for line in said.splitlines()), said
     assert main(["store", "verify", "--artifacts", str(store.root)]) == 0
-    shutil.rmtree(tmp_path / "artifacts" / "sample-u-batch")  # as if that had never run
-    [(status, said)] = edited(f"adopt {first.result.run_id}")
-    assert status == 0, said
-    assert rows_of(said)["sample-u-batch"] == ["0", "0", "0", "2"]
-    assert rows_of(said)["score-u-batch"] == ["0", "0", "0", "2"], "nobody knows what it would be made from"
-    assert rows_of(said)["score-e-batch"] == ["2", "0", "0", "0"]
+
+
+def test_what_never_ran_is_not_there(home, first, tmp_path, capsys):
+    """Of a run by its name, and with the code as it is, so that all the rest is there."""
+    never_ran = shutil.ignore_patterns("sample-u-batch")
+    shutil.copytree(home / "artifacts", tmp_path / "artifacts", copy_function=shutil.copy2, ignore=never_ran)
+    assert main(["store", "adopt", first.result.run_id, "--artifacts", str(tmp_path / "artifacts")]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["sample-u-batch"] == ["0", "0", "0", "2"]
+    assert rows["score-u-batch"] == ["0", "0", "0", "2"], "nobody knows what it would be made from"
+    assert rows["score-e-batch"] == ["2", "0", "0", "0"]
 
 
 def test_a_change_of_one_number_is_refused(edited, tmp_path):

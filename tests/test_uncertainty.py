@@ -320,7 +320,7 @@ def test_coverage_of_a_ratio():
 
 def test_coverage_over_e_on_the_enumerated_policy(world: World, v: dict[str, Tensor]):
     everything = enumerate_world(world, v)
-    N, replications = 200, 4000
+    N, replications = 200, 2000
     truths = [world.derivative(lambda e: e.H_tok, v), world.derivative(lambda e: e.H_seq, v)]
     generator = torch.Generator().manual_seed(0)
     found: list[list[Estimate]] = [[], []]
@@ -378,7 +378,7 @@ def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
     true_gradient = torch.cat([g.flatten() for g in true_gradient])
     generator = torch.Generator().manual_seed(8)
     reward_R = torch.randn(len(law_R), generator=generator, dtype=torch.float64)
-    N, P, G, replications = 300, 40, 4, 4000
+    N, P, G, replications = 300, 40, 4, 2000
 
     def draw_u() -> tuple[Tensor, Tensor]:
         """Loss coefficient and score gradient of each sequence of U."""

@@ -15,6 +15,7 @@ number misses its tolerance, 0 otherwise. `docs/benchmarks.md` shows the JSON of
 """
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)  # for tensors this small, threads that wait for one another take most of the time
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    gc.collect()
+    gc.freeze()  # else each of the many collections between passes goes through all that the libraries have made
     table = Table(options.out, device, 60 * options.minutes)
     print("  ".join(f"{name} {value}" for name, value in table.found["setting"].items() if value), flush=True)
     right.right(table, device)

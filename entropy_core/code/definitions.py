@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from entropy_core.code.reading import Chain, Read, bound_names, chain_of, read
+from entropy_core.code.reading import Chain, Read, bound_names, chain_of, children, read
 
 _NESTING = (ast.ClassDef, ast.If, ast.For, ast.While, ast.Try, ast.TryStar, ast.With, ast.Match)
 
@@ -112,9 +112,9 @@ class Module:
         self.stars: list[str] = []
         self.statements: list[Definition] = []
         tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and _only_for_types(node):
-                _merge(self.types, self._aliases(node.body))
+        for node in _every_statement(tree.body):
+            if _only_for_types(node):
+                _merge(self.types, self._aliases(_statements(node)))
         body = _Executed().visit(tree).body
         self.imports = self._imports(list(_at_import(body)))
         for names, aliases in self._aliases(list(_at_import(body)), stars=self.stars).items():
@@ -145,7 +145,7 @@ class Module:
                 self.bindings.setdefault(name, []).append(part)
 
     def _definition(self, name: str, nodes: list[ast.stmt]) -> Definition:
-        imports = [node for of in nodes for node in ast.walk(of) if isinstance(node, ast.Import | ast.ImportFrom)]
+        imports = [node for node in _every_statement(nodes) if isinstance(node, ast.Import | ast.ImportFrom)]
         aliases = self._aliases(imports)
         reads = read(nodes, set(aliases))
         definition = Definition(self.name, name, nodes, reads, aliases, self._imports(imports), self.bindings)
@@ -237,12 +237,11 @@ def _calls(node: ast.AST) -> Iterator[Chain]:
         yield from map(chain_of, (d for d in node.decorator_list if not isinstance(d, ast.Call) and not _harmless(d)))
     if isinstance(node, ast.Call) and not _harmless(node.func):
         yield chain_of(node.func)
-    for name, value in ast.iter_fields(node):
-        if name == "body" and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST):
-                yield from _calls(child)
+    body = node.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) else []
+    left_out = {id(part) for part in (body if isinstance(body, list) else [body])}
+    for child in children(node):
+        if id(child) not in left_out:
+            yield from _calls(child)
 
 
 def _harmless(called: ast.expr) -> bool:
@@ -264,8 +263,15 @@ def _at_import(statements: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _at_import(_statements(statement))
 
 
+def _every_statement(statements: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements and all those within them; no expression is looked into, since none has statements in it."""
+    for statement in statements:
+        yield statement
+        yield from _every_statement(_statements(statement))
+
+
 def _statements(node: ast.AST) -> Iterator[ast.stmt]:
-    for child in ast.iter_child_nodes(node):
+    for child in children(node):
         if isinstance(child, ast.stmt):
             yield child
         elif isinstance(child, ast.ExceptHandler | ast.match_case):
@@ -279,6 +285,9 @@ def _only_for_types(node: ast.AST) -> bool:
 
 class _Executed(ast.NodeTransformer):
     """Drops what never runs: strings that stand alone (docstrings), and what only a type checker reads."""
+
+    def visit(self, node: ast.AST) -> Any:
+        return node if isinstance(node, ast.expr) else super().visit(node)  # which has no statements in it
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -216,7 +216,19 @@ def _own(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
         elif isinstance(node, _COMPREHENSIONS):  # `:=` binds a name outside
             ahead += [of.target for of in ast.walk(node) if isinstance(of, ast.NamedExpr)]
         elif not isinstance(node, ast.Lambda):
-            ahead += ast.iter_child_nodes(node)
+            ahead += children(node)
+
+
+def children(node: ast.AST) -> list[ast.AST]:
+    """The nodes right below a node. `ast.iter_child_nodes` takes twice as long, and there are a million of them."""
+    found: list[ast.AST] = []
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if isinstance(value, list):
+            found += [item for item in value if isinstance(item, ast.AST)]
+        elif isinstance(value, ast.AST):
+            found.append(value)
+    return found
 
 
 def _parameters(arguments: ast.arguments) -> list[ast.arg]:

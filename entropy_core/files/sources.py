@@ -6,7 +6,7 @@ put back in between has the same content and another identity, and is found out 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ def content_digest(path: Path) -> str:
 
 DIGESTS = (tokenizer_digest, description_digest, weights_digest, optimizer_digest, checkpoint_digest, content_digest)
 """What a file or a folder can be known by, the cheapest first."""
+_MADE_BY: dict[str, Callable[[Path], str]] = {}
+"""Digest → the one of these that it is: every stage asks again."""
 
 
 def stamps(inputs: Any, paths: Mapping[str, Path]) -> Stamps:
@@ -112,10 +114,11 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _identities(digest: str, path: Path) -> frozenset[Identity]:
-    for digest_of in DIGESTS:
+    for digest_of in sorted(DIGESTS, key=lambda one: one is not _MADE_BY.get(digest)):
         with suppress(FileNotFoundError, NotADirectoryError, CheckpointError):
             found, identities = with_identities(digest_of, path)
             if found == digest:
+                _MADE_BY[digest] = digest_of
                 return identities
     raise _changed(path, "after the sweep had begun")
 
