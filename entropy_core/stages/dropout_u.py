@@ -69,9 +69,7 @@ def dropout_u(
         with model.dropout(seed=draw):
             add_loss_gradient(accumulated, processor, shards, coefficients)
         g = in_blocks(with_zeros(accumulated, parameters))
-        step = OptimizerStep(
-            checkpoint, execution, parameters, g, clip_factor(global_norm(g), settings["max_grad_norm"])
-        )
+        step = plain.on(g, clip_factor(global_norm(g), settings["max_grad_norm"]))
         apart = whole = 0.0
         products = torch.zeros(2, len(KINDS), dtype=torch.float64)  # of this step, and of the plain one
         directions = step.part("direction"), plain.part("direction")
