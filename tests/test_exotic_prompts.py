@@ -147,11 +147,14 @@ REFUSED: dict[str, tuple[Case, str]] = {
         "system_prompt is for prompts that are texts",
     ),
     "an unknown role": (("p.jsonl", one(USER | {"role": "robot"}), {}), "chat template of .* failed.*these turns"),
-    "characters that it has not": (("p.jsonl", one(USER | {"content": "é"}), {}), "chat template of .* failed"),
-    "an argument of ours": (("p.jsonl", CHATS, {"chat_template_kwargs": {"tokenize": False}}), "failed: .*'tokenize'"),
+    "characters that it has not": (("p.jsonl", one(USER | {"content": "é"}), {}), "cannot encode every prompt"),
+    "an argument of ours": (
+        ("p.jsonl", CHATS, {"chat_template_kwargs": {"tokenize": False}}),
+        "has 'tokenize', which no",
+    ),
     "an answer to go on with": (
         ("p.jsonl", CHATS, {"chat_template_kwargs": {"continue_final_message": True}}),
-        "failed: .*continue_final_message",
+        "has 'continue_final_message', which no chat template is given",
     ),
     "a configuration of a file": (("p.jsonl", ROWS, {"configuration": "main"}), "dataset_config does not apply"),
     "another split of a file": (("p.json", ROWS, {"split": "test"}), "has no split 'test'"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from pipeline_fixtures import NAMES, make_run
 
 from entropy_core.config.read import load_config
@@ -121,3 +122,20 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path, capsys, monkeypatch):
     for name in ("empty", "nowhere"):
         assert main(["init", name]) == 2
         assert capsys.readouterr().err.endswith(".\n")
+
+
+@pytest.mark.attack("a run that names code, or whose name is a setting")
+def test_a_name_is_no_setting(run, capsys):
+    evil = next(run.glob("checkpoint-*")).rename(run / "x\nloss: evil.py:f\n#")
+    assert main(["init", str(evil)]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert "loss" not in settings and settings["checkpoints"] == [str(evil)]
+
+
+@pytest.mark.attack("a run that names code, or whose name is a setting")
+def test_code_that_a_run_names_is_warned_of(run, capsys):
+    (run / RUN_HINT).write_text("update: {reward: ['arithmetic', 'r.py:f']}\n")
+    assert main(["init", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "names code, which a sweep executes" in said and said.count(f"WARNING: {RUN_HINT}") == 1
+    assert str(run.absolute() / "r.py") in said.splitlines()[1]

@@ -62,11 +62,14 @@ def _lines(
     trainers: Mapping[str, TrainerFiles],
 ) -> Iterator[str]:
     names, logged = list(trainers), next(iter(trainers.values())).rewards
-    yield f"# Made by `entropy-probe init {run}`. A line with `assumed` is a guess: see whether it is so."
+    about = f"Made by `entropy-probe init {run}`. A line with `assumed` is a guess: see whether it is so."
+    yield f"# {_one_comment(about)}"
+    for code in _code_in(hint):
+        yield f"# WARNING: {RUN_HINT} names code, which a sweep executes; read it first: {_one_comment(code)}"
     for warning in settled.warnings:
         yield f"# WARNING: {_one_comment(warning)}"
     path = str(run) if run.is_absolute() else os.path.relpath(run, folder)
-    some = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    some = _one_comment(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}")
     yield f"name: {re.sub(r'[^A-Za-z0-9_.-]', '-', run.resolve().name).lstrip('.-') or 'probe'}"
     yield f"checkpoints: {_flow([path])}    # {len(names)} of them, {some}; paths start at the folder of this file"
     by_section: dict[str, list[tuple[str, Any, str]]] = {section: [] for section in _SECTIONS}
@@ -123,6 +126,13 @@ def _hint(run: Path) -> dict[str, Any]:
     asked = {"checkpoints": [str(run)]} | values
     config = parse_config(asked, str(run / RUN_HINT), Origin(run.absolute()))
     return {f"{name}.{key}": getattr(getattr(config, name), key) for name, of in values.items() for key in of}
+
+
+def _code_in(hint: Mapping[str, Any]) -> list[str]:
+    """The functions of a file or a package that a run's hint names."""
+    values = [hint.get(key) or () for key in ("update.reward", "update.loss")]
+    names = [name for value in values for name in ([value] if isinstance(value, str) else value)]
+    return [name for name in names if ":" in name]
 
 
 def _flow(value: Any) -> str:
