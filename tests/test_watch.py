@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -333,3 +334,12 @@ def test_a_sweep_that_is_gone_is_begun_anew(home, checkpoints, capsys):
     said = capsys.readouterr().out
     assert "begins a new sweep" in said and "computed" not in said.split("nats")[0].replace("nothing computed", "")
     assert rows_of(home / "artifacts") == before
+
+
+def test_ctrl_c_ends_it(home, capsys):
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(SystemExit, match="130"):
+        main(["watch", str(home / "run"), "--config", str(home / "probe.yaml"), "--every", "0.05"])
+    assert "Stopping" in capsys.readouterr().err
+    with FileLock(watch_folder(home) / "lock", timeout=0):  # which it has released
+        assert not any(thread.name == "looks at the run" for thread in threading.enumerate())
