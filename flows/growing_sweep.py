@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import StoreError, one_line
+from entropy_core.files.holding import digest_now
 from entropy_core.files.run_folder import tell_numbers
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.preflight import preflight
@@ -62,14 +63,14 @@ class GrowingSweep:
         Raises:
             ProbeError: it cannot be probed, or not beside the others.
         """
-        started = time.monotonic()
+        started, digest = time.monotonic(), digest_now(held)
         checkpoints = preflight(self._config.model_copy(update={"checkpoints": [str(held)]}))
         require_same_settings(checkpoints, self._earlier)
         execution = replace(pipeline.execution_for(self._config, checkpoints), held=self._watched.held)
         run = Runner(_computing(self.store, execution))
         result = pipeline.sweep(self._config, checkpoints, self.store, run, earlier=self._earlier)
         self._earlier = read_run(self.store, result.run_id)[2]
-        self._watched.probed(held, result.run_id)
+        self._watched.probed(held, digest, result.run_id)
         self._forget_superseded()
         taken = duration(time.monotonic() - started)
         for numbers in self._numbers():

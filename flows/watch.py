@@ -1,17 +1,16 @@
 """`entropy-probe watch`: probe each checkpoint of a run while it is trained, and keep those that its trainer deletes.
 
-A thread looks at the run directory and holds what is complete; this process probes what is held, the oldest first, and
-adds each to the recorded sweep of those before it. Killed at any time, the same command goes on where it was.
+Another process looks at the run directory and holds what is complete; this one probes what is held, the oldest first,
+and adds each to the recorded sweep of those before it. Killed at any time, the same command goes on where it was.
 """
 
 import hashlib
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
+from entropy_core.checkpoints.holder import megabytes
 from entropy_core.config import plain_yaml
 from entropy_core.config.paths import Origin
 from entropy_core.config.read import load_config, parse_config
@@ -19,11 +18,12 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
 from entropy_core.files.run_folder import write_whole
 from entropy_core.pipeline.init import configuration_of
-from entropy_core.pipeline.watched import Watched, megabytes
+from entropy_core.pipeline.watched import Watched
 from entropy_core.store import runs
 from entropy_core.store.store import Store
 from flows.direct import log_to_the_terminal, say
 from flows.growing_sweep import GrowingSweep
+from flows.holder import holding
 from flows.reporters import open_reporters
 from flows.results import print_results
 from flows.watch_options import Asked
@@ -77,25 +77,26 @@ def _watch(asked: Asked, run: Path, folder: Path) -> int:
 
 
 def _until_done(asked: Asked, watched: Watched, sweep: GrowingSweep) -> None:
-    with _Looking(watched, asked.every) as looking:
+    for line in watched.look():
+        say(line)
+    with holding(watched.run, watched.held, watched.file, asked.every) as holder:
         while True:
-            with looking.lock:
-                if not asked.keep:
-                    watched.release_probed()
-                waiting = watched.waiting()
-                is_done = _is_done(asked, watched, waiting)
-            if is_done:
+            if not asked.keep:
+                watched.release_probed()
+            waiting = watched.waiting()
+            if _is_done(asked, watched, waiting):
                 return
-            if waiting:
-                if len(waiting) > 1:
-                    say(f"{len(waiting)} checkpoints wait; {megabytes(watched.bytes_held())} are held")
-                try:
-                    sweep.add(waiting[0])
-                except CheckpointError as error:
-                    watched.refuse(waiting[0], str(error))
-                    say(f"{waiting[0].name} is left out, and stays in {waiting[0]}: {error}")
-            else:
-                looking.wait()
+            if not waiting:
+                holder.see_to_it()
+                time.sleep(asked.every)
+                continue
+            if len(waiting) > 1:
+                say(f"{len(waiting)} checkpoints wait; {megabytes(watched.bytes_held())} are held")
+            try:
+                sweep.add(waiting[0])
+            except CheckpointError as error:
+                watched.refuse(waiting[0], str(error))
+                say(f"{waiting[0].name} is left out, and stays in {waiting[0]}: {error}")
 
 
 def _is_done(asked: Asked, watched: Watched, waiting: list[Path]) -> bool:
@@ -126,50 +127,3 @@ def _configuration(asked: Asked, run: Path, folder: Path) -> ProbeConfig:
     values, _ = plain_yaml.read(folder / "config.yaml")
     values |= {"checkpoints": [str(run)], "execution": {"artifacts": str(asked.artifacts.absolute())}}
     return parse_config(values, f"what the files of {run} say ({folder / 'config.yaml'})", Origin(Path.cwd(), True))
-
-
-class _Looking:
-    """A thread that looks at the run directory while this process probes.
-
-    Args:
-        watched: what is remembered; nobody uses it without `lock` while the thread runs.
-        every: seconds between two looks.
-    """
-
-    def __init__(self, watched: Watched, every: float) -> None:
-        self.lock = threading.Lock()
-        self._watched, self._every = watched, every
-        self._ended, self._looked = threading.Event(), threading.Event()
-        self._failed: BaseException | None = None
-        self._thread = threading.Thread(target=self._go, name="looks at the run", daemon=True)
-
-    def __enter__(self) -> "_Looking":
-        self._thread.start()
-        self.wait()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._ended.set()
-        self._thread.join(timeout=10)  # it may be copying; what is half-held is not used
-
-    def wait(self) -> None:
-        """Wait until the directory was looked at once more. Raises what went wrong in the thread."""
-        self._looked.clear()
-        while not self._looked.wait(0.5):
-            pass
-        if self._failed:
-            raise self._failed
-
-    def _go(self) -> None:
-        while not self._ended.is_set():
-            try:
-                with self.lock:
-                    lines = self._watched.look()
-            except BaseException as error:
-                self._failed = error
-                self._looked.set()
-                return
-            for line in lines:
-                say(line)
-            self._looked.set()
-            self._ended.wait(self._every)

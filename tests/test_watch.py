@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from entropy_core.config.read import load_config
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
 from entropy_core.execution import Execution
 from entropy_core.files.checkpoint import checkpoint_digest
-from entropy_core.files.holding import held_in, hold, listing, release
+from entropy_core.files.holding import digest_now, held_in, hold, listing, release
 from entropy_core.files.run_folder import numbers_file
 from entropy_core.files.sources import require_untouched
 from entropy_core.pipeline.preflight import preflight
@@ -60,7 +61,7 @@ def held_folder(home: Path) -> Path:
     return watch_folder(home) / "held"
 
 
-def test_each_checkpoint_of_a_run_that_rotates_is_probed_and_then_released(home, checkpoints, capsys):
+def test_each_checkpoint_of_a_run_that_rotates_is_probed_and_then_released(home, checkpoints, capfd):
     def held_or_probed(name: str) -> bool:
         return becomes(
             lambda: any((home / "artifacts").glob(f"watch/*/held/{name}")) or numbers_file(home / "run", name).exists()
@@ -76,7 +77,7 @@ def test_each_checkpoint_of_a_run_that_rotates_is_probed_and_then_released(home,
     (row, *_) = [row for row in rows if row["checkpoint"] == NAMES[0] and row["eta_over_lr"] == 1]
     assert told["H"] == pytest.approx(row["H"], rel=1e-3) and told["verdict"] == row["verdict"]
     assert told["delta_h1"] == pytest.approx(row["delta_h1"], rel=1e-3) and told["step"] == 2
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert said.count("is complete and held") == 3 and "by links" in said
     assert "left out" not in said
 
@@ -110,6 +111,20 @@ def test_a_checkpoint_is_complete_when_its_trainer_state_is_the_last_word(saved,
     assert what_is_missing(saved)
 
 
+def test_a_checkpoint_that_is_being_deleted_is_not_complete(saved, monkeypatch):
+    """Its trainer_state.json may be the last file to go; without a generation config, say, it is another checkpoint."""
+    (saved / "ref").mkdir()
+    (saved / "ref" / "adapter.safetensors").write_bytes(b"")
+    state = saved / "trainer_state.json"
+    state.write_bytes(state.read_bytes())
+    assert what_is_missing(saved) == ""
+    time.sleep(0.05)  # clocks of file systems are coarse
+    (saved / "ref" / "adapter.safetensors").unlink()
+    assert what_is_missing(saved) == "a file of it was deleted a moment ago"
+    monkeypatch.setattr(complete, "QUIET", -1.0)  # somebody has tidied up, long ago
+    assert what_is_missing(saved) == ""
+
+
 def test_without_a_trainer_state_it_is_the_trainers_half_or_has_to_be_quiet(saved, monkeypatch):
     (saved / "trainer_state.json").unlink()
     (saved / "training_args.bin").write_bytes(b"")
@@ -124,6 +139,8 @@ def test_without_a_trainer_state_it_is_the_trainers_half_or_has_to_be_quiet(save
 
 def test_an_adaptive_entropy_bonus_is_written_after_the_state(saved, monkeypatch):
     (saved / "training_args.bin").write_bytes(b"")
+    (saved / "trainer_state.json").write_bytes((saved / "trainer_state.json").read_bytes())
+    os.utime(saved / "training_args.bin", (1, 1))
     for adaptive, missing in ((False, ""), (True, "there is no entropy_ctrl_state.json yet")):
         said = ("trl.GRPOConfig", {"use_adaptive_entropy": adaptive})
         monkeypatch.setattr(complete, "read_training_arguments", lambda _, said=said: said)
@@ -192,7 +209,7 @@ def test_a_checkpoint_that_is_saved_again_is_held_again(home, checkpoints):
     save_again(checkpoints / NAMES[0], home / "run")
     one.look()
     (held,) = one.waiting()
-    one.probed(held, "a-sweep")
+    one.probed(held, digest_now(held), "a-sweep")
     assert one.look() == [] and one.waiting() == []
     one.release_probed()
     assert not held.exists() and one.look() == []
@@ -208,7 +225,7 @@ def test_under_another_configuration_nothing_is_probed_yet(home, checkpoints):
     save_again(checkpoints / NAMES[0], home / "run")
     one = watched(home)
     one.look()
-    one.probed(one.waiting()[0], "a-sweep")
+    one.probed(held := one.waiting()[0], digest_now(held), "a-sweep")
     write_config(home, home / "run", batch_config={"E_total_sequences": 32, "B_U": 4, "G": 4})
     other = watched(home)
     assert other.sweep == "" and [path.name for path in other.waiting()] == [NAMES[0]]
@@ -224,7 +241,7 @@ def finished(home: Path, checkpoints: Path, names=NAMES) -> None:
         save_again(checkpoints / name, home / "run")
 
 
-def test_a_rotation_during_a_stage_costs_nothing(home, checkpoints, monkeypatch, capsys):
+def test_a_rotation_during_a_stage_costs_nothing(home, checkpoints, monkeypatch, capfd):
     """Deleting the trainer's name of a linked file sets its ctime, by which a change is told otherwise."""
     finished(home, checkpoints, NAMES[-1:])
     stamps, rotated = Execution.stamps, []
@@ -239,7 +256,7 @@ def test_a_rotation_during_a_stage_costs_nothing(home, checkpoints, monkeypatch,
 
     monkeypatch.setattr(Execution, "stamps", then_rotated)
     assert watch(asked(home)) == 0
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert rotated and "left out" not in said and f"{NAMES[-1]}: H " in said
 
 
@@ -257,7 +274,7 @@ def test_a_change_of_what_is_held_is_told(saved, tmp_path):
         require_untouched(before, execution.stamps([checkpoint_digest(held)]), "a stage")
 
 
-def test_a_checkpoint_that_cannot_be_probed_is_left_out_and_stays(home, checkpoints, capsys):
+def test_a_checkpoint_that_cannot_be_probed_is_left_out_and_stays(home, checkpoints, capfd):
     finished(home, checkpoints)
     (home / "run" / NAMES[0] / "optimizer.pt").write_bytes(b"no optimizer")
     later = time.time() + 1
@@ -265,7 +282,7 @@ def test_a_checkpoint_that_cannot_be_probed_is_left_out_and_stays(home, checkpoi
     shutil.copytree(home / "run", home / "other-run")
     assert watch(asked(home, until_step=4)) == 0
     assert {row["checkpoint"] for row in rows_of(home / "artifacts")} == {NAMES[1]}
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert f"{NAMES[0]} is left out, and stays in {held_folder(home) / NAMES[0]}: " in said
     assert [path.name for path in held_in(held_folder(home))] == [NAMES[0], NAMES[2]]  # the last one waits
 
@@ -274,10 +291,10 @@ def test_a_checkpoint_that_cannot_be_probed_is_left_out_and_stays(home, checkpoi
     assert watch(asked(home, keep=True)) == 0
     assert {row["checkpoint"] for row in rows_of(home / "artifacts")} == set(NAMES)
     assert [path.name for path in held_in(held_folder(home))] == [NAMES[0], NAMES[2]]  # those held since
-    assert "are kept in" in capsys.readouterr().out
+    assert "are kept in" in capfd.readouterr().out
 
 
-def test_other_settings_of_the_training_are_no_part_of_the_sweep(home, checkpoints, monkeypatch, capsys):
+def test_other_settings_of_the_training_are_no_part_of_the_sweep(home, checkpoints, monkeypatch, capfd):
     finished(home, checkpoints)
     write_config(home, home / "run", generation={"max_new_tokens": 8, "gen_batch_size": 16, "temperature": 0.5})
     assert watch(asked(home, until_step=2)) == 0
@@ -290,15 +307,15 @@ def test_other_settings_of_the_training_are_no_part_of_the_sweep(home, checkpoin
     monkeypatch.setattr(growing_sweep, "preflight", differing)
     assert watch(asked(home)) == 0
     assert {row["checkpoint"] for row in rows_of(home / "artifacts")} == {NAMES[0]}
-    assert "was trained with update.kl_beta: 1.0, and checkpoint-2 before it with 0.0" in capsys.readouterr().out
+    assert "was trained with update.kl_beta: 1.0, and checkpoint-2 before it with 0.0" in capfd.readouterr().out
 
 
-def test_without_a_configuration_the_run_says_what_it_was(home, checkpoints, capsys):
+def test_without_a_configuration_the_run_says_what_it_was(home, checkpoints, capfd):
     waiting = threading.Timer(0.5, finished, (home, checkpoints, NAMES[-1:]))
     waiting.start()
     with pytest.raises(ConfigError, match="say here which function rewarded the responses"):
         watch(Asked(run=home / "run", artifacts=home / "artifacts", every=0.05))
-    assert "waits for a first checkpoint" in capsys.readouterr().out
+    assert "waits for a first checkpoint" in capfd.readouterr().out
     hint = {"batch_config": {"E_total_sequences": 16, "B_U": 4, "G": 4, "dataset_name": "arithmetic"}}
     hint["update"] = {"reward": "arithmetic"}
     (home / "run" / "entropy-probe.yaml").write_text(yaml.safe_dump(hint))
@@ -306,10 +323,10 @@ def test_without_a_configuration_the_run_says_what_it_was(home, checkpoints, cap
     assert {row["n_sequences"] for row in rows_of(home / "artifacts")} == {16}
 
 
-def test_what_is_asked_for_wrongly_is_refused_before_anything_is_done(home, capsys):
+def test_what_is_asked_for_wrongly_is_refused_before_anything_is_done(home, capfd):
     config = str(home / "probe.yaml")
     assert main(["watch", str(home / "nowhere")]) == 2
-    assert "there is no directory" in capsys.readouterr().err
+    assert "there is no directory" in capfd.readouterr().err
     assert main(["watch", str(home / "run"), "--config", config, "--artifacts", "here"]) == 2
     assert main(["watch", str(home / "run"), "--config", config, "--every", "0"]) == 2
     folder = home / "artifacts" / "watch" / "x"
@@ -323,13 +340,21 @@ def test_one_process_watches_a_run(home):
         watch(asked(home))
 
 
-def test_a_sweep_that_is_gone_is_begun_anew(home, checkpoints, capsys):
+def test_a_sweep_that_is_gone_is_begun_anew(home, checkpoints, capfd):
     finished(home, checkpoints)
     assert watch(asked(home)) == 0
     before = rows_of(home / "artifacts")
     shutil.rmtree(home / "artifacts" / "runs")
-    capsys.readouterr()
+    capfd.readouterr()
     assert watch(asked(home)) == 0
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert "begins a new sweep" in said and "computed" not in said.split("nats")[0].replace("nothing computed", "")
     assert rows_of(home / "artifacts") == before
+
+
+def test_ctrl_c_ends_it(home, capfd):
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(SystemExit, match="130"):
+        main(["watch", str(home / "run"), "--config", str(home / "probe.yaml"), "--every", "0.05"])
+    assert "Stopping" in capfd.readouterr().err
+    FileLock(watch_folder(home) / "lock").acquire(timeout=0).lock.release()  # it has let go of it

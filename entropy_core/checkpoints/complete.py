@@ -4,16 +4,15 @@
     of any other trainer                 an optimizer's state is there, and nothing was written for a while
 
 A checkpoint may be saved a second time into the same directory, after a restart: then its old trainer_state.json says
-nothing, and what is younger than it is still being written.
+nothing, and what is younger than it is still being written. And it may be deleted, file by file: a directory that is
+younger than all of its files has lost one.
 """
 
 import time
 from pathlib import Path
 
 from entropy_core.checkpoints.content import read_json
-from entropy_core.checkpoints.layouts.places import find_places
-from entropy_core.checkpoints.trainer_files import ENTROPY_CONTROL
-from entropy_core.checkpoints.training_args import TRAINING_ARGUMENTS, read_training_arguments
+from entropy_core.checkpoints.training_args import ENTROPY_CONTROL, TRAINING_ARGUMENTS, read_training_arguments
 from entropy_core.errors import CheckpointError
 
 QUIET = 30.0
@@ -50,7 +49,9 @@ def training_is_over(directory: Path) -> bool:
 
 def _missing(directory: Path) -> str:
     written = {path: path.stat().st_mtime for path in directory.rglob("*") if path.is_file()}
-    quiet_for = time.time() - max(written.values(), default=time.time())
+    youngest = max(written.values(), default=0.0)
+    changed = max(path.stat().st_mtime for path in [directory, *directory.rglob("*")])  # folders included
+    quiet_for = time.time() - changed
     state = directory / _STATE
     if state in written:
         try:
@@ -60,9 +61,13 @@ def _missing(directory: Path) -> str:
         younger = [path.name for path, at in written.items() if path.suffix in _LARGE and at > written[state]]
         if younger and quiet_for < QUIET:
             return f"{younger[0]} is younger than {_STATE}: it is being saved again"
+        if changed > youngest and quiet_for < QUIET:
+            return "a file of it was deleted a moment ago"
         return _missing_after_the_state(directory, written)
     if directory / TRAINING_ARGUMENTS in written:
         return f"there is no {_STATE}, which its trainer writes last"
+    from entropy_core.checkpoints.layouts.places import find_places  # which loads torch
+
     try:
         if find_places(directory) is None:
             return "there is no optimizer's state"

@@ -11,9 +11,8 @@ from entropy_core.checkpoints.layout import Layout
 from entropy_core.checkpoints.layouts.interface import understood
 from entropy_core.checkpoints.layouts.places import open_state
 from entropy_core.checkpoints.model_config import GENERATION
-from entropy_core.checkpoints.training_args import TRAINING_ARGUMENTS, read_training_arguments
+from entropy_core.checkpoints.training_args import ENTROPY_CONTROL, TRAINING_ARGUMENTS, read_training_arguments
 
-ENTROPY_CONTROL = "entropy_ctrl_state.json"
 _DROPOUT = re.compile(r"(dropout|dropout_rate|dropout_p|pdrop|drop_path_rate)$")
 _QUANTISED = re.compile(r"(4|8)[-_]?bit|bnb|gptq|awq|int[48]\b|nf4|fp8", re.IGNORECASE)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from entropy_core.checkpoints.inert_pickle import MOST_BYTES, Inert, PickleError, operations, plain, read_pickle
 from entropy_core.errors import CheckpointError, one_line
 
+ENTROPY_CONTROL = "entropy_ctrl_state.json"
 TRAINING_ARGUMENTS = "training_args.bin"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its archives
 _DAMAGED = (PickleError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)

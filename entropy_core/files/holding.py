@@ -34,6 +34,14 @@ def digest_of(listed: Listing) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
 
 
+def digest_now(directory: Path) -> str:
+    """Identify what a directory is now; empty for one that is being replaced or deleted."""
+    try:
+        return digest_of(listing(directory))
+    except FileNotFoundError:
+        return ""
+
+
 def hold(source: Path, target: Path, listed: Listing) -> bool:
     """Hold the files of a directory under another path, which they get together or not at all.
 
@@ -49,8 +57,7 @@ def hold(source: Path, target: Path, listed: Listing) -> bool:
         FileNotFoundError: the files are no longer as listed; nothing is held.
         OSError: nothing can be written there.
     """
-    half = target.with_name(f"{_HALF}{target.name}")
-    shutil.rmtree(half, ignore_errors=True)
+    half = target.with_name(f"{_HALF}{target.name}-{os.getpid()}")
     half.mkdir(parents=True)
     try:
         linked = [_link_or_copy(source / name, half / name) for name, *_ in listed]
@@ -64,19 +71,22 @@ def hold(source: Path, target: Path, listed: Listing) -> bool:
 
 
 def held_in(folder: Path) -> list[Path]:
-    """The directories that are held in a folder. What a process left that was killed is deleted."""
+    """The directories that are held in a folder."""
     if not folder.is_dir():
         return []
-    for path in folder.glob(f"{_GONE}*"):
-        shutil.rmtree(path, ignore_errors=True)
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def clear(folder: Path) -> None:
+    """Delete what processes left in a folder that were killed."""
+    for path in [*folder.glob(f"{_HALF}*"), *folder.glob(f"{_GONE}*")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def release(target: Path) -> None:
     """Delete what is held; it loses its name in one step."""
     if target.exists():
-        gone = target.with_name(f"{_GONE}{target.name}")
-        shutil.rmtree(gone, ignore_errors=True)
+        gone = target.with_name(f"{_GONE}{target.name}-{os.getpid()}")
         target.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 

@@ -10,14 +10,16 @@ where it was: what is complete in `held` and was not probed as it is waits.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from entropy_core.checkpoints.complete import training_is_over, what_is_missing
+from entropy_core.checkpoints.holder import Holder
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.errors import CheckpointError, one_line
+from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import checkpoints_of_run, step_in_name
-from entropy_core.files.holding import digest_of, held_in, hold, listing, release
+from entropy_core.files.holding import clear, digest_now, held_in, listing, release
 from entropy_core.files.run_folder import write_whole
 from entropy_core.pipeline.preflight import CheckpointToProbe
 from entropy_core.pipeline.runner import Inputs
@@ -34,8 +36,9 @@ class Watched:
 
     def __init__(self, run: Path, folder: Path, config: ProbeConfig) -> None:
         self.run, self.held = run, folder / "held"
-        self._file = folder / f"probed-{_identity(config)}.json"
-        remembered = json.loads(self._file.read_bytes()) if self._file.exists() else {}
+        self.file = folder / f"probed-{_identity(config)}.json"
+        clear(self.held)
+        remembered = json.loads(self.file.read_bytes()) if self.file.exists() else {}
         self.sweep: str = remembered.get("sweep", "")
         """Run id of the recorded sweep that has all of them."""
         self.superseded: str = remembered.get("superseded", "")
@@ -46,53 +49,17 @@ class Watched:
         self.refused: dict[str, str] = {}
         """The held checkpoints that cannot be probed, and why."""
         self._refused_as: dict[str, str] = {}  # what they were then
-        self._waits_for: dict[str, str] = {}  # of the checkpoints that are not complete, what is missing
-        self._said: set[str] = set()
+        self._holder = Holder(run, self.held, lambda: self._probed)
 
     def look(self) -> list[str]:
-        """Hold each checkpoint that has become complete.
-
-        Returns:
-            A line for each that was held, or could not be, unless it was said before.
-        """
-        lines = []
-        present = {path.name: path for path in checkpoints_of_run(self.run)} if self.run.is_dir() else {}
-        for name in [name for name in self._waits_for if name not in present]:
-            missing = self._waits_for.pop(name)
-            lines.append(f"{name} is left out: it was deleted before it could be held ({missing})")
-        for name, directory in present.items():
-            try:
-                lines += self._hold(name, directory)
-            except FileNotFoundError as error:  # a rotation, or a second save: it is looked at again
-                self._waits_for[name] = one_line(error)
-            except OSError as error:
-                lines.append(f"{name} cannot be held, and is tried again: {one_line(error)}")
-        latest = max((step_in_name(path) or 0 for path in self.waiting()), default=0)
-        for name, missing in self._waits_for.items():
-            if (step_in_name(self.run / name) or 0) < latest:
-                lines.append(f"{name} is left out as long as it is incomplete: {missing}")
-        fresh = [line for line in lines if line not in self._said]
-        self._said.update(fresh)
-        return fresh
-
-    def _hold(self, name: str, directory: Path) -> list[str]:
-        listed = listing(directory)
-        held = self.held / name
-        if digest_of(listed) == self._probed.get(name) or (held.exists() and listed == listing(held)):
-            return []
-        if missing := what_is_missing(directory):
-            self._waits_for[name] = missing
-            return []
-        linked = hold(directory, held, listed)
-        self._waits_for.pop(name, None)
-        how = "by links, at no cost while it is in the run directory" if linked else "as a copy"
-        return [f"{name} is complete and held ({megabytes(sum(size for _, size, _ in listed))}, {how})"]
+        """Hold each checkpoint that has become complete; see `Holder.look`."""
+        return self._holder.look()
 
     def waiting(self) -> list[Path]:
         """The held checkpoints that were neither probed nor refused as they are, by step."""
 
         def known(path: Path) -> bool:
-            return digest_of(listing(path)) in (self._probed.get(path.name), self._refused_as.get(path.name))
+            return digest_now(path) in ("", self._probed.get(path.name), self._refused_as.get(path.name))
 
         held = [path for path in held_in(self.held) if not known(path)]
         return sorted(held, key=lambda path: (step_in_name(path) or 0, path.name))
@@ -104,14 +71,15 @@ class Watched:
         newest = max(checkpoints_of_run(self.run), key=lambda path: step_in_name(path) or 0, default=None)
         return newest is not None and not what_is_missing(newest) and training_is_over(newest)
 
-    def probed(self, held: Path, sweep: str) -> None:
+    def probed(self, held: Path, digest: str, sweep: str) -> None:
         """Remember that a held checkpoint is in a recorded sweep.
 
         Args:
             held: of `waiting`.
+            digest: of `digest_now`, before the sweep began: it may have been replaced since.
             sweep: run id of the sweep, which has all that the one before it had.
         """
-        self._probed[held.name] = digest_of(listing(held))
+        self._probed[held.name] = digest
         self.refused.pop(held.name, None)
         for names in self.told.values():
             names[:] = [name for name in names if name != held.name]
@@ -121,7 +89,7 @@ class Watched:
 
     def refuse(self, held: Path, reason: str) -> None:
         """Leave a held checkpoint out. It stays, and waits again once it is another one, or in a later process."""
-        self._refused_as[held.name], self.refused[held.name] = digest_of(listing(held)), reason
+        self._refused_as[held.name], self.refused[held.name] = digest_now(held), reason
 
     def forget(self) -> None:
         """Begin anew: nothing counts as probed."""
@@ -133,12 +101,12 @@ class Watched:
     def remember(self) -> None:
         """Write down what a later process has to know."""
         known = {"sweep": self.sweep, "superseded": self.superseded, "told": self.told, "probed": self._probed}
-        write_whole(self._file, json.dumps(known, indent=1).encode())
+        write_whole(self.file, json.dumps(known, indent=1).encode())
 
     def release_probed(self) -> None:
         """Delete what is held and was probed."""
         for path in held_in(self.held):
-            if digest_of(listing(path)) == self._probed.get(path.name):
+            if digest_now(path) == self._probed.get(path.name):
                 release(path)
 
     @property
@@ -148,7 +116,9 @@ class Watched:
 
     def bytes_held(self) -> int:
         """Size of what is held. What is in the run directory still takes its space only once."""
-        return sum(size for path in held_in(self.held) for _, size, _ in listing(path))
+        with suppress(FileNotFoundError):
+            return sum(size for path in held_in(self.held) for _, size, _ in listing(path))
+        return 0
 
 
 def require_same_settings(checkpoints: Sequence[CheckpointToProbe], earlier: Sequence[Inputs]) -> None:
@@ -175,11 +145,6 @@ def require_same_settings(checkpoints: Sequence[CheckpointToProbe], earlier: Seq
                     cause="the training went on with other settings",
                     fix=f"set {key} in the configuration, or watch with another store",
                 )
-
-
-def megabytes(count: int) -> str:
-    """A number of bytes for a reader."""
-    return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
 
 
 def _identity(config: ProbeConfig) -> str:
