@@ -57,7 +57,7 @@ def checkpoint_sweep(config: ProbeConfig) -> State:
     return _swept(parse_config(config, origin=Origin(_folder(), must_exist=True)))
 
 
-def _swept(config: ProbeConfig) -> State:
+def _swept(config: ProbeConfig, rerun_of: str = "") -> State:
     checkpoints = preflight(config)
     store = Store(config.store_root)
     steps, costs = plan(config, checkpoints, store), typical_costs(store)
@@ -65,7 +65,7 @@ def _swept(config: ProbeConfig) -> State:
     progress = Progress(steps, costs, published_progress())
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     run = progress.watched(prefect_runner(store, execution))
-    return _published(pipeline.sweep(config, checkpoints, store, run))
+    return _published(pipeline.sweep(config, checkpoints, store, run, rerun_of))
 
 
 @flow(name="entropy-probe", validate_parameters=False)
@@ -100,7 +100,7 @@ def interventions(request: InterventionsRequest = InterventionsRequest()) -> Sta
         ProbeError: there is no such sweep, or its checkpoints are gone.
     """
     request = parse_interventions(request, Origin(_folder(), must_exist=True))
-    return _swept(with_interventions(request))
+    return _swept(*with_interventions(request))
 
 
 def _folder() -> Path:

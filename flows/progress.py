@@ -15,7 +15,13 @@ from flows.results import duration
 from flows.stage_lines import reused_line, stage_line, whole
 
 _SECONDS_BETWEEN_LINES = 10.0
-_LAST_STAGES = ("variance", "interventions", "agreement", "report")  # of all checkpoints, after the last was measured
+_LAST_STAGES = (
+    "variance",
+    "price",
+    "interventions",
+    "agreement",
+    "report",
+)  # of all checkpoints, after the last was measured
 
 
 class Progress:

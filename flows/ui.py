@@ -16,9 +16,10 @@ from prefect.artifacts import (
 
 from entropy_core.pipeline.plan import Cost, Step
 from entropy_core.pipeline.statistics import SweepResult
+from entropy_core.report.headline import headline, selected
 from entropy_core.report.interventions import deepest
 from flows.plan import plan_table, plan_total
-from flows.results import INTERVENTIONS, headline, inline_figures, selected
+from flows.results import INTERVENTIONS, inline_figures
 
 _SECONDS_BETWEEN_UPDATES = 2.0
 
@@ -73,7 +74,7 @@ def publish(result: SweepResult) -> None:
             about = f"{checkpoint}: what would change it. All columns: `{folder}/interventions.parquet`"
             cells = selected(ranked, ("normalization", *INTERVENTIONS))
             create_table_artifact(cells, key=f"interventions-{_slug(checkpoint)}", description=about)
-    page = inline_figures(report.path("report.md").read_text(encoding="utf-8"), report.path)
+    page = inline_figures((folder / "report.md").read_text(encoding="utf-8"), report.path)
     create_markdown_artifact(page, key="report", description=f"Files: `{folder}`")
     (folder / "flow-run.txt").write_text(f"{runtime.flow_run.ui_url}\n", encoding="utf-8")
 

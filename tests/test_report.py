@@ -280,7 +280,7 @@ def test_the_page_has_every_row_of_its_normalization():
         "ESS/N": "0.900",
         "verdict": "resolved",
     }
-    assert "(per_token); intervals at 95%" in page
+    assert "(per_token); intervals at 95 %" in page
     assert page.endswith("## Assumptions\n\n- Something was assumed.\n")
 
 

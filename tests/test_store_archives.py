@@ -204,6 +204,7 @@ EVIL = {
     "a record without end": (recording(b"[" * 100_000), "does not say what the run needs"),
     "no run": (without("runs/"), "there is no run in it"),
     "a hole that fills a disk": (sparse, "no store has"),
+    "many runs": (named("runs/another/run.json"), "it has two runs"),
     "a name that moves the cursor": (named(f"draw/{KEY}/\x1b[2J"), "no store has"),
 }
 
@@ -241,6 +242,25 @@ def test_an_archive_is_brought_into_a_store_of_two_disks(archive, tmp_path, stor
         assert store(tmp_path / "store", "import", archive)[0] == 0
         assert store(tmp_path / "store", "verify")[0] == 0
         assert [path for path in Path(elsewhere).iterdir() if path.name.startswith(".")] == []
+
+
+def test_all_of_an_archive_is_on_the_disk_before_any_of_it_has_its_name(archive, tmp_path, store, monkeypatch):
+    """What the loss of power would show; and the disk is not waited for once more for each artifact."""
+    root, renamed, synced, named = tmp_path / "store", os.rename, [], []
+
+    def rename(old, new):
+        ours = [path.stat().st_ino for path in [Path(old), *Path(old).rglob("*")]]
+        assert set(ours) <= set(synced)
+        named.append((Path(new).parent, len(synced)))
+        renamed(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "rename", rename)
+    assert store(root, "import", archive)[0] == 0
+    names = Store(root).names()
+    assert len(named) == len(names) > 5 and len({count for _, count in named}) == 1
+    last = synced[named[-1][1] :]
+    assert {folder.stat().st_ino for folder, _ in named} | {root.stat().st_ino} <= set(last)
 
 
 def test_a_pipe_is_no_archive(tmp_path, store):

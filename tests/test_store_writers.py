@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from store_fixtures import DRAW, FAILS, FILLS, quarantined, visible
 
 import entropy_core
 from entropy_core.errors import StoreError
+from entropy_core.store import manifest
 from entropy_core.store.store import Stage, Store
 
 
@@ -59,7 +62,23 @@ def test_all_of_an_artifact_is_on_the_disk_before_it_has_its_name_and_then_the_n
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
     monkeypatch.setattr(os, "rename", rename)
     made = store.run(DRAW, None, {"seed": 1})
-    assert synced == [made.directory.parent.stat().st_ino, store.root.stat().st_ino]
+    assert sorted(synced) == sorted([made.directory.parent.stat().st_ino, store.root.stat().st_ino])
+
+
+def test_the_disk_is_asked_for_many_files_at_a_time(tmp_path, monkeypatch):
+    """Each has to wait for the disk: for one after the other of 20,000, that is minutes."""
+    paths, together, waiting = [tmp_path / str(number) for number in range(16)], threading.Barrier(8), threading.Event()
+    for path in paths:
+        path.touch()
+
+    def sync(_: int) -> None:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(20 if not waiting.is_set() else 0)
+            waiting.set()
+
+    monkeypatch.setattr(os, "fsync", sync)
+    manifest.bring_to_disk(paths)
+    assert waiting.is_set()
 
 
 def test_a_root_that_is_a_file_is_explained(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 from entropy_core.errors import PromptError, one_line, shortage
 from entropy_core.prompts.conversations import is_conversational
 from entropy_core.prompts.pools import Pool
+from entropy_core.prompts.templates import rendered
 
 
 def encode(
@@ -99,16 +100,12 @@ def _in_template(
             fix="give prompts that are texts, with batch_config.apply_chat_template: false, or save your training "
             "template in the checkpoint directory as chat_template.jinja",
         )
-    try:
-        return tokenizer.apply_chat_template(
-            conversation=conversations, add_generation_prompt=True, tokenize=True, return_dict=True, **(kwargs or {})
-        )["input_ids"]
-    except Exception as error:  # a template is a program, and may refuse a role
-        raise shortage(error) or PromptError(
-            f"the chat template of {tokenizer.name_or_path} failed: {one_line(error)}",
-            cause="it supports no system role" if system_prompt else "it does not support these turns",
-            fix="remove batch_config.system_prompt" if system_prompt else "correct chat_template.jinja",
-        ) from error
+    refused = {
+        "cause": "it supports no system role" if system_prompt else "it does not support these turns",
+        "fix": "remove batch_config.system_prompt" if system_prompt else "correct chat_template.jinja",
+    }
+    texts = rendered(tokenizer, conversations, kwargs or {}, refused)
+    return _as_text(texts, tokenizer, add_special_tokens=False)
 
 
 def _differences(pool: Pool, tokenizer: Any) -> list[str]:

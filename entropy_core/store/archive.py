@@ -4,6 +4,8 @@ An archive may come from anywhere, so nothing in it is trusted: only plain files
 and nothing becomes visible before all of it is verified.
 """
 
+import errno
+import os
 import re
 import shutil
 import tarfile
@@ -14,7 +16,7 @@ from entropy_core.errors import StoreError
 from entropy_core.files.digests import file_digest
 from entropy_core.store import runs
 from entropy_core.store.data_files import DROPPED, VECTORS, check_files
-from entropy_core.store.manifest import MANIFEST, make_visible, temporary_sibling
+from entropy_core.store.manifest import MANIFEST, bring_to_disk, make_visible, temporary_sibling
 from entropy_core.store.signature import SignatureError
 from entropy_core.store.store import Store
 
@@ -104,6 +106,7 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
             _unpack(file, temporary)
             names, run_ids = arrived.names(), runs.present(temporary)
             _verify(file, arrived, store, names, run_ids)
+            bring_to_disk(temporary.rglob("*"))  # of all at once: one by one, the disk would be waited for each time
             for stage, key in names:
                 with store.lock(stage, key):
                     _, fault = found = store.check(stage, key, file_digest)
@@ -111,9 +114,8 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
                         store.quarantine(stage, key, fault)
                     if found[0] is None:
                         (store.root / stage).mkdir(exist_ok=True)
-                        with temporary_sibling(store.root / stage / key) as sibling:  # it may be on another disk
-                            shutil.move(temporary / stage / key, sibling / key)
-                            make_visible(sibling / key, store.root / stage / key)
+                        _move(temporary / stage / key, store.root / stage / key)
+            bring_to_disk({store.root, *(store.root / stage for stage, _ in names)})
             known = runs.recorded(store.root)
             for run_id in run_ids:
                 if run_id in known:
@@ -124,9 +126,22 @@ def load(store: Store, file: Path) -> tuple[list[runs.Name], list[str]]:
     return names, run_ids
 
 
+def _move(source: Path, final: Path) -> None:
+    """Give what is on the disk its name in one step."""
+    try:
+        os.rename(source, final)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with temporary_sibling(final) as sibling:  # the stage's folder is on another disk
+            shutil.move(source, sibling / final.name)
+            make_visible(sibling / final.name, final)
+
+
 def _unpack(file: Path, into: Path) -> None:
     if not file.is_file():  # but a pipe, say, which would be waited for
         raise StoreError(f"there is no file {file}")
+    run = ""
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
@@ -140,6 +155,8 @@ def _unpack(file: Path, into: Path) -> None:
                     and (_ARTIFACT.fullmatch(str(path)) or _RUN.fullmatch(str(path)))
                 ):
                     raise _refused(file, f"it has a member {member.name!r} that no store has")
+                if path.parts[0] == "runs" and path.parts[1] != (run := run or path.parts[1]):
+                    raise _refused(file, f"it has two runs, {run} and {path.parts[1]}")
                 target = into / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 content = archive.extractfile(member)

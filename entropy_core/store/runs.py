@@ -6,7 +6,6 @@ what a run needs; nothing else keeps an artifact. Where a key is set, run.json i
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -15,7 +14,7 @@ from typing import Any
 
 from entropy_core.errors import StoreError, one_line
 from entropy_core.files.regular import NotAFileError, require_readable
-from entropy_core.store.manifest import TEMPORARY, may_name, temporary_sibling
+from entropy_core.store.manifest import MOST_BYTES, TEMPORARY, bring_to_disk, may_name, temporary_sibling
 from entropy_core.store.signature import SIGNATURE, require_signature, signature
 from entropy_core.store.store import Store
 
@@ -47,8 +46,23 @@ def finished(root: Path, run_id: str) -> datetime:
         StoreError: its record cannot be understood, or is not signed as it must be.
     """
     with understood(folder(root, run_id) / RECORD) as record:
-        _named(record)
+        _named(record), _rerun_of(record)
         return _finished(record)
+
+
+def sweeps(root: Path) -> list[str]:
+    """The ids of the recorded sweeps, in the order in which they finished: of the runs that are no reruns."""
+    return [run_id for run_id in recorded(root) if not rerun_of(root, run_id)]
+
+
+def rerun_of(root: Path, run_id: str) -> str:
+    """The id of the run that a recorded run is a rerun of; empty for a sweep.
+
+    Raises:
+        StoreError: its record cannot be understood, or is not signed as it must be.
+    """
+    with understood(folder(root, run_id) / RECORD) as record:
+        return _rerun_of(record)
 
 
 def present(root: Path) -> list[str]:
@@ -110,7 +124,7 @@ def sign(store: Store, run_id: str) -> str:
     try:
         with _explained(path):
             record, _ = _parted(path)
-            _named(record), _finished(record)
+            _named(record), _finished(record), _rerun_of(record)
     except StoreError as error:
         return error.fact
     with writing(store, run_id) as temporary:
@@ -120,7 +134,9 @@ def sign(store: Store, run_id: str) -> str:
 
 def _parted(path: Path) -> tuple[Any, Any]:
     """A record, and its signature if it has one."""
-    record = json.loads(require_readable(path).read_text(encoding="utf-8"))
+    if (size := require_readable(path).stat().st_size) > MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes")
+    record = json.loads(path.read_text(encoding="utf-8"))
     return record, record.pop(SIGNATURE, None)
 
 
@@ -129,6 +145,13 @@ def _finished(record: Mapping[str, Any]) -> datetime:
     if when.tzinfo is None:
         raise ValueError(f"finished: {when} has no time zone")
     return when
+
+
+def _rerun_of(record: Mapping[str, Any]) -> str:
+    named = record.get("rerun_of", "")
+    if not isinstance(named, str):
+        raise ValueError(f"rerun_of: {named!r:.80} is no id of a run")
+    return named
 
 
 def _seal(record: Mapping[str, Any]) -> str:
@@ -140,20 +163,21 @@ def find(root: Path, run_id: str) -> Path:
 
     Args:
         root: of the store.
-        run_id: of the run; `latest` is the one that finished last.
+        run_id: of the run; `latest` is the sweep that finished last. A rerun of a sweep has to be named.
 
     Raises:
         StoreError: there is none, or its record cannot be used.
     """
     known = recorded(root)
-    if run_id == "latest" and known:
-        return folder(root, known[-1])
+    if run_id == "latest" and (of_sweeps := sweeps(root)):
+        return folder(root, of_sweeps[-1])
     if run_id in known:
         return folder(root, run_id)
     for unusable in present(root):
         if run_id in (unusable, "latest"):
             finished(root, unusable)  # raises the reason
-    listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
+    what = "only reruns are recorded:" if run_id == "latest" else "recorded are"
+    listed = f"{what} {', '.join(known)}" if known else "no sweep is recorded there"
     raise StoreError(
         f"there is no run {run_id!r} in {root / 'runs'}; {listed}",
         fix="give one of these ids, or run `entropy-probe sweep` first",
@@ -182,9 +206,8 @@ def writing(store: Store, run_id: str) -> Iterator[Path]:
         with temporary_sibling(final) as temporary:
             yield temporary
             final.mkdir(exist_ok=True)
+            bring_to_disk(temporary.iterdir())
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == RECORD):
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
                 path.replace(final / path.name)
 
 
