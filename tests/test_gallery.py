@@ -22,6 +22,7 @@ from matplotlib.transforms import Bbox
 from test_report import MEASURED, row, sweep, tokens_of, without_measurement
 
 from entropy_core.report import curves, figures, glyphs
+from entropy_core.report.comparison_figure import comparison_figure
 from entropy_core.report.drawing import BY_STEP, MARKERS, Training
 
 ETAS = (0.0, 0.01, 0.1, 0.3, 1.0, 3.0)
@@ -139,6 +140,7 @@ NAMES = [
     *(f"{which}-{name}" for name in RUNS for which in ONLY.get(name, SWEPT)),
     *(f"tokens-{name}" for name in (*SCRIPTS, "silent")),
     *(f"interventions-{count}" for count in (1, 5, 40)),
+    *(f"comparison-{count}" for count in (1, 40)),
 ]
 """Every figure of the gallery, by file name."""
 
@@ -155,6 +157,9 @@ def drawn(name: str) -> Figure:
         return swept(of)[which]
     if which == "interventions":
         return figures.intervention_figure(interventions_of(int(of)))
+    if which == "comparison":
+        series = {name: training_run(int(of), size) for name, size in (("demo-3710175b0557", 1.0), ("实验-b", 0.8))}
+        return comparison_figure(series, [])
     texts = SCRIPTS.get(of, [])
     tokens, sequences = tokens_of([texts[k:] + texts[:k] for k in range(min(len(texts), 8))])
     for sequence in sequences:

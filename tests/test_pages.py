@@ -3,7 +3,7 @@
 import ast
 import re
 from collections import Counter
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -11,9 +11,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from benchmarks.sizes import sizes_page
-from entropy_core.estimates import interventions, price_table, trainer_agreement
+from entropy_core.estimates import comparison, interventions, price_table, trainer_agreement
 from entropy_core.estimates.second_order import NONE
-from entropy_core.estimates.tables import AGREEMENT, INTERVENTIONS, RESULTS, TABLES
+from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES
 from entropy_core.numerics import verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,18 +76,28 @@ def test_the_sizes_are_those_of_the_formulas():
 # --- which verdict means what ----------------------------------------------------------------------------------------
 
 
-def words_returned(module, function: str) -> set[str]:
-    """The strings that a function returns, by its source."""
+def verdicts_of(module, function: str) -> set[str]:
+    """The strings that a function returns, or calls `verdict`, by its source."""
     [found] = [
         node
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef) and node.name == function
     ]
-    returned = [node.value for node in ast.walk(found) if isinstance(node, ast.Return)]
-    branches = chain.from_iterable(
-        [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node] for node in returned
-    )
-    return {node.value for node in branches if isinstance(node, ast.Constant)}
+    values = []
+    for node in ast.walk(found):
+        if isinstance(node, ast.Return) or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "verdict"):
+            values.append(node.value)
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            values += [value for key, value in pairs if key and ast.unparse(key) == "'verdict'"]
+    words = set()
+    while values:
+        value = values.pop()
+        if isinstance(value, ast.IfExp):
+            values += [value.body, value.orelse]
+        elif isinstance(value, ast.Constant) and isinstance(value.value, str):
+            words.add(value.value)
+    return words
 
 
 def explained(page: str) -> dict[str, set[str]]:
@@ -112,10 +122,10 @@ def test_every_verdict_of_the_code_is_explained_and_none_other():
             "no valid interval over E",
             "no valid interval over U",
         },
-        "`verdict` in agreement.parquet": words_returned(trainer_agreement, "verdict"),
-        "`verdict` in interventions.parquet": words_returned(interventions, "_verdict") | {"as it is"},
+        "`verdict` in agreement.parquet": verdicts_of(trainer_agreement, "verdict"),
+        "`verdict` in interventions.parquet": verdicts_of(interventions, "_verdict") | {"as it is"},
         "`verdict` in price.parquet": set(get_args(price_table.Word)),
-        "`verdict` in compare.parquet": {"higher", "lower", "equal", "cannot tell", "not measured"},
+        "`verdict` in compare.parquet": verdicts_of(comparison, "__call__"),
     }
 
 
@@ -132,7 +142,7 @@ def test_every_column_is_of_a_term_of_the_glossary():
     text = (DOCS / "glossary.md").read_text(encoding="utf-8")
     rows = [re.split(r"(?<!\\)\|", line)[2] for line in text.splitlines() if line.startswith("| ") and "`" in line]
     terms = {term for row in rows for term in re.findall(r"`([^`]+)`", row)}
-    schemas = [RESULTS, AGREEMENT, INTERVENTIONS, price_table.PRICE, *TABLES.values()]
+    schemas = [RESULTS, AGREEMENT, INTERVENTIONS, COMPARISON, price_table.PRICE, *TABLES.values()]
     columns = {name for schema in schemas for name in schema.names}
     unknown = {name for name in columns if not any(name == term or name.startswith(f"{term}_") for term in terms)}
     assert unknown == set()

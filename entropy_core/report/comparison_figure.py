@@ -10,7 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from entropy_core.estimates.tables import Row, at_learning_rate, best_prediction, first_of_each, interval_of, unit_of
 from entropy_core.numerics.uncertainty import normal_quantile
-from entropy_core.report.figures import STYLE
+from entropy_core.report import glyphs
+from entropy_core.report.drawing import STYLE, in_units, short
 
 _MARKS = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "*-.")
 """Curves differ in shape and line, not in colour alone."""
@@ -34,8 +35,9 @@ def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Ro
     of_h1 = [row for row in compared if (row["normalization"], row["quantity"]) == (normalization, "delta_h1")]
     known = all(row[f"{interval_of(best_prediction(row), 'next')}_low"] is not None for row in chain(*at_lr.values()))
     update = "next" if known else "this"
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 6.6 if of_h1 else 4.8), layout="constrained")
+    fonts = glyphs.families("".join(series))
+    with matplotlib.rc_context(STYLE | {"font.family": fonts}):
+        figure = Figure(figsize=(6.4, 7.4 if of_h1 else 5.4), layout="constrained")
         above, middle, *below = figure.subplots(3 if of_h1 else 2, 1, sharex=True)
         for name, mark, colour in zip(shown, cycle(_MARKS), cycle(_COLOURS)):
             first = first_of_each(shown[name])
@@ -45,17 +47,24 @@ def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Ro
             values = [row[column] for row, column in zip(at_lr[name], best, strict=True)]
             reach = [_reach(row, interval_of(of, update)) for row, of in zip(at_lr[name], best, strict=True)]
             _curve(middle, at_lr[name], values, reach, mark, colour)
-            above.plot([], [], mark, color=colour, markersize=4, linewidth=1, label=name)
+            above.plot([], [], mark, color=colour, markersize=4, linewidth=1, label=short(name, fonts))
             differences = [row for row in of_h1 if row["other_run"] == name and row["difference"] is not None]
             reach = [_reach(row, "this_update") for row in differences]
             for axes in below:
                 _curve(axes, differences, [row["difference"] for row in differences], reach, mark, colour)
-        above.set(ylabel=f"H [{unit}]", title="Entropy, and its predicted change by the next step")
-        middle.set_ylabel(f"predicted change\n{update} update")
+        entropies = [row["H"] for rows in shown.values() for row in rows]
+        predicted = [row[best_prediction(row)] for row in chain(*at_lr.values())]
+        apart = [row["difference"] for row in of_h1 if row["difference"] is not None]
+        above.set(
+            ylabel=f"H [{in_units(above.yaxis, entropies, unit)}]",
+            title="Entropy, and its predicted change by the next step",
+        )
+        middle.set_ylabel(f"predicted change, {update} update\n[{in_units(middle.yaxis, predicted, unit)}]")
         middle.axhline(0, color="black", linewidth=0.8)
         for axes in below:
-            axes.set_ylabel("difference of δH₁\nfrom the first")
+            axes.set_ylabel(f"difference of δH₁, this update\n[{in_units(axes.yaxis, apart, unit)}]")
             axes.axhline(0, color="black", linewidth=0.8)
+        figure.align_ylabels()
         last = below[0] if below else middle
         last.set_xlabel("training step")
         last.xaxis.set_major_locator(MaxNLocator(integer=True))
