@@ -66,12 +66,12 @@ sweep-smollm2-full: .venv/.smollm2
 ui: .venv/.installed
 	@$(BIN)/entropy-probe ui "$(CONFIG)" --port $(PORT)
 
-# A process for each core: the tests' tensors are too small for threads.
+# A process for each core: the tests' tensors are too small for threads. The long files begin, see tests/conftest.py.
 test: .venv/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-sweep: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m sweep tests/test_demo_sweep.py tests/test_packaging.py tests/test_documented_commands.py

@@ -51,6 +51,19 @@ def _same_every_time() -> None:
     torch.manual_seed(0)
 
 
+LONG = {
+    *("test_cli", "test_what_runs", "test_door", "test_orchestration", "test_pipeline", "test_vectors", "test_sources"),
+    *("test_store_adoption", "test_device_placement", "test_device_check", "test_uncertainty", "test_isolation"),
+    *("test_init_runs", "test_options", "test_your_loss", "test_interventions", "test_memory"),
+}
+"""Files that take longest: a worker that began one of them last would keep the others waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_collection_finish() -> None:
     """What the libraries have made stays: a garbage collection that goes through all of it takes half a second."""
     gc.collect()

@@ -1,91 +1,17 @@
-"""Forty-two bad configurations, by the command line and by what the form posts: refused before a run exists, or failed.
-
-What the form's schema can say is refused by the server and makes no run. The rest makes a run that fails before any
-stage, and its state, which the UI shows, gives the reason on one line.
-"""
+"""Bad configurations, by the command line: refused before a run exists. `test_orchestration` posts the form."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from pipeline_fixtures import NAMES, make_run, values
-from prefect import get_client
-from prefect.exceptions import PrefectHTTPStatusError
-from prefect.flow_engine import run_flow
-from prefect.testing.utilities import prefect_test_harness
+from bad_configs import BAD, REFUSED, config_of
+from pipeline_fixtures import make_run
 
-from entropy_core.config.paths import Origin
 from entropy_core.config.read import parse_config
-from entropy_core.errors import ProbeError
 from entropy_core.pipeline.preflight import preflight
 from flows import service
 from flows.cli import main
-from flows.entropy_probe import checkpoint_sweep
-from flows.serve import deployments
-
-
-class Bad(NamedTuple):
-    """A change of a good configuration, and words of what is said about it."""
-
-    change: dict[str, Any]
-    said: str
-
-
-REFUSED = {
-    "an unknown section": Bad({"colour": "red"}, "colour"),
-    "an unknown key": Bad({"batch_config": {"B_V": 4}}, "B_V"),
-    "code of the hub": Bad({"policy": {"trust_remote_code": True}}, "trust_remote_code"),
-    "no checkpoints": Bad({"checkpoints": []}, "checkpoints"),
-    "checkpoints that are no list": Bad({"checkpoints": "run/checkpoint-3"}, "checkpoints"),
-    "a name with a space": Bad({"name": "my run"}, "name"),
-    "a section that is a list": Bad({"generation": [64]}, "generation"),
-    "a precision without derivatives": Bad({"policy": {"dtype": "bfloat16"}}, "policy.dtype"),
-    "another attention": Bad({"policy": {"attn_implementation": "sdpa"}}, "policy.attn_implementation"),
-    "another mode": Bad({"batch_config": {"E_sampling_mode": "greedy"}}, "batch_config.E_sampling_mode"),
-    "one sequence": Bad({"batch_config": {"E_total_sequences": 1}}, "batch_config.E_total_sequences"),
-    "half a sequence": Bad({"batch_config": {"E_total_sequences": 16.5}}, "batch_config.E_total_sequences"),
-    "a number in words": Bad({"batch_config": {"B_U": "many"}}, "batch_config.B_U"),
-    "groups of a billion": Bad({"batch_config": {"G": 10**9}}, "batch_config.G"),
-    "two sizes": Bad({"batch_config": {"B_E_values": [4, 8]}}, "batch_config.B_E_values"),
-    "a negative seed": Bad({"batch_config": {"E_batch_seed": -1}}, "batch_config.E_batch_seed"),
-    "temperature zero": Bad({"generation": {"temperature": 0}}, "generation.temperature"),
-    "a nucleus": Bad({"generation": {"top_p": 0.95}}, "top_p"),
-    "greedy": Bad({"generation": {"do_sample": False}}, "generation.do_sample"),
-    "an unknown loss": Bad({"update": {"loss": "ppo"}}, "update.loss"),
-    "a negative norm": Bad({"update": {"max_grad_norm": -1}}, "update.max_grad_norm"),
-    "a step size twice": Bad({"importance": {"etas": [0, 1, 1]}}, "etas|importance"),
-    "an unknown estimator": Bad({"importance": {"estimators": ["is"]}}, "importance.estimators"),
-    "95 for 0.95": Bad({"variance": {"confidence_level": 95}}, "variance.confidence_level"),
-    "empty shards": Bad({"execution": {"shard_size": 0}}, "execution.shard_size"),
-}
-FAILED = {
-    "no such checkpoint": Bad({"checkpoints": ["RUN/checkpoint-9*"]}, "no directory matches .*checkpoint-9"),
-    "a folder for a checkpoint": Bad({"checkpoints": ["RUN/.."]}, r"has no config\.json"),
-    "an unknown dataset": Bad({"batch_config": {"dataset_name": "gsm9k"}}, "unknown dataset 'gsm9k'"),
-    "a missing file": Bad({"batch_config": {"dataset_name": "/no/such/pool.jsonl"}}, "no file /no/such/pool.jsonl"),
-    "a missing split": Bad({"batch_config": {"U_split": "dev"}}, "no split 'dev'"),
-    "a missing column": Bad({"batch_config": {"prompt_column": "question"}}, "no string in column 'question'"),
-    "a pool that is too small": Bad({"batch_config": {"B_U": 513}}, "B_U asks for 513 distinct prompts"),
-    "one prompt": Bad(
-        {"batch_config": {"E_sampling_mode": "distinct", "B_E_values": [1]}}, "a standard error needs two"
-    ),
-    "a GPU that is not there": Bad({"execution": {"device": "cuda"}}, r"execution\.device is cuda, .* finds no GPU"),
-    "shards beyond number": Bad(
-        {"batch_config": {"E_total_sequences": 10_000_000}, "execution": {"shard_size": 1}},
-        "30000016 shards of 1 sequences per checkpoint, .*shard_size to at least 6001",
-    ),
-    "two writers": Bad({"batch_config": {"apply_chat_template": True, "add_special_tokens": True}}, "special tokens"),
-    "an unknown reward": Bad({"update": {"reward": "no.such:reward"}}, r"no\.such:reward"),
-    "a reference without KL": Bad({"update": {"reference": "."}}, "Set kl_beta"),
-    "KL to nobody": Bad({"update": {"kl_beta": 0.1}}, r"set update\.reference"),
-    "a scale without groups": Bad({"update": {"loss": "reinforce", "scale_rewards": "group"}}, "scale_rewards: auto"),
-    "a fresh optimizer without a rate": Bad({"update": {"optimizer_state": "fresh"}}, "Set learning_rate"),
-    "a base without adapters": Bad({"policy": {"base_model": "."}}, "no checkpoint is an adapter"),
-}
-BAD = REFUSED | FAILED
 
 
 def test_there_are_forty_two():
@@ -97,13 +23,6 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     make_run(folder / "run")
     return folder
-
-
-def config_of(home: Path, change: dict[str, Any]) -> dict[str, Any]:
-    run = home / "run"
-    if isinstance(patterns := change.get("checkpoints"), list):
-        change = {"checkpoints": [pattern.replace("RUN", str(run)) for pattern in patterns]}
-    return values(run, home / "artifacts", **{"checkpoints": [str(run / NAMES[0])]} | change)
 
 
 def test_the_configuration_is_good_but_for_the_change(home):
@@ -122,38 +41,4 @@ def test_the_command_line_refuses_it_on_one_line(home, bad, tmp_path, monkeypatc
         assert main(["plan", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(bad.said, line) and line.endswith(".")
-    assert not (home / "artifacts").exists()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-def test_what_the_form_posts_is_refused_or_fails_with_the_reason(home, server, caplog):
-    with get_client(sync_client=True) as client:
-        deployment_id = deployments(None)[0].apply()
-        for name, bad in BAD.items():
-            config = config_of(home, bad.change)
-            if isinstance(config.get("update", {}).get("reward"), str):  # a form has a list
-                config["update"]["reward"] = [config["update"]["reward"]]
-            parameters = {"config": config}
-            if name in REFUSED:
-                with pytest.raises(PrefectHTTPStatusError) as refused:
-                    client.create_flow_run_from_deployment(deployment_id, parameters=parameters)
-                assert refused.value.response.status_code in (409, 422), name
-                assert re.search(bad.said, refused.value.response.json()["detail"]), name
-                continue
-            flow_run = client.create_flow_run_from_deployment(deployment_id, parameters=parameters)
-            run_flow(checkpoint_sweep, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
-            state = client.read_flow_run(flow_run.id).state
-            assert state and state.is_failed(), name
-            assert re.search(bad.said, state.message) and "\n" not in state.message, name
-            with pytest.raises(ProbeError) as raised:
-                preflight(parse_config(parameters["config"], origin=Origin(Path.cwd(), must_exist=True)))
-            assert state.message.endswith(str(raised.value)), name
-        assert len(client.read_flow_runs()) == len(FAILED)
-        assert client.read_task_runs() == []
-    assert "Traceback" not in caplog.text
     assert not (home / "artifacts").exists()

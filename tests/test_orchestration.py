@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from bad_configs import BAD, FAILED, REFUSED
+from bad_configs import config_of as bad_config
 from pipeline_fixtures import NAMES, make_run, values
 from prefect import flow, get_client, runtime
 from prefect.client.orchestration import SyncPrefectClient
@@ -17,14 +20,18 @@ from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
     FlowRunFilter,
+    FlowRunFilterDeploymentId,
     FlowRunFilterId,
 )
 from prefect.client.schemas.objects import TaskRun
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.flow_engine import run_flow
 from prefect.testing.utilities import prefect_test_harness
 
+from entropy_core.config.paths import Origin
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import VarianceRequest
-from entropy_core.errors import ConfigError
+from entropy_core.errors import ConfigError, ProbeError
 from entropy_core.estimates.tables import RESULTS
 from entropy_core.execution import Execution
 from entropy_core.files.digests import file_digest
@@ -36,6 +43,7 @@ from entropy_core.store.store import Stage, Store
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.plan import plan_table
 from flows.results import inline_figures, terminal_table
+from flows.serve import deployments
 from flows.service import FLOW
 from tasks import stages
 from tasks.device import device_slot
@@ -302,3 +310,36 @@ def test_the_terminal_shows_one_normalization_and_rounds():
     assert lines[1].split()[:4] == ["checkpoint-8", "0.1235", "0.1235", "0.1235"]
     assert "–" in lines[1]
     assert lines[2] == "(per_token, snis; 1 of 2 rows)"
+
+
+def test_what_a_form_posts_is_refused_or_fails_with_the_reason(tmp_path, caplog):
+    """What the form's schema can say is refused by the server and makes no run. The rest makes a run that fails before
+    any stage, and its state, which the UI shows, gives the reason on one line.
+    """
+    make_run(tmp_path / "run")
+    with get_client(sync_client=True) as client:
+        deployment_id = deployments(None)[0].apply()
+        for name, bad in BAD.items():
+            config = bad_config(tmp_path, bad.change)
+            if isinstance(config.get("update", {}).get("reward"), str):  # a form has a list
+                config["update"]["reward"] = [config["update"]["reward"]]
+            parameters = {"config": config}
+            if name in REFUSED:
+                with pytest.raises(PrefectHTTPStatusError) as refused:
+                    client.create_flow_run_from_deployment(deployment_id, parameters=parameters)
+                assert refused.value.response.status_code in (409, 422), name
+                assert re.search(bad.said, refused.value.response.json()["detail"]), name
+                continue
+            flow_run = client.create_flow_run_from_deployment(deployment_id, parameters=parameters)
+            run_flow(checkpoint_sweep, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
+            state = client.read_flow_run(flow_run.id).state
+            assert state and state.is_failed(), name
+            assert re.search(bad.said, state.message) and "\n" not in state.message, name
+            with pytest.raises(ProbeError) as raised:
+                preflight(parse_config(parameters["config"], origin=Origin(Path.cwd(), must_exist=True)))
+            assert state.message.endswith(str(raised.value)), name
+        of_the_form = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id]))
+        assert len(client.read_flow_runs(flow_run_filter=of_the_form)) == len(FAILED)
+        assert client.read_task_runs(flow_run_filter=of_the_form) == []
+    assert "Traceback" not in caplog.text
+    assert not (tmp_path / "artifacts").exists()
