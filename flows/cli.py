@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.errors import ProbeError, one_line
+from flows import power, run_commands, watch_options
+from flows.arguments import STORE, add_artifacts
 from flows.terminal import plain_output
 
 if TYPE_CHECKING:
@@ -26,11 +28,12 @@ examples:
   entropy-probe plan my-run.yaml                what would run, why, and how long it would take
   entropy-probe sweep my-run.yaml               run it, with Prefect's UI while it runs
   entropy-probe sweep my-run.yaml --direct      run it in this process, on a cluster node for example
+  entropy-probe watch runs/grpo                 probe each checkpoint while the run is trained
   entropy-probe interventions                   what would change the entropy of the last sweep, and how surely
+  entropy-probe power --tell 0.0005              how large E and U have to be to tell such a change
   entropy-probe variance --confidence .99       the statistics of the last sweep at another confidence level
 
 Paths in a configuration start at the folder of its file. `COMMAND --help` says more."""
-_STORE = Path("artifacts")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("run_directory", type=Path, metavar="RUN_DIR", help="the directory that holds checkpoint-*")
     init.add_argument("-o", "--output", type=Path, metavar="FILE", help="a new file (default: standard output)")
 
+    watch = command("watch", "probe each checkpoint of a run while it is trained, and keep those it deletes", _watch)
+    watch_options.add_to(watch)
+    add_artifacts(watch)
+
     variance = command("variance", "compute the statistics of a recorded sweep again, with other settings", _variance)
     variance.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: latest)")
     variance.add_argument("--confidence", dest="confidence_level", type=float, metavar="X", help="level of intervals")
@@ -93,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     variance.add_argument("--cluster", metavar="UNIT", help="auto or prompt: what is independent in E")
     variance.add_argument("--normalizations", nargs="+", metavar="NAME", help="per_token, per_sequence or both")
     _add_direct(variance)
-    _add_artifacts(variance)
+    add_artifacts(variance)
 
     tried = command("interventions", "try what might change the entropy on a recorded sweep", _interventions)
     tried.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: latest)")
@@ -108,14 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     tried.add_argument("--measure", metavar="WHICH", help='all, none, or "best N" (default: "best 5"): ΔH on E')
     tried.add_argument("--margin", type=float, metavar="X", help="share of |δH₁| that does not matter (default: 0.1)")
     _add_direct(tried)
-    _add_artifacts(tried)
+    add_artifacts(tried)
 
-    _add_artifacts(command("runs", "list the recorded sweeps", _runs))
-
-    shown = command("report", "print the results of a recorded sweep again, and say where its report is", _report)
-    shown.add_argument("run_id", nargs="?", default="latest", metavar="RUN", help="its id (default: latest)")
-    shown.add_argument("--open", action="store_true", help="open report.html in the browser")
-    _add_artifacts(shown)
+    run_commands.add_to(command)
+    power.add_to(command)
 
     store = commands.add_parser(
         "store", help="look after what was computed: ls, verify, seal, explain, adopt, prune, export, import"
@@ -125,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     def store_command(name: str, help: str) -> argparse.ArgumentParser:
         made = command(name, help, _store, of_store)
         made.set_defaults(store_command=name)
-        _add_artifacts(made)
+        add_artifacts(made)
         return made
 
     store_command("ls", "list what there is: size, time, and which runs need it")
@@ -170,10 +173,6 @@ def _add_direct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direct", action="store_true", help="in this process, without a Prefect server")
 
 
-def _add_artifacts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--artifacts", type=Path, metavar="FOLDER", help="the store (default: artifacts)")
-
-
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
@@ -188,6 +187,12 @@ def _sweep(options: argparse.Namespace) -> int:
     from flows import local
 
     return local.sweep(options.config)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from flows.watch import watch
+
+    return watch(watch_options.asked(options))
 
 
 def _variance(options: argparse.Namespace) -> int:
@@ -209,7 +214,7 @@ def _interventions(options: argparse.Namespace) -> int:
     given = {"lab": {name: value for name, value in lab.items() if value is not None}}
     if options.interventions:
         given["interventions"] = options.interventions
-    asked = {"run": options.run_id, "artifacts": str(options.artifacts or _STORE), **given}
+    asked = {"run": options.run_id, "artifacts": str(options.artifacts or STORE), **given}
     request = parse_interventions(asked, Origin(Path.cwd(), must_exist=True))
     if options.direct:
         from flows import direct
@@ -227,7 +232,7 @@ def _request(options: argparse.Namespace) -> "VarianceRequest":
 
     given = {name: getattr(options, name) for name in VarianceConfig.model_fields}
     given = {name: value for name, value in given.items() if value is not None}
-    asked = {"run": options.run_id, "artifacts": str(options.artifacts or _STORE), **given}
+    asked = {"run": options.run_id, "artifacts": str(options.artifacts or STORE), **given}
     return parse_request(asked, Origin(Path.cwd()))
 
 
@@ -252,23 +257,11 @@ def _init(options: argparse.Namespace) -> int:
     return 0
 
 
-def _runs(options: argparse.Namespace) -> int:
-    from flows.store_commands import list_runs
-
-    return list_runs(options.artifacts or _STORE)
-
-
-def _report(options: argparse.Namespace) -> int:
-    from flows.results import show
-
-    return show(options.artifacts or _STORE, options.run_id, options.open)
-
-
 def _store(options: argparse.Namespace) -> int:
     from entropy_core.store.store import Store
     from flows import store_commands as commands
 
-    store = Store(options.artifacts or _STORE)
+    store = Store(options.artifacts or STORE)
     match options.store_command:
         case "ls":
             return commands.ls(store)

@@ -29,7 +29,7 @@ def sweep(config_path: Path) -> int:
     Raises:
         ProbeError: the sweep cannot be run; what was finished stays in the store.
     """
-    _log_to_the_terminal()
+    log_to_the_terminal()
     return _sweep(load_config(config_path, must_exist=True))
 
 
@@ -47,11 +47,11 @@ def interventions(asked: InterventionsRequest) -> int:
     """
     from entropy_core.pipeline.recorded import with_interventions
 
-    _log_to_the_terminal()
-    return _sweep(with_interventions(asked))
+    log_to_the_terminal()
+    return _sweep(*with_interventions(asked))
 
 
-def _sweep(config: ProbeConfig) -> int:
+def _sweep(config: ProbeConfig, rerun_of: str = "") -> int:
     from entropy_core.pipeline import sweep as pipeline  # a rerun of the statistics need not wait for these
     from entropy_core.pipeline.plan import plan, typical_costs
     from entropy_core.pipeline.preflight import preflight
@@ -61,11 +61,11 @@ def _sweep(config: ProbeConfig) -> int:
     checkpoints = preflight(config)
     store = Store(config.store_root)
     steps, costs = plan(config, checkpoints, store), typical_costs(store)
-    _say(plan_total(steps, costs))
-    progress = Progress(steps, costs, lambda line, _: _say(line))
+    say(plan_total(steps, costs))
+    progress = Progress(steps, costs, lambda line, _: say(line))
     execution = pipeline.execution_for(config, checkpoints, progress.within)
-    run = progress.watched(terminal_runner(store, execution))
-    print_results(pipeline.sweep(config, checkpoints, store, run).run_directory)
+    run = progress.watched(Runner(lambda stage, inputs, label: compute(store, stage, execution, inputs)))
+    print_results(pipeline.sweep(config, checkpoints, store, run, rerun_of).run_directory)
     return 0
 
 
@@ -81,7 +81,7 @@ def variance(asked: VarianceRequest) -> int:
     Raises:
         ProbeError: there is no such sweep, or a part of it is gone.
     """
-    _log_to_the_terminal()
+    log_to_the_terminal()
     store = Store(asked.artifacts)
     print_results(statistics.variance(asked, store, terminal_runner(store, Execution())).run_directory)
     return 0
@@ -100,17 +100,18 @@ def terminal_runner(store: Store, execution: Execution) -> Runner:
         found = store.find(stage.name, store.key(stage, inputs))
         artifact = found or compute(store, stage, execution, inputs)
         seconds = duration(time.monotonic() - started)
-        _say(f"{'reused' if found else 'computed':9} {stage.name} · {label}  ({seconds})")
+        say(f"{'reused' if found else 'computed':9} {stage.name} · {label}  ({seconds})")
         return artifact
 
     return Runner(run)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line of progress."""
     print(f"  {line}", flush=True)
 
 
-def _log_to_the_terminal() -> None:
+def log_to_the_terminal() -> None:
     """What the stages log goes to stderr; that one was computed is said already."""
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter("  %(message)s"))

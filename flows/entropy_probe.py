@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.states import Completed, State
 
 from entropy_core.config.lab import InterventionsRequest
@@ -24,8 +24,9 @@ from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.recorded import with_interventions
 from entropy_core.store.store import Store
 from flows.progress import Progress
+from flows.results import RESULT, summary
 from flows.service import FOLDER
-from flows.ui import publish, publish_plan, published_progress
+from flows.ui import announce, publish, publish_plan, published_progress
 from tasks.stages import prefect_runner
 
 
@@ -56,7 +57,7 @@ def checkpoint_sweep(config: ProbeConfig) -> State:
     return _swept(parse_config(config, origin=Origin(_folder(), must_exist=True)))
 
 
-def _swept(config: ProbeConfig) -> State:
+def _swept(config: ProbeConfig, rerun_of: str = "") -> State:
     checkpoints = preflight(config)
     store = Store(config.store_root)
     steps, costs = plan(config, checkpoints, store), typical_costs(store)
@@ -64,7 +65,9 @@ def _swept(config: ProbeConfig) -> State:
     progress = Progress(steps, costs, published_progress())
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     run = progress.watched(prefect_runner(store, execution))
-    return _published(pipeline.sweep(config, checkpoints, store, run))
+    result = pipeline.sweep(config, checkpoints, store, run, rerun_of)
+    announce(result, config.name)
+    return _published(result)
 
 
 @flow(name="entropy-probe", validate_parameters=False)
@@ -99,7 +102,7 @@ def interventions(request: InterventionsRequest = InterventionsRequest()) -> Sta
         ProbeError: there is no such sweep, or its checkpoints are gone.
     """
     request = parse_interventions(request, Origin(_folder(), must_exist=True))
-    return _swept(with_interventions(request))
+    return _swept(*with_interventions(request))
 
 
 def _folder() -> Path:
@@ -118,4 +121,5 @@ def _folder() -> Path:
 
 def _published(result: statistics.SweepResult) -> State:
     publish(result)
+    get_run_logger().info("%s\n%s", RESULT, summary(result.run_directory))
     return Completed(message=f"Results in {result.run_directory}", data=result)

@@ -21,17 +21,26 @@ from entropy_core.config.schema import VarianceRequest
 from entropy_core.store import runs
 from flows import service
 from flows.door import how_to_enter, key_file
-from flows.results import print_results
+from flows.results import RESULT, print_results
 from flows.service import DEPLOYMENTS, FLOW, ServiceError, child, request
+from flows.stage_lines import not_told, recorded_lines, stage_line
 
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
 _LOG = re.compile(r"▪ +\S+ +\S{12} (.*)")
 _SHOWN = {"Completed": "computed", "Cached": "reused", "Failed": "failed", "AwaitingRetry": "will be tried again"}
+_TOLD_AT_ONCE = ("Failed", "AwaitingRetry")
 _SETTLED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _NOTED_WITHIN = 60.0  # seconds
 _BETWEEN_LOOKS = 2.0  # seconds
 _NOISE = ("●", "Creating flow run", "└── Parameters", "└── Job", "└── Scheduled", " ")
-_HUSHED = ("Beginning flow run", "View at", "Finished in state", "Encountered exception", "Engine execution exited")
+_HUSHED = (
+    "Beginning flow run",
+    "View at",
+    "Finished in state",
+    "Encountered exception",
+    "Engine execution exited",
+    RESULT,
+)
 
 
 def sweep(config_path: Path) -> int:
@@ -129,9 +138,9 @@ def _run(deployment: str, parameters: dict[str, Any], config_path: Path | None) 
         print(f"Prefect {'started' if started_here else 'is up already'}: {api_url.removesuffix('/api')}", flush=True)
         shown: set[str] = set()
         status, run_id = _trigger(deployment, parameters, api_url, shown)
-        for line in _lines_of_stages(run_id, api_url, at_least=1 if status == 0 else 0):
-            if line not in shown:  # the stream that `--watch` follows loses events where many come at once
-                print(line, flush=True)
+        recorded = recorded_lines(_stages(run_id, api_url, at_least=1 if status == 0 else 0))
+        for line in not_told(recorded, shown):  # the stream that `--watch` follows loses lines where many come at once
+            print(f"  {line}", flush=True)
         state = request(f"{api_url}/flow_runs/{run_id}")["state"] if run_id else {}
         message = state.get("message") or "No run was made."
         if status == 0:
@@ -168,8 +177,8 @@ def _trigger(deployment: str, parameters: dict[str, Any], api_url: str, shown: s
             raise
 
 
-def _lines_of_stages(run_id: str, api_url: str, at_least: int) -> list[str]:
-    """Say how each stage of a run ended, once the server has noted it, which it does a little after the run's end."""
+def _stages(run_id: str, api_url: str, at_least: int) -> list[tuple[str, str]]:
+    """How each stage of a run ended, and its name, once the server has noted it, a little after the run's end."""
     noted: list[dict[str, Any]] = []
     known = -1
     deadline = time.monotonic() + _NOTED_WITHIN
@@ -180,7 +189,7 @@ def _lines_of_stages(run_id: str, api_url: str, at_least: int) -> list[str]:
             break
         known = len(noted)
         time.sleep(_BETWEEN_LOOKS)
-    return [_line(task["state_name"], task["name"]) for task in noted if task["state_name"] in _SHOWN]
+    return [(_SHOWN[task["state_name"]], task["name"]) for task in noted if task["state_name"] in _SHOWN]
 
 
 def _task_runs(run_id: str, api_url: str) -> list[dict[str, Any]]:
@@ -194,17 +203,16 @@ def _task_runs(run_id: str, api_url: str) -> list[dict[str, Any]]:
             return found
 
 
-def _line(state: str, task: str) -> str:
-    return f"  {_SHOWN[state]:9} {task}"
-
-
 def _for_reader(line: str) -> str:
-    """Shorten one line of what `--watch` prints: states of stages, log lines without their tracebacks."""
+    """Shorten one line of what `--watch` prints: log lines without their tracebacks, and stages that failed.
+
+    That a stage was computed or reused the log says, in one line for all its shards.
+    """
     if event := _EVENT.match(line):
         kind, state, name = event.groups()
         if state == "Late":
             return "  waits: another run is under way"
-        return _line(state, name) if kind == "task-run" and state in _SHOWN else ""
+        return f"  {stage_line(_SHOWN[state], name, '')}" if kind == "task-run" and state in _TOLD_AT_ONCE else ""
     if entry := _LOG.match(line):
         return "" if entry[1].startswith(_HUSHED) else f"  {entry[1]}"
     return "" if line.startswith(_NOISE) else line

@@ -1,6 +1,5 @@
 """What a sweep would compute, before it is run: for `entropy-probe plan`, and in Prefect's UI."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from entropy_core.pipeline.plan import Cost, Step, plan, typical_costs
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.store.store import Store
 from flows.results import aligned, duration, size
+from flows.stage_lines import PART, whole
 
-_PART = re.compile(r" · (?:shard|draw) (\d+)/(\d+)$")
 _MOST = 2  # reasons in one cell
 
 
@@ -28,7 +27,7 @@ def plan_table(steps: Sequence[Step], costs: Mapping[str, Cost]) -> list[dict[st
     """
     grouped: dict[tuple[str, str], list[Step]] = {}
     for step in steps:
-        grouped.setdefault((step.stage, _PART.sub("", step.label)), []).append(step)
+        grouped.setdefault((step.stage, whole(step.label)), []).append(step)
     rows = []
     for (stage, of), members in grouped.items():
         to_run = [step for step in members if not step.cached]
@@ -64,7 +63,7 @@ def plan_total(steps: Sequence[Step], costs: Mapping[str, Cost]) -> str:
 
 def _parts(steps: Sequence[Step]) -> str:
     """The numbers of shards, runs of them drawn together: "1–3, 7 of 8"."""
-    found = [match for step in steps if (match := _PART.search(step.label))]
+    found = [match for step in steps if (match := PART.search(step.label))]
     spans: list[list[int]] = []
     for number in sorted(int(match[1]) for match in found):
         if spans and number == spans[-1][1] + 1:

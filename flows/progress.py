@@ -1,8 +1,9 @@
 """How far a sweep is, for whoever shows it: the terminal or Prefect's UI."""
 
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from statistics import mean
 
 from entropy_core.pipeline.plan import Cost, Step
@@ -11,59 +12,172 @@ from entropy_core.store.artifact import Artifact
 from entropy_core.store.manifest import peak_rss_bytes
 from entropy_core.store.store import Stage
 from flows.results import duration
+from flows.stage_lines import reused_line, stage_line, whole
 
 _SECONDS_BETWEEN_LINES = 10.0
+_LAST_STAGES = (
+    "variance",
+    "price",
+    "interventions",
+    "agreement",
+    "report",
+)  # of all checkpoints, after the last was measured
 
 
 class Progress:
-    """Says now and then how far a sweep is.
+    """Says how far a sweep is: a line for each stage over all its shards, and for each checkpoint; cached ones folded.
+
+    While a stage takes long, a line every ten seconds says how many of its sequences are done, how fast, and how long
+    it and the sweep will take.
 
     Args:
-        steps: of the plan, which the sweep takes in this order.
+        steps: of the plan.
         costs: by stage, of earlier runs.
         tell: is given a line for a reader, and how much of the sweep is done, from 0 to 1.
     """
 
     def __init__(self, steps: Sequence[Step], costs: Mapping[str, Cost], tell: Callable[[str, float], None]) -> None:
-        self._left = deque(steps)
-        self._total, self._done = len(steps), 0
+        self._steps, self._tell = steps, tell
+        self._left = Counter((step.stage, step.label) for step in steps)
+        self._to_run = Counter(step.stage for step in steps if not step.cached)
+        self._parts = Counter((step.stage, whole(step.label)) for step in steps)
         self._seconds = {stage: cost.seconds for stage, cost in costs.items()}  # then what the last run of each took
-        self._current = ""
+        self._checkpoints = list(dict.fromkeys(step.label for step in steps if step.stage == "load-checkpoint"))
+        self._of_checkpoint = Counter(name for step in steps if (name := self._checkpoint(step.stage, step.label)))
+        self._computed_of = dict.fromkeys(self._checkpoints, 0)
+        self._began_of: dict[str, float] = {}
+        self._done = 0
+        self._reused: list[str] = []
+        self._under_way = _Group("", "", 0)
         self._started = self._said = time.monotonic()
-        self._tell = tell
 
     def watched(self, run: Runner) -> Runner:
-        """Make a runner that does what `run` does and counts."""
+        """Make a runner that does what `run` does and tells of it."""
 
         def watched_run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
-            self._current = f"{stage.name} · {label}"
-            started = time.monotonic()
+            of = whole(label)
+            if (stage.name, of) != self._under_way.name:
+                self._close()
+                self._under_way = _Group(stage.name, of, self._parts[stage.name, of])
+            began, started = datetime.now(UTC), time.monotonic()
+            checkpoint = self._checkpoint(stage.name, label)
+            self._began_of.setdefault(checkpoint, started)
             artifact = run(stage, inputs, label)
-            if not self._left.popleft().cached:
-                self._seconds[stage.name] = time.monotonic() - started
-            self._done += 1
-            self._say(f"{self._done} of {self._total} stages, {self._pace()}")
+            fresh = datetime.fromisoformat(artifact.manifest["created"]) >= began
+            self._note(stage.name, label, fresh, time.monotonic() - started)
+            if self._under_way.is_done:
+                self._close()
+            if checkpoint:
+                self._note_checkpoint(checkpoint, fresh)
+            if not self._left:
+                self._close()
+                self._fold()
+                self._say(f"{self._done} of {len(self._steps)} stages, {self._pace()}")
             return artifact
 
         return Runner(watched_run)
 
     def within(self, done: int, total: int) -> None:
-        """Note that the stage under way has done `done` of its `total` parts."""
-        if done < total:
-            self._say(f"{self._current}: {done} of {total}")
+        """Note that the run of a stage under way has done `done` of its `total` sequences."""
+        group = self._under_way
+        group.within = (done, total)
+        if done < total and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+            self._fold()
+            self._say(f"{group.progress()}; {self._done} of {len(self._steps)} stages, {self._pace()}")
+
+    def _note(self, stage: str, label: str, fresh: bool, seconds: float) -> None:
+        self._under_way.finish(fresh)
+        if fresh:
+            self._seconds[stage] = seconds
+        else:
+            self._reused.append(stage)
+        if self._left[stage, label]:  # a repair runs a stage again
+            self._done += 1
+            self._left[stage, label] -= 1
+            self._left = +self._left
+            self._to_run[stage] -= 1
+
+    def _close(self) -> None:
+        """Tell of a stage that was computed, once all its shards are done."""
+        group, self._under_way = self._under_way, _Group("", "", 0)
+        if group.computed:
+            self._fold()
+            self._say(group.line())
+
+    def _fold(self) -> None:
+        if self._reused:
+            self._say(reused_line(self._reused))
+            self._reused = []
+
+    def _note_checkpoint(self, checkpoint: str, fresh: bool) -> None:
+        """Count a run of a stage of a checkpoint, and tell when the checkpoint is measured."""
+        self._of_checkpoint[checkpoint] -= 1
+        self._computed_of[checkpoint] += fresh
+        if self._of_checkpoint[checkpoint] == 0 and self._computed_of[checkpoint]:
+            self._fold()
+            number, took = self._checkpoints.index(checkpoint) + 1, time.monotonic() - self._began_of[checkpoint]
+            measured = f"measured  {checkpoint}, {number} of {len(self._checkpoints)} checkpoints, in {duration(took)}"
+            self._say(f"{measured}; {self._pace()}")
+
+    def _checkpoint(self, stage: str, label: str) -> str:
+        """The checkpoint that a run of a stage measures; empty for what is of the whole sweep."""
+        found = [name for name in self._checkpoints if f"{label} ".startswith(f"{name} ")]
+        return max(found, key=len, default="") if stage not in _LAST_STAGES else ""
 
     def _say(self, line: str) -> None:
-        now = time.monotonic()
-        if now - self._said >= _SECONDS_BETWEEN_LINES or self._done == self._total:
-            self._said = now
-            self._tell(line, self._done / self._total)
+        self._said = time.monotonic()
+        self._tell(line, self._done / len(self._steps))
 
     def _pace(self) -> str:
         elapsed = time.monotonic() - self._started
         if not self._left:
             return f"in {duration(elapsed)}, with at most {peak_rss_bytes() / 1e9:.1f} GB of memory"
-        per_minute = 60 * self._done / elapsed
-        to_run = [step.stage for step in self._left if not step.cached]
-        typical = mean(self._seconds.values()) if self._seconds else elapsed / self._done
-        seconds = sum(self._seconds.get(stage, typical) for stage in to_run)
-        return f"{per_minute:.{0 if per_minute > 10 else 1}f} a minute, about {duration(seconds)} left"
+        typical = mean(self._seconds.values()) if self._seconds else elapsed / max(self._done, 1)
+        seconds = sum(count * self._seconds.get(stage, typical) for stage, count in self._to_run.items() if count > 0)
+        return f"about {duration(seconds)} left"
+
+
+class _Group:
+    """The runs of one stage for all parts of one thing, such as the shards of E.
+
+    Args:
+        stage: name of the stage.
+        of: what it is of.
+        parts: how many runs there are.
+    """
+
+    def __init__(self, stage: str, of: str, parts: int) -> None:
+        self.name, self.parts = (stage, of), parts
+        self.done = self.computed = 0
+        self.within = (0, 0)
+        self._sequences = 0  # of the runs that were computed
+        self._started = time.monotonic()
+
+    @property
+    def is_done(self) -> bool:
+        return self.done >= self.parts
+
+    def finish(self, fresh: bool) -> None:
+        """Count a run that ended."""
+        self.done += 1
+        self.computed += fresh
+        self._sequences += self.within[1] if fresh else 0
+        self.within = (0, 0)
+        if not self.computed:
+            self._started = time.monotonic()
+
+    def progress(self) -> str:
+        """How much of the whole stage is done, how fast it goes, and how long it still takes."""
+        done, total = self.within
+        seconds = time.monotonic() - self._started
+        now = self._sequences + done
+        left = total - done + total * (self.parts - self.done - 1)
+        rate = now / seconds
+        pace = f", {rate:.{0 if rate > 10 else 1}f} a second, {duration(left / rate)} left" if now and seconds else ""
+        return f"{' · '.join(self.name)}: {now} of {now + left} sequences{pace}"
+
+    def line(self) -> str:
+        """How the stage ended."""
+        of_parts = f"{self.computed} of {self.parts}" if self.computed < self.parts else f"{self.parts}"
+        detail = f"{of_parts} parts, " if self.parts > 1 else ""
+        return stage_line("computed", *self.name, detail=f"{detail}{duration(time.monotonic() - self._started)}")

@@ -1,72 +1,32 @@
 """How the results of a sweep are shown: in the terminal, and in Prefect's UI, whose tables do not round."""
 
 import base64
-import math
 import re
 import textwrap
 import webbrowser
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from entropy_core.errors import ProbeError, StoreError, one_line
 from entropy_core.estimates.agreement import independent
-from entropy_core.estimates.tables import best_prediction, interval_of
-from entropy_core.files.regular import require_readable
-from entropy_core.report.agreement import disagreements
-from entropy_core.report.answer import answer
-from entropy_core.report.evaluation_batch import invalid_over_e
+from entropy_core.report.headline import HEADLINE, headline, rounded
 from entropy_core.report.interventions import deepest
+from entropy_core.report.recorded_run import RecordedRun
 from entropy_core.report.verdict_lines import order_sentences
 from entropy_core.store import runs
 
-HEADLINE = (
-    "checkpoint",
-    "eta_over_lr",
-    "normalization",
-    "estimator",
-    "H",
-    "delta_h1",
-    "prediction",
-    "next_low",
-    "next_high",
-    "delta_h",
-    "delta_h_se",
-    "ess_fraction",
-    "verdict",
-)
 INTERVENTIONS = ("checkpoint", "intervention", "delta_h1", "difference", "low", "high", "p_holm", "verdict")
 """Columns of interventions.parquet that a reader looks at first."""
+COMPARISON = (
+    *("step", "quantity", "other_run", "value", "other_value", "difference", "difference_se"),
+    *("this_update_low", "this_update_high", "verdict"),
+)
+"""Columns of compare.parquet that a reader looks at first."""
 _VIEW = ("normalization", "estimator")  # what the terminal shows one choice of
-
-
-def headline(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Select and round what a reader looks at first.
-
-    Args:
-        rows: of results.parquet.
-
-    Returns:
-        As many rows with the columns `HEADLINE`, in four significant digits; None for what is not a finite number.
-        `prediction` is the best one, with the ends of its interval for the next update.
-    """
-    return selected([row | _prediction(row) for row in rows], HEADLINE)
-
-
-def _prediction(row: dict[str, Any]) -> dict[str, Any]:
-    """The best prediction, to first or second order, and its interval for the next update."""
-    best = best_prediction(row)
-    following = interval_of(best, "next")
-    return {"prediction": row[best], "next_low": row[f"{following}_low"], "next_high": row[f"{following}_high"]}
-
-
-def selected(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Select columns, numbers in four significant digits; None for what is not a finite number."""
-    return [{name: _rounded(row[name]) for name in columns} for row in rows]
 
 
 def terminal_table(rows: list[dict[str, Any]]) -> str:
@@ -113,6 +73,21 @@ def agreement_table(rows: list[dict[str, Any]], replicates: list[dict[str, Any]]
     )
 
 
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay out two runs, checkpoint by checkpoint, for the first normalisation.
+
+    Args:
+        rows: of compare.parquet, at least one.
+
+    Returns:
+        A table with aligned columns, and a line that says what it shows.
+    """
+    normalization = rows[0]["normalization"]
+    shown = [row for row in rows if row["normalization"] == normalization]
+    lines = [COMPARISON, *([_text(rounded(row[name])) for name in COMPARISON] for row in shown)]
+    return "\n".join([*aligned(lines), f"({normalization}, the other less the first; intervals for this update)"])
+
+
 def interventions_table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay out what each intervention changes, for the first normalisation and the deepest level that has all of them.
 
@@ -128,9 +103,33 @@ def interventions_table(rows: Sequence[dict[str, Any]]) -> str:
         if row["normalization"] == normalization:
             groups.setdefault(row["checkpoint"], []).append(row)
     shown = [row for group in groups.values() for row in deepest(group)]
-    lines = [INTERVENTIONS, *([_text(_rounded(row[name])) for name in INTERVENTIONS] for row in shown)]
+    lines = [INTERVENTIONS, *([_text(rounded(row[name])) for name in INTERVENTIONS] for row in shown)]
     level = shown[0]["level"]
     return "\n".join([*aligned(lines), f"({normalization}, {level}; differences from the run as it is, same E and U)"])
+
+
+RESULT = "The result:"
+"""How the log of a run begins what `summary` says; it is one entry, so that nothing of it is lost."""
+
+
+def summary(run_directory: Path) -> str:
+    """Say what came out of a recorded run: its warnings, the answer, the tables.
+
+    Args:
+        run_directory: its folder.
+
+    Returns:
+        Lines for a terminal.
+    """
+    run = RecordedRun(run_directory.parents[1], run_directory.name)
+    rows, replicates, tried = (run.rows(name) for name in ("results", "replicates", "interventions"))
+    shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
+    parts = [f"WARNING: {warning}" for warning in run.warnings]
+    parts += [textwrap.fill(run.answer, 120), terminal_table(rows)]
+    parts += ["\n".join(sentences)] if (sentences := list(order_sentences(shown))) else []
+    parts += [agreement] if (agreement := agreement_table(rows, replicates)) else []
+    parts += [interventions_table(tried)] if tried else []
+    return "\n\n".join(parts)
 
 
 def print_results(run_directory: Path) -> None:
@@ -139,21 +138,7 @@ def print_results(run_directory: Path) -> None:
     Args:
         run_directory: its folder.
     """
-    rows, replicates, compared = (_table(run_directory, name) for name in ("results", "replicates", "agreement"))
-    with runs.understood(run_directory / runs.RECORD) as record:
-        of_run = list(record["checkpoints"][0]["warnings"])
-    for warning in [*invalid_over_e(rows), *disagreements(compared), *of_run]:
-        print(f"\nWARNING: {warning}")
-    shown = [row for row in rows if row["normalization"] == rows[0]["normalization"]]
-    print(f"\n{textwrap.fill(answer(shown, bool(disagreements(compared))), 120)}")
-    print(f"\n{terminal_table(rows)}\n")
-    for sentence in order_sentences(shown):
-        print(sentence)
-    if agreement := agreement_table(rows, replicates):
-        print(f"\n{agreement}")
-    if (run_directory / "interventions.parquet").exists():
-        print(f"\n{interventions_table(_table(run_directory, 'interventions'))}")
-    print(f"\n{run_directory}/")
+    print(f"\n{summary(run_directory)}\n\n{run_directory}/")
     for path in sorted(run_directory.iterdir()):
         print(f"    {path.name}")
 
@@ -163,7 +148,7 @@ def show(root: Path, run_id: str, in_browser: bool) -> int:
 
     Args:
         root: of the store.
-        run_id: of the run; `latest` is the one that finished last.
+        run_id: of the run; `latest` is the sweep that finished last.
         in_browser: whether to open `report.html`.
 
     Returns:
@@ -202,12 +187,6 @@ def _explained(directory: Path) -> Iterator[None]:
         ) from None
 
 
-def _table(directory: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of a table of a run."""
-    with require_readable(directory / f"{name}.parquet").open("rb") as file:
-        return pq.read_table(file).to_pylist()
-
-
 def inline_figures(markdown: str, locate: Callable[[str], Path]) -> str:
     """Put the figures into the page, so that it can be shown away from them.
 
@@ -243,12 +222,6 @@ def size(count: float) -> str:
     """A number of bytes in a unit that suits it."""
     unit = next((unit for unit in (1e9, 1e6) if count >= unit), 1e3)
     return f"{count / unit:.3g} {({1e9: 'GB', 1e6: 'MB', 1e3: 'kB'})[unit]}"
-
-
-def _rounded(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.4g}") + 0.0 if math.isfinite(value) else None
 
 
 def _text(value: Any) -> str:

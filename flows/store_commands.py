@@ -1,17 +1,14 @@
-"""`entropy-probe store`: what was computed, whether it is sound, why it would run again, and what may go."""
+"""`entropy-probe store`: what was computed, whether it is sound, why it would run again, and what may go.
+
+A model library takes seconds to load, and only what goes through a sweep needs one.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from entropy_core.config.read import load_config, parse_config
-from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import ConfigError, StoreError
 from entropy_core.files.digests import read_digest
-from entropy_core.pipeline.memory import run_within_memory
-from entropy_core.pipeline.plan import plan, summarize
-from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.stored_code import require_no_stored_code
-from entropy_core.pipeline.sweep import Promised, execution_for, go_through
 from entropy_core.store import archive, runs, signature, vectors
 from entropy_core.store.adoption import Adoption
 from entropy_core.store.data_files import VECTORS
@@ -20,6 +17,10 @@ from entropy_core.store.manifest import sign
 from entropy_core.store.pruning import needs, waste
 from entropy_core.store.signature import SignatureError
 from entropy_core.store.store import Store
+from flows.listing import print_table, print_unusable, unusable
+
+if TYPE_CHECKING:
+    from entropy_core.config.schema import ProbeConfig
 
 
 def ls(store: Store) -> int:
@@ -36,7 +37,7 @@ def ls(store: Store) -> int:
         of = ", ".join(needed.get((artifact.stage, artifact.key), ["–"]))
         rows.append((artifact.stage, artifact.key, in_words(size), when, f"{manifest['wall_seconds']:.1f}", of))
     print_table(("stage", "key", "size", "made", "seconds", "needed by"), rows)
-    _print_unusable(store.root)
+    print_unusable(store.root)
     print(f"{len(rows)} artifacts, {in_words(total)}")
     return 0
 
@@ -51,7 +52,7 @@ def verify(store: Store) -> int:
             if _fault(store, stage, key) and (fault := _fault(store, stage, key)):  # a sweep may just have let it go
                 faults.append(f"{stage}/{key}: {fault}")
         for run_id in sorted(set(runs.present(store.root)) - set(recorded)):
-            faults += _unusable(store, run_id)
+            faults += unusable(store, run_id)
         for run_id in recorded:
             for stage, key in sorted(runs.named(store.root, run_id) - set(names)):
                 faults.append(f"{stage}/{key}: it is missing, and the run {run_id} needs it")
@@ -74,22 +75,6 @@ def _require_store(store: Store) -> None:
     """Refuse a folder in which a file of that name may be anything."""
     if not (store.root / ".locks").is_dir() and not runs.present(store.root):
         raise StoreError(f"there is no store in {store.root}", fix="give the folder of one: --artifacts")
-
-
-def _print_unusable(root: Path) -> None:
-    """Say which runs are not among those that are recorded, and why."""
-    for run_id in sorted(set(runs.present(root)) - set(runs.recorded(root))):
-        for fault in _unusable(Store(root), run_id):
-            print(fault)
-
-
-def _unusable(store: Store, run_id: str) -> list[str]:
-    """Why a run that has a record does not count as recorded."""
-    try:
-        runs.finished(store.root, run_id)
-    except StoreError as error:
-        return [error.fact]
-    return []  # it was recorded meanwhile
 
 
 def seal(store: Store) -> int:
@@ -132,6 +117,8 @@ def explain(store: Store, what: Sequence[str], of_config: bool) -> int:
     if len(what) == 2:
         return explain_two(store, what[0], what[1])
     if Path(what[0]).suffix in (".yaml", ".yml", ".json"):
+        from entropy_core.config.read import load_config
+
         config = load_config(what[0], must_exist=True)
         return explain_config(Store(config.store_root) if of_config else store, config)
     return explain_one(store, what[0])
@@ -169,16 +156,22 @@ def explain_one(store: Store, a: str) -> int:
     return 0
 
 
-def explain_config(store: Store, config: ProbeConfig) -> int:
+def explain_config(store: Store, config: "ProbeConfig") -> int:
     """What a sweep would compute, and why."""
+    from entropy_core.pipeline.plan import plan, summarize
+    from entropy_core.pipeline.preflight import preflight
+
     print("\n".join(summarize(plan(config, preflight(config), store))))
     return 0
 
 
 def adopt(store: Store, what: str) -> int:
     """After an edit that changes nothing: take over what a sweep has computed, on the evidence of one of each stage."""
-    from entropy_core.config.read import load_config
+    from entropy_core.config.read import load_config, parse_config
+    from entropy_core.pipeline.memory import run_within_memory
     from entropy_core.pipeline.preflight import preflight
+    from entropy_core.pipeline.stored_code import require_no_stored_code
+    from entropy_core.pipeline.sweep import Promised, execution_for, go_through
 
     if Path(what).suffix in (".yaml", ".yml", ".json"):
         config = load_config(Path(what))
@@ -241,21 +234,6 @@ def load(store: Store, file: Path) -> int:
     return 0
 
 
-def list_runs(root: Path) -> int:
-    """List the recorded runs, the latest last: when they finished, their checkpoints, and where their files are."""
-    rows = []
-    for run_id in runs.recorded(root):
-        with runs.understood(runs.folder(root, run_id) / runs.RECORD) as record:
-            names = [entry["checkpoint"] for entry in record["checkpoints"]]
-            shown = names if len(names) <= 2 else [names[0], "…", names[-1]]
-            of = f"{' '.join(shown)} ({len(names)})"
-        rows.append((f"{record['finished'][:16]}Z", run_id, of, str(runs.folder(root.absolute(), run_id))))
-    print_table(("finished", "run", "checkpoints", "files"), rows)
-    _print_unusable(root)
-    print(f"{len(rows)} runs" + ("" if rows else f" in {root.absolute()}; `entropy-probe sweep` records one"))
-    return 0
-
-
 def in_words(size: float) -> str:
     """A size in bytes as people read it."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -263,13 +241,6 @@ def in_words(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns to the left, as wide as they must be; nothing when there are no rows."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in [head, *rows] if rows else []:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_reasons(reasons: Sequence[object]) -> None:

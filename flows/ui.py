@@ -1,6 +1,8 @@
 """What Prefect's UI shows of a run beside its states: its plan, how far it is, tables of results, the report."""
 
+import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID
 
@@ -14,9 +16,14 @@ from prefect.artifacts import (
 
 from entropy_core.pipeline.plan import Cost, Step
 from entropy_core.pipeline.statistics import SweepResult
+from entropy_core.report.headline import headline, selected
 from entropy_core.report.interventions import deepest
+from flows.numbers import numbers_of_each
 from flows.plan import plan_table, plan_total
-from flows.results import INTERVENTIONS, headline, inline_figures, selected
+from flows.results import INTERVENTIONS, inline_figures
+from tasks.events import checkpoint_probed
+
+_SECONDS_BETWEEN_UPDATES = 2.0
 
 
 def published_progress() -> Callable[[str, float], None]:
@@ -24,9 +31,14 @@ def published_progress() -> Callable[[str, float], None]:
     artifact = create_progress_artifact(0.0, key="progress", description="begins")
     assert isinstance(artifact, UUID)  # and not a coroutine: flows are not asynchronous here
 
+    told = -math.inf
+
     def tell(line: str, done: float) -> None:
+        nonlocal told
         get_run_logger().info(line)
-        update_progress_artifact(artifact, 100.0 * done, description=line)
+        if done == 1 or time.monotonic() - told >= _SECONDS_BETWEEN_UPDATES:  # each asks the server
+            update_progress_artifact(artifact, 100.0 * done, description=line)
+            told = time.monotonic()
 
     return tell
 
@@ -41,6 +53,17 @@ def publish_plan(steps: Sequence[Step], costs: Mapping[str, Cost]) -> None:
     line = plan_total(steps, costs)
     get_run_logger().info(line)
     create_table_artifact(plan_table(steps, costs), key="plan", description=line)
+
+
+def announce(result: SweepResult, run: str) -> None:
+    """Send an event for each checkpoint of a sweep, for the automations of the server.
+
+    Args:
+        result: of the pipeline.
+        run: name of the run.
+    """
+    for numbers in numbers_of_each(result.report.table("results.parquet").to_pylist()):
+        checkpoint_probed(run, numbers, str(runtime.flow_run.id or ""))
 
 
 def publish(result: SweepResult) -> None:
@@ -64,7 +87,7 @@ def publish(result: SweepResult) -> None:
             about = f"{checkpoint}: what would change it. All columns: `{folder}/interventions.parquet`"
             cells = selected(ranked, ("normalization", *INTERVENTIONS))
             create_table_artifact(cells, key=f"interventions-{_slug(checkpoint)}", description=about)
-    page = inline_figures(report.path("report.md").read_text(encoding="utf-8"), report.path)
+    page = inline_figures((folder / "report.md").read_text(encoding="utf-8"), report.path)
     create_markdown_artifact(page, key="report", description=f"Files: `{folder}`")
     (folder / "flow-run.txt").write_text(f"{runtime.flow_run.ui_url}\n", encoding="utf-8")
 

@@ -32,7 +32,8 @@ from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import BatchedSequences
 
 pytest_plugins = ["proofs", "attacks", "checkpoint_fixtures", "store_fixtures"]  # the first two write pages in docs/
-pytest.register_assert_rewrite("bad_input_fixtures", "store_command_fixtures", "swept_fixtures")  # plugins of few files
+of_few_files = ("bad_input_fixtures", "compared_fixtures", "store_command_fixtures", "swept_fixtures")
+pytest.register_assert_rewrite(*of_few_files)
 
 COMMON = {"bos_token_id": None, "pad_token_id": None, "attn_implementation": "eager", "initializer_range": 0.6}
 SMALL = {

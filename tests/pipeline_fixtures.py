@@ -136,7 +136,7 @@ def values(run: Path, artifacts: Path, **sections: Mapping[str, Any] | Any) -> d
 
 def skip_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing, which takes most of the time of a tiny sweep; no key depends on it."""
-    monkeypatch.setattr(figures, "figures", lambda rows: {})
+    monkeypatch.setattr(figures, "figures", lambda *_: {})
     monkeypatch.setattr(figures, "token_figure", lambda *_: None)
     monkeypatch.setattr(figures, "save_figure", lambda _, png, svg: svg.write_text("<svg/>"))
 

@@ -19,7 +19,10 @@ from entropy_core.store.store import Store
 from flows import cli, store_commands
 from flows.cli import main
 
-COMMANDS = ("sweep", "plan", "init", "variance", "runs", "report", "store", "legacy", "ui", "serve")
+COMMANDS = (
+    *("sweep", "plan", "init", "watch", "variance", "runs", "compare", "report", "power", "store", "legacy", "ui"),
+    "serve",
+)
 WITHOUT_PREFECT = """
 import sys
 sys.modules["prefect"] = None  # importing it is an error
@@ -50,7 +53,7 @@ def command(*arguments: Any, cwd: Path, code: str = WITHOUT_PREFECT) -> subproce
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_help_names_every_command_and_loads_nothing(capsys):
+def test_the_help_names_every_command_and_loads_nothing(tmp_path, capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
     assert re.findall(r"^    (\w+) ", said, re.MULTILINE) == list(COMMANDS)
@@ -58,9 +61,13 @@ def test_the_help_names_every_command_and_loads_nothing(capsys):
         with pytest.raises(SystemExit, match=r"^0$"):
             main([name, "--help"])
         assert f"usage: entropy-probe {name}" in capsys.readouterr().out
-    code = "import sys\nfrom flows.cli import main\nmain([])\nprint(*sorted(sys.modules), file=sys.stderr)"
-    loaded = command(cwd=Path(), code=code).stderr.split()
-    assert not {"torch", "prefect", "pydantic", "pyarrow", "yaml"} & set(loaded)
+    help_of_all = "import sys\nfrom flows.cli import main\nmain([])\nprint(*sys.modules, file=sys.stderr)\n"
+    list_a_store = f"main(['store', 'ls', '--artifacts', {str(tmp_path)!r}])\nprint(*sys.modules, file=sys.stderr)"
+    by_help, by_store = (
+        set(line.split()) for line in command(cwd=tmp_path, code=help_of_all + list_a_store).stderr.splitlines()
+    )
+    assert not {"torch", "prefect", "pydantic", "pyarrow", "yaml"} & by_help
+    assert not {"torch", "prefect", "pyarrow", "transformers"} & by_store and "entropy_core.store.store" in by_store
 
 
 def test_the_version(capsys):
@@ -73,7 +80,6 @@ def test_every_setting_of_the_statistics_has_an_option():
     given = ["--confidence", ".9", "--baseline", "ridge", "--cluster", "prompt"]
     options = cli._parser().parse_args(["variance", "a-run", *given, "--normalizations", "per_token"])
     asked = cli._request(options)
-    assert asked.model_fields_set == {"run", "artifacts", *VarianceConfig.model_fields}
     assert asked.applied_to(VarianceConfig()) == VarianceConfig(
         confidence_level=0.9, baseline="ridge", cluster="prompt", normalizations=["per_token"]
     )
@@ -100,13 +106,14 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
 
     first = command("sweep", "../configs/tiny.yaml", "--direct", cwd=elsewhere)
     assert first.returncode == 0, first.stderr
-    lines = re.findall(r"^  (computed|reused) +(\S+) · .+  \((\S+) m?s\)$", first.stdout, re.MULTILINE)
-    assert [state for state, _, _ in lines] == ["computed"] * total
-    assert lines[-1][1] == "report" and f"{total} of {total} stages" in first.stdout
+    lines = re.findall(r"^  computed  (\S+) · .+  \((?:(\d+) parts, )?\S+ m?s\)$", first.stdout, re.MULTILINE)
+    assert sum(int(parts or 1) for _, parts in lines) == total and "reused" not in first.stdout
+    assert lines[-1][0] == "report" and f"{total} of {total} stages" in first.stdout
+    assert first.stdout.count("  measured  checkpoint-") == 1
     assert "matched by name for 12 of 12 trained parameters" in first.stderr and "Traceback" not in first.stderr
 
     again = here("sweep", config, "--direct")
-    assert again.count("\n  reused ") + again.startswith("  reused ") == total and "computed" not in again
+    assert f"\n  reused    {total} stage runs: load-" in again and "computed" not in again and "measured  " not in again
     table = first.stdout.partition("\n\n")[2]
     assert table == again.partition("\n\n")[2] and "eta_over_lr" in table and str(home / "artifacts") in table
     assert list(elsewhere.iterdir()) == []
@@ -115,20 +122,24 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     same = values(home / "run", tmp_path / "other", checkpoints=[str(home / "run" / NAMES[0])])
     same["update"] = {"reward": f"{home}/reward.py:share_of_low_digits"}
     expected = probe(same).rows
-    assert recorded_rows(home / "artifacts") == expected
+    assert recorded_rows(home / "artifacts", -1) == expected
 
     options = ("--confidence", ".5", "--artifacts", home / "artifacts", "--direct")
     changed = command("variance", *options, cwd=elsewhere, code=WITHOUT_PREFECT.replace("prefect", "transformers"))
     assert changed.returncode == 0, changed.stderr
     stages = re.findall(r"^  (\S+) +(\S+) · ", changed.stdout, re.MULTILINE)
     assert stages == [("computed", "variance"), ("reused", "agreement"), ("computed", "report")]
-    assert {row["confidence_level"] for row in recorded_rows(home / "artifacts")} == {0.5}
+    assert {row["confidence_level"] for row in recorded_rows(home / "artifacts", -1)} == {0.5}
+    assert {row["confidence_level"] for row in recorded_rows(home / "artifacts", 0)} == {0.95}
+    assert runs.find(home / "artifacts", "latest").name == runs.recorded(home / "artifacts")[0]
 
     listed = here("runs", "--artifacts", home / "artifacts").splitlines()
-    assert [line.split()[1] for line in listed[1:-1]] == runs.recorded(home / "artifacts")
-    assert all(NAMES[0] in line and str(home / "artifacts" / "runs") in line for line in listed[1:-1])
-    assert listed[-1] == "2 runs"
-    first_id = runs.recorded(home / "artifacts")[0]
+    first_id, second_id = runs.recorded(home / "artifacts")
+    assert [line.split(maxsplit=3)[1:] for line in listed[1:-1]] == [
+        [first_id, "–", f"sweep of {NAMES[0]} (1)"],
+        [second_id, first_id, "confidence_level 0.5"],
+    ]
+    assert listed[-1] == f"2 runs in {home / 'artifacts' / 'runs'}"
     opened = here("report", first_id, "--artifacts", home / "artifacts")
     page = runs.folder(home / "artifacts", first_id) / "report.html"
     assert opened.lstrip("\n").startswith(table.partition(f"\n{home}")[0]) and opened.endswith(f" {page}\n")
@@ -136,10 +147,10 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     assert "1 would run" not in here("store", "explain", config)
 
 
-def recorded_rows(root: Path) -> list[dict[str, Any]]:
+def recorded_rows(root: Path, which: int) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    return pq.read_table(runs.find(root, "latest") / "results.parquet").to_pylist()
+    return pq.read_table(runs.folder(root, runs.recorded(root)[which]) / "results.parquet").to_pylist()
 
 
 def test_ctrl_c_ends_a_direct_sweep_and_the_same_command_goes_on(home, monkeypatch, capsys):
@@ -156,28 +167,36 @@ def test_ctrl_c_ends_a_direct_sweep_and_the_same_command_goes_on(home, monkeypat
     finished = {(one.stage, one.key): one.digest for one in Store(home / "artifacts").ls()}
     assert {"load-prompts", "sample-e-batch", "score-e-batch"} <= {stage for stage, _ in finished}
     assert main(["sweep", config, "--direct"]) == 0
-    assert capsys.readouterr().out.count("  reused ") == len(finished)
+    assert sum(map(int, re.findall(r"  reused +(\d+) stage run", capsys.readouterr().out))) == len(finished)
 
 
-def test_a_list_of_runs_says_where_they_are(tmp_path, capsys):
+def test_a_list_of_runs_says_what_each_is(tmp_path, capsys):
     assert main(["runs", "--artifacts", str(tmp_path)]) == 0
     assert f"0 runs in {tmp_path}" in capsys.readouterr().out
-    for number, names in enumerate((["a"], ["a", "b"], ["a", "b", "c"])):
+    parents, clusters = ("", "", "probe-1", "gone"), ("auto", "auto", "prompt", "auto")
+    for number, names in enumerate((["a"], ["a", "b"], ["a", "b", "c"], ["a"])):
         folder = runs.folder(tmp_path, f"probe-{number}")
         folder.mkdir(parents=True)
         record = {
             "finished": f"2026-01-0{number + 1}T10:11:12+00:00",
+            "rerun_of": parents[number],
+            "config": {
+                "name": f"n{number}",
+                "variance": {"cluster": clusters[number]},
+            },
             "checkpoints": [{"checkpoint": name} for name in names],
             "report": {"stage": "report", "key": "0" * 32, "digest": "0" * 64},
         }
         (folder / runs.RECORD).write_text(json.dumps(record))
     assert main(["runs", "--artifacts", str(tmp_path)]) == 0
     head, *rows, last = capsys.readouterr().out.splitlines()
-    assert head.split() == ["finished", "run", "checkpoints", "files"] and last == "3 runs"
-    assert [row.split() for row in rows] == [
-        ["2026-01-01T10:11Z", "probe-0", "a", "(1)", f"{tmp_path}/runs/probe-0"],
-        ["2026-01-02T10:11Z", "probe-1", "a", "b", "(2)", f"{tmp_path}/runs/probe-1"],
-        ["2026-01-03T10:11Z", "probe-2", "a", "…", "c", "(3)", f"{tmp_path}/runs/probe-2"],
+    assert re.split("  +", head) == ["finished", "run", "rerun of", "what it is"]
+    assert last == f"4 runs in {tmp_path / 'runs'}"
+    assert [re.split("  +", row) for row in rows] == [
+        ["2026-01-01T10:11Z", "probe-0", "–", "sweep of a (1)"],
+        ["2026-01-02T10:11Z", "probe-1", "–", "sweep of a b (2)"],
+        ["2026-01-03T10:11Z", "probe-2", "probe-1", "cluster prompt"],
+        ["2026-01-04T10:11Z", "probe-3", "gone", "its parent is not recorded any more"],
     ]
 
 
@@ -201,7 +220,7 @@ def test_a_list_of_runs_says_where_they_are(tmp_path, capsys):
         (["variance", "a-run", "--direct"], "there is no run 'a-run'"),
         (["variance", "--confidence", "95"], "confidence_level: must be less than"),
         (["variance", "--confidence", "nan"], "confidence_level: must be a finite number"),
-        (["variance", "--baseline", "mean"], "baseline: must be 'none'"),
+        (["variance", "--baseline", "mean"], "baseline: must be 'as_recorded'"),
         (["variance", "--normalizations", "per_token", "per_token"], "per_token is listed twice"),
     ],
 )

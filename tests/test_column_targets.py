@@ -3,7 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from entropy_core.estimates.tables import RESULTS, TABLES, TARGETS
+from entropy_core.estimates.fields import TARGETS
+from entropy_core.estimates.tables import RESULTS, TABLES
 
 SCHEMAS = {"results": RESULTS, **TABLES}
 

@@ -337,5 +337,7 @@ def test_numbers_as_yaml_writes_them(tmp_path):
 def test_a_request_changes_what_it_says_and_nothing_else():
     recorded = VarianceConfig(confidence_level=0.9, cluster="prompt", baseline="none")
     assert VarianceRequest().applied_to(recorded) == recorded
+    shown = VarianceRequest.model_validate(VarianceRequest().model_dump(mode="json"))  # a form sends all that it shows
+    assert shown.applied_to(recorded) == recorded
     asked = VarianceRequest(run="tiny-1", confidence_level=0.99, cluster="auto")
     assert asked.applied_to(recorded) == VarianceConfig(confidence_level=0.99, cluster="auto", baseline="none")

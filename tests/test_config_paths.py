@@ -75,7 +75,7 @@ def test_values_without_a_file_stay_or_start_where_they_are_told_to(home):
     assert parse_request({}).artifacts == "artifacts"
     assert parse_request({"artifacts": "../a"}, Origin(home / "configs")).artifacts == str(home / "a")
     again = parse_request(parse_request({"cluster": "auto"}), Origin(home))
-    assert (again.model_fields_set, again.artifacts) == ({"cluster"}, str(home / "artifacts"))
+    assert (again.cluster, again.baseline, again.artifacts) == ("auto", "as_recorded", str(home / "artifacts"))
 
 
 def test_every_path_that_leads_nowhere_is_named(home):

@@ -25,7 +25,8 @@ BACKWARD = {
 }
 MOVED = {"importance", "path-integral", "calibrate", "first-order-e"}  # the last by central differences
 POLICY = SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance"}
-STATISTICS = {"variance", "agreement", "interventions", "report"}
+STATISTICS = {"variance", "price", "agreement", "interventions", "report"}
+REWARD = {"reward-u-batch", "reward-e-batch"}
 OF_THE_LOSS = {"compute-update", "first-order-u", "half-steps-u", "screen"} | CHANGED_STEP
 
 
@@ -141,9 +142,7 @@ EDITS = {
         ),
         OF_THE_LOSS | {"dropout-u"},
     ),
-    "a reward": Edit(
-        replaces("[float(c.strip() == str(a).strip())", "[1.0 * (c.strip() == str(a).strip())"), {"reward-u-batch"}
-    ),
+    "a reward": Edit(replaces("[float(c.strip() == str(a).strip())", "[1.0 * (c.strip() == str(a).strip())"), REWARD),
     # what is read
     "a reader of a layout": Edit(
         replaces('PROGRESS_FILES = ("trainer_state.json",', 'PROGRESS_FILES = ("state.json",'),
@@ -169,11 +168,11 @@ EDITS = {
     "a statistic": Edit(replaces("((C - 1) / C * ((without_C", "((C - 1) * ((without_C"), {"variance"}),
     "a type in a module of statistics": Edit(
         replaces('Estimator = Literal["per_decision",', 'Estimator = Literal["mean", "per_decision",'),
-        {"variance", "interventions"},
+        {"variance", "price", "interventions"},
     ),
     "the formula of a baseline": Edit(
         adds("def time_loo_baseline(", "def time_totals(*_): ..."),
-        {"entropy-gradient", "block-sensitivities", "variance", "interventions"},
+        {"entropy-gradient", "block-sensitivities", "variance", "price", "interventions"},
     ),
     "a limit of a verdict": Edit(replaces("MATERIAL_CURVATURE = ", "MATERIAL_CURVATURE = 2 * "), {"variance"}),
     "the schema of a table": Edit(
@@ -186,7 +185,7 @@ EDITS = {
     # what runs on import
     "a statement that runs on import": Edit(
         adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"),
-        POLICY | {"screen", "interventions", "agreement", "variance"},
+        POLICY | {"screen", "interventions", "price", "agreement", "variance"},
     ),
     # what changes nothing
     "an unused error class": Edit(
@@ -233,7 +232,7 @@ EDITS = {
     ),
     "what is asked of a user's reward": Edit(
         replaces("json.dumps(_called(name, responses))", "json.dumps(list(_called(name, *arguments)))"),
-        {"reward-u-batch"},
+        REWARD,
     ),
     "what shows the progress": Edit(
         replaces("def halved(self)", "def third(self): ...\n\n    def halved(self)"), set()

@@ -283,7 +283,44 @@ def test_a_sweep_from_shards_is_the_plain_one_and_nothing_of_it_runs_twice(tmp_p
     (loaded,) = found.run.artifacts("load-weights")
     assert loaded.to_dict() in found.run.artifacts("sample-e-batch")[0].manifest["upstream"]
     assert probe(config).run.was_computed == {}
-    (tmp_path / "fsdp" / "checkpoint-3" / "optimizer.bin").write_bytes(b"")
+    sized = {
+        (artifact.stage, name)
+        for artifact in found.run.store.ls()
+        for name, entry in artifact.manifest["files"].items()
+        if any(tensor.endswith(".weight") for tensor in entry.get("tensors", ()))
+    }
+    assert {"load-weights", "compute-update", "entropy-gradient"} <= {stage for stage, _ in sized}
+    assert all(name.startswith("vectors/") for _, name in sized), "all that is of the size of the policy is of one kind"
+
+
+def test_the_weights_of_shards_go_with_the_vectors_and_are_made_anew_where_they_are_needed(tmp_path, monkeypatch):
+    skip_figures(monkeypatch)
+    gathered(make_run(tmp_path / "run") / "checkpoint-3")
+
+    def swept(**sections: object) -> dict[str, int]:
+        asked = values(
+            tmp_path / "run",
+            tmp_path / "store",
+            checkpoints=[str(tmp_path / "run" / "checkpoint-3")],
+            execution={"keep_vectors": False},
+            **sections,
+        )
+        steps = plan(parse_config(asked), preflight(parse_config(asked)), Store(tmp_path / "store"))
+        ran = probe(asked).run.was_computed
+        assert not list((tmp_path / "store").rglob("vectors/*"))
+        assert {step.stage for step in steps if not step.cached} == set(ran), "the plan says so"
+        return ran
+
+    assert swept()["load-weights"] == 1 and swept() == {}
+    again = swept(importance={"etas": [0, 1, 2]})
+    assert set(again) == {"load-weights", "compute-update", "importance", "variance", "report"}
+    assert set(swept(variance={"confidence_level": 0.9})) == {"variance", "report"}
+
+
+def test_a_sweep_from_shards_needs_its_optimizer_whole(tmp_path):
+    gathered(make_run(tmp_path / "run") / "checkpoint-3")
+    config = values(tmp_path / "run", tmp_path / "store", checkpoints=[str(tmp_path / "run" / "checkpoint-3")])
+    (tmp_path / "run" / "checkpoint-3" / "optimizer.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"optimizer\.bin is not a complete archive"):
         probe(config)
 

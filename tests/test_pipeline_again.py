@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from pipeline_fixtures import (
+    LEARNING_RATE,
     NAMES,
     Counting,
     Probe,
@@ -15,6 +17,7 @@ from pipeline_fixtures import (
 )
 from swept_fixtures import by_eta, config_of
 
+from entropy_core.code.version import code_version
 from entropy_core.config.read import load_config, parse_config
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import CheckpointError, ConfigError, StoreError
@@ -23,6 +26,7 @@ from entropy_core.files.digests import file_digest
 from entropy_core.pipeline import statistics
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.store import runs
 from entropy_core.store.store import Store
 
 pytest_plugins = ["swept_fixtures"]
@@ -106,13 +110,64 @@ def test_one_normalization_and_clusters_of_prompts(again):
     assert {row["normalization"] for row in rows} == {"per_sequence"}
 
 
-def test_a_run_can_be_named_and_the_latest_is_the_default(again, first):
+def test_the_latest_is_the_last_sweep_and_a_rerun_of_a_rerun_is_named(again, first):
     _, other = again(confidence_level=0.5)
-    _, named = again(run=first.result.run_id, confidence_level=0.75)
-    assert load_config(named.run_directory / "config.yaml").variance.confidence_level == 0.75
-    _, latest = again(baseline="none")
-    assert load_config(latest.run_directory / "config.yaml").variance.confidence_level == 0.75
-    assert len({first.result.run_id, other.run_id, named.run_id, latest.run_id}) == 4
+    _, of_sweep = again(baseline="none")
+    _, of_rerun = again(run=other.run_id, baseline="none")
+    settings = [load_config(result.run_directory / "config.yaml").variance for result in (of_sweep, of_rerun)]
+    assert [(of.confidence_level, of.baseline) for of in settings] == [(0.95, "none"), (0.5, "none")]
+    root = other.run_directory.parents[1]
+    parents = {run_id: runs.rerun_of(root, run_id) for run_id in runs.recorded(root)}
+    first_id = first.result.run_id
+    assert parents == {first_id: "", other.run_id: first_id, of_sweep.run_id: first_id, of_rerun.run_id: other.run_id}
+
+
+def test_a_rerun_that_comes_out_as_a_recorded_run_leaves_its_record(again, first):
+    _, other = again(confidence_level=0.5)
+    before = runs.finished(other.run_directory.parents[1], first.result.run_id)
+    _, back = again(run=other.run_id, confidence_level=0.95)
+    root = back.run_directory.parents[1]
+    assert back.run_id == first.result.run_id and runs.rerun_of(root, back.run_id) == ""
+    assert runs.finished(root, back.run_id) == before and runs.find(root, "latest").name == back.run_id
+
+
+def test_where_only_reruns_are_left_one_has_to_be_named(again, first):
+    _, other = again(confidence_level=0.5)
+    shutil.rmtree(other.run_directory.parent / first.result.run_id)
+    with pytest.raises(StoreError, match=f"no run 'latest'.*only reruns are recorded: {other.run_id}"):
+        again(baseline="none")
+
+
+def test_every_report_and_table_says_where_its_numbers_come_from(again, first):
+    _, other = again(confidence_level=0.999)
+    for result, parent, level in ((first.result, "", "0.95"), (other, first.result.run_id, "0.999")):
+        said = {
+            "run": result.run_id,
+            "rerun_of": parent,
+            "date": json.loads((result.run_directory / "run.json").read_text())["finished"],
+            "code": code_version(),
+            "config": "tiny",
+            "baseline": "time_loo",
+            "cluster": "auto: sequences",
+            "confidence_level": level,
+            "seed_e": "42",
+            "seed_u": "42",
+        }
+        tables = sorted(result.run_directory.glob("*.parquet"))
+        assert {"results.parquet", "linearity.parquet", "agreement.parquet"} <= {path.name for path in tables}
+        for path in tables:
+            metadata = pq.read_schema(path).metadata
+            assert {name: metadata[name.encode()].decode() for name in said} == said
+            assert pq.read_table(path).equals(result.report.table(path.name))
+        content = json.loads((result.run_directory / "headline.json").read_text())
+        assert content["provenance"] == said and len(content["rows"]) == len(first.rows)
+        comments = [line for line in (result.run_directory / "headline.csv").read_text().splitlines() if line[0] == "#"]
+        assert comments == [f"# {name}: {value}" for name, value in said.items()]
+        page = (result.run_directory / "report.md").read_text(encoding="utf-8").partition("## Provenance")[2]
+        shared = (result.run_directory / "report.html").read_text(encoding="utf-8").partition(">Provenance<")[2]
+        for value in filter(None, said.values()):
+            assert f" `{value}` |" in page and f"<code>{value}</code>" in shared
+    assert "intervals at 99.9 %." in (other.run_directory / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("stage", ["score-e-batch", "rescore-e-batch", "first-order-u", "compute-update", "importance"])
@@ -194,6 +249,11 @@ def test_float32_says_the_same(away, first):
         assert row["H"] == pytest.approx(double["H"], rel=1e-5)
         assert row["delta_h1"] == pytest.approx(double["delta_h1"], rel=1e-4)
         assert abs(row["delta_h"] - double["delta_h"]) <= 1e-6 + 3 * row["noise_floor"]
+
+
+def test_a_step_size_is_the_multiple_that_was_asked_for(redo, first):
+    assert 0.123 * LEARNING_RATE / LEARNING_RATE != 0.123
+    assert {row["eta_over_lr"] for row in redo(importance={"etas": [0, 0.123]}).rows} == {0, 0.123}
 
 
 def test_absolute_step_sizes(redo):

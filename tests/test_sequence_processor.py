@@ -285,6 +285,20 @@ def test_every_token_is_in_one_micro_batch_and_progress_is_told(world: World):
     assert told == [(3, 10), (6, 10), (9, 10), (10, 10)]
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 20, 10_000])
+def test_a_micro_batch_of_long_answers_has_fewer_of_them(world: World, tokens: int):
+    maker = SequenceProcessor(world.policy, GenerationConfig(TAU, LONGEST, tf_batch_size=6, tf_batch_tokens=tokens))
+    sequences = maker.generate_with_replacement_sampling(POOL, 23, seed=13)
+    shapes = [tuple(rows.input_ids_BL.shape) for _, rows in maker.micro_batches(sequences)]
+    assert sum(rows for rows, _ in shapes) == 23
+    for (rows, length), following in pairwise([*shapes, None]):
+        assert rows == 1 or (rows <= 6 and rows * length <= tokens)
+        assert rows == 6 or (rows + 1) * length > tokens or following is None  # as many as there is room for
+    expected, _ = processor(world.policy, tf_batch_size=1).score(sequences)
+    scored, _ = maker.score(sequences)
+    torch.testing.assert_close(scored.logprobs_K, expected.logprobs_K, rtol=1e-10, atol=1e-11)
+
+
 # --- what cannot be used ---------------------------------------------------------------------------------------------
 
 

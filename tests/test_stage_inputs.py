@@ -38,6 +38,7 @@ def asked(home, store: str = "artifacts") -> dict[str, Any]:
         batch_config={"E_replicates": 2},
         update={"kl_beta": 0.1, "reference": str(home / "run" / "checkpoint-5")},
         importance={"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
+        price=True,
         interventions=["positives_only"],
         lab={"measure": "best 1"},
     )
@@ -86,7 +87,11 @@ def test_a_stage_takes_what_it_is_given_in_a_sweep_and_nothing_else(swept, stage
         (catalogue.SAMPLE_E, {"mode": "all"}, "mode: Input should be 'replacement' or 'distinct'"),
         (catalogue.SCORE_E, {"policy": {"weights": "a"}}, "policy.dtype: Field required"),
         (catalogue.IMPORTANCE, {"eta": "lr"}, "eta: Input should be a valid number"),
-        (catalogue.VARIANCE, {"moved": [{"eta": 0.0, "shards": []}]}, "moved.0.path: Field required"),
+        (
+            catalogue.VARIANCE,
+            {"moved": [{"eta": 0.0, "eta_over_lr": 0.0, "shards": []}]},
+            "moved.0.path: Field required",
+        ),
         (catalogue.VARIANCE, {"baseline": "mean"}, "baseline: Input should be "),
     ],
 )

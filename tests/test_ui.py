@@ -225,7 +225,7 @@ def test_the_statistics_again_from_the_form(browser, api):
     assert browser.task_runs(4) == states(api, run_id) == expected
     browser.show("ui-variance", tasks)
     browser.open_artifact("report")
-    browser.page.get_by_text("intervals at 80%").wait_for()
+    browser.page.get_by_text("intervals at 80 %").wait_for()
     browser.page.locator(".markdown-renderer img").first.wait_for()
 
     after = rows_of(api, run_id)

@@ -45,7 +45,7 @@ def fits(table: Table, device: torch.device, tiny: bool) -> None:
     shape = TINY if tiny else (QWEN[1] if device.type == "cuda" else SMOLLM2)
     rows, length = (8, 128) if tiny else (4, 1024)
     policy = make_policy(shape, device)
-    of = SequenceProcessor(policy, GenerationConfig(1.0, length, rows, rows))
+    of = SequenceProcessor(policy, GenerationConfig(1.0, length, rows, rows, tf_batch_tokens=2**40))
     batch = make_batch(shape, rows, length)
     for name, run in passes(of, batch, lambda: random_direction(policy)).items():
         if table.left < (0 if tiny else ENOUGH):

@@ -1,5 +1,6 @@
 """The optimizer's next step, block by block, from the trainer's own file: what is elementwise is not stored."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,7 +55,8 @@ class _Parameter(NamedTuple):
 class OptimizerStep:
     """The next step from a checkpoint's state, each block computed when it is asked for, on the policy's device.
 
-    A rule that is not elementwise needs the whole parameter; its results are kept until another one is asked for.
+    What is asked of the same block in a row takes its arithmetic only once. A rule that is not elementwise needs the
+    whole parameter; its results are kept until another one is asked for.
 
     Args:
         checkpoint: artifact of load-checkpoint.
@@ -92,13 +94,28 @@ class OptimizerStep:
             for name, of_one in group["parameters"].items():
                 steps, slot, narrow = of_one
                 self._of[name] = _Parameter(steps, slot, narrow, group["fused"], rule, moments, hyperparameters)
+        self._last_state: dict[Block, Any] = {}
+        self._last_step: dict[Block, NextStep] = {}
+
+    def on(self, gradient: Mapping[Block, Tensor], clip: float) -> "OptimizerStep":
+        """Return the step from the same state on another gradient; the arguments are those of the class.
+
+        Steps from one state read a block of it only once where they are asked for it one after the other.
+        """
+        other = copy.copy(self)
+        other._gradient, other._clip, other._last_step = gradient, clip, {}
+        return other
 
     def _of_block(self, block: Block) -> NextStep:
         """The step of a block, by an elementwise rule."""
-        of_one = self._of[block.name]
-        gradient, state = self._clip_one(block), self._state(block)
-        step: NextStep = of_one.rule.next_step(gradient, self._parameters[block], state, of_one.hyperparameters)
-        return step
+        if block not in self._last_step:
+            of_one = self._of[block.name]
+            gradient, state = self._clip_one(block), self._state(block)
+            self._last_step.clear()
+            self._last_step[block] = of_one.rule.next_step(
+                gradient, self._parameters[block], state, of_one.hyperparameters
+            )
+        return self._last_step[block]
 
     def _of_parameter(self, name: str) -> NextStep:
         """The step of a whole parameter, by any rule."""
@@ -119,6 +136,12 @@ class OptimizerStep:
         return self._gradient[block] if self._clip == 1.0 else self._clip * self._gradient[block]
 
     def _state(self, block: Block) -> Any:
+        if block not in self._last_state:
+            self._last_state.clear()
+            self._last_state[block] = self._read_state(block)
+        return self._last_state[block]
+
+    def _read_state(self, block: Block) -> Any:
         of_one = self._of[block.name]
         if self._moments is None or of_one.slot is None:
             count = block.stop - block.start

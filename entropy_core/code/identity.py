@@ -22,6 +22,7 @@ an object whose class has no base from a library; attributes named in format str
 not reach has changed in the process before.
 """
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 from entropy_core.code.bindings import Sources
 from entropy_core.code.definitions import Module
 from entropy_core.code.reached import walk
+from entropy_core.code.remembered import recall, remember
 from entropy_core.errors import StoreError
 
 
@@ -61,7 +63,7 @@ class _Source(NamedTuple):
 
 _loaded: dict[str, tuple[ModuleSpec, _Source]] = {}
 _noted: dict[frozenset[str], int] = {}
-_known: dict[str, tuple[dict[str, Module | None], Code]] = {}
+_known: dict[str, tuple[dict[str, str], Code]] = {}  # with the fingerprints of the modules that were read
 
 
 def code_of(function: Callable[..., Any]) -> Code:
@@ -106,8 +108,7 @@ def code_at(name: str, find: Callable[[str], Module | None] | None = None) -> Co
     roots = frozenset({module_name.partition(".")[0], "entropy_core"})
     if find is None:
         _note_loaded(roots)
-        read, known = _known.get(name, ({}, None))
-        if known and all(_module(one) is module for one, module in read.items()):
+        if known := _recall(name):
             return known
     sources = Sources(roots, find or _module)
     if sources.module(module_name) is None:
@@ -122,8 +123,24 @@ def code_at(name: str, find: Callable[[str], Module | None] | None = None) -> Co
     definitions = {name: digest[:12] for name, digest in reached.digests().items()}
     code = Code(reached.digest(), definitions, tuple(sorted(reached.libraries)))
     if find is None:
-        _known[name] = sources.read, code
+        read = {one: _fingerprint(one) for one in sources.read}
+        _known[name] = read, code
+        if roots == {"entropy_core"}:
+            remember(name, read, code._asdict())
     return code
+
+
+def _recall(name: str) -> Code | None:
+    """The code of a function as this or an earlier process found it, if no module that was read for it has changed."""
+    read, code = _known.get(name, ({}, None))
+    if code and all(_fingerprint(one) == known for one, known in read.items()):
+        return code
+    if remembered := recall(name, _fingerprint):
+        read, found = remembered
+        code = Code(found["digest"], found["definitions"], tuple(found["libraries"]))
+        _known[name] = read, code
+        return code
+    return None
 
 
 def read_from(folder: Path) -> Callable[[str], Module | None]:
@@ -170,6 +187,12 @@ def _source(name: str) -> _Source | None:
     return source
 
 
+def _fingerprint(name: str) -> str:
+    """Digest of a module's source; empty where it has none."""
+    source = _source(name)
+    return _digest(*source) if source else ""
+
+
 def _file(parts: list[str], locations: Iterable[str]) -> Path | None:
     """Where a module's source is, found without importing it or its parents."""
     for location in locations:
@@ -182,6 +205,11 @@ def _file(parts: list[str], locations: Iterable[str]) -> Path | None:
 
 def _read(path: Path) -> _Source:
     return _Source(path.read_bytes(), path.name == "__init__.py")
+
+
+@lru_cache(maxsize=1024)
+def _digest(content: bytes, is_package: bool) -> str:
+    return hashlib.sha256(bytes([is_package]) + content).hexdigest()
 
 
 _parse = lru_cache(maxsize=512)(Module)

@@ -34,7 +34,9 @@ class LabConfig(Section):
 class InterventionsRequest(Section):
     """Interventions on a recorded sweep; what it computed before is reused. It needs the checkpoints."""
 
-    run: str = Field("latest", min_length=1, description="Id of a recorded sweep, or latest.")
+    run: str = Field(
+        "latest", min_length=1, description="Id of a recorded run, or latest: the sweep that finished last."
+    )
     artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
     interventions: list[InterventionEntry] = Field(
         ["published"], min_length=1, max_length=1000, description="What is tried, see `interventions` above."

@@ -2,7 +2,7 @@
 
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,12 +55,13 @@ def parse_interventions(values: Any, origin: Origin | None = None) -> Interventi
     return _parse(InterventionsRequest, values, "the request", origin, [])
 
 
-def load_config(path: Path | str, must_exist: bool = False) -> ProbeConfig:
+def load_config(path: Path | str, must_exist: bool = False, checkpoints: Sequence[str] = ()) -> ProbeConfig:
     """Load a `ProbeConfig` from a YAML file; relative paths in it are resolved against the folder of the file.
 
     Args:
         path: the YAML file.
         must_exist: refuse a configuration with a path that does not exist.
+        checkpoints: take the place of those in the file, if there are any; absolute paths.
 
     Returns:
         The configuration, with absolute paths.
@@ -69,6 +70,8 @@ def load_config(path: Path | str, must_exist: bool = False) -> ProbeConfig:
         ConfigError: the file is missing or is not YAML, or `parse_config` would raise it.
     """
     values, repeated = plain_yaml.read(path)
+    if checkpoints and isinstance(values, dict):
+        values = values | {"checkpoints": [*checkpoints]}
     return _parse(ProbeConfig, values, str(path), Origin(Path(path).parent, must_exist), repeated)
 
 

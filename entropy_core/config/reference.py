@@ -1,7 +1,7 @@
 """Generate the reference pages from the code; `python -m entropy_core.config.reference` writes them to docs/."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 
 from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
-from entropy_core.estimates.tables import AGREEMENT, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
+from entropy_core.estimates.price_table import PRICE
+from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
 
 
 def configuration_page() -> str:
@@ -25,10 +26,10 @@ def configuration_page() -> str:
         *_section("", ProbeConfig),
         "## The `request` of entropy-probe/variance",
         "",
-        "All keys of `variance` above, without the prefix, and the two below. Keys that are not set keep their",
-        "recorded values.",
+        "The keys of `variance` above, each as recorded unless something else is asked for, in a form as on the",
+        "command line.",
         "",
-        *_table({name: VarianceRequest.model_fields[name] for name in ("run", "artifacts")}, ""),
+        *_table(VarianceRequest.model_fields, ""),
         "## The `request` of entropy-probe/interventions",
         "",
         "`lab` as above, and:",
@@ -51,11 +52,14 @@ def tables_page() -> str:
         "eta_pairs": "A row per checkpoint × normalisation × estimator × η > 0 for which −η was measured as well.",
         "replicates": "A row per checkpoint × normalisation × E batch, if `E_replicates` is above 1.",
         "predictors": "A row per checkpoint × normalisation × step size × predictor.",
+        "price": "A row per checkpoint × normalisation × step size but 0, if `price` is set.",
         "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
         "interventions": "A row per checkpoint × normalisation × level × intervention, if any are asked for.",
+        "compare": "A row per pair of checkpoints × normalisation × quantity; `entropy-probe compare` writes it.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
-    schemas |= {"agreement": AGREEMENT, "interventions": INTERVENTIONS}
+    schemas |= {"price": of_checkpoints(PRICE), "agreement": AGREEMENT, "interventions": INTERVENTIONS}
+    schemas |= {"compare": COMPARISON}
     for name, schema in schemas.items():
         lines += [
             "",
@@ -128,7 +132,11 @@ def _is_section(field: FieldInfo) -> bool:
 
 def main() -> None:
     """Write the pages."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    parser = argparse.ArgumentParser(
+        "python -m entropy_core.config.reference", description="Write the reference pages."
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs"), help="where to (default: docs)")
+    folder = parser.parse_args().folder
     for name, page in PAGES.items():
         (folder / name).write_text(page(), encoding="utf-8")
 

@@ -47,7 +47,14 @@ class SamplingConfig(Section):
         512, ge=1, le=1_000_000, description="Sequences decoded together; does not change the result."
     )
     tf_batch_size: int = Field(
-        256, ge=1, le=1_000_000, description="Sequences per teacher-forced pass; does not change the result."
+        256, ge=1, le=1_000_000, description="Sequences per teacher-forced pass, at most; does not change the result."
+    )
+    tf_batch_tokens: int = Field(
+        65_536,
+        ge=1,
+        le=1_000_000_000,
+        description="Tokens per teacher-forced pass, padding included, at most, so that long answers take no more "
+        "memory than short ones; does not change the result.",
     )
 
     @property

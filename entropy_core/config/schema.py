@@ -372,6 +372,11 @@ class ProbeConfig(Section):
     update: UpdateConfig = UpdateConfig()
     importance: ImportanceConfig = ImportanceConfig()
     variance: VarianceConfig = VarianceConfig()
+    price: bool = Field(
+        False,
+        description="Compute the reward of every response of E, too, and say what a step does to the expected reward "
+        "and how much entropy goes with it.",
+    )
     interventions: list[InterventionEntry] = Field(
         default_factory=list,
         max_length=1000,
@@ -404,13 +409,33 @@ class ProbeConfig(Section):
         return given | {"execution": given.get("execution", {}) | {"artifacts": self.execution.artifacts}}
 
 
-class VarianceRequest(VarianceConfig):
-    """The statistics of a recorded sweep, again, from cached batches alone. What is not set stays as recorded."""
+class VarianceRequest(Section):
+    """The statistics of a recorded sweep, again, from cached batches alone.
 
-    run: str = Field("latest", min_length=1, description="Id of a recorded sweep, or latest.")
+    What stays as recorded is a value like any other, and the default: a form sends all that it shows.
+    """
+
+    run: str = Field(
+        "latest", min_length=1, description="Id of a recorded run, or latest: the sweep that finished last."
+    )
+    confidence_level: float = Field(0.0, ge=0, le=0.999999, description="Of every interval. 0: as recorded.")
+    baseline: Literal["as_recorded", Baseline] = Field(
+        "as_recorded", description="Baseline of the reward-to-go, from the other sequences."
+    )
+    cluster: Literal["as_recorded", "auto", "prompt"] = Field("as_recorded", description="Independent units of E.")
+    normalizations: list[Normalization] = Field(
+        default_factory=list,
+        description="Entropy per token, per sequence, or both. []: as recorded.",
+        json_schema_extra=DISTINCT,
+    )
     artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
 
     def applied_to(self, recorded: VarianceConfig) -> VarianceConfig:
         """The recorded settings with those that were asked for in their place."""
-        asked = self.model_fields_set & set(VarianceConfig.model_fields)
-        return recorded.model_copy(update={name: getattr(self, name) for name in asked})
+        asked = {name: getattr(self, name) for name in VarianceConfig.model_fields}
+        return recorded.model_copy(update={name: value for name, value in asked.items() if value not in _AS_RECORDED})
+
+    _distinct = field_validator("normalizations")(each_once)
+
+
+_AS_RECORDED: tuple[Any, ...] = (0.0, "as_recorded", [])

@@ -73,7 +73,7 @@ def linearity_rows(
     at_eta: Mapping[float, tuple[Estimate, float]],
     derivative: Derivative,
     estimator: Estimator,
-    learning_rate: float,
+    multiples: Mapping[float, float],
 ) -> tuple[list[Row], list[Row]]:
     """Fit ΔH/η against η, and compute the odd and even parts of pairs ±η.
 
@@ -82,7 +82,7 @@ def linearity_rows(
         at_eta: η → ΔH and its noise floor, for every η with usable weights.
         derivative: ∂_vH from `rows.derivative_of`.
         estimator: estimator of ΔH.
-        learning_rate: nominal learning rate, the unit of `eta_over_lr`.
+        multiples: η → `eta_over_lr`.
 
     Returns:
         Rows of `tables.LINEARITY` (none for fewer than two step sizes) and of `tables.ETA_PAIRS`.
@@ -118,7 +118,7 @@ def linearity_rows(
             {
                 "estimator": estimator,
                 "eta": pair.eta,
-                "eta_over_lr": pair.eta / learning_rate,
+                "eta_over_lr": multiples[pair.eta],
                 "odd": pair.odd.value,
                 "odd_se": batch.standard_error(pair.odd),
                 "odd_remainder": remainder.value,

@@ -1,4 +1,4 @@
-"""Quantiles and tail probabilities of Student's t and of χ². The only importer of scipy.
+"""Quantiles and probabilities of Student's t, central and not, and of χ². The only importer of scipy.
 
 They come from `scipy.special`: `scipy.stats`, which calls the same functions, takes four times as long to import.
 """
@@ -19,3 +19,10 @@ def t_tail(value: float, degrees_of_freedom: float) -> float:
 def chi_squared_tail(value: float, degrees_of_freedom: float) -> float:
     """Return the probability that χ² is above a value."""
     return float(special.chdtrc(degrees_of_freedom, value))
+
+
+def noncentral_t_below(value: float, degrees_of_freedom: float, shift: float) -> float:
+    """Return the probability that the noncentral t, of Z + `shift` over its estimated error, is below a value."""
+    if value <= 0 and shift > 10:  # less than 1e-18, for which the library gives NaN
+        return 0.0
+    return float(special.nctdtr(degrees_of_freedom, shift, value))

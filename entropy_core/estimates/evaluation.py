@@ -276,7 +276,7 @@ def _at(
 ) -> tuple[Tokens, PrefixWeights]:
     """Return a block with ℓ and h under another policy, and the importance weights to that policy."""
     drawn_K = tokens.drawn_logprobs_K
-    moved = Tokens(logprobs_K, entropies_K, tokens.offsets_N1, along, drawn_K)
+    moved = tokens._replace(logprobs_K=logprobs_K, entropies_K=entropies_K, along=along, proposal_logprobs_K=drawn_K)
     return moved, prefix_weights(drawn_K, logprobs_K, tokens.offsets_N1)
 
 

@@ -1,22 +1,19 @@
 """Schemas of the result tables, with the unit and the meaning of every column in the field metadata."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from entropy_core.estimates.fields import NATS as _H
+from entropy_core.estimates.fields import REAL as _REAL
+from entropy_core.estimates.fields import TARGETS
+from entropy_core.estimates.fields import TEXT as _TEXT
+from entropy_core.estimates.fields import WHOLE as _WHOLE
+from entropy_core.estimates.fields import field as _field
+
 Row = Mapping[str, Any]
-
-
-def _field(name: str, kind: pa.DataType, unit: str, description: str) -> pa.Field:
-    return pa.field(name, kind, metadata={"unit": unit, "description": description})
-
-
-_TEXT, _REAL, _WHOLE = pa.string(), pa.float64(), pa.int64()
-_H = "nats per token (per_token) or per sequence (per_sequence)"
-
-TARGETS = ("for this policy", "for this update", "for the mean update", "for the next update")
-"""What an interval, a standard error or a p-value may be for; the description of its column says which."""
 
 
 def _ends(prefix: str, quantity: str) -> list[pa.Field]:
@@ -32,7 +29,7 @@ def _ends(prefix: str, quantity: str) -> list[pa.Field]:
 ESTIMATES = pa.schema(
     [
         _field("eta", _REAL, "learning-rate unit", "absolute step size: the policy moves to theta + eta * v"),
-        _field("eta_over_lr", _REAL, "1", "eta divided by the checkpoint's learning rate"),
+        _field("eta_over_lr", _REAL, "1", "eta as a multiple of the checkpoint's learning rate, as asked for"),
         _field("normalization", _TEXT, "", "per_token: E[S]/E[T]; per_sequence: E[S]"),
         _field(
             "estimator", _TEXT, "", "estimator of delta_h: per_decision, weighted_per_decision, snis or path_integral"
@@ -287,6 +284,7 @@ AGREEMENT = of_checkpoints(
 )
 """What the trainer logged beside what the probe measures; one table for all checkpoints."""
 
+_PER_REWARD = "nats per unit of reward"
 
 INTERVENTIONS = of_checkpoints(
     pa.schema(
@@ -314,11 +312,50 @@ INTERVENTIONS = of_checkpoints(
             _field("p_half_1", _REAL, "1", "p-value for this update by the half of E that judges (t test)"),
             _field("kept_on_delta_h1", _REAL, _H, "delta_h1 once the momentum is that of the changed gradient"),
             _field("kept_on_difference", _REAL, _H, "the difference once both runs have saturated their momentum"),
-            _field("confidence_level", _REAL, "1", "confidence level of the interval and of the verdict"),
+            _field("delta_j", _REAL, "reward", "change of the expected reward, measured after this step; or null"),
+            _field("difference_j", _REAL, "reward", "this change minus that of the run as it is, on the same E and U"),
+            _field("difference_j_se", _REAL, "reward", "standard error of difference_j for this update: over E"),
+            _field("difference_j_low", _REAL, "reward", "lower end of the interval of difference_j for this update"),
+            _field("difference_j_high", _REAL, "reward", "upper end of the interval of difference_j for this update"),
+            _field("price", _REAL, _PER_REWARD, "difference / difference_j: entropy kept per unit of reward gained"),
+            _field("price_low", _REAL, _PER_REWARD, "lower end of Fieller's interval of the price for this update"),
+            _field("price_high", _REAL, _PER_REWARD, "upper end of it for this update; null if difference_j may be 0"),
+            _field("confidence_level", _REAL, "1", "confidence level of the intervals and of the verdict"),
         ]
     )
 )
 """What each intervention changes; one table for all checkpoints."""
+
+
+COMPARISON = pa.schema(
+    [
+        _field("run", _TEXT, "", "the run that the others are compared with, and its run directory if it has several"),
+        _field("other_run", _TEXT, "", "the run that is compared with it, and its run directory"),
+        _field("step", _WHOLE, "optimizer steps", "the trainer's global step, the same in both"),
+        _field("checkpoint", _TEXT, "", "name of the checkpoint in `run`"),
+        _field("other_checkpoint", _TEXT, "", "name of the checkpoint in `other_run`"),
+        _field("normalization", _TEXT, "", "per_token or per_sequence"),
+        _field("quantity", _TEXT, "", "H, delta_h1 or delta_h; the changes at the step size of the row"),
+        _field("eta_over_lr", _REAL, "1", "step size as a multiple of the learning rate; null for H"),
+        _field("value", _REAL, _H, "the quantity in `run`"),
+        _field("value_se", _REAL, _H, "its standard error for this update: over E"),
+        _field("other_value", _REAL, _H, "the quantity in `other_run`"),
+        _field("other_value_se", _REAL, _H, "its standard error for this update: over E"),
+        _field("difference", _REAL, _H, "other_value - value; null if one of them could not be measured"),
+        _field("difference_se", _REAL, _H, "its standard error for this update: over E, paired as `shared_e` says"),
+        *_ends("", "the difference"),
+        _field("shared_e", _TEXT, "", "same batch or same prompts: paired by sequence; other prompts: independent"),
+        _field("shared_u", _TEXT, "", "same step or same prompts: paired by prompt; other prompts: independent"),
+        _field("confidence_level", _REAL, "1", "confidence level of the intervals"),
+        _field(
+            "verdict",
+            _TEXT,
+            "",
+            "other_value is higher or lower for this update, or equal; cannot tell; not measured",
+        ),
+    ]
+)
+"""Two runs, checkpoint by checkpoint; the table that `entropy-probe compare` writes."""
 
 
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
@@ -364,6 +401,30 @@ def by_checkpoint(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         groups.setdefault(row["checkpoint"], []).append(row)
     return groups
+
+
+def by_run_directory(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Group rows by the run directory of their checkpoints, as far as the checkpoints' names tell it.
+
+    Args:
+        rows: with `checkpoint` and `step`.
+
+    Returns:
+        Rows by run directory, in order; all of them under "" where no training step is in two of these.
+    """
+    directory_of = {row["checkpoint"]: _run_directory(row["checkpoint"], row["step"]) for row in rows}
+    steps = {(directory_of[row["checkpoint"]], row["step"]) for row in rows}
+    if len(steps) == len({step for _, step in steps}):
+        return {"": list(rows)}
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(directory_of[row["checkpoint"]], []).append(row)
+    return groups
+
+
+def _run_directory(checkpoint: str, step: int) -> str:
+    """What is before the last part of a name, without the step, which may be in it as in global_step_5/actor."""
+    return re.sub(rf"(?<!\d){step}(?!\d)", "*", checkpoint).rpartition("/")[0]
 
 
 def first_of_each(rows: Sequence[Row]) -> list[Row]:

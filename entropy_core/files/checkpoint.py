@@ -17,8 +17,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import translate
+from functools import cache
 from pathlib import Path
 
 from entropy_core.errors import CheckpointError, one_line, shortage
@@ -89,7 +90,7 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
                 fix="correct the pattern; a run's checkpoints are usually RUN/checkpoint-*",
             )
         for match in sorted(matches):
-            for directory in _checkpoints_of_run(Path(match)) or [Path(match)]:
+            for directory in checkpoints_of_run(Path(match)) or [Path(match)]:
                 found.setdefault(directory.resolve(), directory)
 
     def by_step(path: Path) -> tuple[float, str]:
@@ -99,7 +100,7 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
     return sorted(found.values(), key=by_step)
 
 
-def _checkpoints_of_run(directory: Path) -> list[Path]:
+def checkpoints_of_run(directory: Path) -> list[Path]:
     """The checkpoints in a run directory; none in any other. A trainer saves its last model beside them, too.
 
     Of the Trainer and accelerate `checkpoint-N`, of verl and SkyRL `global_step_N`, of NeMo-RL and prime-rl `step_N`,
@@ -163,12 +164,13 @@ def model_directory(directory: Path) -> Path:
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
-def _one_of(patterns: Iterable[str]) -> Callable[[str], object]:
-    """A function that tells the names that match one of these patterns; made once, because a directory has many."""
+@cache
+def _one_of(patterns: tuple[str, ...]) -> Callable[[str], object]:
+    """A function that tells names that match one of these patterns; made once, since every stage asks."""
     return re.compile("|".join(map(translate, patterns)) or "(?!)").match
 
 
-def file_digests(directory: Path, besides: Sequence[str] = ()) -> dict[str, str]:
+def file_digests(directory: Path, besides: tuple[str, ...] = ()) -> dict[str, str]:
     """Content digests of the files that a result may depend on: all but the known bystanders.
 
     Args:

@@ -4,17 +4,13 @@ A file is unchanged while its device, inode, size, mtime and ctime are. The mtim
 the system's. A file whose ctime is younger than two seconds is not remembered: its clock may be too coarse to tell the
 next change from the last.
 
-Digests of large files outlive the process, in `digests.jsonl` in the user's cache folder, one line for each. Processes
-append to it and never wait for one another; a line that is not whole is no line; a file that others could have written
-is neither believed nor touched. Without it everything is only slower.
+Digests of large files outlive the process, in `digests.jsonl` in the user's cache folder, one line for each, see
+`cache_folder`. Processes append to it and never wait for one another; a line that is not whole is no line.
 """
 
 import hashlib
-import io
 import json
 import os
-import secrets
-import stat as mode
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +18,7 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
+from entropy_core.files.cache_folder import cache_folder, open_own, replace_own
 from entropy_core.files.regular import require_readable
 
 Identity = tuple[int, ...]
@@ -113,19 +110,18 @@ class _Memory:
 
     @staticmethod
     def path() -> Path:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(home).expanduser() / "entropy-probe" / "digests.jsonl"
+        return cache_folder() / "digests.jsonl"
 
     def read(self) -> dict[Identity, str]:
         """What has been added since the last time."""
         found: dict[Identity, str] = {}
         try:
-            with self._open(os.O_RDONLY) as file:
+            with open_own(self.path(), os.O_RDONLY) as file:
                 here = str(self.path()), os.fstat(file.fileno()).st_ino
                 if here != self._file:
                     self._file, self._read = here, 0
                 file.seek(self._read)
-                for line in file.read().splitlines(keepends=True):
+                for line in (file.read() or b"").splitlines(keepends=True):
                     if line.endswith(b"\n"):
                         self._read += len(line)
                         found.update(_entry(line))
@@ -138,30 +134,13 @@ class _Memory:
         try:
             path = self.path()
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._open(os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
+            with open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
                 file.write(_line(identity, digest))
                 if os.fstat(file.fileno()).st_size > MOST_BYTES:
                     file.seek(MOST_BYTES // 2)
-                    self._replace(path, file.read().partition(b"\n")[2])
+                    replace_own(path, (file.read() or b"").partition(b"\n")[2])
         except (OSError, RuntimeError):
             pass
-
-    def _open(self, flags: int) -> io.RawIOBase:
-        path = self.path()
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        file = io.FileIO(descriptor, "r+" if flags & os.O_RDWR else "r")
-        for stat in (os.fstat(descriptor), os.stat(path.parent)):
-            if stat.st_uid != os.geteuid() or stat.st_mode & (mode.S_IWGRP | mode.S_IWOTH):
-                file.close()
-                raise PermissionError(f"{path} could have been written by somebody else")
-        return file
-
-    def _replace(self, path: Path, content: bytes) -> None:
-        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        temporary.replace(path)
 
 
 @cache

@@ -9,6 +9,7 @@ norm is elementwise, so a tensor may be a whole parameter or any block of one.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ class NextStep(Diagonal):
         v = self.gradient.addcdiv_(self._state.exp_avg, self._denominator, value=self._of_momentum)  # + momentum
         return v.add_(self.decay)
 
-    @property
+    @cached_property
     def jacobian(self) -> Tensor:
         """Diagonal of J, including the derivative of the denominator."""
         # d(denominator)/dg; root = 0 means that both moments and g are 0, and there the one-sided derivatives cancel
@@ -152,14 +153,31 @@ def pull_back(
         w, lazily, with the keys of `jacobian`, float64.
     """
     pulled = Lazy(list(jacobian), lambda key: jacobian[key].double() * covector[key].double())
-    return through_clipping(pulled, gradient, max_norm)
-
-
-def through_clipping(pulled: Mapping[K, Tensor], gradient: Mapping[K, Tensor], max_norm: float) -> Lazy[K]:
-    """Return what `pull_back` does, for a step whose Jᵀ·a at the clipped gradient is `pulled`."""
     norm = global_norm(gradient)
+    return through_clipping(pulled, gradient, norm, dot(gradient, pulled), max_norm)
+
+
+def through_clipping(
+    pulled: Mapping[K, Tensor],
+    gradient: Mapping[K, Tensor],
+    norm: float,
+    product: float,
+    max_norm: float,
+) -> Lazy[K]:
+    """Return what `pull_back` does, for a step whose Jᵀ·a at the clipped gradient is `pulled`.
+
+    Args:
+        pulled: Ja.
+        gradient: g before clipping.
+        norm: ‖g‖.
+        product: ⟨g, Ja⟩; not used if the gradient is not clipped.
+        max_norm: clipping norm; 0 for no clipping.
+
+    Returns:
+        w, lazily, with the keys of `pulled`, float64.
+    """
     factor = clip_factor(norm, max_norm)
     if norm == 0.0 or factor == 1.0:
         return Lazy(list(pulled), lambda key: factor * pulled[key])
-    along = factor / ((norm + CLIP_EPSILON) * norm) * dot(gradient, pulled)
+    along = factor / ((norm + CLIP_EPSILON) * norm) * product
     return Lazy(list(pulled), lambda key: factor * pulled[key] - along * gradient[key].double())

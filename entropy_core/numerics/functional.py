@@ -1,7 +1,8 @@
 """Estimated quantities E[F] with F = Σ_k f_k, a sum over the tokens of a response.
 
-    ENTROPY     f_k = h_k     E[F] = H_seq
-    LENGTH      f_k = 1       E[F] = L
+    ENTROPY     f_k = h_k                             E[F] = H_seq
+    LENGTH      f_k = 1                               E[F] = L
+    REWARD      f_k = the reward at the last token    E[F] = J, the expected reward
 
 A functional defines the term f_k of one token as a plain function of its log-probability ℓ_k and of the entropy h_k of
 the distribution it was drawn from. The derivative along a direction follows by the chain rule,
@@ -43,6 +44,7 @@ class Tokens(NamedTuple):
         offsets_N1: int64 [N + 1].
         along: ℓ̇ and ḣ, derivatives along a direction, nats per unit step; None if there is no direction.
         proposal_logprobs_K: log q of each token under the law that drew it; None if this policy drew the tokens.
+        rewards_K: the reward of a response at its last token, and 0 at the others; None if rewards are not known.
     """
 
     logprobs_K: Tensor
@@ -50,6 +52,7 @@ class Tokens(NamedTuple):
     offsets_N1: Tensor
     along: TokenPair | None = None
     proposal_logprobs_K: Tensor | None = None
+    rewards_K: Tensor | None = None
 
     @property
     def drawn_logprobs_K(self) -> Tensor:
@@ -72,8 +75,14 @@ class Tokens(NamedTuple):
         offsets_N1 = self.offsets_N1[: sequences + 1]
         count = int(offsets_N1[-1])
         along = self.along and TokenPair(*(values_K[:count] for values_K in self.along))
-        log_q_K = None if self.proposal_logprobs_K is None else self.proposal_logprobs_K[:count]
-        return Tokens(self.logprobs_K[:count], self.entropies_K[:count], offsets_N1, along, log_q_K)
+        others = (None if x_K is None else x_K[:count] for x_K in (self.proposal_logprobs_K, self.rewards_K))
+        return Tokens(self.logprobs_K[:count], self.entropies_K[:count], offsets_N1, along, *others)
+
+    def rewarded(self, rewards_N: Tensor) -> "Tokens":
+        """Return the same with the reward of each response, [N]; every response has a token."""
+        rewards_K = torch.zeros(len(self.logprobs_K), dtype=torch.float64)
+        rewards_K[self.offsets_N1[1:] - 1] = rewards_N.double()
+        return self._replace(rewards_K=rewards_K)
 
 
 class Functional(NamedTuple):
@@ -124,10 +133,17 @@ def _ones(tokens: Tokens) -> Tensor:
     return torch.ones_like(tokens.entropies_K)
 
 
+def _rewards(tokens: Tokens) -> Tensor:
+    if tokens.rewards_K is None:
+        raise ValueError("the rewards of these responses are not known")
+    return tokens.rewards_K
+
+
 ENTROPY = Functional("entropy", _entropies)
 LENGTH = Functional("length", _ones)
+REWARD = Functional("reward", _rewards, of_action=True)
 FUNCTIONALS = (ENTROPY, LENGTH)
-"""The functionals that a sweep estimates."""
+"""The functionals that every sweep estimates."""
 
 
 def ratio_slope(dnumerator: Tensor, ddenominator: Tensor, ratio: Tensor | float, denominator: Tensor | float) -> Tensor:

@@ -5,7 +5,7 @@ computes each tensor on access, so an elementwise function of other vectors is n
 the keys, in float64.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -76,9 +76,31 @@ def times(factor: float, vector: Lazy[K]) -> Lazy[K]:
     return Lazy(list(vector), lambda key: factor * vector[key])
 
 
+def remembered(vector: Lazy[K]) -> Lazy[K]:
+    """Return the vector with the tensor that was asked for last kept, for what asks for it again at once."""
+    last: dict[K, Tensor] = {}
+
+    def one(key: K) -> Tensor:
+        if key not in last:
+            last.clear()
+            last[key] = vector[key]
+        return last[key]
+
+    return Lazy(list(vector), one)
+
+
+def dots(pairs: Sequence[tuple[Mapping[K, Tensor], Mapping[K, Tensor]]]) -> list[float]:
+    """Return ⟨a, b⟩ of several pairs over the same keys, key by key, so that what they share is computed once."""
+    totals = [0.0] * len(pairs)
+    for key in sorted(pairs[0][0]) if pairs else ():
+        for place, (a, b) in enumerate(pairs):
+            totals[place] += float((a[key].double() * b[key].double()).sum())
+    return totals
+
+
 def dot(a: Mapping[K, Tensor], b: Mapping[K, Tensor]) -> float:
     """Return ⟨a, b⟩ over the keys of a."""
-    return sum(float((a[key].double() * b[key].double()).sum()) for key in sorted(a))
+    return dots([(a, b)])[0]
 
 
 def global_norm(a: Mapping[K, Tensor]) -> float:

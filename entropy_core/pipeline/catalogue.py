@@ -35,12 +35,13 @@ SCORE_U = Stage("score-u-batch", score)
 SCORE_REFERENCE = Stage("score-u-reference", score)
 DISCRIMINATE_U = Stage("discriminate-u", discriminate)
 REWARD_U = Stage("reward-u-batch", reward)
+REWARD_E = Stage("reward-e-batch", reward)
 COMPUTE_UPDATE = Stage("compute-update", compute_update)
 ENTROPY_GRADIENT = Stage("entropy-gradient", entropy_gradient)
 CALIBRATE = Stage("calibrate", calibrate, vectors=("update",))
 FIRST_ORDER_E = Stage("first-order-e", first_order_e, vectors=("update",))
 FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradient"))
-HALF_STEPS_U = Stage("half-steps-u", half_steps_u, vectors=("gradient",))
+HALF_STEPS_U = Stage("half-steps-u", half_steps_u, vectors=("update", "gradient"))
 DROPOUT_U = Stage("dropout-u", dropout_u, vectors=("update", "gradient"))
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
@@ -48,7 +49,7 @@ BLOCK_SENSITIVITIES = Stage("block-sensitivities", block_sensitivities, vectors=
 SCREEN = Stage("screen", screen)
 PREDICT = Stage("predict", predict, vectors=("gradient",))
 ALTERED_STEP = Stage("altered-step", altered_step)
-VARIANCE, INTERVENTIONS = final_stages.VARIANCE, final_stages.INTERVENTIONS
+VARIANCE, PRICE, INTERVENTIONS = final_stages.VARIANCE, final_stages.PRICE, final_stages.INTERVENTIONS
 AGREEMENT, REPORT = final_stages.AGREEMENT, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

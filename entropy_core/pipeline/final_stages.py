@@ -6,11 +6,13 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.stages.agreement import agreement
 from entropy_core.stages.interventions import interventions
+from entropy_core.stages.price import price
 from entropy_core.stages.report import report
 from entropy_core.stages.variance import variance
 from entropy_core.store.store import Stage
 
 VARIANCE = Stage("variance", variance)
+PRICE = Stage("price", price)
 INTERVENTIONS = Stage("interventions", interventions)
 AGREEMENT = Stage("agreement", agreement)
 REPORT = Stage("report", report)
@@ -21,6 +23,17 @@ def settings_of(config: ProbeConfig) -> Inputs:
     return config.variance.model_dump(mode="json", exclude={"cluster"}) | {"units": config.units_of_e}
 
 
+def priced(entry: Inputs, config: ProbeConfig) -> Inputs:
+    """Return the inputs of the price stage, from what is recorded of a checkpoint whose E has rewards."""
+    names = ("scores", "rescores", "first_order_e", "moved", "estimators")
+    return (
+        {name: entry["inputs"][name] for name in names}
+        | entry["price"]
+        | {name: getattr(config.variance, name) for name in ("normalizations", "baseline", "confidence_level")}
+        | {"units": config.units_of_e}
+    )
+
+
 def compared_interventions(entry: Inputs, config: ProbeConfig) -> Inputs:
     """Return the inputs of the interventions stage, from what is recorded of a checkpoint that has any."""
     names = ("learning_rate", "scores", "first_order_e", "half_steps_u", "update")
@@ -29,6 +42,7 @@ def compared_interventions(entry: Inputs, config: ProbeConfig) -> Inputs:
         {name: entry[name] for name in ("checkpoint", "step")}
         | {name: entry["inputs"][name] for name in names}
         | entry["interventions"]
+        | {"rewards": entry["price"].get("rewards", [])}
         | {name: getattr(settings, name) for name in ("normalizations", "baseline", "confidence_level")}
         | {"units": config.units_of_e, "margin": config.lab.margin}
     )

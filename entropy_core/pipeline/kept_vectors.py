@@ -51,9 +51,10 @@ class VectorKeeper(Runner):
         return [self._noted(artifact, _Made(stage, of_one, label)) for artifact, of_one, label in found]
 
     def _prepare(self, stage: Stage, inputs: Inputs) -> None:
-        if stage.vectors and self._store.find(stage.name, self._store.key(stage, inputs)) is None:
-            for name in stage.vectors:
-                self._require(inputs[name])
+        opened = stage.opened(inputs)
+        if opened and self._store.find(stage.name, self._store.key(stage, inputs)) is None:
+            for artifact in opened:
+                self._require(artifact)
 
     def _noted(self, artifact: Artifact, made: _Made) -> Artifact:
         self._made[artifact] = made
@@ -70,6 +71,7 @@ class VectorKeeper(Runner):
             return
         log.info("%s/%s is computed again: its vectors are needed", artifact.stage, artifact.key[:12])
         stage, inputs, label = self._made[artifact]
+        self._prepare(stage, inputs)
         again = self._runner(stage, inputs, label)
         if again != artifact:
             raise OtherNumbers(f"{label}: {stage.name} gives other numbers than before")

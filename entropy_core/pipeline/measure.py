@@ -127,6 +127,7 @@ class Measurement:
     ) -> None:
         self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
         self.run, self.release = run, release
+        self.price: Inputs = {}  # of the price stage, once E has its rewards
         self.interventions: Inputs = {}  # of the interventions stage, once they have been tried
         self.with_dropout: Artifact | None = None  # of dropout-u; it is no input of the statistics
         self.e_pool, self.u_pool = (pools[split] for split in config.splits)
@@ -164,6 +165,9 @@ class Measurement:
             return self._over_shards(stage.FIRST_ORDER_E, [shared | {"sequences": b} for b in batches], suffix)
 
         first_order_e = along_v(e_batch)
+        if self.config.price:
+            of_e = [self._rewarded([shard], self.e_pool) for shard in e_batch]
+            self.price = {"rewards": self._over_shards(stage.REWARD_E, of_e)}
         gradient = self._once(
             stage.ENTROPY_GRADIENT,
             {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
@@ -192,13 +196,16 @@ class Measurement:
             seed, suffix = batch.E_batch_seed + i, f" · replicate {i + 1}/{batch.E_replicates}"
             e_again, scores_again = self._sample_e(seed, suffix)
             replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
+        rescores = self._rescored(e_batch)
         self.release(update)
+        if isinstance(policy.weights, Artifact):
+            self.release(policy.weights)
         return {
             "learning_rate": learning_rate,
             "max_new_tokens": self.config.generation.max_new_tokens,
             "seed": batch.E_batch_seed,
             "scores": scores,
-            "rescores": self._rescored(e_batch),
+            "rescores": rescores,
             "first_order_e": first_order_e,
             "first_order_u": first_order_u,
             "half_steps_u": half_steps_u,
@@ -283,18 +290,23 @@ class Measurement:
             return None
         return self._once(stage.CALIBRATE, self._first(e_batch, CALIBRATION_SEQUENCES) | {"update": update})
 
-    def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
-        update, reference = self.config.update, []
+    def _rewarded(self, sequences: Sequence[Artifact], pool: Artifact) -> Inputs:
+        """The inputs of the rewards of some sequences, which are summed with their weights."""
+        update = self.config.update
         weighted = update.reward_weights and set(update.reward_weights) != {1.0}
-        rewarded = {
-            "sequences": u_batch,
-            "prompts": self.u_pool,
+        return {
+            "sequences": sequences,
+            "prompts": pool,
             "rewards": [_reward(name) for name in update.rewards],
             "weights": update.reward_weights if weighted else [],
-            "aggregation": update.multi_objective_aggregation,
+            "aggregation": "sum_then_normalize",
             "responses_per_prompt": self.config.batch_config.G,
             "trainer_state": self.checkpoint.trainer_state,
         }
+
+    def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
+        update, reference = self.config.update, []
+        rewarded = self._rewarded(u_batch, self.u_pool) | {"aggregation": update.multi_objective_aggregation}
         if update.kl_beta:
             weights, *base = self.checkpoint.reference
             of_reference = self.policy.model_copy(update={"weights": weights, "base": "".join(base)})
@@ -353,5 +365,6 @@ class Measurement:
             found = {
                 name: self._over_shards(what, there, step) if what and eta else [] for name, what in passes.items()
             }
-            moved.append({"eta": eta, **found})
+            in_learning_rates = multiple if asked.eta_unit == "learning_rate" else eta / learning_rate
+            moved.append({"eta": eta, "eta_over_lr": in_learning_rates, **found})
         return moved

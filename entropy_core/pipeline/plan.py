@@ -45,9 +45,9 @@ def plan(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: S
         reasons = [f"{', '.join(awaited)} would run"] if awaited else []
         if key and not manifest:
             reasons = _reasons(store, stage, key, inputs)
-        for name in () if manifest else stage.vectors:  # missing vectors are recomputed by `VectorKeeper`
-            if inputs[name] in step_of and not vectors.present(inputs[name]):
-                index, why = step_of.pop(inputs[name]), f"its vectors are not in the store, and {stage.name} would run"
+        for opened in () if manifest else stage.opened(inputs):  # missing vectors are recomputed by `VectorKeeper`
+            if opened in step_of and not vectors.present(opened):
+                index, why = step_of.pop(opened), f"its vectors are not in the store, and {stage.name} would run"
                 steps[index] = steps[index]._replace(cached=False, reasons=(why,))
         steps.append(Step(stage.name, label, bool(manifest), tuple(reasons)))
         if not manifest:

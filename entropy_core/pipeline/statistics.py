@@ -12,10 +12,12 @@ from entropy_core.errors import StoreError
 from entropy_core.pipeline.final_stages import (
     AGREEMENT,
     INTERVENTIONS,
+    PRICE,
     REPORT,
     VARIANCE,
     compared,
     compared_interventions,
+    priced,
     settings_of,
 )
 from entropy_core.pipeline.recorded import read_run, write_run
@@ -54,14 +56,14 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
     def work() -> SweepResult:
         for entry in recorded:
-            for artifact in artifacts_in([entry["inputs"], entry["interventions"]]):
+            for artifact in artifacts_in([entry["inputs"], entry["price"], entry["interventions"]]):
                 if store.find(artifact.stage, artifact.key) is None:
                     raise StoreError(
                         f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
                         cause="it was deleted, or the store was moved without it",
                         fix=f"make it again: `entropy-probe sweep {directory / 'config.yaml'}`",
                     )
-        return record(recorded, reported(recorded, config, run), config, store)
+        return record(recorded, reported(recorded, config, run), config, store, rerun_of=directory.name)
 
     with store.in_use():
         return with_repairs(store, work)
@@ -87,6 +89,7 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
             "interventions": run(INTERVENTIONS, compared_interventions(entry, config), entry["checkpoint"])
             if entry["interventions"]
             else None,
+            "price": run(PRICE, priced(entry, config), entry["checkpoint"]) if entry["price"] else None,
         }
         for entry in recorded
     ]
@@ -97,10 +100,12 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
     return run(REPORT, inputs | said, config.name)
 
 
-def record(recorded: Sequence[Inputs], report: Artifact, config: ProbeConfig, store: Store) -> SweepResult:
-    """Write the folder of the run and return the result."""
+def record(
+    recorded: Sequence[Inputs], report: Artifact, config: ProbeConfig, store: Store, rerun_of: str = ""
+) -> SweepResult:
+    """Write the folder of the run, which may be a rerun of another, and return the result."""
     run_id = f"{config.name}-{report.digest[:12]}"  # equal results give the same run id
-    return SweepResult(run_id, write_run(store, run_id, config, recorded, report), report)
+    return SweepResult(run_id, write_run(store, run_id, config, recorded, report, rerun_of), report)
 
 
 def assumptions(config: ProbeConfig) -> list[str]:

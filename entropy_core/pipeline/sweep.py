@@ -48,13 +48,21 @@ def execution_for(
         device=config.execution.device,
         gen_batch_size=config.generation.gen_batch_size,
         tf_batch_size=config.generation.tf_batch_size,
+        tf_batch_tokens=config.generation.tf_batch_tokens,
         head_chunk_megabytes=config.execution.head_chunk_megabytes,
         isolation=config.execution.isolation,
         progress=progress,
     )
 
 
-def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: Store, run: Runner) -> SweepResult:
+def sweep(
+    config: ProbeConfig,
+    checkpoints: Sequence[CheckpointToProbe],
+    store: Store,
+    run: Runner,
+    rerun_of: str = "",
+    earlier: Sequence[Inputs] = (),
+) -> SweepResult:
     """Probe every checkpoint and write the report.
 
     Args:
@@ -62,6 +70,9 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
         checkpoints: checkpoints from `preflight`.
         store: the store of the artifacts.
         run: runner of stages.
+        rerun_of: the recorded run that this one adds interventions to; empty for a sweep of its own.
+        earlier: what is recorded of checkpoints that were probed before and may be gone; see `recorded.read_run`. They
+            are in the report, too, unless they have the name of one that is probed now.
 
     Returns:
         The report, and the run folder with `results.parquet`, `report.md`, figures, `config.yaml` and `run.json`.
@@ -70,8 +81,9 @@ def sweep(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe], store: 
 
     def work() -> SweepResult:
         keeper = VectorKeeper(store, run, config.execution.keep_vectors)
-        recorded = _measured(config, checkpoints, keeper, keeper.release)
-        return record(recorded, reported(recorded, config, run), config, store)
+        measured = _measured(config, checkpoints, keeper, keeper.release)
+        recorded = _with_earlier(measured, earlier)
+        return record(recorded, reported(recorded, config, run), config, store, rerun_of)
 
     with store.in_use():
         if config.execution.library_versions == "same":
@@ -162,6 +174,7 @@ def _measured(
                 "checkpoint": checkpoint.name,
                 "step": checkpoint.step,
                 "inputs": inputs,
+                "price": measurement.price,
                 "interventions": measurement.interventions,
                 "notes": [*checkpoint.assumptions, *of_pools],
                 "settings": [setting._asdict() for setting in checkpoint.settings],
@@ -172,6 +185,12 @@ def _measured(
     for entry in measured:
         entry["warnings"] += dropout_sizes(dropped)
     return measured
+
+
+def _with_earlier(measured: list[Inputs], earlier: Sequence[Inputs]) -> list[Inputs]:
+    names = {entry["checkpoint"] for entry in measured}
+    kept = [entry for entry in earlier if entry["checkpoint"] not in names]
+    return sorted([*kept, *measured], key=lambda entry: entry["step"]) if kept else measured
 
 
 def dropout_sizes(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -131,13 +131,9 @@ def _checkpoint(config: ProbeConfig, directory: Path) -> Checkpoint:
 
 
 def _unique_names(directories: Sequence[Path]) -> list[str]:
-    """Return the last part of each path, with as many parents as are needed to make it unique."""
+    """Return the last part of each path, with as many parents as it takes to tell all of them apart."""
     paths = [directory.resolve().parts for directory in directories]
-
-    def name(parts: tuple[str, ...]) -> str:
-        length = 1
-        while sum(other[-length:] == parts[-length:] for other in paths) > 1:
-            length += 1
-        return "/".join(parts[-length:])
-
-    return [name(parts) for parts in paths]
+    length = 1
+    while len({parts[-length:] for parts in paths}) < len(set(paths)):
+        length += 1
+    return ["/".join(parts[-length:]) for parts in paths]

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from entropy_core.numerics.proposal import Proposal
 from entropy_core.policy.model import Policy
 from entropy_core.policy.pretrained import load_policy, use_full_precision
+from entropy_core.store.data_files import VECTORS
 from entropy_core.store.inputs import Weights
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def policy_of(spec: PolicySpec, execution: "Execution") -> Policy:
     if isinstance(spec.weights, str):
         directory, weights = execution.paths[spec.weights], spec.weights
     else:
-        directory, weights = spec.weights.path("model/config.json").parent, spec.weights.digest
-        spec.weights.path("model/model.safetensors")  # verified
+        verified = spec.weights.path(f"{VECTORS}model.safetensors")
+        directory, weights = verified.parent, spec.weights.digest
     base = execution.paths[spec.base] if spec.base else None
     digest, files = weights + spec.base, tuple(execution.stamps([weights, spec.base]).items())
     policy = load_policy(directory, digest, spec.dtype, spec.attn_implementation, execution.device, base, files)

@@ -7,6 +7,7 @@ about a number that the tables below it hold.
 from collections.abc import Sequence
 
 from entropy_core.estimates.tables import Row, at_learning_rate, best_prediction, first_of_each, interval_of
+from entropy_core.report import interventions, price
 
 FLAT = 1e-3
 """A change is small if its whole interval is within this part of H."""
@@ -20,12 +21,19 @@ _SOURCES = {
 }
 
 
-def answer(rows: Sequence[Row], unlike_the_run: bool = False) -> str:
+def answer(
+    rows: Sequence[Row],
+    unlike_the_run: bool = False,
+    prices: Sequence[Row] = (),
+    tried: Sequence[Row] = (),
+) -> str:
     """Answer in words what a sweep was run for.
 
     Args:
         rows: rows of the result table, of one normalisation.
         unlike_the_run: whether what the trainer logged disagrees with what the probe measures.
+        prices: rows of `price.parquet`, of the same normalisation.
+        tried: rows of `interventions.parquet`, of the same normalisation.
 
     Returns:
         One paragraph, as markdown without markup.
@@ -34,7 +42,15 @@ def answer(rows: Sequence[Row], unlike_the_run: bool = False) -> str:
     said = ["These numbers may be of another run: read the warning above first."] if unlike_the_run else []
     if not at_lr or not any(row["eta"] for row in at_lr):
         return " ".join([*said, "No step size but 0 was asked for, so nothing is said of a step."])
-    said += [*_direction(at_lr), _speed(at_lr), _source(at_lr[-1]), _shape(at_lr), *_next(at_lr)]
+    said += [
+        *_direction(at_lr),
+        _speed(at_lr),
+        _source(at_lr[-1]),
+        _shape(at_lr),
+        price.sentence(prices),
+        interventions.sentence(tried),
+        *_next(at_lr),
+    ]
     return " ".join(filter(None, said))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from entropy_core.estimates.tables import Row
-from entropy_core.report.sections import markdown_rows
+from entropy_core.report.markdown import markdown_rows
 
 
 def invalid_over_e(rows: Sequence[Row]) -> list[str]:

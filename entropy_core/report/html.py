@@ -103,6 +103,12 @@ def html(title: str, markdown: str, figures: Mapping[str, bytes], responses: str
     )
 
 
+def with_section(page: str, markdown: str) -> str:
+    """Add a section to the end of a page that `html` made. Text of a run cannot end the page: it is escaped there."""
+    before, end, after = page.rpartition("</main>")
+    return f"{before}{_rendered(markdown, {})}{end}{after}"
+
+
 def _rendered(markdown: str, figures: Mapping[str, bytes]) -> str:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink"])
 

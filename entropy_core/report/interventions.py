@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from entropy_core.estimates.tables import Row, by_checkpoint
-from entropy_core.report.sections import markdown_rows
+from entropy_core.report.markdown import markdown_rows
 
 LEVELS = ("screen", "predict", "measure")
 SHOWN = 8
@@ -33,6 +33,8 @@ def section(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str
     for checkpoint, group in by_checkpoint(rows).items():
         lines += [f"- **{checkpoint}**: {sentence}" for sentence in _sentences(group)]
     lines += ["", "![what each intervention changes](interventions.png)", ""]
+    if any(row["difference_j"] is not None and row["verdict"] != "as it is" for row in rows):
+        lines += ["![entropy kept against reward gained](frontier.png)", ""]
     for checkpoint, group in by_checkpoint(rows).items():
         lines += [f"{checkpoint}:", "", *_table(group), ""]
     lines += [
@@ -48,6 +50,36 @@ def section(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str
     if reasons:
         lines += ["", "Not tried: " + "; ".join(f"`{name}` ({reason})" for name, reason in sorted(reasons)) + "."]
     return lines
+
+
+def sentence(rows: Sequence[Row]) -> str:
+    """Say what would change the step of the last checkpoint most, upwards, and what it does to the expected reward.
+
+    Args:
+        rows: of `interventions.parquet`, of one normalisation.
+
+    Returns:
+        One sentence without markup; empty without rows.
+    """
+    if not rows:
+        return ""
+    *_, group = by_checkpoint(rows).values()
+    shown = deepest(group)
+    run = next(row for row in shown if row["verdict"] == "as it is")
+    acting = [row for row in shown if row["verdict"] == "acts"]
+    raising = [row for row in acting if row["difference"] > 0]
+    start = f"Of {len(shown) - 1} interventions tried at {run['checkpoint']}, {len(acting)} surely act"
+    if not raising:
+        return f"{start}, and none of them keeps entropy."
+    best = raising[0]
+    share = f" ({best['difference'] / abs(run['delta_h1']):+.0%} of the step)" if run["delta_h1"] else ""
+    kept = f"{best['difference']:+.2g} {_span(best, '')} a step{share}"
+    text = f"{start}; {best['intervention']} keeps most entropy, {kept}"
+    measured = [row for row in group if row["level"] == "measure" and row["intervention"] == best["intervention"]]
+    if not measured or measured[0]["difference_j"] is None:
+        return f"{text}."
+    reward = measured[0]
+    return f"{text}, and changes the expected reward by {reward['difference_j']:+.2g} {_span(reward, 'difference_j_')}."
 
 
 def _sentences(group: Sequence[Row]) -> list[str]:
@@ -78,8 +110,19 @@ def _effect(row: Row, run: Row, group: Sequence[Row]) -> str:
     text = f"`{row['intervention']}` by {row['difference']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]{share}"
     for other in group:
         if other["level"] == "measure" and other["intervention"] == row["intervention"]:
-            text += f" (measured: {other['difference']:+.3g} [{other['low']:+.3g}, {other['high']:+.3g}])"
+            text += f" (measured: {other['difference']:+.3g} {_span(other, '')}{_with_reward(other)})"
     return text
+
+
+def _with_reward(row: Row) -> str:
+    if row["difference_j"] is None:
+        return ""
+    return f"; expected reward: {row['difference_j']:+.2g} {_span(row, 'difference_j_')}"
+
+
+def _span(row: Row, prefix: str) -> str:
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    return "–" if low is None else f"[{low:+.2g}, {high:+.2g}]"
 
 
 def _table(group: Sequence[Row]) -> list[str]:
@@ -90,10 +133,10 @@ def _table(group: Sequence[Row]) -> list[str]:
         last = rows[max(run + 1, len(rows) - SHOWN // 2) :]
         rows = [*first, rows[run], *last]
     measured = {row["intervention"]: row for row in group if row["level"] == "measure"}
+    rewarded = any(row["difference_j"] is not None for row in measured.values())
     body = []
     for row in rows:
         name = row["intervention"]
-        interval = "–" if row["low"] is None else f"[{row['low']:+.2g}, {row['high']:+.2g}]"
         cells = (
             row["delta_h1"],
             row["difference"],
@@ -103,8 +146,14 @@ def _table(group: Sequence[Row]) -> list[str]:
         delta_h1, difference, of_measured, kept = ("–" if x is None else f"{x:+.3g}" for x in cells)
         p_holm = "–" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
         detectable = "–" if row["detectable"] is None else f"{row['detectable']:.2g}"
-        body.append(
-            (f"`{name}`", delta_h1, difference, interval, of_measured, kept, p_holm, row["verdict"], detectable)
-        )
-    head = ("intervention", "δH₁", "difference", "interval", "of ΔH", "kept on", "p (Holm)", "verdict", "detectable")
-    return markdown_rows(head, body)
+        of_reward = [_reward_cell(measured.get(name))] if rewarded else []
+        begin = (f"`{name}`", delta_h1, difference, _span(row, ""), of_measured, *of_reward)
+        body.append((*begin, kept, p_holm, row["verdict"], detectable))
+    head = ["intervention", "δH₁", "difference", "interval", "of ΔH", *(["of ΔJ"] if rewarded else [])]
+    return markdown_rows((*head, "kept on", "p (Holm)", "verdict", "detectable"), body)
+
+
+def _reward_cell(row: Row | None) -> str:
+    if row is None or row["difference_j"] is None:
+        return "–"
+    return f"{row['difference_j']:+.2g} {_span(row, 'difference_j_')}"

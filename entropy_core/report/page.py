@@ -10,7 +10,9 @@ from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
 from entropy_core.report.interventions import section as intervention_section
-from entropy_core.report.sections import SECTIONS, markdown_rows, settings_table
+from entropy_core.report.markdown import markdown_rows
+from entropy_core.report.price import section as price_section
+from entropy_core.report.sections import SECTIONS, settings_table
 from entropy_core.report.verdict_lines import interval, order_lines, verdict_lines
 
 COLUMNS = {
@@ -53,6 +55,8 @@ def markdown(
     compared: Sequence[Row] = (),
     interventions: Sequence[Row] = (),
     skipped: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({}),
+    prices: Sequence[Row] = (),
+    without_reward: int = 0,
 ) -> str:
     """Write the report page of a sweep.
 
@@ -66,6 +70,8 @@ def markdown(
         compared: rows of `agreement.parquet`; what disagrees is said before the warnings.
         interventions: rows of `interventions.parquet`.
         skipped: by checkpoint the interventions that could not be tried, and why.
+        prices: rows of `price.parquet`.
+        without_reward: how many responses of E have no reward; then there are no prices.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -73,6 +79,9 @@ def markdown(
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     normalization = rows[0]["normalization"]
     shown = [row for row in rows if row["normalization"] == normalization]
+    priced, tried = (
+        [row for row in table if row["normalization"] == normalization] for table in (prices, interventions)
+    )
     first = shown[0]
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
@@ -81,19 +90,19 @@ def markdown(
             f"> **Warning:** {warning}\n"
             for warning in (*evaluation_batch.invalid_over_e(shown), *disagreements(compared), *warnings)
         ),
-        answer(shown, bool(disagreements(compared))),
+        answer(shown, bool(disagreements(compared)), priced, tried),
         "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
-        f"prompts. Entropies in nats ({normalization}); intervals at {first['confidence_level']:.0%}.",
+        f"prompts. Entropies in nats ({normalization}); intervals at {percent(first['confidence_level'])}.",
         "",
         *_headlines(shown),
         "",
-        *_interventions([row for row in interventions if row["normalization"] == normalization], skipped),
+        *_interventions(tried, skipped),
         "![predicted against measured entropy change](prediction.png)",
         "",
-        "![entropy change against step size](eta_sweep.png)",
+        "![measured as a part of the predicted entropy change, against step size](eta_sweep.png)",
         "",
-        "![entropy and its predicted change along the training](training.png)",
+        "![entropy, and its change by the next step, along the training](training.png)",
         "",
         "## Where the change comes from",
         "",
@@ -128,6 +137,8 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
+    if content := price_section(priced, without_reward):
+        lines += ["", "## The price of the entropy", "", *content]
     if content := evaluation_batch.section(shown):
         lines += ["", "## How E was drawn", "", *content]
     if content := agreement_section(compared, shown):
@@ -180,6 +191,11 @@ def format_value(name: str, value: Any) -> str:
     if value == 0:
         return "0"
     return f"{value:.3g}" if name.endswith("_se") or name.startswith("se_") else f"{value:+.4g}"
+
+
+def percent(level: float) -> str:
+    """Format a confidence level, with all of its digits."""
+    return f"{100 * level:.10g} %"
 
 
 def _headlines(rows: Sequence[Row]) -> list[str]:

@@ -9,14 +9,9 @@ import torch
 from entropy_core.estimates.distributions import t_quantile
 from entropy_core.estimates.tables import Row, at_learning_rate
 from entropy_core.numerics.predictors import agreement, points_needed, rank_correlation, slope_standard_error
+from entropy_core.report.markdown import markdown_rows
 
 Tables = Mapping[str, Sequence[Row]]
-
-
-def markdown_rows(head: Sequence[str], body: Sequence[Sequence[str]], text_columns: int = 1) -> list[str]:
-    """Return the lines of a markdown table; `text_columns` columns are left-aligned, the others right-aligned."""
-    rule = ["---" if i < text_columns else "---:" for i in range(len(head))]
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
 
 
 def settings_table(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
 from entropy_core.numerics.multiple_tests import benjamini_hochberg, holm
-from entropy_core.report.sections import markdown_rows
+from entropy_core.report.markdown import markdown_rows
 
 _QUESTIONS = {
     "checkpoint": "checkpoint",

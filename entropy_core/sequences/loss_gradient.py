@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from entropy_core.checkpoints.dora import held_norms
+from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.policy.model import Coefficients
 from entropy_core.sequences.batch import BatchedSequences
@@ -16,6 +17,9 @@ def add_loss_gradient(
 ) -> None:
     """Add Σ_k (c_k ∇ℓ_k + d_k ∇h_k) over the tokens of U, by backward passes.
 
+    There is no pass over a sequence whose coefficients are all 0, as those of a prompt whose responses are equally
+    rewarded.
+
     Args:
         into: accumulators by parameter name, float64.
         processor: the policy that sampled U.
@@ -26,7 +30,11 @@ def add_loss_gradient(
     with held_norms(policy.model):
         for shard in shards:
             stop = start + len(shard.response_tokens_K)
-            for index_K, rows in processor.micro_batches(shard):
-                weights = Coefficients(*(values_K[start:stop][index_K] for values_K in coefficients))
+            of_shard = [values_K[start:stop] for values_K in coefficients]
+            counts_K = (of_shard[0] != 0) | (of_shard[1] != 0)
+            chosen_N = ragged.sequence_sum(counts_K.double(), shard.response_offsets_N1) > 0
+            chosen_K = chosen_N.repeat_interleave(shard.lengths_N)
+            for index_K, rows in processor.micro_batches(shard.select(chosen_N.nonzero().squeeze(1))):
+                weights = Coefficients(*(values_K[chosen_K][index_K] for values_K in of_shard))
                 policy.add_gradients(rows, [weights], processor.config.temperature, [into])
             start = stop

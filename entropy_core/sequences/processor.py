@@ -41,6 +41,7 @@ class GenerationConfig:
     max_new_tokens: int
     gen_batch_size: int = 512
     tf_batch_size: int = 256
+    tf_batch_tokens: int = 65_536
     stop_strings: tuple[str, ...] = ()
     proposal: Proposal | None = None
 
@@ -197,6 +198,9 @@ class SequenceProcessor:
     def micro_batches(self, sequences: BatchedSequences) -> Iterator[tuple[Tensor, TeacherForcedRows]]:
         """Split sequences into micro-batches of similar length, longest first.
 
+        A micro-batch has at most `tf_batch_size` sequences, and at most `tf_batch_tokens` tokens with the padding, so
+        that one of long answers takes no more memory than one of short answers; but one sequence at least.
+
         Args:
             sequences: the sequences to split.
 
@@ -204,9 +208,12 @@ class SequenceProcessor:
             The flat indices of the micro-batch's tokens, and the micro-batch on the policy's device.
         """
         prompt_lengths_N = ragged.lengths(sequences.prompt_offsets_N1)
-        order_N = torch.argsort(prompt_lengths_N + sequences.lengths_N, descending=True, stable=True)
-        done = 0
-        for chosen_B in order_N.split(self.config.tf_batch_size) if len(order_N) else ():
+        whole_lengths_N = prompt_lengths_N + sequences.lengths_N
+        order_N, done = torch.argsort(whole_lengths_N, descending=True, stable=True), 0
+        while done < len(order_N):
+            longest = max(int(whole_lengths_N[order_N[done]]), 1)
+            size = min(self.config.tf_batch_size, max(self.config.tf_batch_tokens // longest, 1))
+            chosen_B = order_N[done : done + size]
             yield teacher_forced_rows(sequences, chosen_B, self.policy.device)
             done += len(chosen_B)
             self.progress(done, len(sequences))
@@ -283,6 +290,6 @@ def processor_of(
     Returns:
         The processor.
     """
-    batch_sizes = execution.gen_batch_size, execution.tf_batch_size
+    batch_sizes = execution.gen_batch_size, execution.tf_batch_size, execution.tf_batch_tokens
     config = GenerationConfig(spec.temperature, max_new_tokens, *batch_sizes, tuple(stop_strings), proposal)
     return SequenceProcessor(policy_of(spec, execution), config, execution.progress)

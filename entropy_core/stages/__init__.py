@@ -10,6 +10,11 @@
                                                                           ├─ importance (per η) ─────────────┤     │
                                                                           └─ path-integral (per η) ──────────┘   report
 
+The expected reward, if `price` is set:
+
+    sample-e-batch ── reward-e-batch ──────────────────────────────────────────┬─ price ── report
+    score-e-batch, first-order-e, importance, path-integral, rescore-e-batch ─┘
+
 Interventions, if any are asked for:
 
     E, U, compute-update ── block-sensitivities ── screen ──────────────────────────┐

@@ -14,7 +14,7 @@ from entropy_core.numerics import ragged
 from entropy_core.numerics.adamw import through_clipping
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length, of_all
-from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, times
+from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dots, remembered, times
 from entropy_core.policy.model import Policy
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import BatchedSequences, tokens_of
@@ -78,7 +78,9 @@ def first_order_u(
 
     # of the size of the policy: each is read or computed block by block, anew for every use
     blocks = blocks_of(model.named_parameters())
-    direction, loss_gradient = (_stored(update, name, blocks, model.device) for name in ("direction", "gradient"))
+    direction, loss_gradient = (
+        remembered(_stored(update, name, blocks, model.device)) for name in ("direction", "gradient")
+    )
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])
     unrounded, *parts = map(step.part, ("direction", "momentum", "decay"))
     rounding = Lazy(blocks, lambda block: direction[block] - unrounded[block])
@@ -88,27 +90,25 @@ def first_order_u(
     preconditioned: list[TokenPair] = []  # by kind
     pulled_back: list[list[TokenPair]] = []  # by kind and half
     inner_products = []
+    norm, max_norm, clip = (settings[name] for name in ("gradient_norm", "max_grad_norm", "clip_factor"))
     for kind in KINDS:
-        covectors = [_stored(gradient, f"{kind}_{half}", blocks, model.device) for half in HALVES]
+        covectors = [remembered(_stored(gradient, f"{kind}_{half}", blocks, model.device)) for half in HALVES]
+        whole, pulled = remembered(_whole(halves, covectors)), [step.applied("pulled_back", w) for w in covectors]
+        along_parts = [(whole, part) for part in (direction, *parts, *([rounding] if settings["rounded"] else []))]
+        through_clip = [(loss_gradient, w) for w in pulled] if clip < 1.0 else []
+        products = dots(along_parts + through_clip)  # block by block, as all of them are of the same step
+        along_clip = products[len(along_parts) :] or [0.0] * len(pulled)
+        of_step = products[: len(along_parts)] + ([] if settings["rounded"] else [0.0])
+        inner_products.append(torch.tensor(of_step, dtype=torch.float64))
         pulled_back.append(
             [
-                token_sensitivities(
-                    processor,
-                    shards,
-                    through_clipping(step.applied("pulled_back", w), loss_gradient, settings["max_grad_norm"]),
-                )
-                for w in covectors
+                token_sensitivities(processor, shards, through_clipping(w, loss_gradient, norm, along, max_norm))
+                for w, along in zip(pulled, along_clip, strict=True)
             ]
         )
-        whole = _whole(halves, covectors)
         preconditioned.append(
-            token_sensitivities(
-                processor, shards, times(settings["clip_factor"], step.applied("preconditioned", whole))
-            )
+            token_sensitivities(processor, shards, times(clip, step.applied("preconditioned", whole)))
         )
-        along_parts = [dot(whole, part) for part in (direction, *parts)]
-        along_parts.append(dot(whole, rounding) if settings["rounded"] else 0.0)
-        inner_products.append(torch.tensor(along_parts, dtype=torch.float64))
     sensitivities = _named(preconditioned, pulled_back, getattr(torch, policy.dtype))
     TokenTable(of_u.sequences_N, offsets_N1, sensitivities).write(out, "sensitivities.safetensors")
 
@@ -131,11 +131,11 @@ def first_order_u(
         per_token[f"sensitivity_{normalization}"] = of_logprob_K
         per_token[f"entropy_sensitivity_{normalization}"] = of_entropy_K
     summary: dict[str, Any] = {"inner_product": {}, "momentum": {}, "decay": {}, "rounding": {}, "closure": {}}
-    products = by_normalization(inner_products, H_tok, mean_length)
+    of_parts = by_normalization(inner_products, H_tok, mean_length)
     for normalization, share_K in by_normalization(shares_K, H_tok, mean_length).items():
         columns[f"share_{normalization}"] = ragged.sequence_sum(share_K, offsets_N1)
         per_token[f"share_{normalization}"] = share_K
-        inner_product, momentum, decay, rounding_of_v = products[normalization].tolist()
+        inner_product, momentum, decay, rounding_of_v = of_parts[normalization].tolist()
         missing = inner_product - momentum - decay - rounding_of_v - float(share_K.sum())
         closure = abs(missing / inner_product) if inner_product else 0.0
         for name, value in zip(summary, (inner_product, momentum, decay, rounding_of_v, closure), strict=True):

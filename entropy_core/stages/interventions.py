@@ -1,18 +1,21 @@
 """interventions: what each intervention does to the change of the entropy, with paired errors and a verdict."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from entropy_core.estimates import evaluation
 from entropy_core.estimates import interventions as estimates
 from entropy_core.estimates.batches import evaluation_batch, moved_batch
+from entropy_core.estimates.evaluation import EvaluationBatch
 from entropy_core.estimates.interventions import Row, Screened, Settings
+from entropy_core.estimates.price import NO_REWARD, OnE, difference_columns, reward_change
 from entropy_core.estimates.rows import change_of
 from entropy_core.estimates.tables import INTERVENTIONS, to_table
 from entropy_core.numerics.block_estimates import Blocks, Error
 from entropy_core.numerics.choices import Baseline, Normalization
+from entropy_core.numerics.functional import REWARD
 from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.store.columns import read_tokens
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
         HalfSteps,
         MeasuredIntervention,
         PredictedIntervention,
+        RewardsOfE,
         ScoresOfE,
         Screen,
         Update,
@@ -45,6 +49,7 @@ def interventions(
     screen: "Screen",
     predicted: "Sequence[PredictedIntervention]",
     measured: "Sequence[MeasuredIntervention]",
+    rewards: "Sequence[RewardsOfE]",
     margin: float,
     normalizations: Sequence[Normalization],
     baseline: Baseline,
@@ -66,6 +71,7 @@ def interventions(
         screen: artifact of screen.
         predicted: artifacts of predict, the first of them of the run as it is; empty: none.
         measured: shards of importance after the step under an intervention, the first of them of the run as it is.
+        rewards: shards of reward-e-batch; none: nothing is said of the expected reward.
         margin: share of |δH₁| of the run within which a difference is none that matters.
         normalizations: per token, per sequence, or both.
         baseline: baseline of the return-to-go in ΔH.
@@ -83,7 +89,9 @@ def interventions(
     as_taken = screened
     if clip_of:
         as_taken = screened.clipped(torch.tensor([clip_of[label] for label in screened.labels], dtype=torch.float64))
-    changes = _changes(scores, first_order_e, measured, baseline, units, learning_rate, normalizations)
+    known = [] if any(shard.summary["open"] for shard in rewards) else rewards
+    batch = evaluation_batch(scores, first_order_e, baseline, units, known)[0] if measured else None
+    changes = _changes(batch, scores, measured, learning_rate, normalizations, confidence_level) if batch else {}
     rows: list[Row] = []
     for normalization in normalizations:
         of_screen = estimates.screen_rows(screened, settings, normalization)
@@ -91,12 +99,14 @@ def interventions(
         if products:
             levels.append(estimates.predict_rows(as_taken, products, settings, normalization))
         if changes:
-            levels.append(estimates.measure_rows(as_taken, changes[normalization], settings, normalization))
+            of_measured = {label: found.of_entropy for label, found in changes[normalization].items()}
+            levels.append(estimates.measure_rows(as_taken, of_measured, settings, normalization))
         base = of_screen[0]["delta_h1"]
         for of_level in levels:
             rows += [
                 {"checkpoint": checkpoint, "step": step, "normalization": normalization}
                 | {"confidence_level": confidence_level}
+                | (changes[normalization][row["intervention"]].of_reward if row["level"] == "measure" else NO_REWARD)
                 | row
                 for row in estimates.with_verdicts(of_level, screened.labels[0], base, settings)
             ]
@@ -129,28 +139,38 @@ def _screened(screen: "Artifact") -> Screened:
     )
 
 
+class _Measured(NamedTuple):
+    """ΔH, its difference from that of the run and the error of it over E; and the columns on the reward."""
+
+    of_entropy: tuple[float, float, Error]
+    of_reward: Row
+
+
 def _changes(
+    batch: EvaluationBatch,
     scores: "Sequence[Artifact]",
-    first_order_e: "Sequence[Artifact]",
     measured: Sequence[Mapping[str, Any]],
-    baseline: Baseline,
-    units: Literal["sequence", "prompt"],
     learning_rate: float,
     normalizations: Sequence[Normalization],
-) -> dict[Normalization, dict[str, tuple[float, float, Error]]]:
-    """By normalisation and label: ΔH, its difference from that of the run, and the error of the difference over E."""
-    if not measured:
-        return {}
-    batch, _ = evaluation_batch(scores, first_order_e, baseline, units)
+    confidence_level: float,
+) -> dict[Normalization, dict[str, _Measured]]:
+    """What was measured on E under each intervention, by normalisation and label; the first is the run as it is."""
     sequences = [read_tokens([shard]) for shard in scores]
-    found: dict[Normalization, dict[str, tuple[float, float, Error]]] = {of: {} for of in normalizations}
-    run: dict[Normalization, Estimate] = {}
+    on_e = OnE(batch, confidence_level)
+    found: dict[Normalization, dict[str, _Measured]] = {of: {} for of in normalizations}
+    run: dict[Normalization, tuple[Estimate, Estimate | None]] = {}
     for entry in measured:
-        at_eta: AtStepSize = {"eta": learning_rate, "shards": entry["shards"], "path": []}
+        at_eta: AtStepSize = {"eta": learning_rate, "eta_over_lr": 1.0, "shards": entry["shards"], "path": []}
         terms = evaluation.measured(batch, moved_batch(at_eta, sequences), "per_decision")
+        rewarded = REWARD in batch.functionals and terms.usable
+        reward = reward_change(batch, terms, learning_rate, "per_decision") if rewarded else None
         for normalization, of_label in found.items():
             change = change_of(batch, terms, learning_rate, "per_decision", normalization)
-            difference = change.minus(run.setdefault(normalization, change))
+            of_run, reward_of_run = run.setdefault(normalization, (change, reward))
+            difference = change.minus(of_run)
             error = Error(batch.standard_error(difference), float(batch.units - 1))
-            of_label[entry["label"]] = (change.value, difference.value, error)
+            columns = NO_REWARD
+            if reward and reward_of_run:
+                columns = difference_columns(on_e, difference, reward, reward_of_run)
+            of_label[entry["label"]] = _Measured((change.value, difference.value, error), columns)
     return found

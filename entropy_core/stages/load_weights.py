@@ -11,6 +11,7 @@ from entropy_core.checkpoints.layout import find_layout
 from entropy_core.checkpoints.shards import read_shards, tensors_in_shards
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import description_files
+from entropy_core.store.data_files import VECTORS
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -21,8 +22,8 @@ def load_weights(out: "Writer", execution: "Execution", *, checkpoint: str, desc
     """Write the model of a checkpoint whose trainer keeps its weights in shards.
 
     Args:
-        out: writer of the folder `model/`: `model.safetensors`, in the widest dtype that a weight was saved in, and
-            the files of the model's configuration and tokenizer.
+        out: receives `model.safetensors` among its vectors, in the widest dtype that a weight was saved in, and
+            beside it the files of the model's configuration and tokenizer.
         execution: path of the checkpoint and of the description.
         checkpoint: content digest of the checkpoint's files.
         description: content digest of the model's configuration and tokenizer.
@@ -37,12 +38,12 @@ def load_weights(out: "Writer", execution: "Execution", *, checkpoint: str, desc
         raise CheckpointError(fact, cause="it was changed", fix="run the sweep again")
     read_architecture(layout)  # which refuses weights of another model
     for name in description_files(home):
-        shutil.copyfile(home / name, out.path(f"model/{name}"))
+        shutil.copyfile(home / name, out.path(f"{VECTORS}{name}"))
     stored = tensors_in_shards(layout.shards)
     shapes = {name: of.shape for name, of in stored.items()}
     dtypes = {of.dtype for of in stored.values()}
     dtype = torch.float64 if "F64" in dtypes else torch.bfloat16 if dtypes == {"BF16"} else torch.float32
-    with out.tensor_file("model/model.safetensors", shapes, dtype) as file:
+    with out.vector("model", shapes, dtype) as file:
         for block, values in read_shards(layout.shards):
             file.write(block, values)
     return {"tensors": len(shapes), "numbers": sum(map(math.prod, shapes.values()))}

@@ -3,8 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, Row, of_checkpoints, to_table, unit_of
-from entropy_core.report import html
+from entropy_core.estimates.price_table import PRICE
+from entropy_core.estimates.tables import (
+    INTERVENTIONS,
+    RESULTS,
+    TABLES,
+    Row,
+    by_run_directory,
+    of_checkpoints,
+    to_table,
+    unit_of,
+)
+from entropy_core.report import headline, html
 from entropy_core.report import page as pages
 
 if TYPE_CHECKING:
@@ -28,12 +38,13 @@ def report(
 
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
-            columns, `agreement.parquet`, `interventions.parquet` if there are any, `report.md`, the same page as
-            `report.html`, and the figures as PNG and SVG.
+            columns, `agreement.parquet`, `price.parquet` and `interventions.parquet` if they were asked for,
+            `report.md`, the same page as `report.html`, the figures as PNG and SVG, and the main columns of the results
+            as CSV and JSON.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
-            `attribution` (artifact of first-order-u), `interventions` (artifact of interventions, or None).
+            `attribution` (artifact of first-order-u), `interventions` and `price` (artifacts of these stages, or None).
         agreement: artifact of agreement, whose table is copied.
         settings: settings of the training, as mappings of `key`, `value` and `source`.
         warnings: warnings at the top of the report, one sentence each.
@@ -42,10 +53,13 @@ def report(
     Returns:
         Summary: numbers of rows and checkpoints.
     """
-    from entropy_core.report import figures  # here, so that only this stage loads the plotting library
+    # here, so that only this stage loads the plotting library
+    from entropy_core.report import comparison_figure, figures, frontier
 
     rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")
+    out.path("headline.csv").write_text(headline.as_csv(rows), encoding="utf-8")
+    out.path("headline.json").write_text(headline.as_json(rows), encoding="utf-8")
     others = {table: _gathered(checkpoints, table) for table in TABLES}
     for table, schema in TABLES.items():
         out.table(to_table(others[table], of_checkpoints(schema)), f"{table}.parquet")
@@ -53,7 +67,10 @@ def report(
     out.table(compared, "agreement.parquet")
     last = checkpoints[-1]
     tokens, sequences = (last["attribution"].table(f"{table}.parquet").to_pylist() for table in ("tokens", "sequences"))
-    drawn = figures.figures(rows) | {"tokens": figures.token_figure(tokens, sequences, rows, last["checkpoint"])}
+    drawn = figures.figures(rows, compared.to_pylist())
+    drawn["tokens"] = figures.token_figure(tokens, sequences, rows, last["checkpoint"])
+    if len(directories := by_run_directory(rows)) > 1:
+        drawn["training"] = comparison_figure.comparison_figure(directories)
     tried = [entry["interventions"] for entry in checkpoints if entry["interventions"]]
     changes = [row for artifact in tried for row in artifact.table("interventions.parquet").to_pylist()]
     skipped = {
@@ -65,9 +82,27 @@ def report(
         out.table(to_table(changes, INTERVENTIONS), "interventions.parquet")
         shown = [row for row in changes if row["normalization"] == rows[0]["normalization"]]
         drawn["interventions"] = figures.intervention_figure(shown)
+        if frontier.with_rewards(shown):
+            drawn["frontier"] = frontier.frontier_figure(shown)
+    prices, without_reward = _gathered(checkpoints, "price", "price"), 0
+    if priced := [entry["price"] for entry in checkpoints if entry["price"]]:
+        out.table(to_table(prices, of_checkpoints(PRICE)), "price.parquet")
+        without_reward = sum(artifact.summary["without_reward"] for artifact in priced)
     for figure_name, figure in drawn.items():
         figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
-    page = pages.markdown(name, rows, others, notes, settings, warnings, compared.to_pylist(), changes, skipped)
+    page = pages.markdown(
+        name,
+        rows,
+        others,
+        notes,
+        settings,
+        warnings,
+        compared=compared.to_pylist(),
+        interventions=changes,
+        skipped=skipped,
+        prices=prices,
+        without_reward=without_reward,
+    )
     out.path("report.md").write_text(page, encoding="utf-8")
     share, unit = f"share_{rows[0]['normalization']}", unit_of(rows[0]["normalization"])
     in_text = html.responses(last["checkpoint"], tokens, sequences, share, unit)
@@ -76,9 +111,10 @@ def report(
     return {"rows": len(rows), "checkpoints": len(checkpoints)}
 
 
-def _gathered(checkpoints: "Sequence[Mapping[str, Any]]", table: str) -> list[Row]:
+def _gathered(checkpoints: "Sequence[Mapping[str, Any]]", table: str, of: str = "estimates") -> list[Row]:
     return [
         {"checkpoint": entry["checkpoint"], "step": entry["step"]} | row
         for entry in checkpoints
-        for row in entry["estimates"].table(f"{table}.parquet").to_pylist()
+        if entry[of]
+        for row in entry[of].table(f"{table}.parquet").to_pylist()
     ]

@@ -1,4 +1,4 @@
-"""reward-u-batch: compute the reward of every response of U."""
+"""reward-u-batch and reward-e-batch: compute the reward of every response of a batch."""
 
 import json
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from entropy_core.rewards.spec import RewardSpec
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Writer
-    from entropy_core.store.inputs import Prompts, SequencesOfU
+    from entropy_core.store.inputs import Prompts, Sequences
 
 
 def reward(
     out: "Writer",
     execution: "Execution",
     *,
-    sequences: "Sequence[SequencesOfU]",
+    sequences: "Sequence[Sequences]",
     prompts: "Prompts",
     rewards: Sequence[RewardSpec],
     weights: Sequence[float],
@@ -31,14 +31,14 @@ def reward(
     responses_per_prompt: int,
     trainer_state: str,
 ) -> dict[str, Any]:
-    """Compute the rewards of the responses of U.
+    """Compute the rewards of the responses of a batch.
 
     Args:
         out: writer of `rewards.parquet`, one row per sequence: `reward`, the weighted sum, null where every function
             returned None; `reward_1`, `reward_2`, … of several functions; and `normalised_reward`, the weighted sum of
             what was normalised within groups, if that is asked for.
         execution: path of the users' reward files, and limits of their processes.
-        sequences: shards of sample-u-batch.
+        sequences: shards of sample-u-batch or sample-e-batch.
         prompts: artifact of load-prompts; all its columns are passed to the rewards.
         rewards: the reward functions.
         weights: of each; none: all 1.
@@ -77,7 +77,7 @@ def reward(
     total_N = weighted_sum(rewards_NF, weights_F)
     if total_N.isnan().all():
         raise RewardError(
-            "no response of U has a reward: every function returned None for every response",
+            "no response has a reward: every function returned None for every response",
             cause="the functions were written for other prompts",
             fix="correct update.reward, or the columns that it reads",
         )
@@ -92,7 +92,7 @@ def reward(
     return {"mean_reward": float(total_N.nanmean()), "sequences": len(total_N), "open": int(total_N.isnan().sum())}
 
 
-def _token_ids(shard: "SequencesOfU") -> list[list[int]]:
+def _token_ids(shard: "Sequences") -> list[list[int]]:
     tokens = shard.tensors("tokens.safetensors")
     return [row.tolist() for row in tokens["response_tokens"].split(tokens["response_offsets"].diff().tolist())]
 

@@ -10,7 +10,7 @@ import torch
 from entropy_core.errors import NonFiniteError
 from entropy_core.estimates import diagnostics, evaluation, sampler, second_order, unseen
 from entropy_core.estimates import rows as estimates
-from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
+from entropy_core.estimates.batches import evaluation_batch, halves_of_u, influences, moved_batch, moved_of_first
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.rows import Contributions, Derivative, Row
 from entropy_core.estimates.tables import ESTIMATES, TABLES, to_table
@@ -69,7 +69,7 @@ def variance(
         out: writer of `estimates.parquet` (one row per η, normalisation and estimator; schema `tables.ESTIMATES`), and
             of the tables of `tables.TABLES`.
         execution: unused.
-        learning_rate: nominal learning rate, the unit of `eta_over_lr`.
+        learning_rate: nominal learning rate.
         max_new_tokens: maximum response length of E.
         scores: shards of score-e-batch.
         rescores: draws of rescore-e-batch on the first sequences, for the numerical noise.
@@ -129,7 +129,7 @@ def variance(
     changes: dict[tuple[Normalization, Estimator], list[_Step]] = {}
     seen: dict[Normalization, list[Observation]] = {normalization: [] for normalization in normalizations}
     for entry in moved:
-        eta = entry["eta"]
+        eta, multiple = entry["eta"], entry["eta_over_lr"]
         both: list[Estimator] = [*estimators, "per_decision"] if entry["shards"] else [*estimators]
         for estimator in dict.fromkeys(both):
             there = evaluation.measured(batch, moved_batch(entry, sequences), estimator)
@@ -137,7 +137,7 @@ def variance(
                 change = estimates.change_of(batch, there, eta, estimator, of)
                 if estimator in estimators:
                     of_rows = there._replace(columns=None)  # of no use any more, and large
-                    changes.setdefault((of, estimator), []).append(_Step(eta, of_rows, change))
+                    changes.setdefault((of, estimator), []).append(_Step(eta, multiple, of_rows, change))
                 if estimator in ("per_decision", "path_integral"):
                     slope, rounding = shared.derivative.estimate, shared.noise / 2
                     seen[of] += second_order.observations(batch, there, change, slope, eta, of, rounding)
@@ -146,7 +146,7 @@ def variance(
         second = combine(seen[of], shared.derivative.estimate.value) if seen[of] else None
         for estimator in estimators:
             found[of, estimator] = [
-                (_row(batch, step, estimator, shared, second, learning_rate, confidence_level), step.change)
+                (_row(batch, step, estimator, shared, second, confidence_level), step.change)
                 for step in changes[of, estimator]
             ]
     by_seed = {seed: _values(batch, normalizations)}
@@ -159,6 +159,7 @@ def variance(
     def add(name: str, normalization: Normalization, rows: list[Row]) -> None:
         tables[name] += [{"normalization": normalization} | row for row in rows]
 
+    multiples = {entry["eta"]: entry["eta_over_lr"] for entry in moved}
     by_literature = _by_literature(scores_u, discriminators_u, update)
     for (normalization, estimator), at_etas in found.items():
         usable = {
@@ -167,7 +168,7 @@ def variance(
             if row["verdict"] != "weights-unreliable"
         }
         derivative = common[normalization].derivative
-        fits, pairs = diagnostics.linearity_rows(batch, usable, derivative, estimator, learning_rate)
+        fits, pairs = diagnostics.linearity_rows(batch, usable, derivative, estimator, multiples)
         add("linearity", normalization, fits)
         add("eta_pairs", normalization, pairs)
         for row, _ in at_etas if estimator == estimators[0] else ():
@@ -198,6 +199,7 @@ class _Step(NamedTuple):
     """ΔH at one step size by one estimator, and the weights that it was measured with."""
 
     eta: float
+    eta_over_lr: float
     terms: Measured
     change: Estimate
 
@@ -208,16 +210,15 @@ def _row(
     estimator: Estimator,
     common: _Common,
     second: SecondOrder | None,
-    learning_rate: float,
     confidence_level: float,
 ) -> Row:
-    (eta, there, change), derivative = step, common.derivative
+    (eta, multiple, there, change), derivative = step, common.derivative
     measurable = change if there.usable else None
     noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # path_integral subtracts nothing
     return {
         **common.columns,
         "eta": eta,
-        "eta_over_lr": eta / learning_rate,
+        "eta_over_lr": multiple,
         "estimator": estimator,
         **{name: value * eta for name, value in common.per_unit.items()},
         "noise_floor": noise_floor,
@@ -240,22 +241,13 @@ def _contributions(
     of_sequences: pa.Table, normalization: Normalization, update: Mapping[str, Any], steps: half_samples.HalfSteps
 ) -> Contributions:
     prompts = update["prompts"]
-    whole, *halves = (
-        torch.tensor(of_sequences[f"influence_{normalization}{suffix}"].to_pylist(), dtype=torch.float64)
-        for suffix in ("", "_half_0", "_half_1")
-    )
     informative = prompts - update["prompts_with_equal_rewards"]
-    return Contributions(whole.view(prompts, -1), torch.stack(halves).view(2, prompts, -1), steps, informative)
+    return Contributions(*influences(of_sequences, normalization, prompts), steps, informative)
 
 
 def _half_steps(artifact: "HalfSteps", value: float, normalization: Normalization) -> half_samples.HalfSteps:
-    halves = artifact.table("halves.parquet")
-    values, prompts = halves[f"inner_product_{normalization}"].to_pylist(), halves["prompts"].to_pylist()
-    halves_R2 = torch.tensor(values, dtype=torch.float64).view(-1, 2)
-    prompts_R2 = torch.tensor(prompts, dtype=torch.int64).view(-1, 2)
-    return half_samples.half_steps(
-        value, halves_R2, prompts_R2, artifact.summary["fresh"], artifact.summary["no_interval"]
-    )
+    of_splits = halves_of_u(artifact.table("halves.parquet"), normalization)
+    return half_samples.half_steps(value, *of_splits, artifact.summary["fresh"], artifact.summary["no_interval"])
 
 
 def _by_literature(

@@ -217,19 +217,9 @@ class Writer:
             shapes: of the tensors, by parameter name.
             dtype: of all of them.
         """
-        return self.tensor_file(f"{VECTORS}{name}.safetensors", shapes, dtype)
-
-    def tensor_file(self, name: str, shapes: "Mapping[str, tuple[int, ...]]", dtype: "torch.dtype") -> "TensorWriter":
-        """Begin a safetensors file, to be filled a block at a time within a `with`.
-
-        Args:
-            name: path relative to the artifact.
-            shapes: of the tensors, by name.
-            dtype: of all of them.
-        """
         from entropy_core.store.tensor_file import TensorWriter
 
-        return TensorWriter(self.path(name), shapes, dtype)
+        return TensorWriter(self.path(f"{VECTORS}{name}.safetensors"), shapes, dtype)
 
     def table(self, table: "pyarrow.Table", name: str) -> None:
         """Write a table as a Parquet file."""

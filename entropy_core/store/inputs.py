@@ -42,6 +42,7 @@ ScoresOfU = Annotated[Artifact, made_by("score-u-batch")]
 ScoresOfReference = Annotated[Artifact, made_by("score-u-reference")]
 Rescores = Annotated[Artifact, made_by("rescore-e-batch")]
 Rewards = Annotated[Artifact, made_by("reward-u-batch")]
+RewardsOfE = Annotated[Artifact, made_by("reward-e-batch")]
 Discriminators = Annotated[Artifact, made_by("discriminate-u")]
 Update = Annotated[Artifact, made_by("compute-update")]
 AnyStep = Annotated[Artifact, made_by("compute-update", "altered-step")]
@@ -57,6 +58,7 @@ MovedScores = Annotated[Artifact, made_by("importance")]
 Path = Annotated[Artifact, made_by("path-integral")]
 Estimates = Annotated[Artifact, made_by("variance")]
 Interventions = Annotated[Artifact, made_by("interventions")]
+Price = Annotated[Artifact, made_by("price")]
 Agreement = Annotated[Artifact, made_by("agreement")]
 
 
@@ -65,6 +67,7 @@ class AtStepSize(TypedDict):
     """What was measured of E at one step size η; nothing at 0."""
 
     eta: float
+    eta_over_lr: float
     shards: Sequence[MovedScores]
     path: Sequence[Path]
 
@@ -128,6 +131,7 @@ class ReportedCheckpoint(TypedDict):
     estimates: Estimates
     attribution: Attribution
     interventions: Interventions | None
+    price: Price | None
 
 
 def require_inputs(stage: "Stage", inputs: Mapping[str, Any]) -> None:

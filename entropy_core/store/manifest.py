@@ -44,6 +44,9 @@ _AT_ONCE = 16  # files that the disk is asked for
 _KEYED = ("format", "stage", "code", "libraries", "inputs")
 _LIBRARIES = ("torch", "transformers", "peft", "pyarrow", "safetensors")
 
+_STAGE = b'\n "stage": '
+"""Before this line of a manifest are the seal and the signature, which its seal is not of."""
+
 _manifests: dict[Identity, dict[str, Any]] = {}
 
 
@@ -186,7 +189,7 @@ def as_json(value: Any, what: str) -> dict[str, Any]:
         StoreError: it is no dict, or something in it is no JSON value.
     """
     try:
-        plain = json.loads(json_text(value))
+        plain = json.loads(json.dumps(value, sort_keys=True, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise StoreError(f"{what} is not JSON: {error}", fix="use plain, finite values; write data to files") from error
     if not isinstance(plain, dict):
@@ -228,9 +231,15 @@ def _fsync(path: Path) -> None:
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written, signed with the key that is set."""
-    seal = hashlib.sha256(json_text(manifest).encode()).hexdigest()
-    return json_text({**manifest, "seal": seal, **signature(seal)}).encode()
+    """The manifest as it is written: with its seal before `stage`, signed with the key that is set."""
+    before, stage, after = json_text(manifest).encode().partition(_STAGE)
+    seal = hashlib.sha256(before + stage + after).hexdigest()
+    return before + _lines({"seal": seal, **signature(seal)}) + stage + after
+
+
+def _lines(added: Mapping[str, Any]) -> bytes:
+    """Of entries that are there among others: without the braces."""
+    return json_text(added).encode()[1:-3] + b","
 
 
 def sign(directory: Path, stage_name: str, key: str) -> str:
@@ -276,10 +285,10 @@ def _read_once(path: Path) -> dict[str, Any]:
 def _parsed(content: bytes) -> dict[str, Any]:
     """Raises ValueError if it is not, byte for byte, what was written."""
     manifest = json.loads(content)
-    rest = {name: value for name, value in manifest.items() if name not in ("seal", SIGNATURE)}
-    signed = {SIGNATURE: manifest[SIGNATURE]} if SIGNATURE in manifest else {}
-    seal = hashlib.sha256(json_text(rest).encode()).hexdigest()
-    if json_text({**rest, "seal": seal, **signed}).encode() != content:
+    json.dumps(manifest, allow_nan=False, ensure_ascii=False).encode()  # a seal of what cannot be written is no seal
+    added = {name: manifest[name] for name in ("seal", SIGNATURE) if name in manifest}
+    before, found, after = content.partition(_lines(added) + _STAGE)
+    if not found or hashlib.sha256(before + _STAGE + after).hexdigest() != manifest["seal"]:
         raise ValueError("it is not as it was written")
     if "format" in manifest:  # else an earlier version made it, which is said in its own words
         require_form(manifest)

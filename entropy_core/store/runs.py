@@ -46,8 +46,23 @@ def finished(root: Path, run_id: str) -> datetime:
         StoreError: its record cannot be understood, or is not signed as it must be.
     """
     with understood(folder(root, run_id) / RECORD) as record:
-        _named(record)
+        _named(record), _rerun_of(record)
         return _finished(record)
+
+
+def sweeps(root: Path) -> list[str]:
+    """The ids of the recorded sweeps, in the order in which they finished: of the runs that are no reruns."""
+    return [run_id for run_id in recorded(root) if not rerun_of(root, run_id)]
+
+
+def rerun_of(root: Path, run_id: str) -> str:
+    """The id of the run that a recorded run is a rerun of; empty for a sweep.
+
+    Raises:
+        StoreError: its record cannot be understood, or is not signed as it must be.
+    """
+    with understood(folder(root, run_id) / RECORD) as record:
+        return _rerun_of(record)
 
 
 def present(root: Path) -> list[str]:
@@ -109,7 +124,7 @@ def sign(store: Store, run_id: str) -> str:
     try:
         with _explained(path):
             record, _ = _parted(path)
-            _named(record), _finished(record)
+            _named(record), _finished(record), _rerun_of(record)
     except StoreError as error:
         return error.fact
     with writing(store, run_id) as temporary:
@@ -132,6 +147,13 @@ def _finished(record: Mapping[str, Any]) -> datetime:
     return when
 
 
+def _rerun_of(record: Mapping[str, Any]) -> str:
+    named = record.get("rerun_of", "")
+    if not isinstance(named, str):
+        raise ValueError(f"rerun_of: {named!r:.80} is no id of a run")
+    return named
+
+
 def _seal(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
@@ -141,20 +163,21 @@ def find(root: Path, run_id: str) -> Path:
 
     Args:
         root: of the store.
-        run_id: of the run; `latest` is the one that finished last.
+        run_id: of the run; `latest` is the sweep that finished last. A rerun of a sweep has to be named.
 
     Raises:
         StoreError: there is none, or its record cannot be used.
     """
     known = recorded(root)
-    if run_id == "latest" and known:
-        return folder(root, known[-1])
+    if run_id == "latest" and (of_sweeps := sweeps(root)):
+        return folder(root, of_sweeps[-1])
     if run_id in known:
         return folder(root, run_id)
     for unusable in present(root):
         if run_id in (unusable, "latest"):
             finished(root, unusable)  # raises the reason
-    listed = f"recorded are {', '.join(known)}" if known else "no sweep is recorded there"
+    what = "only reruns are recorded:" if run_id == "latest" else "recorded are"
+    listed = f"{what} {', '.join(known)}" if known else "no sweep is recorded there"
     raise StoreError(
         f"there is no run {run_id!r} in {root / 'runs'}; {listed}",
         fix="give one of these ids, or run `entropy-probe sweep` first",

@@ -65,7 +65,7 @@ class Stage:
         function: called as `function(out: Writer, execution, **inputs)`; defined at the top level of a module. It
             writes files through `out` and returns its summary: a dict of JSON values that the inputs determine, hence
             no timings, which the manifest has anyway.
-        vectors: the inputs whose `VECTORS` the function opens.
+        vectors: the inputs whose `VECTORS` the function opens; those of its policy come with them.
     """
 
     name: str
@@ -75,6 +75,10 @@ class Stage:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
             raise StoreError(f"{self.name!r} cannot name a stage", fix="use lower-case words joined by hyphens")
+
+    def opened(self, inputs: Mapping[str, Any]) -> list[Artifact]:
+        """Return the artifacts among the inputs whose `VECTORS` the function opens."""
+        return [one for name in (*self.vectors, "policy") if name in inputs for one in artifacts_in(inputs[name])]
 
 
 class Store:

@@ -1,0 +1,184 @@
+"""How large E and U have to be to tell a change of the entropy: power from the variance components of a pilot.
+
+With N independent units of E and P prompts of U, the variance of an estimate for the mean update is
+
+    A/N + B/P + C/(N·P)
+
+where A is of the units of E, B of the prompts of U, and C of their interaction; for this update, with U held fixed, it
+is A/N + C/(N·P). A t test at a level detects a change with the power that the noncentral t distribution gives. B holds
+as far as the step is linear in the gradient: a step on twice the prompts has half the variance over U.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from entropy_core.estimates.distributions import noncentral_t_below, t_quantile
+
+FEWEST = 2
+"""Units that an error comes from, at least."""
+MOST = 10**9
+"""Units at which a search gives up."""
+
+
+class Size(NamedTuple):
+    """Independent units of E (sequences, or prompts if their responses depend on each other), and prompts of U."""
+
+    of_e: int
+    of_u: int
+
+
+class Components(NamedTuple):
+    """A, B and C in squared units of the estimate, and whether U is held fixed: then B does not count."""
+
+    of_e: float
+    of_u: float
+    of_both: float
+    given_u: bool = False
+
+    @classmethod
+    def of_pilot(cls, row: Mapping[str, Any], size: Size, given_u: bool) -> "Components":
+        """Find the components from the errors of a sweep.
+
+        Args:
+            row: with `se_given_u`, `se_over_u` and `se_interaction`, as in `tables.ESTIMATES`.
+            size: of its E and U.
+            given_u: whether the question is of this update.
+
+        Returns:
+            The components; what would be negative is 0.
+        """
+        both = row["se_interaction"] ** 2
+        over_e, over_u = (max(row[name] ** 2 - both, 0.0) for name in ("se_given_u", "se_over_u"))
+        return cls(over_e * size.of_e, over_u * size.of_u, both * size.of_e * size.of_u, given_u)
+
+    def variances(self, size: Size) -> tuple[float, float]:
+        """Return the variances over E and over U at a size; the interaction counts once, with E."""
+        over_e = self.of_e / size.of_e + self.of_both / (size.of_e * size.of_u)
+        return over_e, 0.0 if self.given_u else self.of_u / size.of_u
+
+    def standard_error(self, size: Size) -> float:
+        """Return the standard error at a size."""
+        return math.sqrt(sum(self.variances(size)))
+
+    def degrees_of_freedom(self, size: Size) -> float:
+        """Return those of the t test at a size (Welch-Satterthwaite)."""
+        over_e, over_u = self.variances(size)
+        if over_e + over_u == 0.0:
+            return float(size.of_e - 1)
+        return (over_e + over_u) ** 2 / (over_e**2 / (size.of_e - 1) + over_u**2 / (size.of_u - 1))
+
+
+class TTest(NamedTuple):
+    """A two-sided t test at a confidence level, and the power that is wanted of it."""
+
+    confidence_level: float
+    power: float = 0.8
+
+    def power_at(self, components: Components, size: Size, effect: float) -> float:
+        """Return the probability that a change of this size is detected."""
+        error = components.standard_error(size)
+        if error == 0.0:
+            return 1.0 if effect else 1 - self.confidence_level
+        degrees, shift = components.degrees_of_freedom(size), abs(effect) / error
+        reach = t_quantile(0.5 + self.confidence_level / 2, degrees)
+        return 1 - noncentral_t_below(reach, degrees, shift) + noncentral_t_below(-reach, degrees, shift)
+
+    def detectable(self, components: Components, size: Size) -> float:
+        """Return the smallest change that is detected with the wanted power."""
+        low, high = 0.0, 100.0 * components.standard_error(size)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.power_at(components, size, middle) >= self.power else (middle, high)
+        return high
+
+
+def smallest_e(test: TTest, components: Components, effect: float, of_u: int) -> int | None:
+    """Find the smallest E that detects a change.
+
+    Args:
+        test: level and power.
+        components: of the variance.
+        effect: the change.
+        of_u: prompts of U.
+
+    Returns:
+        Units of E; None if no E is large enough with so few prompts of U.
+    """
+    return _smallest(lambda n: test.power_at(components, Size(n, of_u), effect) >= test.power)
+
+
+def cheapest(test: TTest, components: Components, effect: float, seconds: tuple[float, float]) -> Size | None:
+    """Find the cheapest E and U that detect a change.
+
+    Args:
+        test: level and power.
+        components: of the variance.
+        effect: the change.
+        seconds: that a unit of E and a prompt of U cost.
+
+    Returns:
+        Their sizes; None if none within reach is large enough.
+    """
+    fewest = _smallest(lambda p: test.power_at(components, Size(MOST, p), effect) >= test.power)
+    if fewest is None:
+        return None
+
+    def size_at(of_u: int) -> Size:
+        return Size(smallest_e(test, components, effect, of_u) or MOST, of_u)
+
+    return size_at(_lowest(lambda of_u: cost(size_at(of_u), seconds), fewest, 1000 * fewest))
+
+
+def best_for(components: Components, seconds: tuple[float, float], budget: float) -> Size | None:
+    """Find the E and U with the smallest standard error that a budget allows.
+
+    Args:
+        components: of the variance.
+        seconds: that a unit of E and a prompt of U cost.
+        budget: seconds.
+
+    Returns:
+        Their sizes; None if the budget does not pay for the fewest.
+    """
+    most = int((budget - FEWEST * seconds[0]) / seconds[1]) if seconds[1] else MOST
+    if most < FEWEST:
+        return None
+
+    def size_at(of_u: int) -> Size:
+        return Size(max(FEWEST, int((budget - of_u * seconds[1]) / seconds[0])), of_u)
+
+    return size_at(_lowest(lambda of_u: components.standard_error(size_at(of_u)), FEWEST, most))
+
+
+def even_split(seconds: tuple[float, float], budget: float) -> Size:
+    """Return what half of a budget buys of E and half of U."""
+    return Size(*(max(FEWEST, int(budget / 2 / each)) for each in seconds))
+
+
+def cost(size: Size, seconds: tuple[float, float]) -> float:
+    """Return the seconds that a size costs."""
+    return size.of_e * seconds[0] + size.of_u * seconds[1]
+
+
+def _smallest(enough: Callable[[int], bool]) -> int | None:
+    """The smallest number that is enough, if more is always better; None if not even `MOST` is."""
+    high = FEWEST
+    while not enough(high):
+        if high >= MOST:
+            return None
+        high = min(2 * high, MOST)
+    low = max(FEWEST - 1, high // 2)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _lowest(value: Callable[[int], float], low: int, high: int) -> int:
+    """Where a function that falls and then rises is lowest between two whole numbers; by thirds, then one by one."""
+    while high - low > 8:
+        third = (high - low) // 3
+        a, b = low + third, high - third
+        low, high = (low, b) if value(a) <= value(b) else (a, high)
+    return min(range(low, high + 1), key=value)

@@ -1,0 +1,104 @@
+"""price: what the step does to the expected reward beside the entropy, from cached per-token columns."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from entropy_core.estimates import evaluation
+from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.price import Changes, OnE, price_row, reward_change, reward_derivative
+from entropy_core.estimates.price_table import PRICE
+from entropy_core.estimates.rows import Row, change_of, reliability
+from entropy_core.estimates.tables import to_table
+from entropy_core.numerics import uncertainty
+from entropy_core.numerics.choices import Baseline, Estimator, Normalization
+from entropy_core.store.columns import TokenTable, concatenate, read_tokens
+
+if TYPE_CHECKING:
+    from entropy_core.execution import Execution
+    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.inputs import AlongV, AtStepSize, Rescores, RewardsOfE, ScoresOfE
+
+
+def price(
+    out: "Writer",
+    execution: "Execution",
+    *,
+    scores: "Sequence[ScoresOfE]",
+    rescores: "Sequence[Rescores]",
+    first_order_e: "Sequence[AlongV]",
+    rewards: "Sequence[RewardsOfE]",
+    moved: "Sequence[AtStepSize]",
+    estimators: Sequence[Estimator],
+    normalizations: Sequence[Normalization],
+    baseline: Baseline,
+    units: Literal["sequence", "prompt"],
+    confidence_level: float,
+) -> dict[str, Any]:
+    """Estimate the change of the expected reward at every step size, and its price in entropy.
+
+    Args:
+        out: writer of `price.parquet` (schema `price_table.PRICE`), one row per normalisation and step size but 0.
+        execution: unused.
+        scores: shards of score-e-batch.
+        rescores: draws of rescore-e-batch on the first sequences, for the numerical noise.
+        first_order_e: shards of first-order-e.
+        rewards: shards of reward-e-batch.
+        moved: one mapping per step size: `eta`, the `shards` of importance, and the shards of path-integral in `path`.
+        estimators: of ΔH; the first is taken.
+        normalizations: normalisations of the entropy.
+        baseline: baseline of the return-to-go.
+        units: independent units of E.
+        confidence_level: confidence level of the intervals.
+
+    Returns:
+        Summary: number of rows, and how many responses have no reward; then there are no rows.
+    """
+    without = sum(shard.summary["open"] for shard in rewards)
+    rows: list[Row] = []
+    if not without:
+        batch, _ = evaluation_batch(scores, first_order_e, baseline, units, rewards)
+        sequences = [read_tokens([shard]) for shard in scores]
+        floors = _noise_floors(batch, rescores, concatenate(sequences), normalizations)
+        on_e, estimator = OnE(batch, confidence_level), estimators[0]
+        of_reward = reward_derivative(batch)
+        for entry in moved:
+            if not (eta := entry["eta"]):
+                continue
+            terms = evaluation.measured(batch, moved_batch(entry, sequences), estimator)
+            reliable = reliability(terms, len(batch), eta).reliable
+            for of in normalizations:
+                slopes = uncertainty.entropy_derivative(batch.columns, of), of_reward
+                changes = Changes(
+                    change_of(batch, terms, eta, estimator, of),
+                    reward_change(batch, terms, eta, estimator),
+                    (0.0, 0.0) if estimator == "path_integral" else floors[of],
+                    terms.usable,
+                    reliable,
+                )
+                where = {"normalization": of, "eta": eta, "eta_over_lr": entry["eta_over_lr"], "estimator": estimator}
+                rows.append(where | price_row(on_e, slopes, changes, eta))
+    out.table(to_table(rows, PRICE), "price.parquet")
+    return {"rows": len(rows), "without_reward": without}
+
+
+def _noise_floors(
+    batch: EvaluationBatch,
+    rescores: "Sequence[Artifact]",
+    sequences: TokenTable,
+    normalizations: Sequence[Normalization],
+) -> Mapping[Normalization, tuple[float, float]]:
+    """Twice the rms of the ΔH and of the ΔJ that rounding alone produces."""
+    few = rescores[0].summary["sequences"]
+    again, of_few = batch.first(few), sequences.first(few)
+    rescored = [moved_of_first(again, draw, of_few) for draw in rescores]
+    terms = [(evaluation.measured(again, moved, "per_decision"), moved.eta) for moved in rescored]
+    of_reward = _twice_rms([reward_change(again, found, eta, "per_decision").value for found, eta in terms])
+    return {
+        of: (_twice_rms([change_of(again, found, eta, "per_decision", of).value for found, eta in terms]), of_reward)
+        for of in normalizations
+    }
+
+
+def _twice_rms(values: Sequence[float]) -> float:
+    return 2.0 * (sum(value**2 for value in values) / len(values)) ** 0.5

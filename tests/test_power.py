@@ -1,0 +1,92 @@
+"""How large E and U have to be: power as simulated, the cheapest sizes by going through all, costs of a run."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from entropy_core.estimates import power
+from entropy_core.estimates.distributions import noncentral_t_below, t_tail
+from entropy_core.estimates.power import Components, Size, TTest
+from entropy_core.numerics import uncertainty
+
+PILOT = {"se_given_u": 3e-4, "se_over_u": 5e-4, "se_interaction": 1e-4}
+SIZE = Size(1024, 64)
+
+
+def test_the_components_give_back_the_errors_of_the_pilot():
+    mean_update = Components.of_pilot(PILOT, SIZE, given_u=False)
+    both = PILOT["se_interaction"] ** 2
+    assert mean_update.standard_error(SIZE) ** 2 == pytest.approx(9e-8 + 25e-8 - both, rel=1e-12)
+    assert Components.of_pilot(PILOT, SIZE, given_u=True).standard_error(SIZE) == pytest.approx(3e-4, rel=1e-12)
+    # four times as many of each: half of the error, but for the interaction
+    expected = (9e-8 - both) / 4 + (25e-8 - both) / 4 + both / 16
+    assert mean_update.standard_error(Size(4096, 256)) ** 2 == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_noncentral_t_is_that_of_scipy():
+    for value, degrees, shift in ((1.5, 7.0, 0.0), (2.1, 30.5, 2.8), (-2.1, 12.0, 1.0)):
+        assert noncentral_t_below(value, degrees, shift) == pytest.approx(
+            stats.nct.cdf(value, degrees, shift), abs=1e-9
+        )
+    assert noncentral_t_below(1.5, 7.0, 0.0) == pytest.approx(1 - t_tail(1.5, 7.0), abs=1e-12)
+
+
+@pytest.mark.parametrize(("size", "given_u"), [(Size(60, 12), False), (Size(200, 8), False), (Size(40, 16), True)])
+def test_the_planned_power_is_that_of_simulated_sweeps(size: Size, given_u: bool):
+    """Effects of units of E and of prompts of U are drawn, and tested as a sweep tests them."""
+    components, test = Components(4.0, 2.0, 0.0, given_u), TTest(0.95)
+    effect = test.detectable(components, size)
+    assert test.power_at(components, size, effect) == pytest.approx(0.8, abs=1e-6)
+    generator = torch.Generator().manual_seed(5)
+    sweeps, detected = 20_000, 0
+    for _ in range(sweeps):
+        of_e = 2.0 * torch.randn(size.of_e, generator=generator, dtype=torch.float64)
+        of_u = 2.0**0.5 * torch.randn(size.of_u, generator=generator, dtype=torch.float64)
+        value = effect + float(of_e.mean()) + (0.0 if given_u else float(of_u.mean()))
+        over_e = uncertainty.standard_error(of_e - of_e.mean())
+        over_u = uncertainty.clustered_sum_standard_error((of_u / size.of_u).unsqueeze(1))
+        total = uncertainty.total_standard_error(over_e, size.of_e, over_u, size.of_u)
+        if given_u:
+            total = uncertainty.Total(over_e, size.of_e - 1.0)
+        detected += 2 * t_tail(abs(value) / total.standard_error, total.degrees_of_freedom) <= 0.05
+    assert abs(detected / sweeps - 0.8) <= 0.02
+
+
+def test_the_cheapest_sizes_are_the_cheapest_of_all():
+    components, test, seconds = Components(9.0, 1.5, 0.4), TTest(0.95), (0.5, 4.0)
+    found = power.cheapest(test, components, 1.3, seconds)
+    assert found is not None and test.power_at(components, found, 1.3) >= 0.8
+    by_all = [
+        Size(of_e, of_u) for of_u in range(2, 60) if (of_e := power.smallest_e(test, components, 1.3, of_u)) is not None
+    ]
+    assert power.cost(found, seconds) == pytest.approx(min(power.cost(size, seconds) for size in by_all))
+    assert power.cost(found, seconds) < power.cost(Size(1 + by_all[-1].of_e, 60), seconds)
+
+
+def test_the_smallest_e_is_just_large_enough():
+    components, test = Components(9.0, 0.0, 0.0, True), TTest(0.95)
+    of_e = power.smallest_e(test, components, 0.5, 8)
+    assert of_e is not None
+    assert test.power_at(components, Size(of_e, 8), 0.5) >= 0.8 > test.power_at(components, Size(of_e - 1, 8), 0.5)
+    # no E makes up for too few prompts
+    assert power.smallest_e(test, Components(9.0, 4.0, 0.0), 0.5, 8) is None
+    assert power.cheapest(test, Components(9.0, 1e30, 0.0), 1e-9, (1.0, 1.0)) is None
+
+
+def test_the_best_split_of_a_budget_beats_the_even_one():
+    components, seconds, budget = Components(9.0, 1.5, 0.4), (0.5, 4.0), 400.0
+    best, even = power.best_for(components, seconds, budget), power.even_split(seconds, budget)
+    assert best is not None and power.cost(best, seconds) <= budget
+    assert components.standard_error(best) < components.standard_error(even)
+    every = [Size(max(2, int((budget - u * 4.0) / 0.5)), u) for u in range(2, 99)]
+    assert components.standard_error(best) == pytest.approx(min(map(components.standard_error, every)))
+    assert power.best_for(components, seconds, 1.0) is None
+
+
+def test_without_any_variance_every_change_is_told():
+    nothing = Components(0.0, 0.0, 0.0)
+    assert TTest(0.95).detectable(nothing, SIZE) == 0.0
+    assert TTest(0.95).power_at(nothing, SIZE, 0.0) == pytest.approx(0.05)
+    assert math.isfinite(nothing.degrees_of_freedom(SIZE))
