@@ -75,8 +75,10 @@ def end(process: subprocess.Popen[bytes], log: Path, seconds: float = 600) -> No
 
 
 def test_every_checkpoint_is_probed_and_none_refused(home):
+    watcher = start_watch(home, "--keep")  # which takes longer to load than this training takes
+    assert becomes(lambda: " watches " in (home / "watch.log").read_text(), 300)
     trainer = start_training(home)
-    end(start_watch(home, "--keep"), home / "watch.log")
+    end(watcher, home / "watch.log")
     end(trainer, home / "trainer.log")
     assert sorted(path.name for path in (home / "run").glob("checkpoint-*")) == sorted(NAMES[-2:])
     rows = rows_of(home / "artifacts")
@@ -126,7 +128,9 @@ def test_kills_of_the_watcher_lose_nothing_and_change_nothing(home):
 
 def test_a_trainer_that_is_killed_in_a_save_is_taken_up_again(home):
     """The half-written checkpoint is not probed, and that of the training that goes on is."""
-    watcher, trainer = start_watch(home), start_training(home)
+    watcher = start_watch(home)
+    assert becomes(lambda: " watches " in (home / "watch.log").read_text(), 300)
+    trainer = start_training(home)
     half = home / "run" / NAMES[1]
     while not half.is_dir() and trainer.poll() is None:
         time.sleep(0.0005)
