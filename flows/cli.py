@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from entropy_core.errors import ProbeError, one_line
 from flows import power, run_commands, watch_options
 from flows.arguments import STORE, add_artifacts
+from flows.terminal import plain_output
 
 if TYPE_CHECKING:
     from entropy_core.config.schema import VarianceRequest
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        with _ending_in_order():
+        with _ending_in_order(), plain_output():
             return options.run(options)
     except ProbeError as error:
         print(error, file=sys.stderr)

@@ -13,6 +13,7 @@ from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 from flows.results import duration, print_results
+from flows.terminal import PlainFormatter
 from tasks.device import compute
 
 
@@ -113,7 +114,7 @@ def say(line: str) -> None:
 def log_to_the_terminal() -> None:
     """What the stages log goes to stderr; that one was computed is said already."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("  %(message)s"))
+    handler.setFormatter(PlainFormatter("  %(message)s"))
     log = logging.getLogger("entropy_probe")
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)

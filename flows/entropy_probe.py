@@ -26,7 +26,7 @@ from entropy_core.store.store import Store
 from flows.progress import Progress
 from flows.results import RESULT, summary
 from flows.service import FOLDER
-from flows.ui import publish, publish_plan, published_progress
+from flows.ui import announce, publish, publish_plan, published_progress
 from tasks.stages import prefect_runner
 
 
@@ -65,7 +65,9 @@ def _swept(config: ProbeConfig, rerun_of: str = "") -> State:
     progress = Progress(steps, costs, published_progress())
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     run = progress.watched(prefect_runner(store, execution))
-    return _published(pipeline.sweep(config, checkpoints, store, run, rerun_of))
+    result = pipeline.sweep(config, checkpoints, store, run, rerun_of)
+    announce(result, config.name)
+    return _published(result)
 
 
 @flow(name="entropy-probe", validate_parameters=False)

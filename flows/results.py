@@ -4,11 +4,14 @@ import base64
 import re
 import textwrap
 import webbrowser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entropy_core.errors import ProbeError
+import pyarrow as pa
+
+from entropy_core.errors import ProbeError, StoreError, one_line
 from entropy_core.estimates.agreement import independent
 from entropy_core.report.headline import HEADLINE, headline, rounded
 from entropy_core.report.interventions import deepest
@@ -155,7 +158,8 @@ def show(root: Path, run_id: str, in_browser: bool) -> int:
         ProbeError: there is no such run, it has no such page, or there is no browser.
     """
     directory = runs.find(root, run_id)
-    print_results(directory)
+    with _explained(directory):
+        print_results(directory)
     page = directory.absolute() / "report.html"
     if not page.exists():
         cause = "it was recorded by an earlier version"
@@ -166,6 +170,21 @@ def show(root: Path, run_id: str, in_browser: bool) -> int:
     if in_browser and not webbrowser.open(page.as_uri()):
         raise ProbeError("no browser could be started", fix=f"open {page} in one")
     return 0
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Say that the tables of a run are not what they were, as in a store that came from elsewhere."""
+    try:
+        yield
+    except BrokenPipeError:  # `entropy-probe report | head`
+        raise
+    except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
+        raise StoreError(
+            f"the tables in {directory} cannot be shown: {one_line(error)}",
+            cause="they were edited, damaged, or written by another version",
+            fix=f"`entropy-probe variance {directory.name}` writes them anew",
+        ) from None
 
 
 def inline_figures(markdown: str, locate: Callable[[str], Path]) -> str:

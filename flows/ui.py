@@ -18,8 +18,10 @@ from entropy_core.pipeline.plan import Cost, Step
 from entropy_core.pipeline.statistics import SweepResult
 from entropy_core.report.headline import headline, selected
 from entropy_core.report.interventions import deepest
+from flows.numbers import numbers_of_each
 from flows.plan import plan_table, plan_total
 from flows.results import INTERVENTIONS, inline_figures
+from tasks.events import checkpoint_probed
 
 _SECONDS_BETWEEN_UPDATES = 2.0
 
@@ -51,6 +53,17 @@ def publish_plan(steps: Sequence[Step], costs: Mapping[str, Cost]) -> None:
     line = plan_total(steps, costs)
     get_run_logger().info(line)
     create_table_artifact(plan_table(steps, costs), key="plan", description=line)
+
+
+def announce(result: SweepResult, run: str) -> None:
+    """Send an event for each checkpoint of a sweep, for the automations of the server.
+
+    Args:
+        result: of the pipeline.
+        run: name of the run.
+    """
+    for numbers in numbers_of_each(result.report.table("results.parquet").to_pylist()):
+        checkpoint_probed(run, numbers, str(runtime.flow_run.id or ""))
 
 
 def publish(result: SweepResult) -> None:

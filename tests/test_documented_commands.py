@@ -27,6 +27,8 @@ ELSEWHERE = (
     "make ui",  # in test_demo_sweep.py; `served` is what it does, and what the next one does
     "entropy-probe ui my-run.yaml",
     "entropy-probe serve my-run.yaml --work-pool probe",  # in test_ui.py, like the next four
+    "entropy-probe watch runs/grpo --config my-run.yaml --report-to",  # in test_reporters.py, like the next one
+    "prefect automation create",
     *("export PREFECT_", "prefect server start ", "prefect work-pool ", "prefect worker start "),
     *("make sweep", "prefect deployment run entropy-probe/"),  # in test_demo_sweep.py
 )
@@ -51,6 +53,9 @@ def test_every_other_command_of_the_documentation_runs(tmp_path):
         if known & set(command.split()):
             keys = sorted(path.parent.name for path in (tmp_path / "artifacts").glob("score-e-batch/*/manifest.json"))
             command = command.replace("4f1c09", keys[0][:12]).replace("b2277e", keys[1][:12])
+        if "compare demo-" in command:
+            ids = sorted(path.parent.name for path in (tmp_path / "artifacts" / "runs").glob("*/run.json"))
+            command = command.replace("demo-3710175b0557", ids[0]).replace("demo-ae57f524470e", ids[1])
         run(["bash", "-c", command.replace("entropy-probe", shlex.quote(str(COMMAND)))], folder=tmp_path)
     run([str(COMMAND), "plan", "initial.yaml"], folder=tmp_path)  # as it is
     recorded = run([str(COMMAND), "runs"], folder=tmp_path)

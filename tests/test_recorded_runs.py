@@ -14,15 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from compared_fixtures import Compared
 from notebooks import cells, execute
-from pipeline_fixtures import NAMES
+from pipeline_fixtures import NAMES, Counting, skip_figures
 
 import entropy_core as probe
+from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.estimates.distributions import t_quantile
-from entropy_core.estimates.tables import COMPARISON
+from entropy_core.estimates.tables import COMPARISON, by_run_directory
+from entropy_core.execution import Execution
+from entropy_core.pipeline import statistics
 from entropy_core.pipeline.comparison import compare
 from entropy_core.pipeline.recorded import read_run
 from entropy_core.report import comparison as page
+from entropy_core.report import figures
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.data_files import VECTORS
@@ -152,6 +156,36 @@ def test_the_run_directories_of_one_sweep_are_compared(compared, tmp_path):
     for one, other in zip(found, apart, strict=True):
         assert {**one, **dict.fromkeys(names)} == {**other, **dict.fromkeys(names)}
     assert {row["checkpoint"] for row in found} == {f"faster/{name}" for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    ("steps", "directories"),
+    [
+        ({"a/checkpoint-3": 3, "b/checkpoint-3": 3, "b/final": 5}, {"a": 1, "b": 2}),
+        ({"a/global_step_5/actor": 5, "b/global_step_5/actor": 5}, {"a/global_step_*": 1, "b/global_step_*": 1}),
+        ({"global_step_5/actor": 5, "global_step_15/actor": 15}, {"": 2}),  # one run, whose checkpoints have long names
+        ({"a/checkpoint-3": 3, "b/checkpoint-4": 4}, {"": 2}),  # one curve, as of a run that went on elsewhere
+        ({"checkpoint-3": 3}, {"": 1}),
+    ],
+)
+def test_run_directories_are_told_apart_where_a_step_is_in_two(steps, directories):
+    rows = [{"checkpoint": name, "step": step} for name, step in steps.items()]
+    assert {name: len(group) for name, group in by_run_directory(rows).items()} == directories
+
+
+def test_the_report_of_several_run_directories_has_a_curve_for_each(compared, tmp_path, monkeypatch):
+    store = Store(shutil.copytree(compared.store.root, tmp_path / "artifacts"))
+    drawn: dict[str, Any] = {}
+    skip_figures(monkeypatch)
+    monkeypatch.setattr(
+        figures, "save_figure", lambda drawing, png, svg: (drawn.update({png.stem: drawing}), svg.touch())
+    )
+    request = VarianceRequest(run=compared.both.run_id, artifacts=str(store.root), confidence_level=0.9)
+    statistics.variance(request, store, Counting(store, Execution()))
+    [legend] = drawn["training"].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["faster", "run"]
+    above, below = drawn["training"].axes
+    assert [list(line.lines[0].get_xdata()) for axes in (above, below) for line in axes.containers] == [[3, 5]] * 4
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """A store that came from elsewhere: what its records and manifests say is not believed where it leads out of it."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pipeline_fixtures import Counting, Probe, make_run, probe, skip_figures, values
 
@@ -183,6 +187,69 @@ def test_a_record_that_makes_no_sense_is_listed_as_such(copied, capsys, change):
         assert main([*command, "--artifacts", str(copied.root)]) == (command[-1] == "verify")
         said = capsys.readouterr().out
         assert "does not say what the run needs: " in said and "\x1b" not in said
+
+
+MOVES = "\x1b[2J\x1b]0;owned\x07\u202e"
+"""Clears a terminal's screen, names its window, and turns the direction of what follows."""
+
+
+@pytest.mark.attack("a copied store whose names move the cursor")
+def test_what_is_printed_is_text(copied, home, capsys):
+    [run_id] = runs.recorded(copied.root)
+    edit_record(copied, lambda record: record["checkpoints"][0].update(checkpoint=MOVES, warnings=[MOVES]))
+    table = runs.folder(copied.root, run_id) / "results.parquet"
+    rows = pq.read_table(table).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | {"checkpoint": MOVES} for row in rows]), table)
+    (copied.root / ".quarantine" / MOVES).mkdir(parents=True)
+    copied_run = shutil.copytree(home / "run" / "checkpoint-3", copied.root.parent / MOVES)
+    for command in (["runs"], ["report"], ["store", "ls"], ["store", "verify"], ["store", "prune"]):
+        main([*command, "--artifacts", str(copied.root)])
+    main(["init", str(copied_run)])
+    said = "".join(capsys.readouterr())
+    assert not set(MOVES) - {*"[2J]0;owned"} & set(said)
+    assert said.count("\\x1b[2J") > 5
+
+
+def with_table(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: change(folder / "results.parquet")
+
+
+def with_rows(change: Callable[[list], list]) -> Callable[[Path], object]:
+    def changed(path: Path) -> None:
+        rows = change(pq.read_table(path).to_pylist())
+        pq.write_table(pa.Table.from_pylist(rows), path)
+
+    return with_table(changed)
+
+
+def in_place_of(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+NO_TABLES = {
+    "none": with_table(Path.unlink),
+    "text": with_table(lambda path: path.write_text("no table")),
+    "a part of one": with_table(lambda path: path.write_bytes(path.read_bytes()[:-9])),
+    "a pipe": with_table(lambda path: in_place_of(path, os.mkfifo)),
+    "a folder": with_table(lambda path: in_place_of(path, Path.mkdir)),
+    "a link to itself": with_table(lambda path: in_place_of(path, lambda to: to.symlink_to(to))),
+    "no rows": with_rows(lambda rows: []),
+    "other columns": with_rows(lambda rows: [{"x": 1}]),
+    "words for numbers": with_rows(lambda rows: [row | {"H": "x", "delta_h1": "y"} for row in rows]),
+    "nothing for numbers": with_rows(lambda rows: [row | {"ess_fraction": None, "eta": None} for row in rows]),
+    "numbers for words": with_rows(lambda rows: [row | {"estimator": 1, "verdict": 2} for row in rows]),
+}
+
+
+@pytest.mark.attack("a copied store whose record makes no sense")
+@pytest.mark.parametrize("change", NO_TABLES.values(), ids=NO_TABLES)
+def test_tables_that_make_no_sense_are_said_to(copied, capsys, change):
+    [run_id] = runs.recorded(copied.root)
+    change(runs.folder(copied.root, run_id))
+    assert main(["report", "--artifacts", str(copied.root)]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be shown" in said and said.count("\n") == 1
 
 
 @pytest.mark.attack("prune is told a folder that is no store")

@@ -8,6 +8,7 @@ from test_losses import batch_of
 
 from entropy_core.config.read import parse_config
 from entropy_core.errors import ConfigError, LossError, ProbeError
+from entropy_core.isolation.process import Isolation
 from entropy_core.losses import apart
 from entropy_core.losses.functions import check_loss, coefficients_of, influences_of, load_loss, source_file
 from entropy_core.numerics import losses, ragged
@@ -240,3 +241,28 @@ def test_the_configuration_says_what_goes_together(update, message: str):
 def test_pairs_multiply_token_by_token():
     a, b = TokenPair(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])), TokenPair(*torch.tensor([[5.0, 6.0]] * 2))
     assert a.dot(b).tolist() == [20.0, 36.0]
+
+
+def test_a_slow_loss_has_its_time_for_each_call(file):
+    """As a loss that takes minutes on U, and is asked for its gradient on many parts of U, or along many directions."""
+    name = file("import time\nfrom entropy_core.numerics.losses import grpo\n" + SLOW)
+    batch, limits = batch_of(), Isolation(seconds=2.0)
+    expected = losses.coefficients(LOSSES["grpo"], batch)
+    for found in apart.coefficients_of_each(name, [batch] * 4, limits):
+        assert found is not None and all(map(torch.equal, found, expected))
+    pair = TokenPair(*torch.linspace(1, 40, 2 * len(batch.logprobs_K)).double().sin().view(2, -1))
+    for influence_N in apart.influences(name, batch, [pair] * 4, limits):
+        assert torch.equal(influence_N, losses.influence(LOSSES["grpo"], batch, pair))
+
+
+SLOW = """def mine(batch):
+    time.sleep(0.8)
+    return grpo(batch)
+"""
+
+
+def test_a_loss_that_hangs_at_a_later_call_is_stopped(file):
+    text = "calls = []\ndef mine(batch):\n    calls.append(0)\n    while len(calls) > 2: pass\n    return grpo(batch)\n"
+    name = file("from entropy_core.numerics.losses import grpo\n" + text)
+    with pytest.raises(LossError, match=r"took longer than 1 s and was stopped, in .*losses\.py:5"):
+        apart.coefficients_of_each(name, [batch_of()] * 4, Isolation(seconds=1.0))

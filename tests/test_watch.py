@@ -13,7 +13,7 @@ import pytest
 import yaml
 from filelock import FileLock
 from pipeline_fixtures import call_here, probe, skip_figures, values
-from watch_fixtures import NAMES, make_checkpoints, rows_of, save_again, trained, write_config
+from watch_fixtures import NAMES, becomes, make_checkpoints, rows_of, save_again, trained, write_config
 
 from entropy_core.checkpoints import complete
 from entropy_core.checkpoints.complete import what_is_missing
@@ -58,14 +58,6 @@ def watch_folder(home: Path) -> Path:
 
 def held_folder(home: Path) -> Path:
     return watch_folder(home) / "held"
-
-
-def becomes(what) -> bool:
-    """Whether it becomes true before a minute is over."""
-    end = time.monotonic() + 60
-    while not what() and time.monotonic() < end:
-        time.sleep(0.01)
-    return bool(what())
 
 
 def test_each_checkpoint_of_a_run_that_rotates_is_probed_and_then_released(home, checkpoints, capsys):

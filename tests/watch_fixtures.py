@@ -3,7 +3,8 @@
 import json
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ def trained(checkpoints: Path, run: Path, keep: int, until: Any) -> Iterator[Non
     yield
     thread.join()
     assert failed == []
+
+
+def becomes(what: Callable[[], Any], seconds: float = 60) -> bool:
+    """Whether it becomes true before that time is over."""
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(what())
 
 
 def rows_of(root: Path) -> list[dict[str, Any]]:

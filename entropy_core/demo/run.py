@@ -134,7 +134,7 @@ def make_demo_run(out: Path, settings: DemoSettings = DemoSettings()) -> Path:
     """
     libraries = versions("demo run", ("torch", "transformers", "trl"), "pip install -e '.[trl]'")
     identity = {"settings": asdict(settings), "versions": libraries}
-    own = r"checkpoint-.*|entropy-probe\.yaml"
+    own = r"checkpoint-.*|entropy-probe(\.yaml)?"
     run = make_once(out, "demo run", MANIFEST, own, identity, lambda run: _train(run, settings))
     return say_the_rest(run, "batch_config: {dataset_name: arithmetic, split: train}\nupdate: {reward: arithmetic}\n")
 

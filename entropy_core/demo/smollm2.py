@@ -92,7 +92,7 @@ def make_smollm2_run(out: Path, settings: SmolLM2Settings = SmolLM2Settings()) -
     model = make_once(out / "model", "copy of SmolLM2", "widened.json", names, of_model, widen)
     identity = {"settings": asdict(settings), "versions": libraries}
     run = out / ("run" if settings.rank else "full")
-    names = r"checkpoint-\d+|prompts\.jsonl|entropy-probe\.yaml"
+    names = r"checkpoint-\d+|prompts\.jsonl|entropy-probe(\.yaml)?"
     made = make_once(run, "SmolLM2 run", "run.json", names, identity, lambda run: _train(model, run, settings))
     return say_the_rest(made, ("policy: {base_model: ../model}\n" if settings.rank else "") + REST)
 

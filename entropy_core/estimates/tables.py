@@ -1,5 +1,6 @@
 """Schemas of the result tables, with the unit and the meaning of every column in the field metadata."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -400,6 +401,30 @@ def by_checkpoint(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         groups.setdefault(row["checkpoint"], []).append(row)
     return groups
+
+
+def by_run_directory(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Group rows by the run directory of their checkpoints, as far as the checkpoints' names tell it.
+
+    Args:
+        rows: with `checkpoint` and `step`.
+
+    Returns:
+        Rows by run directory, in order; all of them under "" where no training step is in two of these.
+    """
+    directory_of = {row["checkpoint"]: _run_directory(row["checkpoint"], row["step"]) for row in rows}
+    steps = {(directory_of[row["checkpoint"]], row["step"]) for row in rows}
+    if len(steps) == len({step for _, step in steps}):
+        return {"": list(rows)}
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(directory_of[row["checkpoint"]], []).append(row)
+    return groups
+
+
+def _run_directory(checkpoint: str, step: int) -> str:
+    """What is before the last part of a name, without the step, which may be in it as in global_step_5/actor."""
+    return re.sub(rf"(?<!\d){step}(?!\d)", "*", checkpoint).rpartition("/")[0]
 
 
 def first_of_each(rows: Sequence[Row]) -> list[Row]:

@@ -41,6 +41,7 @@ PRINTED = 64 * 1024**2
 KEPT = 4096
 """Bytes that are kept of the first that is printed, and of the last."""
 
+_ANEW = b"\xff" * 8  # in place of a length: the seconds count anew
 _POLL, _LOOK = 0.02, 0.25  # seconds between looks at the child, and at all that it has started
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_CHILD_SUBREAPER = 1, 4, 36  # of Linux's prctl
 
@@ -50,11 +51,12 @@ class Task(NamedTuple):
 
     Args:
         module: that the function is in.
-        function: its name; called with `arguments`, it returns bytes.
+        function: its name; called with `arguments`, it returns bytes, or yields parts of them.
         arguments: pickled.
-        seconds: that the call may take.
+        seconds: that the call may take, or each of its parts.
         memory: bytes that the child and what it starts may hold together.
         largest: bytes that the answer may have.
+        parts: that it may have.
         sources: path → SHA-256 of our own code as the sweep has loaded it.
     """
 
@@ -64,6 +66,7 @@ class Task(NamedTuple):
     seconds: float
     memory: float
     largest: int
+    parts: int
     sources: dict[str, str]
 
 
@@ -117,8 +120,12 @@ def _call(task: Task, pipes: _Pipes, nonce: bytes, guard: int) -> None:
         _require_the_same_code(task.sources)
         faulthandler.dump_traceback_later(task.seconds, file=2)
         os.write(answer, mark)  # from here on the seconds count
-        mark = b""
-        said = b"+" + function(*arguments)
+        mark, said = b"", b"+"
+        made = function(*arguments)
+        for part in [made] if isinstance(made, bytes) else made:
+            said += part
+            faulthandler.dump_traceback_later(task.seconds, file=2)
+            os.write(answer, nonce + _ANEW)
     except ProbeError as error:
         texts = [text[:2000] for text in (error.fact, error.cause, error.fix)]
         said = b"!" + json.dumps([type(error).__name__, *texts]).encode()
@@ -165,6 +172,7 @@ class _Watch:
         self.said, self.first, self.last, self.printed = bytearray(), bytearray(), bytearray(), 0
         self.deadline, self.look = time.monotonic() + STARTING, time.monotonic()
         self.started = self.orphaned = False
+        self.parts = 0
         self.selector = selectors.DefaultSelector()
         for descriptor, name in ((lifeline, "lifeline"), (pipes.answer[0], "said"), (pipes.printed[0], "printed")):
             os.set_blocking(descriptor, False)
@@ -213,6 +221,9 @@ class _Watch:
             self.said += data[: self.begins + self.task.largest - len(self.said)]  # what comes later is nobody's
             if not self.started and self.said.startswith(self.nonce):
                 self.started, self.deadline = True, time.monotonic() + self.task.seconds + 0.25
+            while self.said[len(self.nonce) : self.begins] == self.nonce + _ANEW and self.parts < self.task.parts:
+                del self.said[len(self.nonce) : self.begins]
+                self.parts, self.deadline = self.parts + 1, time.monotonic() + self.task.seconds + 0.25
         elif name == "printed":
             self.printed += len(data)
             room = KEPT - len(self.first)

@@ -14,7 +14,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -53,22 +53,25 @@ class Isolation:
 
     def call(
         self,
-        function: Callable[..., bytes],
+        function: Callable[..., bytes | Iterator[bytes]],
         *arguments: Any,
         whose: str,
         file: str,
         error: type[ProbeError],
         largest: int,
+        parts: int = 1,
     ) -> bytes:
         """Call a function of ours, which runs code of the user, in a process of its own.
 
         Args:
-            function: at the top level of a module; raises ProbeError, and returns bytes that are not trusted.
+            function: at the top level of a module; raises ProbeError, and returns bytes that are not trusted. Where it
+                calls the user's code several times, it yields a part of the bytes, or none, after each of them.
             arguments: that can be pickled.
             whose: what of the user it runs, for messages, such as "reward 'mine.py:f'".
             file: that the user's code is in; empty where there is none.
             error: raised where that code fails.
             largest: bytes that may come back.
+            parts: that may be yielded; each has the seconds to itself.
 
         Returns:
             What the function returned, or what the user's code has put in its place: to be checked.
@@ -78,10 +81,10 @@ class Isolation:
         """
         from entropy_core.isolation import guard  # its numbers; it loads psutil
 
-        limits = self.seconds, self.gigabytes * 1e9, largest
+        limits = self.seconds, self.gigabytes * 1e9, largest, parts
         task = (function.__module__, function.__qualname__, pickle.dumps(arguments), *limits, _sources())
         ended = _Ended(whose, file, error, self)
-        waits = guard.STARTING + self.seconds + guard.LEAVING + SLACK
+        waits = guard.STARTING + (1 + parts) * self.seconds + guard.LEAVING + SLACK
         try:
             status, out, complaint = _run(pickle.dumps(task), waits)
         except OSError as failure:

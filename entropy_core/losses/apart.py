@@ -5,7 +5,7 @@ whether it is one, `check_loss`. A loss of this package is differentiated where 
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -58,7 +58,7 @@ def coefficients_of_each(
     Args:
         name: of the loss.
         batches: parts of U.
-        isolation: how a function of the user is called: in one process for all batches.
+        isolation: how a function of the user is called: in one process, with the seconds for each batch anew.
 
     Returns:
         ∂L/∂ℓ_k and ∂L/∂h_k of each batch; None where the loss fails, or a number is not finite.
@@ -126,7 +126,7 @@ def check_loss(name: str, kl_beta: float, max_new_tokens: int, isolation: Isolat
 
 
 def _pairs_apart(
-    isolation: Isolation, name: str, function: Callable[..., bytes], batches: Sequence[LossBatch]
+    isolation: Isolation, name: str, function: Callable[..., bytes | Iterator[bytes]], batches: Sequence[LossBatch]
 ) -> list[TokenPair]:
     """The coefficients of each batch that a process of a user's function answers."""
     shapes = {f"{i}.{part}": b.logprobs_K.shape for i, b in enumerate(batches) for part in TokenPair._fields}
@@ -137,7 +137,7 @@ def _pairs_apart(
 def _called_apart(
     isolation: Isolation,
     name: str,
-    function: Callable[..., bytes],
+    function: Callable[..., bytes | Iterator[bytes]],
     arguments: tuple[Any, ...],
     shapes: Mapping[str, torch.Size],
 ) -> dict[str, Tensor]:
@@ -152,6 +152,7 @@ def _called_apart(
         file=str(source_file(name)),
         error=LossError,
         largest=2**16 + 256 * len(shapes) + 8 * numbers,
+        parts=1 + len(shapes),
     )
     found: dict[str, Tensor] = {}
     with suppress(SafetensorError, ValueError, KeyError, RuntimeError):  # whatever else came
@@ -165,7 +166,9 @@ def _called_apart(
     return found
 
 
-def _with_threads(function: Callable[..., bytes], threads: int, *arguments: Any) -> bytes:
+def _with_threads(
+    function: Callable[..., bytes | Iterator[bytes]], threads: int, *arguments: Any
+) -> bytes | Iterator[bytes]:
     """Sums are taken in as many parts as there are threads: with as many as in the sweep's own process they agree."""
     torch.set_num_threads(threads)
     return function(*arguments)
@@ -176,7 +179,7 @@ def _coefficients_apart(name: str, batches: Sequence[LossBatch]) -> bytes:
     return _answer([functions.coefficients_of(name, loss, batch) for batch in batches])
 
 
-def _coefficients_of_each_apart(name: str, batches: Sequence[LossBatch]) -> bytes:
+def _coefficients_of_each_apart(name: str, batches: Sequence[LossBatch]) -> Iterator[bytes]:
     loss, found = load_loss(name), []
     for batch in batches:
         try:
@@ -184,16 +187,20 @@ def _coefficients_of_each_apart(name: str, batches: Sequence[LossBatch]) -> byte
         except Exception as error:  # also one that a backward function of the user raises
             print(one_line(error))
             found.append(TokenPair(*(torch.full_like(batch.logprobs_K, torch.nan) for _ in TokenPair._fields)))
-    return _answer(found)
+        yield b""
+    yield _answer(found)
 
 
 def _answer(pairs: Sequence[TokenPair]) -> bytes:
     return safetensors.save(_plain({f"{i}.{part}": t for i, p in enumerate(pairs) for part, t in p._asdict().items()}))
 
 
-def _influences_apart(name: str, batch: LossBatch, pairs: Sequence[TokenPair]) -> bytes:
-    found = functions.influences_of(name, load_loss(name), batch, pairs)
-    return safetensors.save(_plain({str(number): influence_N for number, influence_N in enumerate(found)}))
+def _influences_apart(name: str, batch: LossBatch, pairs: Sequence[TokenPair]) -> Iterator[bytes]:
+    loss, found = load_loss(name), []
+    for pair in pairs:
+        found += functions.influences_of(name, loss, batch, [pair])
+        yield b""
+    yield safetensors.save(_plain({str(number): influence_N for number, influence_N in enumerate(found)}))
 
 
 def _check_apart(name: str, kl_beta: float, max_new_tokens: int) -> bytes:

@@ -12,7 +12,7 @@ from entropy_core.code.version import code_version
 from entropy_core.config.differences import Differing, differing_settings, in_words
 from entropy_core.errors import ConfigError
 from entropy_core.estimates.comparison import Side, compared
-from entropy_core.estimates.tables import COMPARISON, Row, by_checkpoint, to_table
+from entropy_core.estimates.tables import COMPARISON, Row, by_checkpoint, by_run_directory, to_table
 from entropy_core.pipeline.final_stages import settings_of
 from entropy_core.pipeline.recorded import read_run
 from entropy_core.pipeline.runner import Inputs
@@ -94,20 +94,21 @@ def _read(store: Store, run_id: str) -> _Run:
     directory, config, recorded = read_run(store, run_id)
     table = pq.ParquetFile(directory / "results.parquet").read()
     provenance = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
-    rows = by_checkpoint(table.to_pylist())
+    recorded_of = {entry["checkpoint"]: entry for entry in recorded}
     series: dict[str, list[Side]] = {}
-    for entry in recorded:
-        name = entry["checkpoint"]
-        side = Side(
-            run="",
-            checkpoint=name,
-            step=entry["step"],
-            inputs=entry["inputs"],
-            settings=settings_of(config),
-            rows=rows[name],
-            pools=(_pool(store, entry["inputs"]["scores"]), _pool(store, entry["inputs"]["scores_u"])),
-        )
-        series.setdefault(name.rpartition("/")[0], []).append(side)
+    for of_directory, rows in by_run_directory(table.to_pylist()).items():
+        for name, of_checkpoint in by_checkpoint(rows).items():
+            entry = recorded_of[name]
+            side = Side(
+                run="",
+                checkpoint=name,
+                step=entry["step"],
+                inputs=entry["inputs"],
+                settings=settings_of(config),
+                rows=of_checkpoint,
+                pools=(_pool(store, entry["inputs"]["scores"]), _pool(store, entry["inputs"]["scores_u"])),
+            )
+            series.setdefault(of_directory, []).append(side)
     document = config.model_dump(mode="json")
     return _Run({"run": directory.name, **provenance}, document, config.variance.confidence_level, series)
 

@@ -18,7 +18,7 @@ _MARKS = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "*-.")
 _COLOURS = tuple(f"C{i}" for i in range(10))
 
 
-def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Row]) -> Figure:
+def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Row] = ()) -> Figure:
     """Draw H, the predicted change and the difference of δH₁ against the training step.
 
     Args:
@@ -26,7 +26,7 @@ def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Ro
         compared: rows of `tables.COMPARISON`.
 
     Returns:
-        Three panels, for the first normalisation that all have; the last one is empty where no step is in two runs.
+        A panel each, for the first normalisation that all have; none for differences where there are none.
     """
     normalization = _common_normalization(series)
     unit = unit_of(normalization)
@@ -37,8 +37,8 @@ def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Ro
     update = "next" if known else "this"
     fonts = glyphs.families("".join(series))
     with matplotlib.rc_context(STYLE | {"font.family": fonts}):
-        figure = Figure(figsize=(6.4, 7.4), layout="constrained")
-        above, middle, below = figure.subplots(3, 1, sharex=True)
+        figure = Figure(figsize=(6.4, 7.4 if of_h1 else 5.4), layout="constrained")
+        above, middle, *below = figure.subplots(3 if of_h1 else 2, 1, sharex=True)
         for name, mark, colour in zip(shown, cycle(_MARKS), cycle(_COLOURS)):
             first = first_of_each(shown[name])
             reach = [normal_quantile(row["confidence_level"]) * row["H_se"] for row in first]
@@ -47,24 +47,25 @@ def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Ro
             values = [row[column] for row, column in zip(at_lr[name], best, strict=True)]
             reach = [_reach(row, interval_of(of, update)) for row, of in zip(at_lr[name], best, strict=True)]
             _curve(middle, at_lr[name], values, reach, mark, colour)
-            differences = [row for row in of_h1 if row["other_run"] == name]
-            reach = [_reach(row, "this_update") for row in differences]
-            _curve(below, differences, [row["difference"] for row in differences], reach, mark, colour)
             above.plot([], [], mark, color=colour, markersize=4, linewidth=1, label=short(name, fonts))
+            differences = [row for row in of_h1 if row["other_run"] == name and row["difference"] is not None]
+            reach = [_reach(row, "this_update") for row in differences]
+            for axes in below:
+                _curve(axes, differences, [row["difference"] for row in differences], reach, mark, colour)
         entropies = [row["H"] for rows in shown.values() for row in rows]
         predicted = [row[best_prediction(row)] for row in chain(*at_lr.values())]
         apart = [row["difference"] for row in of_h1 if row["difference"] is not None]
-        above.set(
-            ylabel=f"H [{in_units(above.yaxis, entropies, unit)}]",
-            title="Entropy, its predicted change, and the difference from the first",
-        )
+        above.set_title("Entropy, and its predicted change by the next step")
+        above.set_ylabel(f"H [{in_units(above.yaxis, entropies, unit)}]")
         middle.set_ylabel(f"predicted change, {update} update\n[{in_units(middle.yaxis, predicted, unit)}]")
         middle.axhline(0, color="black", linewidth=0.8)
-        below.set_xlabel("training step")
-        below.set_ylabel(f"difference of δH₁, this update\n[{in_units(below.yaxis, apart, unit)}]")
+        for axes in below:
+            axes.set_ylabel(f"difference of δH₁\nfrom the first [{in_units(axes.yaxis, apart, unit)}]")
+            axes.axhline(0, color="black", linewidth=0.8)
+        last = below[0] if below else middle
+        last.set_xlabel("training step")
+        last.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.align_ylabels()
-        below.xaxis.set_major_locator(MaxNLocator(integer=True))
-        below.axhline(0, color="black", linewidth=0.8)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 

@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.estimates.price_table import PRICE
-from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, Row, of_checkpoints, to_table, unit_of
+from entropy_core.estimates.tables import (
+    INTERVENTIONS,
+    RESULTS,
+    TABLES,
+    Row,
+    by_run_directory,
+    of_checkpoints,
+    to_table,
+    unit_of,
+)
 from entropy_core.report import headline, html
 from entropy_core.report import page as pages
 
@@ -44,7 +53,8 @@ def report(
     Returns:
         Summary: numbers of rows and checkpoints.
     """
-    from entropy_core.report import figures, frontier  # here, so that only this stage loads the plotting library
+    # here, so that only this stage loads the plotting library
+    from entropy_core.report import comparison_figure, figures, frontier
 
     rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")
@@ -59,6 +69,8 @@ def report(
     tokens, sequences = (last["attribution"].table(f"{table}.parquet").to_pylist() for table in ("tokens", "sequences"))
     drawn = figures.figures(rows, compared.to_pylist())
     drawn["tokens"] = figures.token_figure(tokens, sequences, rows, last["checkpoint"])
+    if len(directories := by_run_directory(rows)) > 1:
+        drawn["training"] = comparison_figure.comparison_figure(directories)
     tried = [entry["interventions"] for entry in checkpoints if entry["interventions"]]
     changes = [row for artifact in tried for row in artifact.table("interventions.parquet").to_pylist()]
     skipped = {
