@@ -55,19 +55,17 @@ def comparison_figure(series: Mapping[str, Sequence[Row]], compared: Sequence[Ro
         entropies = [row["H"] for rows in shown.values() for row in rows]
         predicted = [row[best_prediction(row)] for row in chain(*at_lr.values())]
         apart = [row["difference"] for row in of_h1 if row["difference"] is not None]
-        above.set(
-            ylabel=f"H [{in_units(above.yaxis, entropies, unit)}]",
-            title="Entropy, and its predicted change by the next step",
-        )
+        above.set_title("Entropy, and its predicted change by the next step")
+        above.set_ylabel(f"H [{in_units(above.yaxis, entropies, unit)}]")
         middle.set_ylabel(f"predicted change, {update} update\n[{in_units(middle.yaxis, predicted, unit)}]")
         middle.axhline(0, color="black", linewidth=0.8)
         for axes in below:
-            axes.set_ylabel(f"difference of δH₁, this update\n[{in_units(axes.yaxis, apart, unit)}]")
+            axes.set_ylabel(f"difference of δH₁\nfrom the first [{in_units(axes.yaxis, apart, unit)}]")
             axes.axhline(0, color="black", linewidth=0.8)
-        figure.align_ylabels()
         last = below[0] if below else middle
         last.set_xlabel("training step")
         last.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.align_ylabels()
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
