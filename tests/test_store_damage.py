@@ -19,6 +19,8 @@ from entropy_core.files.digests import file_digest
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.store import pruning
 from entropy_core.store.artifact import Artifact
+from entropy_core.store.manifest import MANIFEST, check_manifest
+from entropy_core.store.signature import VARIABLE, SignatureError
 from entropy_core.store.store import Store
 
 FILES = ("numbers.json", "more/text.txt")
@@ -106,6 +108,31 @@ def test_damage_is_set_aside_where_a_stage_is_on_another_disk(store, elsewhere, 
     assert aside.name.startswith(f".quarantine-draw-{made.key}-") and aside.name in caplog.text
     assert store.names() == [("draw", made.key)]
     assert aside.name in [waste.path.name for waste in pruning.waste(store)]
+
+
+@pytest.mark.parametrize("key", ["", "a key"])
+def test_no_byte_of_a_manifest_changes_unnoticed(store, monkeypatch, key):
+    """Also where what it says stays the same, and where its seal is at another place."""
+    monkeypatch.setenv(VARIABLE, key)
+    made = store.run(DRAW, None, {"seed": 1})
+    path = made.directory / MANIFEST
+    content = path.read_bytes()
+
+    def fault() -> str:
+        try:
+            return check_manifest(made.directory, made.stage, made.key)[1]
+        except SignatureError as error:
+            return error.fact
+
+    assert not fault()
+    for at in range(0, len(content), len(content) // 100):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert fault(), content[at - 20 : at + 20]
+    lines = content.splitlines(keepends=True)
+    (seal,) = (number for number, line in enumerate(lines) if line.startswith(b' "seal"'))
+    lines[seal - 1 : seal + 1] = lines[seal], lines[seal - 1]
+    path.write_bytes(b"".join(lines))
+    assert json.loads(path.read_bytes()) == json.loads(content) and fault()
 
 
 def test_swapped_files_and_swapped_artifacts_are_found_out(store):
