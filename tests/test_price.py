@@ -312,7 +312,7 @@ def test_a_recorded_sweep_says_what_it_would_take_to_tell_more(priced: Probe, ca
     for wrong, said in (
         (
             ["--intervention", "nope"],
-            "has not tried the intervention 'nope'\nLikely cause: it tried lr: 0.5",
+            "has not tried the intervention 'nope'. Likely cause: it tried lr: 0.5, positives_only.",
         ),
         (["--tell", "0"], "--tell is 0"),
         (["--seconds", "nan"], "--seconds is nan"),

@@ -131,6 +131,7 @@ def trace(tmp_path_factory) -> Trace:
                     "importance": {"etas": [0, 0.5, 1], "estimators": ["per_decision", "snis"]},
                     "interventions": [{"loss": "dapo"}, {"entropy_advantage": 0.4}, "dynamic_sampling", {"beta1": 0.5}],
                     "lab": {"measure": "best 1"},
+                    "price": True,
                 },
             ),
             (
@@ -142,6 +143,7 @@ def trace(tmp_path_factory) -> Trace:
                     "update": {"loss": "dr_grpo", "kl_beta": 0.1, "reference": str(run / "checkpoint-3")},
                     "generation": {"stop_strings": ["1"]},
                     "variance": {"baseline": "ridge"},
+                    "price": True,
                 },
             ),
             (
