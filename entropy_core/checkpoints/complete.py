@@ -66,14 +66,14 @@ def _missing(directory: Path) -> str:
         return _missing_after_the_state(directory, written)
     if directory / TRAINING_ARGUMENTS in written:
         return f"there is no {_STATE}, which its trainer writes last"
-    from entropy_core.checkpoints.layouts.places import find_places  # which loads torch
+    if quiet_for < QUIET:
+        return f"it was written to {quiet_for:.0f} s ago"
+    from entropy_core.checkpoints.layouts.places import find_places  # loads torch: not while a trainer saves
 
     try:
-        if find_places(directory) is None:
-            return "there is no optimizer's state"
+        return "" if find_places(directory) else "there is no optimizer's state"
     except CheckpointError:  # a layout that is known and not read: the refusal says so
-        pass
-    return f"it was written to {quiet_for:.0f} s ago" if quiet_for < QUIET else ""
+        return ""
 
 
 def _missing_after_the_state(directory: Path, written: dict[Path, float]) -> str:
