@@ -186,7 +186,7 @@ def test_the_statistics_run_again_without_checkpoints(served, rows, tmp_path):
             )
             latest = request(f"{served}/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
             tasks = request(f"{served}/task_runs/filter", {"flow_runs": {"id": {"any_": [latest["id"]]}}})
-            assert {task["name"].partition(" ")[0] for task in tasks} == {"variance", "agreement", "report"}
+            assert {task["name"].partition(" ")[0] for task in tasks} == {"variance", "price", "agreement", "report"}
     redone = pq.read_table(run_directory_of(rows) / "results.parquet").to_pylist()
     assert {row["confidence_level"] for row in redone} != {row["confidence_level"] for row in rows}
     assert [row["delta_h1"] for row in redone] == [row["delta_h1"] for row in rows]

@@ -91,14 +91,15 @@ def test_help_and_version(environment, tmp_path):
 def test_the_demo_run_from_another_folder_with_and_without_prefect(environment, project):
     command = environment / "bin" / "entropy-probe"
     direct = run([command, "sweep", "configs/my-run.yaml", "--direct"], project)
-    assert direct.count("\n  computed ") > 20 and "eta_over_lr" in direct
+    assert direct.count("\n  computed ") > 12 and "eta_over_lr" in direct  # a line for each stage
     store = project / "configs" / "artifacts"
     (results,) = store.glob("runs/packaged-*/results.parquet")
     rows = pq.read_table(results).to_pylist()
     assert {row["checkpoint"] for row in rows} == {"checkpoint-6"} and len(rows) == 8
 
     through_prefect = run([command, "sweep", "configs/my-run.yaml"], project)
-    assert "computed" not in through_prefect.replace("stage runs", "") and through_prefect.count("\n  reused ") > 20
+    assert not re.search(r"^ *computed ", through_prefect, re.MULTILINE)
+    assert re.search(r"^ *reused +\d\d stage runs: load-", through_prefect, re.MULTILINE)
     assert list(store.glob("runs/*/results.parquet")) == [results]
     table = direct[direct.index("\n\n") :]
     assert table.partition("\n\n/")[0] in through_prefect
@@ -123,7 +124,7 @@ def test_the_other_commands(environment, project, tmp_path):
     assert re.findall(r"computed +(\S+)", redone) == ["variance", "report"]
     redone = run([command, "variance", "--confidence", ".6", "--artifacts", store], tmp_path)
     assert re.findall(r"computed +(\S+)", redone) == ["variance", "report"]
-    assert run([command, "runs", "--artifacts", store], tmp_path).endswith("3 runs\n")
+    assert re.search(r"^3 runs in ", run([command, "runs", "--artifacts", store], tmp_path), re.MULTILINE)
     assert "all sound" in run([command, "store", "verify", "--artifacts", store], tmp_path)
     assert left_behind(environment) == []
 
