@@ -8,7 +8,7 @@ Responses end at random, so lengths and finish reasons differ.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,12 @@ def skip_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def call_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Call the user's functions in this process: one of its own has to load torch first."""
-    monkeypatch.setattr(Isolation, "call", lambda self, function, *arguments, **_: function(*arguments))
+
+    def call(self: Isolation, function: Callable[..., bytes | Iterator[bytes]], *arguments: Any, **_: Any) -> bytes:
+        answer = function(*arguments)
+        return answer if isinstance(answer, bytes) else b"".join(answer)
+
+    monkeypatch.setattr(Isolation, "call", call)
 
 
 class Counting(Runner):
