@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
+from entropy_core.estimates.selection import Row, at_learning_rate, first_of_each
 from flows.results import headline
 
 _TOLD = (

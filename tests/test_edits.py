@@ -179,7 +179,7 @@ EDITS = {
     ),
     "the schema of a table": Edit(
         replaces(
-            "LINEARITY = pa.schema(\n    [\n", "LINEARITY = pa.schema(\n    [\n        _field('n', _WHOLE, '', ''),\n"
+            "LINEARITY = pa.schema(\n    [\n", "LINEARITY = pa.schema(\n    [\n        field('n', WHOLE, '', ''),\n"
         ),
         STATISTICS,
     ),

@@ -20,7 +20,8 @@ import entropy_core as probe
 from entropy_core.config.schema import VarianceRequest
 from entropy_core.errors import StoreError
 from entropy_core.estimates.distributions import t_quantile
-from entropy_core.estimates.tables import COMPARISON, by_run_directory
+from entropy_core.estimates.selection import by_run_directory
+from entropy_core.estimates.tables import COMPARISON
 from entropy_core.execution import Execution
 from entropy_core.pipeline import statistics
 from entropy_core.pipeline.comparison import compare

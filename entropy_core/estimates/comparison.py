@@ -20,7 +20,8 @@ from entropy_core.estimates.batches import evaluation_batch, halves_of_u, influe
 from entropy_core.estimates.evaluation import EvaluationBatch
 from entropy_core.estimates.intervals import Randomness, intervals
 from entropy_core.estimates.rows import change_of
-from entropy_core.estimates.tables import COMPARISON, Row
+from entropy_core.estimates.selection import Row
+from entropy_core.estimates.tables import COMPARISON
 from entropy_core.numerics import half_samples, uncertainty
 from entropy_core.numerics.choices import Estimator, Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH

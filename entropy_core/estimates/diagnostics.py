@@ -44,7 +44,7 @@ def describe_batch(batch: EvaluationBatch, normalization: Normalization) -> Row:
         normalization: per sequence or per token.
 
     Returns:
-        Columns of `tables.ESTIMATES`.
+        Columns of `estimate_columns.ESTIMATES`.
     """
     S_N, T_N = (batch.columns[functional].total_N for functional in (ENTROPY, LENGTH))
     H = uncertainty.entropy(S_N, T_N, normalization)
@@ -58,7 +58,7 @@ def describe_influence(estimate: Estimate) -> Row:
         estimate: estimate of ∂_vH.
 
     Returns:
-        Columns of `tables.ESTIMATES`.
+        Columns of `estimate_columns.ESTIMATES`.
     """
     squares_N = estimate.influence_N**2
     total = float(squares_N.sum())

@@ -12,3 +12,13 @@ TARGETS = ("for this policy", "for this update", "for the mean update", "for the
 def field(name: str, kind: pa.DataType, unit: str, description: str) -> pa.Field:
     """Describe a column."""
     return pa.field(name, kind, metadata={"unit": unit, "description": description})
+
+
+def ends(prefix: str, quantity: str) -> list[pa.Field]:
+    """Both ends of the three intervals of a quantity."""
+    what = {"this": TARGETS[1], "mean": TARGETS[2], "next": TARGETS[3]}
+    return [
+        field(f"{prefix}{update}_update_{end}", REAL, NATS, f"{side} end of the interval of {quantity} {what[update]}")
+        for update in what
+        for end, side in (("low", "lower"), ("high", "upper"))
+    ]

@@ -41,7 +41,7 @@ class Components(NamedTuple):
         """Find the components from the errors of a sweep.
 
         Args:
-            row: with `se_given_u`, `se_over_u` and `se_interaction`, as in `tables.ESTIMATES`.
+            row: with `se_given_u`, `se_over_u` and `se_interaction`, as in `estimate_columns.ESTIMATES`.
             size: of its E and U.
             given_u: whether the question is of this update.
 

@@ -115,7 +115,7 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         confidence_level: confidence level of the intervals, which use t quantiles.
 
     Returns:
-        Columns of `tables.ESTIMATES`, in nats.
+        Columns of `estimate_columns.ESTIMATES`, in nats.
     """
     delta_h1, over_u = derivative.estimate.value * eta, derivative.over_u
     invalid = derivative.invalid_over_e
@@ -219,7 +219,7 @@ def measure(
         confidence_level: confidence level of the intervals, which use t quantiles.
 
     Returns:
-        Columns of `tables.ESTIMATES`; the measured columns are None if weights overflowed.
+        Columns of `estimate_columns.ESTIMATES`; the measured columns are None if weights overflowed.
     """
     usable, N = moved_terms.usable, len(batch)
     ess, k, k_threshold, reliable = reliability(moved_terms, N, eta)

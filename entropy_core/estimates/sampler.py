@@ -6,7 +6,7 @@ E was drawn from the recorded law and scored with the policy. `numerics.sampling
 
 from entropy_core.estimates import pareto
 from entropy_core.estimates.evaluation import EvaluationBatch
-from entropy_core.estimates.tables import Row
+from entropy_core.estimates.selection import Row
 from entropy_core.numerics import importance, uncertainty
 from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.numerics.verdicts import MINIMUM_ESS_FRACTION
@@ -22,7 +22,7 @@ def describe_sampler(batch: EvaluationBatch) -> Row:
         batch: E.
 
     Returns:
-        Columns of `tables.ESTIMATES`.
+        Columns of `estimate_columns.ESTIMATES`.
     """
     sampling, N = batch.sampling, len(batch)
     weight = uncertainty.mean(sampling.weights_N)

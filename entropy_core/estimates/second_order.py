@@ -75,7 +75,7 @@ def predict(
         confidence_level: confidence level of the intervals, which use t quantiles.
 
     Returns:
-        Columns of `tables.ESTIMATES`, in nats.
+        Columns of `estimate_columns.ESTIMATES`, in nats.
     """
     over_u = derivative.over_u.invalid
     if second is None or not (eta == 0 or _has_a_square(eta)):
@@ -129,7 +129,7 @@ def remainder(
         noise_floor: twice the rms of the numerical noise of ΔH, nats.
 
     Returns:
-        Columns of `tables.ESTIMATES`, in nats.
+        Columns of `estimate_columns.ESTIMATES`, in nats.
     """
     if change is None or second is None or not (eta == 0 or _has_a_square(eta)):
         return {"remainder": None, "remainder_se": None}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from entropy_core.estimates.tables import Row
+from entropy_core.estimates.selection import Row
 from entropy_core.numerics.unseen import COMMON, ENOUGH, MATERIAL, Steps, Unseen, states_before, unseen
 from entropy_core.numerics.weights import prefix_weights
 from entropy_core.store.columns import read_tokens
@@ -57,7 +57,7 @@ def describe_unseen(found: Unseen, sequences: int, entropy: float, largest_entro
         largest_entropy: entropy that no response exceeds, nats: max_new_tokens·log V.
 
     Returns:
-        Columns of `tables.ESTIMATES`.
+        Columns of `estimate_columns.ESTIMATES`.
     """
     share = found.probability / sequences
     return {

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from entropy_core.errors import StoreError
 from entropy_core.estimates import power
 from entropy_core.estimates.power import Components, Size, TTest
-from entropy_core.estimates.tables import Row, at_learning_rate, first_of_each
+from entropy_core.estimates.selection import Row, at_learning_rate, first_of_each
 from entropy_core.pipeline.recorded import read_run
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.store import runs

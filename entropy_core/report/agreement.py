@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from entropy_core.estimates.tables import Row, at_learning_rate, by_checkpoint, first_of_each
+from entropy_core.estimates.selection import Row, at_learning_rate, by_checkpoint, first_of_each
 from entropy_core.report.markdown import markdown_rows
 
 NAMES = {

@@ -6,7 +6,7 @@ about a number that the tables below it hold.
 
 from collections.abc import Sequence
 
-from entropy_core.estimates.tables import Row, at_learning_rate, best_prediction, first_of_each, interval_of
+from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of
 from entropy_core.report import interventions, price
 
 FLAT = 1e-3

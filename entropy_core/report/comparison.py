@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from entropy_core.estimates.tables import Row, unit_of
+from entropy_core.estimates.selection import Row, unit_of
 from entropy_core.report.markdown import markdown_rows
 
 _NAMES = {"H": "H", "delta_h1": "δH₁", "delta_h": "ΔH"}

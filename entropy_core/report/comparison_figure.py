@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from entropy_core.estimates.tables import Row, at_learning_rate, best_prediction, first_of_each, interval_of, unit_of
+from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of, unit_of
 from entropy_core.numerics.uncertainty import normal_quantile
 from entropy_core.report import glyphs
 from entropy_core.report.drawing import STYLE, in_units, short

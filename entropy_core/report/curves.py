@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.markers import CARETDOWN, CARETUP
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from entropy_core.estimates.tables import (
+from entropy_core.estimates.selection import (
     Row,
     at_learning_rate,
     best_prediction,

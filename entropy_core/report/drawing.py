@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from entropy_core.estimates.tables import Row
+from entropy_core.estimates.selection import Row
 from entropy_core.report import glyphs
 
 STYLE = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from entropy_core.estimates.tables import Row
+from entropy_core.estimates.selection import Row
 from entropy_core.report.markdown import markdown_rows
 
 

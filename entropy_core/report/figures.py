@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from entropy_core.estimates.tables import Row, by_checkpoint, unit_of
+from entropy_core.estimates.selection import Row, by_checkpoint, unit_of
 from entropy_core.report import curves, glyphs, tokens_in_text
 from entropy_core.report.drawing import ORANGE, STYLE, Training, in_units, legend_below, number, short
 from entropy_core.report.interventions import deepest

@@ -6,7 +6,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from entropy_core.estimates.tables import Row, by_checkpoint, unit_of
+from entropy_core.estimates.selection import Row, by_checkpoint, unit_of
 from entropy_core.report import glyphs
 from entropy_core.report.drawing import BLACK, BLUE, GREY, STYLE, half_widths, in_units, legend_below, short
 

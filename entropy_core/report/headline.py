@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from entropy_core.estimates.tables import best_prediction, interval_of
+from entropy_core.estimates.selection import best_prediction, interval_of
 
 HEADLINE = (
     "checkpoint",

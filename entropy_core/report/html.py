@@ -13,7 +13,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from entropy_core.estimates.tables import Row
+from entropy_core.estimates.selection import Row
 
 MOST_SEQUENCES = 60
 """Responses that the page shows token by token; each token takes about 150 bytes."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from entropy_core.estimates.tables import Row, by_checkpoint
+from entropy_core.estimates.selection import Row, by_checkpoint
 from entropy_core.report.markdown import markdown_rows
 
 LEVELS = ("screen", "predict", "measure")

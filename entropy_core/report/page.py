@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from entropy_core.estimates.tables import Row, at_learning_rate, best_prediction, first_of_each, interval_of
+from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of
 from entropy_core.report import evaluation_batch
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from entropy_core.estimates.tables import Row, at_learning_rate, by_checkpoint, first_of_each
+from entropy_core.estimates.selection import Row, at_learning_rate, by_checkpoint, first_of_each
 from entropy_core.report.markdown import markdown_rows
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from entropy_core.estimates.distributions import t_quantile
-from entropy_core.estimates.tables import Row, at_learning_rate
+from entropy_core.estimates.selection import Row, at_learning_rate
 from entropy_core.numerics.predictors import agreement, points_needed, rank_correlation, slope_standard_error
 from entropy_core.report.markdown import markdown_rows
 

@@ -10,7 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from entropy_core.estimates.tables import Row
+from entropy_core.estimates.selection import Row
 from entropy_core.report import glyphs
 from entropy_core.report.drawing import in_units
 

@@ -4,16 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.estimates.price_table import PRICE
-from entropy_core.estimates.tables import (
-    INTERVENTIONS,
-    RESULTS,
-    TABLES,
-    Row,
-    by_run_directory,
-    of_checkpoints,
-    to_table,
-    unit_of,
-)
+from entropy_core.estimates.selection import Row, by_run_directory, unit_of
+from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, of_checkpoints, to_table
 from entropy_core.report import headline, html
 from entropy_core.report import page as pages
 

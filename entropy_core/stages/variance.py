@@ -11,9 +11,10 @@ from entropy_core.errors import NonFiniteError
 from entropy_core.estimates import diagnostics, evaluation, sampler, second_order, unseen
 from entropy_core.estimates import rows as estimates
 from entropy_core.estimates.batches import evaluation_batch, halves_of_u, influences, moved_batch, moved_of_first
+from entropy_core.estimates.estimate_columns import ESTIMATES
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.rows import Contributions, Derivative, Row
-from entropy_core.estimates.tables import ESTIMATES, TABLES, to_table
+from entropy_core.estimates.tables import TABLES, to_table
 from entropy_core.numerics import half_samples, uncertainty
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
 from entropy_core.numerics.functional import ENTROPY
@@ -66,8 +67,8 @@ def variance(
     """Compute all estimates of one checkpoint.
 
     Args:
-        out: writer of `estimates.parquet` (one row per η, normalisation and estimator; schema `tables.ESTIMATES`), and
-            of the tables of `tables.TABLES`.
+        out: writer of `estimates.parquet` (one row per η, normalisation and estimator; schema
+            `estimate_columns.ESTIMATES`), and of the tables of `tables.TABLES`.
         execution: unused.
         learning_rate: nominal learning rate.
         max_new_tokens: maximum response length of E.

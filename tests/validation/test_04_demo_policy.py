@@ -16,7 +16,7 @@ from proofs import Proof, power
 from torch import Tensor
 
 from entropy_core.config.read import load_config
-from entropy_core.estimates.tables import at_learning_rate
+from entropy_core.estimates.selection import at_learning_rate
 from entropy_core.numerics import ragged
 from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH, Columns
