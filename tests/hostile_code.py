@@ -220,7 +220,7 @@ RETURNS = {
     "texts": ("['1', '2', '3']", "returned '1' for sequence 0"),
     "a NaN": ("[1.0, float('nan'), 1.0]", "returned nan for sequence 1"),
     "an infinity": ("[1.0, 1.0, float('-inf')]", "returned -inf for sequence 2"),
-    "a None": ("[None] * 3", "no response of U has a reward"),
+    "a None": ("[None] * 3", "no response has a reward"),
     "complex numbers": ("[1j] * 3", "returned 1j for sequence 0"),
     "decimals": ("[__import__('decimal').Decimal(1)] * 3", r"returned Decimal\('1'\) for sequence 0"),
     "a number beyond floats": ("[10**400] * 3", "for sequence 0"),

@@ -13,6 +13,7 @@ from entropy_core.config.paths import Origin
 from entropy_core.config.read import parse_config
 from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.files.checkpoint import weights_digest
+from entropy_core.files.hub_cache import cached_snapshot
 
 NAME, COMMIT = "lab/tiny", "0123abc"
 
@@ -55,6 +56,15 @@ def test_another_one_is_not(tmp_path: Path, base: Path, name: str, revision: str
         CheckpointError, match=r"not on this machine: it names .*nor in the hub cache.*nothing is downl"
     ):
         find_layout(named(tmp_path, base, name, revision))
+
+
+@pytest.mark.parametrize("long", ["9" * 300, f"lab/{'x' * 4000}"])
+def test_a_name_that_no_file_can_have_is_not_there(tmp_path: Path, base: Path, long: str):
+    assert cached_snapshot(long, "models") is None
+    assert cached_snapshot(NAME, "models", revision="r" * 5000) is None
+    assert cached_snapshot(NAME, "models") is not None
+    with pytest.raises(ConfigError):
+        parse_config({"checkpoints": [str(tmp_path)], "policy": {"base_model": long}}, origin=Origin(tmp_path, True))
 
 
 def test_a_configuration_may_name_a_model_of_the_cache(tmp_path: Path, base: Path):

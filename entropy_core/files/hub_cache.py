@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_NAME = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # the hub takes no longer ones, nor a file system
+_LONGEST_REVISION = 200
 
 
 def cached_snapshot(name: str, kind: Literal["models", "datasets"], revision: str = "main") -> Path | None:
@@ -20,7 +21,7 @@ def cached_snapshot(name: str, kind: Literal["models", "datasets"], revision: st
     """
     from huggingface_hub import constants
 
-    if not _NAME.fullmatch(name) or ".." in revision:
+    if not _NAME.fullmatch(name) or ".." in revision or len(revision) > _LONGEST_REVISION:
         return None
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
     found = folder / "snapshots" / commit_of(folder, revision)
