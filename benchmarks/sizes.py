@@ -32,7 +32,7 @@ def sizes_page() -> str:
     parts = [
         "# Sizes",
         _text(
-            "What fits on which device, and how long it takes to the order of magnitude. The numbers follow from the "
+            "What fits on which device, and how long it takes to the order of magnitude. The numbers follow from "
             "formulas, not from measurements: `make check-device` compares both on your device. They are "
             f"with weights in float32, all of them trained, and {USABLE:.0%} of the memory for the probe. A stage that "
             "runs out of memory at the batch sizes of the configuration is run again with half the micro-batch, down "
