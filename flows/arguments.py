@@ -1,7 +1,12 @@
 """Arguments that several commands have."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+AddCommand = Callable[[str, str, Callable[[Any], int]], argparse.ArgumentParser]
+"""Adds a command, from its name, its help and what runs it."""
 
 STORE = Path("artifacts")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from entropy_core.estimates.selection import Row, at_learning_rate, first_of_each
-from flows.results import headline
+from entropy_core.report.headline import headline
 
 _TOLD = (
     *("checkpoint", "step", "eta_over_lr", "normalization", "H", "delta_h1", "prediction", "next_low", "next_high"),

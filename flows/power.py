@@ -1,14 +1,11 @@
 """`entropy-probe power`: how large E and U have to be, from a recorded sweep."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from entropy_core.errors import ConfigError
-from flows.arguments import STORE, add_artifacts
-
-AddCommand = Callable[[str, str, Callable[[Any], int]], argparse.ArgumentParser]
+from flows.arguments import STORE, AddCommand, add_artifacts
 
 
 def add_to(command: AddCommand) -> None:

@@ -2,14 +2,12 @@
 
 import argparse
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from flows.arguments import STORE, add_artifacts
-
-AddCommand = Callable[[str, str, Callable[[Any], int]], argparse.ArgumentParser]
+from flows.arguments import STORE, AddCommand, add_artifacts
 
 
 def add_to(command: AddCommand) -> None:

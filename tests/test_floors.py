@@ -234,7 +234,6 @@ def test_each_library_has_its_own_door():
         "entropy_core.pipeline.comparison",
         "entropy_core.report.provenance",
         "entropy_core.report.recorded_run",
-        "entropy_core.pipeline.power",
         "flows.growing_sweep",
     }
     assert importers("yaml") == core("config.plain_yaml")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +19,6 @@ from entropy_core.estimates.price import OnE, reward_change, reward_derivative
 from entropy_core.numerics import importance, ragged, uncertainty
 from entropy_core.numerics.baselines import baselines
 from entropy_core.numerics.choices import Estimator
-from entropy_core.numerics.fieller import Moments, ratio_interval
 from entropy_core.numerics.first_order import first_order_columns
 from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, REWARD, Tokens
 from entropy_core.numerics.path_integral import derivative_columns
@@ -164,31 +164,6 @@ def test_the_change_on_a_batch_is_that_of_plain_sums(everything: Everything, est
 # --- the price -------------------------------------------------------------------------------------------------------
 
 
-def test_fiellers_ends_are_where_the_difference_is_at_its_quantile():
-    moments = Moments(-0.8, 0.3, 0.04, 0.002, -0.003)
-    ends = ratio_interval(moments, 2.0)
-    assert ends is not None and ends[0] < -0.8 / 0.3 < ends[1]
-    for ratio in ends:
-        variance_of = 0.04 - 2 * ratio * -0.003 + ratio**2 * 0.002
-        assert (-0.8 - ratio * 0.3) ** 2 == pytest.approx(4.0 * variance_of, rel=1e-12)
-
-
-def test_a_denominator_that_may_be_zero_allows_any_ratio():
-    assert ratio_interval(Moments(-0.8, 0.3, 0.04, 0.03, 0.0), 2.0) is None
-    assert ratio_interval(Moments(1.0, 0.0, 0.0, 0.0, 0.0), 2.0) is None
-
-
-def test_fiellers_interval_covers_as_it_says():
-    generator = torch.Generator().manual_seed(3)
-    mix = torch.tensor([[1.0, 0.0], [0.7, 0.9]], dtype=torch.float64)
-    found = torch.randn(20_000, 2, generator=generator, dtype=torch.float64) @ mix + torch.tensor([4.0, 5.0])
-    covariance = mix.T @ mix
-    moments = (Moments(float(a), float(b), *(float(covariance[i]) for i in ((0, 0), (1, 1), (0, 1)))) for a, b in found)
-    intervals = [ratio_interval(one, uncertainty.normal_quantile(0.95)) for one in moments]
-    inside = sum(ends is None or ends[0] <= 0.8 <= ends[1] for ends in intervals) / len(intervals)
-    assert abs(inside - 0.95) <= 4 * (0.95 * 0.05 / len(intervals)) ** 0.5
-
-
 def test_the_covariance_of_both_changes_is_in_the_price(everything: Everything):
     drawn = everything.drawn(60)
     batch = EvaluationBatch.of([lambda: rewarded(drawn)], None, "none", (*FUNCTIONALS, REWARD))
@@ -321,6 +296,23 @@ def test_a_recorded_sweep_says_what_it_would_take_to_tell_more(priced: Probe, ca
         assert said in capsys.readouterr().err
 
 
+def test_a_plan_leaves_out_what_was_not_tried_and_refuses_what_it_cannot_read(priced: Probe, capsys):
+    store, folder = priced.run.store, priced.result.run_directory
+    kept = {name: (folder / f"{name}.parquet").read_bytes() for name in ("interventions", "results")}
+    try:
+        tried = pq.ParquetFile(folder / "interventions.parquet").read()
+        pq.write_table(tried.filter(pc.field("checkpoint") == NAMES[1]), folder / "interventions.parquet")
+        rows = planned(store, folder.name, intervention="lr: 0.5")
+        assert [row["checkpoint"] for row in rows] == [NAMES[1]]
+        assert planned(store, folder.name, budget=1e-9)[0]["needs E"] is None  # not even U can be paid
+        (folder / "results.parquet").write_bytes(b"PAR1 and nothing more")
+        assert main(["power", folder.name, "--artifacts", str(store.root)]) == 2
+        assert "results.parquet cannot be read" in capsys.readouterr().err
+    finally:
+        for name, content in kept.items():
+            (folder / f"{name}.parquet").write_bytes(content)
+
+
 ROW = {
     "checkpoint": "checkpoint-10", "step": 10, "normalization": "per_token", "eta": 1e-3, "eta_over_lr": 1.0,
     "J": 0.62, "delta_j": 0.0083, "delta_j_low": 0.0053, "delta_j_high": 0.0113, "minimum_detectable": 0.004,
@@ -336,7 +328,14 @@ SENTENCES = {
     "falls": (
         {"delta_j": -0.0083, "delta_j_low": -0.0113, "delta_j_high": -0.0053, "verdict": "reward falls"}
         | {"price_low": None, "price_high": None},
-        "At checkpoint-10 the step lowers the expected reward of 0.62 by -0.0083 [-0.011, -0.0053].",
+        "At checkpoint-10 the step lowers the expected reward of 0.62 by -0.0083 [-0.011, -0.0053]; what that "
+        "costs in entropy cannot be told.",
+    ),
+    "falls, and entropy with it": (
+        {"delta_j": -0.0083, "delta_j_low": -0.0113, "delta_j_high": -0.0053, "verdict": "reward falls"}
+        | {"price": 0.26, "price_low": 0.18, "price_high": 0.41},
+        "At checkpoint-10 the step lowers the expected reward of 0.62 by -0.0083 [-0.011, -0.0053]; each 0.01 of "
+        "reward lost costs 0.0026 nats per token [0.0018, 0.0041] of entropy.",
     ),
     "unknown": (
         {"delta_j_low": -0.001, "verdict": "cannot tell"},

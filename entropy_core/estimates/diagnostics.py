@@ -33,6 +33,11 @@ def numerical_noise(batch: EvaluationBatch, rescored: Sequence[Moved], normaliza
         change_of(batch, measured(batch, moved, "per_decision"), moved.eta, "per_decision", normalization).value
         for moved in rescored
     ]
+    return twice_rms(changes)
+
+
+def twice_rms(changes: Sequence[float]) -> float:
+    """Return twice the root mean square."""
     return 2.0 * (sum(change**2 for change in changes) / len(changes)) ** 0.5
 
 

@@ -21,7 +21,6 @@ from entropy_core.numerics.multiple_tests import benjamini_hochberg, holm
 
 Row = dict[str, Any]
 
-POWER_QUANTILE = uncertainty.normal_quantile(0.6)  # an effect of (t + 0.84) SE is detected with probability 80 %
 NULL = "random"
 """What the label of a null intervention begins with: it changes nothing on average."""
 
@@ -245,7 +244,7 @@ def _paired(difference: float, over_e: Error, over_u: Error | None, settings: Se
         "low": row["difference"] - quantile * error,
         "high": row["difference"] + quantile * error,
         "p_value": _p_value(difference, both),
-        "detectable": (quantile + POWER_QUANTILE) * error,
+        "detectable": (quantile + uncertainty.POWER_QUANTILE) * error,
     }
 
 

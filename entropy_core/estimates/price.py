@@ -7,11 +7,13 @@ their noise. Everything here is for this update: it has the error over E, and no
 """
 
 import math
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
+from entropy_core.estimates.diagnostics import twice_rms
 from entropy_core.estimates.distributions import t_quantile
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.estimates.evaluation import EvaluationBatch, Measured, Moved, measured
 from entropy_core.estimates.price_table import Word
 from entropy_core.numerics import uncertainty
 from entropy_core.numerics.choices import Estimator
@@ -21,9 +23,6 @@ from entropy_core.numerics.quadrature import WEIGHTS
 from entropy_core.numerics.uncertainty import Estimate
 
 Row = dict[str, Any]
-
-POWER_QUANTILE = uncertainty.normal_quantile(0.6)  # a change of (t + 0.84) SE is detected with probability 80 %
-
 
 _OF_DIFFERENCE = ("delta_j", "difference_j", "difference_j_se", "difference_j_low", "difference_j_high")
 NO_REWARD: Row = dict.fromkeys((*_OF_DIFFERENCE, "price", "price_low", "price_high"))
@@ -87,11 +86,20 @@ def reward_change(batch: EvaluationBatch, terms: Measured, eta: float, estimator
         return reduce(Estimate.plus, parts)
     assert terms.columns is not None
     before_N, after_N = batch.value_columns(estimator)[REWARD].total_N, terms.columns[REWARD]
-    if estimator == "snis":
-        of_q, of_theta = terms.weights_N / terms.weights_N.mean(), batch.sampling.weights_N
-        at_theta = uncertainty.ratio(uncertainty.mean(of_theta * before_N), uncertainty.mean(of_theta))
-        return uncertainty.ratio(uncertainty.mean(of_q * after_N), uncertainty.mean(of_q)).minus(at_theta)
+    if estimator == "snis":  # per sequence it is the same ratio for every functional
+        weights = terms.weights_N, batch.sampling.weights_N
+        there, here = (
+            uncertainty.snis_entropy(w_N, F_N, F_N, "per_sequence")
+            for w_N, F_N in zip(weights, (after_N, before_N), strict=True)
+        )
+        return there.minus(here)
     return uncertainty.mean(after_N).minus(uncertainty.mean(before_N))
+
+
+def reward_noise(batch: EvaluationBatch, rescored: Sequence[Moved]) -> float:
+    """Compute twice the root mean square of the ΔJ that rounding alone produces; see `diagnostics.numerical_noise`."""
+    terms = [(measured(batch, moved, "per_decision"), moved.eta) for moved in rescored]
+    return twice_rms([reward_change(batch, found, eta, "per_decision").value for found, eta in terms])
 
 
 class Changes(NamedTuple):
@@ -122,12 +130,12 @@ def price_row(on_e: OnE, slopes: tuple[Estimate, Estimate], changes: Changes, et
     rounding = changes.noise_floors[0] / 2, changes.noise_floors[1] / 2
     error = math.hypot(batch.standard_error(changes.reward), rounding[1])
     low, high = on_e.ends(changes.reward.value, error)
-    measured: Row = {
+    of_measured: Row = {
         "delta_j": changes.reward.value,
         "delta_j_se": error,
         "delta_j_low": low,
         "delta_j_high": high,
-        "minimum_detectable": (on_e.quantile + POWER_QUANTILE) * error,
+        "minimum_detectable": (on_e.quantile + uncertainty.POWER_QUANTILE) * error,
         "delta_h": changes.entropy.value,
         **_priced("price", on_e, changes.entropy, changes.reward, rounding),
     }
@@ -141,7 +149,7 @@ def price_row(on_e: OnE, slopes: tuple[Estimate, Estimate], changes: Changes, et
         "delta_j1_high": first_order_high,
         "delta_h1": delta_h1.value,
         **_priced("price_first_order", on_e, delta_h1, delta_j1),
-        **(measured if changes.usable else dict.fromkeys(measured)),
+        **(of_measured if changes.usable else dict.fromkeys(of_measured)),
         "confidence_level": on_e.confidence_level,
         "verdict": told if changes.reliable else "weights-unreliable",
     }

@@ -22,8 +22,6 @@ from entropy_core.numerics.uncertainty import Estimate
 
 Row = dict[str, Any]
 
-POWER_QUANTILE = uncertainty.normal_quantile(0.6)  # a change of (z + 0.84) SE is detected with probability 80 %
-
 
 class Contributions(NamedTuple):
     """What the randomness of U does to ∂_vH, from first-order-u and half-steps-u.
@@ -244,7 +242,7 @@ def measure(
         "curvature_se": error(curvature),
         "paired_difference": difference.value,
         "paired_difference_se": error(difference),
-        "minimum_detectable": (quantile + POWER_QUANTILE) * error(change),
+        "minimum_detectable": (quantile + uncertainty.POWER_QUANTILE) * error(change),
         **{f"p_{name}": p_values[name] for name in ("this_update", "mean_update")},
     }
     if not usable:

@@ -291,6 +291,10 @@ def normal_quantile(confidence_level: float) -> float:
     return NormalDist().inv_cdf(0.5 + confidence_level / 2)
 
 
+POWER_QUANTILE = normal_quantile(0.6)
+"""A change of (t + 0.84) standard errors, with the t quantile of a test, is detected with probability 80 %."""
+
+
 def excess_kurtosis(influence_N: Tensor) -> float:
     """Return E[ψ⁴]/E[ψ²]² − 3; 0 if all ψ are 0."""
     second = (influence_N**2).mean()

@@ -18,6 +18,7 @@ from entropy_core.pipeline.final_stages import settings_of
 from entropy_core.pipeline.recorded import read_run
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.report import comparison as page
+from entropy_core.report.recorded_run import RecordedRun
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact, artifacts_in
 from entropy_core.store.store import Store
@@ -93,7 +94,7 @@ def compare(store: Store, run_ids: Sequence[str], folder: Path | None = None) ->
 
 def _read(store: Store, run_id: str) -> _Run:
     directory, config, recorded = read_run(store, run_id)
-    table = pq.ParquetFile(directory / "results.parquet").read()
+    table = RecordedRun(store.root, directory.name).results()
     provenance = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
     recorded_of = {entry["checkpoint"]: entry for entry in recorded}
     series: dict[str, list[Side]] = {}

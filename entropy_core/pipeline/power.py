@@ -1,10 +1,7 @@
 """What a recorded sweep says of how large E and U have to be: errors from its tables, seconds from its manifests."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from entropy_core.errors import StoreError
 from entropy_core.estimates import power
@@ -12,14 +9,17 @@ from entropy_core.estimates.power import Components, Size, TTest
 from entropy_core.estimates.selection import Row, at_learning_rate, first_of_each
 from entropy_core.pipeline.recorded import read_run
 from entropy_core.pipeline.runner import Inputs
+from entropy_core.report.recorded_run import RecordedRun
 from entropy_core.store import runs
 from entropy_core.store.artifact import artifacts_in
 from entropy_core.store.store import Store
 
 OF_E = ("sample-e-batch", "score-e-batch", "entropy-gradient", "first-order-e", "importance", "path-integral")
-OF_U = ("sample-u-batch", "score-u-batch", "score-u-reference", "reward-u-batch", "discriminate-u", "compute-update")
-OF_U_TOO = ("first-order-u", "half-steps-u")
-"""Stages whose time grows with E, and with U."""
+OF_U = (
+    *("sample-u-batch", "score-u-batch", "score-u-reference", "reward-u-batch", "discriminate-u", "compute-update"),
+    *("first-order-u", "half-steps-u"),
+)
+"""The stages whose time grows with U; those of E are above."""
 
 
 def size_of(row: Row, units: str, per_prompt: int) -> Size:
@@ -52,23 +52,27 @@ def planned(
         StoreError: there is no such run or intervention, or no error to plan by.
     """
     directory, config, recorded = read_run(store, run_id)
-    results = pq.read_table(directory / "results.parquet").to_pylist()
+    run = RecordedRun(store.root, directory.name)
+    results = run.rows("results")
     of_first = [row for row in results if row["normalization"] == results[0]["normalization"]]
-    changed = _differences(directory, intervention, results[0]["normalization"]) if intervention else {}
+    changed = _differences(run, intervention, results[0]["normalization"]) if intervention else {}
     rows = []
     for row in first_of_each(at_learning_rate(of_first)):
         together = 1 if config.batch_config.E_sampling_mode == "replacement" else config.batch_config.G
         size = size_of(row, config.units_of_e, together)
         [entry] = [entry for entry in recorded if entry["checkpoint"] == row["checkpoint"]]
         seconds = _seconds(store, entry, size)
+        if intervention and row["checkpoint"] not in changed:
+            continue  # it could not be tried there
+        errors = changed[row["checkpoint"]] if intervention else row
+        over_u_is_known = errors["se_over_u"] is not None and row["interval_over_u"] == "valid"
         for question, given_u in (("this update", True), ("the mean update", False)):
-            if not given_u and row["interval_over_u"] != "valid":
+            if not (given_u or over_u_is_known):
                 continue
             components = Components.of_pilot(row, size, given_u)
             if intervention:
-                difference = changed[row["checkpoint"]]
-                over_e, over_u = difference["se_over_e"] ** 2, (difference["se_over_u"] or 0.0) ** 2
-                components = Components(over_e * size.of_e, over_u * size.of_u, 0.0, given_u)
+                over_u = 0.0 if given_u else errors["se_over_u"] ** 2
+                components = Components(errors["se_over_e"] ** 2 * size.of_e, over_u * size.of_u, 0.0, given_u)
             test = TTest(row["confidence_level"])
             now = {"checkpoint": row["checkpoint"], "question": question, "E": size.of_e, "U": size.of_u}
             now |= {"detects": test.detectable(components, size), "seconds": power.cost(size, seconds)}
@@ -98,7 +102,8 @@ def _wanted(
             found = power.cheapest(test, components, effect, seconds)
     elif budget is not None:
         if components.given_u:
-            found = Size(max(power.FEWEST, int((budget - size.of_u * seconds[1]) / seconds[0])), size.of_u)
+            of_e = int((budget - size.of_u * seconds[1]) / seconds[0])
+            found = Size(of_e, size.of_u) if of_e >= power.FEWEST else None
         else:
             found = power.best_for(components, seconds, budget)
     else:
@@ -116,18 +121,17 @@ def _wanted(
     }
 
 
-def _differences(directory: Path, intervention: str, normalization: str) -> Mapping[str, Row]:
+def _differences(run: RecordedRun, intervention: str, normalization: str) -> Mapping[str, Row]:
     """The deepest row of an intervention, by checkpoint."""
-    path = directory / "interventions.parquet"
-    rows: Sequence[Row] = pq.read_table(path).to_pylist() if path.exists() else []
+    rows = run.rows("interventions")
     levels = ("screen", "predict", "measure")
     found = [row for row in rows if row["intervention"] == intervention and row["normalization"] == normalization]
     if not found:
         tried = sorted({row["intervention"] for row in rows if row["verdict"] != "as it is"})
         raise StoreError(
-            f"run {directory.name} has not tried the intervention {intervention!r}",
+            f"run {run.id} has not tried the intervention {intervention!r}",
             cause=f"it tried {', '.join(tried)}" if tried else "it has no interventions",
-            fix=f"`entropy-probe interventions {directory.name} --try {intervention}`, then plan by that run",
+            fix=f"`entropy-probe interventions {run.id} --try {intervention}`, then plan by that run",
         )
     return {row["checkpoint"]: row for row in sorted(found, key=lambda row: levels.index(row["level"]))}
 
@@ -138,7 +142,13 @@ def _seconds(store: Store, entry: Inputs, size: Size) -> tuple[float, float]:
     names = {(artifact.stage, artifact.key) for artifact in artifacts_in(inputs)}
     spent = {"E": 0.0, "U": 0.0}
     for stage, key in runs.with_upstream(store, names):
-        batch = "E" if stage in OF_E else "U" if stage in (*OF_U, *OF_U_TOO) else None
+        batch = "E" if stage in OF_E else "U" if stage in OF_U else None
         if batch:
             spent[batch] += store.manifest(stage, key).get("wall_seconds", 0.0)
+    if not all(spent.values()):
+        raise StoreError(
+            f"the seconds that {entry['checkpoint']} took are not in the store",
+            cause="what its numbers were made from was pruned",
+            fix="plan by a sweep that is whole, or run this one again",
+        )
     return spent["E"] / size.of_e, spent["U"] / size.of_u

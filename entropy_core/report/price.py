@@ -36,10 +36,11 @@ def sentence(rows: Sequence[Row]) -> str:
         )
     does = "raises" if row["verdict"] == "reward rises" else "lowers"
     said = f"{where} {does} the expected reward of {row['J']:.3g} by {change}"
-    if row["price_low"] is None:
-        return f"{said}."
+    if row["price_low"] is None or row["price_low"] <= 0 <= row["price_high"]:
+        return f"{said}; what that costs in entropy cannot be told."
+    lost = "" if does == "raises" else " lost"
     verb = "gains" if (row["price"] > 0) == (does == "raises") else "costs"
-    return f"{said}; each 0.01 of reward {verb} {_hundredth(row)} of entropy."
+    return f"{said}; each 0.01 of reward{lost} {verb} {_hundredth(row)} of entropy."
 
 
 def section(rows: Sequence[Row], without: int) -> list[str]:
@@ -88,6 +89,4 @@ def _interval(row: Row, name: str) -> str:
 def _hundredth(row: Row) -> str:
     unit = "nats per token" if row["normalization"] == "per_token" else "nats per response"
     low, high = sorted(abs(row[f"price_{end}"]) / 100 for end in ("low", "high"))
-    if row["price_low"] < 0 < row["price_high"]:
-        low, high = row["price_low"] / 100, row["price_high"] / 100
     return f"{abs(row['price']) / 100:.2g} {unit} [{low:.2g}, {high:.2g}]"

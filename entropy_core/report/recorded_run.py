@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.errors import StoreError
+from entropy_core.errors import StoreError, one_line
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.answer import answer
 from entropy_core.report.evaluation_batch import invalid_over_e
@@ -55,7 +55,7 @@ class RecordedRun:
             where the numbers come from.
 
         Raises:
-            StoreError: the run has no such table.
+            StoreError: the run has no such table, or it cannot be read.
         """
         import pyarrow.parquet
 
@@ -63,7 +63,14 @@ class RecordedRun:
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in self.directory.glob("*.parquet")))
             raise StoreError(f"the run {self.id} has no table {name!r}", fix=f"use one of {there}")
-        return pyarrow.parquet.ParquetFile(path).read()
+        try:
+            return pyarrow.parquet.ParquetFile(path).read()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StoreError(
+                f"the table {path} cannot be read: {one_line(error)}",
+                cause="it was edited or damaged",
+                fix=f"`entropy-probe variance {self.id}` writes it anew",
+            ) from None
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a table; none where the run has no such table."""

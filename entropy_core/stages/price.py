@@ -1,22 +1,22 @@
 """price: what the step does to the expected reward beside the entropy, from cached per-token columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from entropy_core.estimates import evaluation
 from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
-from entropy_core.estimates.evaluation import EvaluationBatch
-from entropy_core.estimates.price import Changes, OnE, price_row, reward_change, reward_derivative
+from entropy_core.estimates.diagnostics import numerical_noise
+from entropy_core.estimates.price import Changes, OnE, price_row, reward_change, reward_derivative, reward_noise
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.rows import Row, change_of, reliability
 from entropy_core.estimates.tables import to_table
 from entropy_core.numerics import uncertainty
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
-from entropy_core.store.columns import TokenTable, concatenate, read_tokens
+from entropy_core.store.columns import concatenate, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
     from entropy_core.store.inputs import AlongV, AtStepSize, Rescores, RewardsOfE, ScoresOfE
 
 
@@ -59,7 +59,11 @@ def price(
     if not without:
         batch, _ = evaluation_batch(scores, first_order_e, baseline, units, rewards)
         sequences = [read_tokens([shard]) for shard in scores]
-        floors = _noise_floors(batch, rescores, concatenate(sequences), normalizations)
+        few = rescores[0].summary["sequences"]
+        again, of_few = batch.first(few), concatenate(sequences).first(few)
+        rescored = [moved_of_first(again, draw, of_few) for draw in rescores]
+        of_rounding = reward_noise(again, rescored)
+        floors = {of: (numerical_noise(again, rescored, of), of_rounding) for of in normalizations}
         on_e, estimator = OnE(batch, confidence_level), estimators[0]
         of_reward = reward_derivative(batch)
         for entry in moved:
@@ -80,25 +84,3 @@ def price(
                 rows.append(where | price_row(on_e, slopes, changes, eta))
     out.table(to_table(rows, PRICE), "price.parquet")
     return {"rows": len(rows), "without_reward": without}
-
-
-def _noise_floors(
-    batch: EvaluationBatch,
-    rescores: "Sequence[Artifact]",
-    sequences: TokenTable,
-    normalizations: Sequence[Normalization],
-) -> Mapping[Normalization, tuple[float, float]]:
-    """Twice the rms of the ΔH and of the ΔJ that rounding alone produces."""
-    few = rescores[0].summary["sequences"]
-    again, of_few = batch.first(few), sequences.first(few)
-    rescored = [moved_of_first(again, draw, of_few) for draw in rescores]
-    terms = [(evaluation.measured(again, moved, "per_decision"), moved.eta) for moved in rescored]
-    of_reward = _twice_rms([reward_change(again, found, eta, "per_decision").value for found, eta in terms])
-    return {
-        of: (_twice_rms([change_of(again, found, eta, "per_decision", of).value for found, eta in terms]), of_reward)
-        for of in normalizations
-    }
-
-
-def _twice_rms(values: Sequence[float]) -> float:
-    return 2.0 * (sum(value**2 for value in values) / len(values)) ** 0.5
