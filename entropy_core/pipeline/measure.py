@@ -189,7 +189,8 @@ class Measurement:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
             step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
             self.interventions = tried(self.config, batches, step, self.run, self.checkpoint.name, self.release)
-        self.release(gradient)
+        else:
+            self.release(gradient)
         moved = self._moved(e_batch, update, learning_rate)
         replicates = []
         for i in range(1, batch.E_replicates):
