@@ -75,7 +75,7 @@ class Progress:
                 self._say(f"{self._done} of {len(self._steps)} stages, {self._pace()}")
             return artifact
 
-        return Runner(watched_run)
+        return Runner(watched_run, run.part)
 
     def within(self, done: int, total: int) -> None:
         """Note that the run of a stage under way has done `done` of its `total` sequences."""

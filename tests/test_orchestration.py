@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from uuid import UUID
 
@@ -24,8 +25,9 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
 )
 from prefect.client.schemas.objects import TaskRun
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import Pause, PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
+from prefect.states import Suspended
 from prefect.testing.utilities import prefect_test_harness
 
 from entropy_core.config.paths import Origin
@@ -212,6 +214,56 @@ def test_a_probe_error_is_not_tried_again_and_passes_through(store):
     assert not [path for path in store.root.rglob("*") if path.is_file() and path.parent.name != ".locks"]
 
 
+def of_part(store: Store, ids: list, last: Callable[[stages.Runner], object]) -> Callable[[], object]:
+    """A flow that runs two stages as one part, the second by `last`."""
+
+    @flow
+    def in_part():
+        ids.append(runtime.flow_run.id)
+        run = stages.prefect_runner(store, None)
+
+        def work() -> object:
+            run(Stage("draw", draw), {"seed": 1}, "checkpoint-20")
+            return last(run)
+
+        return run.part("checkpoint-20", work)
+
+    return in_part
+
+
+def pause(run: stages.Runner) -> None:
+    raise Pause(state=Suspended())
+
+
+@pytest.mark.parametrize(
+    ("last", "raised", "part"),
+    [
+        (lambda run: run(Stage("stumble", stumble), {}, "checkpoint-20"), None, "Completed"),
+        (lambda run: run(Stage("refuse", refuse), {}, "checkpoint-20"), ConfigError, "Failed"),
+        (pause, Pause, "Suspended"),
+    ],
+)
+def test_a_part_is_a_task_run_around_those_of_its_stages_which_stay_as_they_ended(store, last, raised, part):
+    ids: list = []
+    with pytest.raises(raised) if raised else nullcontext():
+        of_part(store, ids, last)()
+    of_flow = FlowRunFilter(id=FlowRunFilterId(any_=ids))
+
+    def ended(client: SyncPrefectClient) -> list[TaskRun]:
+        runs = client.read_task_runs(flow_run_filter=of_flow)
+        return [run for run in runs if run.state and (run.state.is_final() or run.name == "checkpoint-20")]
+
+    eventually(ended, 2 if raised is Pause else 3)
+    time.sleep(1)  # what would be taken back would be so now
+    with get_client(sync_client=True) as client:
+        runs = {run.name: run for run in ended(client)}
+    states = {name: run.state.name for name, run in runs.items() if run.state}
+    assert states.pop("checkpoint-20") == part and states.pop("draw · checkpoint-20") == "Completed"
+    assert set(states.values()) <= {part}
+    parents = [of.id for name in runs if " · " in name for of in runs[name].task_inputs["__parents__"]]
+    assert set(parents) == {runs["checkpoint-20"].id} and len(parents) == len(runs) - 1
+
+
 def eventually(ask: Callable[[SyncPrefectClient], list], count: int) -> list:
     """What the server says once it knows of so many; it learns of task runs and artifacts a moment later."""
     deadline = time.monotonic() + 30
@@ -253,8 +305,8 @@ def test_a_sweep_runs_as_many_stages_as_announced_and_shows_its_results(tmp_path
     result = state.result()
     assert state.message == f"Results in {result.run_directory}"
 
-    runs = completed_task_runs(state.state_details.flow_run_id, len(steps))
-    assert Counter(run.name for run in runs) == Counter(f"{step.stage} · {step.label}" for step in steps)
+    runs = completed_task_runs(state.state_details.flow_run_id, len(steps) + len(NAMES))
+    assert Counter(run.name for run in runs) == Counter([*(f"{step.stage} · {step.label}" for step in steps), *NAMES])
     assert {run.state.name for run in runs} == {"Completed"}
 
     of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))

@@ -1,7 +1,7 @@
 """Runners of stages, a parameter of the pipeline: a call in this process, a Prefect task, or a remote worker."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from entropy_core.execution import Execution
 from entropy_core.pipeline.memory import run_within_memory
@@ -10,6 +10,7 @@ from entropy_core.store.inputs import require_inputs
 from entropy_core.store.store import Stage, Store
 
 Inputs = dict[str, Any]
+_Result = TypeVar("_Result")
 
 
 class Runner:
@@ -18,10 +19,15 @@ class Runner:
     Args:
         run: called as `run(stage, inputs, label)`; returns the artifact of this stage for these inputs. `label` is for
             display only.
+        part: called as `part(label, work)`; see the method of this name. None: the stages are shown as they come.
     """
 
-    def __init__(self, run: Callable[[Stage, Inputs, str], Artifact]) -> None:
-        self._run = run
+    def __init__(
+        self,
+        run: Callable[[Stage, Inputs, str], Artifact],
+        part: Callable[[str, Callable[[], Any]], Any] | None = None,
+    ) -> None:
+        self._run, self._part = run, part
 
     def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
         """Return the artifact of this stage for these inputs. Raises TypeError if they do not match its signature."""
@@ -34,6 +40,10 @@ class Runner:
         A runner with several workers distributes them, and returns the artifacts in the order of the inputs.
         """
         return [self(stage, of_one, label) for of_one, label in zip(inputs, labels, strict=True)]
+
+    def part(self, label: str, work: Callable[[], _Result]) -> _Result:
+        """Call `work`, which runs the stages of a part of a sweep, such as a checkpoint: a reader sees them as one."""
+        return self._part(label, work) if self._part else work()
 
 
 def direct_runner(store: Store, execution: Execution) -> Runner:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,7 @@ def _measured(
             by_tokenizer[checkpoint.tokenizer] = {s: load_pool(config, s, checkpoint.tokenizer, run) for s in asked}
         pools = by_tokenizer[checkpoint.tokenizer]
         measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
-        try:
-            inputs = measurement.variance_inputs()
-        except OtherNumbers as error:  # another device or thread count gives other bits; do not mix
-            log.warning("%s, and all that depends on it is computed again, too", error)
-            inputs = measurement.variance_inputs()
+        inputs = run.part(checkpoint.name, partial(_variance_inputs, measurement))
         dropped += [measurement.with_dropout.summary] if measurement.with_dropout else []
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
         measured.append(
@@ -185,6 +182,14 @@ def _measured(
     for entry in measured:
         entry["warnings"] += dropout_sizes(dropped)
     return measured
+
+
+def _variance_inputs(measurement: Measurement) -> Inputs:
+    try:
+        return measurement.variance_inputs()
+    except OtherNumbers as error:  # another device or thread count gives other bits; do not mix
+        log.warning("%s, and all that depends on it is computed again, too", error)
+        return measurement.variance_inputs()
 
 
 def _with_earlier(measured: list[Inputs], earlier: Sequence[Inputs]) -> list[Inputs]:
