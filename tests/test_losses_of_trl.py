@@ -254,9 +254,7 @@ def test_a_rule_changes_no_bit_on_policy(name: str):
         objective = Objective(kl_beta=KL_BETA, epsilon_high=5.0)
         batch = batch_of(name, objective, 4, True)
         plain = losses.coefficients(losses.LOSSES[name], batch)
-        found = losses.coefficients(
-            losses.LOSSES[name], replace(batch, objective=replace(objective, off_policy=rule))
-        )
+        found = losses.coefficients(losses.LOSSES[name], replace(batch, objective=replace(objective, off_policy=rule)))
         assert torch.equal(found.logprob_K, plain.logprob_K)
 
 

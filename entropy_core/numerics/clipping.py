@@ -1,4 +1,4 @@
-"""What trainers do about responses that an older policy drew: clipping the ratio ρ = π/π_old, and leaving responses out.
+"""What trainers do about responses that an older policy drew: clip the ratio ρ = π/π_old, and leave responses out.
 
     A > 0    ρ is cut at 1 + ε_high
     A < 0    ρ is cut at 1 − ε, and with the dual clip at δ from above

@@ -52,6 +52,28 @@ def micro_batches(responses: int, size: int, seed: int) -> Tensor:
     return torch.randperm(responses, generator=torch.Generator().manual_seed(seed)) // size
 
 
+def minibatch(responses: int, count: int, index: int, micro_batch: int, seed: int | None) -> tuple[Tensor, Tensor]:
+    """Return the responses of one minibatch of a rollout, which is shuffled once and then cut.
+
+    Args:
+        responses: N, of the rollout; a multiple of `count`.
+        count: number of minibatches.
+        index: which minibatch, from 0.
+        micro_batch: responses in a micro-batch; 0: all are in one.
+        seed: of the order, that of `micro_batches`; None: as they are.
+
+    Returns:
+        Indices of the responses, rising, int64 [N / count]; and the index of each one's micro-batch, int64.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    order_N = torch.arange(responses) if seed is None else torch.randperm(responses, generator=generator)
+    place_N, size = torch.empty_like(order_N), responses // count
+    place_N[order_N] = torch.arange(responses)
+    chosen_M = (place_N // size == index).nonzero().squeeze(1)
+    within_M = place_N[chosen_M] - index * size
+    return chosen_M, within_M // micro_batch if micro_batch else torch.zeros_like(within_M)
+
+
 @dataclass(frozen=True)
 class LossBatch:
     """The update batch U as inputs of a loss: N responses with K tokens in total, stored flat.
