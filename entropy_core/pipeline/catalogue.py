@@ -16,6 +16,7 @@ from entropy_core.stages.load_checkpoint import load_checkpoint
 from entropy_core.stages.load_prompts import load_prompts
 from entropy_core.stages.load_weights import load_weights
 from entropy_core.stages.path_integral import path_integral
+from entropy_core.stages.phase_step import phase_step
 from entropy_core.stages.predict import predict
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
@@ -49,6 +50,7 @@ BLOCK_SENSITIVITIES = Stage("block-sensitivities", block_sensitivities, vectors=
 SCREEN = Stage("screen", screen)
 PREDICT = Stage("predict", predict, vectors=("gradient",))
 ALTERED_STEP = Stage("altered-step", altered_step)
+PHASE_STEP = Stage("phase-step", phase_step, vectors=("previous",))
 VARIANCE, PRICE, INTERVENTIONS = final_stages.VARIANCE, final_stages.PRICE, final_stages.INTERVENTIONS
 AGREEMENT, REPORT = final_stages.AGREEMENT, final_stages.REPORT
 
