@@ -14,6 +14,7 @@ from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.lab import Batches, StepAsItIs, tried
+from entropy_core.pipeline.phase import followed
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec, ProposalSpec
@@ -129,6 +130,7 @@ class Measurement:
         self.run, self.release = run, release
         self.price: Inputs = {}  # of the price stage, once E has its rewards
         self.interventions: Inputs = {}  # of the interventions stage, once they have been tried
+        self.phase: Inputs = {}  # of the phase stage, once its steps have been followed
         self.with_dropout: Artifact | None = None  # of dropout-u; it is no input of the statistics
         self.e_pool, self.u_pool = (pools[split] for split in config.splits)
         self.policy = PolicySpec(
@@ -185,9 +187,9 @@ class Measurement:
         if self.checkpoint.dropout:
             self.with_dropout = self._once(stage.DROPOUT_U, of_both | {"draws": DROPOUT_DRAWS})
         learning_rate = self.optimizer.summary["learning_rate"]
+        batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
+        step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
         if self.config.interventions:
-            batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
-            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
             self.interventions = tried(self.config, batches, step, self.run, self.checkpoint.name, self.release)
         self.release(gradient)
         moved = self._moved(e_batch, update, learning_rate)
@@ -198,6 +200,7 @@ class Measurement:
             replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
         rescores = self._rescored(e_batch)
         self.release(update)
+        self.phase = followed(self.config, batches, step, self.run, self.checkpoint.name, self.release)
         if isinstance(policy.weights, Artifact):
             self.release(policy.weights)
         return {

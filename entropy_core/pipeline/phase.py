@@ -1,0 +1,82 @@
+"""Follow the phase of a rollout on one checkpoint: its optimizer steps, each keyed by the last, and E after each."""
+
+from collections.abc import Callable, Sequence
+
+from entropy_core.config.phase import PhaseConfig
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.losses.phase import PhaseSpec
+from entropy_core.pipeline import catalogue as stage
+from entropy_core.pipeline.lab import Batches, StepAsItIs
+from entropy_core.pipeline.runner import Inputs, Runner
+from entropy_core.store.artifact import Artifact
+
+
+def spec_of(phase: PhaseConfig, seed_of_u: int) -> PhaseSpec:
+    """Return what a step of the phase is keyed by; the number of epochs is no part of it."""
+    seed = seed_of_u if phase.shuffle_seed < 0 else phase.shuffle_seed
+    return PhaseSpec(
+        minibatches=phase.minibatches,
+        shuffle_seed=seed if phase.order == "shuffled" else None,
+        epsilon=phase.epsilon,
+        epsilon_high=phase.epsilon_high or phase.epsilon,
+        delta=phase.delta or None,
+        off_policy_mask_threshold=phase.off_policy_mask_threshold or None,
+    )
+
+
+def followed(
+    config: ProbeConfig,
+    batches: Batches,
+    step: StepAsItIs,
+    run: Runner,
+    name: str,
+    release: Callable[[Artifact], None],
+) -> Inputs:
+    """Take the steps and score E after each of them.
+
+    Args:
+        config: how a rollout is cut, and how often.
+        batches: E, and U, which is the rollout.
+        step: the checkpoint, and compute-update, which has the loss at the rollout.
+        run: runner of stages.
+        name: of the checkpoint.
+        release: called with an artifact when no stage will open its vectors any more.
+
+    Returns:
+        The inputs of the phase stage that are its own; none if the phase is not followed.
+    """
+    phase = config.update.phase
+    if not phase.steps:
+        return {}
+    spec = spec_of(phase, config.batch_config.U_batch_seed)
+    shared = {"policy": step.policy, "checkpoint": step.checkpoint, "sequences": batches.u, "update": step.update}
+    taken: list[Inputs] = []
+    previous: Artifact | None = None
+    for number in range(phase.steps):
+        label = f"{name} · step {number + 1}/{phase.steps} of the phase"
+        inputs = shared | {"previous": previous, "phase": spec, "number": number, "rate": 1.0}
+        now = run(stage.PHASE_STEP, inputs, label)
+        if previous is not None:
+            release(previous)
+        taken.append({"step": now, "at": _measured(config, batches.e, step, now, run, label)})
+        previous = now
+    assert previous is not None
+    release(previous)
+    return {"steps": taken, "minibatches": phase.minibatches}
+
+
+def _measured(
+    config: ProbeConfig, e_batch: Sequence[Artifact], step: StepAsItIs, now: Artifact, run: Runner, label: str
+) -> Inputs:
+    """E at the policy after a step, for the first of the estimators that are asked for."""
+    moved = {"policy": step.policy, "update": now, "eta": step.learning_rate}
+    by_path = config.importance.estimators[0] == "path_integral"
+    inputs = [moved | {"sequences": sequences} for sequences in e_batch]
+    labels = [f"{label} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
+    shards = run.map(stage.PATH_INTEGRAL if by_path else stage.IMPORTANCE, inputs, labels)
+    return {
+        "eta": step.learning_rate,
+        "eta_over_lr": 1.0,
+        "shards": [] if by_path else shards,
+        "path": shards if by_path else [],
+    }
