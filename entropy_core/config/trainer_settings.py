@@ -115,8 +115,8 @@ class _Reader:
             value = self.arguments.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._say(f"update.phase.{name}", float(value), name)
-        if (name := self.arguments.get("loss_type")) in ("sapo", "vespo"):
-            what = f"the trainer had loss_type = {name}, whose later steps on a rollout are not modelled"
+        if (loss := self.arguments.get("loss_type")) in ("sapo", "vespo"):
+            what = f"the trainer had loss_type = {loss}, whose later steps on a rollout are not modelled"
             self.differ.append(Difference("loss_type", what, "refuse", "update.loss"))
 
     def _parts(self) -> int:

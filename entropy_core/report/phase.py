@@ -59,8 +59,10 @@ def section(rows: Sequence[Row], clipped: Sequence[Row]) -> list[str]:
             )
             for row in shown
         ]
-    head = ("checkpoint", "step (epoch.minibatch)", "ΔH since the rollout, this update", "ΔH of the step")
-    head += ("ΔJ, this update", "ESS/N", "clipped low / high", "KL(old, now)", "gradient norm", "verdict")
+    head = (
+        *("checkpoint", "step (epoch.minibatch)", "ΔH since the rollout, this update", "ΔH of the step"),
+        *("ΔJ, this update", "ESS/N", "clipped low / high", "KL(old, now)", "gradient norm", "verdict"),
+    )
     lines = [
         *markdown_rows(head, body),
         "",

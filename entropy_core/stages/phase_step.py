@@ -106,7 +106,8 @@ def phase_step(
         "moments": sorted(kept),
         **norms,
         **_of_the_ratios(batch),
-        **{f"clip_{side}": _share(batch, getattr(known, side)) if known else None for side in Clipped._fields},
+        **{f"clip_{side}": None for side in Clipped._fields},
+        **{f"clip_{side}": _share(batch, cut_K) for side, cut_K in (known._asdict() if known else {}).items()},
     }
 
 
@@ -173,10 +174,8 @@ def _clipped(
     of_token_K, within_K = ragged.sequence_index(batch.offsets_N1), ragged.position_index(batch.offsets_N1)
     by_side = [(side, of_K[cut_K].tolist()) for side, of_K in (known._asdict() if known else {}).items()]
     sides = [next(side for side, of in by_side if of[i]) for i in range(int(cut_K.sum()))]
-    ids_N, tokens_K = (
-        torch.cat([getattr(shard, name) for shard in shards]) for name in ("sequence_ids_N", "response_tokens_K")
-    )
-    tokens = tokens_K[chosen_K][cut_K].tolist()
+    ids_N = torch.cat([shard.sequence_ids_N for shard in shards])
+    tokens = torch.cat([shard.response_tokens_K for shard in shards])[chosen_K][cut_K].tolist()
     return pa.table(
         {
             "sequence_id": pa.array(ids_N[chosen_M][of_token_K[cut_K]].tolist(), pa.int64()),

@@ -32,8 +32,8 @@ def report(
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
             columns, `agreement.parquet`, `price.parquet`, `interventions.parquet`, `phase.parquet` and
-            `clipped.parquet` if they were asked for, `report.md`, the same page as `report.html`, the figures as PNG and
-            SVG, and the main columns of the results as CSV and JSON.
+            `clipped.parquet` if they were asked for, `report.md`, the same page as `report.html`, the figures as PNG
+            and SVG, and the main columns of the results as CSV and JSON.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
