@@ -14,7 +14,7 @@ from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.lab import Batches, StepAsItIs, tried
-from entropy_core.pipeline.phase import followed
+from entropy_core.pipeline.phase import OnE, followed
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec, ProposalSpec
@@ -187,9 +187,9 @@ class Measurement:
         if self.checkpoint.dropout:
             self.with_dropout = self._once(stage.DROPOUT_U, of_both | {"draws": DROPOUT_DRAWS})
         learning_rate = self.optimizer.summary["learning_rate"]
-        batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
-        step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
         if self.config.interventions:
+            batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
+            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
             self.interventions = tried(self.config, batches, step, self.run, self.checkpoint.name, self.release)
         self.release(gradient)
         moved = self._moved(e_batch, update, learning_rate)
@@ -200,7 +200,9 @@ class Measurement:
             replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
         rescores = self._rescored(e_batch)
         self.release(update)
-        self.phase = followed(self.config, batches, step, self.run, self.checkpoint.name, self.release)
+        of_rollout = {"policy": policy, "checkpoint": self.optimizer, "sequences": u_batch, "update": update}
+        on_e = OnE(e_batch, learning_rate, self.config.importance.estimators[0])
+        self.phase = followed(self.config, of_rollout, on_e, self.run, self.checkpoint.name, self.release)
         if isinstance(policy.weights, Artifact):
             self.release(policy.weights)
         return {

@@ -1,13 +1,15 @@
 """Follow the phase of a rollout on one checkpoint: its optimizer steps, each keyed by the last, and E after each."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from entropy_core.config.phase import PhaseConfig
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.losses.phase import PhaseSpec
+from entropy_core.numerics.choices import Estimator
 from entropy_core.pipeline import catalogue as stage
-from entropy_core.pipeline.lab import Batches, StepAsItIs
 from entropy_core.pipeline.runner import Inputs, Runner
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 
 
@@ -24,10 +26,18 @@ def spec_of(phase: PhaseConfig, seed_of_u: int) -> PhaseSpec:
     )
 
 
+class OnE(NamedTuple):
+    """How E is measured after a step: its shards, the nominal learning rate, and the estimator of ΔH."""
+
+    shards: Sequence[Artifact]
+    learning_rate: float
+    estimator: Estimator
+
+
 def followed(
     config: ProbeConfig,
-    batches: Batches,
-    step: StepAsItIs,
+    of_rollout: Inputs,
+    on_e: OnE,
     run: Runner,
     name: str,
     release: Callable[[Artifact], None],
@@ -36,8 +46,9 @@ def followed(
 
     Args:
         config: how a rollout is cut, and how often.
-        batches: E, and U, which is the rollout.
-        step: the checkpoint, and compute-update, which has the loss at the rollout.
+        of_rollout: the policy, load-checkpoint, the sequences of U, and compute-update, which has the loss at the
+            rollout.
+        on_e: how E is measured.
         run: runner of stages.
         name: of the checkpoint.
         release: called with an artifact when no stage will open its vectors any more.
@@ -49,34 +60,28 @@ def followed(
     if not phase.steps:
         return {}
     spec = spec_of(phase, config.batch_config.U_batch_seed)
-    shared = {"policy": step.policy, "checkpoint": step.checkpoint, "sequences": batches.u, "update": step.update}
     taken: list[Inputs] = []
     previous: Artifact | None = None
     for number in range(phase.steps):
         label = f"{name} · step {number + 1}/{phase.steps} of the phase"
-        inputs = shared | {"previous": previous, "phase": spec, "number": number, "rate": 1.0}
+        inputs = of_rollout | {"previous": previous, "phase": spec, "number": number, "rate": 1.0}
         now = run(stage.PHASE_STEP, inputs, label)
         if previous is not None:
             release(previous)
-        taken.append({"step": now, "at": _measured(config, batches.e, step, now, run, label)})
+        taken.append({"step": now, "at": _measured(of_rollout["policy"], on_e, now, run, label)})
         previous = now
     assert previous is not None
     release(previous)
     return {"steps": taken, "minibatches": phase.minibatches}
 
 
-def _measured(
-    config: ProbeConfig, e_batch: Sequence[Artifact], step: StepAsItIs, now: Artifact, run: Runner, label: str
-) -> Inputs:
-    """E at the policy after a step, for the first of the estimators that are asked for."""
-    moved = {"policy": step.policy, "update": now, "eta": step.learning_rate}
-    by_path = config.importance.estimators[0] == "path_integral"
-    inputs = [moved | {"sequences": sequences} for sequences in e_batch]
+def _measured(policy: PolicySpec, on_e: OnE, now: Artifact, run: Runner, label: str) -> Inputs:
+    """E at the policy after a step."""
+    by_path = on_e.estimator == "path_integral"
+    moved = {"policy": policy, "update": now, "eta": on_e.learning_rate}
+    inputs = [moved | {"sequences": sequences} for sequences in on_e.shards]
     labels = [f"{label} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
     shards = run.map(stage.PATH_INTEGRAL if by_path else stage.IMPORTANCE, inputs, labels)
-    return {
-        "eta": step.learning_rate,
-        "eta_over_lr": 1.0,
-        "shards": [] if by_path else shards,
-        "path": shards if by_path else [],
-    }
+    empty: list[Artifact] = []
+    at_step = {"shards": empty, "path": shards} if by_path else {"shards": shards, "path": empty}
+    return {"eta": on_e.learning_rate, "eta_over_lr": 1.0, **at_step}
