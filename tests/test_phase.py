@@ -117,8 +117,10 @@ def test_the_weights_after_every_step_are_those_of_the_trainer(exact: Probe):
     assert trainer.clipped > 10
     shares = {side: [step.summary[f"clip_{side}"] for step in found] for side in ("low", "high", "dual")}
     assert all(not of_side[0] and max(of_side) > 0 for of_side in shares.values())
-    tokens = found[-1].tensors("tokens.safetensors")
-    assert float(tokens["low"].double().mean()) == pytest.approx(shares["low"][-1])
+    tokens, cut = found[-1].tensors("tokens.safetensors"), found[-1].table("clipped.parquet").to_pylist()
+    counts = {side: sum(row["side"] == side for row in cut) / len(tokens["log_ratios"]) for side in shares}
+    assert counts == pytest.approx({side: of_side[-1] for side, of_side in shares.items()})
+    assert all((row["advantage"] > 0) == (row["side"] == "high") for row in cut)
     assert found[-1].summary["largest_ratio"] == pytest.approx(float(tokens["log_ratios"].exp().max()))
 
 
@@ -147,3 +149,61 @@ def test_minibatches_share_out_the_rollout():
         assert sizes == [[2, 2] if micro_batch else [4]] * 3
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     assert minibatch(12, 3, 1, 0, 3)[0].tolist() == sorted(order[4:8].tolist())
+
+
+# --- the sweep -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def followed(exact: Probe) -> Probe:
+    """The same sweep with its phase, and rewards on E."""
+    asked = exact.config.as_given() | {"price": True}
+    asked["update"] = asked["update"] | {"phase": {"follow": True, "minibatches": 3, "epochs": EPOCHS, "epsilon": 0.02}}
+    asked["execution"] = asked["execution"] | {"keep_vectors": False}
+    with pytest.MonkeyPatch.context() as patch:
+        skip_figures(patch)
+        return probe(asked)
+
+
+def test_a_sweep_follows_the_phase(exact: Probe, followed: Probe):
+    count = 3 * EPOCHS
+    computed = followed.run.was_computed
+    assert computed["phase-step"] == count and computed["phase"] == 1
+    assert computed["importance"] == count * 2  # shards; those of the plain sweep are there
+    assert not {"sample-u-batch", "first-order-u"} & set(computed)
+    rows = followed.result.report.table("phase.parquet").to_pylist()
+    per_token = [row for row in rows if row["normalization"] == "per_token"]
+    assert [(row["phase_step"], row["epoch"], row["minibatch"]) for row in per_token] == [
+        (n + 1, n // 3 + 1, n % 3 + 1) for n in range(count)
+    ]
+    assert sum(row["of_step"] for row in per_token) == pytest.approx(per_token[-1]["delta_h"], rel=1e-9)
+    assert all(row["delta_h_low"] < row["delta_h"] < row["delta_h_high"] for row in per_token)
+    assert all(row["delta_j_low"] < row["delta_j"] < row["delta_j_high"] for row in per_token)
+    clipped = followed.result.report.table("clipped.parquet").to_pylist()
+    assert len(clipped) > 0 and {row["phase_step"] for row in clipped} <= set(range(2, count + 1))
+    page = (followed.result.run_directory / "report.md").read_text()
+    assert "## The steps on one rollout" in page and "The tokens that are clipped most often" in page
+
+
+def test_the_change_after_a_step_is_that_of_its_weights(exact: Probe, followed: Probe):
+    """By the passes at θ + ηD of the last step, read beside a plain importance pass on the policy as it then is."""
+    *_, last = followed.run.artifacts("phase-step")
+    assert not (last.directory / "vectors" / "direction.safetensors").exists()  # it was let go
+    again = exact.run.store.run(catalogue.PHASE_STEP, exact.run.execution, _inputs_of(followed, "phase-step"))
+    assert again == followed.run.artifacts("phase-step")[0]
+
+
+def _inputs_of(of: Probe, stage: str) -> Any:
+    return of.run.inputs(stage)
+
+
+def test_a_changed_number_of_epochs_goes_on_from_the_last_step(followed: Probe):
+    asked = followed.config.as_given()
+    asked["update"] = asked["update"] | {"phase": asked["update"]["phase"] | {"epochs": EPOCHS + 1}}
+    with pytest.MonkeyPatch.context() as patch:
+        skip_figures(patch)
+        longer = probe(asked)
+    assert longer.run.was_computed["phase-step"] >= 3
+    before = followed.result.report.table("phase.parquet").to_pylist()
+    after = longer.result.report.table("phase.parquet").to_pylist()
+    assert [row for row in after if row["phase_step"] <= 3 * EPOCHS] == before

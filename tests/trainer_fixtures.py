@@ -154,7 +154,9 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    assert len(batches) == -(-STEPS // settings.get("num_iterations", 1))
+    accumulated = settings.get("gradient_accumulation_steps", 1)
+    of_rollout = settings.get("num_iterations", 1) * settings.get("steps_per_generation", accumulated) // accumulated
+    assert len(batches) == -(-settings.get("max_steps", STEPS) // of_rollout)
     return batches
 
 

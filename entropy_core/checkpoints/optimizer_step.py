@@ -154,6 +154,7 @@ class OptimizerStep:
 
     def _read_state(self, block: Block) -> Any:
         of_one, after = self._of[block.name], self._after
+        read: dict[str, Tensor | None]
         if after is not None and after.has(block.name):
             read = {key: after.read(block, key) for key in of_one.moments}
         elif self._moments is not None and of_one.slot is not None:
@@ -213,11 +214,11 @@ class OptimizerStep:
         Returns:
             Float64, for the blocks of parameters that have it.
         """
-        plain = self._vector(lambda step, _: getattr(step.after, key))  # type: ignore[attr-defined]
+        plain = self._vector(lambda step, _: step.after._asdict()[key])  # type: ignore[attr-defined]
         return Lazy(
             [block for block in self._gradient if key in self._of[block.name].moments],
             lambda block: (
-                getattr(self._rounded(block, rounded_clip).after, key) if self._of[block.name].narrow else plain[block]
+                self._rounded(block, rounded_clip).after._asdict()[key] if self._of[block.name].narrow else plain[block]
             ),
         )
 

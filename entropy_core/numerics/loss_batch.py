@@ -47,9 +47,15 @@ def micro_batches(responses: int, size: int, seed: int) -> Tensor:
     Returns:
         Which micro-batch each response is in, int64 from 0.
     """
-    if not size:
-        return torch.zeros(responses, dtype=torch.int64)
-    return torch.randperm(responses, generator=torch.Generator().manual_seed(seed)) // size
+    return _places(responses, seed) // size if size else torch.zeros(responses, dtype=torch.int64)
+
+
+def _places(responses: int, seed: int | None) -> Tensor:
+    """Return the place of each response in a shuffled order, as TRL shuffles a rollout; None: as they are."""
+    if seed is None:
+        return torch.arange(responses)
+    order_N = torch.randperm(responses, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order_N).index_copy_(0, order_N, torch.arange(responses))
 
 
 def minibatch(responses: int, count: int, index: int, micro_batch: int, seed: int | None) -> tuple[Tensor, Tensor]:
@@ -65,10 +71,7 @@ def minibatch(responses: int, count: int, index: int, micro_batch: int, seed: in
     Returns:
         Indices of the responses, rising, int64 [N / count]; and the index of each one's micro-batch, int64.
     """
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    order_N = torch.arange(responses) if seed is None else torch.randperm(responses, generator=generator)
-    place_N, size = torch.empty_like(order_N), responses // count
-    place_N[order_N] = torch.arange(responses)
+    place_N, size = _places(responses, seed), responses // count
     chosen_M = (place_N // size == index).nonzero().squeeze(1)
     within_M = place_N[chosen_M] - index * size
     return chosen_M, within_M // micro_batch if micro_batch else torch.zeros_like(within_M)

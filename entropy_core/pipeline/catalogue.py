@@ -52,6 +52,7 @@ PREDICT = Stage("predict", predict, vectors=("gradient",))
 ALTERED_STEP = Stage("altered-step", altered_step)
 PHASE_STEP = Stage("phase-step", phase_step, vectors=("previous",))
 VARIANCE, PRICE, INTERVENTIONS = final_stages.VARIANCE, final_stages.PRICE, final_stages.INTERVENTIONS
+PHASE = final_stages.PHASE
 AGREEMENT, REPORT = final_stages.AGREEMENT, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

@@ -14,6 +14,7 @@ from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.lab import Batches, StepAsItIs, tried
+from entropy_core.pipeline.phase import OnE, followed
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec, ProposalSpec
@@ -129,6 +130,7 @@ class Measurement:
         self.run, self.release = run, release
         self.price: Inputs = {}  # of the price stage, once E has its rewards
         self.interventions: Inputs = {}  # of the interventions stage, once they have been tried
+        self.phase: Inputs = {}  # of the phase stage, once its steps have been followed
         self.with_dropout: Artifact | None = None  # of dropout-u; it is no input of the statistics
         self.e_pool, self.u_pool = (pools[split] for split in config.splits)
         self.policy = PolicySpec(
@@ -199,6 +201,9 @@ class Measurement:
             replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
         rescores = self._rescored(e_batch)
         self.release(update)
+        of_rollout = {"policy": policy, "checkpoint": self.optimizer, "sequences": u_batch, "update": update}
+        on_e = OnE(e_batch, learning_rate, self.config.importance.estimators[0])
+        self.phase = followed(self.config, of_rollout, on_e, self.run, self.checkpoint.name, self.release)
         if isinstance(policy.weights, Artifact):
             self.release(policy.weights)
         return {

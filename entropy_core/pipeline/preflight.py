@@ -24,6 +24,7 @@ from entropy_core.losses.interventions import own_interventions
 from entropy_core.losses.token_weights import check_token_weights
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
+from entropy_core.numerics.rules import RULES
 from entropy_core.pipeline.patterns import require_quick_patterns
 from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
 from entropy_core.pipeline.trainer_log import trainer_log
@@ -109,6 +110,8 @@ def _checked(
     """Check the prompts, the reward and the loss, and that each checkpoint fits them."""
     _check_shards(config)
     check_weights(config)
+    if config.update.phase.follow:
+        _check_states(usable)
     state = _trainer_state(usable[0].checkpoint.layout.directory)
     pools = _pools(config, state)
     longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
@@ -202,7 +205,7 @@ def _check_shards(config: ProbeConfig) -> None:
     batch, size = config.batch_config, config.execution.shard_size
     replacement = batch.E_sampling_mode == "replacement"
     in_e = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
-    passes = batch.E_replicates + len(config.importance.etas)
+    passes = batch.E_replicates + len(config.importance.etas) + config.update.phase.steps
     sequences = in_e * passes + batch.B_U * batch.G
     shards = -(-in_e // size) * passes + -(-batch.B_U * batch.G // size)
     if shards > MOST_SHARDS:
@@ -210,6 +213,17 @@ def _check_shards(config: ProbeConfig) -> None:
             f"this sweep has {shards} shards of {size} sequences per checkpoint, and {MOST_SHARDS} are possible",
             fix=f"set execution.shard_size to at least {-(-2 * sequences // MOST_SHARDS)}",
         )
+
+
+def _check_states(usable: Sequence[UsableCheckpoint]) -> None:
+    """Refuse to take several steps with an optimizer whose state after a step is not known."""
+    for one in usable:
+        rules = [RULES[group.rule] for group in one.checkpoint.optimizer.groups]
+        if unknown := [rule.name for rule in rules if not rule.has_after]:
+            raise ConfigError(
+                f"update.phase.follow: {one.name} is of {unknown[0]}, whose moments after a step are not modelled",
+                fix="leave it out: the first step is predicted and measured as ever",
+            )
 
 
 def check_device(device: str) -> None:

@@ -173,6 +173,7 @@ def _measured(
                 "inputs": inputs,
                 "price": measurement.price,
                 "interventions": measurement.interventions,
+                "phase": measurement.phase,
                 "notes": [*checkpoint.assumptions, *of_pools],
                 "settings": [setting._asdict() for setting in checkpoint.settings],
                 "warnings": list(checkpoint.warnings),

@@ -21,6 +21,12 @@ Interventions, if any are asked for:
     U, entropy-gradient ─── predict (per intervention) ─────────────────────────────┼─ interventions ── report
     U ── altered-step (per intervention that is measured) ── importance ────────────┘
 
+The steps on one rollout, if `update.phase` is followed; each takes the last one as an input:
+
+    U, compute-update ── phase-step ── phase-step ── …
+                             │             │
+    E ────────────────── importance ── importance ── … ── phase ── report
+
 Every stage that uses the policy reads it from the checkpoint, or from load-weights where its weights are in shards.
 
 A stage is a function `(out, execution, **inputs) → summary`. Its keyword arguments are exactly the contents of its key,

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from entropy_core.losses.spec import LossSpec
 from entropy_core.losses.taken_step import TakenStep, taken_step
 from entropy_core.numerics import ragged
 from entropy_core.numerics.altered_optimizer import Altered
+from entropy_core.numerics.clipping import Clipped
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.loss_batch import LossBatch
 from entropy_core.numerics.losses import clipped_tokens, kept_by_the_off_policy_mask, kl
@@ -56,8 +58,8 @@ def phase_step(
 
     Args:
         out: receives the vector `direction` (D after the step) and each moment after it under the optimizer's name, by
-            parameter name; `tokens.safetensors`, of each token of the minibatch: log_ratios (ℓ − ℓ_old, nats), and
-            whether it is cut: low, high, dual.
+            parameter name; `tokens.safetensors` (log_ratios, ℓ − ℓ_old of each token of the minibatch, nats); and
+            `clipped.parquet`, a row per token whose ratio is cut.
         execution: device and micro-batch size.
         policy: the policy that drew U.
         checkpoint: artifact of load-checkpoint.
@@ -92,11 +94,10 @@ def phase_step(
         kept = found.step.moments(sorted(moved_parameters(checkpoint)))
         shapes = {name: tuple(p.shape) for name, p in processor.policy.named_parameters().items()}
         norms = _write(out, found, shapes, kept, previous, getattr(torch, policy.dtype))
-    known = clipped_tokens(loss.name, batch) if not loss.source else None
-    columns = {"log_ratios": batch.logprobs_K - batch.old_logprobs_K}
-    columns |= {side: cut_K.to(torch.uint8) for side, cut_K in known._asdict().items()} if known else {}
-    chosen = table.select(chosen_M)
-    replace(chosen, columns=columns).write(out)
+    known = None if loss.source else clipped_tokens(loss.name, batch)
+    log_ratio_K = batch.logprobs_K - batch.old_logprobs_K
+    replace(table.select(chosen_M), columns={"log_ratios": log_ratio_K}).write(out)
+    out.table(_clipped(known, batch, rollout, shards, chosen_M, processor), "clipped.parquet")
     return {
         "steps": number + 1,
         "gradient_norm": found.gradient_norm,
@@ -105,6 +106,7 @@ def phase_step(
         "moments": sorted(kept),
         **norms,
         **_of_the_ratios(batch),
+        **{f"clip_{side}": None for side in Clipped._fields},
         **{f"clip_{side}": _share(batch, cut_K) for side, cut_K in (known._asdict() if known else {}).items()},
     }
 
@@ -156,6 +158,37 @@ def _write(
             of_direction += squares(total)
             direction.write(block, total)
     return {"step_norm": of_step**0.5, "update_norm": of_direction**0.5}
+
+
+def _clipped(
+    known: Clipped | None,
+    batch: LossBatch,
+    rollout: LossBatch,
+    shards: Sequence[BatchedSequences],
+    chosen_M: Tensor,
+    processor: SequenceProcessor,
+) -> pa.Table:
+    """The tokens whose ratios are cut: whose they are, where, their text, and what they were at the rollout."""
+    cut_K = known.any & (batch.mask_K > 0) if known else torch.zeros_like(batch.mask_K, dtype=torch.bool)
+    chosen_K = ragged.token_index(rollout.offsets_N1, chosen_M)
+    of_token_K, within_K = ragged.sequence_index(batch.offsets_N1), ragged.position_index(batch.offsets_N1)
+    by_side = [(side, of_K[cut_K].tolist()) for side, of_K in (known._asdict() if known else {}).items()]
+    sides = [next(side for side, of in by_side if of[i]) for i in range(int(cut_K.sum()))]
+    ids_N = torch.cat([shard.sequence_ids_N for shard in shards])
+    tokens = torch.cat([shard.response_tokens_K for shard in shards])[chosen_K][cut_K].tolist()
+    return pa.table(
+        {
+            "sequence_id": pa.array(ids_N[chosen_M][of_token_K[cut_K]].tolist(), pa.int64()),
+            "position": pa.array(within_K[cut_K].tolist(), pa.int64()),
+            "token": pa.array(tokens, pa.int64()),
+            "text": pa.array([processor.policy.tokenizer.decode([token]) for token in tokens], pa.string()),
+            "side": pa.array(sides, pa.string()),
+            "ratio": pa.array((batch.logprobs_K - batch.old_logprobs_K)[cut_K].exp().tolist(), pa.float64()),
+            "advantage": pa.array(batch.of_tokens(batch.advantages_N)[cut_K].tolist(), pa.float64()),
+            "old_logprob": pa.array(batch.old_logprobs_K[cut_K].tolist(), pa.float64()),
+            "old_entropy": pa.array(rollout.entropies_K[chosen_K][cut_K].tolist(), pa.float64()),
+        }
+    )
 
 
 def _of_the_ratios(batch: LossBatch) -> dict[str, Any]:

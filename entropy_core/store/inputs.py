@@ -60,6 +60,7 @@ Path = Annotated[Artifact, made_by("path-integral")]
 Estimates = Annotated[Artifact, made_by("variance")]
 Interventions = Annotated[Artifact, made_by("interventions")]
 Price = Annotated[Artifact, made_by("price")]
+Phase = Annotated[Artifact, made_by("phase")]
 Agreement = Annotated[Artifact, made_by("agreement")]
 
 
@@ -71,6 +72,14 @@ class AtStepSize(TypedDict):
     eta_over_lr: float
     shards: Sequence[MovedScores]
     path: Sequence[Path]
+
+
+@with_config(_STRICT)
+class MeasuredPhaseStep(TypedDict):
+    """A step on the rollout, and what was measured of E after it."""
+
+    step: PhaseStep
+    at: AtStepSize
 
 
 @with_config(_STRICT)
@@ -133,6 +142,7 @@ class ReportedCheckpoint(TypedDict):
     attribution: Attribution
     interventions: Interventions | None
     price: Price | None
+    phase: Phase | None
 
 
 def require_inputs(stage: "Stage", inputs: Mapping[str, Any]) -> None:
