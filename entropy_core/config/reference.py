@@ -85,7 +85,7 @@ def _section(prefix: str, model: type[BaseModel]) -> list[str]:
     lines = [f"## `{prefix}`" if prefix else "## Top level", "", (model.__doc__ or "").strip(), ""]
     lines += _table(plain, f"{prefix}." if prefix else "")
     for name, section in nested.items():
-        lines += _section(name, section)
+        lines += _section(f"{prefix}.{name}" if prefix else name, section)
     return lines
 
 
@@ -93,7 +93,7 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> list[str]:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
-        lines.append(f"| `{prefix}{name}` | {_type(field)} | {default} | {field.description} |")
+        lines.append(f"| `{prefix}{field.alias or name}` | {_type(field)} | {default} | {field.description} |")
     return [*lines, ""]
 
 
