@@ -100,7 +100,7 @@ def test_the_files_of_every_trainer_are_read_alike(run, batches, tmp_path):
     for texts in (of_trl, [of_verl]):
         found = made(texts)
         assert found.retokenised and len(found.sequences) == 16
-        assert len(in_text(responses(plain))) > 8
+        assert len(in_text(responses(plain))) >= 4
         assert in_text(responses(found)) >= in_text(responses(plain))  # a special token within is in no text
     assert made(of_trl).rewards_N is None and made([of_verl]).rewards_N == [0.5] * 16
     assert sorted(made(of_trl).advantages_N.tolist()) == pytest.approx(sorted(plain.advantages_N.tolist()))
