@@ -24,7 +24,9 @@ BACKWARD = {
     *CHANGED_STEP,
 }
 MOVED = {"importance", "path-integral", "phase-step", "calibrate", "first-order-e"}  # the last by central differences
-POLICY = SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance"}
+POLICY = (
+    SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance", "recorded-u-batch"}
+)
 STATISTICS = {"variance", "price", "phase", "agreement", "interventions", "report"}
 REWARD = {"reward-u-batch", "reward-e-batch"}
 OF_THE_LOSS = {"compute-update", "first-order-u", "half-steps-u", "screen"} | CHANGED_STEP
@@ -159,6 +161,10 @@ EDITS = {
             "    set_peft_model_state_dict(model, tensors)", "    set_peft_model_state_dict(model, dict(tensors))"
         ),
         POLICY,
+    ),
+    "which columns of rollouts are read": Edit(
+        replaces('("prompt_ids", "prompt_token_ids",', '("prompt_ids", "ids", "prompt_token_ids",'),
+        {"recorded-u-batch"},
     ),
     "how prompts become tokens": Edit(
         replaces("add_special_tokens=add_special_tokens)[", "add_special_tokens=add_special_tokens, padding=False)["),

@@ -230,7 +230,9 @@ def test_each_library_has_its_own_door():
     assert importers("safetensors") == core(
         "store.artifact", "checkpoints.content", "losses.apart", "losses.token_weights"
     )
-    assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files", "training") | {
+    assert importers("pyarrow.parquet") == core(
+        *("store.artifact", "store.data_files", "prompts.files", "prompts.rollout_files", "training")
+    ) | {
         "entropy_core.pipeline.comparison",
         "entropy_core.report.provenance",
         "entropy_core.report.recorded_run",

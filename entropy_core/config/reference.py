@@ -97,7 +97,7 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> list[str]:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
-        lines.append(f"| `{prefix}{name}` | {_type(field)} | {default} | {field.description} |")
+        lines.append(f"| `{prefix}{field.alias or name}` | {_type(field)} | {default} | {field.description} |")
     return [*lines, ""]
 
 

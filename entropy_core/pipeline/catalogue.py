@@ -18,6 +18,7 @@ from entropy_core.stages.load_weights import load_weights
 from entropy_core.stages.path_integral import path_integral
 from entropy_core.stages.phase_step import phase_step
 from entropy_core.stages.predict import predict
+from entropy_core.stages.recorded_u import recorded_u
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
 from entropy_core.stages.sample import sample
@@ -30,6 +31,7 @@ LOAD_WEIGHTS = Stage("load-weights", load_weights)
 LOAD_PROMPTS = Stage("load-prompts", load_prompts)
 SAMPLE_E = Stage("sample-e-batch", sample)
 SAMPLE_U = Stage("sample-u-batch", sample)
+RECORDED_U = Stage("recorded-u-batch", recorded_u)
 SCORE_E = Stage("score-e-batch", score)
 RESCORE_E = Stage("rescore-e-batch", rescore)
 SCORE_U = Stage("score-u-batch", score)

@@ -16,6 +16,7 @@ from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.lab import Batches, StepAsItIs, tried
 from entropy_core.pipeline.phase import OnE, followed
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
+from entropy_core.pipeline.recorded_u import RecordedU, remarks
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec, ProposalSpec
 from entropy_core.prompts import pools as prompts
@@ -131,6 +132,9 @@ class Measurement:
         self.price: Inputs = {}  # of the price stage, once E has its rewards
         self.interventions: Inputs = {}  # of the interventions stage, once they have been tried
         self.phase: Inputs = {}  # of the phase stage, once its steps have been followed
+        self.recorded: list[Artifact] = []  # U as its trainer recorded it, where it is not sampled
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.with_dropout: Artifact | None = None  # of dropout-u; it is no input of the statistics
         self.e_pool, self.u_pool = (pools[split] for split in config.splits)
         self.policy = PolicySpec(
@@ -267,6 +271,9 @@ class Measurement:
 
     def _sample_u(self) -> list[Artifact]:
         batch = self.config.batch_config
+        if self.checkpoint.recorded:
+            self.recorded = [self._once(stage.RECORDED_U, self._as_recorded(self.checkpoint.recorded))]
+            return self.recorded
         inputs = {
             "policy": self.policy,
             "proposal": None,
@@ -277,6 +284,10 @@ class Measurement:
             "seed": batch.U_batch_seed,
         }
         return self._sample(stage.SAMPLE_U, batch.B_U * batch.G, inputs)
+
+    def _as_recorded(self, rollouts: RecordedU) -> Inputs:
+        inputs = {"policy": self.policy, "prompts": self.u_pool, "sources": list(rollouts.files)}
+        return inputs | {"number": rollouts.number, "max_new_tokens": self.config.generation.max_new_tokens}
 
     def _score(self, what: Stage, policy: PolicySpec, batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
         return self._over_shards(what, [{"policy": policy, "sequences": sequences} for sequences in batches], suffix)
@@ -311,9 +322,13 @@ class Measurement:
         }
 
     def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
-        update, reference = self.config.update, []
-        rewarded = self._rewarded(u_batch, self.u_pool) | {"aggregation": update.multi_objective_aggregation}
-        if update.kl_beta:
+        update, reference, rollouts = self.config.update, [], self.checkpoint.recorded
+        if rollouts and rollouts.rewarded(self.config):
+            [rewards] = self.recorded
+        else:
+            rewarded = self._rewarded(u_batch, self.u_pool) | {"aggregation": update.multi_objective_aggregation}
+            rewards = self._once(stage.REWARD_U, rewarded)
+        if update.kl_beta and not (rollouts and rollouts.referenced(self.config)):
             weights, *base = self.checkpoint.reference
             of_reference = self.policy.model_copy(update={"weights": weights, "base": "".join(base)})
             reference = self._score(stage.SCORE_REFERENCE, of_reference, u_batch)
@@ -321,14 +336,20 @@ class Measurement:
             "policy": self.policy,
             "checkpoint": self.optimizer,
             "sequences": u_batch,
-            "rewards": self._once(stage.REWARD_U, rewarded),
+            "rewards": rewards,
             "scores": scores_u,
             "reference": reference,
+            "recorded": self.recorded,
+            "old_logprobs": self.config.batch_config.U.old_logprobs if self.recorded else "scored",
             "loss": self._loss(),
             "responses_per_prompt": self.config.batch_config.G,
             "max_grad_norm": update.max_grad_norm,
         }
-        return self._once(stage.COMPUTE_UPDATE, inputs)
+        step = self._once(stage.COMPUTE_UPDATE, inputs)
+        if rollouts:
+            how = self.config.batch_config.U.old_logprobs
+            self.notes, self.warnings = remarks(rollouts, self.recorded[0].summary, step.summary, how)
+        return step
 
     def _loss(self) -> LossSpec:
         """The loss; what cannot change its gradient is left at its default, so that equal steps have equal keys."""

@@ -174,9 +174,9 @@ def _measured(
                 "price": measurement.price,
                 "interventions": measurement.interventions,
                 "phase": measurement.phase,
-                "notes": [*checkpoint.assumptions, *of_pools],
+                "notes": [*checkpoint.assumptions, *of_pools, *measurement.notes],
                 "settings": [setting._asdict() for setting in checkpoint.settings],
-                "warnings": list(checkpoint.warnings),
+                "warnings": [*checkpoint.warnings, *measurement.warnings],
                 "log": dict(checkpoint.log),
             }
         )

@@ -10,6 +10,8 @@
                                                                           ├─ importance (per η) ─────────────┤     │
                                                                           └─ path-integral (per η) ──────────┘   report
 
+Where U was recorded, recorded-u-batch stands for sample-u-batch, and for reward-u-batch if rewards were recorded.
+
 The expected reward, if `price` is set:
 
     sample-e-batch ── reward-e-batch ──────────────────────────────────────────┬─ price ── report
