@@ -103,7 +103,7 @@ def check_adapter(model: nn.Module, directory: Path) -> None:
         CheckpointError: the file is damaged, tensors are missing, left over, or of another shape; names them.
     """
     stored = adapter_tensors(directory)
-    saved = _as_saved(model)
+    saved = as_saved(model)
     if missing := [name for name in saved if name not in stored]:
         raise CheckpointError(
             f"{directory}/{ADAPTER_WEIGHTS} has no weights for {some_names(missing)}",
@@ -260,7 +260,7 @@ def _refusal(directory: Path, what: str) -> CheckpointError:
     return CheckpointError(f"the adapter of {directory} uses {what}, and is not probed", fix=_PLAIN_LORA)
 
 
-def _as_saved(model: nn.Module) -> dict[str, Tensor]:
+def as_saved(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's name for each tensor that it would save, and the model's own tensor."""
     from peft import get_peft_model_state_dict
 
