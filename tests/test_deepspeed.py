@@ -26,7 +26,7 @@ def test_every_tensor_is_the_one_of_the_writer(tmp_path, kind):
     weights = weights_in(found.layout.shards)
     for name, (moment, weight) in truth.items():
         assert torch.equal(weights[name], weight)
-        if kind.endswith("3"):
+        if "3" in kind:
             assert torch.equal(whole(found.optimizer.moments["exp_avg"][name]), moment)
     decays = {n: g.hyperparameters.weight_decay for g in found.optimizer.groups for n in g.names}
     assert {name for name, decay in decays.items() if decay == 0} == {name for name in truth if "norm" in name}

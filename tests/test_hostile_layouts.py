@@ -24,6 +24,7 @@ from entropy_core.errors import CheckpointError
 Spoil = Callable[[Path], Any]
 
 DCP, VERL, FULL, FSDP1 = "fsdp_sharded", "verl/global_step_2/actor", "fsdp_full", "fsdp1/global_step_2/actor"
+TITAN = "titan/step-2"
 ZERO2, ZERO3, UNIVERSAL2, UNIVERSAL3 = "zero2", "zero3", "universal2", "universal3"
 OPTIMIZER = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
@@ -166,6 +167,8 @@ HEAD = U + "zero/lm_head.weight/"
 EACH_FILE = {
     DCP: (METADATA, "pytorch_model_fsdp_0/.metadata"),
     VERL: (M0, M1, O0, O1),
+    FSDP1: (M1, O1),
+    TITAN: (".metadata",),
     FULL: ("optimizer.bin", "pytorch_model_fsdp.bin"),
     ZERO2: (G + OPTIMIZER.format(0), G + OPTIMIZER.format(1), G + "mp_rank_00_model_states.pt"),
     ZERO3: (G + OPTIMIZER.format(1), G + "zero_pp_rank_0_mp_rank_00_model_states.pt"),

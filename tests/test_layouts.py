@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import gathered, make_run, probe, skip_figures, values
+from checkpoint_fixtures import edit_optimizer, make_model, train, write
+from pipeline_fixtures import gathered, make_run, probe, skip_figures, trainer_groups, values
 from safetensors.torch import load_file
 from trainer_layouts import OTHERS, describe, weights_in, whole, written
 
@@ -171,6 +172,46 @@ def test_eight_bit_moments_of_bitsandbytes(tmp_path):
     older = tmp_path / "before" / "optimizer.pt"
     torch.save(before | {"param_groups": torch.load(path, weights_only=True)["param_groups"]}, older)
     assert torch.equal(whole(load_optimizer(older).slots[0]["exp_avg"]), whole(of_codes["exp_avg"]))
+
+
+def test_the_fused_adam_of_apex_counts_its_steps_in_its_groups(sound):
+    plain = read_checkpoint(sound).optimizer
+
+    def as_apex(saved):
+        for slot in saved["state"].values():
+            step = int(slot.pop("step"))
+        kept = {"lr", "betas", "eps", "weight_decay", "params"}
+        groups = [{key: group[key] for key in kept} | {"bias_correction": True} for group in saved["param_groups"]]
+        saved["param_groups"] = [group | {"step": step} for group in groups]
+
+    edit_optimizer(sound, as_apex)
+    found = read_checkpoint(sound).optimizer
+    assert found.step == plain.step and found.groups == plain.groups
+    edit_optimizer(sound, lambda saved: saved["param_groups"][1].update(grad_averaging=True))
+    with pytest.raises(CheckpointError, match="no amsgrad in param group 1"):
+        read_checkpoint(sound)
+    edit_optimizer(sound, lambda saved: saved["param_groups"][0].update(bias_correction=False))
+    with pytest.raises(CheckpointError, match="an Adam without bias correction"):
+        read_checkpoint(sound)
+
+
+def test_eight_bit_moments_say_nothing_of_narrow_weights(tmp_path):
+    """bitsandbytes has moments in codes or in float32 whatever the weights are: a step in bfloat16 is refused."""
+    model = make_model().bfloat16()
+    optimizer = torch.optim.AdamW(trainer_groups(model), lr=1e-3)
+    train(model, optimizer)
+    directory = write(tmp_path / "c", model, optimizer)
+    assert read_checkpoint(directory).narrow
+
+    def as_bitsandbytes(saved):
+        for slot in saved["state"].values():
+            slot["state1"], slot["state2"] = slot.pop("exp_avg").float(), slot.pop("exp_avg_sq").float()
+        for group in saved["param_groups"]:
+            del group["amsgrad"], group["fused"]
+
+    edit_optimizer(directory, as_bitsandbytes)
+    with pytest.raises(CheckpointError, match="kept in BF16, and how bitsandbytes' AdamW rounds its step"):
+        read_checkpoint(directory)
 
 
 def test_codes_with_too_few_scales_are_refused():

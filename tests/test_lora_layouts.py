@@ -1,5 +1,6 @@
 """An adapter in the layouts of trainers that shard, against what their writers put into them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from trainer_layouts import weights_in, whole, written_lora
 
+from entropy_core.checkpoints.adapter_files import load_adapter
 from entropy_core.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import checkpoint_digest
+from entropy_core.policy.pretrained import load_policy
 
 LAYOUTS = {
     "FSDP, full state dict": "fsdp_full/checkpoint-2",
@@ -70,6 +73,56 @@ def test_an_adapter_in_shards_alone_is_refused(adapters, tmp_path):
     shutil.rmtree(directory / "actor" / "lora_adapter")
     with pytest.raises(CheckpointError, match=r"adapter in its shards \(.*lora_A.* no adapter is saved beside.*merger"):
         read_checkpoint(directory, base_model=adapters / "base")
+
+
+def in_shards_alone(original: Path, target: Path, **said: object) -> Path:
+    """As verl saves an adapter since 2026: among its shards, with its rank and alpha in a file."""
+    directory = Path(shutil.copytree(original, target / "global_step_2"))
+    shutil.rmtree(directory / "actor" / "lora_adapter")
+    meta = {"r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | said
+    (directory / "actor" / "lora_train_meta.json").write_text(json.dumps(meta))
+    return directory
+
+
+@pytest.mark.parametrize("where", ["verl/global_step_2", FSDP1])
+def test_an_adapter_in_shards_is_the_one_beside_them(adapters, tmp_path, where):
+    base, saved = adapters / "base", adapters / where / "actor" / "lora_adapter"
+    directory = in_shards_alone(adapters / where, tmp_path)
+    found, truth = read_checkpoint(directory, base_model=base), read_checkpoint(adapters / where)
+    assert (
+        found.layout.base == base and found.layout.shards is None and found.parameter_shapes == truth.parameter_shapes
+    )
+    assert found.optimizer.groups == truth.optimizer.groups and found.optimizer.step == truth.optimizer.step
+    for key, of in truth.optimizer.moments.items():
+        assert all(torch.equal(whole(found.optimizer.moments[key][name]), whole(moment)) for name, moment in of.items())
+    assert any("lora_train_meta.json" in said for said in found.assumptions)
+    tensors, theirs = load_adapter(directory / "actor"), load_adapter(saved)
+    assert tensors.keys() == theirs.keys() and all(torch.equal(tensors[name], theirs[name]) for name in theirs)
+    ours, other = (load_policy(of, "", "float64", "eager", "cpu", base) for of in (directory / "actor", saved))
+    ids = torch.arange(2, 12)[None]
+    assert torch.equal(ours.model(ids).logits, other.model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"r": "3"}, "has r '3' and lora_alpha 6"),
+        ({"lora_alpha": 0}, "has r 3 and lora_alpha 0"),
+        ({"r": 4}, "other shapes than its base and its ranks give"),
+    ],
+)
+def test_another_rank_or_alpha_is_refused(adapters, tmp_path, said, message):
+    directory = in_shards_alone(adapters / "verl" / "global_step_2", tmp_path, **said)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(directory, base_model=adapters / "base")
+
+
+def test_an_adapter_in_shards_needs_a_base_and_is_one_copy(adapters, tmp_path):
+    directory = in_shards_alone(adapters / "verl" / "global_step_2", tmp_path)
+    with pytest.raises(CheckpointError, match=r"its files name none.*policy\.base_model"):
+        read_checkpoint(directory)
+    with pytest.raises(CheckpointError, match="an adapter, whose weights are one copy"):
+        read_checkpoint(directory, base_model=adapters / "base", masters=True)
 
 
 def test_an_adapter_beside_shards_needs_its_base(adapters, tmp_path):

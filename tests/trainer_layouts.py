@@ -79,7 +79,8 @@ def deepspeed(kind: str, folder: Path) -> Path:
 
 def truth_of_deepspeed(kind: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """First moment (empty for stage 2) and float32 weight by name, of the training that a checkpoint is of."""
-    return torch.load(OTHERS / f"zero{kind[-1]}" / "truth.pt", weights_only=True)
+    of = kind.replace("universal", "zero")
+    return torch.load(OTHERS / of / "truth.pt", weights_only=True)
 
 
 def whole(moment: Any) -> torch.Tensor:

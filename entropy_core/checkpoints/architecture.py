@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from entropy_core.checkpoints.adapter_files import PEFT_PREFIX, adapter_tensors
 from entropy_core.checkpoints.adapters import (
-    PEFT_PREFIX,
-    adapter_tensors,
     as_saved,
     check_adapter,
     insert_adapter,

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
@@ -115,7 +115,7 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
     return found
 
 
-def is_file_name(name: object) -> bool:
+def is_file_name(name: object) -> TypeGuard[str]:
     """Whether a name that a file gives can be that of a file beside it, and leads nowhere else."""
     return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & {*"/\\"}
 

@@ -24,6 +24,7 @@ from entropy_core.losses.interventions import own_interventions
 from entropy_core.losses.token_weights import check_token_weights
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
+from entropy_core.pipeline.named_base import comparable_base
 from entropy_core.pipeline.patterns import require_quick_patterns
 from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
 from entropy_core.pipeline.trainer_log import trainer_log
@@ -58,6 +59,7 @@ class CheckpointToProbe:
         warnings: warnings at the top of the report.
         dropout: whether dropout was on in the trainer's step.
         log: what its trainer logged near it; see `trainer_log`.
+        named_base: digest of the quantised base that an adapter names, where it is probed on another one; else empty.
     """
 
     directory: Path
@@ -77,6 +79,7 @@ class CheckpointToProbe:
     warnings: tuple[str, ...]
     dropout: bool
     log: Mapping[str, Any]
+    named_base: str
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -98,13 +101,20 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     steps = [one.checkpoint.step for one in usable if one.checkpoint.layout.optimizer is None]
     if max(steps, default=0):
         warnings.append(f"The optimizer is taken to be fresh, and the trainer had made {max(steps)} steps.")
+    bases = {one.name: comparable_base(one.checkpoint.layout) for one in usable if one.trainer.quantised_base}
+    warnings += dict.fromkeys(why for _, why in bases.values() if why)
     for warning in warnings:
         log.warning("%s", warning)
-    return _checked(with_read(config, settled.read), usable, settled, tuple(warnings))
+    named = {name: home for name, (home, _) in bases.items()}
+    return _checked(with_read(config, settled.read), usable, settled, tuple(warnings), named)
 
 
 def _checked(
-    config: ProbeConfig, usable: Sequence[UsableCheckpoint], settled: Settled, warnings: tuple[str, ...]
+    config: ProbeConfig,
+    usable: Sequence[UsableCheckpoint],
+    settled: Settled,
+    warnings: tuple[str, ...],
+    named_bases: Mapping[str, Path | None],
 ) -> list[CheckpointToProbe]:
     """Check the prompts, the reward and the loss, and that each checkpoint fits them."""
     _check_shards(config)
@@ -124,6 +134,9 @@ def _checked(
         paths |= {optimizer_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
         compared, about = _reference(config, layout, name) if config.update.kl_beta else ({}, ())
         paths |= compared
+        named = named_bases.get(name)
+        of_named = weights_digest(named) if named else ""
+        paths |= {of_named: named} if named else {}
         found.append(
             CheckpointToProbe(
                 directory=layout.directory.resolve(),
@@ -143,6 +156,7 @@ def _checked(
                 warnings=warnings,
                 dropout=trainer.drops,
                 log=trainer_log(checkpoint.step, trainer, trainers),
+                named_base=of_named,
             )
         )
         if tokenizer not in longest:

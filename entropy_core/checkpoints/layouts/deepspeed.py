@@ -2,17 +2,16 @@
 
 Stages 1 and 2 lay all parameters of a group one behind the other and cut that into one partition a rank; each rank
 says what of which parameter its partition holds. Stage 3 cuts every parameter into one part a rank, padded to equal
-lengths, and lays a rank's parts one behind the other. Both keep float32 weights beside the moments.
+lengths, and lays a rank's parts one behind the other, a billion numbers or so in one tensor. Both keep float32 weights
+beside the moments.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from entropy_core.checkpoints.archives import read_archive
 from entropy_core.checkpoints.layouts.deepspeed_model import (
@@ -30,7 +29,7 @@ from entropy_core.errors import CheckpointError
 OPTIMIZER_STATES = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _WEIGHT = "float32 weight"  # beside exp_avg and exp_avg_sq, as if it were a moment
 
-Flat = dict[int, list[StoredTensor]]  # rank → flat tensors one behind the other
+Flat = dict[int, StoredTensor]  # by rank
 
 
 class DeepSpeed:
@@ -64,7 +63,7 @@ class DeepSpeed:
 
     def optimizer(self) -> SavedOptimizer:
         """Moments and groups; that of an Adam whose decay is not decoupled says so."""
-        groups = engine_groups(self._groups, [tuple(shapes) for shapes in self._shapes], self._config, self._directory)
+        groups = engine_groups(self._groups, self._shapes, self._config, self._directory)
         slots = {
             name: {key: value for key, value in slot.items() if key != _WEIGHT} for name, slot in self._slots.items()
         }
@@ -127,8 +126,8 @@ class DeepSpeed:
 
     @cached_property
     def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
-        """Of every group, in its order."""
-        said = self._model.shapes(len(self._groups))
+        """Of every flat tensor, in its order."""
+        said = self._model.shapes(self._groups)
         return [{model_name(name): shape for name, shape in group.items()} for group in said]
 
     @cached_property
@@ -152,15 +151,12 @@ class DeepSpeed:
 
     def _step_of(self, index: int) -> Any:
         """In the state of each flat tensor, or in its group."""
-        states = plain_dict(self._inner(0).get("state"))
-        members = self._groups[index].get("params")
-        first = plain_dict(states.get(members[0])) if isinstance(members, list) and members else {}
-        return number(first.get("step", self._groups[index].get("step")))
+        of_group = next(group for group in self._groups if index in group["params"])
+        return number(plain_dict(plain_dict(self._inner(0).get("state")).get(index)).get("step", of_group.get("step")))
 
     def _flat(self, index: int, key: str) -> Flat:
-        """The flat tensors of a group, on every rank."""
+        """One of the flat tensors, on every rank."""
         found: Flat = {}
-        members = self._groups[index].get("params")
         for rank in self._ranks:
             if key == _WEIGHT:
                 said = self._of(rank).get("fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups")
@@ -168,10 +164,10 @@ class DeepSpeed:
             else:
                 states = plain_dict(self._inner(rank).get("state"))
                 of_all = {number: plain_dict(state).get(key) for number, state in states.items()}
-            tensors = [of_all.get(member) for member in members] if isinstance(members, list) else []
-            if not tensors or not all(isinstance(tensor, StoredTensor) for tensor in tensors):
-                raise damaged(self._directory, f"rank {rank} has no {key} of group {index}")
-            found[rank] = tensors
+            tensor = of_all.get(index)
+            if not isinstance(tensor, StoredTensor):
+                raise damaged(self._directory, f"rank {rank} has no {key} of its flat tensor {index}")
+            found[rank] = tensor
         return found
 
     def _cut_in_partitions(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[tuple[int, ...]]]:
@@ -204,32 +200,18 @@ class DeepSpeed:
 
     def _scattered(self, name: str, shape: tuple[int, ...], flat: Flat, where: list[tuple[int, ...]]) -> Scattered:
         try:
-            pieces = [piece for cut in where for piece in _pieces(flat[cut[0]], *cut[1:])]
-            dtype = next((tensors[0].dtype for tensors in flat.values()), torch.float32)
-            return Scattered(shape, dtype, pieces)
+            pieces = [_piece(flat[rank], *cut) for rank, *cut in where if cut[2]]
+            return Scattered(shape, flat[0].dtype, pieces)
         except ValueError as error:
             raise damaged(self._directory, f"{name}: {error}") from error
 
 
-def _pieces(tensors: list[StoredTensor], start: int, begins: int, size: int) -> Iterator[Piece]:
-    """A piece of flat tensors that lie one behind the other, by the parameter that it is of.
-
-    Raises:
-        ValueError: they end before it does.
-    """
-    for tensor in tensors:
-        length = tensor.numel()
-        if start >= length:
-            start -= length
-            continue
-        if not size:
-            break
-        taken = min(size, length - start)
-        part = tensor._replace(shape=(taken,), strides=(1,), offset=tensor.offset + start)
-        yield Piece((begins,), (taken,), partial(_itself, part))
-        start, begins, size = 0, begins + taken, size - taken
-    if size:
+def _piece(tensor: StoredTensor, start: int, begins: int, size: int) -> Piece:
+    """A piece of a flat tensor, by the parameter that it is of. Raises ValueError if the tensor ends before it does."""
+    if start + size > tensor.numel():
         raise ValueError("a partition ends before it does")
+    part = tensor._replace(shape=(size,), strides=(1,), offset=tensor.offset + start)
+    return Piece((begins,), (size,), partial(_itself, part))
 
 
 def _itself(tensor: StoredTensor) -> StoredTensor:

@@ -5,7 +5,7 @@ The folders of ZeRO and the universal ones that are made of them have these file
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,19 @@ class ModelStates:
             found.append({name: shape for name, shape in shapes.items() if shape is not None})
         return found
 
-    def shapes(self, groups: int) -> list[dict[str, tuple[int, ...]]]:
-        """Shapes of the trained parameters, by the names that DeepSpeed has, for every group in its order.
+    def shapes(self, groups: list[dict[Any, Any]]) -> list[dict[str, tuple[int, ...]]]:
+        """Shapes of the trained parameters, by the names that DeepSpeed has, for every flat tensor in its order.
 
-        Raises CheckpointError where there is another number of groups.
+        Stage 3 cuts a group into several flat tensors if it is large; the others have one for each.
+
+        Args:
+            groups: of the optimizer within DeepSpeed's, whose parameters are the flat tensors, by number.
+
+        Raises:
+            CheckpointError: there is another number of flat tensors.
         """
-        if len(self._shapes) != groups:
+        flat = [number for group in groups for number in group.get("params") or ()]
+        if flat != list(range(len(self._shapes))):
             raise damaged(self._directory, "the model states do not name the parameters of each group")
         return self._shapes
 
@@ -129,23 +136,30 @@ def require_no_model_parallelism(directory: Path, ranks: Iterable[int]) -> None:
 
 
 def engine_groups(
-    groups: list[dict[Any, Any]], names: list[tuple[str, ...]], config: dict[Any, Any], directory: Path
+    groups: list[dict[Any, Any]], names: Sequence[Iterable[str]], config: dict[Any, Any], directory: Path
 ) -> list[dict[str, Any]]:
     """The groups of the optimizer within DeepSpeed's, with names; that of an Adam without decoupled decay says so.
+
+    Args:
+        groups: as they are saved; their parameters are the flat tensors, by number.
+        names: of the parameters in each flat tensor.
+        config: of DeepSpeed.
+        directory: for errors.
 
     Raises:
         CheckpointError: an Adam makes its steps without bias correction.
     """
     of_optimizer = plain_dict(plain_dict(config.get("optimizer")).get("params"))
     found = []
-    for of_group, members in zip(groups, names, strict=True):
+    for of_group in groups:
+        members = [model_name(name) for flat in of_group["params"] for name in names[flat]]
         plain = {str(key): number(value) for key, value in of_group.items() if key != "params"}
         if plain.get("bias_correction", True) is not True:
             raise CheckpointError(f"{directory} has an Adam without bias correction", fix=_NO_OTHER_RULE)
         if "decoupled_weight_decay" not in plain and of_optimizer.get("adam_w_mode", True) is False:
             plain["decoupled_weight_decay"] = False
         # FusedAdam and DeepSpeedCPUAdam have no amsgrad, and their groups do not say so
-        found.append({"amsgrad": False, **plain, "params": list(members)})
+        found.append({"amsgrad": False, **plain, "params": members})
     return found
 
 

@@ -51,7 +51,7 @@ class Universal:
 
     def optimizer(self) -> SavedOptimizer:
         """Moments and groups; a parameter that never had a gradient has no slot."""
-        names = [tuple(map(model_name, shapes)) for shapes in self._model.shapes(len(self._groups))]
+        names = self._model.shapes(self._groups)
         slots = {
             name: {"step": self._steps[name]} | {key: of for key, of in tensors.items() if key != _WEIGHT}
             for name, tensors in self._tensors.items()
@@ -69,14 +69,14 @@ class Universal:
 
     @cached_property
     def _places(self) -> dict[str, tuple[Path, tuple[int, ...], int]]:
-        """Folder, shape and group of every parameter."""
+        """Folder, shape and number of the flat tensor of every parameter."""
         found = {}
-        for group, shapes in enumerate(self._model.shapes(len(self._groups))):
+        for flat, shapes in enumerate(self._model.shapes(self._groups)):
             for name, shape in shapes.items():
                 folder = self._directory / "zero" / name
                 if not is_file_name(name) or not folder.is_dir():
                     raise damaged(self._directory, f"there is no folder of {name!r:.80} in zero/")
-                found[model_name(name)] = folder, shape, group
+                found[model_name(name)] = folder, shape, flat
         return found
 
     @cached_property
@@ -95,16 +95,17 @@ class Universal:
 
     @cached_property
     def _steps(self) -> dict[str, Any]:
-        """Of every parameter: in its folder, else in what stage 3 has of its group, else the engine's."""
+        """Of every parameter: in its folder, else in what stage 3 has of its flat tensor, else the engine's."""
         inner = plain_dict(plain_dict(self._state.get("optimizer_state_dict")).get("state"))
-        found = {}
-        for name, (folder, _, group) in self._places.items():
-            if (folder / "step.pt").exists():
-                found[name] = number(read_archive(folder / "step.pt"))
-            else:
-                of_group = plain_dict(inner.get(group)).get("step", self._groups[group].get("step", self.step()))
-                found[name] = number(of_group)
-        return found
+        in_folders = {name: folder / "step.pt" for name, (folder, _, _) in self._places.items()}
+        return {
+            name: number(
+                read_archive(in_folders[name])
+                if in_folders[name].exists()
+                else plain_dict(inner.get(flat)).get("step", self.step())
+            )
+            for name, (_, _, flat) in self._places.items()
+        }
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> StoredTensor:
