@@ -52,12 +52,16 @@ ALWAYS = ("*.safetensors", "tokenizer*")
 SHARDS = (
     *("*.distcp", ".metadata", "*_optim_states.pt", "*_model_states.pt"),
     *("model_world_size_*_rank_*.pt", "optim_world_size_*_rank_*.pt"),
+    *("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt", "step.pt", "optimizer_state.pt"),  # DeepSpeed's universal ones
 )
 """Files of trainers that shard."""
-STATE_FILES = ("optimizer.bin", "pytorch_model_fsdp.bin", "latest", "trainer_state.json", *SHARDS)
+STATE_FILES = ("optimizer.bin", "pytorch_model_fsdp.bin", "latest", "latest_universal", "trainer_state.json", *SHARDS)
+_UNIVERSAL = ("zero", "zero/*")
+"""Folders of DeepSpeed's universal checkpoints, below that of the model states."""
 STATE_FOLDERS = (
     *("", "optimizer_[0-9]*", "pytorch_model_fsdp_[0-9]*", "global_step[0-9]*", "actor", "policy", "trainer"),
     *("optimizer", "weights", "policy/optimizer", "policy/weights"),
+    *(*_UNIVERSAL, *(f"*_universal/{folder}" for folder in ("", *_UNIVERSAL))),
 )
 """Where trainers that write no `optimizer.pt` have their state, see `checkpoints.layouts.places`."""
 
@@ -150,14 +154,16 @@ def names_in(directory: Path) -> set[str]:
 def model_directory(directory: Path) -> Path:
     """Where the weights of a checkpoint lie: in the directory itself, in its `model/`, or in that of its named adapter.
 
-    PEFT saves an adapter whose name is not `default` in a folder of this name; `ref` is TRL's reference policy.
+    PEFT saves an adapter whose name is not `default` in a folder of this name; `ref` is TRL's reference policy. verl
+    saves its adapter in `lora_adapter/`, beside the shards.
     """
     has = names_in(directory)
     if has & {"config.json", "adapter_config.json"}:
         return directory
     if (directory / "model").is_dir():
         return directory / "model"
-    named = [name for name in has - {"ref"} if (directory / name / "adapter_config.json").exists()]
+    beside = {f"{folder}/lora_adapter" for folder in has & {"actor", "policy"}}
+    named = [name for name in has.union(beside) - {"ref"} if (directory / name / "adapter_config.json").exists()]
     return directory / named[0] if len(named) == 1 else directory
 
 
@@ -233,8 +239,13 @@ def optimizer_digest(path: Path) -> str:
     """
     if not path.is_dir():
         return file_digest(path)
-    shards = sorted(file for pattern in SHARDS for file in path.glob(pattern) if file.is_file())
-    return _sha256({file.name: file_digest(file) for file in shards})
+    shards = {
+        file
+        for folder in ("", *_UNIVERSAL)
+        for pattern in SHARDS
+        for file in path.glob(f"{folder}/{pattern}".strip("/"))
+    }
+    return _sha256({file.relative_to(path).as_posix(): file_digest(file) for file in sorted(shards) if file.is_file()})
 
 
 def _state_digests(directory: Path) -> dict[str, str]:

@@ -136,6 +136,7 @@ class Measurement:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.with_dropout: Artifact | None = None  # of dropout-u; it is no input of the statistics
+        self.on_bases: tuple[list[Artifact], list[Artifact]] | None = None  # of U, on the given base and the named one
         self.e_pool, self.u_pool = (pools[split] for split in config.splits)
         self.policy = PolicySpec(
             weights=checkpoint.weights or self._weights(),
@@ -162,6 +163,9 @@ class Measurement:
         e_batch, scores = self._sample_e(batch.E_batch_seed, "")
         u_batch = self._sample_u()
         scores_u = self._score(stage.SCORE_U, policy, u_batch)
+        if self.checkpoint.named_base:
+            on_named = policy.model_copy(update={"base": self.checkpoint.named_base})
+            self.on_bases = scores_u, self._score(stage.SCORE_REFERENCE, on_named, u_batch)
         update = self._update(u_batch, scores_u)
         calibration = self._calibration(e_batch, update)
         half_width = calibration.summary["half_width"] if calibration else 0.0

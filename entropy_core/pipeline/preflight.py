@@ -25,6 +25,7 @@ from entropy_core.losses.token_weights import check_token_weights
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
 from entropy_core.numerics.rules import RULES
+from entropy_core.pipeline.named_base import comparable_base
 from entropy_core.pipeline.patterns import require_quick_patterns
 from entropy_core.pipeline.recorded_u import RecordedU, check_recorded, recorded_of_each, with_sizes
 from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
@@ -61,6 +62,7 @@ class CheckpointToProbe:
         dropout: whether dropout was on in the trainer's step.
         log: what its trainer logged near it; see `trainer_log`.
         recorded: the rollouts that are its U; None where U is sampled.
+        named_base: digest of the quantised base that an adapter names, where it is probed on another one; else empty.
     """
 
     directory: Path
@@ -80,6 +82,7 @@ class CheckpointToProbe:
     warnings: tuple[str, ...]
     dropout: bool
     log: Mapping[str, Any]
+    named_base: str
     recorded: RecordedU | None = None
 
 
@@ -103,9 +106,12 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     steps = [one.checkpoint.step for one in usable if one.checkpoint.layout.optimizer is None]
     if max(steps, default=0):
         warnings.append(f"The optimizer is taken to be fresh, and the trainer had made {max(steps)} steps.")
+    bases = {one.name: comparable_base(one.checkpoint.layout) for one in usable if one.trainer.quantised_base}
+    warnings += dict.fromkeys(why for _, why in bases.values() if why)
     for warning in warnings:
         log.warning("%s", warning)
-    return _checked(with_read(config, settled.read), usable, settled, tuple(warnings), recorded)
+    named = {name: home for name, (home, _) in bases.items()}
+    return _checked(with_read(config, settled.read), usable, settled, tuple(warnings), recorded, named)
 
 
 def _checked(
@@ -114,6 +120,7 @@ def _checked(
     settled: Settled,
     warnings: tuple[str, ...],
     recorded: Mapping[str, RecordedU],
+    named_bases: Mapping[str, Path | None],
 ) -> list[CheckpointToProbe]:
     """Check the prompts, the reward and the loss, and that each checkpoint fits them."""
     _check_shards(config)
@@ -146,6 +153,9 @@ def _checked(
         if of_one:
             paths |= of_one.files
             about_u = check_recorded(config, of_one, encoded[tokenizer][config.splits[1]], home, layout)
+        named = named_bases.get(name)
+        of_named = weights_digest(named) if named else ""
+        paths |= {of_named: named} if named else {}
         found.append(
             CheckpointToProbe(
                 directory=layout.directory.resolve(),
@@ -166,6 +176,7 @@ def _checked(
                 dropout=trainer.drops,
                 log=trainer_log(checkpoint.step, trainer, trainers),
                 recorded=of_one,
+                named_base=of_named,
             )
         )
     if config.policy.base_model and not any(one.base or one.description for one in found):

@@ -16,6 +16,7 @@ from entropy_core.losses import token_weights
 from entropy_core.losses.interventions import own_interventions
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, load_pool, source_of
+from entropy_core.pipeline.named_base import base_differences
 from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -157,6 +158,7 @@ def _measured(
     by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run usually has a single tokenizer
     measured: list[Inputs] = []
     dropped: list[Mapping[str, Any]] = []
+    bases: list[str] = []
     for checkpoint, optimizer in zip(checkpoints, optimizers, strict=True):
         if checkpoint.tokenizer not in by_tokenizer:
             asked = dict.fromkeys(config.splits)
@@ -165,6 +167,9 @@ def _measured(
         measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
         inputs = run.part(checkpoint.name, partial(_variance_inputs, measurement))
         dropped += [measurement.with_dropout.summary] if measurement.with_dropout else []
+        if measurement.on_bases and all(shard.digest for shards in measurement.on_bases for shard in shards):
+            adapter, given = (checkpoint.paths[digest] for digest in (checkpoint.weights, checkpoint.base))
+            bases.append(base_differences(adapter, given.name, *measurement.on_bases))
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
         measured.append(
             {
@@ -181,7 +186,7 @@ def _measured(
             }
         )
     for entry in measured:
-        entry["warnings"] += dropout_sizes(dropped)
+        entry["warnings"] += [*dropout_sizes(dropped), *bases]
     return measured
 
 
