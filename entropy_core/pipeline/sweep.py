@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,10 @@ def _measured(
         load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints
     ]  # before any sampling, to find broken ones early
     by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run usually has a single tokenizer
-    measured: list[Inputs] = []
-    dropped: list[Mapping[str, Any]] = []
-    for checkpoint, optimizer in zip(checkpoints, optimizers, strict=True):
-        if checkpoint.tokenizer not in by_tokenizer:
-            asked = dict.fromkeys(config.splits)
-            by_tokenizer[checkpoint.tokenizer] = {s: load_pool(config, s, checkpoint.tokenizer, run) for s in asked}
+    for tokenizer in dict.fromkeys(checkpoint.tokenizer for checkpoint in checkpoints):
+        by_tokenizer[tokenizer] = {s: load_pool(config, s, tokenizer, run) for s in dict.fromkeys(config.splits)}
+
+    def measure(checkpoint: CheckpointToProbe, optimizer: Artifact) -> tuple[Inputs, Artifact | None]:
         pools = by_tokenizer[checkpoint.tokenizer]
         measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
         try:
@@ -167,21 +166,25 @@ def _measured(
         except OtherNumbers as error:  # another device or thread count gives other bits; do not mix
             log.warning("%s, and all that depends on it is computed again, too", error)
             inputs = measurement.variance_inputs()
-        dropped += [measurement.with_dropout.summary] if measurement.with_dropout else []
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
-        measured.append(
-            {
-                "checkpoint": checkpoint.name,
-                "step": checkpoint.step,
-                "inputs": inputs,
-                "price": measurement.price,
-                "interventions": measurement.interventions,
-                "notes": [*checkpoint.assumptions, *of_pools],
-                "settings": [setting._asdict() for setting in checkpoint.settings],
-                "warnings": list(checkpoint.warnings),
-                "log": dict(checkpoint.log),
-            }
-        )
+        entry = {
+            "checkpoint": checkpoint.name,
+            "step": checkpoint.step,
+            "inputs": inputs,
+            "price": measurement.price,
+            "interventions": measurement.interventions,
+            "notes": [*checkpoint.assumptions, *of_pools],
+            "settings": [setting._asdict() for setting in checkpoint.settings],
+            "warnings": list(checkpoint.warnings),
+            "log": dict(checkpoint.log),
+        }
+        return entry, measurement.with_dropout
+
+    calls = [partial(measure, *pair) for pair in zip(checkpoints, optimizers, strict=True)]
+    # where vectors are not kept there is little room, and then one checkpoint at a time has its own
+    found = run.together(calls) if config.execution.keep_vectors else [call() for call in calls]
+    measured = [entry for entry, _ in found]
+    dropped = [with_dropout.summary for _, with_dropout in found if with_dropout]
     for entry in measured:
         entry["warnings"] += dropout_sizes(dropped)
     return measured
