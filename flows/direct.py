@@ -55,6 +55,7 @@ def _sweep(config: ProbeConfig, rerun_of: str = "") -> int:
     from entropy_core.pipeline import sweep as pipeline  # a rerun of the statistics need not wait for these
     from entropy_core.pipeline.plan import plan, typical_costs
     from entropy_core.pipeline.preflight import preflight
+    from entropy_core.workers.choice import workers_of
     from flows.plan import plan_total
     from flows.progress import Progress
 
@@ -64,8 +65,10 @@ def _sweep(config: ProbeConfig, rerun_of: str = "") -> int:
     say(plan_total(steps, costs))
     progress = Progress(steps, costs, lambda line, _: say(line))
     execution = pipeline.execution_for(config, checkpoints, progress.within)
-    run = progress.watched(Runner(lambda stage, inputs, label: compute(store, stage, execution, inputs)))
-    print_results(pipeline.sweep(config, checkpoints, store, run, rerun_of).run_directory)
+    with workers_of(config.execution, compute) as workers:
+        asked = Runner(lambda stage, inputs, _: workers.compute(store, stage, execution, inputs), workers.threads)
+        result = pipeline.sweep(config, checkpoints, store, progress.watched(asked), rerun_of)
+    print_results(result.run_directory)
     return 0
 
 

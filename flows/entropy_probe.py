@@ -23,10 +23,12 @@ from entropy_core.pipeline.plan import plan, typical_costs
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.recorded import with_interventions
 from entropy_core.store.store import Store
+from entropy_core.workers.choice import workers_of
 from flows.progress import Progress
 from flows.results import RESULT, summary
 from flows.service import FOLDER
 from flows.ui import announce, publish, publish_plan, published_progress
+from tasks.device import compute
 from tasks.stages import prefect_runner
 
 
@@ -64,8 +66,9 @@ def _swept(config: ProbeConfig, rerun_of: str = "") -> State:
     publish_plan(steps, costs)
     progress = Progress(steps, costs, published_progress())
     execution = pipeline.execution_for(config, checkpoints, progress.within)
-    run = progress.watched(prefect_runner(store, execution))
-    result = pipeline.sweep(config, checkpoints, store, run, rerun_of)
+    with workers_of(config.execution, compute) as workers:
+        run = progress.watched(prefect_runner(store, execution, workers))
+        result = pipeline.sweep(config, checkpoints, store, run, rerun_of)
     announce(result, config.name)
     return _published(result)
 

@@ -18,11 +18,12 @@ from entropy_core.files.run_folder import tell_numbers
 from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.recorded import read_run
-from entropy_core.pipeline.runner import Inputs, Runner
+from entropy_core.pipeline.runner import Compute, Inputs, Runner
 from entropy_core.pipeline.watched import Watched, require_same_settings
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
+from entropy_core.workers.choice import workers_of
 from flows.direct import say
 from flows.numbers import numbers_of_each
 from flows.reporters import Reporter
@@ -67,8 +68,9 @@ class GrowingSweep:
         checkpoints = preflight(self._config.model_copy(update={"checkpoints": [str(held)]}))
         require_same_settings(checkpoints, self._earlier)
         execution = replace(pipeline.execution_for(self._config, checkpoints), held=self._watched.held)
-        run = Runner(_computing(self.store, execution))
-        result = pipeline.sweep(self._config, checkpoints, self.store, run, earlier=self._earlier)
+        with workers_of(self._config.execution, compute) as workers:
+            run = Runner(_computing(self.store, execution, workers.compute), workers.threads)
+            result = pipeline.sweep(self._config, checkpoints, self.store, run, earlier=self._earlier)
         self._earlier = read_run(self.store, result.run_id)[2]
         self._watched.probed(held, digest, result.run_id)
         self._forget_superseded()
@@ -110,7 +112,7 @@ class GrowingSweep:
             self._watched.remember()
 
 
-def _computing(store: Store, execution: Any) -> Callable[[Stage, Inputs, str], Artifact]:
+def _computing(store: Store, execution: Any, compute: Compute) -> Callable[[Stage, Inputs, str], Artifact]:
     """What runs a stage and says so if it is computed; most of those of a sweep that grows are found."""
 
     def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:

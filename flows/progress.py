@@ -1,5 +1,6 @@
 """How far a sweep is, for whoever shows it: the terminal or Prefect's UI."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -49,45 +50,58 @@ class Progress:
         self._began_of: dict[str, float] = {}
         self._done = 0
         self._reused: list[str] = []
-        self._under_way = _Group("", "", 0)
+        self._under_way: dict[tuple[str, str], _Group] = {}
+        self._here = threading.local()  # the group of the run that this thread waits for
+        self._lock = threading.RLock()
+        self._at_once = 1
         self._started = self._said = time.monotonic()
 
     def watched(self, run: Runner) -> Runner:
         """Make a runner that does what `run` does and tells of it."""
+        self._at_once = run.threads.at_once
 
         def watched_run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
-            of = whole(label)
-            if (stage.name, of) != self._under_way.name:
-                self._close()
-                self._under_way = _Group(stage.name, of, self._parts[stage.name, of])
             began, started = datetime.now(UTC), time.monotonic()
             checkpoint = self._checkpoint(stage.name, label)
-            self._began_of.setdefault(checkpoint, started)
+            with self._lock:
+                group = self._here.group = self._group(stage.name, whole(label))
+                self._began_of.setdefault(checkpoint, started)
             artifact = run(stage, inputs, label)
             fresh = datetime.fromisoformat(artifact.manifest["created"]) >= began
-            self._note(stage.name, label, fresh, time.monotonic() - started)
-            if self._under_way.is_done:
-                self._close()
-            if checkpoint:
-                self._note_checkpoint(checkpoint, fresh)
-            if not self._left:
-                self._close()
-                self._fold()
-                self._say(f"{self._done} of {len(self._steps)} stages, {self._pace()}")
+            with self._lock:
+                self._note(group, label, fresh, time.monotonic() - started)
+                if group.is_done:
+                    self._close(group)
+                if checkpoint:
+                    self._note_checkpoint(checkpoint, fresh)
+                if not self._left:
+                    self._close_all()
+                    self._fold()
+                    self._say(f"{self._done} of {len(self._steps)} stages, {self._pace()}")
             return artifact
 
-        return Runner(watched_run, run.part)
+        return Runner(watched_run, run.threads, run.part)
 
     def within(self, done: int, total: int) -> None:
-        """Note that the run of a stage under way has done `done` of its `total` sequences."""
-        group = self._under_way
-        group.within = (done, total)
-        if done < total and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
-            self._fold()
-            self._say(f"{group.progress()}; {self._done} of {len(self._steps)} stages, {self._pace()}")
+        """Note that the run of a stage that this thread waits for has done `done` of its `total` sequences."""
+        with self._lock:
+            group = self._here.group
+            group.within[threading.get_ident()] = (done, total)
+            if done < total and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+                self._fold()
+                self._say(f"{group.progress()}; {self._done} of {len(self._steps)} stages, {self._pace()}")
 
-    def _note(self, stage: str, label: str, fresh: bool, seconds: float) -> None:
-        self._under_way.finish(fresh)
+    def _group(self, stage: str, of: str) -> "_Group":
+        """The group that a run belongs to; where one runs at a time, it ends the one before."""
+        if (stage, of) not in self._under_way:
+            if self._at_once == 1:
+                self._close_all()
+            self._under_way[stage, of] = _Group(stage, of, self._parts[stage, of])
+        return self._under_way[stage, of]
+
+    def _note(self, group: "_Group", label: str, fresh: bool, seconds: float) -> None:
+        stage, _ = group.name
+        group.finish(fresh)
         if fresh:
             self._seconds[stage] = seconds
         else:
@@ -98,12 +112,16 @@ class Progress:
             self._left = +self._left
             self._to_run[stage] -= 1
 
-    def _close(self) -> None:
+    def _close(self, group: "_Group") -> None:
         """Tell of a stage that was computed, once all its shards are done."""
-        group, self._under_way = self._under_way, _Group("", "", 0)
+        self._under_way.pop(group.name, None)
         if group.computed:
             self._fold()
             self._say(group.line())
+
+    def _close_all(self) -> None:
+        for group in list(self._under_way.values()):
+            self._close(group)
 
     def _fold(self) -> None:
         if self._reused:
@@ -135,7 +153,7 @@ class Progress:
             return f"in {duration(elapsed)}, with at most {peak_rss_bytes() / 1e9:.1f} GB of memory"
         typical = mean(self._seconds.values()) if self._seconds else elapsed / max(self._done, 1)
         seconds = sum(count * self._seconds.get(stage, typical) for stage, count in self._to_run.items() if count > 0)
-        return f"about {duration(seconds)} left"
+        return f"about {duration(seconds / self._at_once)} left"
 
 
 class _Group:
@@ -150,7 +168,7 @@ class _Group:
     def __init__(self, stage: str, of: str, parts: int) -> None:
         self.name, self.parts = (stage, of), parts
         self.done = self.computed = 0
-        self.within = (0, 0)
+        self.within: dict[int, tuple[int, int]] = {}  # thread → what its run has done, and all that it has to
         self._sequences = 0  # of the runs that were computed
         self._started = time.monotonic()
 
@@ -162,17 +180,17 @@ class _Group:
         """Count a run that ended."""
         self.done += 1
         self.computed += fresh
-        self._sequences += self.within[1] if fresh else 0
-        self.within = (0, 0)
+        _, total = self.within.pop(threading.get_ident(), (0, 0))
+        self._sequences += total if fresh else 0
         if not self.computed:
             self._started = time.monotonic()
 
     def progress(self) -> str:
         """How much of the whole stage is done, how fast it goes, and how long it still takes."""
-        done, total = self.within
+        done, total = (sum(of_runs) for of_runs in zip(*self.within.values(), strict=True))
         seconds = time.monotonic() - self._started
         now = self._sequences + done
-        left = total - done + total * (self.parts - self.done - 1)
+        left = total - done + total * (self.parts - self.done - len(self.within)) // len(self.within)
         rate = now / seconds
         pace = f", {rate:.{0 if rate > 10 else 1}f} a second, {duration(left / rate)} left" if now and seconds else ""
         return f"{' · '.join(self.name)}: {now} of {now + left} sequences{pace}"

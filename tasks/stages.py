@@ -10,9 +10,10 @@ from prefect.exceptions import Pause
 from prefect.transactions import CommitMode, transaction
 
 from entropy_core.errors import MemoryShortageError
-from entropy_core.pipeline.runner import Inputs, Runner
+from entropy_core.pipeline.runner import Compute, Inputs, Runner
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
+from entropy_core.workers.choice import Workers
 from tasks.artifact_cache import StoreStorage, cache_policy
 from tasks.device import compute
 
@@ -34,13 +35,14 @@ def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> 
     return isinstance(state.data, (OSError, MemoryError, MemoryShortageError))
 
 
-def stage_task(stage: Stage, store: Store, execution: Any) -> Task[..., Artifact]:
+def stage_task(stage: Stage, store: Store, execution: Any, compute: Compute = compute) -> Task[..., Artifact]:
     """Make the task of a stage. The store decides whether it is `Cached`, Prefect's refresh switch included.
 
     Args:
         stage: any stage.
         store: where its artifacts are and go.
         execution: how to compute; see `Store.run`.
+        compute: what computes it, here or in a worker.
 
     Returns:
         A task with two parameters: `inputs`, the stage's, among them artifacts of earlier stages, which become the
@@ -67,8 +69,8 @@ def stage_task(stage: Stage, store: Store, execution: Any) -> Task[..., Artifact
     return task
 
 
-def prefect_runner(store: Store, execution: Any) -> Runner:
-    """Make what the pipeline runs its stages with: one task run each, one after another.
+def prefect_runner(store: Store, execution: Any, workers: Workers | None = None) -> Runner:
+    """Make what the pipeline runs its stages with: one task run each, in as many threads as there are workers.
 
     A part of a sweep is a task run, too, around those of its stages: the graph shows it as one bar, which opens. It is
     not a flow run, since that would take a second of the server's time, and a run cannot be suspended in one.
@@ -76,13 +78,15 @@ def prefect_runner(store: Store, execution: Any) -> Runner:
     Args:
         store: where the artifacts are and go.
         execution: how to compute; see `Store.run`.
+        workers: what computes the stages; None: this process.
 
     Returns:
         The runner, to be called inside a flow run.
     """
+    of_stages, threads = workers or (compute, None)
 
     def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        return stage_task(stage, store, execution)(inputs=inputs, label=label)
+        return stage_task(stage, store, execution, of_stages)(inputs=inputs, label=label)
 
     def part(label: str, work: Callable[[], Any]) -> Any:
         left: list[Pause] = []
@@ -100,4 +104,4 @@ def prefect_runner(store: Store, execution: Any) -> Runner:
             raise left[0]
         return state.result()
 
-    return Runner(run, part)
+    return Runner(run, threads, part)

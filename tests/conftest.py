@@ -31,7 +31,13 @@ from entropy_core.numerics import ragged
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import BatchedSequences
 
-pytest_plugins = ["proofs", "attacks", "checkpoint_fixtures", "store_fixtures"]  # the first two write pages in docs/
+pytest_plugins = [
+    "proofs",
+    "attacks",
+    "checkpoint_fixtures",
+    "store_fixtures",
+    "worker_fixtures",
+]  # the first two write pages in docs/
 of_few_files = ("bad_input_fixtures", "compared_fixtures", "store_command_fixtures", "swept_fixtures")
 pytest.register_assert_rewrite(*of_few_files)
 

@@ -44,6 +44,7 @@ FLOORS = (
     "config",  # above the stages: what a stage reads of it is an input, and so in its key
     "training",  # in the process of a trainer, which the pipeline is not
     "pipeline",
+    "workers",
     "demo",
     "tasks",
     "flows",

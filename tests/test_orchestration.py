@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Barrier
 from uuid import UUID
 
 import pytest
@@ -39,9 +40,11 @@ from entropy_core.execution import Execution
 from entropy_core.files.digests import file_digest
 from entropy_core.pipeline.plan import plan
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.threads import Threads
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
+from entropy_core.workers.choice import Workers
 from flows.entropy_probe import checkpoint_sweep, variance
 from flows.plan import plan_table
 from flows.results import inline_figures, terminal_table
@@ -296,6 +299,29 @@ def test_task_runs_are_named_after_stage_and_label_and_linked(store):
     runs = {run.name: run for run in completed_task_runs(ids[0], 2)}
     first, second = runs["draw · checkpoint-20 · shard 1/2"], runs["add · checkpoint-20"]
     assert [source.id for source in second.task_inputs["inputs"]] == [first.id]
+
+
+def test_stages_in_workers_are_task_runs_of_the_same_flow(store):
+    """Which wait for their workers in threads, and ask the cache there."""
+    ids: list[UUID] = []
+    both = Barrier(2, timeout=60)
+
+    def compute(store: Store, stage: Stage, execution: None, inputs: dict) -> Artifact:
+        both.wait()
+        return store.run(stage, execution, inputs)
+
+    @flow
+    def beside():
+        ids.append(runtime.flow_run.id)
+        run = stages.prefect_runner(store, None, Workers(compute, Threads(2)))
+        return run.map(Stage("draw", draw), [{"seed": 1}, {"seed": 2}], ["one", "two"])
+
+    assert beside() == beside()
+    assert {run.name: run.state.name for run in completed_task_runs(ids[0], 2)} == dict.fromkeys(NAMED, "Completed")
+    assert {run.name: run.state.name for run in completed_task_runs(ids[1], 2)} == dict.fromkeys(NAMED, "Cached")
+
+
+NAMED = ("draw · one", "draw · two")
 
 
 def test_a_sweep_runs_as_many_stages_as_announced_and_shows_its_results(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from entropy_core.pipeline.plan import Cost, Step
+from entropy_core.pipeline.threads import Threads
 from entropy_core.store.store import Stage
 from flows import progress
 from flows.progress import Progress
@@ -42,6 +43,7 @@ class World:
             created = "2020-01-01T00:00:00+00:00" if step.cached else datetime.now(UTC).isoformat()
             return SimpleNamespace(manifest={"created": created})
 
+        run.threads = Threads()
         watched = told.watched(run)  # which is called as a runner is
         for step in steps:
             watched._run(Stage(step.stage, run), {}, step.label)

@@ -9,7 +9,7 @@ The names of the batch and generation keys are those that researchers of this fi
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from entropy_core.config.batches import BatchConfig
 from entropy_core.config.lab import LabConfig
@@ -103,6 +103,20 @@ class ExecutionConfig(Section):
     """How the work is done; nothing here changes a result."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the policy runs.")
+    workers: Literal["local", "pool"] = Field(
+        "local",
+        description="What runs the stages that need the policy. local: this process, on one device. pool: several "
+        "processes on this machine, each on its own device; shards, step sizes and checkpoints then run at the same "
+        "time.",
+    )
+    worker_count: int = Field(
+        0, ge=0, le=1024, description="Workers of a pool. 0: one for each device. On a CPU they share its cores."
+    )
+    devices: list[str] = Field(
+        default_factory=list,
+        description="GPUs of a pool, as CUDA_VISIBLE_DEVICES names them, such as '0' or 'GPU-…'. []: all visible ones.",
+        json_schema_extra=DISTINCT,
+    )
     shard_size: int = Field(
         1024, ge=1, le=10_000_000, description="Sequences per shard, the unit of caching and of resuming."
     )
@@ -137,6 +151,15 @@ class ExecutionConfig(Section):
         "it out and say so. refuse: end with the reason.",
     )
     artifacts: StoreFolder = Field("artifacts", min_length=1, description="Folder of the store and of the results.")
+
+    _distinct = field_validator("devices")(each_once)
+
+    @field_validator("devices")
+    @classmethod
+    def _of_several_workers(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if info.data.get("workers") == "local" and (value or info.data.get("worker_count")):
+            raise ValueError("worker_count and devices are those of a pool, and workers is local")
+        return value
 
     @property
     def isolation(self) -> Isolation:

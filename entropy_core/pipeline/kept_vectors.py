@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from threading import RLock
 from typing import NamedTuple, TypeVar
 
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -36,8 +37,9 @@ class VectorKeeper(Runner):
     """
 
     def __init__(self, store: Store, run: Runner, keep: bool) -> None:
-        super().__init__(run)
+        super().__init__(run, run.threads)
         self._store, self._runner, self._keep = store, run, keep
+        self._one_at_a_time = RLock()  # or else two stages would recompute the same vectors
         self._made: dict[Artifact, _Made] = {}
 
     def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
@@ -59,8 +61,9 @@ class VectorKeeper(Runner):
     def _prepare(self, stage: Stage, inputs: Inputs) -> None:
         opened = stage.opened(inputs)
         if opened and self._store.find(stage.name, self._store.key(stage, inputs)) is None:
-            for artifact in opened:
-                self._require(artifact)
+            with self._one_at_a_time:
+                for artifact in opened:
+                    self._require(artifact)
 
     def _noted(self, artifact: Artifact, made: _Made) -> Artifact:
         self._made[artifact] = made

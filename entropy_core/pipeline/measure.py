@@ -14,6 +14,7 @@ from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.lab import Batches, StepAsItIs, tried
+from entropy_core.pipeline.named_base import base_differences
 from entropy_core.pipeline.phase import OnE, followed
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
 from entropy_core.pipeline.recorded_u import RecordedU, remarks
@@ -231,6 +232,13 @@ class Measurement:
             "replicates": replicates,
             "estimators": self.config.importance.estimators,
         }
+
+    def said_of_bases(self) -> str:
+        """Say what another base than the one that the adapter names makes of U; empty if it has no other."""
+        if not self.on_bases or not all(shard.digest for shards in self.on_bases for shard in shards):
+            return ""
+        adapter, given = (self.checkpoint.paths[digest] for digest in (self.checkpoint.weights, self.checkpoint.base))
+        return base_differences(adapter, given.name, *self.on_bases)
 
     def _once(self, what: Stage, inputs: Inputs, suffix: str = "") -> Artifact:
         return self.run(what, inputs, self.checkpoint.name + suffix)

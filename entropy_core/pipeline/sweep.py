@@ -16,7 +16,6 @@ from entropy_core.losses import token_weights
 from entropy_core.losses.interventions import own_interventions
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, load_pool, source_of
-from entropy_core.pipeline.named_base import base_differences
 from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -156,35 +155,34 @@ def _measured(
         load_checkpoint(config, checkpoint, run) for checkpoint in checkpoints
     ]  # before any sampling, to find broken ones early
     by_tokenizer: dict[str, dict[str, Artifact]] = {}  # a run usually has a single tokenizer
-    measured: list[Inputs] = []
-    dropped: list[Mapping[str, Any]] = []
-    bases: list[str] = []
-    for checkpoint, optimizer in zip(checkpoints, optimizers, strict=True):
-        if checkpoint.tokenizer not in by_tokenizer:
-            asked = dict.fromkeys(config.splits)
-            by_tokenizer[checkpoint.tokenizer] = {s: load_pool(config, s, checkpoint.tokenizer, run) for s in asked}
+    for tokenizer in dict.fromkeys(checkpoint.tokenizer for checkpoint in checkpoints):
+        by_tokenizer[tokenizer] = {s: load_pool(config, s, tokenizer, run) for s in dict.fromkeys(config.splits)}
+
+    def measure(checkpoint: CheckpointToProbe, optimizer: Artifact) -> tuple[Inputs, Measurement]:
         pools = by_tokenizer[checkpoint.tokenizer]
         measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
         inputs = run.part(checkpoint.name, partial(_variance_inputs, measurement))
-        dropped += [measurement.with_dropout.summary] if measurement.with_dropout else []
-        if measurement.on_bases and all(shard.digest for shards in measurement.on_bases for shard in shards):
-            adapter, given = (checkpoint.paths[digest] for digest in (checkpoint.weights, checkpoint.base))
-            bases.append(base_differences(adapter, given.name, *measurement.on_bases))
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
-        measured.append(
-            {
-                "checkpoint": checkpoint.name,
-                "step": checkpoint.step,
-                "inputs": inputs,
-                "price": measurement.price,
-                "interventions": measurement.interventions,
-                "phase": measurement.phase,
-                "notes": [*checkpoint.assumptions, *of_pools, *measurement.notes],
-                "settings": [setting._asdict() for setting in checkpoint.settings],
-                "warnings": [*checkpoint.warnings, *measurement.warnings],
-                "log": dict(checkpoint.log),
-            }
-        )
+        entry = {
+            "checkpoint": checkpoint.name,
+            "step": checkpoint.step,
+            "inputs": inputs,
+            "price": measurement.price,
+            "interventions": measurement.interventions,
+            "phase": measurement.phase,
+            "notes": [*checkpoint.assumptions, *of_pools, *measurement.notes],
+            "settings": [setting._asdict() for setting in checkpoint.settings],
+            "warnings": [*checkpoint.warnings, *measurement.warnings],
+            "log": dict(checkpoint.log),
+        }
+        return entry, measurement
+
+    calls = [partial(measure, *pair) for pair in zip(checkpoints, optimizers, strict=True)]
+    # where vectors are not kept there is little room, and then one checkpoint at a time has its own
+    found = run.together(calls) if config.execution.keep_vectors else [call() for call in calls]
+    measured = [entry for entry, _ in found]
+    dropped = [one.with_dropout.summary for _, one in found if one.with_dropout]
+    bases = [said for _, one in found if (said := one.said_of_bases())]
     for entry in measured:
         entry["warnings"] += [*dropout_sizes(dropped), *bases]
     return measured

@@ -1,0 +1,1 @@
+"""Long-lived processes that run the stages of a sweep, each on a device of its own."""

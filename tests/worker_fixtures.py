@@ -1,0 +1,77 @@
+"""Workers whose processes a fork server makes, which has loaded everything, so that a test can have many of them."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entropy_core.pipeline.runner import Compute
+from entropy_core.store.artifact import Artifact
+from entropy_core.workers.process import WorkerProcess, main
+
+Start = Callable[[Compute, Mapping[str, str]], WorkerProcess]
+
+
+class Forked:
+    """A process of a fork server, as `subprocess` shows one."""
+
+    def __init__(self, process: Any) -> None:
+        self._process, self.pid = process, process.pid
+
+    def wait(self, seconds: float | None = None) -> int:
+        """The exit status, once it has ended."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def answer(jobs: Any, answers: Any) -> None:
+    """What a process does."""
+    main(os.dup(jobs.fileno()), os.dup(answers.fileno()))
+
+
+@pytest.fixture(scope="session")
+def forked() -> Start:
+    """What starts a worker."""
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    context = multiprocessing.get_context("forkserver")
+
+    def start(compute: Compute, environment: Mapping[str, str]) -> WorkerProcess:
+        their_jobs, jobs = context.Pipe(duplex=False)
+        answers, their_answers = context.Pipe(duplex=False)
+        process = context.Process(target=answer, args=(their_jobs, their_answers), daemon=True)
+        process.start()
+        their_jobs.close()
+        their_answers.close()
+        return WorkerProcess(Forked(process), jobs, answers, compute)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(folders))  # read when the fork server starts
+        context.set_forkserver_preload(["chaos_process", "worker_fixtures"])
+        start(compute_here, {}).close()
+    return start
+
+
+def compute_here(store: Any, stage: Any, execution: Any, inputs: Any) -> Artifact:
+    """What `direct_runner` does, without a slot for the device."""
+    from entropy_core.pipeline.memory import run_within_memory
+
+    return run_within_memory(store, stage, execution, inputs)
+
+
+def sleep(store: Any, stage: Any, execution: Any, inputs: Any) -> Artifact:
+    """A stage that does not end."""
+    execution.progress(1, 2)
+    time.sleep(600)
+    raise AssertionError
+
+
+def die(store: Any, stage: Any, execution: Any, inputs: Any) -> Artifact:
+    """A stage that takes its process along."""
+    os._exit(3)
