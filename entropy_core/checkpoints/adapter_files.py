@@ -53,8 +53,9 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
     if (directory / ADAPTER_CONFIG).exists() or not (directory / LORA_META).exists():
         return read_json(directory / ADAPTER_CONFIG)
     said = read_json(directory / LORA_META)
-    rank, alpha = said.get("r"), said.get("lora_alpha")
-    known = isinstance(rank, int) and not isinstance(rank, bool) and isinstance(alpha, int | float)
+    rank: Any = said.get("r")
+    alpha: Any = said.get("lora_alpha")
+    known = type(rank) is int and type(alpha) in (int, float)  # and no bool
     if not known or not 0 < rank < 2**31 or not 0 < alpha < math.inf:
         raise CheckpointError(
             f"{directory / LORA_META} has r {rank!r:.40} and lora_alpha {alpha!r:.40}",

@@ -7,7 +7,7 @@ import torch
 
 from entropy_core.estimates import evaluation
 from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
-from entropy_core.estimates.diagnostics import describe_batch, numerical_noise
+from entropy_core.estimates.diagnostics import describe_batch, numerical_noise, rounded
 from entropy_core.estimates.phase import AfterStep, of_the_step, phase_row, place_of
 from entropy_core.estimates.phase_table import CLIPPED, PHASE
 from entropy_core.estimates.price import OnE, reward_change
@@ -68,7 +68,7 @@ def phase(
     sequences, estimator = [read_tokens([shard]) for shard in scores], estimators[0]
     few = rescores[0].summary["sequences"]
     again, of_few = batch.first(few), concatenate(sequences).first(few)
-    rescored = [moved_of_first(again, draw, of_few) for draw in rescores]
+    rescored = rounded(again, [moved_of_first(again, draw, of_few) for draw in rescores])
     by_path = estimator == "path_integral"
     floors = {of: 0.0 if by_path else numerical_noise(again, rescored, of) for of in normalizations}
     on_e = OnE(batch, confidence_level)
