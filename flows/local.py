@@ -22,7 +22,7 @@ from entropy_core.store import runs
 from flows import service
 from flows.door import how_to_enter, key_file
 from flows.results import RESULT, print_results
-from flows.service import DEPLOYMENTS, FLOW, ServiceError, child, request
+from flows.service import DEPLOYMENTS, FLOW, QUEUED, ServiceError, child, request
 from flows.stage_lines import not_told, recorded_lines, stage_line
 
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
@@ -212,7 +212,7 @@ def _for_reader(line: str) -> str:
     """
     if event := _EVENT.match(line):
         kind, state, name = event.groups()
-        if state == "Late":
+        if state == QUEUED:
             return "  waits: another run is under way"
         told = kind == "task-run" and state in _TOLD_AT_ONCE and _OF in name
         return f"  {stage_line(_SHOWN[state], name, '')}" if told else ""

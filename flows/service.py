@@ -45,6 +45,8 @@ HOME = Path("artifacts").absolute() / "prefect"
 
 FLOW = "entropy-probe"
 DEPLOYMENTS = ("checkpoint-sweep", "variance", "interventions")
+QUEUED = "Queued"
+"""Name of the state of a run that waits for another; see `waiting`."""
 
 _STARTUP_SECONDS = 180
 _GRACE_SECONDS = 15

@@ -42,6 +42,7 @@ from entropy_core.pipeline.plan import plan
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.threads import Threads
 from entropy_core.policy.spec import PolicySpec
+from entropy_core.report.recorded_run import load_run
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 from entropy_core.workers.choice import Workers
@@ -331,27 +332,50 @@ def test_a_sweep_runs_as_many_stages_as_announced_and_shows_its_results(tmp_path
     result = state.result()
     assert state.message == f"Results in {result.run_directory}"
 
-    runs = completed_task_runs(state.state_details.flow_run_id, len(steps) + len(NAMES))
-    assert Counter(run.name for run in runs) == Counter([*(f"{step.stage} · {step.label}" for step in steps), *NAMES])
+    around = [*NAMES, "plan", "results"]
+    runs = completed_task_runs(state.state_details.flow_run_id, len(steps) + len(around))
+    assert Counter(run.name for run in runs) == Counter([*(f"{step.stage} · {step.label}" for step in steps), *around])
     assert {run.state.name for run in runs} == {"Completed"}
 
     of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
-    artifacts = eventually(lambda client: client.read_artifacts(artifact_filter=of_run), 5)
-    shown = {artifact.key: artifact.data for artifact in artifacts}
+    artifacts = eventually(lambda client: client.read_artifacts(artifact_filter=of_run), 6)
+    assert [artifact.key for artifact in artifacts if not artifact.task_run_id] == ["tiny-summary"]
+    shown = {artifact.key.removeprefix("tiny-"): artifact.data for artifact in artifacts}
     assert shown["progress"] == 100
     assert [row["stage"] for row in json.loads(shown["plan"])] == [row["stage"] for row in plan_table(steps, {})]
     results = result.report.table("results.parquet").to_pylist()
     for name in NAMES:
-        etas = [row["eta_over_lr"] for row in results if row["checkpoint"] == name]
-        assert [row["eta_over_lr"] for row in json.loads(shown[f"results-{name}"])] == etas != []
+        of = [row for row in results if (row["checkpoint"], row["normalization"]) == (name, "per_token")]
+        cells = json.loads(shown[f"results-{name}"])
+        assert [row["η / lr"] for row in cells] == [row["eta_over_lr"] for row in of]
+        assert [row["verdict"] for row in cells] == [row["verdict"] for row in of]
+        assert cells and all(24 * len(row) + 8 * sum(len(str(cell)) for cell in row.values()) <= 720 for row in cells)
     assert "](data:image/png;base64," in shown["report"]
     assert ".png)" not in shown["report"]
-    assert {f"Files: `{result.run_directory}`"} == {a.description for a in artifacts if a.key == "report"}
-    address = (result.run_directory / "flow-run.txt").read_text()
-    assert address.strip().endswith(f"/flow-run/{state.state_details.flow_run_id}")
+    assert {f"Files: `{result.run_directory}`"} == {a.description for a in artifacts if a.key == "tiny-report"}
+    address = (result.run_directory / "flow-run.txt").read_text().splitlines()[0]
+    assert address.endswith(f"/flow-run/{state.state_details.flow_run_id}")
 
-    again = variance(VarianceRequest(run=result.run_id, artifacts=str(tmp_path / "artifacts"), confidence_level=0.5))
-    rows = again.report.table("results.parquet").to_pylist()
+    run = load_run(result.run_id, config.store_root)
+    assert [line.split(" | ")[0] for line in shown["summary"].splitlines() if line.startswith("| checkpoint-")] == [
+        f"| {name}" for name in NAMES
+    ]
+    listed = re.findall(r"^\| `(.*?)` \|", shown["summary"], re.MULTILINE)
+    assert {f"tiny-{key}" for key in shown} == {*listed, "tiny-summary", "tiny-plan", "tiny-progress"}
+    [about] = [artifact.description for artifact in artifacts if artifact.key == "tiny-summary"]
+    assert about.endswith(run.answer) and about.count("> **Warning:** ") == len(run.warnings)
+    with get_client(sync_client=True) as client:
+        introduced = client.read_flow_run(state.state_details.flow_run_id)
+    assert introduced.name == f"tiny · {', '.join(NAMES)}" and set(introduced.tags) == {"sweep", "tiny", *NAMES}
+
+    again = variance(
+        VarianceRequest(run=result.run_id, artifacts=str(tmp_path / "artifacts"), confidence_level=0.5),
+        return_state=True,
+    )
+    with get_client(sync_client=True) as client:
+        introduced = client.read_flow_run(again.state_details.flow_run_id)
+    assert introduced.name == f"{result.run_id} · variance"
+    rows = again.result().report.table("results.parquet").to_pylist()
     assert {row["confidence_level"] for row in rows} == {0.5}
 
 
@@ -361,6 +385,8 @@ def test_a_request_that_cannot_be_met_fails_with_one_line(tmp_path, caplog):
     assert state.is_failed()
     assert "nowhere-*" in state.message
     assert "\n" not in state.message
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(state.state_details.flow_run_id).name == "probe · nowhere-*"
     assert "Encountered exception" in caplog.text
     assert "Traceback" not in caplog.text
 
