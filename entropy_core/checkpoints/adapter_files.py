@@ -54,8 +54,8 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
         return read_json(directory / ADAPTER_CONFIG)
     said = read_json(directory / LORA_META)
     rank, alpha = said.get("r"), said.get("lora_alpha")
-    known = isinstance(rank, int) and not isinstance(rank, bool) and isinstance(alpha, int | float)
-    if not known or not 0 < rank < 2**31 or not 0 < alpha < math.inf:
+    is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank < 2**31
+    if not is_rank or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise CheckpointError(
             f"{directory / LORA_META} has r {rank!r:.40} and lora_alpha {alpha!r:.40}",
             cause="the file was edited, or the run had no LoRA",
