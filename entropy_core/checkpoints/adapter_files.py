@@ -53,10 +53,9 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
     if (directory / ADAPTER_CONFIG).exists() or not (directory / LORA_META).exists():
         return read_json(directory / ADAPTER_CONFIG)
     said = read_json(directory / LORA_META)
-    rank: Any = said.get("r")
-    alpha: Any = said.get("lora_alpha")
-    known = type(rank) is int and type(alpha) in (int, float)  # and no bool
-    if not known or not 0 < rank < 2**31 or not 0 < alpha < math.inf:
+    rank, alpha = said.get("r"), said.get("lora_alpha")
+    is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank < 2**31
+    if not is_rank or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise CheckpointError(
             f"{directory / LORA_META} has r {rank!r:.40} and lora_alpha {alpha!r:.40}",
             cause="the file was edited, or the run had no LoRA",
