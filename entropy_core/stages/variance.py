@@ -98,9 +98,9 @@ def variance(
     """
     batch, of_batch = evaluation_batch(scores, first_order_e, baseline, units)
     of_batch |= sampler.describe_sampler(batch)
-    largest = max_new_tokens * math.log(scores[0].summary["vocabulary"])
+    largest = math.log(scores[0].summary["vocabulary"])
     H_seq = float(batch.columns[ENTROPY].total_N.mean())
-    of_batch |= unseen.describe_unseen(unseen.unseen_of(scores), len(batch), H_seq, largest)
+    of_batch |= unseen.describe_unseen(unseen.unseen_of(scores, max_new_tokens), len(batch), H_seq, largest)
     invalid_over_e = sampler.unusable(of_batch) or unseen.cannot_know(of_batch, len(batch))
     of_batch |= _describe_update(update.summary)
     of_batch |= {"learning_rate": learning_rate}
