@@ -146,6 +146,9 @@ def _run(deployment: str, parameters: dict[str, Any], config_path: Path | None) 
         message = state.get("message") or "No run was made."
         if status == 0:
             print_results(Path(message.removeprefix("Results in ")))
+            up = f", while `entropy-probe ui{f' {config_path}' if config_path else ''}` is up" if started_here else ""
+            page = f"{service.lasting_address(api_url, started_here)}/runs/flow-run/{run_id}"
+            print(f"\nThe run in the browser: {page}{up}")
             return 0
         reason = message.removeprefix("Flow run encountered an exception: ")
         print(f"\nThe run failed. {reason}\nDetails: {service.HOME / 'serve.log'}", file=sys.stderr)
