@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
+from entropy_core.estimates.post_mortem import POST_MORTEM
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
 
@@ -53,12 +54,18 @@ def tables_page() -> str:
         "replicates": "A row per checkpoint × normalisation × E batch, if `E_replicates` is above 1.",
         "predictors": "A row per checkpoint × normalisation × step size × predictor.",
         "price": "A row per checkpoint × normalisation × step size but 0, if `price` is set.",
+        "post_mortem": "A row per checkpoint × normalisation × part of the step that was taken, if asked for.",
         "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
         "interventions": "A row per checkpoint × normalisation × level × intervention, if any are asked for.",
         "compare": "A row per pair of checkpoints × normalisation × quantity; `entropy-probe compare` writes it.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
-    schemas |= {"price": of_checkpoints(PRICE), "agreement": AGREEMENT, "interventions": INTERVENTIONS}
+    schemas |= {
+        "price": of_checkpoints(PRICE),
+        "post_mortem": of_checkpoints(POST_MORTEM),
+        "agreement": AGREEMENT,
+        "interventions": INTERVENTIONS,
+    }
     schemas |= {"compare": COMPARISON}
     for name, schema in schemas.items():
         lines += [

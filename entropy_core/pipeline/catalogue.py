@@ -17,6 +17,7 @@ from entropy_core.stages.load_prompts import load_prompts
 from entropy_core.stages.load_weights import load_weights
 from entropy_core.stages.path_integral import path_integral
 from entropy_core.stages.predict import predict
+from entropy_core.stages.real_step import real_step
 from entropy_core.stages.recorded_u import recorded_u
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
@@ -51,7 +52,9 @@ BLOCK_SENSITIVITIES = Stage("block-sensitivities", block_sensitivities, vectors=
 SCREEN = Stage("screen", screen)
 PREDICT = Stage("predict", predict, vectors=("gradient",))
 ALTERED_STEP = Stage("altered-step", altered_step)
+REAL_STEP = Stage("real-step", real_step, vectors=("update", "gradient"))
 VARIANCE, PRICE, INTERVENTIONS = final_stages.VARIANCE, final_stages.PRICE, final_stages.INTERVENTIONS
+POST_MORTEM = final_stages.POST_MORTEM
 AGREEMENT, REPORT = final_stages.AGREEMENT, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

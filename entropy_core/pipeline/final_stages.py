@@ -6,6 +6,7 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.stages.agreement import agreement
 from entropy_core.stages.interventions import interventions
+from entropy_core.stages.post_mortem import post_mortem
 from entropy_core.stages.price import price
 from entropy_core.stages.report import report
 from entropy_core.stages.variance import variance
@@ -14,6 +15,7 @@ from entropy_core.store.store import Stage
 VARIANCE = Stage("variance", variance)
 PRICE = Stage("price", price)
 INTERVENTIONS = Stage("interventions", interventions)
+POST_MORTEM = Stage("post-mortem", post_mortem)
 AGREEMENT = Stage("agreement", agreement)
 REPORT = Stage("report", report)
 
@@ -30,6 +32,17 @@ def priced(entry: Inputs, config: ProbeConfig) -> Inputs:
         {name: entry["inputs"][name] for name in names}
         | entry["price"]
         | {name: getattr(config.variance, name) for name in ("normalizations", "baseline", "confidence_level")}
+        | {"units": config.units_of_e}
+    )
+
+
+def dissected(entry: Inputs, config: ProbeConfig) -> Inputs:
+    """Return the inputs of the post-mortem stage, from what is recorded of a checkpoint whose next step was taken."""
+    names = {"scores": "scores", "first_order_e": "first_order_e", "scores_u": "scores_u"}
+    return (
+        {name: entry["inputs"][of] for name, of in (names | {"attribution": "first_order_u"}).items()}
+        | entry["post_mortem"]
+        | {name: getattr(config.variance, name) for name in ("normalizations", "baseline")}
         | {"units": config.units_of_e}
     )
 

@@ -130,6 +130,7 @@ class Measurement:
         self.run, self.release = run, release
         self.price: Inputs = {}  # of the price stage, once E has its rewards
         self.interventions: Inputs = {}  # of the interventions stage, once they have been tried
+        self.post_mortem: Inputs = {}  # of the post-mortem stage, where the next checkpoint is there
         self.recorded: list[Artifact] = []  # U as its trainer recorded it, where it is not sampled
         self.notes: list[str] = []
         self.warnings: list[str] = []
@@ -184,6 +185,8 @@ class Measurement:
             "gradient": gradient,
         }
         first_order_u = self._once(stage.FIRST_ORDER_U, of_both)
+        if self.checkpoint.after:
+            self.post_mortem = self._dissected(e_batch, update, gradient)
         half_steps_u = self._once(stage.HALF_STEPS_U, of_both)
         discriminators_u = self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch})
         if self.checkpoint.dropout:
@@ -221,6 +224,19 @@ class Measurement:
             "replicates": replicates,
             "estimators": self.config.importance.estimators,
         }
+
+    def _dissected(self, e_batch: Sequence[Artifact], update: Artifact, gradient: Artifact) -> Inputs:
+        """Split the step that the trainer took, and measure what it did on E."""
+        after = self.policy.model_copy(update={"weights": self.checkpoint.after})
+        of_step = {"policy": self.policy, "checkpoint": self.optimizer, "update": update, "gradient": gradient}
+        real = self._once(stage.REAL_STEP, of_step | {"after": after})
+        moved = {"policy": self.policy, "update": real, "eta": self.optimizer.summary["learning_rate"]}
+        along = [moved | {"sequences": sequences} for sequences in e_batch]
+        shards = self._over_shards(stage.IMPORTANCE, along, " · the step that was taken")
+        self.release(real)
+        batch = self.config.batch_config
+        of_u = {"recorded": self.recorded[0], "old_logprobs": batch.U.old_logprobs, "prompts": batch.B_U}
+        return of_u | {"real": real, "moved": shards}
 
     def _once(self, what: Stage, inputs: Inputs, suffix: str = "") -> Artifact:
         return self.run(what, inputs, self.checkpoint.name + suffix)

@@ -24,6 +24,7 @@ from entropy_core.losses.interventions import own_interventions
 from entropy_core.losses.token_weights import check_token_weights
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
+from entropy_core.pipeline.dissection import weights_after
 from entropy_core.pipeline.patterns import require_quick_patterns
 from entropy_core.pipeline.recorded_u import RecordedU, check_recorded, recorded_of_each, with_sizes
 from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
@@ -60,6 +61,7 @@ class CheckpointToProbe:
         dropout: whether dropout was on in the trainer's step.
         log: what its trainer logged near it; see `trainer_log`.
         recorded: the rollouts that are its U; None where U is sampled.
+        after: digest of the weights of the next checkpoint, for the post-mortem; empty for none.
     """
 
     directory: Path
@@ -80,6 +82,7 @@ class CheckpointToProbe:
     dropout: bool
     log: Mapping[str, Any]
     recorded: RecordedU | None = None
+    after: str = ""
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -143,6 +146,10 @@ def _checked(
         if of_one:
             paths |= of_one.files
             about_u = check_recorded(config, of_one, encoded[tokenizer][config.splits[1]], home, layout)
+        if after := weights_after(config, layout, checkpoint.step):
+            paths |= dict([after])
+        elif config.post_mortem:
+            about_u += (f"No post-mortem of {name}: the checkpoint of the next step is not beside it.",)
         found.append(
             CheckpointToProbe(
                 directory=layout.directory.resolve(),
@@ -163,6 +170,7 @@ def _checked(
                 dropout=trainer.drops,
                 log=trainer_log(checkpoint.step, trainer, trainers),
                 recorded=of_one,
+                after=after[0] if after else "",
             )
         )
     if config.policy.base_model and not any(one.base or one.description for one in found):

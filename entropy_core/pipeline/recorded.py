@@ -16,10 +16,12 @@ from entropy_core.errors import StoreError
 from entropy_core.pipeline.final_stages import (
     AGREEMENT,
     INTERVENTIONS,
+    POST_MORTEM,
     PRICE,
     VARIANCE,
     compared,
     compared_interventions,
+    dissected,
     priced,
     settings_of,
 )
@@ -35,7 +37,7 @@ RECORD_FORMAT = 6
 """Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 
-_WITH_ARTIFACTS = ("inputs", "price", "interventions")
+WITH_ARTIFACTS = ("inputs", "price", "interventions", "post_mortem")
 """What is recorded of a checkpoint as inputs of later stages."""
 
 
@@ -55,6 +57,7 @@ class _Checkpoint(_Form):
     inputs: dict[str, Any]
     price: dict[str, Any] = {}
     interventions: dict[str, Any] = {}
+    post_mortem: dict[str, Any] = {}
     notes: list[str]
     settings: list[_Setting]
     warnings: list[str]
@@ -106,7 +109,7 @@ def write_run(
         "rerun_of": rerun_of,
         "config": document,
         "report": report.to_dict(),
-        "checkpoints": [entry | {of: _freeze(entry[of]) for of in _WITH_ARTIFACTS} for entry in checkpoints],
+        "checkpoints": [entry | {of: _freeze(entry[of]) for of in WITH_ARTIFACTS} for entry in checkpoints],
     }
     provenance = _provenance(record, config)
     with runs.writing(store, run_id) as folder:
@@ -160,7 +163,7 @@ def read_run(store: Store, run_id: str) -> tuple[Path, ProbeConfig, list[Inputs]
         config = parse_config(record["config"], str(directory / runs.RECORD))
         runs.named(store.root, directory.name)  # refuses references to anything but artifacts
         checkpoints = [
-            entry | {of: _revive(entry.get(of, {}), store) for of in _WITH_ARTIFACTS} for entry in record["checkpoints"]
+            entry | {of: _revive(entry.get(of, {}), store) for of in WITH_ARTIFACTS} for entry in record["checkpoints"]
         ]
         for entry in checkpoints:
             require_inputs(VARIANCE, entry["inputs"] | settings_of(config))
@@ -168,6 +171,8 @@ def read_run(store: Store, run_id: str) -> tuple[Path, ProbeConfig, list[Inputs]
                 require_inputs(PRICE, priced(entry, config))
             if entry["interventions"]:
                 require_inputs(INTERVENTIONS, compared_interventions(entry, config))
+            if entry["post_mortem"]:
+                require_inputs(POST_MORTEM, dissected(entry, config))
         require_inputs(AGREEMENT, compared(checkpoints, config))
     return directory, config, checkpoints
 

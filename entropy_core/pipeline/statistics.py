@@ -12,15 +12,17 @@ from entropy_core.errors import StoreError
 from entropy_core.pipeline.final_stages import (
     AGREEMENT,
     INTERVENTIONS,
+    POST_MORTEM,
     PRICE,
     REPORT,
     VARIANCE,
     compared,
     compared_interventions,
+    dissected,
     priced,
     settings_of,
 )
-from entropy_core.pipeline.recorded import read_run, write_run
+from entropy_core.pipeline.recorded import WITH_ARTIFACTS, read_run, write_run
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store.artifact import Artifact, artifacts_in
@@ -56,7 +58,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
     def work() -> SweepResult:
         for entry in recorded:
-            for artifact in artifacts_in([entry["inputs"], entry["price"], entry["interventions"]]):
+            for artifact in artifacts_in([entry[of] for of in WITH_ARTIFACTS]):
                 if store.find(artifact.stage, artifact.key) is None:
                     raise StoreError(
                         f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
@@ -90,6 +92,9 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
             if entry["interventions"]
             else None,
             "price": run(PRICE, priced(entry, config), entry["checkpoint"]) if entry["price"] else None,
+            "post_mortem": run(POST_MORTEM, dissected(entry, config), entry["checkpoint"])
+            if entry["post_mortem"]
+            else None,
         }
         for entry in recorded
     ]

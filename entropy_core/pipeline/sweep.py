@@ -176,6 +176,7 @@ def _measured(
                 "inputs": inputs,
                 "price": measurement.price,
                 "interventions": measurement.interventions,
+                "post_mortem": measurement.post_mortem,
                 "notes": [*checkpoint.assumptions, *of_pools, *measurement.notes],
                 "settings": [setting._asdict() for setting in checkpoint.settings],
                 "warnings": [*checkpoint.warnings, *measurement.warnings],

@@ -11,6 +11,7 @@ from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
 from entropy_core.report.interventions import section as intervention_section
 from entropy_core.report.markdown import markdown_rows
+from entropy_core.report.post_mortem import section as post_mortem_section
 from entropy_core.report.price import section as price_section
 from entropy_core.report.sections import SECTIONS, settings_table
 from entropy_core.report.verdict_lines import interval, order_lines, verdict_lines
@@ -57,6 +58,8 @@ def markdown(
     skipped: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({}),
     prices: Sequence[Row] = (),
     without_reward: int = 0,
+    dissected: Sequence[Row] = (),
+    samplers: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> str:
     """Write the report page of a sweep.
 
@@ -72,6 +75,8 @@ def markdown(
         skipped: by checkpoint the interventions that could not be tried, and why.
         prices: rows of `price.parquet`.
         without_reward: how many responses of E have no reward; then there are no prices.
+        dissected: rows of `post_mortem.parquet`.
+        samplers: by checkpoint with a post-mortem, how far the law that drew U is from the policy.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -137,6 +142,8 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
+    if content := post_mortem_section([row for row in dissected if row["normalization"] == normalization], samplers):
+        lines += ["", "## The step that was taken", "", *content]
     if content := price_section(priced, without_reward):
         lines += ["", "## The price of the entropy", "", *content]
     if content := evaluation_batch.section(shown):

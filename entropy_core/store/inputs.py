@@ -46,7 +46,8 @@ Rewards = Annotated[Artifact, made_by("reward-u-batch", "recorded-u-batch")]
 RewardsOfE = Annotated[Artifact, made_by("reward-e-batch")]
 Discriminators = Annotated[Artifact, made_by("discriminate-u")]
 Update = Annotated[Artifact, made_by("compute-update")]
-AnyStep = Annotated[Artifact, made_by("compute-update", "altered-step")]
+AnyStep = Annotated[Artifact, made_by("compute-update", "altered-step", "real-step")]
+RealStep = Annotated[Artifact, made_by("real-step")]
 Sensitivities = Annotated[Artifact, made_by("block-sensitivities")]
 Screen = Annotated[Artifact, made_by("screen")]
 Predicted = Annotated[Artifact, made_by("predict")]
@@ -60,6 +61,7 @@ Path = Annotated[Artifact, made_by("path-integral")]
 Estimates = Annotated[Artifact, made_by("variance")]
 Interventions = Annotated[Artifact, made_by("interventions")]
 Price = Annotated[Artifact, made_by("price")]
+PostMortem = Annotated[Artifact, made_by("post-mortem")]
 Agreement = Annotated[Artifact, made_by("agreement")]
 
 
@@ -133,6 +135,7 @@ class ReportedCheckpoint(TypedDict):
     attribution: Attribution
     interventions: Interventions | None
     price: Price | None
+    post_mortem: PostMortem | None
 
 
 def require_inputs(stage: "Stage", inputs: Mapping[str, Any]) -> None:
