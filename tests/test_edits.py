@@ -25,9 +25,13 @@ BACKWARD = {
 }
 MOVED = {"importance", "path-integral", "phase-step", "calibrate", "first-order-e"}  # the last by central differences
 POLICY = (
-    SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance", "recorded-u-batch"}
+    SAMPLE
+    | SCORE
+    | FORWARD_MODE
+    | BACKWARD
+    | {"rescore-e-batch", "discriminate-u", "importance", "recorded-u-batch", "real-step"}
 )
-STATISTICS = {"variance", "price", "phase", "agreement", "interventions", "report"}
+STATISTICS = {"variance", "price", "phase", "agreement", "interventions", "post-mortem", "report"}
 REWARD = {"reward-u-batch", "reward-e-batch"}
 OF_THE_LOSS = {"compute-update", "first-order-u", "half-steps-u", "screen"} | CHANGED_STEP
 
@@ -153,7 +157,7 @@ EDITS = {
     "how shards are cut": Edit(
         replaces("part = -(-size // ranks)", "part = -(-size // ranks) + 0"),
         {"load-checkpoint", "load-weights", "compute-update", "first-order-u", "half-steps-u", "dropout-u"}
-        | {"block-sensitivities"}
+        | {"block-sensitivities", "real-step"}
         | CHANGED_STEP,
     ),
     "how adapters are filled": Edit(
@@ -174,11 +178,11 @@ EDITS = {
     "a statistic": Edit(replaces("((C - 1) / C * ((without_C", "((C - 1) * ((without_C"), {"variance"}),
     "a type in a module of statistics": Edit(
         replaces('Estimator = Literal["per_decision",', 'Estimator = Literal["mean", "per_decision",'),
-        {"variance", "price", "phase", "interventions"},
+        {"variance", "price", "phase", "interventions", "post-mortem"},
     ),
     "the formula of a baseline": Edit(
         adds("def time_loo_baseline(", "def time_totals(*_): ..."),
-        {"entropy-gradient", "block-sensitivities", "variance", "price", "phase", "interventions"},
+        {"entropy-gradient", "block-sensitivities", "variance", "price", "phase", "interventions", "post-mortem"},
     ),
     "a limit of a verdict": Edit(
         replaces("MATERIAL_CURVATURE = ", "MATERIAL_CURVATURE = 2 * "), {"variance", "report"}
@@ -193,7 +197,7 @@ EDITS = {
     # what runs on import
     "a statement that runs on import": Edit(
         adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"),
-        POLICY | {"screen", "interventions", "price", "phase", "agreement", "variance"},
+        POLICY | {"screen", "interventions", "price", "phase", "agreement", "variance", "post-mortem"},
     ),
     # what changes nothing
     "an unused error class": Edit(

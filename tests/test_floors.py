@@ -255,7 +255,7 @@ def test_nothing_is_imported_that_is_not_declared():
     assert used - known <= of_theirs  # of scipy, transformers, Prefect and pydantic
 
 
-@pytest.mark.parametrize("stage", ["variance", "price", "phase", "agreement", "interventions", "report"])
+@pytest.mark.parametrize("stage", ["variance", "price", "phase", "agreement", "interventions", "post_mortem", "report"])
 def test_the_statistics_reach_no_policy(stage):
     modules = reached(f"entropy_core.stages.{stage}")
     assert {"entropy_core.estimates.tables", f"entropy_core.stages.{stage}"} <= modules
@@ -270,7 +270,7 @@ def test_what_handles_no_sequence_does_not_reach_the_policy():
     without = {name for name in STAGES if not any(room(other) == "policy" for other in reached(name))}
     names = (
         *("load_checkpoint", "load_weights", "load_prompts", "reward"),
-        *("screen", "variance", "price", "phase", "agreement", "interventions", "report"),
+        *("screen", "variance", "price", "phase", "agreement", "interventions", "post_mortem", "report"),
     )
     assert without == {f"entropy_core.stages.{name}" for name in names}
 

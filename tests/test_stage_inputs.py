@@ -1,6 +1,7 @@
 """What a stage takes: an artifact of another stage, a missing input or another type is refused before anything runs."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,6 +52,8 @@ def swept(home) -> Counting:
         done, recorded = probe(asked(home)).run, asked(home)
         rollouts = write_rollouts(home / "4.jsonl")
         recorded["batch_config"] = recorded["batch_config"] | {"U": {"from": str(rollouts)}}
+        shutil.copytree(home / "run" / "checkpoint-5", home / "run" / "checkpoint-4")
+        recorded["post_mortem"] = True
         done.asked += probe(recorded).run.asked
         return done
 

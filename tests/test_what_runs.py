@@ -119,6 +119,7 @@ def trace(tmp_path_factory) -> Trace:
     folder = tmp_path_factory.mktemp("traced")
     run, gpt2 = make_run(folder / "run"), make_gpt2(folder / "gpt2" / "checkpoint-3")
     make_lora(folder / "lora" / "checkpoint-3", make_base(folder / "base"))
+    make_lora(folder / "lora" / "checkpoint-4", folder / "base")
     make_lora(folder / "folder" / "checkpoint-3", folder / "base", "folder")
     prompts = folder / "pool.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{n}+{n}=", "answer": "{n}"}}\n' for n in range(1, 9)))
@@ -160,6 +161,7 @@ def trace(tmp_path_factory) -> Trace:
                     "policy": {"dtype": "float32"},
                     "batch_config": {"U": {"from": str(write_rollouts(folder / "4.jsonl", advantage=0.5))}},
                     "update": {"kl_beta": 0.1, "loss": "reinforce"},
+                    "post_mortem": True,
                 },
             ),
             (

@@ -237,6 +237,36 @@ class OptimizerStep:
             of_one.fused,
         )
 
+    def stored(self, taken: Mapping[Block, Tensor]) -> Lazy[Block]:
+        """The step as the weights have it in the number format of the trainer, per unit of the nominal learning rate.
+
+        Args:
+            taken: of `taken`, which is it already where the format is narrow.
+
+        Returns:
+            Float64. AdamW in float32 is computed by torch's own code; the step of another rule is added to the weights
+            and rounded once. Weights that are no numbers of float32 are not rounded.
+        """
+        exact = self.part("taken")
+        return Lazy(
+            list(self._gradient),
+            lambda block: (
+                taken[block].to(self._device).double()
+                if self._of[block.name].narrow
+                else self._in_float32(block, exact)
+            ),
+        )
+
+    def _in_float32(self, block: Block, exact: Mapping[Block, Tensor]) -> Tensor:
+        of_one, theta, lr = self._of[block.name], self._parameters[block], self._learning_rate
+        if not torch.equal(theta.float().double(), theta):
+            return exact[block]
+        if of_one.rule is not RULES["adamw"]:
+            return ((theta + lr * exact[block]).float().double() - theta) / lr
+        gradient = self._gradient[block].float() * torch.tensor(self._clip, dtype=torch.float32)
+        state, hyperparameters = self._state(block), of_one.hyperparameters
+        return rounded_step(gradient, theta, state, hyperparameters, lr, torch.float32, of_one.fused).change / lr
+
     def part(self, name: str) -> Lazy[Block]:
         """One part of the step as a vector; its name is one of `PARTS`."""
         return self._vector(lambda step, _: PARTS[name](step))

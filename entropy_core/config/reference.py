@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.estimates.phase_table import CLIPPED, PHASE
+from entropy_core.estimates.post_mortem import POST_MORTEM
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
 
@@ -56,13 +57,20 @@ def tables_page() -> str:
         "price": "A row per checkpoint × normalisation × step size but 0, if `price` is set.",
         "phase": "A row per checkpoint × normalisation × optimizer step on the rollout, if `update.phase` is followed.",
         "clipped": "A row per checkpoint × optimizer step on the rollout × token whose importance ratio it clips.",
+        "post_mortem": "A row per checkpoint × normalisation × part of the step that was taken, if asked for.",
         "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
         "interventions": "A row per checkpoint × normalisation × level × intervention, if any are asked for.",
         "compare": "A row per pair of checkpoints × normalisation × quantity; `entropy-probe compare` writes it.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
-    schemas |= {"price": of_checkpoints(PRICE), "phase": of_checkpoints(PHASE), "clipped": of_checkpoints(CLIPPED)}
-    schemas |= {"agreement": AGREEMENT, "interventions": INTERVENTIONS}
+    schemas |= {
+        "price": of_checkpoints(PRICE),
+        "phase": of_checkpoints(PHASE),
+        "clipped": of_checkpoints(CLIPPED),
+        "post_mortem": of_checkpoints(POST_MORTEM),
+        "agreement": AGREEMENT,
+        "interventions": INTERVENTIONS,
+    }
     schemas |= {"compare": COMPARISON}
     for name, schema in schemas.items():
         lines += [

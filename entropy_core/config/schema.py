@@ -192,6 +192,11 @@ class ProbeConfig(Section):
         description="Compute the reward of every response of E, too, and say what a step does to the expected reward "
         "and how much entropy goes with it.",
     )
+    post_mortem: bool = Field(
+        False,
+        description="Split what the trainer's step from each checkpoint to the next one beside it did to the entropy: "
+        "tokens, sampler, momentum, decay, rounding, and the rest. Needs `batch_config.U.from`.",
+    )
     interventions: list[InterventionEntry] = Field(
         default_factory=list,
         max_length=1000,

@@ -130,9 +130,7 @@ class Measurement:
     ) -> None:
         self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
         self.run, self.release = run, release
-        self.price: Inputs = {}  # of the price stage, once E has its rewards
-        self.interventions: Inputs = {}  # of the interventions stage, once they have been tried
-        self.phase: Inputs = {}  # of the phase stage, once its steps have been followed
+        self.asked_for: dict[str, Inputs] = {}  # see `final_stages.ASKED_FOR`
         self.recorded: list[Artifact] = []  # U as its trainer recorded it, where it is not sampled
         self.notes: list[str] = []
         self.warnings: list[str] = []
@@ -178,7 +176,7 @@ class Measurement:
         first_order_e = along_v(e_batch)
         if self.config.price:
             of_e = [self._rewarded([shard], self.e_pool) for shard in e_batch]
-            self.price = {"rewards": self._over_shards(stage.REWARD_E, of_e)}
+            self.asked_for["price"] = {"rewards": self._over_shards(stage.REWARD_E, of_e)}
         gradient = self._once(
             stage.ENTROPY_GRADIENT,
             {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
@@ -191,6 +189,8 @@ class Measurement:
             "gradient": gradient,
         }
         first_order_u = self._once(stage.FIRST_ORDER_U, of_both)
+        if self.checkpoint.after:
+            self.asked_for["post_mortem"] = self._dissected(e_batch, update, gradient)
         half_steps_u = self._once(stage.HALF_STEPS_U, of_both)
         discriminators_u = self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch})
         if self.checkpoint.dropout:
@@ -199,7 +199,9 @@ class Measurement:
         if self.config.interventions:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
             step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
-            self.interventions = tried(self.config, batches, step, self.run, self.checkpoint.name, self.release)
+            self.asked_for["interventions"] = tried(
+                self.config, batches, step, self.run, self.checkpoint.name, self.release
+            )
         else:
             self.release(gradient)
         moved = self._moved(e_batch, update, learning_rate)
@@ -212,7 +214,7 @@ class Measurement:
         self.release(update)
         of_rollout = {"policy": policy, "checkpoint": self.optimizer, "sequences": u_batch, "update": update}
         on_e = OnE(e_batch, learning_rate, self.config.importance.estimators[0])
-        self.phase = followed(self.config, of_rollout, on_e, self.run, self.checkpoint.name, self.release)
+        self.asked_for["phase"] = followed(self.config, of_rollout, on_e, self.run, self.checkpoint.name, self.release)
         if isinstance(policy.weights, Artifact):
             self.release(policy.weights)
         return {
@@ -239,6 +241,19 @@ class Measurement:
             return ""
         adapter, given = (self.checkpoint.paths[digest] for digest in (self.checkpoint.weights, self.checkpoint.base))
         return base_differences(adapter, given.name, *self.on_bases)
+
+    def _dissected(self, e_batch: Sequence[Artifact], update: Artifact, gradient: Artifact) -> Inputs:
+        """Split the step that the trainer took, and measure what it did on E."""
+        after = self.policy.model_copy(update={"weights": self.checkpoint.after})
+        of_step = {"policy": self.policy, "checkpoint": self.optimizer, "update": update, "gradient": gradient}
+        real = self._once(stage.REAL_STEP, of_step | {"after": after})
+        moved = {"policy": self.policy, "update": real, "eta": self.optimizer.summary["learning_rate"]}
+        along = [moved | {"sequences": sequences} for sequences in e_batch]
+        shards = self._over_shards(stage.IMPORTANCE, along, " · the step that was taken")
+        self.release(real)
+        batch = self.config.batch_config
+        of_u = {"recorded": self.recorded[0], "old_logprobs": batch.U.old_logprobs, "prompts": batch.B_U}
+        return of_u | {"real": real, "moved": shards}
 
     def _once(self, what: Stage, inputs: Inputs, suffix: str = "") -> Artifact:
         return self.run(what, inputs, self.checkpoint.name + suffix)

@@ -25,6 +25,7 @@ from entropy_core.losses.token_weights import check_token_weights
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
 from entropy_core.numerics.rules import RULES
+from entropy_core.pipeline.dissection import weights_after
 from entropy_core.pipeline.named_base import comparable_base
 from entropy_core.pipeline.patterns import require_quick_patterns
 from entropy_core.pipeline.recorded_u import RecordedU, check_recorded, recorded_of_each, with_sizes
@@ -63,6 +64,7 @@ class CheckpointToProbe:
         log: what its trainer logged near it; see `trainer_log`.
         recorded: the rollouts that are its U; None where U is sampled.
         named_base: digest of the quantised base that an adapter names, where it is probed on another one; else empty.
+        after: digest of the weights of the next checkpoint, for the post-mortem; empty for none.
     """
 
     directory: Path
@@ -84,6 +86,7 @@ class CheckpointToProbe:
     log: Mapping[str, Any]
     named_base: str
     recorded: RecordedU | None = None
+    after: str = ""
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -156,6 +159,10 @@ def _checked(
         named = named_bases.get(name)
         of_named = weights_digest(named) if named else ""
         paths |= {of_named: named} if named else {}
+        if after := weights_after(config, layout, checkpoint.step):
+            paths |= dict([after])
+        elif config.post_mortem:
+            about_u += (f"No post-mortem of {name}: the checkpoint of the next step is not beside it.",)
         found.append(
             CheckpointToProbe(
                 directory=layout.directory.resolve(),
@@ -177,6 +184,7 @@ def _checked(
                 log=trainer_log(checkpoint.step, trainer, trainers),
                 recorded=of_one,
                 named_base=of_named,
+                after=after[0] if after else "",
             )
         )
     if config.policy.base_model and not any(one.base or one.description for one in found):

@@ -13,18 +13,7 @@ from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import StoreError
-from entropy_core.pipeline.final_stages import (
-    AGREEMENT,
-    INTERVENTIONS,
-    PHASE,
-    PRICE,
-    VARIANCE,
-    along_the_phase,
-    compared,
-    compared_interventions,
-    priced,
-    settings_of,
-)
+from entropy_core.pipeline.final_stages import AGREEMENT, ASKED_FOR, VARIANCE, compared, settings_of
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.pipeline.stored_code import require_no_stored_code
 from entropy_core.report.provenance import Provenance, write_stamped
@@ -36,10 +25,8 @@ from entropy_core.store.store import Store
 RECORD_FORMAT = 6
 """Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
-
-OWN_STAGES = ("price", "interventions", "phase")
-"""What is recorded of a checkpoint as inputs of stages that are run if they are asked for."""
-_WITH_ARTIFACTS = ("inputs", *OWN_STAGES)
+WITH_ARTIFACTS = ("inputs", *ASKED_FOR)
+"""What is recorded of a checkpoint as inputs of later stages."""
 
 
 class _Form(BaseModel):
@@ -59,6 +46,7 @@ class _Checkpoint(_Form):
     price: dict[str, Any] = {}
     interventions: dict[str, Any] = {}
     phase: dict[str, Any] = {}
+    post_mortem: dict[str, Any] = {}
     notes: list[str]
     settings: list[_Setting]
     warnings: list[str]
@@ -92,7 +80,7 @@ def write_run(
         run_id: ID of the run.
         config: configuration of the sweep.
         checkpoints: for each checkpoint its name, step, log, notes, settings, warnings, the inputs of its variance
-            stage, and what is its own of those of the stages in `OWN_STAGES`, which may be empty.
+            stage, and those of the stages in `ASKED_FOR` that are recorded for them alone, which may be empty.
         report: artifact of the report stage.
         rerun_of: the run whose statistics or interventions these are; empty for a sweep.
 
@@ -110,7 +98,7 @@ def write_run(
         "rerun_of": rerun_of,
         "config": document,
         "report": report.to_dict(),
-        "checkpoints": [entry | {of: _freeze(entry[of]) for of in _WITH_ARTIFACTS} for entry in checkpoints],
+        "checkpoints": [entry | {of: _freeze(entry[of]) for of in WITH_ARTIFACTS} for entry in checkpoints],
     }
     provenance = _provenance(record, config)
     with runs.writing(store, run_id) as folder:
@@ -164,16 +152,13 @@ def read_run(store: Store, run_id: str) -> tuple[Path, ProbeConfig, list[Inputs]
         config = parse_config(record["config"], str(directory / runs.RECORD))
         runs.named(store.root, directory.name)  # refuses references to anything but artifacts
         checkpoints = [
-            entry | {of: _revive(entry.get(of, {}), store) for of in _WITH_ARTIFACTS} for entry in record["checkpoints"]
+            entry | {of: _revive(entry.get(of, {}), store) for of in WITH_ARTIFACTS} for entry in record["checkpoints"]
         ]
         for entry in checkpoints:
             require_inputs(VARIANCE, entry["inputs"] | settings_of(config))
-            if entry["price"]:
-                require_inputs(PRICE, priced(entry, config))
-            if entry["interventions"]:
-                require_inputs(INTERVENTIONS, compared_interventions(entry, config))
-            if entry["phase"]:
-                require_inputs(PHASE, along_the_phase(entry, config))
+            for of, (stage, inputs_of) in ASKED_FOR.items():
+                if entry[of]:
+                    require_inputs(stage, inputs_of(entry, config))
         require_inputs(AGREEMENT, compared(checkpoints, config))
     return directory, config, checkpoints
 

@@ -9,20 +9,8 @@ from pathlib import Path
 
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.errors import StoreError
-from entropy_core.pipeline.final_stages import (
-    AGREEMENT,
-    INTERVENTIONS,
-    PHASE,
-    PRICE,
-    REPORT,
-    VARIANCE,
-    along_the_phase,
-    compared,
-    compared_interventions,
-    priced,
-    settings_of,
-)
-from entropy_core.pipeline.recorded import OWN_STAGES, read_run, write_run
+from entropy_core.pipeline.final_stages import AGREEMENT, ASKED_FOR, REPORT, VARIANCE, compared, settings_of
+from entropy_core.pipeline.recorded import WITH_ARTIFACTS, read_run, write_run
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store.artifact import Artifact, artifacts_in
@@ -58,7 +46,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
     def work() -> SweepResult:
         for entry in recorded:
-            for artifact in artifacts_in([entry["inputs"], *(entry[of] for of in OWN_STAGES)]):
+            for artifact in artifacts_in([entry[of] for of in WITH_ARTIFACTS]):
                 if store.find(artifact.stage, artifact.key) is None:
                     raise StoreError(
                         f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
@@ -88,11 +76,10 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
             "step": entry["step"],
             "estimates": run(VARIANCE, entry["inputs"] | settings_of(config), entry["checkpoint"]),
             "attribution": entry["inputs"]["first_order_u"],
-            "interventions": run(INTERVENTIONS, compared_interventions(entry, config), entry["checkpoint"])
-            if entry["interventions"]
-            else None,
-            "price": run(PRICE, priced(entry, config), entry["checkpoint"]) if entry["price"] else None,
-            "phase": run(PHASE, along_the_phase(entry, config), entry["checkpoint"]) if entry["phase"] else None,
+        }
+        | {
+            of: run(stage, inputs_of(entry, config), entry["checkpoint"]) if entry[of] else None
+            for of, (stage, inputs_of) in ASKED_FOR.items()
         }
         for entry in recorded
     ]

@@ -14,6 +14,7 @@ from entropy_core.files.sources import Sources, content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.losses import token_weights
 from entropy_core.losses.interventions import own_interventions
+from entropy_core.pipeline.final_stages import ASKED_FOR
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
 from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, load_pool, source_of
 from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config
@@ -167,9 +168,7 @@ def _measured(
             "checkpoint": checkpoint.name,
             "step": checkpoint.step,
             "inputs": inputs,
-            "price": measurement.price,
-            "interventions": measurement.interventions,
-            "phase": measurement.phase,
+            **{of: measurement.asked_for.get(of, {}) for of in ASKED_FOR},
             "notes": [*checkpoint.assumptions, *of_pools, *measurement.notes],
             "settings": [setting._asdict() for setting in checkpoint.settings],
             "warnings": [*checkpoint.warnings, *measurement.warnings],

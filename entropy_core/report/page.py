@@ -11,6 +11,7 @@ from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
 from entropy_core.report.interventions import section as intervention_section
 from entropy_core.report.markdown import markdown_rows
+from entropy_core.report.post_mortem import section as post_mortem_section
 from entropy_core.report.price import section as price_section
 from entropy_core.report.sections import SECTIONS, settings_table
 from entropy_core.report.verdict_lines import interval, order_lines, verdict_lines
@@ -59,6 +60,8 @@ def markdown(
     without_reward: int = 0,
     along: Sequence[Row] = (),
     clipped: Sequence[Row] = (),
+    dissected: Sequence[Row] = (),
+    samplers: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> str:
     """Write the report page of a sweep.
 
@@ -76,6 +79,8 @@ def markdown(
         without_reward: how many responses of E have no reward; then there are no prices.
         along: rows of `phase.parquet`.
         clipped: rows of `clipped.parquet`.
+        dissected: rows of `post_mortem.parquet`.
+        samplers: by checkpoint with a post-mortem, how far the law that drew U is from the policy.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -141,6 +146,8 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
+    if content := post_mortem_section([row for row in dissected if row["normalization"] == normalization], samplers):
+        lines += ["", "## The step that was taken", "", *content]
     if content := price_section(priced, without_reward):
         lines += ["", "## The price of the entropy", "", *content]
     if content := phase.section(followed, clipped):

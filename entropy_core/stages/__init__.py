@@ -17,6 +17,11 @@ The expected reward, if `price` is set:
     sample-e-batch ── reward-e-batch ──────────────────────────────────────────┬─ price ── report
     score-e-batch, first-order-e, importance, path-integral, rescore-e-batch ─┘
 
+The step that the trainer took, if `post_mortem` is set:
+
+    compute-update, entropy-gradient ── real-step ── importance ──┬─ post-mortem ── report
+    recorded-u-batch, first-order-u, score-e-batch, first-order-e ┘
+
 Interventions, if any are asked for:
 
     E, U, compute-update ── block-sensitivities ── screen ──────────────────────────┐

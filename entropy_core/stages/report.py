@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.estimates.phase_table import CLIPPED, PHASE
+from entropy_core.estimates.post_mortem import POST_MORTEM
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.selection import Row, by_run_directory, unit_of
 from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, of_checkpoints, to_table
@@ -31,14 +32,14 @@ def report(
 
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
-            columns, `agreement.parquet`, `price.parquet`, `interventions.parquet`, `phase.parquet` and
-            `clipped.parquet` if they were asked for, `report.md`, the same page as `report.html`, the figures as PNG
-            and SVG, and the main columns of the results as CSV and JSON.
+            columns, `agreement.parquet`, `price.parquet`, `interventions.parquet`, `phase.parquet`, `clipped.parquet`
+            and `post_mortem.parquet` if they were asked for, `report.md`, the same page as `report.html`, the figures
+            as PNG and SVG, and the main columns of the results as CSV and JSON.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
-            `attribution` (artifact of first-order-u), `interventions`, `price` and `phase` (artifacts of these stages,
-            or None).
+            `attribution` (artifact of first-order-u), `interventions`, `price`, `phase` and `post_mortem` (artifacts
+            of these stages, or None).
         agreement: artifact of agreement, whose table is copied.
         settings: settings of the training, as mappings of `key`, `value` and `source`.
         warnings: warnings at the top of the report, one sentence each.
@@ -86,6 +87,12 @@ def report(
     if any(entry["phase"] for entry in checkpoints):
         out.table(to_table(along, of_checkpoints(PHASE)), "phase.parquet")
         out.table(to_table(clipped, of_checkpoints(CLIPPED)), "clipped.parquet")
+    dissected = _gathered(checkpoints, "post_mortem", "post_mortem")
+    if dissected:
+        out.table(to_table(dissected, of_checkpoints(POST_MORTEM)), "post_mortem.parquet")
+    samplers = {
+        entry["checkpoint"]: entry["post_mortem"].summary["sampler"] for entry in checkpoints if entry["post_mortem"]
+    }
     for figure_name, figure in drawn.items():
         figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
     page = pages.markdown(
@@ -102,6 +109,8 @@ def report(
         without_reward=without_reward,
         along=along,
         clipped=clipped,
+        dissected=dissected,
+        samplers=samplers,
     )
     out.path("report.md").write_text(page, encoding="utf-8")
     share, unit = f"share_{rows[0]['normalization']}", unit_of(rows[0]["normalization"])

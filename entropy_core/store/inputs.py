@@ -47,7 +47,8 @@ RewardsOfE = Annotated[Artifact, made_by("reward-e-batch")]
 Discriminators = Annotated[Artifact, made_by("discriminate-u")]
 Update = Annotated[Artifact, made_by("compute-update")]
 PhaseStep = Annotated[Artifact, made_by("phase-step")]
-AnyStep = Annotated[Artifact, made_by("compute-update", "altered-step", "phase-step")]
+RealStep = Annotated[Artifact, made_by("real-step")]
+AnyStep = Annotated[Artifact, made_by("compute-update", "altered-step", "phase-step", "real-step")]
 Sensitivities = Annotated[Artifact, made_by("block-sensitivities")]
 Screen = Annotated[Artifact, made_by("screen")]
 Predicted = Annotated[Artifact, made_by("predict")]
@@ -62,6 +63,7 @@ Estimates = Annotated[Artifact, made_by("variance")]
 Interventions = Annotated[Artifact, made_by("interventions")]
 Price = Annotated[Artifact, made_by("price")]
 Phase = Annotated[Artifact, made_by("phase")]
+PostMortem = Annotated[Artifact, made_by("post-mortem")]
 Agreement = Annotated[Artifact, made_by("agreement")]
 
 
@@ -144,6 +146,7 @@ class ReportedCheckpoint(TypedDict):
     interventions: Interventions | None
     price: Price | None
     phase: Phase | None
+    post_mortem: PostMortem | None
 
 
 def require_inputs(stage: "Stage", inputs: Mapping[str, Any]) -> None:
