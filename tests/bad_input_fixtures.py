@@ -68,6 +68,9 @@ def refused(kind: type[ProbeError], message: str, config: dict[str, Any]) -> str
     return str(raised.value)
 
 
+OFTEN_NULL = {"pareto_k", "sampler_pareto_k", "derivative_check", "derivative_error", "derivative_error_se"}
+
+
 def finite(done: Probe) -> list[dict[str, Any]]:
     """The rows, in which no number is missing, infinite or NaN; of so few weights no tail can be fitted.
 
@@ -80,7 +83,7 @@ def finite(done: Probe) -> list[dict[str, Any]]:
             over_u = "mean_update" in name or "next_update" in name or name == "nonlinearity_over_u"
             assert value is None or not over_u or name.startswith(("sign", "nonlinearity")), name
             hidden = over_u or (cannot_know and name.endswith(("_low", "_high", "p_this_update")))
-            missing = value is None and name not in ("pareto_k", "sampler_pareto_k", "derivative_check") and not hidden
+            missing = value is None and name not in OFTEN_NULL and not hidden
             assert not missing and (not isinstance(value, float) or math.isfinite(value)), (name, value)
     return done.rows
 

@@ -107,9 +107,9 @@ class Edit(NamedTuple):
 EDITS = {
     # what the policy computes
     "a forward-mode rule": Edit(
-        replaces("(torch.pow(x, 2), (x * dx).mul_(2))", "(torch.pow(x, 2), 2 * x * dx)"), FORWARD_MODE
+        replaces("return y, (x.to(y.dtype) * dx).mul_(2)", "return y, 2 * x.to(y.dtype) * dx"), FORWARD_MODE
     ),
-    "attention in blocks": Edit(replaces("do += weights @ dv", "do = do + weights @ dv"), FORWARD_MODE),
+    "attention in blocks": Edit(replaces("do += product(weights, dv", "do = do + product(weights, dv"), FORWARD_MODE),
     "which masks are computed in blocks": Edit(
         replaces("if attention_mask is not None or q_offset", "if q_offset"), FORWARD_MODE
     ),

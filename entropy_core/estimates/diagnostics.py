@@ -4,6 +4,7 @@
 unit of learning rate.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -111,7 +112,7 @@ def linearity_rows(
             name: (batch.standard_error(estimate) ** 2 + noise**2) ** 0.5
             for name, estimate, noise in (
                 ("intercept", fit.intercept, fit.intercept_noise),
-                ("difference", fit.difference, fit.intercept_noise),
+                ("difference", fit.difference, math.hypot(fit.intercept_noise, derivative.numerical)),
                 ("curvature", fit.curvature, fit.curvature_noise),
             )
         }

@@ -53,6 +53,7 @@ class Derivative(NamedTuple):
     informative: int
     units_e: int
     invalid_over_e: str  # why no interval over E is valid; empty if they are
+    numerical: float = 0.0  # standard deviation of the error of its computation, which E does not average out
 
     @property
     def randomness(self) -> Randomness:
@@ -65,6 +66,7 @@ def derivative_of(
     normalization: Normalization,
     contributions: Contributions,
     invalid_over_e: str = "",
+    numerical: float = 0.0,
 ) -> Derivative:
     """Estimate ∂_vH with its standard errors over E and over U.
 
@@ -73,6 +75,7 @@ def derivative_of(
         normalization: per sequence or per token.
         contributions: influence of each sequence of U on ∂_vH.
         invalid_over_e: why no interval over E is valid; empty if they are.
+        numerical: standard deviation of the error of its computation, nats per unit step.
 
     Returns:
         The estimate and its standard errors, in nats per unit step.
@@ -101,6 +104,7 @@ def derivative_of(
         informative=informative,
         units_e=batch.units,
         invalid_over_e=invalid_over_e,
+        numerical=numerical,
     )
 
 
@@ -117,6 +121,7 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
     """
     delta_h1, over_u = derivative.estimate.value * eta, derivative.over_u
     invalid = derivative.invalid_over_e
+    of_e = math.hypot(derivative.se_given_u, derivative.numerical) * abs(eta)
     finite = over_u.degrees_of_freedom > 0 and math.isfinite(derivative.nonlinearity)
     return {
         "delta_h1": delta_h1,
@@ -130,7 +135,7 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         "informative_prompts_u": derivative.informative,
         "interval_over_e": f"no valid interval over E: {invalid}" if invalid else "valid",
         "interval_over_u": f"no valid interval over U: {over_u.invalid}" if over_u.invalid else "valid",
-        **intervals("", delta_h1, derivative.se_given_u * abs(eta), derivative.randomness, eta, confidence_level)[0],
+        **intervals("", delta_h1, of_e, derivative.randomness, eta, confidence_level)[0],
         "confidence_level": confidence_level,
     }
 
@@ -204,7 +209,7 @@ def measure(
     """Compute the columns of a measured change: ΔH, its difference from δH₁, its intervals, and the verdicts.
 
     Rounding errors are those of one draw for the whole batch, so their variance, (noise floor/2)², is added to that of
-    every change measured.
+    every change measured, and that of the derivative to the variance of every difference from it.
 
     Args:
         batch: E.
@@ -226,6 +231,9 @@ def measure(
     def error(estimate: Estimate) -> float:
         return math.hypot(batch.standard_error(estimate), noise_floor / 2)
 
+    def error_from_line(estimate: Estimate) -> float:
+        return math.hypot(error(estimate), derivative.numerical * eta)
+
     prediction = derivative.estimate.scaled(eta)
     difference = change.minus(prediction)
     of_same = derivative.of_estimator[estimator].scaled(eta)
@@ -239,9 +247,9 @@ def measure(
         "delta_h_se": error(change),
         **ends,
         "curvature": curvature.value,
-        "curvature_se": error(curvature),
+        "curvature_se": error_from_line(curvature),
         "paired_difference": difference.value,
-        "paired_difference_se": error(difference),
+        "paired_difference_se": error_from_line(difference),
         "minimum_detectable": (quantile + uncertainty.POWER_QUANTILE) * error(change),
         **{f"p_{name}": p_values[name] for name in ("this_update", "mean_update")},
     }
@@ -256,7 +264,8 @@ def measure(
     above, below = verdicts.bounds(curvature, of_same)
     shape: verdicts.Linearity = "undecided"
     if reliable and eta and not derivative.invalid_over_e:
-        shape = verdicts.linearity(above.value, error(above), below.value, error(below), quantile)
+        errors = map(error_from_line, (above, below))
+        shape = verdicts.linearity(above.value, next(errors), below.value, next(errors), quantile)
     above_rounding = usable and abs(change.value) > noise_floor
     word, rule = verdicts.verdict(
         eta=eta,

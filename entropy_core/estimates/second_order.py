@@ -88,7 +88,7 @@ def predict(
     error = math.hypot(batch.standard_error(curved), fixed)
     quantile = t_quantile(0.5 + confidence_level / 2, derivative.units_e - 1)
     both = first.plus(curved)
-    both_error = math.hypot(batch.standard_error(both), fixed)
+    both_error = math.hypot(batch.standard_error(both), fixed, derivative.numerical * eta)
     widen = widened(first.value, curved.value)
     ends, _ = intervals("delta_h12_", both.value, both_error, derivative.randomness, eta, confidence_level, widen)
     if not over_u and math.isinf(widen):
@@ -134,5 +134,5 @@ def remainder(
     if change is None or second is None or not (eta == 0 or _has_a_square(eta)):
         return {"remainder": None, "remainder_se": None}
     left = change.minus(derivative.estimate.scaled(eta)).minus(second.coefficient.scaled(eta**2))
-    fixed = math.hypot(second.fixed * eta**2, noise_floor / 2)
+    fixed = math.hypot(second.fixed * eta**2, noise_floor / 2, derivative.numerical * eta)
     return {"remainder": left.value, "remainder_se": math.hypot(batch.standard_error(left), fixed)}

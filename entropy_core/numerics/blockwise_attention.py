@@ -5,6 +5,9 @@ For a block of queries, with the keys and values of all positions that it sees:
     S = QKᵀ·s, with a softcap c then c·tanh(S/c),     P = softmax S,   O = PV
     Ṡ = (Q̇Kᵀ + QK̇ᵀ)·s, with a softcap ·(1 − tanh²),  Ȯ = (P∘Ṡ)V − rowsum(P∘Ṡ)∘O + PV̇
 
+Under autocast the matrix products are computed in its dtype, and everything else in float32. The mean key is taken off
+first, which changes neither P nor Ȯ, and leaves smaller numbers to be rounded.
+
 No fused kernel of torch has a forward-mode derivative, and torch's own one keeps several matrices of length × length.
 """
 
@@ -48,9 +51,19 @@ def attention(
         softcap: c; None for none.
 
     Returns:
-        O, [B, H, T, E]; dual if an operand is.
+        O, [B, H, T, E], under autocast in float32; dual if an operand is.
     """
     (q, dq), (k, dk), (v, dv) = map(forward_ad.unpack_dual, (query, key, value))
+    if torch.is_autocast_enabled(q.device.type):
+        narrow = torch.get_autocast_dtype(q.device.type)
+        q, dq = (None if x is None else x.float() for x in (q, dq))
+        if softcap is None:  # the softmax is the same without what all keys share, of which the rounding would remain
+            k, dk = (None if x is None else x.float() - x.float().mean(2, keepdim=True) for x in (k, dk))
+        k, dk, v, dv = (None if x is None else x.to(narrow) for x in (k, dk, v, dv))
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b).to(q.dtype)
+
     (B, H, T, _), (J, U) = q.shape, k.shape[1:3]
     out = q.new_empty(B, T, H, v.shape[-1]).transpose(1, 2)
     dout = None
@@ -66,7 +79,7 @@ def attention(
         by_head = (B, H, stop - start, -1)
         q_block = (q[:, :, start:stop] * scaling).reshape(by_group)
         keys, values = k[:, :, first:last], v[:, :, first:last]
-        scores = q_block @ keys.mT
+        scores = product(q_block, keys.mT)
         bend = None
         if softcap is not None:
             bend = scores.div_(softcap).tanh_()
@@ -74,18 +87,18 @@ def attention(
         if hidden is not None:
             scores.view(by_head)[..., -hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
         weights = scores.softmax(-1)
-        o = weights @ values
+        o = product(weights, values)
         out[:, :, start:stop] = o.view(by_head)
         if dout is None:
             continue
         del scores
-        moved = (dq[:, :, start:stop] * scaling).reshape(by_group) @ keys.mT
-        moved += q_block @ dk[:, :, first:last].mT
+        moved = product((dq[:, :, start:stop] * scaling).reshape(by_group), keys.mT)
+        moved += product(q_block, dk[:, :, first:last].mT)
         if bend is not None:
             moved.mul_(bend.square_().neg_().add_(1))
         moved.mul_(weights)
-        do = moved @ values
+        do = product(moved, values)
         do.addcmul_(moved.sum(-1, keepdim=True), o, value=-1)
-        do += weights @ dv[:, :, first:last]
+        do += product(weights, dv[:, :, first:last])
         dout[:, :, start:stop] = do.view(by_head)
     return out if dout is None else forward_ad.make_dual(out, dout)

@@ -1,4 +1,4 @@
-"""Names of the estimators, baselines and normalisations to choose from; the modules with the formulas explain them."""
+"""Names of estimators, baselines and so on to choose from; the modules with the formulas explain them."""
 
 from typing import Literal
 
@@ -7,3 +7,5 @@ Estimator = Literal["per_decision", "weighted_per_decision", "snis", "path_integ
 Baseline = Literal["none", "time_loo", "time_loo_weighted", "ridge"]
 
 Normalization = Literal["per_token", "per_sequence"]
+
+Arithmetic = Literal["full", "tf32", "bf16"]

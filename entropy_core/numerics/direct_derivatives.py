@@ -23,6 +23,8 @@ class DirectDerivatives(TorchFunctionMode):
     `add`, `mul` and `pow(x, 2)`: ẋ + ẏ, ẋ·y + x·ẏ and 2·x·ẋ, with one new tensor each. Torch's derivative of a product
     allocates three, and writing to new memory takes longer than the arithmetic. Where one operand is a constant, torch
     takes a way through Python that is slower than a GPU's kernel.
+
+    Under autocast each of them computes in the dtype that autocast gives to its value.
     """
 
     def __torch_function__(
@@ -51,6 +53,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Found:
     (x, dx), (w, dw), (b, db) = (_unpacked(operand) for operand in (input, weight, bias))
     if dx is None and dw is None and db is None:
         return None
+    x, dx, w, dw, b, db = (_as_in_products(operand) for operand in (x, dx, w, dw, b, db))
     y, rows = functional.linear(x, w, b), x.reshape(-1, x.shape[-1])
     dy = None if dx is None else functional.linear(dx.reshape(rows.shape), w)
     if dw is not None:
@@ -88,12 +91,22 @@ def _pow(input: Any, exponent: Any, **kwargs: Any) -> Found:
     if kwargs or not (isinstance(input, Tensor) and isinstance(exponent, int) and exponent == 2):
         return None
     x, dx = _unpacked(input)
-    return None if dx is None else (torch.pow(x, 2), (x * dx).mul_(2))
+    if dx is None:
+        return None
+    y = torch.pow(x, 2)  # in float32 under autocast
+    return y, (x.to(y.dtype) * dx).mul_(2)
 
 
 def _unpacked(operand: Any) -> tuple[Any, Any]:
     """Return the value and the tangent of an operand, which may be a number or None."""
     return forward_ad.unpack_dual(operand) if isinstance(operand, Tensor) else (operand, None)
+
+
+def _as_in_products(operand: Any) -> Any:
+    """Cast an operand of a matrix product as autocast does, which leaves out products into an existing tensor."""
+    if operand is None or not torch.is_autocast_enabled(operand.device.type) or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(operand.device.type))
 
 
 def _alike(input: Any, other: Any) -> bool:

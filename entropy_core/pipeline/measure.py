@@ -29,7 +29,7 @@ from entropy_core.store.store import Stage
 NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
 """Draws and sequences of the rounding noise: enough to estimate its size, and cheaper than one step size."""
 CALIBRATION_SEQUENCES = 64
-"""Number of sequences on which central differences are compared with forward mode."""
+"""Number of sequences on which derivatives are compared with forward mode in full precision."""
 DROPOUT_DRAWS = 4
 """Steps with dropout on: enough to see how far they are from the step without."""
 
@@ -171,6 +171,7 @@ class Measurement:
 
         def along_v(batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
             shared = {"policy": policy, "update": update, "half_width": half_width}
+            shared |= {"arithmetic": self.config.policy.arithmetic}
             return self._over_shards(stage.FIRST_ORDER_E, [shared | {"sequences": b} for b in batches], suffix)
 
         first_order_e = along_v(e_batch)
@@ -204,7 +205,7 @@ class Measurement:
             )
         else:
             self.release(gradient)
-        moved = self._moved(e_batch, update, learning_rate)
+        moved = self._moved(e_batch, scores, update, learning_rate)
         replicates = []
         for i in range(1, batch.E_replicates):
             seed, suffix = batch.E_batch_seed + i, f" · replicate {i + 1}/{batch.E_replicates}"
@@ -213,7 +214,7 @@ class Measurement:
         rescores = self._rescored(e_batch)
         self.release(update)
         of_rollout = {"policy": policy, "checkpoint": self.optimizer, "sequences": u_batch, "update": update}
-        on_e = OnE(e_batch, learning_rate, self.config.importance.estimators[0])
+        on_e = OnE(e_batch, scores, learning_rate, self.config.importance.estimators[0], self.config.policy.arithmetic)
         self.asked_for["phase"] = followed(self.config, of_rollout, on_e, self.run, self.checkpoint.name, self.release)
         if isinstance(policy.weights, Artifact):
             self.release(policy.weights)
@@ -330,9 +331,11 @@ class Measurement:
         return self.run.map(stage.RESCORE_E, [first | {"draw": d} for d in range(NOISE_DRAWS)], labels)
 
     def _calibration(self, e_batch: Sequence[Artifact], update: Artifact) -> Artifact | None:
-        if self.config.policy.derivative == "forward_mode":
+        how = self.config.policy
+        if how.derivative == "forward_mode" and how.arithmetic == "full":
             return None
-        return self._once(stage.CALIBRATE, self._first(e_batch, CALIBRATION_SEQUENCES) | {"update": update})
+        first = self._first(e_batch, CALIBRATION_SEQUENCES)
+        return self._once(stage.CALIBRATE, first | {"update": update, "arithmetic": how.arithmetic})
 
     def _rewarded(self, sequences: Sequence[Artifact], pool: Artifact) -> Inputs:
         """The inputs of the rewards of some sequences, which are summed with their weights."""
@@ -403,22 +406,25 @@ class Measurement:
             seed=self.config.batch_config.U_batch_seed if in_parts and update.micro_batch else 0,
         )
 
-    def _moved(self, e_batch: Sequence[Artifact], update: Artifact, learning_rate: float) -> list[Inputs]:
+    def _moved(
+        self, e_batch: Sequence[Artifact], scores: Sequence[Artifact], update: Artifact, learning_rate: float
+    ) -> list[Inputs]:
         """Run the passes at every step size except 0, at which nothing changes."""
         asked = self.config.importance
         unit = learning_rate if asked.eta_unit == "learning_rate" else 1.0
-        passes = {
-            "shards": stage.IMPORTANCE if set(asked.estimators) - {"path_integral"} else None,
-            "path": stage.PATH_INTEGRAL if "path_integral" in asked.estimators else None,
-        }
-        moved = []
+        by_difference, by_path = set(asked.estimators) - {"path_integral"}, "path_integral" in asked.estimators
+        arithmetic, moved = self.config.policy.arithmetic, []
         for multiple in asked.etas:
             eta, step = multiple * unit, f" · η={multiple:g}{' lr' if asked.eta_unit == 'learning_rate' else ''}"
             shared = {"policy": self.policy, "update": update, "eta": eta}
-            there = [shared | {"sequences": sequences} for sequences in e_batch]
-            found = {
-                name: self._over_shards(what, there, step) if what and eta else [] for name, what in passes.items()
-            }
-            in_learning_rates = multiple if asked.eta_unit == "learning_rate" else eta / learning_rate
-            moved.append({"eta": eta, "eta_over_lr": in_learning_rates, **found})
+            there = [shared | {"sequences": sequences} for sequences in e_batch] if eta else []
+            along = [i | {"scores": at, "arithmetic": arithmetic} for i, at in zip(there, scores, strict=bool(eta))]
+            moved.append(
+                {
+                    "eta": eta,
+                    "eta_over_lr": multiple if asked.eta_unit == "learning_rate" else eta / learning_rate,
+                    "shards": self._over_shards(stage.IMPORTANCE, there, step) if by_difference else [],
+                    "path": self._over_shards(stage.PATH_INTEGRAL, along, step) if by_path else [],
+                }
+            )
         return moved

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from entropy_core.config.phase import PhaseConfig
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.losses.phase import PhaseSpec
-from entropy_core.numerics.choices import Estimator
+from entropy_core.numerics.choices import Arithmetic, Estimator
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec
@@ -27,11 +27,13 @@ def spec_of(phase: PhaseConfig, seed_of_u: int) -> PhaseSpec:
 
 
 class OnE(NamedTuple):
-    """How E is measured after a step: its shards, the nominal learning rate, and the estimator of ΔH."""
+    """How E is measured after a step: its shards and their scores, the nominal learning rate, the estimator of ΔH."""
 
     shards: Sequence[Artifact]
+    scores: Sequence[Artifact]
     learning_rate: float
     estimator: Estimator
+    arithmetic: Arithmetic
 
 
 def followed(
@@ -80,6 +82,8 @@ def _measured(policy: PolicySpec, on_e: OnE, now: Artifact, run: Runner, label: 
     by_path = on_e.estimator == "path_integral"
     moved = {"policy": policy, "update": now, "eta": on_e.learning_rate}
     inputs = [moved | {"sequences": sequences} for sequences in on_e.shards]
+    if by_path:
+        inputs = [i | {"scores": at, "arithmetic": on_e.arithmetic} for i, at in zip(inputs, on_e.scores, strict=True)]
     labels = [f"{label} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
     shards = run.map(stage.PATH_INTEGRAL if by_path else stage.IMPORTANCE, inputs, labels)
     empty: list[Artifact] = []

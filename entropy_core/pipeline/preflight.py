@@ -102,6 +102,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
         ProbeError: something is missing, broken or too small; the message says how to fix it.
     """
     check_device(config.execution.device)
+    _check_arithmetic(config)
     usable, warnings = usable_checkpoints(config)
     usable, recorded, without = recorded_of_each(config, usable)
     settled = with_sizes(config, settle(config, {one.name: one.trainer for one in usable}), recorded)
@@ -272,6 +273,16 @@ def check_device(device: str) -> None:
             f"execution.device is cuda, and torch {torch.__version__} finds no GPU on this machine",
             cause="a torch without CUDA, a driver that is missing or too old, or CUDA_VISIBLE_DEVICES",
             fix="set execution.device: auto or cpu, or run where there is one",
+        )
+
+
+def _check_arithmetic(config: ProbeConfig) -> None:
+    """Refuse TF32 on a CPU, which has none."""
+    if config.policy.arithmetic == "tf32" and (config.execution.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError(
+            "policy.arithmetic is tf32, and the policy runs on a CPU, which has no TF32",
+            cause="execution.device is cpu, or auto on a machine without a GPU",
+            fix="set policy.arithmetic: full, or run where there is a GPU",
         )
 
 

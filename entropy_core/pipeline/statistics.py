@@ -105,6 +105,8 @@ def assumptions(config: ProbeConfig) -> list[str]:
     scaled = f" (advantages {divided} by the standard deviation of their group)" if divided else ""
     clipping = f"clipped at global norm {update.max_grad_norm:g}" if update.max_grad_norm else "not clipped"
     kl = f"with {update.kl_beta:g} · KL to the reference policy" if update.kl_beta else "without a KL term"
+    how = config.policy.arithmetic
+    cheaper = "" if how == "full" else f", its derivatives along the step in {how}"
     named = " + ".join(f"`{Path(name).name}`" for name in update.rewards)
     several = f"rewards {named}" if len(update.rewards) > 1 else f"reward {named}"
     return [
@@ -112,5 +114,5 @@ def assumptions(config: ProbeConfig) -> list[str]:
         f"× {config.batch_config.G} responses with the {several}, its gradient {clipping}; "
         f"on-policy, {kl}, cut responses included.",
         f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
-        f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}.",
+        f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}{cheaper}.",
     ]

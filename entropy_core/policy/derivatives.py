@@ -9,9 +9,11 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from entropy_core.errors import CheckpointError, one_line
+from entropy_core.numerics.choices import Arithmetic
 from entropy_core.numerics.direct_derivatives import DirectDerivatives
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.vectors import Block, squares
+from entropy_core.policy.arithmetic import computing_in
 from entropy_core.policy.attention import attention_set
 from entropy_core.policy.blockwise import forward_mode_attention
 from entropy_core.policy.model import Policy
@@ -52,7 +54,11 @@ def scaled_tangent_of(direction: Mapping[Block, Tensor], policy: Policy) -> tupl
 
 
 def token_derivatives(
-    policy: Policy, rows: TeacherForcedRows, direction: Mapping[str, Tensor], temperature: float
+    policy: Policy,
+    rows: TeacherForcedRows,
+    direction: Mapping[str, Tensor],
+    temperature: float,
+    arithmetic: Arithmetic = "full",
 ) -> TokenDerivatives:
     """Compute ℓ, h and their derivatives along `direction` in one forward-mode pass.
 
@@ -64,6 +70,7 @@ def token_derivatives(
         rows: the micro-batch, with K scored tokens.
         direction: v by parameter name, in the policy's dtype and on its device; other parameters are constants.
         temperature: sampling temperature τ.
+        arithmetic: of the trunk.
 
     Returns:
         ℓ and h (nats) and their derivatives (nats per unit of v), each [K].
@@ -72,7 +79,8 @@ def token_derivatives(
         CheckpointError: the architecture contains an operation without a forward-mode derivative.
     """
     differentiable = attention_set(policy.model, forward_mode_attention(policy))
-    with torch.no_grad(), differentiable, DirectDerivatives(), forward_ad.dual_level():
+    cheaper = computing_in(arithmetic, policy.device)
+    with torch.no_grad(), differentiable, cheaper, DirectDerivatives(), forward_ad.dual_level():
         parameters = policy.named_parameters()
         dual = {name: forward_ad.make_dual(parameters[name].detach(), v) for name, v in direction.items()}
         in_place = {place: dual[name] for place, name in policy.places.items() if name in dual}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from entropy_core.numerics import token_statistics
 from entropy_core.numerics.token_statistics import TokenStatistics
+from entropy_core.policy.arithmetic import computing_in_full
 
 HEAD_TOLERANCE = 5e-6  # relative to the largest |logit|; above rounding, below the effect of a softcap on small logits
 
@@ -49,12 +50,15 @@ class Scorer(nn.Module):
         self.head_is_known = self._head_matches()
 
     def forward(self, rows: TeacherForcedRows, temperature: float) -> TokenStatistics:
-        """Compute ℓ and h, each [K]."""
-        if not self.head_is_known:
-            return token_statistics.token_statistics(self.all_logits(rows), rows.tokens_K, temperature)
-        return token_statistics.chunked_statistics(
-            self.head, self.hidden(rows), rows.tokens_K, temperature, self.head_chunk_rows
-        )
+        """Compute ℓ and h, each [K]; the head and the statistics always in the number format of the weights."""
+        of_trunk = self.hidden(rows) if self.head_is_known else self.all_logits(rows)
+        of_trunk = of_trunk.to(self.model.get_output_embeddings().weight.dtype)
+        with computing_in_full(of_trunk.device):
+            if not self.head_is_known:
+                return token_statistics.token_statistics(of_trunk, rows.tokens_K, temperature)
+            return token_statistics.chunked_statistics(
+                self.head, of_trunk, rows.tokens_K, temperature, self.head_chunk_rows
+            )
 
     def all_logits(self, rows: TeacherForcedRows) -> Tensor:
         """Return the model's own logits [K, V]; the logits of all positions are briefly in memory."""

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of
-from entropy_core.report import evaluation_batch, phase
+from entropy_core.report import derivative_error, evaluation_batch, phase
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
@@ -97,7 +97,12 @@ def markdown(
         "",
         *(
             f"> **Warning:** {warning}\n"
-            for warning in (*evaluation_batch.invalid_over_e(shown), *disagreements(compared), *warnings)
+            for warning in (
+                *evaluation_batch.invalid_over_e(shown),
+                *disagreements(compared),
+                *derivative_error.warnings(shown),
+                *warnings,
+            )
         ),
         answer(shown, bool(disagreements(compared)), priced, tried, followed),
         "",
@@ -154,6 +159,8 @@ def markdown(
         lines += ["", "## The steps on one rollout", "", *content]
     if content := evaluation_batch.section(shown):
         lines += ["", "## How E was drawn", "", *content]
+    if content := derivative_error.section(shown):
+        lines += ["", "## How exact the derivatives are", "", *content]
     if content := agreement_section(compared, shown):
         lines += ["", "## Does this look like the trainer's run?", "", *content]
     for title, section in SECTIONS.items():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from entropy_core.numerics.choices import Arithmetic
 from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.policy import moves
 from entropy_core.policy.attention import attention_set
@@ -18,13 +19,16 @@ from entropy_core.sequences.processor import SequenceProcessor
 
 
 def forward_mode(
-    processor: SequenceProcessor, batch: BatchedSequences, direction: Mapping[str, Tensor]
+    processor: SequenceProcessor,
+    batch: BatchedSequences,
+    direction: Mapping[str, Tensor],
+    arithmetic: Arithmetic = "full",
 ) -> TokenDerivatives:
     """Compute ℓ, h, ℓ̇ and ḣ of every token along `direction`, each [K], in one forward-mode pass."""
     tangent = as_tangent(direction, processor.policy)
 
     def derivatives(rows: TeacherForcedRows) -> TokenDerivatives:
-        return token_derivatives(processor.policy, rows, tangent, processor.config.temperature)
+        return token_derivatives(processor.policy, rows, tangent, processor.config.temperature, arithmetic)
 
     with attention_set(processor.policy.model, forward_mode_attention(processor.policy)):
         return TokenDerivatives(*processor.map_tokens(batch, derivatives))

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from entropy_core.numerics.choices import Arithmetic
 from entropy_core.policy.blockwise import forward_mode_attention
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.derivatives import central_difference, forward_mode
@@ -22,6 +23,7 @@ def first_order_e(
     sequences: "SequencesOfE",
     update: "Update",
     half_width: float,
+    arithmetic: Arithmetic,
 ) -> dict[str, Any]:
     """Compute the derivatives of ℓ and h along v for every token of one shard.
 
@@ -32,6 +34,7 @@ def first_order_e(
         sequences: a shard of sample-e-batch.
         update: artifact of compute-update, which holds v.
         half_width: half-width ε of central differences; 0 for forward mode.
+        arithmetic: of forward mode; central differences subtract passes and are always in full precision.
 
     Returns:
         Summary: number of sequences, and the attention kernel used.
@@ -43,6 +46,6 @@ def first_order_e(
         dlogprobs_K, dentropies_K = central_difference(processor, batch, direction, half_width)
     else:
         attention = forward_mode_attention(processor.policy)
-        _, _, dlogprobs_K, dentropies_K = forward_mode(processor, batch, direction)
+        _, _, dlogprobs_K, dentropies_K = forward_mode(processor, batch, direction, arithmetic)
     batch.table({"dlogprobs": dlogprobs_K, "dentropies": dentropies_K}).write(out)
     return {"sequences": len(batch), "attention": attention}

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from entropy_core.errors import NonFiniteError
-from entropy_core.estimates import diagnostics, evaluation, sampler, second_order, unseen
+from entropy_core.estimates import derivative_error, diagnostics, evaluation, sampler, second_order, unseen
 from entropy_core.estimates import rows as estimates
 from entropy_core.estimates.batches import evaluation_batch, halves_of_u, influences, moved_batch, moved_of_first
 from entropy_core.estimates.estimate_columns import ESTIMATES
@@ -80,7 +80,7 @@ def variance(
         update: artifact of compute-update, of which only summary and advantages are read.
         scores_u: shards of score-u-batch.
         discriminators_u: artifact of discriminate-u.
-        calibration: artifact of calibrate, if derivatives are central differences.
+        calibration: artifact of calibrate, unless derivatives are those of forward mode in full precision.
         moved: one mapping per step size: `eta`, the `shards` of importance, and the shards of path-integral in `path`.
         seed: seed of E.
         replicates: one mapping per further E batch: `seed`, `scores` and `first_order_e`.
@@ -103,8 +103,7 @@ def variance(
     of_batch |= unseen.describe_unseen(unseen.unseen_of(scores, max_new_tokens), len(batch), H_seq, largest)
     invalid_over_e = sampler.unusable(of_batch) or unseen.cannot_know(of_batch, len(batch))
     of_batch |= _describe_update(update.summary)
-    of_batch |= {"learning_rate": learning_rate}
-    of_batch |= {"derivative_check": calibration.summary["difference"] if calibration else None}
+    of_batch |= {"learning_rate": learning_rate, **derivative_error.describe(calibration)}
     of_u, of_sequences = first_order_u.summary, first_order_u.table("sequences.parquet")
     as_backward = batch
     if of_u["baseline"] != baseline:
@@ -117,7 +116,9 @@ def variance(
     for normalization in normalizations:
         steps = _half_steps(half_steps_u, of_u["inner_product"][normalization], normalization)
         contributions = _contributions(of_sequences, normalization, update.summary, steps)
-        derivative = estimates.derivative_of(batch, normalization, contributions, invalid_over_e)
+        error = derivative_error.derivative_error(batch, calibration, sequences, normalization)
+        numerical = error.size if error else 0.0
+        derivative = estimates.derivative_of(batch, normalization, contributions, invalid_over_e, numerical)
         columns = of_batch | {
             "normalization": normalization,
             "attribution_closure": of_u["closure"][normalization],
@@ -128,7 +129,7 @@ def variance(
         per_unit = {f"delta_h1_{part}": of_u[part][normalization] for part in ("momentum", "decay", "rounding")}
         per_unit |= {"inner_product": of_u["inner_product"][normalization]}
         noise = diagnostics.numerical_noise(again, rescored, normalization)
-        common[normalization] = _Common(derivative, columns, per_unit, noise)
+        common[normalization] = _Common(derivative, columns, per_unit, noise, error)
     changes: dict[tuple[Normalization, Estimator], list[_Step]] = {}
     seen: dict[Normalization, list[Observation]] = {normalization: [] for normalization in normalizations}
     for entry in moved:
@@ -143,7 +144,8 @@ def variance(
                     of_rows = there._replace(columns=None)  # of no use any more, and large
                     changes.setdefault((of, estimator), []).append(_Step(eta, multiple, of_rows, change))
                 if estimator in ("per_decision", "path_integral"):
-                    slope, rounding = shared.derivative.estimate, shared.noise / 2
+                    slope = shared.derivative.estimate
+                    rounding = math.hypot(shared.noise / 2, shared.derivative.numerical * eta)
                     seen[of] += second_order.observations(batch, there, change, slope, eta, of, rounding)
     found: dict[tuple[Normalization, Estimator], list[tuple[Row, Estimate]]] = {}
     for of, shared in common.items():
@@ -197,6 +199,7 @@ class _Common(NamedTuple):
     columns: Row
     per_unit: dict[str, float]
     noise: float
+    error: derivative_error.DerivativeError | None
 
 
 class _Step(NamedTuple):
@@ -218,7 +221,9 @@ def _row(
 ) -> Row:
     (eta, multiple, there, change), derivative = step, common.derivative
     measurable = change if there.usable else None
-    noise_floor = common.noise if eta and estimator != "path_integral" else 0.0  # path_integral subtracts nothing
+    noise_floor = common.noise if eta else 0.0
+    if estimator == "path_integral":  # it subtracts nothing, and has the error of its derivatives
+        noise_floor = 2.0 * derivative.numerical * abs(eta)
     return {
         **common.columns,
         "eta": eta,
@@ -226,6 +231,7 @@ def _row(
         "estimator": estimator,
         **{name: value * eta for name, value in common.per_unit.items()},
         "noise_floor": noise_floor,
+        **derivative_error.of_step(common.error, eta),
         **estimates.predict(derivative, eta, confidence_level),
         **second_order.predict(batch, derivative, second, eta, confidence_level),
         **estimates.measure(batch, change, there, derivative, eta, estimator, noise_floor, confidence_level),

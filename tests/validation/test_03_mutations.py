@@ -221,7 +221,7 @@ MUTATIONS = (
     Mutation(
         "attention whose values are taken as constant",
         "numerics/blockwise_attention",
-        "do += weights @ dv[:, :, first:last]",
+        "do += product(weights, dv[:, :, first:last])",
         "pass",
         "test_blockwise_attention",
     ),
