@@ -21,7 +21,8 @@ from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedToken
 from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.uncertainty import entropy_derivative
-from entropy_core.pipeline.measure import Measurement, load_checkpoint, load_pool
+from entropy_core.pipeline.loading import load_checkpoint, load_pool
+from entropy_core.pipeline.measure import Measurement
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.runner import Runner, direct_runner
 from entropy_core.pipeline.sweep import execution_for

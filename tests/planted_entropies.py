@@ -141,7 +141,7 @@ class OfTheAgreement(Measurement):
     def variance_inputs(self) -> Inputs:
         _, scores = self._sample_e(self.config.batch_config.E_batch_seed, "")
         u_batch = self._sample_u()
-        scores_u = self._score(stage.SCORE_U, self.policy, u_batch)
+        scores_u = self.stages.score(stage.SCORE_U, self.policy, u_batch)
         update = self._update(u_batch, scores_u)
         found = {"scores": scores, "scores_u": scores_u, "update": update}
         return found | {"learning_rate": self.optimizer.summary["learning_rate"]}

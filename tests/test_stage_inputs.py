@@ -111,7 +111,7 @@ def test_a_stage_that_is_wired_wrongly_is_found_when_the_sweep_is_planned(home, 
     """The scores of E in the place of those with other rounding errors: the same columns, and other numbers."""
 
     def scored(self: Measurement, e_batch: list[Artifact]) -> list[Artifact]:
-        return self._score(catalogue.SCORE_E, self.policy, e_batch)
+        return self.stages.score(catalogue.SCORE_E, self.policy, e_batch)
 
     monkeypatch.setattr(Measurement, "_rescored", scored)
     config = parse_config(asked(home, "elsewhere"))

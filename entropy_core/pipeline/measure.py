@@ -4,27 +4,19 @@ E is the evaluation batch and U the update batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.files import functions as user_functions
-from entropy_core.files.sources import content_digest
-from entropy_core.losses import functions as user_losses
-from entropy_core.losses.spec import LossSpec
-from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.lab import Batches, StepAsItIs, tried
 from entropy_core.pipeline.named_base import base_differences
 from entropy_core.pipeline.phase import OnE, followed
-from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
+from entropy_core.pipeline.preflight import CheckpointToProbe
 from entropy_core.pipeline.recorded_u import RecordedU, remarks
 from entropy_core.pipeline.runner import Inputs, Runner
-from entropy_core.policy.spec import PolicySpec, ProposalSpec
-from entropy_core.prompts import pools as prompts
-from entropy_core.rewards import functions as rewards
-from entropy_core.rewards.spec import RewardSpec
+from entropy_core.pipeline.specs import loss_spec, reward_spec, sampler_of
+from entropy_core.pipeline.stages_of import StagesOf
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
-from entropy_core.store.store import Stage
 
 NOISE_DRAWS, NOISE_SEQUENCES = 4, 1024
 """Draws and sequences of the rounding noise: enough to estimate its size, and cheaper than one step size."""
@@ -34,77 +26,8 @@ DROPOUT_DRAWS = 4
 """Steps with dropout on: enough to see how far they are from the step without."""
 
 
-def source_of(config: ProbeConfig) -> Path | None:
-    """Return the file or folder of the prompts; None for a generated pool."""
-    batch = config.batch_config
-    return prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
-
-
-def load_pool(config: ProbeConfig, split: str, tokenizer: str, run: Runner) -> Artifact:
-    """Load the prompts of a split.
-
-    Args:
-        config: configuration with the dataset.
-        split: name of the split.
-        tokenizer: digest of the tokenizer's files.
-        run: runner of stages.
-
-    Returns:
-        Artifact of load-prompts.
-    """
-    batch, source = config.batch_config, source_of(config)
-    inputs = {
-        "dataset_name": "" if prompts.is_path(batch.dataset_name) else batch.dataset_name,
-        "options": batch.dataset_options,
-        "configuration": batch.dataset_config,
-        "split": split,
-        "prompt_column": batch.prompt_column,
-        "source": content_digest(source) if source else "",  # keyed by content, not by path
-        "revision": prompts.revision(source) if source else "",
-        "library": prompts.library(batch.dataset_name),
-        "tokenizer": tokenizer,
-        "encoding": encoding(config),
-    }
-    return run(stage.LOAD_PROMPTS, inputs, f"{Path(batch.dataset_name).name} {split}")
-
-
-def load_checkpoint(config: ProbeConfig, checkpoint: CheckpointToProbe, run: Runner) -> Artifact:
-    """Load and check the optimizer state of a checkpoint.
-
-    Args:
-        config: configuration, which may set another learning rate or a fresh optimizer.
-        checkpoint: a checkpoint from `preflight`.
-        run: runner of stages.
-
-    Returns:
-        Artifact of load-checkpoint.
-    """
-    inputs = {
-        "checkpoint": checkpoint.digest,
-        "base": checkpoint.base or checkpoint.description,
-        "learning_rate": config.update.learning_rate,
-        "optimizer_state": config.update.optimizer_state,
-        "weights": config.policy.weights,
-    }
-    return run(stage.LOAD_CHECKPOINT, inputs, checkpoint.name)
-
-
 def keep(artifact: Artifact) -> None:
     """Keep the vectors of an artifact; the default of `release`."""
-
-
-def _reward(name: str) -> RewardSpec:
-    file = rewards.source_file(name)
-    return RewardSpec(
-        name=user_functions.without_folder(name),
-        source=content_digest(file) if file else "",
-        imports=_digests(rewards.imported_files(name)),
-        library=rewards.library(name),
-    )
-
-
-def _digests(files: Mapping[str, Path]) -> dict[str, str]:
-    return {name: content_digest(path) for name, path in files.items()}
 
 
 class Measurement:
@@ -130,6 +53,7 @@ class Measurement:
     ) -> None:
         self.config, self.checkpoint, self.optimizer = config, checkpoint, optimizer
         self.run, self.release = run, release
+        self.stages = StagesOf(checkpoint.name, config, run)
         self.asked_for: dict[str, Inputs] = {}  # see `final_stages.ASKED_FOR`
         self.recorded: list[Artifact] = []  # U as its trainer recorded it, where it is not sampled
         self.notes: list[str] = []
@@ -154,17 +78,17 @@ class Measurement:
     def _weights(self) -> Artifact:
         """Put weights that lie in shards into files that transformers can open."""
         inputs = {"checkpoint": self.checkpoint.digest, "description": self.checkpoint.description}
-        return self._once(stage.LOAD_WEIGHTS, inputs)
+        return self.stages.once(stage.LOAD_WEIGHTS, inputs)
 
     def variance_inputs(self) -> Inputs:
         """Run the stages and return all inputs of the variance stage except its settings."""
         batch, policy = self.config.batch_config, self.policy
         e_batch, scores = self._sample_e(batch.E_batch_seed, "")
         u_batch = self._sample_u()
-        scores_u = self._score(stage.SCORE_U, policy, u_batch)
+        scores_u = self.stages.score(stage.SCORE_U, policy, u_batch)
         if self.checkpoint.named_base:
             on_named = policy.model_copy(update={"base": self.checkpoint.named_base})
-            self.on_bases = scores_u, self._score(stage.SCORE_REFERENCE, on_named, u_batch)
+            self.on_bases = scores_u, self.stages.score(stage.SCORE_REFERENCE, on_named, u_batch)
         update = self._update(u_batch, scores_u)
         calibration = self._calibration(e_batch, update)
         half_width = calibration.summary["half_width"] if calibration else 0.0
@@ -172,13 +96,13 @@ class Measurement:
         def along_v(batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
             shared = {"policy": policy, "update": update, "half_width": half_width}
             shared |= {"arithmetic": self.config.policy.arithmetic}
-            return self._over_shards(stage.FIRST_ORDER_E, [shared | {"sequences": b} for b in batches], suffix)
+            return self.stages.over_shards(stage.FIRST_ORDER_E, [shared | {"sequences": b} for b in batches], suffix)
 
         first_order_e = along_v(e_batch)
         if self.config.price:
             of_e = [self._rewarded([shard], self.e_pool) for shard in e_batch]
-            self.asked_for["price"] = {"rewards": self._over_shards(stage.REWARD_E, of_e)}
-        gradient = self._once(
+            self.asked_for["price"] = {"rewards": self.stages.over_shards(stage.REWARD_E, of_e)}
+        gradient = self.stages.once(
             stage.ENTROPY_GRADIENT,
             {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
         )
@@ -189,17 +113,17 @@ class Measurement:
             "update": update,
             "gradient": gradient,
         }
-        first_order_u = self._once(stage.FIRST_ORDER_U, of_both)
+        first_order_u = self.stages.once(stage.FIRST_ORDER_U, of_both)
         if self.checkpoint.after:
             self.asked_for["post_mortem"] = self._dissected(e_batch, update, gradient)
-        half_steps_u = self._once(stage.HALF_STEPS_U, of_both)
-        discriminators_u = self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch})
+        half_steps_u = self.stages.once(stage.HALF_STEPS_U, of_both)
+        discriminators_u = self.stages.once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch})
         if self.checkpoint.dropout:
-            self.with_dropout = self._once(stage.DROPOUT_U, of_both | {"draws": DROPOUT_DRAWS})
+            self.with_dropout = self.stages.once(stage.DROPOUT_U, of_both | {"draws": DROPOUT_DRAWS})
         learning_rate = self.optimizer.summary["learning_rate"]
         if self.config.interventions:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
-            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
+            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, loss_spec(self.config))
             self.asked_for["interventions"] = tried(
                 self.config, batches, step, self.run, self.checkpoint.name, self.release
             )
@@ -247,34 +171,18 @@ class Measurement:
         """Split the step that the trainer took, and measure what it did on E."""
         after = self.policy.model_copy(update={"weights": self.checkpoint.after})
         of_step = {"policy": self.policy, "checkpoint": self.optimizer, "update": update, "gradient": gradient}
-        real = self._once(stage.REAL_STEP, of_step | {"after": after})
+        real = self.stages.once(stage.REAL_STEP, of_step | {"after": after})
         moved = {"policy": self.policy, "update": real, "eta": self.optimizer.summary["learning_rate"]}
         along = [moved | {"sequences": sequences} for sequences in e_batch]
-        shards = self._over_shards(stage.IMPORTANCE, along, " · the step that was taken")
+        shards = self.stages.over_shards(stage.IMPORTANCE, along, " · the step that was taken")
         self.release(real)
         batch = self.config.batch_config
         of_u = {"recorded": self.recorded[0], "old_logprobs": batch.U.old_logprobs, "prompts": batch.B_U}
         return of_u | {"real": real, "moved": shards}
 
-    def _once(self, what: Stage, inputs: Inputs, suffix: str = "") -> Artifact:
-        return self.run(what, inputs, self.checkpoint.name + suffix)
-
-    def _over_shards(self, what: Stage, inputs: Sequence[Inputs], suffix: str = "") -> list[Artifact]:
-        labels = [f"{self.checkpoint.name}{suffix} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
-        return self.run.map(what, inputs, labels)
-
-    def _sample(self, what: Stage, total: int, inputs: Inputs, suffix: str = "") -> list[Artifact]:
-        size = self.config.execution.shard_size
-        shared = inputs | {
-            "max_new_tokens": self.config.generation.max_new_tokens,
-            "stop_strings": self.config.generation.stop_strings,
-        }
-        parts = [{"first": first, "count": min(size, total - first)} for first in range(0, total, size)]
-        return self._over_shards(what, [shared | part for part in parts], suffix)
-
     def _sample_e(self, seed: int, suffix: str) -> tuple[list[Artifact], list[Artifact]]:
         """Sample an E batch and score it."""
-        policy, proposal = self._sampler()
+        policy, proposal = sampler_of(self.config, self.policy)
         inputs = {
             "policy": policy,
             "proposal": proposal,
@@ -284,23 +192,13 @@ class Measurement:
             "responses_per_prompt": self.together,
             "seed": seed,
         }
-        e_batch = self._sample(stage.SAMPLE_E, self.e_total, inputs, suffix)
-        return e_batch, self._score(stage.SCORE_E, self.policy, e_batch, suffix)
-
-    def _sampler(self) -> tuple[PolicySpec, ProposalSpec | None]:
-        """Return the policy that E is sampled with, and the law; None if both are those of the scores."""
-        how = self.config.generation
-        if not how.own_sampler:
-            return self.policy, None
-        policy = self.policy.model_copy(update={"dtype": "bfloat16"}) if how.sampler == "bf16" else self.policy
-        if not how.proposal_temperature:
-            return policy, ProposalSpec(temperature=how.temperature, share=0.0)
-        return policy, ProposalSpec(temperature=how.proposal_temperature, share=how.proposal_share)
+        e_batch = self.stages.sample(stage.SAMPLE_E, self.e_total, inputs, suffix)
+        return e_batch, self.stages.score(stage.SCORE_E, self.policy, e_batch, suffix)
 
     def _sample_u(self) -> list[Artifact]:
         batch = self.config.batch_config
         if self.checkpoint.recorded:
-            self.recorded = [self._once(stage.RECORDED_U, self._as_recorded(self.checkpoint.recorded))]
+            self.recorded = [self.stages.once(stage.RECORDED_U, self._as_recorded(self.checkpoint.recorded))]
             return self.recorded
         inputs = {
             "policy": self.policy,
@@ -311,14 +209,11 @@ class Measurement:
             "responses_per_prompt": batch.G,
             "seed": batch.U_batch_seed,
         }
-        return self._sample(stage.SAMPLE_U, batch.B_U * batch.G, inputs)
+        return self.stages.sample(stage.SAMPLE_U, batch.B_U * batch.G, inputs)
 
     def _as_recorded(self, rollouts: RecordedU) -> Inputs:
         inputs = {"policy": self.policy, "prompts": self.u_pool, "sources": list(rollouts.files)}
         return inputs | {"number": rollouts.number, "max_new_tokens": self.config.generation.max_new_tokens}
-
-    def _score(self, what: Stage, policy: PolicySpec, batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
-        return self._over_shards(what, [{"policy": policy, "sequences": sequences} for sequences in batches], suffix)
 
     def _first(self, e_batch: Sequence[Artifact], sequences: int) -> Inputs:
         """Return the shards with the first sequences of E, and the number of these sequences."""
@@ -335,7 +230,7 @@ class Measurement:
         if how.derivative == "forward_mode" and how.arithmetic == "full":
             return None
         first = self._first(e_batch, CALIBRATION_SEQUENCES)
-        return self._once(stage.CALIBRATE, first | {"update": update, "arithmetic": how.arithmetic})
+        return self.stages.once(stage.CALIBRATE, first | {"update": update, "arithmetic": how.arithmetic})
 
     def _rewarded(self, sequences: Sequence[Artifact], pool: Artifact) -> Inputs:
         """The inputs of the rewards of some sequences, which are summed with their weights."""
@@ -344,7 +239,7 @@ class Measurement:
         return {
             "sequences": sequences,
             "prompts": pool,
-            "rewards": [_reward(name) for name in update.rewards],
+            "rewards": [reward_spec(name) for name in update.rewards],
             "weights": update.reward_weights if weighted else [],
             "aggregation": "sum_then_normalize",
             "responses_per_prompt": self.config.batch_config.G,
@@ -357,11 +252,11 @@ class Measurement:
             [rewards] = self.recorded
         else:
             rewarded = self._rewarded(u_batch, self.u_pool) | {"aggregation": update.multi_objective_aggregation}
-            rewards = self._once(stage.REWARD_U, rewarded)
+            rewards = self.stages.once(stage.REWARD_U, rewarded)
         if update.kl_beta and not (rollouts and rollouts.referenced(self.config)):
             weights, *base = self.checkpoint.reference
             of_reference = self.policy.model_copy(update={"weights": weights, "base": "".join(base)})
-            reference = self._score(stage.SCORE_REFERENCE, of_reference, u_batch)
+            reference = self.stages.score(stage.SCORE_REFERENCE, of_reference, u_batch)
         inputs = {
             "policy": self.policy,
             "checkpoint": self.optimizer,
@@ -371,40 +266,15 @@ class Measurement:
             "reference": reference,
             "recorded": self.recorded,
             "old_logprobs": self.config.batch_config.U.old_logprobs if self.recorded else "scored",
-            "loss": self._loss(),
+            "loss": loss_spec(self.config),
             "responses_per_prompt": self.config.batch_config.G,
             "max_grad_norm": update.max_grad_norm,
         }
-        step = self._once(stage.COMPUTE_UPDATE, inputs)
+        step = self.stages.once(stage.COMPUTE_UPDATE, inputs)
         if rollouts:
             how = self.config.batch_config.U.old_logprobs
             self.notes, self.warnings = remarks(rollouts, self.recorded[0].summary, step.summary, how)
         return step
-
-    def _loss(self) -> LossSpec:
-        """The loss; what cannot change its gradient is left at its default, so that equal steps have equal keys."""
-        update, file = self.config.update, user_losses.source_file(self.config.update.loss)
-        in_parts = bool(file) or update.loss == "bnpo" or update.entropy_coef or update.top_entropy_quantile < 1
-        return LossSpec(
-            name=user_functions.without_folder(update.loss),
-            source=content_digest(file) if file else "",
-            imports=_digests(user_functions.imported_files(file)) if file else {},
-            scale_rewards=divided_by(update.loss, update.scale_rewards),
-            max_new_tokens=self.config.generation.max_new_tokens,
-            kl_beta=update.kl_beta,
-            kl_in=update.kl_in if update.kl_beta else "loss",
-            use_bias_correction_kl=bool(update.kl_beta) and update.use_bias_correction_kl,
-            importance_sampling_level=update.importance_sampling_level,
-            top_entropy_quantile=update.top_entropy_quantile,
-            entropy_coef=update.entropy_coef,
-            epsilon_high=update.epsilon_high,
-            multi_objective_aggregation=update.multi_objective_aggregation,
-            reward_clip_range=update.reward_clip_range,
-            normalize_advantages=update.normalize_advantages,
-            mask_truncated_completions=update.mask_truncated_completions,
-            micro_batch=update.micro_batch if in_parts else 0,
-            seed=self.config.batch_config.U_batch_seed if in_parts and update.micro_batch else 0,
-        )
 
     def _moved(
         self, e_batch: Sequence[Artifact], scores: Sequence[Artifact], update: Artifact, learning_rate: float
@@ -423,8 +293,8 @@ class Measurement:
                 {
                     "eta": eta,
                     "eta_over_lr": multiple if asked.eta_unit == "learning_rate" else eta / learning_rate,
-                    "shards": self._over_shards(stage.IMPORTANCE, there, step) if by_difference else [],
-                    "path": self._over_shards(stage.PATH_INTEGRAL, along, step) if by_path else [],
+                    "shards": self.stages.over_shards(stage.IMPORTANCE, there, step) if by_difference else [],
+                    "path": self.stages.over_shards(stage.PATH_INTEGRAL, along, step) if by_path else [],
                 }
             )
         return moved

@@ -1,41 +1,28 @@
 """Check a sweep before any expensive work starts."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
-from entropy_core.checkpoints.architecture import read_architecture
-from entropy_core.checkpoints.checkpoint import Checkpoint
 from entropy_core.checkpoints.content import read_json
-from entropy_core.checkpoints.layout import Layout, find_layout
-from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.errors import CheckpointError, ConfigError
+from entropy_core.errors import ConfigError
 from entropy_core.files.checkpoint import optimizer_digest, weights_digest
 from entropy_core.files.digests import file_digest
-from entropy_core.losses.apart import check_loss
-from entropy_core.losses.interventions import own_interventions
-from entropy_core.losses.token_weights import check_token_weights
-from entropy_core.numerics import philox
-from entropy_core.numerics.philox import Purpose
 from entropy_core.numerics.rules import RULES
 from entropy_core.pipeline.dissection import weights_after
 from entropy_core.pipeline.named_base import comparable_base
-from entropy_core.pipeline.patterns import require_quick_patterns
+from entropy_core.pipeline.prompts_and_rewards import check_positions, checked_pools, encoded_pools
 from entropy_core.pipeline.recorded_u import RecordedU, check_recorded, recorded_of_each, with_sizes
+from entropy_core.pipeline.reference import reference_of
 from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
 from entropy_core.pipeline.trainer_log import trainer_log
 from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
-from entropy_core.prompts import pools as prompts
 from entropy_core.prompts.pools import Pool
-from entropy_core.prompts.tokens import encode
-from entropy_core.rewards import functions as rewards
 
 log = logging.getLogger("entropy_probe.preflight")
 
@@ -133,7 +120,7 @@ def _checked(
         _check_states(usable)
     state = _trainer_state(usable[0].checkpoint.layout.directory)
     rewarded = bool(recorded) and all(of_one.rewarded(config) for of_one in recorded.values()) and not config.price
-    pools = _pools(config, None if rewarded else state)
+    pools = checked_pools(config, None if rewarded else state)
     encoded: dict[str, dict[str, tuple[Pool, list[list[int]]]]] = {}  # by tokenizer and split
     found = []
     trainers = [one.trainer for one in usable]
@@ -147,12 +134,12 @@ def _checked(
         paths |= {optimizer_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
         of_one = recorded.get(name)
         to_score = config.update.kl_beta and not (of_one and of_one.referenced(config))
-        compared, about = _reference(config, layout, name) if to_score else ({}, ())
+        compared, about = reference_of(config, layout, name) if to_score else ({}, ())
         paths |= compared
         if tokenizer not in encoded:
-            encoded[tokenizer] = _encoded(config, pools, home, None if rewarded else state)
+            encoded[tokenizer] = encoded_pools(config, pools, home, None if rewarded else state)
         longest = max(len(ids) for _, token_ids in encoded[tokenizer].values() for ids in token_ids)
-        _check_positions(checkpoint, longest, config.generation.max_new_tokens)
+        check_positions(checkpoint, longest, config.generation.max_new_tokens)
         about_u: tuple[str, ...] = ()
         if of_one:
             paths |= of_one.files
@@ -214,28 +201,6 @@ def _trainer_state(directory: Path) -> dict[str, Any]:
     return read_json(directory / TRAINER_STATE) if (directory / TRAINER_STATE).is_file() else {}
 
 
-def _pools(config: ProbeConfig, state: Mapping[str, Any] | None) -> dict[str, Pool]:
-    """Load the prompts of each split. Check them and the loss as far as that is possible without a tokenizer.
-
-    Without a state the rewards are not called, as where they were recorded.
-    """
-    batch = config.batch_config
-    isolation, longest = config.execution.isolation, config.generation.max_new_tokens
-    check_loss(config.update.loss, config.update.kl_beta, longest, isolation)
-    for name in own_interventions(config.interventions):
-        check_token_weights(name, longest, isolation)
-    located = prompts.locate(batch.dataset_name, batch.dataset_path, batch.allow_download)
-    pools = {
-        split: prompts.load_pool(
-            batch.dataset_name, split, batch.prompt_column, located, batch.dataset_options, batch.dataset_config
-        )
-        for split in dict.fromkeys(config.splits)
-    }
-    if not batch.max_prompt_length:
-        _check_batches(config, pools, state)
-    return pools
-
-
 MOST_SHARDS = 10_000
 """Per checkpoint. Each shard costs several stage runs, folders and keys; with more, these would outweigh the work."""
 
@@ -283,126 +248,4 @@ def _check_arithmetic(config: ProbeConfig) -> None:
             "policy.arithmetic is tf32, and the policy runs on a CPU, which has no TF32",
             cause="execution.device is cpu, or auto on a machine without a GPU",
             fix="set policy.arithmetic: full, or run where there is a GPU",
-        )
-
-
-def _reference(config: ProbeConfig, layout: Layout, name: str) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Find the reference policy of the KL term: the configured one, else that of the trainer.
-
-    TRL keeps the adapter that it began with in `ref/`; without one, the reference is the base without an adapter.
-
-    Returns:
-        Digest and directory of its weights, and then of its base if it is an adapter; and what to say of it.
-
-    Raises:
-        ConfigError: there is none.
-        CheckpointError: it cannot be loaded, or has another vocabulary.
-    """
-    asked = config.update.reference
-    if asked:
-        of = find_layout(Path(asked), config.policy.base_model, fresh=True)
-        about = f"The reference policy is {Path(asked).name}."
-    elif layout.base is None:
-        raise ConfigError(
-            f"update.kl_beta is set, and {name} is no adapter, whose base would be the reference policy",
-            fix="set update.reference to the directory that training started from",
-        )
-    elif (layout.model / "ref" / "adapter_config.json").exists():
-        of, about = (
-            find_layout(layout.model / "ref", layout.base, fresh=True),
-            "The reference policy is that in `ref/`.",
-        )
-    else:
-        of = find_layout(layout.base, fresh=True)
-        about = "The reference policy is the base without its adapter."
-    if of.shards is not None:
-        raise ConfigError(
-            f"the reference policy {of.directory} has its weights in shards, which are read of what is probed alone",
-            fix="set update.reference to a directory with model.safetensors",
-        )
-    require_quick_patterns(of)
-    theirs, ours = (read_architecture(one)[0].vocabulary for one in (of, layout))
-    if theirs != ours:
-        raise CheckpointError(
-            f"the reference policy {of.directory} has {theirs} tokens, and {name} has {ours}",
-            cause="it is not what training started from, or tokens were added for the training",
-            fix="correct update.reference; or say update.kl_beta: 0",
-        )
-    return {weights_digest(directory): directory for directory in (of.model, of.base) if directory}, (about,)
-
-
-def encoding(config: ProbeConfig) -> dict[str, Any]:
-    """Return the keyword arguments of `prompts.tokens.encode`."""
-    batch = config.batch_config
-    return {
-        "add_special_tokens": batch.add_special_tokens,
-        "apply_chat_template": batch.apply_chat_template,
-        "system_prompt": batch.system_prompt,
-        "chat_template_kwargs": batch.chat_template_kwargs,
-        "max_prompt_length": batch.max_prompt_length,
-    }
-
-
-def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool], state: Mapping[str, Any] | None) -> None:
-    """Check the prompt pools and the reward; the reward is not called without a state."""
-    batch = config.batch_config
-    e_split, u_split = config.splits
-    e_pool, u_pool = pools[e_split].table, pools[u_split].table
-    if not batch.U.source:  # whose prompts are drawn already
-        _check_size("B_U", batch.B_U, u_pool, u_split)
-    prompts_e = e_pool.num_rows
-    if batch.E_sampling_mode == "distinct":
-        prompts_e = batch.B_E_values[0]
-        _check_size("B_E_values", prompts_e, e_pool, e_split)
-    if config.units_of_e == "prompt" and prompts_e < 2:
-        raise ConfigError(
-            "prompts are the independent units of E, and there is one: a standard error needs two",
-            cause="B_E_values of 1 in distinct mode, or variance.cluster: prompt with a pool of one prompt",
-            fix="take more prompts, or E_sampling_mode: replacement with variance.cluster: auto",
-        )
-    if state is None:
-        return
-    # call the reward once on empty responses, to find one that cannot be called on U before sampling
-    drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
-    columns = {name: drawn[name].to_pylist() for name in drawn.column_names if name != "prompt"}
-    given = drawn["prompt"].to_pylist(), [""] * drawn.num_rows, columns, config.execution.isolation
-    one_token = [[0]] * drawn.num_rows  # a response has one at least, the one that ends it
-    for name in config.update.rewards:
-        rewards.compute_rewards(name, *given, token_ids=one_token, trainer_state=state)
-
-
-def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
-    if wanted > pool.num_rows:
-        raise ConfigError(
-            f"batch_config.{key} asks for {wanted} distinct prompts, but split {split!r} has {pool.num_rows}",
-            fix=f"set {key} to at most {pool.num_rows}, or use a larger pool",
-        )
-
-
-def _encoded(
-    config: ProbeConfig, pools: Mapping[str, Pool], directory: Path, state: Mapping[str, Any] | None
-) -> dict[str, tuple[Pool, list[list[int]]]]:
-    """The remaining prompts of each split and their token ids, with the checkpoint's own tokenizer."""
-    tokenizer, found = load_tokenizer(directory), {}
-    for split, pool in pools.items():
-        found[split] = encode(pool, tokenizer, **encoding(config))
-        for note in found[split][0].notes:
-            log.warning("split %s: %s", split, note)
-    if config.batch_config.max_prompt_length:
-        _check_batches(config, {split: kept for split, (kept, _) in found.items()}, state)
-    return found
-
-
-def _check_positions(checkpoint: Checkpoint, longest: int, max_new_tokens: int) -> None:
-    """Refuse sequences that are longer than the model's position embeddings, on which a forward pass would fail."""
-    tables = [
-        shape[0]
-        for name, shape in checkpoint.model_shapes.items()
-        if len(shape) == 2 and re.search(r"(^|\.)(wpe|embed_positions|position_embeddings)\.weight$", name)
-    ]
-    if tables and longest + max_new_tokens > min(tables):
-        raise ConfigError(
-            f"prompts of up to {longest} tokens and max_new_tokens of {max_new_tokens} do not fit into the "
-            f"{min(tables)} positions of {checkpoint.layout.directory}",
-            fix=f"set generation.max_new_tokens to at most {min(tables) - longest}, or use shorter prompts",
         )

@@ -16,7 +16,8 @@ from entropy_core.losses import token_weights
 from entropy_core.losses.interventions import own_interventions
 from entropy_core.pipeline.final_stages import ASKED_FOR
 from entropy_core.pipeline.kept_vectors import OtherNumbers, VectorKeeper
-from entropy_core.pipeline.measure import Measurement, keep, load_checkpoint, load_pool, source_of
+from entropy_core.pipeline.loading import load_checkpoint, load_pool, source_of
+from entropy_core.pipeline.measure import Measurement, keep
 from entropy_core.pipeline.preflight import CheckpointToProbe, settled_config
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner

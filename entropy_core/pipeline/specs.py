@@ -1,0 +1,67 @@
+"""What a configuration asks for as stages take it: code by its content, and nothing that cannot change a result."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.files import functions as user_functions
+from entropy_core.files.sources import content_digest
+from entropy_core.losses import functions as user_losses
+from entropy_core.losses.spec import LossSpec
+from entropy_core.numerics.advantages import divided_by
+from entropy_core.policy.spec import PolicySpec, ProposalSpec
+from entropy_core.rewards import functions as rewards
+from entropy_core.rewards.spec import RewardSpec
+
+
+def digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return the digests of the contents of files, by name."""
+    return {name: content_digest(path) for name, path in files.items()}
+
+
+def reward_spec(name: str) -> RewardSpec:
+    """Return a reward function with the content of what it runs."""
+    file = rewards.source_file(name)
+    return RewardSpec(
+        name=user_functions.without_folder(name),
+        source=content_digest(file) if file else "",
+        imports=digests(rewards.imported_files(name)),
+        library=rewards.library(name),
+    )
+
+
+def loss_spec(config: ProbeConfig) -> LossSpec:
+    """Return the loss; what cannot change its gradient is left at its default, so that equal steps have equal keys."""
+    update, file = config.update, user_losses.source_file(config.update.loss)
+    in_parts = bool(file) or update.loss == "bnpo" or update.entropy_coef or update.top_entropy_quantile < 1
+    return LossSpec(
+        name=user_functions.without_folder(update.loss),
+        source=content_digest(file) if file else "",
+        imports=digests(user_functions.imported_files(file)) if file else {},
+        scale_rewards=divided_by(update.loss, update.scale_rewards),
+        max_new_tokens=config.generation.max_new_tokens,
+        kl_beta=update.kl_beta,
+        kl_in=update.kl_in if update.kl_beta else "loss",
+        use_bias_correction_kl=bool(update.kl_beta) and update.use_bias_correction_kl,
+        importance_sampling_level=update.importance_sampling_level,
+        top_entropy_quantile=update.top_entropy_quantile,
+        entropy_coef=update.entropy_coef,
+        epsilon_high=update.epsilon_high,
+        multi_objective_aggregation=update.multi_objective_aggregation,
+        reward_clip_range=update.reward_clip_range,
+        normalize_advantages=update.normalize_advantages,
+        mask_truncated_completions=update.mask_truncated_completions,
+        micro_batch=update.micro_batch if in_parts else 0,
+        seed=config.batch_config.U_batch_seed if in_parts and update.micro_batch else 0,
+    )
+
+
+def sampler_of(config: ProbeConfig, policy: PolicySpec) -> tuple[PolicySpec, ProposalSpec | None]:
+    """Return the policy that E is sampled with, and the law; None if both are those of the scores."""
+    how = config.generation
+    if not how.own_sampler:
+        return policy, None
+    sampler = policy.model_copy(update={"dtype": "bfloat16"}) if how.sampler == "bf16" else policy
+    if not how.proposal_temperature:
+        return sampler, ProposalSpec(temperature=how.temperature, share=0.0)
+    return sampler, ProposalSpec(temperature=how.proposal_temperature, share=how.proposal_share)
