@@ -40,7 +40,7 @@ help:
 	@echo "make test-report   the shared report in a Chromium of the system's, light and dark, without a network (a minute)"
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
-	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, race for a key (docs/chaos.md is written from it);"
+	@echo "make chaos   kill a sweep at 50 random moments and 20 workers, damage 200 files, race for a key (docs/chaos.md is written from it);"
 	@echo "             fill the disk, kill servers and runners; then attack, with 5,000 hostile files and 450 replacements"
 	@echo "             of what is read (half an hour)"
 	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (long)"
@@ -87,7 +87,7 @@ validate: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "validate or chaos" tests/validation tests/test_chaos.py
 
 chaos: .venv/.installed
-	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py tests/test_watch_live.py
+	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_workers.py tests/test_chaos_server.py tests/test_watch_live.py
 	$(BIN)/python -m pytest -m attack
 
 # With SmolLM2's weights and LoRA run where make sweep-smollm2 has left them, else with random weights of its shape.
