@@ -2,7 +2,7 @@
 
 A checkpoint of random weights is probed with a few short sequences, one at a time, so that next to nothing is held that
 is not of the size of the model. The JSON: how many parameters there are; by stage, bytes of the host's and of the
-device's memory at the peak above the loaded model; bytes of vectors in the store at most, and after the sweep.
+device's memory at the peak above the loaded model; bytes of vectors in the store at most, by checkpoint, and after it.
 
 python -m benchmarks.vectors_once --size 135M --folder FOLDER
 """
@@ -51,13 +51,19 @@ SHAPES = {
 
 
 def make_checkpoint(folder: Path, shape: dict[str, int]) -> None:
-    """A checkpoint in the middle of a run, whose embeddings are tied; and a reference policy of the same shape."""
+    """Write a checkpoint from the middle of a run, plain and in shards, and a reference policy of the same shape.
+
+    The embeddings are tied, and the run used dropout.
+    """
+    import torch.distributed.checkpoint as dcp
     from tokenizers import Tokenizer, models
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     tokens = {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(**shape, **tokens, tie_word_embeddings=True, max_position_embeddings=64))
+    settings = {"tie_word_embeddings": True, "max_position_embeddings": 64, "attention_dropout": 0.1}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **tokens, **settings))
     vocabulary = {f"w{i}": i for i in range(shape["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w2")), eos_token="w1", pad_token="w0"
@@ -66,13 +72,20 @@ def make_checkpoint(folder: Path, shape: dict[str, int]) -> None:
     for parameter in model.parameters():
         parameter.grad = 1e-3 * torch.randn_like(parameter)
     optimizer.step()
-    for directory in (folder / "reference", folder / "checkpoint-1"):
+    plain, sharded = folder / "plain" / "checkpoint-1", folder / "sharded" / "checkpoint-1"
+    for directory in (folder / "reference", plain):
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         with torch.no_grad():
             model.model.norm.weight *= 1.01
-    torch.save(optimizer.state_dict(), directory / "optimizer.pt")
-    (directory / "trainer_state.json").write_text(json.dumps({"global_step": 1}), encoding="utf-8")
+    torch.save(optimizer.state_dict(), plain / "optimizer.pt")
+    model.config.save_pretrained(sharded)
+    tokenizer.save_pretrained(sharded)
+    moments = get_optimizer_state_dict(model, optimizer)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=sharded / "pytorch_model_fsdp_0", no_dist=True)
+    dcp.save({"optimizer": moments}, checkpoint_id=sharded / "optimizer_0", no_dist=True)
+    for directory in (plain, sharded):
+        (directory / "trainer_state.json").write_text(json.dumps({"global_step": 1}), encoding="utf-8")
     prompts = [json.dumps({"prompt": f"w{i}"}) for i in range(8)]
     (folder / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
     (folder / "reward.py").write_text(
@@ -80,11 +93,15 @@ def make_checkpoint(folder: Path, shape: dict[str, int]) -> None:
     )
 
 
-def config_of(folder: Path, derivative: str) -> dict[str, Any]:
-    """A sweep of it in which every stage is run."""
+RUNS = (("plain", "forward_mode"), ("sharded", "central_difference"))
+"""Two sweeps, which run every stage between them: the checkpoint, and how derivatives are computed."""
+
+
+def config_of(folder: Path, checkpoint: str, derivative: str) -> dict[str, Any]:
+    """Return the configuration of one of the two sweeps."""
     return {
         "name": "vectors",
-        "checkpoints": [str(folder / "checkpoint-1")],
+        "checkpoints": [str(folder / checkpoint / "checkpoint-1")],
         "policy": {"derivative": derivative},
         "batch_config": {
             "E_total_sequences": 8,
@@ -100,6 +117,9 @@ def config_of(folder: Path, derivative: str) -> dict[str, Any]:
             "reference": str(folder / "reference"),
         },
         "importance": {"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
+        "price": True,
+        "interventions": [{"entropy_coef": 0.01}, {"lr": 0.5}, {"beta1": 0.5}],
+        "lab": {"measure": "all"},
         "execution": {
             "artifacts": str(folder / f"store-{derivative}"),
             "head_chunk_megabytes": 1,
@@ -140,7 +160,7 @@ class Meter:
 
     def in_store(self) -> int:
         """Bytes of all numbers of the size of the model that are there: of their files, less their headers."""
-        return sum(path.stat().st_size - _header(path) for path in self.root.glob(f"*/*/{VECTORS}*"))
+        return sum(path.stat().st_size - _header(path) for path in self.root.glob(f"*/*/{VECTORS}*.safetensors"))
 
 
 def _header(path: Path) -> int:
@@ -168,18 +188,19 @@ def main() -> None:
         return
     host: dict[str, int] = {}
     device: dict[str, int] = {}
-    store = after = count = 0
-    for derivative in ("forward_mode", "central_difference"):
-        config = parse_config(config_of(options.folder, derivative))
+    store: dict[str, int] = {}
+    after = count = 0
+    for run in RUNS:
+        config = parse_config(config_of(options.folder, *run))
         checkpoints = preflight(config)
         execution = execution_for(config, checkpoints)
         meter = Meter(direct_runner(Store(config.store_root), execution), config.store_root)
-        count = _load(checkpoints[0], execution)
+        count = count or _load(checkpoints[0], execution)
         meter.begin()
         sweep(config, checkpoints, Store(config.store_root), Runner(meter))
         for into, found in ((host, meter.host), (device, meter.device)):
             into |= {name: max(found[name], into.get(name, 0)) for name in found}
-        store, after = max(store, meter.store), max(after, meter.in_store())
+        store[run[0]], after = meter.store, max(after, meter.in_store())
         shutil.rmtree(config.store_root)
     print(json.dumps({"parameters": count, "host": host, "device": device, "store": store, "after": after}))
 

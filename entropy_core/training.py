@@ -91,7 +91,9 @@ class ProbeCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the last batch."""
         batches = getattr(self._trainer, "_buffered_inputs", None)
-        if batches and all(isinstance(batch, Mapping) and "completion_ids" in batch for batch in batches):
+        if batches and all(
+            isinstance(of, Mapping) and "completion_ids" in of and "tool_mask" not in of for of in batches
+        ):
             path = Path(args.output_dir) / FOLDER / "batches" / f"checkpoint-{state.global_step}.parquet"
             write_whole(path, _parquet(_tokens(batches)))
 
@@ -150,17 +152,40 @@ def _name_of(reward: Any) -> str:
 
 
 def _tokens(batches: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """The sequences of a generation batch, in the order of the micro-batches: ids without padding, and advantages."""
+    """The sequences of a generation batch, in the order of the micro-batches: ids without padding, and advantages.
+
+    Where the trainer has them, also the log-probabilities that its loss has ratios to, those of the law that drew the
+    tokens, and those of the reference.
+    """
     columns: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "advantage": []}
+    of_tokens = {name: key for name, key in _logprobs_of(batches[0]).items() if all(key in batch for batch in batches)}
+    columns |= {name: [] for name in of_tokens}
     for batch in batches:
-        for name in ("prompt", "completion"):
-            rows = zip(batch[f"{name}_ids"].tolist(), batch[f"{name}_mask"].tolist(), strict=True)
-            columns[f"{name}_ids"] += [[i for i, kept in zip(ids, mask, strict=True) if kept] for ids, mask in rows]
+        kept = {name: batch[f"{name}_mask"].bool() for name in ("prompt", "completion")}
+        kept["completion"] |= ~kept["completion"].any(dim=1, keepdim=True)  # cut, and masked as a whole
+        for name, mask in kept.items():
+            columns[f"{name}_ids"] += _without_padding(batch[f"{name}_ids"], mask)
+        for name, key in of_tokens.items():
+            columns[name] += _without_padding(batch[key], kept["completion"])
         columns["advantage"] += batch["advantages"].tolist()
-    ids = pa.list_(pa.int32())
-    return pa.table(
-        columns, schema=pa.schema([("prompt_ids", ids), ("completion_ids", ids), ("advantage", pa.float64())])
-    )
+    ids, numbers = pa.list_(pa.int32()), pa.list_(pa.float64())
+    types = {"prompt_ids": ids, "completion_ids": ids, "advantage": pa.float64()} | dict.fromkeys(of_tokens, numbers)
+    return pa.table(columns, schema=pa.schema(list(types.items())))
+
+
+def _logprobs_of(batch: Mapping[str, Any]) -> dict[str, str]:
+    """What TRL calls the log-probabilities in a batch. With its correction, ratios are to those of the sampler."""
+    corrected = "importance_sampling_ratio" in batch
+    return {
+        "old_logprobs": "sampling_per_token_logps" if corrected else "old_per_token_logps",
+        "sampling_logprobs": "sampling_per_token_logps",
+        "ref_logprobs": "ref_per_token_logps",
+    }
+
+
+def _without_padding(rows: Any, mask: Any) -> list[list[Any]]:
+    pairs = zip(rows.tolist(), mask.tolist(), strict=True)
+    return [[value for value, kept in zip(*pair, strict=True) if kept] for pair in pairs]
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -22,12 +22,13 @@ from entropy_core.pipeline import sweep as pipeline
 from entropy_core.pipeline.plan import plan, typical_costs
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.recorded import with_interventions
+from entropy_core.store import runs
 from entropy_core.store.store import Store
 from entropy_core.workers.choice import workers_of
 from flows.progress import Progress
 from flows.results import RESULT, summary
 from flows.service import FOLDER
-from flows.ui import announce, publish, publish_plan, published_progress
+from flows.ui import announce, introduce, publish, publish_plan
 from tasks.device import compute
 from tasks.stages import prefect_runner
 
@@ -56,15 +57,19 @@ def checkpoint_sweep(config: ProbeConfig) -> State:
     Raises:
         ProbeError: the request cannot be met; the message says why, and what to do.
     """
-    return _swept(parse_config(config, origin=Origin(_folder(), must_exist=True)))
+    folder = _folder()
+    asked = parse_config(config, origin=Origin(folder))
+    introduce("sweep", asked.name, [Path(pattern).name for pattern in asked.checkpoints])  # whatever is there
+    return _swept(parse_config(config, origin=Origin(folder, must_exist=True)))
 
 
 def _swept(config: ProbeConfig, rerun_of: str = "") -> State:
     checkpoints = preflight(config)
+    kind, of = ("interventions", rerun_of) if rerun_of else ("sweep", config.name)
+    introduce(kind, of, [checkpoint.name for checkpoint in checkpoints])
     store = Store(config.store_root)
     steps, costs = plan(config, checkpoints, store), typical_costs(store)
-    publish_plan(steps, costs)
-    progress = Progress(steps, costs, published_progress())
+    progress = Progress(steps, costs, publish_plan(config.name, steps, costs))
     execution = pipeline.execution_for(config, checkpoints, progress.within)
     with workers_of(config.execution, compute) as workers:
         run = progress.watched(prefect_runner(store, execution, workers))
@@ -88,6 +93,7 @@ def variance(request: VarianceRequest = VarianceRequest()) -> State:  # noqa: B0
     """
     request = parse_request(request, Origin(_folder()))
     store = Store(request.artifacts)
+    introduce("variance", runs.find(store.root, request.run).name)
     return _published(statistics.variance(request, store, prefect_runner(store, Execution())))
 
 

@@ -22,12 +22,13 @@ from entropy_core.store import runs
 from flows import service
 from flows.door import how_to_enter, key_file
 from flows.results import RESULT, print_results
-from flows.service import DEPLOYMENTS, FLOW, ServiceError, child, request
+from flows.service import DEPLOYMENTS, FLOW, QUEUED, ServiceError, child, request
 from flows.stage_lines import not_told, recorded_lines, stage_line
 
 _EVENT = re.compile(r"● +\S+ +\S{12} prefect\.(flow-run|task-run)\.(\w+) \* (.*)")
 _LOG = re.compile(r"▪ +\S+ +\S{12} (.*)")
 _SHOWN = {"Completed": "computed", "Cached": "reused", "Failed": "failed", "AwaitingRetry": "will be tried again"}
+_OF = " · "  # in the name of every run of a stage; that of a checkpoint, around its stages, has none
 _TOLD_AT_ONCE = ("Failed", "AwaitingRetry")
 _SETTLED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _NOTED_WITHIN = 60.0  # seconds
@@ -145,6 +146,9 @@ def _run(deployment: str, parameters: dict[str, Any], config_path: Path | None) 
         message = state.get("message") or "No run was made."
         if status == 0:
             print_results(Path(message.removeprefix("Results in ")))
+            up = f", while `entropy-probe ui{f' {config_path}' if config_path else ''}` is up" if started_here else ""
+            page = f"{service.lasting_address(api_url, started_here)}/runs/flow-run/{run_id}"
+            print(f"\nThe run in the browser: {page}{up}")
             return 0
         reason = message.removeprefix("Flow run encountered an exception: ")
         print(f"\nThe run failed. {reason}\nDetails: {service.HOME / 'serve.log'}", file=sys.stderr)
@@ -189,7 +193,8 @@ def _stages(run_id: str, api_url: str, at_least: int) -> list[tuple[str, str]]:
             break
         known = len(noted)
         time.sleep(_BETWEEN_LOOKS)
-    return [(_SHOWN[task["state_name"]], task["name"]) for task in noted if task["state_name"] in _SHOWN]
+    runs = [(task["state_name"], task["name"]) for task in noted]
+    return [(_SHOWN[state], name) for state, name in runs if state in _SHOWN and _OF in name]
 
 
 def _task_runs(run_id: str, api_url: str) -> list[dict[str, Any]]:
@@ -210,9 +215,10 @@ def _for_reader(line: str) -> str:
     """
     if event := _EVENT.match(line):
         kind, state, name = event.groups()
-        if state == "Late":
+        if state == QUEUED:
             return "  waits: another run is under way"
-        return f"  {stage_line(_SHOWN[state], name, '')}" if kind == "task-run" and state in _TOLD_AT_ONCE else ""
+        told = kind == "task-run" and state in _TOLD_AT_ONCE and _OF in name
+        return f"  {stage_line(_SHOWN[state], name, '')}" if told else ""
     if entry := _LOG.match(line):
         return "" if entry[1].startswith(_HUSHED) else f"  {entry[1]}"
     return "" if line.startswith(_NOISE) else line

@@ -19,6 +19,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _LAST_STAGES = (
     "variance",
     "price",
+    "phase",
     "interventions",
     "agreement",
     "report",
@@ -79,7 +80,7 @@ class Progress:
                     self._say(f"{self._done} of {len(self._steps)} stages, {self._pace()}")
             return artifact
 
-        return Runner(watched_run, run.threads)
+        return Runner(watched_run, run.threads, run.part)
 
     def within(self, done: int, total: int) -> None:
         """Note that the run of a stage that this thread waits for has done `done` of its `total` sequences."""

@@ -18,8 +18,10 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import ProbeError
 from entropy_core.pipeline.usable import read_settings
 from flows.entropy_probe import checkpoint_sweep, interventions, variance
+from flows.form import arranged, without_fixed
 from flows.heartbeat import watch_heartbeats
 from flows.service import FOLDER, ROOT
+from flows.waiting import tell_those_that_wait
 
 
 def deployments(config: Path | None, **where: Any) -> list[RunnerDeployment]:
@@ -59,7 +61,16 @@ def deployments(config: Path | None, **where: Any) -> list[RunnerDeployment]:
             **where,
         ),
     ]
-    return cast("list[RunnerDeployment]", made)
+    return [_with_form(deployment) for deployment in cast("list[RunnerDeployment]", made)]
+
+
+def _with_form(deployment: RunnerDeployment) -> RunnerDeployment:
+    """Arrange a deployment's form, and what it is filled in with."""
+    schema = deployment._parameter_openapi_schema
+    shown = {"properties": schema.properties}
+    deployment.parameters = without_fixed(deployment.parameters or {}, shown, schema.definitions)
+    schema.definitions = arranged(schema.definitions)
+    return deployment
 
 
 def _filled_in(config: ProbeConfig) -> dict[str, Any]:
@@ -86,8 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
         here = {"env": {FOLDER: folder, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}}  # as in `service.environment`
         where = {"work_pool_name": options.work_pool, "job_variables": here}
     registered = deployments(options.config, **where)
-    watch_heartbeats([cast("UUID", deployment.apply()) for deployment in registered])
+    ids = [cast("UUID", deployment.apply()) for deployment in registered]
+    watch_heartbeats(ids)
     if not options.work_pool:
+        tell_those_that_wait(ids)
         os.chdir(ROOT)
         serve(*registered, limit=1, pause_on_shutdown=False)
         return

@@ -9,6 +9,8 @@ of its API but /health. Added here:
 - a request for another host than this machine is refused: a foreign page cannot reach the server under its own name;
 - pages load and ask nothing but this server, and no page of another site may frame them;
 - the older UI only: the newer one asks an outside analytics host from the browser;
+- a run that was suspended stays so until somebody resumes it: the page asks for a limit of five minutes unless told
+  otherwise, after which Prefect lets the run fail;
 - `/enter#KEY`, the link that logs a browser in. What follows the # never leaves the browser.
 """
 
@@ -17,12 +19,17 @@ import base64
 import hashlib
 import socket
 from pathlib import Path
+from typing import Any
 
 import prefect
 import uvicorn
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse
 from prefect.server.api.server import create_app
+from prefect.server.orchestration.core_policy import CoreFlowPolicy
+from prefect.server.orchestration.dependencies import ORCHESTRATION_DEPENDENCIES
+from prefect.server.orchestration.policies import FlowRunOrchestrationPolicy
+from prefect.server.orchestration.rules import FlowRunUniversalTransform, OrchestrationContext
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOSTS = ["127.0.0.1", "localhost"]
@@ -47,6 +54,28 @@ POLICY = {
 }
 
 
+class SuspendedUntilResumed(FlowRunUniversalTransform):
+    """Leaves out the limit after which a suspended run fails."""
+
+    async def before_transition(self, context: OrchestrationContext[Any, Any]) -> None:
+        """Change the state that is asked for, before it is judged."""
+        if context.proposed_state is not None and context.proposed_state.name == "Suspended":
+            context.proposed_state.state_details.pause_timeout = None
+
+
+class FlowPolicy(FlowRunOrchestrationPolicy):
+    """Prefect's own rules on the states of a run, and ours."""
+
+    @staticmethod
+    def priority() -> list[Any]:
+        """Our own before all others."""
+        return [SuspendedUntilResumed, *CoreFlowPolicy.priority()]
+
+
+async def _flow_policy() -> type[FlowRunOrchestrationPolicy]:
+    return FlowPolicy
+
+
 def with_policy(app: ASGIApp) -> ASGIApp:
     """Say with every answer of an application what a browser may do with it."""
     policy = [(name.lower().encode(), value.encode()) for name, value in POLICY.items()]
@@ -65,6 +94,7 @@ def with_policy(app: ASGIApp) -> ASGIApp:
 def application() -> ASGIApp:
     """Make Prefect's application with the door in front of it; its settings come from the environment."""
     prefect.__ui_v2_static_path__ = Path("/nowhere")  # what is not there is neither served nor offered
+    ORCHESTRATION_DEPENDENCIES["flow_policy_provider"] = _flow_policy
     app = create_app(final=True)
     page = f"<!doctype html><title>entropy-probe</title><script>{_ENTER}</script>"
     app.add_api_route("/enter", lambda: HTMLResponse(page))

@@ -23,11 +23,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from entropy_core.errors import ProbeError
@@ -45,6 +46,10 @@ HOME = Path("artifacts").absolute() / "prefect"
 
 FLOW = "entropy-probe"
 DEPLOYMENTS = ("checkpoint-sweep", "variance", "interventions")
+UI_PORT = 4200
+"""Of `entropy-probe ui`, if none is named. A link to a run is to be followed there once a server of its own is gone."""
+QUEUED = "Queued"
+"""Name of the state of a run that waits for another; see `waiting`."""
 
 _STARTUP_SECONDS = 180
 _GRACE_SECONDS = 15
@@ -167,7 +172,8 @@ def service(port: int = 0, config: Path | None = None) -> Iterator[tuple[str, bo
         listener = stack.enter_context(door.listen(port))
         api_url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         door.make_key(HOME)
-        _start(stack, listener, api_url, ["--config", str(config.resolve())] if config else [])
+        options = ["--config", str(config.resolve())] if config else []
+        _start(stack, listener, api_url, options, lasting_address(api_url, started_here=not port))
         address.write_text(api_url)
         stack.callback(address.unlink, missing_ok=True)
         yield api_url, True
@@ -176,14 +182,25 @@ def service(port: int = 0, config: Path | None = None) -> Iterator[tuple[str, bo
             _lock(users, fcntl.LOCK_EX)
 
 
-def _start(stack: ExitStack, listener: socket.socket, api_url: str, options: list[str]) -> None:
+def lasting_address(api_url: str, started_here: bool) -> str:
+    """Where the pages of a server are found later on.
+
+    Args:
+        api_url: of the server.
+        started_here: whether it is stopped when the run is over.
+    """
+    return f"http://127.0.0.1:{UI_PORT}" if started_here else api_url.removesuffix("/api")
+
+
+def _start(stack: ExitStack, listener: socket.socket, api_url: str, options: list[str], links: str) -> None:
     """Start the server, then the process that serves the deployments; `stack` stops them in reverse order."""
     start = ["-m", "flows.server", str(listener.fileno())]
     server = stack.enter_context(child(start, api_url, HOME / "server.log", listener))
     _wait(lambda: request(f"{api_url}/health", timeout=2), server=server)
     _end_orphans(api_url)
     started = datetime.now(UTC)
-    serving = stack.enter_context(child(["-m", "flows.serve", *options], api_url, HOME / "serve.log"))
+    serve = child(["-m", "flows.serve", *options], api_url, HOME / "serve.log", also={"PREFECT_UI_URL": links})
+    serving = stack.enter_context(serve)
     stack.callback(_end_orphans, api_url)
 
     def ready() -> bool:
@@ -209,7 +226,11 @@ def _start(stack: ExitStack, listener: socket.socket, api_url: str, options: lis
 
 @contextmanager
 def child(
-    arguments: list[str], api_url: str, log: Path | None = None, listener: socket.socket | None = None
+    arguments: list[str],
+    api_url: str,
+    log: Path | None = None,
+    listener: socket.socket | None = None,
+    also: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[subprocess.Popen[str]]:
     """Run Python as a child process in a process group of its own; end the whole group on leaving.
 
@@ -218,6 +239,7 @@ def child(
         api_url: the server's API.
         log: file for its output; None: a pipe.
         listener: a socket that it inherits.
+        also: what else is in its environment.
 
     Yields:
         The process.
@@ -227,7 +249,7 @@ def child(
         process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,
-            env=environment(api_url),
+            env={**environment(api_url), **also},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -1,9 +1,13 @@
 """One thin Prefect task per stage: its name, its retries, its `Cached` state. What it computes the core knows."""
 
+from collections.abc import Callable
 from typing import Any
 
 from prefect import Task
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, StateType, TaskRun
+from prefect.exceptions import Pause
+from prefect.transactions import CommitMode, transaction
 
 from entropy_core.errors import MemoryShortageError
 from entropy_core.pipeline.runner import Compute, Inputs, Runner
@@ -68,6 +72,9 @@ def stage_task(stage: Stage, store: Store, execution: Any, compute: Compute = co
 def prefect_runner(store: Store, execution: Any, workers: Workers | None = None) -> Runner:
     """Make what the pipeline runs its stages with: one task run each, in as many threads as there are workers.
 
+    A part of a sweep is a task run, too, around those of its stages: the graph shows it as one bar, which opens. It is
+    not a flow run, since that would take a second of the server's time, and a run cannot be suspended in one.
+
     Args:
         store: where the artifacts are and go.
         execution: how to compute; see `Store.run`.
@@ -81,4 +88,20 @@ def prefect_runner(store: Store, execution: Any, workers: Workers | None = None)
     def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
         return stage_task(stage, store, execution, of_stages)(inputs=inputs, label=label)
 
-    return Runner(run, threads)
+    def part(label: str, work: Callable[[], Any]) -> Any:
+        left: list[Pause] = []
+
+        def run_part() -> Any:
+            try:
+                with transaction(commit_mode=CommitMode.EAGER):  # what is done stays done, whatever comes of the part
+                    return work()
+            except Pause as pause:  # Prefect would leave this task run as it is, Running for ever
+                left.append(pause)
+                return State(type=StateType.CANCELLED, name="Suspended")
+
+        state = Task(run_part, name="checkpoint", task_run_name=label, cache_policy=NO_CACHE)(return_state=True)
+        if left:
+            raise left[0]
+        return state.result()
+
+    return Runner(run, threads, part)

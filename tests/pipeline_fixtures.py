@@ -7,6 +7,7 @@ Responses end at random, so lengths and finish reasons differ.
 """
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -114,6 +115,23 @@ def write_reward(directory: Path, text: str = REWARD) -> str:
     path = directory / "reward.py"
     path.write_text(text)
     return f"{path}:share_of_low_digits"
+
+
+def write_rollouts(path: Path, prompts: int = 4, responses: int = 4, **columns: Any) -> Path:
+    """A file of rollouts that no policy drew: token ids and rewards; further columns have a value per response."""
+    dice, tokenizer = random.Random(0), build_tokenizer()
+    ends = [tokenizer.eos_token_id]
+    rows = [
+        {
+            "prompt_ids": tokenizer(row["prompt"], add_special_tokens=False)["input_ids"],
+            "completion_ids": [*dice.choices(range(3, 13), k=dice.randrange(7)), *ends],
+            "reward": dice.random(),
+        }
+        for row in problems("train", prompts)
+        for _ in range(responses)
+    ]
+    path.write_text("".join(json.dumps(row | columns) + "\n" for row in rows))
+    return path
 
 
 def values(run: Path, artifacts: Path, **sections: Mapping[str, Any] | Any) -> dict[str, Any]:

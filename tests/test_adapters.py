@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from test_policy import TAU, five_point, plain, rows
 from transformers import AutoModelForCausalLM
 
-from entropy_core.checkpoints.adapters import PEFT_PREFIX, check_adapter, fill_adapter, insert_adapter
+from entropy_core.checkpoints.adapter_files import PEFT_PREFIX
+from entropy_core.checkpoints.adapters import check_adapter, fill_adapter, insert_adapter
 from entropy_core.checkpoints.checkpoint import read_checkpoint
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.config.read import parse_config

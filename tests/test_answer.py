@@ -1,4 +1,4 @@
-"""The first paragraph of a report, word by word, for ten situations that a run can be in."""
+"""The first paragraph of a report, word by word, for each situation that a run can be in."""
 
 from typing import Any
 
@@ -41,7 +41,6 @@ FALLING = "The entropy is falling: this step lowers it."
 NEXT = "the next update of checkpoint-10, on another batch, should change it by"
 HELD = "The measured change is within 0.1 % of the first-order prediction."
 UNRESOLVED = {"this_update_low": -0.05, "this_update_high": 0.01}
-UNLIKE = "These numbers may be of another run: read the warning above first."
 FRESH = "no valid interval over U: the optimizer has made no step yet"
 SITUATIONS = {
     "one checkpoint": (
@@ -90,6 +89,11 @@ SITUATIONS = {
         of earlier batches. {HELD} All responses to each prompt of U have equal rewards: the batch says nothing. Use
         other prompts.""",
     ),
+    "wrong description of the run": (
+        [row()],
+        f"""These numbers may be of another run: read the warning above first. {FALLING} It changes by 2 %; {NEXT}
+        -2.8 % to -1.2 %. At checkpoint-10, {SOURCES} {HELD}""",
+    ),
     "both ways": (
         [row("a"), row("b", 0.02), row("c", 1e-5), row("d", **UNRESOLVED), row("checkpoint-10")],
         f"""In a step at the learning rate, the entropy falls at a, checkpoint-10, rises at b, hardly moves at c. At d
@@ -100,16 +104,13 @@ SITUATIONS = {
 }
 
 
+UNLIKE_THE_RUN = ("wrong description of the run",)
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_the_answer(situation):
     rows, said = SITUATIONS[situation]
-    assert answer(rows) == " ".join(said.split())
-
-
-def test_numbers_that_may_be_of_another_run_are_not_told_as_the_run_s():
-    assert answer([row()], unlike_the_run=True).startswith(
-        "These numbers may be of another run: read the warning above"
-    )
+    assert answer(rows, situation in UNLIKE_THE_RUN) == " ".join(said.split())
 
 
 def test_a_sweep_without_a_step_says_nothing_of_one():

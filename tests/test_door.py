@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -23,7 +26,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from flows import door, service
+from flows import door, heartbeat, service
 from flows.heartbeat import NAME, watch_heartbeats
 
 OPEN = ("/health", "/ready")  # they say that a server is up, and nothing else
@@ -232,6 +235,46 @@ def test_only_the_runs_of_our_deployments_are_missed(api, home):
         assert [covers(one) for one in ids] == [True] + [False] * (len(ids) - 1)
         watch_heartbeats(ids)
         assert [covers(one) for one in ids] == [True] * len(ids)
+
+
+def send_heartbeat(api: str, run: str, deployment: str) -> None:
+    """As the process of a run does."""
+    related = {"prefect.resource.id": f"prefect.deployment.{deployment}", "prefect.resource.role": "deployment"}
+    event = {
+        "event": "prefect.flow-run.heartbeat",
+        "id": str(uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
+        "related": [related],
+    }
+    with connect(f"{api.replace('http', 'ws')}/events/in", subprotocols=["prefect"], proxy=None) as stream:
+        stream.send(json.dumps({"type": "auth", "token": door.read_key(service.HOME)}))
+        assert json.loads(stream.recv(timeout=30))["type"] == "auth_success"
+        stream.send(json.dumps(event))
+
+
+def test_a_suspended_run_stays_suspended_and_a_silent_one_has_crashed(api, home, monkeypatch):
+    """The stage in hand sends a heartbeat after Suspend and no other. The limit is what the page sets by itself."""
+    monkeypatch.setattr(heartbeat, "SILENCE", timedelta(seconds=10))
+    ids = [service.request(f"{api}/deployments/name/{service.FLOW}/{name}")["id"] for name in service.DEPLOYMENTS]
+    with temporary_settings({PREFECT_API_URL: api, PREFECT_API_AUTH_STRING: door.read_key(home)}):
+        watch_heartbeats(ids)
+    running = {"state": {"type": "RUNNING"}}
+    suspended, silent = (
+        service.request(f"{api}/deployments/{ids[1]}/create_flow_run", running)["id"] for _ in range(2)
+    )
+    limit = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
+    details = {"pause_reschedule": True, "pause_timeout": limit}
+    asked = {"state": {"type": "PAUSED", "name": "Suspended", "state_details": details}}
+    assert service.request(f"{api}/flow_runs/{suspended}/set_state", asked)["status"] == "ACCEPT"
+    for run in (suspended, silent):
+        send_heartbeat(api, run, ids[1])
+    deadline = time.monotonic() + 60
+    while state_of(api, silent) != "CRASHED" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert (state_of(api, suspended), state_of(api, silent)) == ("PAUSED", "CRASHED")
+    assert service.request(f"{api}/flow_runs/{suspended}/resume", {})["status"] == "ACCEPT"
+    assert service.request(f"{api}/flow_runs/{suspended}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
 
 @pytest.fixture

@@ -17,15 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SAMPLE = {"sample-e-batch", "sample-u-batch"}
 SCORE = {"score-e-batch", "score-u-batch", "score-u-reference"}
-CHANGED_STEP = {"predict", "altered-step"}
+CHANGED_STEP = {"predict", "altered-step", "phase-step"}
 FORWARD_MODE = {"calibrate", "first-order-e", "first-order-u", "path-integral", "block-sensitivities"}
 BACKWARD = {
     *("compute-update", "entropy-gradient", "half-steps-u", "dropout-u", "block-sensitivities"),
     *CHANGED_STEP,
 }
-MOVED = {"importance", "path-integral", "calibrate", "first-order-e"}  # the last by central differences
-POLICY = SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance"}
-STATISTICS = {"variance", "price", "agreement", "interventions", "report"}
+MOVED = {"importance", "path-integral", "phase-step", "calibrate", "first-order-e"}  # the last by central differences
+POLICY = (
+    SAMPLE | SCORE | FORWARD_MODE | BACKWARD | {"rescore-e-batch", "discriminate-u", "importance", "recorded-u-batch"}
+)
+STATISTICS = {"variance", "price", "phase", "agreement", "interventions", "report"}
 REWARD = {"reward-u-batch", "reward-e-batch"}
 OF_THE_LOSS = {"compute-update", "first-order-u", "half-steps-u", "screen"} | CHANGED_STEP
 
@@ -160,6 +162,10 @@ EDITS = {
         ),
         POLICY,
     ),
+    "which columns of rollouts are read": Edit(
+        replaces('("prompt_ids", "prompt_token_ids",', '("prompt_ids", "ids", "prompt_token_ids",'),
+        {"recorded-u-batch"},
+    ),
     "how prompts become tokens": Edit(
         replaces("add_special_tokens=add_special_tokens)[", "add_special_tokens=add_special_tokens, padding=False)["),
         {"load-prompts"},
@@ -168,11 +174,11 @@ EDITS = {
     "a statistic": Edit(replaces("((C - 1) / C * ((without_C", "((C - 1) * ((without_C"), {"variance"}),
     "a type in a module of statistics": Edit(
         replaces('Estimator = Literal["per_decision",', 'Estimator = Literal["mean", "per_decision",'),
-        {"variance", "price", "interventions"},
+        {"variance", "price", "phase", "interventions"},
     ),
     "the formula of a baseline": Edit(
         adds("def time_loo_baseline(", "def time_totals(*_): ..."),
-        {"entropy-gradient", "block-sensitivities", "variance", "price", "interventions"},
+        {"entropy-gradient", "block-sensitivities", "variance", "price", "phase", "interventions"},
     ),
     "a limit of a verdict": Edit(
         replaces("MATERIAL_CURVATURE = ", "MATERIAL_CURVATURE = 2 * "), {"variance", "report"}
@@ -187,7 +193,7 @@ EDITS = {
     # what runs on import
     "a statement that runs on import": Edit(
         adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"),
-        POLICY | {"screen", "interventions", "price", "agreement", "variance"},
+        POLICY | {"screen", "interventions", "price", "phase", "agreement", "variance"},
     ),
     # what changes nothing
     "an unused error class": Edit(

@@ -1,7 +1,8 @@
-"""E read block by block: what all blocks come to is what one block of everything comes to, one in memory at a time."""
+"""E read block by block: what all blocks come to is what one block of everything comes to, in little memory."""
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import get_args
 
@@ -137,7 +138,8 @@ def test_the_first_sequences_keep_the_baselines_that_they_have_in_the_whole(coun
     assert whole.first(count).units == count
 
 
-def test_one_block_is_in_memory_at_a_time():
+def test_one_block_of_a_large_batch_is_in_memory_at_a_time(monkeypatch):
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", 0)
     alive: list[weakref.ref] = []
     most = 0
 
@@ -158,3 +160,19 @@ def test_one_block_is_in_memory_at_a_time():
         for estimator in get_args(Estimator):
             assert evaluation.measured(batch, moved(cuts), estimator).usable
     assert len(alive) > 12 * 20 and most <= 2  # the next one is read before the last one is let go of
+
+
+def test_blocks_that_fit_are_read_once_and_the_others_in_each_pass(monkeypatch):
+    read: list[int] = []
+
+    def load(size: int) -> tuple[Tensor, dict[str, Tensor]]:
+        read.append(size)
+        return torch.zeros(size, dtype=torch.float64), {"b": torch.zeros(size, dtype=torch.float64)}
+
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", 16 * 7)
+    blocks = evaluation.Kept([partial(load, size) for size in (3, 5, 4, 1)])
+    for _ in range(3):
+        assert [len(x_K) for x_K, _ in blocks()] == [3, 5, 4, 1]
+    assert read == [3, 5, 4, 1, 5, 1, 5, 1]  # 3 and 4 fill the room
+    first, other = blocks(), blocks()  # two passes at a time
+    assert next(first)[0] is next(other)[0]

@@ -231,7 +231,9 @@ def test_each_library_has_its_own_door():
     assert importers("safetensors") == core(
         "store.artifact", "checkpoints.content", "losses.apart", "losses.token_weights"
     )
-    assert importers("pyarrow.parquet") == core("store.artifact", "store.data_files", "prompts.files", "training") | {
+    assert importers("pyarrow.parquet") == core(
+        *("store.artifact", "store.data_files", "prompts.files", "prompts.rollout_files", "training")
+    ) | {
         "entropy_core.pipeline.comparison",
         "entropy_core.report.provenance",
         "entropy_core.report.recorded_run",
@@ -253,7 +255,7 @@ def test_nothing_is_imported_that_is_not_declared():
     assert used - known <= of_theirs  # of scipy, transformers, Prefect and pydantic
 
 
-@pytest.mark.parametrize("stage", ["variance", "price", "agreement", "interventions", "report"])
+@pytest.mark.parametrize("stage", ["variance", "price", "phase", "agreement", "interventions", "report"])
 def test_the_statistics_reach_no_policy(stage):
     modules = reached(f"entropy_core.stages.{stage}")
     assert {"entropy_core.estimates.tables", f"entropy_core.stages.{stage}"} <= modules
@@ -268,7 +270,7 @@ def test_what_handles_no_sequence_does_not_reach_the_policy():
     without = {name for name in STAGES if not any(room(other) == "policy" for other in reached(name))}
     names = (
         *("load_checkpoint", "load_weights", "load_prompts", "reward"),
-        *("screen", "variance", "price", "agreement", "interventions", "report"),
+        *("screen", "variance", "price", "phase", "agreement", "interventions", "report"),
     )
     assert without == {f"entropy_core.stages.{name}" for name in names}
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_fixtures import RunsCode
-from test_layouts import OTHERS, deepspeed, trainers  # noqa: F401 (a fixture)
+from test_layouts import trainers  # noqa: F401 (a fixture)
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from trainer_layouts import OTHERS, deepspeed
 
 from entropy_core.checkpoints.checkpoint import read_checkpoint
 from entropy_core.checkpoints.layout import find_layout
@@ -23,7 +24,8 @@ from entropy_core.errors import CheckpointError
 Spoil = Callable[[Path], Any]
 
 DCP, VERL, FULL, FSDP1 = "fsdp_sharded", "verl/global_step_2/actor", "fsdp_full", "fsdp1/global_step_2/actor"
-ZERO2, ZERO3 = "zero2", "zero3"
+TITAN = "titan/step-2"
+ZERO2, ZERO3, UNIVERSAL2, UNIVERSAL3 = "zero2", "zero3", "universal2", "universal3"
 OPTIMIZER = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
 
@@ -160,13 +162,22 @@ def state(name: str, change: Callable[[Any], Any]) -> Spoil:
 M0, M1 = "model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"
 O0, O1 = "optim_world_size_2_rank_0.pt", "optim_world_size_2_rank_1.pt"
 METADATA = "optimizer_0/.metadata"
-G = "global_step2/"
+G, U = "global_step2/", "global_step2_universal/"
+HEAD = U + "zero/lm_head.weight/"
 EACH_FILE = {
     DCP: (METADATA, "pytorch_model_fsdp_0/.metadata"),
     VERL: (M0, M1, O0, O1),
+    FSDP1: (M1, O1),
+    TITAN: (".metadata",),
     FULL: ("optimizer.bin", "pytorch_model_fsdp.bin"),
     ZERO2: (G + OPTIMIZER.format(0), G + OPTIMIZER.format(1), G + "mp_rank_00_model_states.pt"),
     ZERO3: (G + OPTIMIZER.format(1), G + "zero_pp_rank_0_mp_rank_00_model_states.pt"),
+    UNIVERSAL2: (*(HEAD + f"{key}.pt" for key in ("fp32", "exp_avg", "step")), U + "mp_rank_00_model_states.pt"),
+    UNIVERSAL3: (
+        U + "zero/optimizer_state.pt",
+        HEAD + "exp_avg_sq.pt",
+        U + "zero_pp_rank_0_mp_rank_00_model_states.pt",
+    ),
 }
 BROKEN: dict[str, tuple[str, Spoil, str]] = {
     # ranks
@@ -213,6 +224,60 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
         ZERO3,
         lambda f: shutil.copy(OTHERS / "zero2" / G / OPTIMIZER.format(1), f / G / OPTIMIZER.format(1)),
         "not what it should be|saved by|has no|no param groups|numbers of",
+    ),
+    # DeepSpeed, universal
+    "universal: no model states": (UNIVERSAL2, remove(U + "mp_rank_00_model_states.pt"), "no .*_model_states.pt"),
+    "universal: no model states of rank 0": (
+        UNIVERSAL3,
+        remove(U + "zero_pp_rank_0_mp_rank_00_model_states.pt"),
+        "model states of rank 0 are missing",
+    ),
+    "universal: tensor parallelism": (
+        UNIVERSAL2,
+        copy(U + "mp_rank_00_model_states.pt", U + "mp_rank_01_model_states.pt"),
+        "several model-parallel ranks",
+    ),
+    "universal: no groups": (
+        UNIVERSAL2,
+        remove(U + "zero/optimizer_state.pt"),
+        "has a latest_universal, and no folder",
+    ),
+    "universal: another group": (
+        UNIVERSAL2,
+        lambda f: torch.save({"param_groups": [{"lr": 1.0}]}, f / U / "zero" / "optimizer_state.pt"),
+        "do not name the parameters of each group",
+    ),
+    "universal: groups of something else": (
+        UNIVERSAL2,
+        lambda f: torch.save({"param_groups": [3]}, f / U / "zero" / "optimizer_state.pt"),
+        "no param groups",
+    ),
+    "universal: latest leads elsewhere": (UNIVERSAL2, write("latest_universal", b"../other"), "latest_universal names"),
+    "universal: a parameter is missing": (
+        UNIVERSAL2,
+        lambda f: shutil.rmtree(f / HEAD),
+        "no folder of 'lm_head.weight'",
+    ),
+    "universal: a parameter outside": (
+        UNIVERSAL2,
+        state(U + "mp_rank_00_model_states.pt", lambda s: s["param_shapes"][0].update({"../../x": torch.Size([1])})),
+        "no folder of '../../x'",
+    ),
+    "universal: no second moment": (UNIVERSAL2, remove(HEAD + "exp_avg_sq.pt"), "slots lack a moment"),
+    "universal: a moment of another parameter": (
+        UNIVERSAL2,
+        lambda f: shutil.copy(f / U / "zero" / "model.norm.weight" / "exp_avg.pt", f / HEAD),
+        "something else than 592 numbers",
+    ),
+    "universal: another dtype": (
+        UNIVERSAL3,
+        lambda f: torch.save(torch.zeros(592, dtype=torch.float64), f / HEAD / "fp32.pt"),
+        "something else than 592 numbers",
+    ),
+    "universal: turned round": (
+        UNIVERSAL2,
+        lambda f: torch.save({"param": torch.zeros(16, 37).t()}, f / HEAD / "exp_avg.pt"),
+        "another order",
     ),
     # DCP
     "DCP: a file is missing": (DCP, remove("optimizer_0/__1_0.distcp"), r"__1_0\.distcp cannot be read"),
@@ -282,8 +347,8 @@ def read(directory: Path, base: Path) -> None:
 def test_a_broken_layout(trainers, tmp_path, case):  # noqa: F811 (the fixture)
     where, spoil, message = BROKEN[case]
     plain = trainers / "plain" / "checkpoint-2"
-    if where in (ZERO2, ZERO3):
-        directory = base = deepspeed(int(where[-1]), tmp_path)
+    if where in (ZERO2, ZERO3, UNIVERSAL2, UNIVERSAL3):
+        directory = base = deepspeed(where, tmp_path)
     else:
         directory, base = Path(shutil.copytree(trainers / where, tmp_path / "checkpoint-2")), plain
     read(directory, base)  # it is sound
@@ -299,7 +364,6 @@ OF_OTHERS = {
     "torch_dist": ("latest_checkpointed_iteration.txt", "Megatron"),
     "verl with Megatron": ("actor/dist_ckpt/common.pt", "verl with Megatron.*model_merger"),
     "torchtune": ("recipe_state.pt", "torchtune.*FullModelHFCheckpointer"),
-    "DeepSpeed, universal": ("latest_universal", "universal.*zero_to_fp32"),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entropy_core.numerics import losses, ragged
 from entropy_core.numerics.advantages import group_advantages
+from entropy_core.numerics.clipping import OffPolicy
 from entropy_core.numerics.loss_batch import LossBatch, Objective
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
@@ -64,17 +65,24 @@ def padded(values_K: Tensor, batch: LossBatch) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(values_K.split(ragged.lengths(batch.offsets_N1).tolist()), batch_first=True)
 
 
-def by_trl(trainer: type, loss_type: str, batch: LossBatch, delta: float | None = None) -> tuple[Tensor, Tensor]:
+def by_trl(
+    trainer: type, loss_type: str, batch: LossBatch, delta: float | None = None, metrics: Any = None
+) -> tuple[Tensor, Tensor]:
     """∂L/∂ℓ and ∂L/∂h of the tokens of all micro-batches, [N, L], from the trainer's own `_compute_loss`."""
     objective = batch.objective
     ends = [padded(x_K, batch).clone().requires_grad_() for x_K in (batch.logprobs_K, batch.entropies_K)]
-    mask_NL = padded(batch.mask_K, batch)
+    mask_NL, old_NL = padded(batch.mask_K, batch), padded(batch.old_logprobs_K, batch)
     micro_batches = int(batch.micro_batches_N.max()) + 1
     epsilon_high = 0.2 if objective.epsilon_high is None else objective.epsilon_high
+    off_policy, minibatches = objective.off_policy, 1 if batch.rollout_length is None else 3
+    epsilon, threshold = 0.2, None
+    if off_policy:
+        epsilon, threshold = off_policy.epsilon, off_policy.off_policy_mask_threshold
+        epsilon_high = epsilon_high if loss_type == "cispo" else off_policy.epsilon_high
     args = SimpleNamespace(
         use_bias_correction_kl=objective.kl_correction,
-        delta=delta,
-        steps_per_generation=micro_batches,
+        delta=off_policy.delta if off_policy else delta,
+        steps_per_generation=micro_batches * minibatches,
         **{"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05},
         **{"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0},
     )
@@ -83,7 +91,7 @@ def by_trl(trainer: type, loss_type: str, batch: LossBatch, delta: float | None 
         args=args,
         loss_type=loss_type,
         beta=objective.kl_beta,
-        **{"epsilon_low": 0.2, "epsilon_high": epsilon_high, "off_policy_mask_threshold": None},
+        **{"epsilon_low": epsilon, "epsilon_high": epsilon_high, "off_policy_mask_threshold": threshold},
         **{"use_vllm": False, "aux_loss_enabled": False, "use_adaptive_entropy": False},
         importance_sampling_level=objective.importance_sampling_level,
         top_entropy_quantile=objective.top_entropy_quantile,
@@ -92,12 +100,12 @@ def by_trl(trainer: type, loss_type: str, batch: LossBatch, delta: float | None 
         max_completion_length=LONGEST,
         current_gradient_accumulation_steps=micro_batches,
         model=SimpleNamespace(training=True),
-        _metrics={"train": defaultdict(list)},
+        _metrics={"train": defaultdict(list) if metrics is None else metrics},
     )
     for name in ("get_high_entropy_mask", "get_gamma_weights"):
         if hasattr(trainer, name):
             setattr(self, name, getattr(trainer, name).__get__(self))
-    for name in ("get_gamma_weights",):  # a static method
+    for name in ("get_gamma_weights", "get_off_policy_mask"):  # static methods
         if hasattr(trainer, name):
             setattr(self, name, getattr(trainer, name))
     total = torch.zeros(())
@@ -111,9 +119,13 @@ def by_trl(trainer: type, loss_type: str, batch: LossBatch, delta: float | None 
             "completion_ids": torch.ones(len(rows_M), mask_NL.shape[1], dtype=torch.int64),
             "completion_mask": mask_NL[rows_M].long(),
             "advantages": batch.advantages_N[rows_M],
-            "num_items_in_batch": batch.mask_K.sum(),
-            "old_logps": (of_rows[0] * mask_NL[rows_M]).sum(1).detach(),
+            "num_items_in_batch": batch.mask_K.sum()
+            if batch.rollout_length is None
+            else torch.tensor(batch.rollout_length * batch.responses * minibatches),
+            "old_logps": (old_NL * mask_NL)[rows_M].sum(1),
         }
+        if off_policy:
+            inputs["old_per_token_logps"] = old_NL[rows_M]
         if batch.reference_logprobs_K is not None:
             inputs["ref_per_token_logps"] = padded(batch.reference_logprobs_K, batch)[rows_M]
         value = trainer._compute_loss(self, None, inputs)
@@ -181,6 +193,69 @@ def test_every_loss_type_is_in_the_table():
     source = inspect.getsource(grpo_trainer.GRPOTrainer._compute_loss)
     named = set(re.findall(r'"(\w+)"', " ".join(re.findall(r"loss_type (?:==|in) (\[.*?\]|\"\w+\")", source))))
     assert named == set(TYPES)
+
+
+RULES = {
+    "clipped": OffPolicy(0.2, 0.2),
+    "clip-higher": OffPolicy(0.1, 0.28),
+    "dual clip": OffPolicy(0.2, 0.2, delta=1.5),
+    "a dual clip below the upper bound": OffPolicy(0.2, 0.5, delta=1.3),
+    "masked": OffPolicy(0.2, 0.2, off_policy_mask_threshold=0.02),
+}
+
+
+def off_policy_batch(name: str, objective: Objective, micro_batches: int, truncated: bool) -> LossBatch:
+    """One minibatch of three, whose policy has moved away from that of the rollout."""
+    batch = batch_of(name, objective, micro_batches, truncated)
+    generator = torch.Generator().manual_seed(5)
+    moved_K = 0.3 * torch.randn(len(batch.logprobs_K), generator=generator, dtype=torch.float64)
+    return replace(batch, old_logprobs_K=batch.logprobs_K - moved_K, rollout_length=2.75)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("loss_type", [t for t in TYPES if t not in OURS] + ["rloo"])
+def test_the_gradient_off_policy_is_that_of_trl(loss_type: str, rule: str):
+    settings = [s for s in SETTINGS if s != "a low cap"] if loss_type != "rloo" else ["plain"]
+    of_rloo = loss_type == "rloo"
+    trainer = rloo_trainer.RLOOTrainer if of_rloo else grpo_trainer.GRPOTrainer
+    off_policy = OffPolicy(RULES[rule].epsilon, RULES[rule].epsilon_high) if of_rloo else RULES[rule]
+    for setting, (micro_batches, truncated) in product(settings, ((1, False), (4, True))):
+        own = {"epsilon_high": 1.1} if loss_type == "cispo" else {}
+        objective = Objective(**own | SETTINGS[setting], off_policy=off_policy)
+        batch = off_policy_batch(loss_type, objective, micro_batches, truncated)
+        found = losses.coefficients(losses.LOSSES[loss_type], batch)
+        expected = by_trl(trainer, loss_type, batch)
+        for ours_K, theirs_NL in zip(found, expected, strict=True):
+            torch.testing.assert_close(padded(ours_K, batch), theirs_NL, rtol=1e-10, atol=1e-14)
+        unclipped = losses.coefficients(
+            losses.LOSSES[loss_type], replace(batch, objective=replace(objective, off_policy=None))
+        )
+        if setting == "plain" and loss_type != "cispo":  # whose cap is there on-policy, too
+            known = losses.clipped_tokens(loss_type, batch)
+            assert known is not None and known.any.any() and not found.logprob_K[known.any].any()
+            assert not torch.equal(found.logprob_K, unclipped.logprob_K)
+
+
+def test_what_is_clipped_is_what_trl_counts():
+    for rule in ("clipped", "clip-higher"):
+        batch = off_policy_batch("grpo", Objective(off_policy=RULES[rule]), 1, False)
+        known = losses.clipped_tokens("grpo", batch)
+        assert known is not None
+        logged = defaultdict(list)
+        by_trl(grpo_trainer.GRPOTrainer, "grpo", batch, metrics=logged)
+        of_each = [logged[f"clip_ratio/{side}_mean"] for side in ("low", "high", "region")]
+        shares = [float(mask_K.double().mean()) for mask_K in (known.low, known.high, known.any)]
+        assert [share for (share,) in of_each] == pytest.approx(shares) and min(shares) > 0
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_a_rule_changes_no_bit_on_policy(name: str):
+    for rule in RULES.values():
+        objective = Objective(kl_beta=KL_BETA, epsilon_high=5.0)
+        batch = batch_of(name, objective, 4, True)
+        plain = losses.coefficients(losses.LOSSES[name], batch)
+        found = losses.coefficients(losses.LOSSES[name], replace(batch, objective=replace(objective, off_policy=rule)))
+        assert torch.equal(found.logprob_K, plain.logprob_K)
 
 
 @pytest.mark.parametrize("delta", [None, 2.0])

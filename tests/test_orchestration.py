@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Barrier
 from uuid import UUID
@@ -25,8 +26,9 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
 )
 from prefect.client.schemas.objects import TaskRun
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import Pause, PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
+from prefect.states import Suspended
 from prefect.testing.utilities import prefect_test_harness
 
 from entropy_core.config.paths import Origin
@@ -40,6 +42,7 @@ from entropy_core.pipeline.plan import plan
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.threads import Threads
 from entropy_core.policy.spec import PolicySpec
+from entropy_core.report.recorded_run import load_run
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 from entropy_core.workers.choice import Workers
@@ -215,6 +218,56 @@ def test_a_probe_error_is_not_tried_again_and_passes_through(store):
     assert not [path for path in store.root.rglob("*") if path.is_file() and path.parent.name != ".locks"]
 
 
+def of_part(store: Store, ids: list, last: Callable[[stages.Runner], object]) -> Callable[[], object]:
+    """A flow that runs two stages as one part, the second by `last`."""
+
+    @flow
+    def in_part():
+        ids.append(runtime.flow_run.id)
+        run = stages.prefect_runner(store, None)
+
+        def work() -> object:
+            run(Stage("draw", draw), {"seed": 1}, "checkpoint-20")
+            return last(run)
+
+        return run.part("checkpoint-20", work)
+
+    return in_part
+
+
+def pause(run: stages.Runner) -> None:
+    raise Pause(state=Suspended())
+
+
+@pytest.mark.parametrize(
+    ("last", "raised", "part"),
+    [
+        (lambda run: run(Stage("stumble", stumble), {}, "checkpoint-20"), None, "Completed"),
+        (lambda run: run(Stage("refuse", refuse), {}, "checkpoint-20"), ConfigError, "Failed"),
+        (pause, Pause, "Suspended"),
+    ],
+)
+def test_a_part_is_a_task_run_around_those_of_its_stages_which_stay_as_they_ended(store, last, raised, part):
+    ids: list = []
+    with pytest.raises(raised) if raised else nullcontext():
+        of_part(store, ids, last)()
+    of_flow = FlowRunFilter(id=FlowRunFilterId(any_=ids))
+
+    def ended(client: SyncPrefectClient) -> list[TaskRun]:
+        runs = client.read_task_runs(flow_run_filter=of_flow)
+        return [run for run in runs if run.state and (run.state.is_final() or run.name == "checkpoint-20")]
+
+    eventually(ended, 2 if raised is Pause else 3)
+    time.sleep(1)  # what would be taken back would be so now
+    with get_client(sync_client=True) as client:
+        runs = {run.name: run for run in ended(client)}
+    states = {name: run.state.name for name, run in runs.items() if run.state}
+    assert states.pop("checkpoint-20") == part and states.pop("draw · checkpoint-20") == "Completed"
+    assert set(states.values()) <= {part}
+    parents = [of.id for name in runs if " · " in name for of in runs[name].task_inputs["__parents__"]]
+    assert set(parents) == {runs["checkpoint-20"].id} and len(parents) == len(runs) - 1
+
+
 def eventually(ask: Callable[[SyncPrefectClient], list], count: int) -> list:
     """What the server says once it knows of so many; it learns of task runs and artifacts a moment later."""
     deadline = time.monotonic() + 30
@@ -279,27 +332,50 @@ def test_a_sweep_runs_as_many_stages_as_announced_and_shows_its_results(tmp_path
     result = state.result()
     assert state.message == f"Results in {result.run_directory}"
 
-    runs = completed_task_runs(state.state_details.flow_run_id, len(steps))
-    assert Counter(run.name for run in runs) == Counter(f"{step.stage} · {step.label}" for step in steps)
+    around = [*NAMES, "plan", "results"]
+    runs = completed_task_runs(state.state_details.flow_run_id, len(steps) + len(around))
+    assert Counter(run.name for run in runs) == Counter([*(f"{step.stage} · {step.label}" for step in steps), *around])
     assert {run.state.name for run in runs} == {"Completed"}
 
     of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
-    artifacts = eventually(lambda client: client.read_artifacts(artifact_filter=of_run), 5)
-    shown = {artifact.key: artifact.data for artifact in artifacts}
+    artifacts = eventually(lambda client: client.read_artifacts(artifact_filter=of_run), 6)
+    assert [artifact.key for artifact in artifacts if not artifact.task_run_id] == ["tiny-summary"]
+    shown = {artifact.key.removeprefix("tiny-"): artifact.data for artifact in artifacts}
     assert shown["progress"] == 100
     assert [row["stage"] for row in json.loads(shown["plan"])] == [row["stage"] for row in plan_table(steps, {})]
     results = result.report.table("results.parquet").to_pylist()
     for name in NAMES:
-        etas = [row["eta_over_lr"] for row in results if row["checkpoint"] == name]
-        assert [row["eta_over_lr"] for row in json.loads(shown[f"results-{name}"])] == etas != []
+        of = [row for row in results if (row["checkpoint"], row["normalization"]) == (name, "per_token")]
+        cells = json.loads(shown[f"results-{name}"])
+        assert [row["η / lr"] for row in cells] == [row["eta_over_lr"] for row in of]
+        assert [row["verdict"] for row in cells] == [row["verdict"] for row in of]
+        assert cells and all(24 * len(row) + 8 * sum(len(str(cell)) for cell in row.values()) <= 720 for row in cells)
     assert "](data:image/png;base64," in shown["report"]
     assert ".png)" not in shown["report"]
-    assert {f"Files: `{result.run_directory}`"} == {a.description for a in artifacts if a.key == "report"}
-    address = (result.run_directory / "flow-run.txt").read_text()
-    assert address.strip().endswith(f"/flow-run/{state.state_details.flow_run_id}")
+    assert {f"Files: `{result.run_directory}`"} == {a.description for a in artifacts if a.key == "tiny-report"}
+    address = (result.run_directory / "flow-run.txt").read_text().splitlines()[0]
+    assert address.endswith(f"/flow-run/{state.state_details.flow_run_id}")
 
-    again = variance(VarianceRequest(run=result.run_id, artifacts=str(tmp_path / "artifacts"), confidence_level=0.5))
-    rows = again.report.table("results.parquet").to_pylist()
+    run = load_run(result.run_id, config.store_root)
+    assert [line.split(" | ")[0] for line in shown["summary"].splitlines() if line.startswith("| checkpoint-")] == [
+        f"| {name}" for name in NAMES
+    ]
+    listed = re.findall(r"^\| `(.*?)` \|", shown["summary"], re.MULTILINE)
+    assert {f"tiny-{key}" for key in shown} == {*listed, "tiny-summary", "tiny-plan", "tiny-progress"}
+    [about] = [artifact.description for artifact in artifacts if artifact.key == "tiny-summary"]
+    assert about.endswith(run.answer) and about.count("> **Warning:** ") == len(run.warnings)
+    with get_client(sync_client=True) as client:
+        introduced = client.read_flow_run(state.state_details.flow_run_id)
+    assert introduced.name == f"tiny · {', '.join(NAMES)}" and set(introduced.tags) == {"sweep", "tiny", *NAMES}
+
+    again = variance(
+        VarianceRequest(run=result.run_id, artifacts=str(tmp_path / "artifacts"), confidence_level=0.5),
+        return_state=True,
+    )
+    with get_client(sync_client=True) as client:
+        introduced = client.read_flow_run(again.state_details.flow_run_id)
+    assert introduced.name == f"{result.run_id} · variance"
+    rows = again.result().report.table("results.parquet").to_pylist()
     assert {row["confidence_level"] for row in rows} == {0.5}
 
 
@@ -309,6 +385,8 @@ def test_a_request_that_cannot_be_met_fails_with_one_line(tmp_path, caplog):
     assert state.is_failed()
     assert "nowhere-*" in state.message
     assert "\n" not in state.message
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(state.state_details.flow_run_id).name == "probe · nowhere-*"
     assert "Encountered exception" in caplog.text
     assert "Traceback" not in caplog.text
 

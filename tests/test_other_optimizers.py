@@ -171,12 +171,13 @@ def test_an_adafactor_that_makes_its_own_learning_rate_takes_no_other(tmp_path: 
         read_checkpoint(tmp_path / "checkpoint-3", 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adafactor"])
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS.keys() - {"Adafactor, own rate"}))
 def test_a_rounding_that_is_not_known_is_refused(kind: str, tmp_path: Path) -> None:
     model = make_model().bfloat16()
     optimizer = OPTIMIZERS[kind](model)
     train_llama(model, optimizer)
     directory = write_llama(tmp_path / "c", model, optimizer)
     assert json.loads((directory / "trainer_state.json").read_text())["global_step"] == 3
-    with pytest.raises(CheckpointError, match=f"how {kind} rounds its step there is not known"):
+    name = kind.removeprefix("torch's ").split()[0]
+    with pytest.raises(CheckpointError, match=f"kept in (BF16|bfloat16), and how {name} rounds its step there is not"):
         read_checkpoint(directory)

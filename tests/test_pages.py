@@ -11,7 +11,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from benchmarks.sizes import sizes_page
-from entropy_core.estimates import comparison, interventions, price_table, trainer_agreement
+from entropy_core.estimates import comparison, interventions, phase_table, price_table, trainer_agreement
 from entropy_core.estimates.second_order import NONE
 from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES
 from entropy_core.numerics import verdicts
@@ -125,6 +125,7 @@ def test_every_verdict_of_the_code_is_explained_and_none_other():
         "`verdict` in agreement.parquet": verdicts_of(trainer_agreement, "verdict"),
         "`verdict` in interventions.parquet": verdicts_of(interventions, "_verdict") | {"as it is"},
         "`verdict` in price.parquet": set(get_args(price_table.Word)),
+        "`verdict` in phase.parquet": set(get_args(phase_table.Word)),
         "`verdict` in compare.parquet": verdicts_of(comparison, "__call__"),
     }
 
@@ -143,6 +144,7 @@ def test_every_column_is_of_a_term_of_the_glossary():
     rows = [re.split(r"(?<!\\)\|", line)[2] for line in text.splitlines() if line.startswith("| ") and "`" in line]
     terms = {term for row in rows for term in re.findall(r"`([^`]+)`", row)}
     schemas = [RESULTS, AGREEMENT, INTERVENTIONS, COMPARISON, price_table.PRICE, *TABLES.values()]
+    schemas += [phase_table.PHASE, phase_table.CLIPPED]
     columns = {name for schema in schemas for name in schema.names}
     unknown = {name for name in columns if not any(name == term or name.startswith(f"{term}_") for term in terms)}
     assert unknown == set()

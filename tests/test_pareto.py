@@ -32,6 +32,10 @@ def test_no_k_for_few_weights_or_for_a_tail_of_ties():
     mostly_tied = torch.ones(100, dtype=torch.float64)
     mostly_tied[:3] = 2.0
     assert pareto_k(mostly_tied) is None
+    for above in range(30, 50):  # a tail of 48, of which the lowest are equal to the weight below it
+        tied = torch.ones(256, dtype=torch.float64)
+        tied[:above] = torch.linspace(1.1, 2.0, above)
+        assert (pareto_k(tied) is None) == (above < 37)
 
 
 @pytest.mark.parametrize("degrees_of_freedom", [1, 7, 12.5, 1000, math.inf])

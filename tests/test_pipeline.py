@@ -99,9 +99,9 @@ def test_every_stage_ran_once_per_shard(first):
         "agreement": 1,
         "report": 1,
     }
-    # central differences, a KL term, weights in shards, dropout, the price, and interventions
+    # central differences, a KL term, weights in shards, dropout, the price, interventions, and the phase
     unasked = {"calibrate", "score-u-reference", "load-weights", "dropout-u", "reward-e-batch", "price"}
-    unasked |= {"block-sensitivities", "screen", "predict", "altered-step", "interventions"}
+    unasked |= {"block-sensitivities", "screen", "predict", "altered-step", "interventions", "phase-step", "phase"}
     assert set(first.run.computed) == {stage.name for stage in catalogue.STAGES} - unasked
 
 

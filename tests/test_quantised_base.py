@@ -1,6 +1,7 @@
 """LoRA on a base that bitsandbytes has quantised, against its own dequantisation, without bitsandbytes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from entropy_core.checkpoints.checkpoint import read_checkpoint
 from entropy_core.checkpoints.content import stored_tensors
+from entropy_core.checkpoints.layout import find_layout
 from entropy_core.checkpoints.quantised_base import as_dense, dense_weights
 from entropy_core.demo.run import build_tokenizer
 from entropy_core.errors import CheckpointError
+from entropy_core.files.checkpoint import weights_digest
+from entropy_core.pipeline.named_base import comparable_base
 from entropy_core.policy.pretrained import load_policy
+from entropy_core.store.columns import read_tokens
 
 OTHERS = Path(__file__).parent / "of_other_writers"
 KINDS = pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -95,6 +100,58 @@ def test_a_sweep_on_a_quantised_base(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for row, same in zip(one.rows, other.rows, strict=True):
         assert row["delta_h1"] == pytest.approx(same["delta_h1"], rel=1e-9)
         assert row["H"] == pytest.approx(same["H"], rel=1e-12)
+
+
+def named(checkpoint: Path, base: str) -> Path:
+    """The adapter, as if it had been trained on that base."""
+    path = checkpoint / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    return checkpoint
+
+
+def test_the_difference_that_another_base_makes_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_figures(monkeypatch)
+    named(run("nf4", tmp_path), str(tmp_path / "base"))
+    weights = load_file(tmp_path / "dense" / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    moved = {name: w + 0.01 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+    save_file(moved, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    config = config_of(
+        tmp_path, tmp_path / "artifacts", "run/checkpoint-3", policy={"base_model": str(tmp_path / "dense")}
+    )
+    found = probe(config)
+    ours, theirs = (
+        read_tokens(found.run.artifacts(f"score-u-{of}"), "logprobs")["logprobs"] for of in ("batch", "reference")
+    )
+    policies = [shard.manifest["inputs"]["policy"] for shard in found.run.artifacts("score-u-reference")]
+    assert {policy["base"] for policy in policies} == {weights_digest(tmp_path / "base")}
+    mean = float((ours - theirs).abs().mean())
+    assert mean > 1e-4
+    (said,) = [
+        line
+        for line in (found.result.run_directory / "report.md").read_text().splitlines()
+        if "names the quantised base" in line
+    ]
+    assert f"differs by {mean:.2g} nats on average" in said and "probed on dense" in said
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("unsloth/Some-3B-bnb-4bit", "dense .* in place of unsloth/Some-3B-bnb-4bit is not measured: .*not on this"),
+        ("{}/gptq", "not measured: it cannot be read .*gptq"),
+    ],
+)
+def test_another_base_that_cannot_be_compared_is_said(base: str, said: str, tmp_path: Path) -> None:
+    checkpoint = named(run("nf4", tmp_path), base.format(tmp_path))
+    shutil.copytree(tmp_path / "base", tmp_path / "gptq")
+    path = tmp_path / "gptq" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    home, why = comparable_base(find_layout(checkpoint, tmp_path / "dense"))
+    assert home is None and re.search(said, why)
+    named(checkpoint, str(tmp_path / "base"))
+    assert comparable_base(find_layout(checkpoint, tmp_path / "dense")) == (tmp_path / "base", "")
 
 
 @pytest.mark.parametrize(

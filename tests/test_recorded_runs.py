@@ -222,7 +222,8 @@ def test_the_command_says_it_and_writes_a_folder(compared, tmp_path, capsys):
         f"{named[1]} estimates from the same E and the same step as {named[0]}; what differs is baseline ridge." in said
     )
     assert f"{folder}/" in said and all(path.name in said for path in folder.iterdir())
-    assert {path.name for path in folder.iterdir()} == {f"compare.{kind}" for kind in ("md", "parquet", "png", "svg")}
+    kinds = ("html", "md", "parquet", "png", "svg")
+    assert {path.name for path in folder.iterdir()} == {f"compare.{kind}" for kind in kinds}
     text = (folder / "compare.md").read_text(encoding="utf-8")
     assert text.startswith(f"# {named[0]} compared with {named[1]}\n\n{named[1]} estimates from the same E")
     assert f"\n| setting | `{named[0]}` | `{named[1]}` |" in text
@@ -357,6 +358,29 @@ def test_in_a_terminal_it_is_the_answer_and_in_a_notebook_the_report_in_a_frame(
     assert shown.endswith("</iframe>") and shown.count("<") == 2
 
 
+def test_runs_are_listed_and_compared_from_python(compared: Compared, tmp_path):
+    root = compared.store.root
+    assert probe.recorded_runs(root) == runs.recorded(root)
+    run, rerun = (probe.load_run(one.run_id, root) for one in (compared.first, compared.ridge))
+    found = probe.compare(run, rerun, folder=tmp_path)
+    assert isinstance(found, probe.Comparison) and found.folder == tmp_path
+    assert found.table().to_pylist() == found.rows == compare(compared.store, [run.id, rerun.id], tmp_path).rows
+    assert found.table().schema.metadata[b"runs"].decode().split() == [run.id, rerun.id]
+    assert " ".join(repr(found).split()) == " ".join(found.answers)
+    [content] = re.findall(r'^<iframe title="[^"]+" sandbox="allow-scripts" srcdoc="([^"]*)"', found._repr_html_())
+    shown = html.unescape(content)
+    assert shown == (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "what differs is baseline ridge" in shown and 'src="data:image/svg+xml;base64,' in shown
+
+
+def test_only_runs_of_one_store_are_compared_from_python(compared: Compared, tmp_path):
+    root = Path(shutil.copytree(compared.store.root / "runs", tmp_path / "a" / "runs").parent)
+    run, elsewhere = probe.load_run(compared.first.run_id, compared.store.root), probe.load_run("latest", root)
+    with pytest.raises(StoreError, match=rf"{elsewhere.id} is in {root}, and {run.id} in .*store export"):
+        probe.compare(run, elsewhere, folder=tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_run_without_a_page_shows_the_answer(compared: Compared, tmp_path):
     root = Path(shutil.copytree(compared.store.root / "runs", tmp_path / "a" / "runs").parent)
     (runs.folder(root, compared.first.run_id) / "report.html").unlink()
@@ -372,4 +396,8 @@ def test_the_notebook_of_the_documentation_runs(compared: Compared, monkeypatch)
     assert len(shown) == len(cells(NOTEBOOK)) and isinstance(shown[0], probe.RecordedRun)
     rows = [row for value in shown if isinstance(value, list) for row in value]
     assert {"verdict", "share_per_token"} <= {name for row in rows for name in row}
-    assert [row["checkpoint"] for row in rows if "verdict" in row] == ["checkpoint-3", "checkpoint-5"]
+    at_lr, changes = ([row for row in rows if "verdict" in row and name in row] for name in ("H", "difference"))
+    assert [row["checkpoint"] for row in at_lr] == ["checkpoint-3", "checkpoint-5"]
+    assert [row["step"] for row in changes] == [3, 5]
+    [comparison] = [value for value in shown if isinstance(value, probe.Comparison)]
+    assert {row["run"] for row in comparison.rows} == {probe.recorded_runs()[0]}

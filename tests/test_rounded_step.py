@@ -64,7 +64,7 @@ def test_every_weight_goes_where_torch_puts_it(
         moments = [slot[key].double() for key in keys]
         state, theta = AdamState(int(slot["step"]), *moments), parameter.detach().double()
         narrow = gradient.to(dtype) * torch.tensor(clip)
-        change = rounded_step(narrow, theta, state, hyperparameters, LR, dtype, bool(group["fused"]))
+        change = rounded_step(narrow, theta, state, hyperparameters, LR, dtype, bool(group["fused"])).change
         found.append(theta + change)
         unrounded.append(theta + LR * NextStep(clip * gradient.double(), theta, state, hyperparameters).direction)
     before = [parameter.detach().clone() for parameter in parameters]
@@ -82,9 +82,9 @@ def test_a_block_is_stepped_as_its_parameter_is():
     theta, gradient, first = (torch.randn(100).bfloat16().double() for _ in range(3))
     state = AdamState(4, first, first.square().bfloat16().double())
     arguments = (AdamHyperparameters(0.9, 0.99, 1e-8, 0.1), 1e-2, torch.bfloat16, False)
-    whole = rounded_step(gradient, theta, state, *arguments)
+    whole = rounded_step(gradient, theta, state, *arguments).change
     part = AdamState(4, state.exp_avg[30:70], state.exp_avg_sq[30:70])
-    assert torch.equal(rounded_step(gradient[30:70], theta[30:70], part, *arguments), whole[30:70])
+    assert torch.equal(rounded_step(gradient[30:70], theta[30:70], part, *arguments).change, whole[30:70])
 
 
 def test_the_clip_factor_is_the_rounded_one():

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from flows import service
+from flows import cli, service
 
 
 @contextmanager
@@ -47,3 +47,15 @@ def test_not_for_ever_and_only_while_it_is_busy(monkeypatch: pytest.MonkeyPatch,
     with server(status) as (url, asked), pytest.raises(service.ServiceError, match=f"does not answer {url}.*{status}"):
         service.request(url, {})
     assert (len(asked) > 1) is again
+
+
+def test_a_link_to_a_run_outlives_the_server_of_a_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """It leads to where `entropy-probe ui` is up, unless it was made there; what runs in a deployment is told so."""
+    lasting = f"http://127.0.0.1:{cli._parser().parse_args(['ui']).port}"
+    assert service.lasting_address("http://127.0.0.1:40123/api", started_here=True) == lasting
+    assert service.lasting_address("http://127.0.0.1:4300/api", started_here=False) == "http://127.0.0.1:4300"
+    monkeypatch.setattr(service, "HOME", tmp_path)
+    with service.child(
+        ["-c", "import os; print(os.environ['PREFECT_UI_URL'])"], "", also={"PREFECT_UI_URL": lasting}
+    ) as told:
+        assert told.communicate()[0].strip() == lasting

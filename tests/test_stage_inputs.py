@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pipeline_fixtures import Counting, gathered, make_run, probe, skip_figures, values
+from pipeline_fixtures import Counting, gathered, make_run, probe, skip_figures, values, write_rollouts
 
 from entropy_core.config.read import parse_config
 from entropy_core.pipeline import catalogue
@@ -48,7 +48,11 @@ def asked(home, store: str = "artifacts") -> dict[str, Any]:
 def swept(home) -> Counting:
     with pytest.MonkeyPatch.context() as patch:
         skip_figures(patch)
-        return probe(asked(home)).run
+        done, recorded = probe(asked(home)).run, asked(home)
+        rollouts = write_rollouts(home / "4.jsonl")
+        recorded["batch_config"] = recorded["batch_config"] | {"U": {"from": str(rollouts)}}
+        done.asked += probe(recorded).run.asked
+        return done
 
 
 def with_strangers(value: Any) -> Iterator[Any]:

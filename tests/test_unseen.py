@@ -9,6 +9,7 @@ from enumeration import Direction, Everything, enumerate_world
 from test_proposals import at_temperature, law_of
 
 from entropy_core.estimates.unseen import cannot_know, describe_unseen
+from entropy_core.numerics import ragged
 from entropy_core.numerics.unseen import Steps, Unseen, states, states_before, unseen
 from entropy_core.numerics.weights import prefix_weights
 
@@ -23,7 +24,8 @@ def steps_of(batch: Everything, log_q_K: torch.Tensor) -> Steps:
     after_K = states(sequences.prompt_ids_N, sequences.response_tokens_K, offsets_N1)
     before_K = states_before(sequences.prompt_ids_N, after_K, offsets_N1)
     weights_K = prefix_weights(log_q_K, batch.tokens.logprobs_K, offsets_N1).before_K
-    return Steps(before_K, after_K, batch.tokens.logprobs_K, log_q_K, weights_K)
+    left_K = batch.world.max_new_tokens - 1 - ragged.position_index(offsets_N1)
+    return Steps(before_K, after_K, batch.tokens.logprobs_K, log_q_K, weights_K, left_K)
 
 
 def by_hand(batch: Everything, log_q_K: torch.Tensor) -> Unseen:
@@ -37,10 +39,15 @@ def by_hand(batch: Everything, log_q_K: torch.Tensor) -> Unseen:
             state = (int(sequences.prompt_ids_N[i]), *tokens[:k])
             p, q = (float(x_K[first + k].exp()) for x_K in (batch.tokens.logprobs_K, log_q_K))
             taken[state][token] = p, q
-            visits.append((state, weight))
+            left = batch.world.max_new_tokens - k - 1
+            visits.append((state, weight, left))
             weight *= p / q
     rest = {state: [1 - sum(of) for of in zip(*tokens.values(), strict=True)] for state, tokens in taken.items()}
-    return Unseen(sum(w * rest[state][0] for state, w in visits), sum(rest[state][1] for state, _ in visits))
+    return Unseen(
+        sum(w * rest[state][0] for state, w, left in visits if left),
+        sum(rest[state][1] for state, _, left in visits if left),
+        sum(w * rest[state][0] * left for state, w, left in visits),
+    )
 
 
 def test_it_is_the_sum_over_every_prefix(everything: Everything):
@@ -70,8 +77,8 @@ def test_a_state_is_its_prompt_and_its_tokens(everything: Everything):
 
 
 def test_only_rare_departures_that_could_matter_are_said():
-    def reason(probability: float, expected: float, sequences: int = 256, entropy: float = 1.0) -> str:
-        row = describe_unseen(Unseen(probability, expected), sequences, entropy, 400.0)
+    def reason(probability: float, expected: float, sequences: int = 256, entropy: float = 1.0, left: int = 100) -> str:
+        row = describe_unseen(Unseen(probability, expected, left * probability), sequences, entropy, 4.0)
         assert row["unseen_share"] == probability / sequences
         return cannot_know(row, sequences)
 
@@ -80,6 +87,7 @@ def test_only_rare_departures_that_could_matter_are_said():
     assert reason(30.0, 30.0) == ""  # common enough
     assert reason(1e-5, 1e-5) == ""  # too rare to matter
     assert reason(0.26, 0.26, entropy=100.0) == ""
+    assert reason(0.26, 0.26, left=1) == ""  # near the end of a response, where little can follow
     assert reason(15.0, 15.0, sequences=16) == ""  # a small E, each of whose responses departs from the others
     assert reason(15.0, 15.0, sequences=4096) != ""
     assert reason(0.0, 0.0, entropy=0.0) == ""

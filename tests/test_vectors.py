@@ -155,7 +155,8 @@ def test_without_its_vectors_a_sweep_is_the_same(home):
 
 def test_while_a_sweep_runs_only_what_it_still_needs_is_there(home):
     """Bytes of vectors in the store, per parameter and checkpoint: 24 at most in float32."""
-    config = parse_config(config_of(home, home / "new", keep=False, policy={"dtype": "float32"}))
+    asked = config_of(home, home / "new", keep=False, policy={"dtype": "float32"})
+    config = parse_config(asked | {"interventions": [{"lr": 0.5}], "lab": {"measure": "all"}})
     checkpoints = preflight(config)
     from pipeline_fixtures import Counting
 
@@ -175,7 +176,8 @@ def test_while_a_sweep_runs_only_what_it_still_needs_is_there(home):
     count = run.artifacts("load-checkpoint")[0].summary["parameters"]
     headers = 6 * 2048
     assert 24 * count < seen["entropy-gradient"] <= 24 * count + headers
-    assert 8 * count < seen["importance"] <= 8 * count + headers
+    assert 12 * count < seen["altered-step"] == seen["importance"] <= 12 * count + headers, "two steps and g"
+    assert 8 * count < seen["path-integral"] <= 8 * count + headers
     assert seen["report"] == 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from lora_fixtures import make_base, make_lora
-from pipeline_fixtures import make_gpt2, make_run, values, write_reward
+from pipeline_fixtures import make_gpt2, make_run, values, write_reward, write_rollouts
 
 import entropy_core
 from entropy_core.code.identity import code_of
@@ -156,7 +156,11 @@ def trace(tmp_path_factory) -> Trace:
             ),
             (
                 folder / "lora" / "checkpoint-3",
-                {"policy": {"dtype": "float32"}, "update": {"kl_beta": 0.1, "loss": "reinforce"}},
+                {
+                    "policy": {"dtype": "float32"},
+                    "batch_config": {"U": {"from": str(write_rollouts(folder / "4.jsonl", advantage=0.5))}},
+                    "update": {"kl_beta": 0.1, "loss": "reinforce"},
+                },
             ),
             (
                 folder / "folder" / "checkpoint-3",

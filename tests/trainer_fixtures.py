@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trainer_models import MODELS, same_after_rounding
 
-from entropy_core.checkpoints.adapters import PEFT_PREFIX
+from entropy_core.checkpoints.adapter_files import PEFT_PREFIX
 from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.read import parse_config
 from entropy_core.demo.run import build_model, build_tokenizer
@@ -154,7 +154,9 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    assert len(batches) == -(-STEPS // settings.get("num_iterations", 1))
+    accumulated = settings.get("gradient_accumulation_steps", 1)
+    of_rollout = settings.get("num_iterations", 1) * settings.get("steps_per_generation", accumulated) // accumulated
+    assert len(batches) == -(-settings.get("max_steps", STEPS) // of_rollout)
     return batches
 
 

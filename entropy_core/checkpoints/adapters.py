@@ -1,6 +1,5 @@
 """LoRA adapters as PEFT saves them, put into a base model in place.
 
-    adapter_base      which base model an adapter says it is for
     insert_adapter    the adapter's layers into a model; from then on only what was trained requires a gradient
     check_adapter     the saved tensors are those of these layers; only headers are read
     fill_adapter      the saved weights into the layers
@@ -17,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from entropy_core.checkpoints.content import StoredTensor, load_tensors, read_json, stored_tensors
+from entropy_core.checkpoints.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LORA_META,
+    adapter_settings,
+    adapter_tensors,
+    load_adapter,
+)
 from entropy_core.checkpoints.dora import let_norms_move
 from entropy_core.checkpoints.residual_base import FACTORS_OF, FAR, NEAR, Layer, distance, taken_out
 from entropy_core.errors import CheckpointError, one_line, shortage, some_names
@@ -26,10 +32,6 @@ from entropy_core.files.checkpoint import SAVE_AGAIN
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."  # of PEFT's wrapper, in its names of parameters and of saved tensors
-
-_TWICE = ".modules_to_save."
 _PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base weights alone
 _REFUSED = {
     "use_qalora": "QALoRA, which belongs to quantised base weights",
@@ -38,22 +40,6 @@ _REFUSED = {
     "megatron_config": "Megatron's parallel layers",
 }
 _PLAIN_LORA = "train with plain LoRA, or merge the adapter into its base and probe that with `optimizer_state: fresh`"
-
-
-def adapter_base(directory: Path) -> str:
-    """The base model that an adapter says it was trained on: a path or a name, or "" if it does not say.
-
-    Raises:
-        CheckpointError: what it says can be neither, or the configuration cannot be read.
-    """
-    path = directory / "adapter_config.json"
-    named = read_json(path).get("base_model_name_or_path") or ""
-    try:
-        Path(named).expanduser().is_dir()
-    except (TypeError, RuntimeError, OSError, ValueError):  # no text, a user that is not there, too long
-        fact = f"{path} names the base model {named!r:.80}, which can be no path"
-        raise CheckpointError(fact, cause="the file was edited", fix=SAVE_AGAIN) from None
-    return named
 
 
 def insert_adapter(model: nn.Module, directory: Path) -> None:
@@ -65,7 +51,7 @@ def insert_adapter(model: nn.Module, directory: Path) -> None:
     Args:
         model: a base model of transformers; may be on the meta device. It is changed in place: what the adapter trains
             requires a gradient afterwards, and nothing else does.
-        directory: holds `adapter_config.json`.
+        directory: of the adapter, see `adapter_files`.
 
     Raises:
         CheckpointError: the configuration is no JSON, is not of LoRA, is of a variant whose step would be predicted
@@ -97,13 +83,13 @@ def check_adapter(model: nn.Module, directory: Path) -> None:
 
     Args:
         model: after `insert_adapter`; may be on the meta device.
-        directory: holds `adapter_model.safetensors`.
+        directory: of the adapter.
 
     Raises:
         CheckpointError: the file is damaged, tensors are missing, left over, or of another shape; names them.
     """
     stored = adapter_tensors(directory)
-    saved = _as_saved(model)
+    saved = as_saved(model)
     if missing := [name for name in saved if name not in stored]:
         raise CheckpointError(
             f"{directory}/{ADAPTER_WEIGHTS} has no weights for {some_names(missing)}",
@@ -138,7 +124,7 @@ def fill_adapter(model: nn.Module, directory: Path) -> None:
 
     Args:
         model: after `insert_adapter`, not on the meta device.
-        directory: holds `adapter_model.safetensors`.
+        directory: of the adapter.
 
     Raises:
         CheckpointError: as `check_adapter` does.
@@ -146,18 +132,20 @@ def fill_adapter(model: nn.Module, directory: Path) -> None:
     from peft import set_peft_model_state_dict
 
     check_adapter(model, directory)
-    loaded = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(directory / ADAPTER_WEIGHTS).items()}
-    tensors = {name: loaded[name] for name in adapter_tensors(directory)}
-    set_peft_model_state_dict(model, tensors)
-    initialised = read_json(directory / "adapter_config.json").get("init_lora_weights", True)
+    set_peft_model_state_dict(model, load_adapter(directory))
+    initialised = adapter_settings(directory).get("init_lora_weights", True)
     if _changes_base(initialised):
         _take_out_of_base(model, directory, initialised)
 
 
 def what_adapter_is(directory: Path) -> tuple[str, ...]:
     """What is to be said about an adapter whose step or base is not that of plain LoRA, one sentence each."""
-    values = read_json(directory / "adapter_config.json")
+    values = adapter_settings(directory)
     said: tuple[str, ...] = ()
+    if not (directory / ADAPTER_CONFIG).exists():
+        said += (
+            f"The adapter is in shards, with the rank and the alpha of {LORA_META}; it is taken to be plain LoRA.",
+        )
     if values.get("use_dora"):
         said += (
             "DoRA: the trainer's gradient holds the norms of the weights fixed, and so does that on U; derivatives of "
@@ -207,20 +195,11 @@ def _take_out_of_base(model: nn.Module, directory: Path, initialised: str) -> No
             )
 
 
-def adapter_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """What the adapter's file holds, by the base model's names of modules; only the header is read.
-
-    Of a resized vocabulary PEFT saves trained embeddings twice, the second time under the name of their wrapper.
-    """
-    found = {name.removeprefix(PEFT_PREFIX): of for name, of in stored_tensors(directory, ADAPTER_WEIGHTS).items()}
-    return {name: of for name, of in found.items() if not (_TWICE in name and name.replace(_TWICE, ".") in found)}
-
-
 def _read_config(directory: Path) -> "LoraConfig":
     from peft import LoraConfig
 
-    path = directory / "adapter_config.json"
-    values = read_json(path)
+    path = directory / ADAPTER_CONFIG
+    values = adapter_settings(directory)
     if values.get("peft_type") != "LORA":
         raise _refusal(directory, f"peft_type {values.get('peft_type')!r}")
     initialised = values.get("init_lora_weights", True)
@@ -260,7 +239,7 @@ def _refusal(directory: Path, what: str) -> CheckpointError:
     return CheckpointError(f"the adapter of {directory} uses {what}, and is not probed", fix=_PLAIN_LORA)
 
 
-def _as_saved(model: nn.Module) -> dict[str, Tensor]:
+def as_saved(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's name for each tensor that it would save, and the model's own tensor."""
     from peft import get_peft_model_state_dict
 

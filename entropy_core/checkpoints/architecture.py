@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from entropy_core.checkpoints.adapter_files import PEFT_PREFIX, adapter_tensors
 from entropy_core.checkpoints.adapters import (
-    PEFT_PREFIX,
-    adapter_tensors,
+    as_saved,
     check_adapter,
     insert_adapter,
     what_adapter_is,
@@ -92,7 +92,7 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
     import transformers
     from transformers.trainer_pt_utils import get_parameter_names
 
-    stored = tensors_in_shards(layout.shards) if layout.shards else stored_tensors(layout.architecture)
+    stored = _in_shards(layout.shards) if layout.shards else stored_tensors(layout.architecture)
     quantised = quantised_by(layout.architecture) if layout.base is not None else ""
     if quantised:
         stored = as_dense(layout.architecture, stored)
@@ -116,6 +116,11 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     decays = set(get_parameter_names(model, [torch.nn.LayerNorm], list(NO_DECAY_PATTERNS)))
     first_name = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    named = first_name
+    if layout.base is not None:  # PEFT's files have names of their own
+        named = first_name | {
+            name: first[id(tensor)] for name, tensor in as_saved(model).items() if id(tensor) in first
+        }
     architecture = Architecture(
         trained=trained,
         everything=_shapes(model),
@@ -124,12 +129,25 @@ def read_architecture(layout: Layout) -> tuple[Architecture, tuple[str, ...]]:
         buffers={name for name, _ in model.named_buffers()},
         decay=tuple(name for name in trained if name in decays),
         no_decay=tuple(name for name in trained if name not in decays),
-        saved_as={first_name[name]: of.dtype for name, of in stored.items() if name in first_name},
+        saved_as={named[name]: of.dtype for name, of in stored.items() if name in named},
         vocabulary=model.get_input_embeddings().weight.shape[0],
         saved_by=str(getattr(model.config, "transformers_version", None) or "") or None,
         read_by=transformers.__version__,
     )
     return architecture, (*said, *_precision(layout, stored))
+
+
+def _in_shards(place: Path) -> dict[str, StoredTensor]:
+    """The headers of weights in shards. Raises CheckpointError if an adapter's are among them."""
+    stored = tensors_in_shards(place)
+    if factors := [name for name in stored if ".lora_" in name]:
+        raise CheckpointError(
+            f"{place} holds an adapter in its shards ({some_names(factors)}), and no adapter is saved beside them",
+            cause="verl, or the Trainer with a sharded state dict: neither always writes the adapter's configuration",
+            fix="save the adapter with PEFT's save_pretrained into the checkpoint (verl: into lora_adapter/, as "
+            "`python -m verl.model_merger merge --backend fsdp` does; correct its lora_alpha)",
+        )
+    return stored
 
 
 def module_names(directory: Path) -> list[str]:

@@ -18,7 +18,7 @@ from entropy_core.checkpoints.layouts.interface import understood
 from entropy_core.checkpoints.layouts.places import find_places, open_state
 from entropy_core.checkpoints.optimizer_file import LATEST, load_optimizer
 from entropy_core.checkpoints.optimizer_names import name_slots
-from entropy_core.checkpoints.optimizer_rules import as_float
+from entropy_core.checkpoints.optimizer_settings import as_float
 from entropy_core.checkpoints.optimizer_state import OptimizerState, fresh_optimizer, optimizer_by_name
 from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.files.checkpoint import checkpoint_name, step_in_name
@@ -135,7 +135,8 @@ def _narrow(model: Architecture, optimizer: OptimizerState) -> dict[str, str]:
     """The parameters that the trainer keeps in a narrow dtype: torch's Adam has its moments in that of its weights.
 
     Wide weights beside narrow moments are of an optimizer that rounds the moments alone, and narrow weights beside wide
-    moments of a trainer that narrows what it saves.
+    moments of a trainer that narrows what it saves. Where the moments say nothing, narrow weights are taken to be so in
+    the trainer. Raises CheckpointError where it is not known how the optimizer rounds its step.
     """
     if not optimizer.slot:
         return {}
@@ -147,12 +148,13 @@ def _narrow(model: Architecture, optimizer: OptimizerState) -> dict[str, str]:
             saved_as = _SAVED_AS.get(dtype)
             if saved_as and model.saved_as.get(name, saved_as) == saved_as:
                 found[name] = str(dtype).removeprefix("torch.")
-            # of Adafactor's weights the moments, always float32, say nothing
-            if group.rule != "adamw" and (name in found or (group.rule == "adafactor" and _is_narrow(model, name))):
+            unsaid = not group.moments_tell and model.saved_as.get(name) in _SAVED_AS.values()
+            if unsaid or (name in found and group.rule != "adamw"):
+                of = "bitsandbytes' " if group.moments and unsaid and group.rule != "adafactor" else ""
                 raise CheckpointError(
                     f"the weight {name} is kept in {found.get(name) or model.saved_as[name]}, and how "
-                    f"{RULES[group.rule].name} rounds its step there is not known",
-                    fix="train with float32 weights (bf16=True keeps them so), or with AdamW",
+                    f"{of}{RULES[group.rule].name} rounds its step there is not known",
+                    fix="train with float32 weights (bf16=True keeps them so), or with torch's AdamW",
                 )
     return found
 
@@ -166,10 +168,6 @@ def other_copy(layout: Layout) -> str:
         f"The weights are those that {places.trainer} saved to be opened, and not the copy in its shards: "
         "`policy.weights: master` takes that one."
     )
-
-
-def _is_narrow(model: Architecture, name: str) -> bool:
-    return model.saved_as.get(name) in _SAVED_AS.values()
 
 
 class LoggedRate(NamedTuple):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from entropy_core.errors import CheckpointError, one_line, shortage, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
@@ -86,7 +86,7 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
         expected = read_json(directory / index).get("weight_map") or {}
         if not isinstance(expected, dict) or not expected:
             raise CheckpointError(f"{directory / index} has no weight_map", fix=SAVE_AGAIN)
-        if wrong := [str(shard) for shard in expected.values() if not _is_file_name(shard)]:
+        if wrong := [str(shard) for shard in expected.values() if not is_file_name(shard)]:
             raise CheckpointError(
                 f"{directory / index} names shards that are not files beside it: {some_names(dict.fromkeys(wrong))}",
                 cause="the index was edited, or belongs to another folder",
@@ -115,8 +115,9 @@ def stored_tensors(directory: Path, single: str = "model.safetensors") -> dict[s
     return found
 
 
-def _is_file_name(shard: object) -> bool:
-    return isinstance(shard, str) and shard.isprintable() and shard not in ("", ".", "..") and not set(shard) & {*"/\\"}
+def is_file_name(name: object) -> TypeGuard[str]:
+    """Whether a name that a file gives can be that of a file beside it, and leads nowhere else."""
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & {*"/\\"}
 
 
 def load_tensor(path: Path, name: str) -> "Tensor":

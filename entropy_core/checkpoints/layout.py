@@ -5,6 +5,7 @@
     with the model in a folder of its own   model/ (either of the above), optimizer.pt, training_info.json, and
                                             optimizer_param_names.json where there is one
     a model alone                           config.json, model.safetensors; its optimizer is said to be fresh
+    verl with a LoRA adapter                lora_adapter/ beside the shards, or lora_train_meta.json among them
     of a trainer that shards                what `layouts.places` says in place of optimizer.pt; where it keeps the
                                             weights in shards too, config.json lies beside them or is said
 
@@ -14,7 +15,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from entropy_core.checkpoints.adapters import ADAPTER_WEIGHTS, adapter_base
+from entropy_core.checkpoints.adapter_files import ADAPTER_WEIGHTS, LORA_META, adapter_base
 from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layouts.places import Places, find_places
 from entropy_core.errors import CheckpointError, some_names
@@ -79,8 +80,10 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
     opens = "adapter_config.json" in inside or ("config.json" in inside and bool(inside & _MODEL_FILES))
     places = None if fresh and opens and not masters else find_places(directory)
     base = shards = None
-    if masters and opens and ("adapter_config.json" in inside or not has_second_copy(places)):
-        what = "an adapter, whose weights are one copy" if "adapter_config.json" in inside else "no weights in shards"
+    in_shards = bool(not opens and places and places.weights and (places.weights / LORA_META).is_file())
+    adapted = in_shards or "adapter_config.json" in inside
+    if masters and (adapted or (opens and not has_second_copy(places))):
+        what = "an adapter, whose weights are one copy" if adapted else "no weights in shards"
         raise CheckpointError(
             f"policy.weights is master, and {directory} has {what}",
             cause="a trainer that keeps one copy of its weights",
@@ -88,6 +91,9 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
         )
     if "adapter_config.json" in inside:
         _require_adapter_files(model, inside)
+        base = _base_directory(model, base_model)
+    elif in_shards and places is not None and places.weights is not None:
+        model = places.weights
         base = _base_directory(model, base_model)
     elif (masters or not opens) and places is not None and places.weights is not None:
         shards = places.weights
@@ -147,6 +153,15 @@ def _require_adapter_files(directory: Path, has: set[str]) -> None:
         )
 
 
+def named_base(adapter: Path) -> Path | None:
+    """The directory of the base that an adapter names, or its snapshot in the hub cache; None if neither is here."""
+    named = adapter_base(adapter)
+    if not named or Path(named).expanduser().is_dir():
+        return Path(named).expanduser() if named else None
+    revision = read_json(adapter / "adapter_config.json").get("revision") or "main"
+    return cached_snapshot(named, "models", str(revision))
+
+
 def _base_directory(adapter: Path, base_model: Path | str) -> Path:
     """The base model's directory: the one that was given, else the one that the adapter names; never the network.
 
@@ -154,14 +169,14 @@ def _base_directory(adapter: Path, base_model: Path | str) -> Path:
     """
     named = adapter_base(adapter)
     base = Path(base_model or named).expanduser()
-    if named and not base_model and not base.is_dir():
-        revision = read_json(adapter / "adapter_config.json").get("revision") or "main"
-        base = cached_snapshot(named, "models", str(revision)) or base
+    if named and not base_model:
+        base = named_base(adapter) or base
     if not (base_model or named) or not base.is_dir():
         told = f"policy.base_model says {str(base_model)!r}" if base_model else f"it names {named!r}"
+        told = told if base_model or named else "its files name none"
         raise CheckpointError(
-            f"the base model of the adapter in {adapter} is not on this machine: {told}, which is no directory here, "
-            "nor in the hub cache",
+            f"the base model of the adapter in {adapter} is not on this machine: {told}"
+            + (", which is no directory here, nor in the hub cache" if base_model or named else ""),
             cause="it was trained elsewhere, and nothing is downloaded",
             fix="set `policy.base_model` to the directory of that model",
         )

@@ -14,7 +14,7 @@ from entropy_core.checkpoints.content import read_names
 from entropy_core.checkpoints.layout import Layout
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer
 from entropy_core.checkpoints.optimizer_file import SAVE_NAMES
-from entropy_core.checkpoints.optimizer_rules import as_float
+from entropy_core.checkpoints.optimizer_settings import as_float
 from entropy_core.checkpoints.partly_trained import only_choice, unchanged_weights
 from entropy_core.checkpoints.pieces import Moment
 from entropy_core.errors import CheckpointError, some_names

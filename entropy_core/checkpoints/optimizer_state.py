@@ -17,14 +17,8 @@ import torch
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer
 from entropy_core.checkpoints.layouts.single_file import KNOWN_STEPS
 from entropy_core.checkpoints.optimizer_file import LATEST, SAVE_NAMES, range_of
-from entropy_core.checkpoints.optimizer_rules import (
-    RULE,
-    as_float,
-    hyperparameters,
-    is_square,
-    learning_rate_of,
-    moment_shapes,
-)
+from entropy_core.checkpoints.optimizer_rules import is_square, moment_shapes, moments_tell
+from entropy_core.checkpoints.optimizer_settings import RULE, as_float, hyperparameters, learning_rate_of
 from entropy_core.checkpoints.pieces import Moment
 from entropy_core.errors import CheckpointError, ConfigError, some_names
 from entropy_core.files.checkpoint import SAVE_AGAIN
@@ -44,6 +38,7 @@ class OptimizerGroup(NamedTuple):
         rule: name of what makes its step, in `numerics.rules`.
         moments: keys of the moments in its parameters' slots.
         fused: whether torch's fused implementation makes the step, which rounds less often in narrow dtypes.
+        moments_tell: whether moments have the dtype of the weights that they belong to, as those of torch's Adam have.
     """
 
     hyperparameters: Any
@@ -51,6 +46,7 @@ class OptimizerGroup(NamedTuple):
     rule: str = "adamw"
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     fused: bool = False
+    moments_tell: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +113,8 @@ def optimizer_by_name(
                 moments.setdefault(key, {})[name] = slot_of[name][key]
                 keys.setdefault(key, []).append(slot_of[name][key])
         of_group = hyperparameters(saved.path, group, rate * nominal, rate, [m for of in keys.values() for m in of])
-        groups.append(OptimizerGroup(of_group, members, group[RULE], tuple(keys), bool(group.get("fused"))))
+        tell = bool(keys) and moments_tell(group)
+        groups.append(OptimizerGroup(of_group, members, group[RULE], tuple(keys), bool(group.get("fused")), tell))
     state = OptimizerState(
         learning_rate=nominal,
         groups=tuple(groups),

@@ -1,7 +1,7 @@
 """The optimizer's next step, block by block, from the trainer's own file: what is elementwise is not stored."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import optimizer_digest
 from entropy_core.numerics.altered_optimizer import Altered
 from entropy_core.numerics.next_step import NextStep, Rule
-from entropy_core.numerics.rounded_step import rounded_step
+from entropy_core.numerics.rounded_step import Rounded, rounded_step
 from entropy_core.numerics.rules import RULES
 from entropy_core.numerics.vectors import Block, Lazy, in_blocks
 
@@ -65,6 +65,7 @@ class OptimizerStep:
         gradient: before clipping, on the device of the parameters.
         clip: factor that the gradient is scaled by.
         altered: hyperparameters in place of the saved ones.
+        earlier: a step that was taken since the checkpoint; the state is then that after it, and θ has to be, too.
 
     Raises:
         CheckpointError: `optimizer.pt` is not what was loaded any more.
@@ -78,8 +79,10 @@ class OptimizerStep:
         gradient: Mapping[Block, Tensor],
         clip: float,
         altered: Altered = Altered(),  # noqa: B008 (immutable)
+        earlier: "Artifact | None" = None,
     ) -> None:
-        self._moments = _moments(checkpoint.summary["optimizer"], execution)
+        self._moments = None if earlier else _moments(checkpoint.summary["optimizer"], execution)
+        self._after = StateAfter(earlier) if earlier else None
         self._gradient, self._parameters, self._clip = gradient, in_blocks(parameters), clip
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._blocks: dict[str, list[Block]] = {}
@@ -124,13 +127,21 @@ class OptimizerStep:
             torch.cat([find(block) for block in blocks]).view(self._shapes[name])
             for find in (self._clip_one, self._parameters.__getitem__)
         )
-        assert self._moments is not None and of_one.slot is not None
-        found = {key: self._moments.whole(of_one.slot, key) for key in of_one.moments}
+        found = {key: self._whole_moment(name, key) for key in of_one.moments}
         moments = {key: moment.to(self._device) for key, moment in found.items() if moment is not None}
-        step: NextStep = of_one.rule.next_step(
-            g, theta, of_one.rule.state(of_one.steps, **moments), of_one.hyperparameters
-        )
+        state = of_one.rule.state(self._steps(of_one), **moments)
+        step: NextStep = of_one.rule.next_step(g, theta, state, of_one.hyperparameters)
         return step
+
+    def _whole_moment(self, name: str, key: str) -> Tensor | None:
+        if self._after is not None:
+            return self._after.whole(name, key)
+        slot = self._of[name].slot
+        assert self._moments is not None and slot is not None
+        return self._moments.whole(slot, key)
+
+    def _steps(self, of_one: _Parameter) -> int:
+        return of_one.steps + (self._after.steps if self._after else 0)
 
     def _clip_one(self, block: Block) -> Tensor:
         return self._gradient[block] if self._clip == 1.0 else self._clip * self._gradient[block]
@@ -142,14 +153,19 @@ class OptimizerStep:
         return self._last_state[block]
 
     def _read_state(self, block: Block) -> Any:
-        of_one = self._of[block.name]
-        if self._moments is None or of_one.slot is None:
+        of_one, after = self._of[block.name], self._after
+        read: dict[str, Tensor | None]
+        if after is not None and after.has(block.name):
+            read = {key: after.read(block, key) for key in of_one.moments}
+        elif self._moments is not None and of_one.slot is not None:
+            saved, slot = self._moments, of_one.slot
+            read = {key: saved.read(slot, key, block.start, block.stop) for key in of_one.moments}
+        else:
             count = block.stop - block.start
             zeros = {key: torch.zeros(count, dtype=torch.float64, device=self._device) for key in of_one.moments}
             return of_one.rule.state(of_one.steps, **zeros)
-        read = {key: self._moments.read(of_one.slot, key, block.start, block.stop) for key in of_one.moments}
         moments = {key: moment.to(self._device) for key, moment in read.items() if moment is not None}
-        return of_one.rule.state(of_one.steps, **moments)
+        return of_one.rule.state(self._steps(of_one), **moments)
 
     @property
     def narrow(self) -> dict[str, torch.dtype]:
@@ -173,15 +189,45 @@ class OptimizerStep:
         plain = self.part("taken")
         return Lazy(
             list(self._gradient),
-            lambda block: self._rounded(block, rounded_clip) if self._of[block.name].narrow else plain[block],
+            lambda block: (
+                self._rounded(block, rounded_clip).change / self._learning_rate
+                if self._of[block.name].narrow
+                else plain[block]
+            ),
         )
 
-    def _rounded(self, block: Block, rounded_clip: float) -> Tensor:
+    def moments(self, names: Collection[str]) -> dict[str, list[str]]:
+        """Say which of some parameters have which moment: names by key of the moment."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            for key in self._of[name].moments:
+                found.setdefault(key, []).append(name)
+        return found
+
+    def after(self, key: str, rounded_clip: float) -> Lazy[Block]:
+        """A moment after the step, as the next step starts from it.
+
+        Args:
+            key: of the moment.
+            rounded_clip: factor that clips gradients of narrow dtypes.
+
+        Returns:
+            Float64, for the blocks of parameters that have it.
+        """
+        plain = self._vector(lambda step, _: step.after._asdict()[key])  # type: ignore[attr-defined]
+        return Lazy(
+            [block for block in self._gradient if key in self._of[block.name].moments],
+            lambda block: (
+                self._rounded(block, rounded_clip).after._asdict()[key] if self._of[block.name].narrow else plain[block]
+            ),
+        )
+
+    def _rounded(self, block: Block, rounded_clip: float) -> Rounded:
         of_one = self._of[block.name]
         dtype = getattr(torch, of_one.narrow)
         gradient = self._gradient[block].to(dtype)
         gradient *= torch.tensor(rounded_clip)
-        change = rounded_step(
+        return rounded_step(
             gradient,
             self._parameters[block],
             self._state(block),
@@ -190,7 +236,6 @@ class OptimizerStep:
             dtype,
             of_one.fused,
         )
-        return change / self._learning_rate
 
     def part(self, name: str) -> Lazy[Block]:
         """One part of the step as a vector; its name is one of `PARTS`."""
@@ -217,6 +262,31 @@ class OptimizerStep:
 
     def _assembled(self, vector: Mapping[Block, Tensor], name: str) -> Tensor:
         return torch.cat([vector[block].double() for block in self._blocks[name]]).view(self._shapes[name])
+
+
+class StateAfter:
+    """The optimizer's state after a step that is an artifact, with the moments among its vectors, by their keys.
+
+    Args:
+        artifact: has the `moments` that it keeps in its summary, and the number of `steps` since the checkpoint.
+    """
+
+    def __init__(self, artifact: "Artifact") -> None:
+        self._files = {key: artifact.vector(key) for key in artifact.summary["moments"]}
+        self._names = {name for file in self._files.values() for name in file}
+        self.steps: int = artifact.summary["steps"]
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter has any moment."""
+        return name in self._names
+
+    def read(self, block: Block, key: str) -> Tensor:
+        """Read a piece of a moment, flat, float64."""
+        return self._files[key].block(block).double()
+
+    def whole(self, name: str, key: str) -> Tensor:
+        """Read a moment in its shape, float64."""
+        return self._files[key][name].double()
 
 
 def moved_parameters(checkpoint: "Artifact") -> set[str]:

@@ -1,6 +1,6 @@
 """Weights that a trainer left in shards, which transformers cannot open."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from entropy_core.checkpoints.content import StoredTensor
 from entropy_core.checkpoints.layouts.interface import understood
 from entropy_core.checkpoints.layouts.places import open_state
+from entropy_core.checkpoints.pieces import Scattered
 from entropy_core.numerics.vectors import BLOCK, Block
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -25,12 +26,17 @@ def tensors_in_shards(place: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: a shard is missing, damaged, or of another save.
     """
-    with understood(place):
-        found = open_state(place).weights()
+    found = shards_of_weights(place)
     return {
         name: StoredTensor(tensor.shape, _NAMES.get(tensor.dtype, str(tensor.dtype)), place.name)
         for name, tensor in found.items()
     }
+
+
+def shards_of_weights(place: Path) -> Mapping[str, Scattered]:
+    """The weights, each read when it is used. Raises CheckpointError as `tensors_in_shards` does."""
+    with understood(place):
+        return open_state(place).weights()
 
 
 def read_shards(place: Path) -> Iterator[tuple[Block, torch.Tensor]]:
@@ -46,7 +52,7 @@ def read_shards(place: Path) -> Iterator[tuple[Block, torch.Tensor]]:
         CheckpointError: as `tensors_in_shards` does.
     """
     with understood(place):
-        for name, tensor in open_state(place).weights().items():
+        for name, tensor in shards_of_weights(place).items():
             for start in range(0, tensor.numel(), BLOCK):
                 stop = min(start + BLOCK, tensor.numel())
                 yield Block(name, start, stop), tensor.flat(start, stop)

@@ -49,11 +49,15 @@ class StoredTensor(NamedTuple):
             A new flat tensor of its dtype.
         """
         size = self.dtype.itemsize
-        if self.strides == _contiguous(self.shape):
+        if self.flat_in_file():
             first, last = self.offset + start, self.offset + stop
             return self.storage[first * size : last * size].clone().view(self.dtype)
         numbers = self.storage.clone().view(self.dtype)
         return torch.as_strided(numbers, self.shape, self.strides, self.offset).reshape(-1)[start:stop].clone()
+
+    def flat_in_file(self) -> bool:
+        """Whether its numbers lie one behind the other."""
+        return self.strides == _contiguous(self.shape)
 
     def release(self) -> None:
         """Take the mapped bytes out of memory; when they are used again, the file is read again."""

@@ -2,13 +2,38 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
 from entropy_core.config.paths import (
     DatasetName,
     Directory,
+    RolloutsPath,
 )
 from entropy_core.config.section import Section, Seed
+
+
+class RecordedConfig(Section):
+    """U as it was: rollouts that a trainer recorded, in place of responses that are sampled and rewarded anew."""
+
+    model_config = ConfigDict(serialize_by_alias=True, revalidate_instances="never")  # which knows no alias
+
+    source: RolloutsPath = Field(
+        "",
+        alias="from",
+        description="File or folder of recorded rollouts, of which those of the checkpoint's next step are taken. "
+        "Empty: U is sampled.",
+    )
+    first_step: Literal["auto", "0", "1"] = Field(
+        "auto",
+        description="Number that these files give to the first step of a training, so that the step after checkpoint-N "
+        "is in the file of N + first_step. auto: 0 for prime-rl, else 1.",
+    )
+    old_logprobs: Literal["recorded", "scored"] = Field(
+        "recorded",
+        description="Which log-probabilities the loss has ratios to. recorded: those of the law that drew the tokens, "
+        "where the file has them. scored: the policy's own, as a trainer has that takes its first step on a rollout "
+        "and does not correct for its sampler; ratios are 1.",
+    )
 
 
 class BatchConfig(Section):
@@ -34,6 +59,7 @@ class BatchConfig(Section):
     )
     G: int = Field(8, ge=2, le=100_000, description="Responses per prompt in U (and in E in distinct mode).")
     U_batch_seed: Seed = Field(42, description="Seed of U.")
+    U: RecordedConfig = RecordedConfig()
     dataset_name: DatasetName = Field(
         "arithmetic",
         min_length=1,

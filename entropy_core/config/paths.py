@@ -112,6 +112,13 @@ def _file(path: str, origin: Origin) -> str:
     return located
 
 
+def _rollouts(path: str, origin: Origin) -> str:
+    located = origin.locate(path)
+    if origin.must_exist and not os.path.exists(located):
+        raise ValueError(f"there is no file or folder {located}")
+    return located
+
+
 def _known_intervention(entry: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]:
     asked_for(entry)
     return entry
@@ -156,6 +163,9 @@ FunctionNames = Annotated[
     WithJsonSchema({"type": "array", "items": {"type": "string"}}),
 ]
 """One function, or a list of several; a form has a list."""
+
+RolloutsPath = Annotated[str, _with_origin(_rollouts)]
+"""A file or a folder of recorded rollouts; empty: none."""
 
 InterventionEntry = Annotated[
     Annotated[str, _with_origin(_function), Tag("")] | Annotated[dict[str, JsonValue], Tag("mapping")],

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from entropy_core.config.lab import InterventionsRequest
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
+from entropy_core.estimates.phase_table import CLIPPED, PHASE
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
 
@@ -53,12 +54,15 @@ def tables_page() -> str:
         "replicates": "A row per checkpoint × normalisation × E batch, if `E_replicates` is above 1.",
         "predictors": "A row per checkpoint × normalisation × step size × predictor.",
         "price": "A row per checkpoint × normalisation × step size but 0, if `price` is set.",
+        "phase": "A row per checkpoint × normalisation × optimizer step on the rollout, if `update.phase` is followed.",
+        "clipped": "A row per checkpoint × optimizer step on the rollout × token whose importance ratio it clips.",
         "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
         "interventions": "A row per checkpoint × normalisation × level × intervention, if any are asked for.",
         "compare": "A row per pair of checkpoints × normalisation × quantity; `entropy-probe compare` writes it.",
     }
     schemas = {"results": RESULTS} | {name: of_checkpoints(schema) for name, schema in TABLES.items()}
-    schemas |= {"price": of_checkpoints(PRICE), "agreement": AGREEMENT, "interventions": INTERVENTIONS}
+    schemas |= {"price": of_checkpoints(PRICE), "phase": of_checkpoints(PHASE), "clipped": of_checkpoints(CLIPPED)}
+    schemas |= {"agreement": AGREEMENT, "interventions": INTERVENTIONS}
     schemas |= {"compare": COMPARISON}
     for name, schema in schemas.items():
         lines += [
@@ -85,7 +89,7 @@ def _section(prefix: str, model: type[BaseModel]) -> list[str]:
     lines = [f"## `{prefix}`" if prefix else "## Top level", "", (model.__doc__ or "").strip(), ""]
     lines += _table(plain, f"{prefix}." if prefix else "")
     for name, section in nested.items():
-        lines += _section(name, section)
+        lines += _section(f"{prefix}.{name}" if prefix else name, section)
     return lines
 
 
@@ -93,7 +97,7 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> list[str]:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
-        lines.append(f"| `{prefix}{name}` | {_type(field)} | {default} | {field.description} |")
+        lines.append(f"| `{prefix}{field.alias or name}` | {_type(field)} | {default} | {field.description} |")
     return [*lines, ""]
 
 

@@ -128,6 +128,9 @@ MODELLED_AT = {
 OF_ROLLOUTS = ("num_iterations", "steps_per_generation")
 """Settings by which several steps are taken on one rollout."""
 
+OF_THE_PHASE = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
+"""Settings that act on the later of these steps, by their names in `update.phase`; 0 is none there."""
+
 NO_EFFECT = {
     # where it ends, what it writes, which prompts come when
     *("output_dir", "overwrite_output_dir", "num_train_epochs", "max_steps", "seed", "data_seed", "full_determinism"),

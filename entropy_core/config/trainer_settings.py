@@ -15,6 +15,7 @@ from entropy_core.config.trainer_fields import (
     MODELLED_AT,
     NO_EFFECT,
     OF_ROLLOUTS,
+    OF_THE_PHASE,
     OPTIMIZER,
     SETTINGS,
     SPECIAL_TOKENS_SINCE,
@@ -57,24 +58,25 @@ LEFT_OUT = {*SETTINGS, *MODELLED_AT, *LEFT_OPEN, TOOLS}
 """What `update.leave_out` may name."""
 
 
-def readings(files: TrainerFiles) -> tuple[list[Reading], list[Difference]]:
+def readings(files: TrainerFiles, follows: bool = False) -> tuple[list[Reading], list[Difference]]:
     """What the files of a checkpoint say of our settings, and what they say that is not modelled.
 
     Args:
         files: of one checkpoint.
+        follows: whether all steps on a rollout are taken, and not the first alone.
 
     Returns:
         Settings that are read, each key once; and differences.
     """
-    read, differ = _Reader(files).read()
-    return read, [*differ, *_differences(files)]
+    read, differ = _Reader(files, follows).read()
+    return read, [*differ, *_differences(files, follows)]
 
 
 class _Reader:
     """The settings that a `training_args.bin` says."""
 
-    def __init__(self, files: TrainerFiles) -> None:
-        self.files, self.arguments = files, dict(files.arguments)
+    def __init__(self, files: TrainerFiles, follows: bool) -> None:
+        self.files, self.arguments, self.follows = files, dict(files.arguments), follows
         self.found: list[Reading] = []
         self.differ: list[Difference] = []
 
@@ -94,7 +96,33 @@ class _Reader:
                 self._grpo()
             else:
                 self._rloo()
+            if self.follows:
+                self._phase()
         return self.found, self.differ
+
+    def _phase(self) -> None:
+        """The steps on one rollout, and what acts on the later of them."""
+        accumulated, iterations = self._count("gradient_accumulation_steps"), self._count("num_iterations")
+        parts, drawn = self._parts(), self._count("steps_per_generation")
+        if accumulated and (parts % accumulated or (iterations > 1 and 0 < drawn < accumulated)):
+            what = f"the trainer cut a rollout into {drawn} batches and accumulated {accumulated}: steps on two of them"
+            self.differ.append(Difference("steps_per_generation", what, "refuse", "update.phase.minibatches"))
+        elif accumulated:
+            self._say("update.phase.minibatches", parts // accumulated, "steps_per_generation")
+        if iterations:
+            self._say("update.phase.epochs", iterations, "num_iterations")
+        for name in OF_THE_PHASE:
+            value = self.arguments.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._say(f"update.phase.{name}", float(value), name)
+        if (loss := self.arguments.get("loss_type")) in ("sapo", "vespo"):
+            what = f"the trainer had loss_type = {loss}, whose later steps on a rollout are not modelled"
+            self.differ.append(Difference("loss_type", what, "refuse", "update.loss"))
+
+    def _parts(self) -> int:
+        """Batches that a rollout is cut into, and those of several rollouts where one step has that many."""
+        drawn, accumulated = self._count("steps_per_generation"), self._count("gradient_accumulation_steps")
+        return drawn if drawn and accumulated % drawn else max(drawn, accumulated)
 
     def _prompts_and_rewards(self) -> None:
         """How prompts become tokens, and rewards one number."""
@@ -134,10 +162,12 @@ class _Reader:
             return
         processes, how = self._processes(one)
         self.arguments["processes"] = processes * devices
-        total = one * devices * accumulated * processes
-        said = f"{one * devices} responses × {accumulated} accumulated × {how} / {responses} per prompt"
+        steps, word = (self._parts(), "of a rollout") if self.follows else (accumulated, "accumulated")
+        total = one * devices * steps * processes
+        said = f"{one * devices} responses × {steps} {word} × {how} / {responses} per prompt"
         if total % responses or total == responses:
-            fact = f"a step of the trainer takes {total} responses, with {responses} to a prompt ({said})"
+            whole = "rollout" if self.follows else "step"
+            fact = f"a {whole} of the trainer takes {total} responses, with {responses} to a prompt ({said})"
             few = "which is one prompt" if total == responses else "which is no whole number of prompts"
             self.differ.append(
                 Difference("per_device_train_batch_size", f"{fact}: {few}", "refuse", "batch_config.B_U")
@@ -226,11 +256,13 @@ class _Reader:
             self._say("update.kl_in", "reward", "RLOO")
 
 
-def _differences(files: TrainerFiles) -> Iterator[Difference]:
+def _differences(files: TrainerFiles, follows: bool) -> Iterator[Difference]:
     """What the other settings do that is not modelled."""
     arguments = files.arguments
     if files.kind in ("GRPO", "RLOO"):
         for name, rule in MODELLED_AT.items():
+            if follows and name in OF_ROLLOUTS:
+                continue  # these steps are all taken
             value = arguments.get(name)
             if name == "router_aux_loss_coef" and files.has_experts and value is None:
                 what = "the model has experts, and the loss may have had a term that balances their load"

@@ -9,6 +9,7 @@ from entropy_core.config.paths import (
     FunctionNames,
     ModelName,
 )
+from entropy_core.config.phase import PhaseConfig
 from entropy_core.config.section import Section
 from entropy_core.numerics.advantages import Aggregation, Loss, Scaling
 
@@ -93,6 +94,7 @@ class UpdateConfig(Section):
         description="Several rewards are summed, and the sum makes the advantages; or each is normalised within its "
         "group first, and the sum over the batch then (normalize_then_sum).",
     )
+    phase: PhaseConfig = PhaseConfig()
     leave_out: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         max_length=100,

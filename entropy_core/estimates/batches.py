@@ -1,4 +1,4 @@
-"""Load the evaluation batch E from the artifacts of its shards, with one shard in memory at a time.
+"""Load the evaluation batch E from the artifacts of its shards.
 
 ℓ is the log-probability of a token and h its entropy, in nats; θ are the checkpoint's parameters, v is the step per
 unit of learning rate, and θ + ηv are the moved parameters.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from entropy_core.errors import StoreError
-from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens
+from entropy_core.estimates.evaluation import EvaluationBatch, Kept, Moved, MovedTokens
 from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.functional import FUNCTIONALS, REWARD, TokenPair, Tokens
 from entropy_core.numerics.quadrature import NODES
@@ -91,14 +91,13 @@ def moved_batch(entry: "AtStepSize", sequences: Sequence[TokenTable]) -> Moved:
     """
     shards, path = entry["shards"], entry["path"]
 
-    def read() -> Iterator[MovedTokens]:
-        for i in range(max(len(shards), len(path))):
-            moved = sequences[i]
-            moved = moved.join(read_tokens([shards[i]], "logprobs", "entropies")) if shards else moved
-            at_nodes = _at_nodes(moved.join(read_tokens([path[i]], *chain(*_COLUMNS)))) if path else ()
-            yield MovedTokens(moved.columns.get("logprobs"), moved.columns.get("entropies"), at_nodes)
+    def load(i: int) -> MovedTokens:
+        moved = sequences[i]
+        moved = moved.join(read_tokens([shards[i]], "logprobs", "entropies")) if shards else moved
+        at_nodes = _at_nodes(moved.join(read_tokens([path[i]], *chain(*_COLUMNS)))) if path else ()
+        return MovedTokens(moved.columns.get("logprobs"), moved.columns.get("entropies"), at_nodes)
 
-    return Moved(entry["eta"], read)
+    return Moved(entry["eta"], Kept([partial(load, i) for i in range(max(len(shards), len(path)))]))
 
 
 def _at_nodes(table: TokenTable) -> tuple[TokenDerivatives, ...]:

@@ -1,8 +1,9 @@
 """Reduce the tokens of the evaluation batch E, block by block, to a few numbers per sequence.
 
-Only the tokens of one block of sequences (a shard) are in memory at a time, so a batch may be as large as the disk.
-Estimators that need other sequences use sums at each position, which take an extra pass over the blocks.
+Blocks of sequences (shards) are read anew in each pass, but for the first `KEPT_BYTES` of them, so a batch may be as
+large as the disk. Estimators that need other sequences use sums at each position, which take an extra pass.
 
+    Kept              blocks that are read once while they are small
     EvaluationBatch   E at the checkpoint's parameters θ
     Moved             E at θ + ηv, with the step v per unit of learning rate and the step size η
     measured          terms of an estimator of the entropy change ΔH, from both
@@ -12,8 +13,8 @@ its entropy, in nats.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, reduce
-from typing import Any, NamedTuple
+from functools import cached_property, partial, reduce
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,43 @@ Blocks = Sequence[Callable[[], Tokens]]
 """Functions that each load the tokens of one block of sequences."""
 Bases = Mapping[Functional, Tensor]
 """The baseline b_k of each functional, [K]."""
+
+
+KEPT_BYTES = 2**26
+"""How much of a batch stays in memory between two passes."""
+Block = TypeVar("Block")
+
+
+class Kept(Generic[Block]):
+    """Blocks of tensors, to be iterated over in several passes; the first ones stay in memory, up to `KEPT_BYTES`.
+
+    Args:
+        loads: functions that each load one block.
+    """
+
+    def __init__(self, loads: Sequence[Callable[[], Block]]) -> None:
+        self._loads, self._room = loads, KEPT_BYTES
+        self._kept: dict[int, Block] = {}
+
+    def __call__(self) -> Iterator[Block]:
+        """Begin a pass."""
+        for i, load in enumerate(self._loads):
+            if i in self._kept:
+                yield self._kept[i]
+                continue
+            block = load()
+            if (size := _bytes(block)) <= self._room and i not in self._kept:
+                self._kept[i] = block
+                self._room -= size
+            yield block
+
+
+def _bytes(block: Any) -> int:
+    """Of all tensors in tuples and dicts."""
+    if isinstance(block, Tensor):
+        return block.nbytes
+    parts = block.values() if isinstance(block, Mapping) else block if isinstance(block, tuple) else ()
+    return sum(map(_bytes, parts))
 
 
 class EvaluationBatch:
@@ -83,12 +121,11 @@ class EvaluationBatch:
         else:
             base_of = _by_position(blocks, baseline, functionals)
 
-        def read() -> Iterator[tuple[Tokens, Bases]]:
-            for i, block in enumerate(blocks):
-                tokens = block()
-                yield tokens, {functional: base_of(functional, i, tokens) for functional in functionals}
+        def load(i: int) -> tuple[Tokens, Bases]:
+            tokens = blocks[i]()
+            return tokens, {functional: base_of(functional, i, tokens) for functional in functionals}
 
-        return cls(read, clusters_N, functionals)
+        return cls(Kept([partial(load, i) for i in range(len(blocks))]), clusters_N, functionals)
 
     def first(self, sequences: int) -> "EvaluationBatch":
         """Return the first `sequences` of E; their baselines remain those computed on all of E."""

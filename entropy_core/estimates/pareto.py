@@ -31,7 +31,7 @@ def pareto_k(weights_N: Tensor) -> float | None:
     log_weights_N = weights_N.log()
     largest = (log_weights_N - log_weights_N.max()).sort().values[-count - 1 :]
     below, tail_M = largest[0], largest[1:]
-    if tail_M[-1] - tail_M[0] < 1e-12 or tail_M[count // 4] - below < 1e-12:  # ties cannot be fitted
+    if tail_M[-1] - tail_M[0] < 1e-12 or tail_M[_quartile(count)] - below < 1e-12:  # ties cannot be fitted
         return None
     return _shape(tail_M.exp() - below.exp())
 
@@ -39,6 +39,11 @@ def pareto_k(weights_N: Tensor) -> float | None:
 def threshold(N: int) -> float:
     """Return the largest k̂ at which a mean of N weights can be trusted."""
     return min(1 - 1 / math.log10(N), 0.7) if N > 1 else 0.0
+
+
+def _quartile(M: int) -> int:
+    """Return the index of the lower quartile of M ascending values."""
+    return math.floor(M / 4 + 0.5) - 1
 
 
 def _shape(excess_M: Tensor) -> float:
@@ -56,7 +61,7 @@ def _shape(excess_M: Tensor) -> float:
     M = len(excess_M)
     grid = 30 + math.floor(math.sqrt(M))
     steps_G = torch.arange(1, grid + 1, dtype=torch.float64) - 0.5
-    quartile = excess_M[math.floor(M / 4 + 0.5) - 1]
+    quartile = excess_M[_quartile(M)]
     theta_G = 1 / excess_M[-1] + (1 - (grid / steps_G).sqrt()) / (3 * quartile)
     k_G = torch.log1p(-theta_G[:, None] * excess_M).mean(1)
     log_likelihood_G = M * ((-theta_G / k_G).log() - k_G - 1)

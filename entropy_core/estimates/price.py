@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from entropy_core.estimates.diagnostics import twice_rms
 from entropy_core.estimates.distributions import t_quantile
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured, Moved, measured
+from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.price_table import Word
 from entropy_core.numerics import uncertainty
 from entropy_core.numerics.choices import Estimator
@@ -96,10 +96,9 @@ def reward_change(batch: EvaluationBatch, terms: Measured, eta: float, estimator
     return uncertainty.mean(after_N).minus(uncertainty.mean(before_N))
 
 
-def reward_noise(batch: EvaluationBatch, rescored: Sequence[Moved]) -> float:
+def reward_noise(batch: EvaluationBatch, rescored: Sequence[Measured]) -> float:
     """Compute twice the root mean square of the ΔJ that rounding alone produces; see `diagnostics.numerical_noise`."""
-    terms = [(measured(batch, moved, "per_decision"), moved.eta) for moved in rescored]
-    return twice_rms([reward_change(batch, found, eta, "per_decision").value for found, eta in terms])
+    return twice_rms([reward_change(batch, terms, 1.0, "per_decision").value for terms in rescored])
 
 
 class Changes(NamedTuple):

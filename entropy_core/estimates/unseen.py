@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from entropy_core.estimates.selection import Row
+from entropy_core.numerics import ragged
 from entropy_core.numerics.unseen import COMMON, ENOUGH, MATERIAL, Steps, Unseen, states_before, unseen
 from entropy_core.numerics.weights import prefix_weights
 from entropy_core.store.columns import read_tokens
@@ -18,20 +19,22 @@ MOST_STEPS = 2**22
 """Steps in memory at a time; a larger E is read once for each part of its states."""
 
 
-def unseen_of(scores: "Sequence[Artifact]") -> Unseen:
+def unseen_of(scores: "Sequence[Artifact]", max_new_tokens: int) -> Unseen:
     """Sum the probabilities of tokens that E never took, over its steps.
 
     Args:
         scores: shards of score-e-batch.
+        max_new_tokens: maximum response length of E.
 
     Returns:
         The sums.
     """
     parts = -(-sum(shard.summary["tokens"] for shard in scores) // MOST_STEPS)
-    return reduce(Unseen.plus, (unseen(_joined(list(_steps(scores, part, parts)))) for part in range(parts)))
+    blocks = (_joined(list(_steps(scores, max_new_tokens, part, parts))) for part in range(parts))
+    return reduce(Unseen.plus, map(unseen, blocks))
 
 
-def _steps(scores: "Sequence[Artifact]", part: int, parts: int) -> Iterator[Steps]:
+def _steps(scores: "Sequence[Artifact]", max_new_tokens: int, part: int, parts: int) -> Iterator[Steps]:
     for shard in scores:
         table = read_tokens([shard], "logprobs", "states", optional=("proposal_logprobs",))
         prompt_ids_N = torch.tensor(shard.table("scores.parquet")["prompt_id"].to_pylist())
@@ -39,7 +42,8 @@ def _steps(scores: "Sequence[Artifact]", part: int, parts: int) -> Iterator[Step
         log_q_K = table.columns.get("proposal_logprobs", table["logprobs"])
         weights_K = prefix_weights(log_q_K, table["logprobs"], table.offsets_N1).before_K
         mine_K = before_K % parts == part
-        columns = before_K, table["states"], table["logprobs"], log_q_K, weights_K
+        left_K = max_new_tokens - 1 - ragged.position_index(table.offsets_N1)
+        columns = before_K, table["states"], table["logprobs"], log_q_K, weights_K, left_K
         yield Steps(*(column_K[mine_K] for column_K in columns))
 
 
@@ -47,14 +51,14 @@ def _joined(blocks: list[Steps]) -> Steps:
     return Steps(*(torch.cat(columns) for columns in zip(*blocks, strict=True)))
 
 
-def describe_unseen(found: Unseen, sequences: int, entropy: float, largest_entropy: float) -> Row:
+def describe_unseen(found: Unseen, sequences: int, entropy: float, entropy_per_token: float) -> Row:
     """Compute the columns of what E has not seen.
 
     Args:
         found: sums over the steps of E.
         sequences: number of sequences in E.
         entropy: measured entropy of a response, nats.
-        largest_entropy: entropy that no response exceeds, nats: max_new_tokens·log V.
+        entropy_per_token: entropy that no token exceeds, nats: log V.
 
     Returns:
         Columns of `estimate_columns.ESTIMATES`.
@@ -63,7 +67,7 @@ def describe_unseen(found: Unseen, sequences: int, entropy: float, largest_entro
     return {
         "unseen_share": share,
         "unseen_expected": found.expected,
-        "unseen_bound": share * largest_entropy / entropy if entropy > 0 else 0.0,
+        "unseen_bound": found.tokens / sequences * entropy_per_token / entropy if entropy > 0 else 0.0,
     }
 
 

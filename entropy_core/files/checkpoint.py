@@ -23,43 +23,22 @@ from functools import cache
 from pathlib import Path
 
 from entropy_core.errors import CheckpointError, one_line, shortage
+from entropy_core.files.checkpoint_files import (
+    ALWAYS,
+    BYSTANDERS,
+    SHARDS,
+    STATE_FILES,
+    STATE_FOLDERS,
+    TRAINER_FILES,
+    UNIVERSAL,
+    WEIGHT_FILES,
+)
 from entropy_core.files.digests import file_digest
 
 RUN_HINT = "entropy-probe.yaml"
 """In a run directory: what checkpoints do not record, such as the prompts and the reward, as a configuration has it."""
 
 SAVE_AGAIN = "save the checkpoint again, or probe another one"
-
-TRAINER_FILES = ("optimizer.pt", "optimizer_param_names.json", "trainer_state.json", "training_info.json")
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "generation_config.json")
-BYSTANDERS = (
-    *(
-        "training_args.bin",
-        "rng_state*",
-        "extra_state_world_size_*",
-        "random_states_*",
-        "scheduler.pt",
-        "scaler.pt",
-    ),  # to resume a training
-    *("events.out.tfevents.*", "*.log", "*_results.json", "latest", "zero_to_fp32.py"),  # beside it
-    *("*.bin", "*.bin.index.json", "*.pkl", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"),  # never read
-    *("README*", "*.md", "LICENSE*", "NOTICE*", "*.png", "*.html", "*.py", ".*", "*~", "*.tmp", "*.lock"),  # for people
-)
-"""Files on which no result depends. All others count, for a tokenizer may be made of files of any name."""
-ALWAYS = ("*.safetensors", "tokenizer*")
-"""Files that count although a bystander may be called so: an index names shards, and a tokenizer its files."""
-
-SHARDS = (
-    *("*.distcp", ".metadata", "*_optim_states.pt", "*_model_states.pt"),
-    *("model_world_size_*_rank_*.pt", "optim_world_size_*_rank_*.pt"),
-)
-"""Files of trainers that shard."""
-STATE_FILES = ("optimizer.bin", "pytorch_model_fsdp.bin", "latest", "trainer_state.json", *SHARDS)
-STATE_FOLDERS = (
-    *("", "optimizer_[0-9]*", "pytorch_model_fsdp_[0-9]*", "global_step[0-9]*", "actor", "policy", "trainer"),
-    *("optimizer", "weights", "policy/optimizer", "policy/weights"),
-)
-"""Where trainers that write no `optimizer.pt` have their state, see `checkpoints.layouts.places`."""
 
 _INSIDE = {"actor", "policy", "trainer", "model"}
 """Folders of a checkpoint whose number is in the name of the folder above."""
@@ -150,14 +129,16 @@ def names_in(directory: Path) -> set[str]:
 def model_directory(directory: Path) -> Path:
     """Where the weights of a checkpoint lie: in the directory itself, in its `model/`, or in that of its named adapter.
 
-    PEFT saves an adapter whose name is not `default` in a folder of this name; `ref` is TRL's reference policy.
+    PEFT saves an adapter whose name is not `default` in a folder of this name; `ref` is TRL's reference policy. verl
+    saves its adapter in `lora_adapter/`, beside the shards.
     """
     has = names_in(directory)
     if has & {"config.json", "adapter_config.json"}:
         return directory
     if (directory / "model").is_dir():
         return directory / "model"
-    named = [name for name in has - {"ref"} if (directory / name / "adapter_config.json").exists()]
+    beside = {f"{folder}/lora_adapter" for folder in has & {"actor", "policy"}}
+    named = [name for name in has.union(beside) - {"ref"} if (directory / name / "adapter_config.json").exists()]
     return directory / named[0] if len(named) == 1 else directory
 
 
@@ -233,8 +214,13 @@ def optimizer_digest(path: Path) -> str:
     """
     if not path.is_dir():
         return file_digest(path)
-    shards = sorted(file for pattern in SHARDS for file in path.glob(pattern) if file.is_file())
-    return _sha256({file.name: file_digest(file) for file in shards})
+    shards = {
+        file
+        for folder in ("", *UNIVERSAL)
+        for pattern in SHARDS
+        for file in path.glob(f"{folder}/{pattern}".strip("/"))
+    }
+    return _sha256({file.relative_to(path).as_posix(): file_digest(file) for file in sorted(shards) if file.is_file()})
 
 
 def _state_digests(directory: Path) -> dict[str, str]:

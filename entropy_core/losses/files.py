@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _FILE = "loss.safetensors"
+RECORDED = "recorded_advantage"
+"""Column of the trainer's own advantages, where U was recorded with them."""
 
 
 def name_of(execution: "Execution", loss: str, source: str) -> str:
@@ -100,7 +102,7 @@ def read_with(update: "Artifact", sequences: TokenTable, specs: Sequence[LossSpe
         StoreError: the step was computed from other sequences.
     """
     whole, _ = _read(update, sequences)
-    return [whole._replace(spec=spec).batch() for spec in specs]
+    return [whole.under(spec).batch() for spec in specs]
 
 
 class _Inputs(NamedTuple):
@@ -110,21 +112,32 @@ class _Inputs(NamedTuple):
     tokens: TokenTable
     rewards_PG: Tensor
     truncated_N: Tensor
+    recorded_PG: Tensor | None  # advantages of the trainer
 
     def batch(self, part_P: Tensor | None = None) -> LossBatch:
         """U, or the part of it that answers some of the prompts."""
         if part_P is None:
-            return self.spec.batch(self.tokens, self.rewards_PG, self.truncated_N)
+            return self.spec.batch(self.tokens, self.rewards_PG, self.truncated_N, self.recorded_PG)
         chosen_N = part_P.repeat_interleave(self.rewards_PG.shape[1]).nonzero().squeeze(1)
-        return self.spec.batch(self.tokens.select(chosen_N), self.rewards_PG[part_P], self.truncated_N[chosen_N])
+        recorded_PG = None if self.recorded_PG is None else self.recorded_PG[part_P]
+        tokens = self.tokens.select(chosen_N)
+        return self.spec.batch(tokens, self.rewards_PG[part_P], self.truncated_N[chosen_N], recorded_PG)
+
+    def under(self, spec: LossSpec) -> "_Inputs":
+        """The same under another loss; the trainer's advantages stay where it makes them of rewards in the same way."""
+        recorded_PG = self.recorded_PG if spec.rule_of_advantages == self.spec.rule_of_advantages else None
+        return self._replace(spec=spec, recorded_PG=recorded_PG)
 
 
 def _read(update: "Artifact", sequences: TokenTable) -> tuple[_Inputs, TokenPair]:
     spec, table = LossSpec(**update.summary["loss"]), update.table("sequences.parquet")
     names = ["logprobs", "entropies", "coefficient", "entropy_coefficient"]
     names += ["reference_logprobs"] if spec.kl_beta else []
-    tokens = sequences.join(read_tokens([update], *names, file=_FILE))
+    tokens = sequences.join(read_tokens([update], *names, file=_FILE, optional=("old_logprobs",)))
     rewards_PG = as_numbers(table[spec.reward_column].to_pylist()).view(update.summary["prompts"], -1)
     truncated_N = torch.tensor(table["truncated"].to_pylist())
     coefficients = TokenPair(tokens["coefficient"], tokens["entropy_coefficient"])
-    return _Inputs(spec, tokens, rewards_PG, truncated_N), coefficients
+    recorded_PG = None
+    if RECORDED in table.column_names:
+        recorded_PG = as_numbers(table[RECORDED].to_pylist()).view_as(rewards_PG)
+    return _Inputs(spec, tokens, rewards_PG, truncated_N, recorded_PG), coefficients

@@ -193,26 +193,13 @@ def _check_weights(name: str, loss: LossFunction, batch: LossBatch, where: str) 
 def _with_responses(batch: LossBatch, chosen_M: Tensor) -> tuple[LossBatch, Tensor]:
     """These responses, each with the weight 1, as a part of as many as ever were drawn; a second copy is of a prompt of
     its own. And the token that each token was."""
-    lengths_M = ragged.lengths(batch.offsets_N1)[chosen_M]
-    offsets_M1 = ragged.offsets_from_lengths(lengths_M)
-    start_K = torch.repeat_interleave(batch.offsets_N1[chosen_M], lengths_M)
-    pick_K = start_K + ragged.position_index(offsets_M1)
-    reference_K = batch.reference_logprobs_K
     copies_M = torch.arange(len(chosen_M)) >= len(batch.prompts_N)
     return replace(
-        batch,
-        logprobs_K=batch.logprobs_K[pick_K],
-        entropies_K=batch.entropies_K[pick_K],
-        old_logprobs_K=batch.old_logprobs_K[pick_K],
-        reference_logprobs_K=None if reference_K is None else reference_K[pick_K],
-        mask_K=batch.mask_K[pick_K],
-        offsets_N1=offsets_M1,
-        advantages_N=batch.advantages_N[chosen_M],
-        rewards_N=batch.rewards_N[chosen_M],
-        micro_batches_N=batch.micro_batches_N[chosen_M],
+        batch.select(chosen_M),
         prompts_N=batch.prompts_N[chosen_M] + copies_M * (batch.prompts_N.max() + 1),
         weights_N=torch.ones(len(chosen_M), dtype=torch.float64),
-    ), pick_K
+        responses=batch.responses,
+    ), ragged.token_index(batch.offsets_N1, chosen_M)
 
 
 def _depends_on_reference(loss: LossFunction, batch: LossBatch) -> bool:

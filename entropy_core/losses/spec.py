@@ -1,5 +1,6 @@
 """Which loss the step is taken on, and every setting of the trainer that changes it."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -70,17 +71,28 @@ class LossSpec(BaseModel):
         """The column of the rewards that advantages are made of."""
         return "reward" if self.multi_objective_aggregation == "sum_then_normalize" else "normalised_reward"
 
-    def batch(self, tokens: TokenTable, rewards_PG: Tensor, truncated_N: Tensor) -> LossBatch:
-        """U as the loss sees it, at the policy that sampled it.
+    @property
+    def rule_of_advantages(self) -> tuple[object, ...]:
+        """What the advantages are made of rewards by."""
+        kl = self.kl_beta if self.kl_in == "reward" else 0.0
+        of_rewards = self.multi_objective_aggregation, tuple(self.reward_clip_range), self.normalize_advantages
+        return self.name, self.source, self.scale_rewards, kl, of_rewards
+
+    def batch(
+        self, tokens: TokenTable, rewards_PG: Tensor, truncated_N: Tensor, recorded_PG: Tensor | None = None
+    ) -> LossBatch:
+        """U as the loss sees it, at the policy that scored it.
 
         Args:
-            tokens: logprobs and entropies, nats; reference_logprobs with a KL term.
+            tokens: logprobs and entropies, nats; reference_logprobs with a KL term; old_logprobs, where they are not
+                those of the policy.
             rewards_PG: float64 [P, G], of `reward_column`; NaN for a response without a reward, which counts with
                 advantage 0.
             truncated_N: bool [N], whether a response was cut.
+            recorded_PG: the trainer's own advantages, float64 [P, G]; None where they are computed.
 
         Returns:
-            The batch, with the advantages that the trainer would compute.
+            The batch, with the advantages that the trainer would compute, or has computed.
         """
         counts_N = ~truncated_N if self.mask_truncated_completions else torch.ones_like(truncated_N)
         mask_K = torch.repeat_interleave(counts_N, tokens.offsets_N1.diff()).double()
@@ -98,6 +110,10 @@ class LossSpec(BaseModel):
             micro_batches_N=micro_batches(rewards_PG.numel(), self.micro_batch, self.seed),
             objective=self.objective,
         )
+        if "old_logprobs" in tokens.columns:
+            plain = replace(plain, old_logprobs_K=tokens["old_logprobs"].double())
+        if recorded_PG is not None:
+            return plain.with_advantages(recorded_PG)
         scored_PG = rewards_PG.clamp(*self.reward_clip_range) if self.reward_clip_range else rewards_PG
         if self.kl_beta and self.kl_in == "reward" and plain.reference_logprobs_K is not None:
             kl_N = plain.sequence_sum(plain.logprobs_K - plain.reference_logprobs_K)

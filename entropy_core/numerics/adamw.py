@@ -71,7 +71,7 @@ class NextStep(Diagonal):
         t = state.step + 1
         correction1, correction2 = 1.0 - beta1**t, 1.0 - beta2**t
         self._gradient, self._parameter, self._state = gradient, parameter, state
-        self._beta2, self._correction2 = beta2, correction2
+        self._mean, self._beta2, self._correction2 = beta1, beta2, correction2
         self._of_momentum = -relative_lr * (beta1 / correction1)
         self._of_gradient = -relative_lr * ((1.0 - beta1) / correction1)
         self._of_decay = -relative_lr * weight_decay if self._decoupled else self._sign * weight_decay
@@ -115,6 +115,15 @@ class NextStep(Diagonal):
         """The step v per unit of learning rate."""
         v = self.gradient.addcdiv_(self._state.exp_avg, self._denominator, value=self._of_momentum)  # + momentum
         return v.add_(self.decay)
+
+    @property
+    def after(self) -> AdamState:
+        """The moments after the step, from which the next one starts."""
+        saved = self._state
+        first = self._mean * saved.exp_avg + (1.0 - self._mean) * self._g
+        second = self._beta2 * saved.exp_avg_sq + (1.0 - self._beta2) * self._g**2
+        largest = saved.max_exp_avg_sq
+        return AdamState(saved.step + 1, first, second, None if largest is None else torch.maximum(largest, second))
 
     @cached_property
     def jacobian(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.numerics import ragged
+from entropy_core.numerics.clipping import OffPolicy
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Objective:
             policy term of x_k (arXiv:2506.01939).
         entropy_coef: coefficient of the entropy bonus, the mean entropy of the tokens that keep the policy term.
         epsilon_high: cap of ρ̄ in `cispo`; None for no cap.
+        off_policy: what is done about ratios that are not 1; None: nothing, as on-policy it makes no difference.
     """
 
     kl_beta: float = 0.0
@@ -31,6 +33,7 @@ class Objective:
     top_entropy_quantile: float = 1.0
     entropy_coef: float = 0.0
     epsilon_high: float | None = None
+    off_policy: OffPolicy | None = None
 
 
 def micro_batches(responses: int, size: int, seed: int) -> Tensor:
@@ -44,9 +47,34 @@ def micro_batches(responses: int, size: int, seed: int) -> Tensor:
     Returns:
         Which micro-batch each response is in, int64 from 0.
     """
-    if not size:
-        return torch.zeros(responses, dtype=torch.int64)
-    return torch.randperm(responses, generator=torch.Generator().manual_seed(seed)) // size
+    return _places(responses, seed) // size if size else torch.zeros(responses, dtype=torch.int64)
+
+
+def _places(responses: int, seed: int | None) -> Tensor:
+    """Return the place of each response in a shuffled order, as TRL shuffles a rollout; None: as they are."""
+    if seed is None:
+        return torch.arange(responses)
+    order_N = torch.randperm(responses, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order_N).index_copy_(0, order_N, torch.arange(responses))
+
+
+def minibatch(responses: int, count: int, index: int, micro_batch: int, seed: int | None) -> tuple[Tensor, Tensor]:
+    """Return the responses of one minibatch of a rollout, which is shuffled once and then cut.
+
+    Args:
+        responses: N, of the rollout; a multiple of `count`.
+        count: number of minibatches.
+        index: which minibatch, from 0.
+        micro_batch: responses in a micro-batch; 0: all are in one.
+        seed: of the order, that of `micro_batches`; None: as they are.
+
+    Returns:
+        Indices of the responses, rising, int64 [N / count]; and the index of each one's micro-batch, int64.
+    """
+    place_N, size = _places(responses, seed), responses // count
+    chosen_M = (place_N // size == index).nonzero().squeeze(1)
+    within_M = place_N[chosen_M] - index * size
+    return chosen_M, within_M // micro_batch if micro_batch else torch.zeros_like(within_M)
 
 
 @dataclass(frozen=True)
@@ -70,6 +98,8 @@ class LossBatch:
         max_new_tokens: length limit of a response.
         micro_batches_N: index of the trainer's micro-batch that holds each response, int64, from 0.
         objective: trainer settings that change the loss.
+        rollout_length: mean number of tokens that count in a response of the whole rollout, of which this is a
+            minibatch; None: this is all of it. `dapo` and `cispo` divide by it, as TRL does.
     """
 
     logprobs_K: Tensor
@@ -86,6 +116,7 @@ class LossBatch:
     max_new_tokens: int
     micro_batches_N: Tensor
     objective: Objective
+    rollout_length: float | None = None
 
     @classmethod
     def on_policy(
@@ -141,6 +172,32 @@ class LossBatch:
     def with_advantages(self, advantages_PG: Tensor) -> "LossBatch":
         """The same with other advantages, float64 [P, G]."""
         return replace(self, advantages_N=advantages_PG.double().flatten())
+
+    def select(self, chosen_M: Tensor) -> "LossBatch":
+        """Return some of the responses as a batch of their own; what was computed from all of them stays as it is.
+
+        Args:
+            chosen_M: indices of the responses, int64, in any order; one may be chosen twice.
+
+        Returns:
+            The batch, with the advantages of the whole.
+        """
+        pick_K, reference_K = ragged.token_index(self.offsets_N1, chosen_M), self.reference_logprobs_K
+        return replace(
+            self,
+            logprobs_K=self.logprobs_K[pick_K],
+            entropies_K=self.entropies_K[pick_K],
+            old_logprobs_K=self.old_logprobs_K[pick_K],
+            reference_logprobs_K=None if reference_K is None else reference_K[pick_K],
+            mask_K=self.mask_K[pick_K],
+            offsets_N1=ragged.offsets_from_lengths(ragged.lengths(self.offsets_N1)[chosen_M]),
+            advantages_N=self.advantages_N[chosen_M],
+            rewards_N=self.rewards_N[chosen_M],
+            prompts_N=self.prompts_N[chosen_M],
+            weights_N=self.weights_N[chosen_M],
+            responses=len(chosen_M),
+            micro_batches_N=self.micro_batches_N[chosen_M],
+        )
 
     @property
     def kl_beta(self) -> float:

@@ -29,7 +29,9 @@ The losses differ in how they average x_k:
 | reinforce | mean over responses of −A·Σ_k ℓ_k              | Williams 1992, doi:10.1007/BF00992696            |
 
 `Objective` holds the settings with which TRL modifies the first six. Advantages depend on the rewards alone; see
-`advantages`. On-policy, the ratio ρ is 1 and clipping it has no effect, so these losses do not clip.
+`advantages`. On-policy, the ratio ρ is 1 and clipping it has no effect. In the later steps on a rollout it is another:
+then `Objective.off_policy` says how ρ is clipped, in all losses but reinforce, which has none, and cispo, which has a
+cap of its own; and which responses lose their policy term.
 """
 
 from collections.abc import Callable
@@ -38,6 +40,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from entropy_core.numerics.clipping import Clipped, clipped, clipped_ratio, kept_responses
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.loss_batch import LossBatch
 
@@ -64,6 +67,44 @@ def importance_ratio(batch: LossBatch) -> Tensor:
     return log_ratio_K.exp()
 
 
+def _whole_ratio(batch: LossBatch) -> Tensor:
+    """Return Π_k ρ_k of each response, [N]."""
+    return batch.sequence_sum(batch.logprobs_K - batch.old_logprobs_K).exp()
+
+
+def kept_by_the_off_policy_mask(batch: LossBatch) -> Tensor:
+    """Return 1 for each response that keeps its policy term, else 0, float64 [N]."""
+    rule = batch.objective.off_policy
+    if rule is None or rule.off_policy_mask_threshold is None:
+        return torch.ones_like(batch.advantages_N)
+    drift_K = batch.old_logprobs_K - batch.logprobs_K.detach()
+    drift_N = batch.sequence_sum(drift_K) / batch.lengths_N.clamp_min(1)
+    return kept_responses(drift_N, batch.advantages_N, rule.off_policy_mask_threshold).double()
+
+
+def clipped_tokens(name: str, batch: LossBatch) -> Clipped | None:
+    """Say which tokens a loss of this module clips, bool [K] each; None if it clips none, or is not known.
+
+    Args:
+        name: of the loss.
+        batch: a minibatch, off-policy.
+    """
+    rule, advantages_K = batch.objective.off_policy, batch.of_tokens(batch.advantages_N)
+    if rule is None or name not in LOSSES or name == "reinforce":
+        return None
+    if name == "cispo":
+        cap = batch.objective.epsilon_high
+        high_K = (importance_ratio(batch) > (torch.inf if cap is None else cap)) & (advantages_K > 0)
+        return Clipped(torch.zeros_like(high_K), high_K, torch.zeros_like(high_K))
+    ratio_K = batch.of_tokens(_whole_ratio(batch)) if name == "rloo" else importance_ratio(batch)
+    return clipped(ratio_K, advantages_K, rule)
+
+
+def _clipped(batch: LossBatch, ratio: Tensor, advantages: Tensor) -> Tensor:
+    rule = batch.objective.off_policy
+    return ratio if rule is None else clipped_ratio(ratio, advantages, rule)
+
+
 def high_entropy_mask(batch: LossBatch) -> Tensor:
     """Return 1 for tokens that count and whose entropy is in the top quantile of their micro-batch, else 0, [K].
 
@@ -84,12 +125,14 @@ def high_entropy_mask(batch: LossBatch) -> Tensor:
 
 def policy_gradient(batch: LossBatch) -> Tensor:
     """Return x_k = −A·ρ_k + β·kl_k of every token, modified by the settings in `Objective`, [K]."""
-    return _with_kl(batch, importance_ratio(batch))
+    return _with_kl(batch, _clipped(batch, importance_ratio(batch), batch.of_tokens(batch.advantages_N)))
 
 
 def _with_kl(batch: LossBatch, ratio_K: Tensor) -> Tensor:
     """Return −A·ρ at tokens that keep the policy term, plus the KL term; `ratio_K` is the ρ of this loss."""
     x_K = -batch.of_tokens(batch.advantages_N) * ratio_K * high_entropy_mask(batch)
+    if batch.objective.off_policy is not None:
+        x_K = x_K * batch.of_tokens(kept_by_the_off_policy_mask(batch))
     if not batch.kl_beta:
         return x_K
     correction_K = importance_ratio(batch) if batch.objective.kl_correction else 1.0
@@ -138,12 +181,13 @@ def cispo(batch: LossBatch) -> Tensor:
 
 
 def _token_mean(batch: LossBatch, x_K: Tensor) -> Tensor:
-    return batch.mean(batch.sequence_sum(x_K)) / batch.mean(batch.lengths_N)
+    length = batch.mean(batch.lengths_N) if batch.rollout_length is None else batch.rollout_length
+    return batch.mean(batch.sequence_sum(x_K)) / length
 
 
 def rloo(batch: LossBatch) -> Tensor:
     """REINFORCE leave-one-out, arXiv:2402.14740: uses the ratio of the whole response."""
-    ratio_N = batch.sequence_sum(batch.logprobs_K - batch.old_logprobs_K).exp()
+    ratio_N = _clipped(batch, _whole_ratio(batch), batch.advantages_N)
     return batch.mean(-batch.advantages_N * ratio_N + batch.kl_beta * batch.sequence_sum(kl(batch)))
 
 

@@ -95,7 +95,7 @@ class MuonStep:
         self._of_buffer, self._of_gradient = (mu**2, 1.0 - mu**2) if h.nesterov else (mu, 1.0 - mu)
         scale = 0.2 * math.sqrt(max(rows, columns)) if h.match_rms_adamw else math.sqrt(max(1.0, rows / columns))
         self._rate, self._h = -h.relative_lr * scale, h
-        self._gradient, self._buffer = gradient, state.momentum_buffer
+        self._gradient, self._buffer, self._step = gradient, state.momentum_buffer, state.step
         self._decay = (-h.relative_lr * h.weight_decay) * parameter
         self._linear = self._map()
 
@@ -147,6 +147,12 @@ class MuonStep:
     def taken(self) -> Tensor:
         """The step v, with the iterations in bfloat16."""
         return self._rate * self._orthogonal(self._mixed(self._gradient), torch.bfloat16).double() + self._decay
+
+    @property
+    def after(self) -> MuonState:
+        """The momentum buffer after the step, from which the next one starts."""
+        mu = self._h.momentum
+        return MuonState(self._step + 1, mu * self._buffer + (1.0 - mu) * self._gradient)
 
     def preconditioned(self, covector: Tensor) -> Tensor:
         """Return Pᵀ·a."""

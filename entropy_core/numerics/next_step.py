@@ -86,6 +86,7 @@ class Rule(NamedTuple):
         elementwise: whether blocks of a parameter can be computed one by one.
         counts: whether the state says how many steps were taken.
         no_interval: why there is no valid interval over U; empty if there may be one.
+        has_after: whether its step knows the state after it, `after`, from which another step can start.
     """
 
     name: str
@@ -95,3 +96,4 @@ class Rule(NamedTuple):
     elementwise: bool = True
     counts: bool = True
     no_interval: str = ""
+    has_after: bool = True

@@ -7,12 +7,20 @@ stays where it is if its step is less than half the distance to the next number.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
 from entropy_core.numerics.adamw import CLIP_EPSILON, AdamHyperparameters, AdamState
+
+
+class Rounded(NamedTuple):
+    """θ_new − θ, exact, and the moments after the step; float64."""
+
+    change: Tensor
+    after: AdamState
 
 
 def rounded_step(
@@ -23,7 +31,7 @@ def rounded_step(
     learning_rate: float,
     dtype: torch.dtype,
     fused: bool,
-) -> Tensor:
+) -> Rounded:
     """Compute the change of one parameter, or of any block of it, by the step.
 
     Args:
@@ -36,7 +44,7 @@ def rounded_step(
         fused: whether the trainer's optimizer was torch's fused one.
 
     Returns:
-        θ_new − θ, exact, float64.
+        The change, and the state that the next step starts from.
     """
     h = hyperparameters
     theta, first, second = (tensor.to(dtype, copy=True) for tensor in (parameter, state.exp_avg, state.exp_avg_sq))
@@ -60,7 +68,8 @@ def rounded_step(
         maximize=h.maximize,
         decoupled_weight_decay=h.decoupled,
     )
-    return theta.double() - before
+    moments = (first.double(), second.double(), largest[0].double() if largest else None)
+    return Rounded(theta.double() - before, AdamState(state.step + 1, *moments))
 
 
 def rounded_clip_factor(gradients: Iterable[tuple[Tensor, torch.dtype]], max_norm: float) -> float:

@@ -17,8 +17,11 @@ RULES = {
         LionStep,
         counts=False,
         no_interval="a step of Lion depends on nothing but signs, so that its derivative says nothing of other batches",
+        has_after=False,
     ),
-    "adafactor": Rule("Adafactor", AdafactorHyperparameters, AdafactorState, AdafactorStep, elementwise=False),
+    "adafactor": Rule(
+        "Adafactor", AdafactorHyperparameters, AdafactorState, AdafactorStep, elementwise=False, has_after=False
+    ),
     "muon": Rule("Muon", MuonHyperparameters, MuonState, MuonStep, elementwise=False, counts=False),
 }
 """Name in `groups.json` → rule."""

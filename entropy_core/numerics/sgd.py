@@ -52,6 +52,8 @@ class SGDStep(Diagonal):
             if nesterov:
                 of_buffer, of_gradient = momentum**2, 1.0 + momentum * (1.0 - dampening)
         self._gradient, self._parameter, self._buffer = gradient, parameter, state.momentum_buffer
+        self._step, self._sign, self._weight_decay = state.step, -1.0 if maximize else 1.0, weight_decay
+        self._mu, self._undamped = momentum, 1.0 - dampening
         self._of_buffer, self._of_decay = -relative_lr * of_buffer, -relative_lr * of_gradient * weight_decay
         self._of_gradient = (relative_lr if maximize else -relative_lr) * of_gradient
 
@@ -79,6 +81,14 @@ class SGDStep(Diagonal):
     def direction(self) -> Tensor:
         """The step v per unit of learning rate."""
         return self.gradient.add_(self.momentum).add_(self.decay)
+
+    @property
+    def after(self) -> SGDState:
+        """The momentum buffer after the step, from which the next one starts."""
+        if self._buffer is None:
+            return SGDState(self._step + 1)
+        own = self._sign * self._gradient + self._weight_decay * self._parameter
+        return SGDState(self._step + 1, self._mu * self._buffer + self._undamped * own)
 
     @property
     def jacobian(self) -> Tensor:

@@ -2,7 +2,8 @@
 
 A state is a prompt with the first tokens of a response. Where E visits a state, the probability of the tokens that no
 response of E has there is known exactly: 1 minus the sum of those that were drawn. Summed over the steps of a response,
-it is the expected number of departures from what E has seen. What comes after a departure is unknown.
+it is the expected number of departures from what E has seen. What comes after a departure is unknown. The step at
+which a response is cut does not count, because nothing comes after it, whatever token is taken.
 
 If departures are common, every response of E departs from the others, and E is a sample of what follows them. If they
 are so rare that E holds hardly any, nothing in E tells what follows them.
@@ -24,24 +25,32 @@ MATERIAL = 0.1
 
 
 class Unseen(NamedTuple):
-    """Sums over the steps of E: of the probability of departures, weighted to the policy, and under what drew E."""
+    """Sums over the steps of E.
+
+    Args:
+        probability: of departures, weighted to the policy.
+        expected: of departures under the law that drew E.
+        tokens: most tokens that can follow departures, times their probability, weighted to the policy.
+    """
 
     probability: float
     expected: float
+    tokens: float
 
     def plus(self, other: "Unseen") -> "Unseen":
         """Return the sums over both sets of states."""
-        return Unseen(self.probability + other.probability, self.expected + other.expected)
+        return Unseen(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 class Steps(NamedTuple):
-    """Steps of E, each [K]: the state before and after it, ℓ, log q, and the weight W of its prefix."""
+    """Steps of E, each [K]: the states around it, ℓ, log q, the weight W of its prefix, and most tokens after it."""
 
     before_K: Tensor
     after_K: Tensor
     logprobs_K: Tensor
     log_q_K: Tensor
     weights_K: Tensor
+    left_K: Tensor
 
 
 def states(prompt_ids_N: Tensor, tokens_K: Tensor, offsets_N1: Tensor) -> Tensor:
@@ -88,9 +97,11 @@ def unseen(steps: Steps) -> Unseen:
     def rest_of(logprobs_K: Tensor) -> Tensor:
         seen_S = torch.zeros(len(states_S), dtype=torch.float64)
         seen_S.index_add_(0, index_K[taken_C], logprobs_K[taken_C].double().exp())
-        return (1.0 - seen_S).clamp_min(0.0)[index_K]
+        return (1.0 - seen_S).clamp_min(0.0)[index_K] * (steps.left_K > 0)
 
-    return Unseen(float((steps.weights_K * rest_of(steps.logprobs_K)).sum()), float(rest_of(steps.log_q_K).sum()))
+    weighted_K = steps.weights_K * rest_of(steps.logprobs_K)
+    expected, tokens = rest_of(steps.log_q_K).sum(), weighted_K @ steps.left_K.double()
+    return Unseen(float(weighted_K.sum()), float(expected), float(tokens))
 
 
 def _mixed(values: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from entropy_core.stages.load_checkpoint import load_checkpoint
 from entropy_core.stages.load_prompts import load_prompts
 from entropy_core.stages.load_weights import load_weights
 from entropy_core.stages.path_integral import path_integral
+from entropy_core.stages.phase_step import phase_step
 from entropy_core.stages.predict import predict
+from entropy_core.stages.recorded_u import recorded_u
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
 from entropy_core.stages.sample import sample
@@ -29,6 +31,7 @@ LOAD_WEIGHTS = Stage("load-weights", load_weights)
 LOAD_PROMPTS = Stage("load-prompts", load_prompts)
 SAMPLE_E = Stage("sample-e-batch", sample)
 SAMPLE_U = Stage("sample-u-batch", sample)
+RECORDED_U = Stage("recorded-u-batch", recorded_u)
 SCORE_E = Stage("score-e-batch", score)
 RESCORE_E = Stage("rescore-e-batch", rescore)
 SCORE_U = Stage("score-u-batch", score)
@@ -49,7 +52,9 @@ BLOCK_SENSITIVITIES = Stage("block-sensitivities", block_sensitivities, vectors=
 SCREEN = Stage("screen", screen)
 PREDICT = Stage("predict", predict, vectors=("gradient",))
 ALTERED_STEP = Stage("altered-step", altered_step)
+PHASE_STEP = Stage("phase-step", phase_step, vectors=("previous",))
 VARIANCE, PRICE, INTERVENTIONS = final_stages.VARIANCE, final_stages.PRICE, final_stages.INTERVENTIONS
+PHASE = final_stages.PHASE
 AGREEMENT, REPORT = final_stages.AGREEMENT, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

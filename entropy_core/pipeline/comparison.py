@@ -1,16 +1,18 @@
 """Compare recorded runs, checkpoint by checkpoint, from their cached batches: no stage runs, no vector is read."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entropy_core.code.version import code_version
 from entropy_core.config.differences import Differing, differing_settings, in_words
-from entropy_core.errors import ConfigError
+from entropy_core.errors import ConfigError, StoreError
 from entropy_core.estimates.comparison import Side, compared
 from entropy_core.estimates.selection import Row, by_checkpoint, by_run_directory
 from entropy_core.estimates.tables import COMPARISON, to_table
@@ -18,6 +20,8 @@ from entropy_core.pipeline.final_stages import settings_of
 from entropy_core.pipeline.recorded import read_run
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.report import comparison as page
+from entropy_core.report.frame import framed
+from entropy_core.report.html import html
 from entropy_core.report.recorded_run import RecordedRun
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact, artifacts_in
@@ -33,12 +37,55 @@ class _Run(NamedTuple):
     series: Mapping[str, Sequence[Side]]
 
 
-class Comparison(NamedTuple):
-    """What `compare` found: where it wrote it, rows of `tables.COMPARISON`, and a paragraph on each of the others."""
+@dataclass(frozen=True)
+class Comparison:
+    """How runs differ. It shows its page in a notebook, and a paragraph on each run but the first in a terminal.
+
+    Attributes:
+        folder: with `compare.html`, `compare.md`, `compare.parquet`, `compare.png` and `compare.svg`.
+        rows: of `compare.parquet`: a row per pair of checkpoints, normalisation and quantity.
+        answers: the paragraphs.
+    """
 
     folder: Path
     rows: list[Row]
     answers: list[str]
+
+    def table(self) -> pa.Table:
+        """Read the rows as a table whose metadata say what the columns mean and which runs they compare."""
+        return pq.read_table(self.folder / "compare.parquet")
+
+    def __repr__(self) -> str:
+        return "\n\n".join(textwrap.fill(paragraph, 100) for paragraph in self.answers)
+
+    def _repr_html_(self) -> str:
+        return framed(self.folder.name, (self.folder / "compare.html").read_text(encoding="utf-8"))
+
+
+def compare_runs(run: RecordedRun, *others: RecordedRun, folder: Path | str | None = None) -> Comparison:
+    """Compare recorded runs with the first of them, or the run directories of one run with each other.
+
+    Args:
+        run: the one that the others are compared with.
+        others: of the same store. None, if the checkpoints of `run` come from several run directories.
+        folder: where to write the page, table and figure; None: a folder in the store.
+
+    Returns:
+        What differs, with intervals.
+
+    Raises:
+        StoreError: a run is of another store, or a part of it is gone.
+        ConfigError: there are not two things to compare.
+    """
+    for other in others:
+        if other.store.resolve() != run.store.resolve():
+            raise StoreError(
+                f"{other.id} is in {other.store.absolute()}, and {run.id} in {run.store.absolute()}",
+                cause="the batches of both are read from one store",
+                fix="bring it over: `entropy-probe store export RUN FILE --all`, then `store import FILE`",
+            )
+    ids = [run.id, *(other.id for other in others)]
+    return compare(Store(run.store), ids, None if folder is None else Path(folder))
 
 
 def compare(store: Store, run_ids: Sequence[str], folder: Path | None = None) -> Comparison:
@@ -47,8 +94,7 @@ def compare(store: Store, run_ids: Sequence[str], folder: Path | None = None) ->
     Args:
         store: where the runs are.
         run_ids: two or more; or one whose checkpoints come from several run directories.
-        folder: where to write `compare.md`, `compare.parquet`, `compare.png` and `compare.svg`, made if needed; None:
-            `comparisons/RUN--RUN` in the store.
+        folder: where to write the files of a `Comparison`, made if needed; None: `comparisons/RUN--RUN` in the store.
 
     Returns:
         What is in these files, and in words.
@@ -89,6 +135,8 @@ def compare(store: Store, run_ids: Sequence[str], folder: Path | None = None) ->
     drawn = {name: [row for side in sides for row in side.rows] for name, sides in series.items()}
     save_figure(comparison_figure(drawn, rows), folder / "compare.png", folder / "compare.svg")
     (folder / "compare.md").write_text(text, encoding="utf-8")
+    shared = html(" and ".join(named), text, {"compare": (folder / "compare.svg").read_bytes()})
+    (folder / "compare.html").write_text(shared, encoding="utf-8")
     return Comparison(folder, rows, page.answers(rows, changes))
 
 

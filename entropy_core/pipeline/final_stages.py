@@ -6,6 +6,7 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.stages.agreement import agreement
 from entropy_core.stages.interventions import interventions
+from entropy_core.stages.phase import phase
 from entropy_core.stages.price import price
 from entropy_core.stages.report import report
 from entropy_core.stages.variance import variance
@@ -14,6 +15,7 @@ from entropy_core.store.store import Stage
 VARIANCE = Stage("variance", variance)
 PRICE = Stage("price", price)
 INTERVENTIONS = Stage("interventions", interventions)
+PHASE = Stage("phase", phase)
 AGREEMENT = Stage("agreement", agreement)
 REPORT = Stage("report", report)
 
@@ -29,6 +31,18 @@ def priced(entry: Inputs, config: ProbeConfig) -> Inputs:
     return (
         {name: entry["inputs"][name] for name in names}
         | entry["price"]
+        | {name: getattr(config.variance, name) for name in ("normalizations", "baseline", "confidence_level")}
+        | {"units": config.units_of_e}
+    )
+
+
+def along_the_phase(entry: Inputs, config: ProbeConfig) -> Inputs:
+    """Return the inputs of the phase stage, from what is recorded of a checkpoint whose phase was followed."""
+    names = ("scores", "rescores", "first_order_e", "learning_rate", "estimators")
+    return (
+        {name: entry["inputs"][name] for name in names}
+        | entry["phase"]
+        | {"rewards": entry["price"].get("rewards", [])}
         | {name: getattr(config.variance, name) for name in ("normalizations", "baseline", "confidence_level")}
         | {"units": config.units_of_e}
     )

@@ -1,9 +1,9 @@
 """Parameter-sized vectors during a sweep: recompute them if they are needed and missing, drop them when not needed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import RLock
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store import vectors
@@ -11,6 +11,8 @@ from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 
 log = logging.getLogger("entropy_probe.store")
+
+_Result = TypeVar("_Result")
 
 
 class OtherNumbers(Exception):
@@ -51,6 +53,10 @@ class VectorKeeper(Runner):
             self._prepare(stage, of_one)
         found = zip(self._runner.map(stage, inputs, labels), inputs, labels, strict=True)
         return [self._noted(artifact, _Made(stage, of_one, label)) for artifact, of_one, label in found]
+
+    def part(self, label: str, work: Callable[[], _Result]) -> _Result:
+        """Call `work`; see `Runner`."""
+        return self._runner.part(label, work)
 
     def _prepare(self, stage: Stage, inputs: Inputs) -> None:
         opened = stage.opened(inputs)

@@ -104,6 +104,7 @@ def tried(
         predicted = [
             {"label": spec.label, "predicted": artifact} for spec, artifact in zip(tried_specs, artifacts, strict=True)
         ]
+    release(step.gradient)  # what is left needs only the steps
     measured = []
     for spec in _to_measure(config.lab.measure, tried_specs, screened, predicted):
         label = f"{name} · {spec.label}"

@@ -14,7 +14,10 @@ from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.lab import Batches, StepAsItIs, tried
+from entropy_core.pipeline.named_base import base_differences
+from entropy_core.pipeline.phase import OnE, followed
 from entropy_core.pipeline.preflight import CheckpointToProbe, encoding
+from entropy_core.pipeline.recorded_u import RecordedU, remarks
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.policy.spec import PolicySpec, ProposalSpec
 from entropy_core.prompts import pools as prompts
@@ -129,7 +132,12 @@ class Measurement:
         self.run, self.release = run, release
         self.price: Inputs = {}  # of the price stage, once E has its rewards
         self.interventions: Inputs = {}  # of the interventions stage, once they have been tried
+        self.phase: Inputs = {}  # of the phase stage, once its steps have been followed
+        self.recorded: list[Artifact] = []  # U as its trainer recorded it, where it is not sampled
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.with_dropout: Artifact | None = None  # of dropout-u; it is no input of the statistics
+        self.on_bases: tuple[list[Artifact], list[Artifact]] | None = None  # of U, on the given base and the named one
         self.e_pool, self.u_pool = (pools[split] for split in config.splits)
         self.policy = PolicySpec(
             weights=checkpoint.weights or self._weights(),
@@ -156,6 +164,9 @@ class Measurement:
         e_batch, scores = self._sample_e(batch.E_batch_seed, "")
         u_batch = self._sample_u()
         scores_u = self._score(stage.SCORE_U, policy, u_batch)
+        if self.checkpoint.named_base:
+            on_named = policy.model_copy(update={"base": self.checkpoint.named_base})
+            self.on_bases = scores_u, self._score(stage.SCORE_REFERENCE, on_named, u_batch)
         update = self._update(u_batch, scores_u)
         calibration = self._calibration(e_batch, update)
         half_width = calibration.summary["half_width"] if calibration else 0.0
@@ -189,7 +200,8 @@ class Measurement:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
             step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
             self.interventions = tried(self.config, batches, step, self.run, self.checkpoint.name, self.release)
-        self.release(gradient)
+        else:
+            self.release(gradient)
         moved = self._moved(e_batch, update, learning_rate)
         replicates = []
         for i in range(1, batch.E_replicates):
@@ -198,6 +210,9 @@ class Measurement:
             replicates.append({"seed": seed, "scores": scores_again, "first_order_e": along_v(e_again, suffix)})
         rescores = self._rescored(e_batch)
         self.release(update)
+        of_rollout = {"policy": policy, "checkpoint": self.optimizer, "sequences": u_batch, "update": update}
+        on_e = OnE(e_batch, learning_rate, self.config.importance.estimators[0])
+        self.phase = followed(self.config, of_rollout, on_e, self.run, self.checkpoint.name, self.release)
         if isinstance(policy.weights, Artifact):
             self.release(policy.weights)
         return {
@@ -217,6 +232,13 @@ class Measurement:
             "replicates": replicates,
             "estimators": self.config.importance.estimators,
         }
+
+    def said_of_bases(self) -> str:
+        """Say what another base than the one that the adapter names makes of U; empty if it has no other."""
+        if not self.on_bases or not all(shard.digest for shards in self.on_bases for shard in shards):
+            return ""
+        adapter, given = (self.checkpoint.paths[digest] for digest in (self.checkpoint.weights, self.checkpoint.base))
+        return base_differences(adapter, given.name, *self.on_bases)
 
     def _once(self, what: Stage, inputs: Inputs, suffix: str = "") -> Artifact:
         return self.run(what, inputs, self.checkpoint.name + suffix)
@@ -261,6 +283,9 @@ class Measurement:
 
     def _sample_u(self) -> list[Artifact]:
         batch = self.config.batch_config
+        if self.checkpoint.recorded:
+            self.recorded = [self._once(stage.RECORDED_U, self._as_recorded(self.checkpoint.recorded))]
+            return self.recorded
         inputs = {
             "policy": self.policy,
             "proposal": None,
@@ -271,6 +296,10 @@ class Measurement:
             "seed": batch.U_batch_seed,
         }
         return self._sample(stage.SAMPLE_U, batch.B_U * batch.G, inputs)
+
+    def _as_recorded(self, rollouts: RecordedU) -> Inputs:
+        inputs = {"policy": self.policy, "prompts": self.u_pool, "sources": list(rollouts.files)}
+        return inputs | {"number": rollouts.number, "max_new_tokens": self.config.generation.max_new_tokens}
 
     def _score(self, what: Stage, policy: PolicySpec, batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
         return self._over_shards(what, [{"policy": policy, "sequences": sequences} for sequences in batches], suffix)
@@ -305,9 +334,13 @@ class Measurement:
         }
 
     def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
-        update, reference = self.config.update, []
-        rewarded = self._rewarded(u_batch, self.u_pool) | {"aggregation": update.multi_objective_aggregation}
-        if update.kl_beta:
+        update, reference, rollouts = self.config.update, [], self.checkpoint.recorded
+        if rollouts and rollouts.rewarded(self.config):
+            [rewards] = self.recorded
+        else:
+            rewarded = self._rewarded(u_batch, self.u_pool) | {"aggregation": update.multi_objective_aggregation}
+            rewards = self._once(stage.REWARD_U, rewarded)
+        if update.kl_beta and not (rollouts and rollouts.referenced(self.config)):
             weights, *base = self.checkpoint.reference
             of_reference = self.policy.model_copy(update={"weights": weights, "base": "".join(base)})
             reference = self._score(stage.SCORE_REFERENCE, of_reference, u_batch)
@@ -315,14 +348,20 @@ class Measurement:
             "policy": self.policy,
             "checkpoint": self.optimizer,
             "sequences": u_batch,
-            "rewards": self._once(stage.REWARD_U, rewarded),
+            "rewards": rewards,
             "scores": scores_u,
             "reference": reference,
+            "recorded": self.recorded,
+            "old_logprobs": self.config.batch_config.U.old_logprobs if self.recorded else "scored",
             "loss": self._loss(),
             "responses_per_prompt": self.config.batch_config.G,
             "max_grad_norm": update.max_grad_norm,
         }
-        return self._once(stage.COMPUTE_UPDATE, inputs)
+        step = self._once(stage.COMPUTE_UPDATE, inputs)
+        if rollouts:
+            how = self.config.batch_config.U.old_logprobs
+            self.notes, self.warnings = remarks(rollouts, self.recorded[0].summary, step.summary, how)
+        return step
 
     def _loss(self) -> LossSpec:
         """The loss; what cannot change its gradient is left at its default, so that equal steps have equal keys."""

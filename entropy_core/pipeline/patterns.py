@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from entropy_core.checkpoints.adapter_files import ADAPTER_CONFIG, adapter_settings
 from entropy_core.checkpoints.architecture import module_names
-from entropy_core.checkpoints.content import read_json
 from entropy_core.checkpoints.layout import Layout
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import SAVE_AGAIN
@@ -30,8 +30,8 @@ def require_quick_patterns(layout: Layout) -> None:
     """
     if layout.base is None:
         return
-    path = layout.model / "adapter_config.json"
-    patterns = list(_patterns(read_json(path)))
+    path = layout.model / ADAPTER_CONFIG
+    patterns = list(_patterns(adapter_settings(layout.model)))
     if not patterns:
         return
     arguments = patterns, module_names(layout.architecture)

@@ -24,7 +24,10 @@ from entropy_core.losses.interventions import own_interventions
 from entropy_core.losses.token_weights import check_token_weights
 from entropy_core.numerics import philox
 from entropy_core.numerics.philox import Purpose
+from entropy_core.numerics.rules import RULES
+from entropy_core.pipeline.named_base import comparable_base
 from entropy_core.pipeline.patterns import require_quick_patterns
+from entropy_core.pipeline.recorded_u import RecordedU, check_recorded, recorded_of_each, with_sizes
 from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
 from entropy_core.pipeline.trainer_log import trainer_log
 from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
@@ -58,6 +61,8 @@ class CheckpointToProbe:
         warnings: warnings at the top of the report.
         dropout: whether dropout was on in the trainer's step.
         log: what its trainer logged near it; see `trainer_log`.
+        recorded: the rollouts that are its U; None where U is sampled.
+        named_base: digest of the quantised base that an adapter names, where it is probed on another one; else empty.
     """
 
     directory: Path
@@ -77,6 +82,8 @@ class CheckpointToProbe:
     warnings: tuple[str, ...]
     dropout: bool
     log: Mapping[str, Any]
+    named_base: str
+    recorded: RecordedU | None = None
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -93,25 +100,37 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     """
     check_device(config.execution.device)
     usable, warnings = usable_checkpoints(config)
-    settled = settle(config, {one.name: one.trainer for one in usable})
-    warnings += settled.warnings
+    usable, recorded, without = recorded_of_each(config, usable)
+    settled = with_sizes(config, settle(config, {one.name: one.trainer for one in usable}), recorded)
+    warnings += [*without, *settled.warnings]
     steps = [one.checkpoint.step for one in usable if one.checkpoint.layout.optimizer is None]
     if max(steps, default=0):
         warnings.append(f"The optimizer is taken to be fresh, and the trainer had made {max(steps)} steps.")
+    bases = {one.name: comparable_base(one.checkpoint.layout) for one in usable if one.trainer.quantised_base}
+    warnings += dict.fromkeys(why for _, why in bases.values() if why)
     for warning in warnings:
         log.warning("%s", warning)
-    return _checked(with_read(config, settled.read), usable, settled, tuple(warnings))
+    named = {name: home for name, (home, _) in bases.items()}
+    return _checked(with_read(config, settled.read), usable, settled, tuple(warnings), recorded, named)
 
 
 def _checked(
-    config: ProbeConfig, usable: Sequence[UsableCheckpoint], settled: Settled, warnings: tuple[str, ...]
+    config: ProbeConfig,
+    usable: Sequence[UsableCheckpoint],
+    settled: Settled,
+    warnings: tuple[str, ...],
+    recorded: Mapping[str, RecordedU],
+    named_bases: Mapping[str, Path | None],
 ) -> list[CheckpointToProbe]:
     """Check the prompts, the reward and the loss, and that each checkpoint fits them."""
     _check_shards(config)
     check_weights(config)
+    if config.update.phase.follow:
+        _check_states(usable)
     state = _trainer_state(usable[0].checkpoint.layout.directory)
-    pools = _pools(config, state)
-    longest: dict[str, int] = {}  # prompt, in tokens, by tokenizer
+    rewarded = bool(recorded) and all(of_one.rewarded(config) for of_one in recorded.values()) and not config.price
+    pools = _pools(config, None if rewarded else state)
+    encoded: dict[str, dict[str, tuple[Pool, list[list[int]]]]] = {}  # by tokenizer and split
     found = []
     trainers = [one.trainer for one in usable]
     for name, checkpoint, trainer, digest, weights, description, base, home, tokenizer in usable:
@@ -122,8 +141,21 @@ def _checked(
         state_digest = file_digest(saved) if saved.is_file() else ""
         paths |= {state_digest: saved} if state_digest else {}
         paths |= {optimizer_digest(layout.optimizer): layout.optimizer} if layout.optimizer else {}
-        compared, about = _reference(config, layout, name) if config.update.kl_beta else ({}, ())
+        of_one = recorded.get(name)
+        to_score = config.update.kl_beta and not (of_one and of_one.referenced(config))
+        compared, about = _reference(config, layout, name) if to_score else ({}, ())
         paths |= compared
+        if tokenizer not in encoded:
+            encoded[tokenizer] = _encoded(config, pools, home, None if rewarded else state)
+        longest = max(len(ids) for _, token_ids in encoded[tokenizer].values() for ids in token_ids)
+        _check_positions(checkpoint, longest, config.generation.max_new_tokens)
+        about_u: tuple[str, ...] = ()
+        if of_one:
+            paths |= of_one.files
+            about_u = check_recorded(config, of_one, encoded[tokenizer][config.splits[1]], home, layout)
+        named = named_bases.get(name)
+        of_named = weights_digest(named) if named else ""
+        paths |= {of_named: named} if named else {}
         found.append(
             CheckpointToProbe(
                 directory=layout.directory.resolve(),
@@ -140,14 +172,13 @@ def _checked(
                 assumptions=(*checkpoint.assumptions, *settled.notes, *about),
                 read=settled.read,
                 settings=settled.settings,
-                warnings=warnings,
+                warnings=(*warnings, *about_u),
                 dropout=trainer.drops,
                 log=trainer_log(checkpoint.step, trainer, trainers),
+                recorded=of_one,
+                named_base=of_named,
             )
         )
-        if tokenizer not in longest:
-            longest[tokenizer] = _longest_prompt(config, pools, home, state)
-        _check_positions(checkpoint, longest[tokenizer], config.generation.max_new_tokens)
     if config.policy.base_model and not any(one.base or one.description for one in found):
         raise ConfigError(
             f"policy.base_model is {config.policy.base_model!r}, and no checkpoint is an adapter or in shards",
@@ -174,8 +205,11 @@ def _trainer_state(directory: Path) -> dict[str, Any]:
     return read_json(directory / TRAINER_STATE) if (directory / TRAINER_STATE).is_file() else {}
 
 
-def _pools(config: ProbeConfig, state: Mapping[str, Any]) -> dict[str, Pool]:
-    """Load the prompts of each split. Check them and the loss as far as that is possible without a tokenizer."""
+def _pools(config: ProbeConfig, state: Mapping[str, Any] | None) -> dict[str, Pool]:
+    """Load the prompts of each split. Check them and the loss as far as that is possible without a tokenizer.
+
+    Without a state the rewards are not called, as where they were recorded.
+    """
     batch = config.batch_config
     isolation, longest = config.execution.isolation, config.generation.max_new_tokens
     check_loss(config.update.loss, config.update.kl_beta, longest, isolation)
@@ -202,7 +236,7 @@ def _check_shards(config: ProbeConfig) -> None:
     batch, size = config.batch_config, config.execution.shard_size
     replacement = batch.E_sampling_mode == "replacement"
     in_e = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
-    passes = batch.E_replicates + len(config.importance.etas)
+    passes = batch.E_replicates + len(config.importance.etas) + config.update.phase.steps
     sequences = in_e * passes + batch.B_U * batch.G
     shards = -(-in_e // size) * passes + -(-batch.B_U * batch.G // size)
     if shards > MOST_SHARDS:
@@ -210,6 +244,17 @@ def _check_shards(config: ProbeConfig) -> None:
             f"this sweep has {shards} shards of {size} sequences per checkpoint, and {MOST_SHARDS} are possible",
             fix=f"set execution.shard_size to at least {-(-2 * sequences // MOST_SHARDS)}",
         )
+
+
+def _check_states(usable: Sequence[UsableCheckpoint]) -> None:
+    """Refuse to take several steps with an optimizer whose state after a step is not known."""
+    for one in usable:
+        rules = [RULES[group.rule] for group in one.checkpoint.optimizer.groups]
+        if unknown := [rule.name for rule in rules if not rule.has_after]:
+            raise ConfigError(
+                f"update.phase.follow: {one.name} is of {unknown[0]}, whose moments after a step are not modelled",
+                fix="leave it out: the first step is predicted and measured as ever",
+            )
 
 
 def check_device(device: str) -> None:
@@ -279,12 +324,13 @@ def encoding(config: ProbeConfig) -> dict[str, Any]:
     }
 
 
-def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool], state: Mapping[str, Any]) -> None:
-    """Check the prompt pools and the reward."""
+def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool], state: Mapping[str, Any] | None) -> None:
+    """Check the prompt pools and the reward; the reward is not called without a state."""
     batch = config.batch_config
     e_split, u_split = config.splits
     e_pool, u_pool = pools[e_split].table, pools[u_split].table
-    _check_size("B_U", batch.B_U, u_pool, u_split)
+    if not batch.U.source:  # whose prompts are drawn already
+        _check_size("B_U", batch.B_U, u_pool, u_split)
     prompts_e = e_pool.num_rows
     if batch.E_sampling_mode == "distinct":
         prompts_e = batch.B_E_values[0]
@@ -295,11 +341,13 @@ def _check_batches(config: ProbeConfig, pools: Mapping[str, Pool], state: Mappin
             cause="B_E_values of 1 in distinct mode, or variance.cluster: prompt with a pool of one prompt",
             fix="take more prompts, or E_sampling_mode: replacement with variance.cluster: auto",
         )
+    if state is None:
+        return
     # call the reward once on empty responses, to find one that cannot be called on U before sampling
     drawn = u_pool.take(philox.permutation(batch.U_batch_seed, Purpose.U_PROMPT, u_pool.num_rows)[: batch.B_U].tolist())
     columns = {name: drawn[name].to_pylist() for name in drawn.column_names if name != "prompt"}
-    given = drawn["prompt"].to_pylist(), [""] * batch.B_U, columns, config.execution.isolation
-    one_token = [[0]] * batch.B_U  # a response has one at least, the one that ends it
+    given = drawn["prompt"].to_pylist(), [""] * drawn.num_rows, columns, config.execution.isolation
+    one_token = [[0]] * drawn.num_rows  # a response has one at least, the one that ends it
     for name in config.update.rewards:
         rewards.compute_rewards(name, *given, token_ids=one_token, trainer_state=state)
 
@@ -312,17 +360,18 @@ def _check_size(key: str, wanted: int, pool: pa.Table, split: str) -> None:
         )
 
 
-def _longest_prompt(config: ProbeConfig, pools: Mapping[str, Pool], directory: Path, state: Mapping[str, Any]) -> int:
-    """Return the number of tokens of the longest remaining prompt, with the checkpoint's own tokenizer."""
-    tokenizer, kept, longest = load_tokenizer(directory), {}, 0
+def _encoded(
+    config: ProbeConfig, pools: Mapping[str, Pool], directory: Path, state: Mapping[str, Any] | None
+) -> dict[str, tuple[Pool, list[list[int]]]]:
+    """The remaining prompts of each split and their token ids, with the checkpoint's own tokenizer."""
+    tokenizer, found = load_tokenizer(directory), {}
     for split, pool in pools.items():
-        kept[split], token_ids = encode(pool, tokenizer, **encoding(config))
-        longest = max(longest, *map(len, token_ids))
-        for note in kept[split].notes:
+        found[split] = encode(pool, tokenizer, **encoding(config))
+        for note in found[split][0].notes:
             log.warning("split %s: %s", split, note)
     if config.batch_config.max_prompt_length:
-        _check_batches(config, kept, state)
-    return longest
+        _check_batches(config, {split: kept for split, (kept, _) in found.items()}, state)
+    return found
 
 
 def _check_positions(checkpoint: Checkpoint, longest: int, max_new_tokens: int) -> None:

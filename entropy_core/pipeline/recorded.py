@@ -16,8 +16,10 @@ from entropy_core.errors import StoreError
 from entropy_core.pipeline.final_stages import (
     AGREEMENT,
     INTERVENTIONS,
+    PHASE,
     PRICE,
     VARIANCE,
+    along_the_phase,
     compared,
     compared_interventions,
     priced,
@@ -35,8 +37,9 @@ RECORD_FORMAT = 6
 """Format version of run.json, incremented when the inputs of the variance stage or the recorded data change."""
 
 
-_WITH_ARTIFACTS = ("inputs", "price", "interventions")
-"""What is recorded of a checkpoint as inputs of later stages."""
+OWN_STAGES = ("price", "interventions", "phase")
+"""What is recorded of a checkpoint as inputs of stages that are run if they are asked for."""
+_WITH_ARTIFACTS = ("inputs", *OWN_STAGES)
 
 
 class _Form(BaseModel):
@@ -55,6 +58,7 @@ class _Checkpoint(_Form):
     inputs: dict[str, Any]
     price: dict[str, Any] = {}
     interventions: dict[str, Any] = {}
+    phase: dict[str, Any] = {}
     notes: list[str]
     settings: list[_Setting]
     warnings: list[str]
@@ -88,7 +92,7 @@ def write_run(
         run_id: ID of the run.
         config: configuration of the sweep.
         checkpoints: for each checkpoint its name, step, log, notes, settings, warnings, the inputs of its variance
-            stage, and what is its own of those of its price and interventions stages, which may be empty.
+            stage, and what is its own of those of the stages in `OWN_STAGES`, which may be empty.
         report: artifact of the report stage.
         rerun_of: the run whose statistics or interventions these are; empty for a sweep.
 
@@ -168,6 +172,8 @@ def read_run(store: Store, run_id: str) -> tuple[Path, ProbeConfig, list[Inputs]
                 require_inputs(PRICE, priced(entry, config))
             if entry["interventions"]:
                 require_inputs(INTERVENTIONS, compared_interventions(entry, config))
+            if entry["phase"]:
+                require_inputs(PHASE, along_the_phase(entry, config))
         require_inputs(AGREEMENT, compared(checkpoints, config))
     return directory, config, checkpoints
 

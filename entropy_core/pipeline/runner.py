@@ -25,10 +25,16 @@ class Runner:
         run: called as `run(stage, inputs, label)`; returns the artifact of this stage for these inputs. `label` is for
             display only.
         threads: in which it may be called at the same time; None: it is called by one thread at a time.
+        part: called as `part(label, work)`; see the method of this name. None: the stages are shown as they come.
     """
 
-    def __init__(self, run: Callable[[Stage, Inputs, str], Artifact], threads: Threads | None = None) -> None:
-        self._run, self.threads = run, threads or Threads()
+    def __init__(
+        self,
+        run: Callable[[Stage, Inputs, str], Artifact],
+        threads: Threads | None = None,
+        part: Callable[[str, Callable[[], Any]], Any] | None = None,
+    ) -> None:
+        self._run, self.threads, self._part = run, threads or Threads(), part
 
     def __call__(self, stage: Stage, inputs: Inputs, label: str) -> Artifact:
         """Return the artifact of this stage for these inputs. Raises TypeError if they do not match its signature."""
@@ -46,6 +52,10 @@ class Runner:
     def together(self, parts: Iterable[Callable[[], _Result]]) -> list[_Result]:
         """Do several independent parts of a sweep, each of which may run any stages; see `Threads.all`."""
         return self.threads.all(list(parts))
+
+    def part(self, label: str, work: Callable[[], _Result]) -> _Result:
+        """Call `work`, which runs the stages of a part of a sweep, such as a checkpoint: a reader sees them as one."""
+        return self._part(label, work) if self._part else work()
 
 
 def direct_runner(store: Store, execution: Execution) -> Runner:

@@ -8,12 +8,14 @@ assumed           neither has it, so it is our default
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
 from entropy_core.checkpoints.trainer_files import TrainerFiles
+from entropy_core.config.phase import PhaseConfig
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.config.trainer_settings import LEFT_OUT, Difference, Reading, readings
@@ -31,8 +33,11 @@ OF_THE_TRAINING = (
     *("update.top_entropy_quantile", "update.entropy_coef", "update.epsilon_high", "update.mask_truncated_completions"),
     *("update.micro_batch", "update.reward", "update.reward_weights", "update.multi_objective_aggregation"),
     *("update.reward_clip_range", "update.normalize_advantages"),
+    *(f"update.phase.{name}" for name in PhaseConfig.model_fields),
 )
 """Keys that describe the training, in the order of a configuration; the others are the user's own choice."""
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _PATHS = ("policy.base_model", "batch_config.dataset_name", "update.loss", "update.reference", "update.reward")
 _OF_SOME_RUNS = {
@@ -41,6 +46,7 @@ _OF_SOME_RUNS = {
         *("kl_in", "use_bias_correction_kl", "importance_sampling_level", "top_entropy_quantile", "entropy_coef"),
         *("epsilon_high", "mask_truncated_completions", "micro_batch", "reward_clip_range", "normalize_advantages"),
         *("reward_weights", "multi_objective_aggregation"),
+        *(f"phase.{name}" for name in PhaseConfig.model_fields),
     )
 } | {"batch_config.chat_template_kwargs"}
 """Keys that are listed only if the user or a file sets them."""
@@ -100,7 +106,7 @@ def settle(config: ProbeConfig, files: Mapping[str, TrainerFiles]) -> Settled:
             fix="take the names from the message that refuses them",
         )
     given = set_keys(config)
-    of_each = {name: readings(of_one) for name, of_one in files.items()}
+    of_each = {name: readings(of_one, config.update.phase.follow) for name, of_one in files.items()}
     said: dict[str, dict[str, Reading]] = {}  # by key, by checkpoint
     for name, (readings_of_one, _) in of_each.items():
         for reading in readings_of_one:
@@ -137,12 +143,18 @@ def with_read(config: ProbeConfig, read: Mapping[str, Any]) -> ProbeConfig:
         config: as the user gave it, or with the same put in before.
         read: of `settle`.
     """
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in read.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    return config.model_copy(update=updates)
+    return _updated(config, read)
+
+
+def _updated(section: Model, values: Mapping[str, Any]) -> Model:
+    """A section with some of its values replaced; keys of sections in it are dotted."""
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        inner.setdefault(name, {})[rest] = value
+    return section.model_copy(
+        update={name: of[""] if "" in of else _updated(getattr(section, name), of) for name, of in inner.items()}
+    )
 
 
 def set_keys(config: BaseModel, prefix: str = "") -> set[str]:
@@ -156,8 +168,7 @@ def set_keys(config: BaseModel, prefix: str = "") -> set[str]:
 
 def value_of(config: ProbeConfig, key: str) -> Any:
     """The value of a key such as `generation.temperature`."""
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+    return attrgetter(key)(config)
 
 
 def _agreed(said: Mapping[str, Mapping[str, Reading]], given: set[str]) -> dict[str, Reading]:
@@ -276,6 +287,7 @@ def _table(
 def _check_combination(config: ProbeConfig) -> None:
     """Refuse settings of the step that contradict each other."""
     update = config.update
+    _check_phase(config)
     if update.reference and not update.kl_beta:
         raise ConfigError(
             "update.reference: a reference policy has no part in a loss without a KL term",
@@ -290,6 +302,24 @@ def _check_combination(config: ProbeConfig) -> None:
         raise ConfigError(
             "update.scale_rewards: it is auto, which goes by how a loss was published, and this one is your own",
             fix="Set scale_rewards: group (advantages divided by the standard deviation of their group) or none",
+        )
+
+
+def _check_phase(config: ProbeConfig) -> None:
+    """Refuse a rollout that cannot be cut into so many minibatches. Raises ConfigError."""
+    batch, phase = config.batch_config, config.update.phase
+    responses = batch.B_U * batch.G
+    if phase.follow and responses % phase.minibatches:
+        raise ConfigError(
+            f"update.phase.minibatches is {phase.minibatches}, and U has {responses} responses "
+            f"({batch.B_U} prompts × {batch.G})",
+            cause="U is the whole rollout here, which is cut into minibatches of equal size",
+            fix="set batch_config.B_U to the prompts of a rollout, or another number of minibatches",
+        )
+    if phase.delta and phase.delta <= 1:
+        raise ConfigError(
+            f"update.phase.delta is {phase.delta:g}: a dual clip at or below 1 clips on-policy",
+            fix="set it above 1, as trainers do (verl: clip_ratio_c = 3), or leave it out",
         )
 
 

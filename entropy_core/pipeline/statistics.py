@@ -12,15 +12,17 @@ from entropy_core.errors import StoreError
 from entropy_core.pipeline.final_stages import (
     AGREEMENT,
     INTERVENTIONS,
+    PHASE,
     PRICE,
     REPORT,
     VARIANCE,
+    along_the_phase,
     compared,
     compared_interventions,
     priced,
     settings_of,
 )
-from entropy_core.pipeline.recorded import read_run, write_run
+from entropy_core.pipeline.recorded import OWN_STAGES, read_run, write_run
 from entropy_core.pipeline.repairs import with_repairs
 from entropy_core.pipeline.runner import Inputs, Runner
 from entropy_core.store.artifact import Artifact, artifacts_in
@@ -56,7 +58,7 @@ def variance(request: VarianceRequest, store: Store, run: Runner) -> SweepResult
 
     def work() -> SweepResult:
         for entry in recorded:
-            for artifact in artifacts_in([entry["inputs"], entry["price"], entry["interventions"]]):
+            for artifact in artifacts_in([entry["inputs"], *(entry[of] for of in OWN_STAGES)]):
                 if store.find(artifact.stage, artifact.key) is None:
                     raise StoreError(
                         f"the artifact {artifact.stage}/{artifact.key} of {entry['checkpoint']} is not in {store.root}",
@@ -90,6 +92,7 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
             if entry["interventions"]
             else None,
             "price": run(PRICE, priced(entry, config), entry["checkpoint"]) if entry["price"] else None,
+            "phase": run(PHASE, along_the_phase(entry, config), entry["checkpoint"]) if entry["phase"] else None,
         }
         for entry in recorded
     ]

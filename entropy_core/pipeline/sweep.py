@@ -158,14 +158,10 @@ def _measured(
     for tokenizer in dict.fromkeys(checkpoint.tokenizer for checkpoint in checkpoints):
         by_tokenizer[tokenizer] = {s: load_pool(config, s, tokenizer, run) for s in dict.fromkeys(config.splits)}
 
-    def measure(checkpoint: CheckpointToProbe, optimizer: Artifact) -> tuple[Inputs, Artifact | None]:
+    def measure(checkpoint: CheckpointToProbe, optimizer: Artifact) -> tuple[Inputs, Measurement]:
         pools = by_tokenizer[checkpoint.tokenizer]
         measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
-        try:
-            inputs = measurement.variance_inputs()
-        except OtherNumbers as error:  # another device or thread count gives other bits; do not mix
-            log.warning("%s, and all that depends on it is computed again, too", error)
-            inputs = measurement.variance_inputs()
+        inputs = run.part(checkpoint.name, partial(_variance_inputs, measurement))
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
         entry = {
             "checkpoint": checkpoint.name,
@@ -173,21 +169,31 @@ def _measured(
             "inputs": inputs,
             "price": measurement.price,
             "interventions": measurement.interventions,
-            "notes": [*checkpoint.assumptions, *of_pools],
+            "phase": measurement.phase,
+            "notes": [*checkpoint.assumptions, *of_pools, *measurement.notes],
             "settings": [setting._asdict() for setting in checkpoint.settings],
-            "warnings": list(checkpoint.warnings),
+            "warnings": [*checkpoint.warnings, *measurement.warnings],
             "log": dict(checkpoint.log),
         }
-        return entry, measurement.with_dropout
+        return entry, measurement
 
     calls = [partial(measure, *pair) for pair in zip(checkpoints, optimizers, strict=True)]
     # where vectors are not kept there is little room, and then one checkpoint at a time has its own
     found = run.together(calls) if config.execution.keep_vectors else [call() for call in calls]
     measured = [entry for entry, _ in found]
-    dropped = [with_dropout.summary for _, with_dropout in found if with_dropout]
+    dropped = [one.with_dropout.summary for _, one in found if one.with_dropout]
+    bases = [said for _, one in found if (said := one.said_of_bases())]
     for entry in measured:
-        entry["warnings"] += dropout_sizes(dropped)
+        entry["warnings"] += [*dropout_sizes(dropped), *bases]
     return measured
+
+
+def _variance_inputs(measurement: Measurement) -> Inputs:
+    try:
+        return measurement.variance_inputs()
+    except OtherNumbers as error:  # another device or thread count gives other bits; do not mix
+        log.warning("%s, and all that depends on it is computed again, too", error)
+        return measurement.variance_inputs()
 
 
 def _with_earlier(measured: list[Inputs], earlier: Sequence[Inputs]) -> list[Inputs]:

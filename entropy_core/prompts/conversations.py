@@ -1,5 +1,6 @@
 """Prompts that are conversations: lists of messages, each with `role` and `content`, as chat templates take them."""
 
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,14 @@ def fault_of(value: Any) -> str:
         if not isinstance(content, str | list) and not message.get("tool_calls"):
             return f"has a message {number} without content"
     return ""
+
+
+def canonical(prompt: Any) -> str:
+    """One text for equal prompts: a text itself, or the messages of a conversation without what is not set."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = [{name: of for name, of in message.items() if of is not None} for message in prompt]
+    return json.dumps(messages, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def as_messages(responses: list[str]) -> list[list[dict[str, str]]]:

@@ -7,7 +7,7 @@ about a number that the tables below it hold.
 from collections.abc import Sequence
 
 from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of
-from entropy_core.report import interventions, price
+from entropy_core.report import interventions, phase, price
 
 FLAT = 1e-3
 """A change is small if its whole interval is within this part of H."""
@@ -26,6 +26,7 @@ def answer(
     unlike_the_run: bool = False,
     prices: Sequence[Row] = (),
     tried: Sequence[Row] = (),
+    along: Sequence[Row] = (),
 ) -> str:
     """Answer in words what a sweep was run for.
 
@@ -34,6 +35,7 @@ def answer(
         unlike_the_run: whether what the trainer logged disagrees with what the probe measures.
         prices: rows of `price.parquet`, of the same normalisation.
         tried: rows of `interventions.parquet`, of the same normalisation.
+        along: rows of `phase.parquet`, of the same normalisation.
 
     Returns:
         One paragraph, as markdown without markup.
@@ -47,6 +49,7 @@ def answer(
         _speed(at_lr),
         _source(at_lr[-1]),
         _shape(at_lr),
+        phase.sentence(along),
         price.sentence(prices),
         interventions.sentence(tried),
         *_next(at_lr),

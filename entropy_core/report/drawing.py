@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import Formatter, MaxNLocator
 
 from entropy_core.estimates.selection import Row
 from entropy_core.report import glyphs
@@ -28,6 +28,7 @@ STYLE = {
     "font.size": 9,
     "font.family": list(glyphs.TEXT),
     "axes.titlesize": 10,
+    "axes.titley": 1.0,  # right above the axes: nothing is ever there, and to look for it takes a tenth of the drawing
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.markersize": 4.5,
@@ -123,14 +124,25 @@ def in_units(axis: Axis, values: Sequence[float], unit: str) -> str:
     power = 0 if largest == 0 or 0.01 <= largest < 1e4 else 3 * math.floor(math.log10(largest) / 3)
     factor = 10.0**power
 
-    def text(value: float, _: int | None) -> str:
-        ticks = axis.get_majorticklocs()
-        between = abs(ticks[1] - ticks[0]) / factor if len(ticks) > 1 else 1.0
-        digits = next((n for n in range(12) if math.isclose(round(between, n), between, rel_tol=1e-6)), 12)
-        return f"{value / factor + 0.0:.{digits}f}".replace("-", "−")
-
-    axis.set_major_formatter(FuncFormatter(text))
+    axis.set_major_formatter(_Scaled(factor))
     return f"10{str(power).translate(_RAISED)} {unit}" if power else unit
+
+
+class _Scaled(Formatter):
+    """Ticks divided by a factor, with as many digits as tell them apart."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor, self._digits = factor, 0
+
+    def set_locs(self, locs: list[float]) -> None:
+        """Take note of all the ticks that will be labelled."""
+        super().set_locs(locs)
+        between = abs(locs[1] - locs[0]) / self._factor if len(locs) > 1 else 1.0
+        close = (n for n in range(12) if math.isclose(round(between, n), between, rel_tol=1e-6))
+        self._digits = next(close, 12)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x / self._factor + 0.0:.{self._digits}f}".replace("-", "−")
 
 
 _RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")

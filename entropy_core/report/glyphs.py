@@ -26,7 +26,7 @@ def families(text: str, base: tuple[str, ...] = TEXT) -> list[str]:
         The families of `base`, then one after the other those that add most of the characters still missing.
     """
     chosen = list(base)
-    left = set(map(ord, text)) - set().union(*map(_characters, base))
+    left = set(map(ord, text)) - _characters_of(base)
     while left:
         best = max(_others(), key=lambda family: len(left & _characters(family)), default="")
         if not best or not left & _characters(best):
@@ -38,7 +38,7 @@ def families(text: str, base: tuple[str, ...] = TEXT) -> list[str]:
 
 def drawable(text: str, fonts: list[str]) -> str:
     """Replace what none of these families has by `MISSING`, and what is no character of a line by `·`."""
-    known = set().union(*map(_characters, fonts))
+    known = _characters_of(tuple(fonts))
     printable = (character if character.isprintable() else "·" for character in text)
     return "".join(character if ord(character) in known else MISSING for character in printable)
 
@@ -95,6 +95,11 @@ def _columns(character: str) -> int:
 def _characters(family: str) -> frozenset[int]:
     path = findfont(FontProperties(family=[family]), fallback_to_default=False)
     return frozenset(get_font(path).get_charmap())
+
+
+@cache
+def _characters_of(families: tuple[str, ...]) -> frozenset[int]:
+    return frozenset().union(*map(_characters, families))
 
 
 @cache

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of
-from entropy_core.report import evaluation_batch
+from entropy_core.report import evaluation_batch, phase
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
@@ -57,6 +57,8 @@ def markdown(
     skipped: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({}),
     prices: Sequence[Row] = (),
     without_reward: int = 0,
+    along: Sequence[Row] = (),
+    clipped: Sequence[Row] = (),
 ) -> str:
     """Write the report page of a sweep.
 
@@ -72,6 +74,8 @@ def markdown(
         skipped: by checkpoint the interventions that could not be tried, and why.
         prices: rows of `price.parquet`.
         without_reward: how many responses of E have no reward; then there are no prices.
+        along: rows of `phase.parquet`.
+        clipped: rows of `clipped.parquet`.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -79,8 +83,8 @@ def markdown(
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     normalization = rows[0]["normalization"]
     shown = [row for row in rows if row["normalization"] == normalization]
-    priced, tried = (
-        [row for row in table if row["normalization"] == normalization] for table in (prices, interventions)
+    priced, tried, followed = (
+        [row for row in table if row["normalization"] == normalization] for table in (prices, interventions, along)
     )
     first = shown[0]
     lines = [
@@ -90,7 +94,7 @@ def markdown(
             f"> **Warning:** {warning}\n"
             for warning in (*evaluation_batch.invalid_over_e(shown), *disagreements(compared), *warnings)
         ),
-        answer(shown, bool(disagreements(compared)), priced, tried),
+        answer(shown, bool(disagreements(compared)), priced, tried, followed),
         "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {percent(first['confidence_level'])}.",
@@ -139,6 +143,8 @@ def markdown(
     ]
     if content := price_section(priced, without_reward):
         lines += ["", "## The price of the entropy", "", *content]
+    if content := phase.section(followed, clipped):
+        lines += ["", "## The steps on one rollout", "", *content]
     if content := evaluation_batch.section(shown):
         lines += ["", "## How E was drawn", "", *content]
     if content := agreement_section(compared, shown):

@@ -10,6 +10,7 @@ from entropy_core.errors import StoreError, one_line
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.answer import answer
 from entropy_core.report.evaluation_batch import invalid_over_e
+from entropy_core.report.frame import framed
 from entropy_core.store import runs
 from entropy_core.store.artifact import Artifact
 
@@ -22,6 +23,7 @@ class RecordedRun:
 
     Attributes:
         id: of the run.
+        store: the folder of the store that it is in.
         directory: its folder.
         finished: when it was recorded.
         rerun_of: the id of the run that it is a rerun of; empty for a sweep.
@@ -32,7 +34,7 @@ class RecordedRun:
 
     def __init__(self, root: Path, run_id: str) -> None:
         self.directory = runs.find(root, run_id)
-        self._root = root
+        self.store = root
         with runs.understood(self.directory / runs.RECORD) as record:
             self.id: str = self.directory.name
             self.rerun_of = runs.rerun_of(root, self.id)
@@ -97,7 +99,7 @@ class RecordedRun:
         if wanted not in self._tokens_of:
             there = ", ".join(self.checkpoints)
             raise StoreError(f"the run {self.id} has no checkpoint {checkpoint!r}", fix=f"use one of {there}")
-        return Artifact.from_dict(self._tokens_of[wanted], self._root).table("tokens.parquet")
+        return Artifact.from_dict(self._tokens_of[wanted], self.store).table("tokens.parquet")
 
     @property
     def warnings(self) -> list[str]:
@@ -107,10 +109,10 @@ class RecordedRun:
     @property
     def answer(self) -> str:
         """The first paragraph of the report: is the entropy falling, how fast, why, and does the prediction hold."""
-        tables = [self.rows(name) for name in ("results", "price", "interventions")]
+        tables = [self.rows(name) for name in ("results", "price", "interventions", "phase")]
         first = tables[0][0]["normalization"]
-        shown, prices, tried = ([row for row in rows if row["normalization"] == first] for rows in tables)
-        return answer(shown, bool(disagreements(self.rows("agreement"))), prices, tried)
+        shown, prices, tried, along = ([row for row in rows if row["normalization"] == first] for rows in tables)
+        return answer(shown, bool(disagreements(self.rows("agreement"))), prices, tried, along)
 
     def __repr__(self) -> str:
         parent = f", a rerun of {self.rerun_of}" if self.rerun_of else ""
@@ -123,11 +125,7 @@ class RecordedRun:
         page = self.directory / "report.html"
         if not page.is_file():
             return f"<pre>{escape(repr(self))}</pre>"
-        content = escape(page.read_text(encoding="utf-8"), quote=True)
-        return (
-            f'<iframe title="{escape(self.id)}" sandbox="allow-scripts" srcdoc="{content}" '
-            'style="width: 100%; height: 40rem; border: 1px solid #8888"></iframe>'
-        )
+        return framed(self.id, page.read_text(encoding="utf-8"))
 
 
 def load_run(run_id: str = "latest", store: Path | str = "artifacts") -> RecordedRun:
@@ -144,3 +142,12 @@ def load_run(run_id: str = "latest", store: Path | str = "artifacts") -> Recorde
         StoreError: there is no such run, or its record cannot be used.
     """
     return RecordedRun(Path(store), run_id)
+
+
+def recorded_runs(store: Path | str = "artifacts") -> list[str]:
+    """List the ids of the recorded runs, in the order in which they finished.
+
+    Args:
+        store: folder of the store.
+    """
+    return runs.recorded(Path(store))

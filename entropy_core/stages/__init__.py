@@ -10,6 +10,8 @@
                                                                           ├─ importance (per η) ─────────────┤     │
                                                                           └─ path-integral (per η) ──────────┘   report
 
+Where U was recorded, recorded-u-batch stands for sample-u-batch, and for reward-u-batch if rewards were recorded.
+
 The expected reward, if `price` is set:
 
     sample-e-batch ── reward-e-batch ──────────────────────────────────────────┬─ price ── report
@@ -20,6 +22,12 @@ Interventions, if any are asked for:
     E, U, compute-update ── block-sensitivities ── screen ──────────────────────────┐
     U, entropy-gradient ─── predict (per intervention) ─────────────────────────────┼─ interventions ── report
     U ── altered-step (per intervention that is measured) ── importance ────────────┘
+
+The steps on one rollout, if `update.phase` is followed; each takes the last one as an input:
+
+    U, compute-update ── phase-step ── phase-step ── …
+                             │             │
+    E ────────────────── importance ── importance ── … ── phase ── report
 
 Every stage that uses the policy reads it from the checkpoint, or from load-weights where its weights are in shards.
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entropy_core.losses.changed import changed_by, excess_of
-from entropy_core.losses.changed_step import changed_step
 from entropy_core.losses.interventions import InterventionSpec
+from entropy_core.losses.taken_step import taken_step
 from entropy_core.numerics.vectors import squares
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import read_sequences
@@ -60,7 +60,8 @@ def altered_step(
     shards = [read_sequences(shard) for shard in sequences]
     table, excess_K = excess_of(scores_u, discriminators_u)
     changed = changed_by(intervention, execution, update, table, excess_K, sensitivities)
-    found = changed_step(changed, processor, shards, checkpoint, update.summary["max_grad_norm"], execution)
+    max_norm = update.summary["max_grad_norm"]
+    found = taken_step(changed.coefficients, processor, shards, checkpoint, execution, max_norm, changed.altered)
     shapes = {name: tuple(p.shape) for name, p in processor.policy.named_parameters().items()}
     of_direction = 0.0
     with out.vector("direction", shapes, getattr(torch, policy.dtype)) as direction:

@@ -29,7 +29,7 @@ def importance(
         execution: device and micro-batch size.
         policy: the policy at θ.
         sequences: a shard of sample-e-batch.
-        update: artifact of compute-update or altered-step, which holds v.
+        update: artifact of compute-update, altered-step or phase-step, which holds v.
         eta: step size η; the learning rate gives the trainer's own step.
 
     Returns:

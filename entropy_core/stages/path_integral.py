@@ -17,7 +17,7 @@ from entropy_core.sequences.processor import processor_of
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Writer
-    from entropy_core.store.inputs import SequencesOfE, Update
+    from entropy_core.store.inputs import AnyStep, SequencesOfE
 
 
 def path_integral(
@@ -26,7 +26,7 @@ def path_integral(
     *,
     policy: PolicySpec,
     sequences: "SequencesOfE",
-    update: "Update",
+    update: "AnyStep",
     eta: float,
 ) -> dict[str, Any]:
     """Compute log-probabilities ℓ, entropies h and their derivatives along v for one shard of E, at every node.
@@ -37,7 +37,7 @@ def path_integral(
         execution: device and micro-batch size.
         policy: the policy at θ.
         sequences: a shard of sample-e-batch.
-        update: artifact of compute-update, which holds v.
+        update: artifact of compute-update or phase-step, which holds v.
         eta: step size η; the learning rate gives the trainer's own step.
 
     Returns:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.losses.changed import changed_by, excess_of
-from entropy_core.losses.changed_step import changed_step
 from entropy_core.losses.interventions import InterventionSpec
+from entropy_core.losses.taken_step import taken_step
 from entropy_core.numerics.halves import HALVES, KINDS
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import read_sequences
@@ -61,7 +61,8 @@ def predict(
     shards = [read_sequences(shard) for shard in sequences]
     table, excess_K = excess_of(scores_u, discriminators_u)
     changed = changed_by(intervention, execution, update, table, excess_K, sensitivities)
-    found = changed_step(changed, processor, shards, checkpoint, update.summary["max_grad_norm"], execution)
+    max_norm = update.summary["max_grad_norm"]
+    found = taken_step(changed.coefficients, processor, shards, checkpoint, execution, max_norm, changed.altered)
     covectors = {kind: [gradient.vector(f"{kind}_{half}") for half in HALVES] for kind in KINDS}
     products = {kind: [0.0 for _ in HALVES] for kind in KINDS}
     for block, v in found.blocks():

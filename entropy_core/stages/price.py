@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from entropy_core.estimates import evaluation
 from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
-from entropy_core.estimates.diagnostics import numerical_noise
+from entropy_core.estimates.diagnostics import numerical_noise, rounded
 from entropy_core.estimates.price import Changes, OnE, price_row, reward_change, reward_derivative, reward_noise
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.rows import Row, change_of, reliability
@@ -61,7 +61,7 @@ def price(
         sequences = [read_tokens([shard]) for shard in scores]
         few = rescores[0].summary["sequences"]
         again, of_few = batch.first(few), concatenate(sequences).first(few)
-        rescored = [moved_of_first(again, draw, of_few) for draw in rescores]
+        rescored = rounded(again, [moved_of_first(again, draw, of_few) for draw in rescores])
         of_rounding = reward_noise(again, rescored)
         floors = {of: (numerical_noise(again, rescored, of), of_rounding) for of in normalizations}
         on_e, estimator = OnE(batch, confidence_level), estimators[0]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from entropy_core.estimates.phase_table import CLIPPED, PHASE
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.selection import Row, by_run_directory, unit_of
 from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, of_checkpoints, to_table
@@ -30,13 +31,14 @@ def report(
 
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
-            columns, `agreement.parquet`, `price.parquet` and `interventions.parquet` if they were asked for,
-            `report.md`, the same page as `report.html`, the figures as PNG and SVG, and the main columns of the results
-            as CSV and JSON.
+            columns, `agreement.parquet`, `price.parquet`, `interventions.parquet`, `phase.parquet` and
+            `clipped.parquet` if they were asked for, `report.md`, the same page as `report.html`, the figures as PNG
+            and SVG, and the main columns of the results as CSV and JSON.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
-            `attribution` (artifact of first-order-u), `interventions` and `price` (artifacts of these stages, or None).
+            `attribution` (artifact of first-order-u), `interventions`, `price` and `phase` (artifacts of these stages,
+            or None).
         agreement: artifact of agreement, whose table is copied.
         settings: settings of the training, as mappings of `key`, `value` and `source`.
         warnings: warnings at the top of the report, one sentence each.
@@ -80,6 +82,10 @@ def report(
     if priced := [entry["price"] for entry in checkpoints if entry["price"]]:
         out.table(to_table(prices, of_checkpoints(PRICE)), "price.parquet")
         without_reward = sum(artifact.summary["without_reward"] for artifact in priced)
+    along, clipped = (_gathered(checkpoints, table, "phase") for table in ("phase", "clipped"))
+    if any(entry["phase"] for entry in checkpoints):
+        out.table(to_table(along, of_checkpoints(PHASE)), "phase.parquet")
+        out.table(to_table(clipped, of_checkpoints(CLIPPED)), "clipped.parquet")
     for figure_name, figure in drawn.items():
         figures.save_figure(figure, out.path(f"{figure_name}.png"), out.path(f"{figure_name}.svg"))
     page = pages.markdown(
@@ -94,6 +100,8 @@ def report(
         skipped=skipped,
         prices=prices,
         without_reward=without_reward,
+        along=along,
+        clipped=clipped,
     )
     out.path("report.md").write_text(page, encoding="utf-8")
     share, unit = f"share_{rows[0]['normalization']}", unit_of(rows[0]["normalization"])

@@ -98,19 +98,21 @@ def variance(
     """
     batch, of_batch = evaluation_batch(scores, first_order_e, baseline, units)
     of_batch |= sampler.describe_sampler(batch)
-    largest = max_new_tokens * math.log(scores[0].summary["vocabulary"])
+    largest = math.log(scores[0].summary["vocabulary"])
     H_seq = float(batch.columns[ENTROPY].total_N.mean())
-    of_batch |= unseen.describe_unseen(unseen.unseen_of(scores), len(batch), H_seq, largest)
+    of_batch |= unseen.describe_unseen(unseen.unseen_of(scores, max_new_tokens), len(batch), H_seq, largest)
     invalid_over_e = sampler.unusable(of_batch) or unseen.cannot_know(of_batch, len(batch))
     of_batch |= _describe_update(update.summary)
     of_batch |= {"learning_rate": learning_rate}
     of_batch |= {"derivative_check": calibration.summary["difference"] if calibration else None}
     of_u, of_sequences = first_order_u.summary, first_order_u.table("sequences.parquet")
-    as_backward, _ = evaluation_batch(scores, first_order_e, of_u["baseline"], units)
+    as_backward = batch
+    if of_u["baseline"] != baseline:
+        as_backward, _ = evaluation_batch(scores, first_order_e, of_u["baseline"], units)
     few = rescores[0].summary["sequences"]
     sequences = [read_tokens([shard]) for shard in scores]
     again, of_few = batch.first(few), concatenate(sequences).first(few)
-    rescored = [moved_of_first(again, draw, of_few) for draw in rescores]
+    rescored = diagnostics.rounded(again, [moved_of_first(again, draw, of_few) for draw in rescores])
     common: dict[Normalization, _Common] = {}
     for normalization in normalizations:
         steps = _half_steps(half_steps_u, of_u["inner_product"][normalization], normalization)
@@ -132,8 +134,9 @@ def variance(
     for entry in moved:
         eta, multiple = entry["eta"], entry["eta_over_lr"]
         both: list[Estimator] = [*estimators, "per_decision"] if entry["shards"] else [*estimators]
+        of_entry = moved_batch(entry, sequences)
         for estimator in dict.fromkeys(both):
-            there = evaluation.measured(batch, moved_batch(entry, sequences), estimator)
+            there = evaluation.measured(batch, of_entry, estimator)
             for of, shared in common.items():
                 change = estimates.change_of(batch, there, eta, estimator, of)
                 if estimator in estimators:

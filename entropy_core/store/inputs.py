@@ -34,18 +34,20 @@ def made_by(*stages: str) -> AfterValidator:
 Prompts = Annotated[Artifact, made_by("load-prompts")]
 Checkpoint = Annotated[Artifact, made_by("load-checkpoint")]
 Weights = Annotated[Artifact, made_by("load-weights")]
-Sequences = Annotated[Artifact, made_by("sample-e-batch", "sample-u-batch")]
+Sequences = Annotated[Artifact, made_by("sample-e-batch", "sample-u-batch", "recorded-u-batch")]
 SequencesOfE = Annotated[Artifact, made_by("sample-e-batch")]
-SequencesOfU = Annotated[Artifact, made_by("sample-u-batch")]
+SequencesOfU = Annotated[Artifact, made_by("sample-u-batch", "recorded-u-batch")]
+Recorded = Annotated[Artifact, made_by("recorded-u-batch")]
 ScoresOfE = Annotated[Artifact, made_by("score-e-batch")]
 ScoresOfU = Annotated[Artifact, made_by("score-u-batch")]
 ScoresOfReference = Annotated[Artifact, made_by("score-u-reference")]
 Rescores = Annotated[Artifact, made_by("rescore-e-batch")]
-Rewards = Annotated[Artifact, made_by("reward-u-batch")]
+Rewards = Annotated[Artifact, made_by("reward-u-batch", "recorded-u-batch")]
 RewardsOfE = Annotated[Artifact, made_by("reward-e-batch")]
 Discriminators = Annotated[Artifact, made_by("discriminate-u")]
 Update = Annotated[Artifact, made_by("compute-update")]
-AnyStep = Annotated[Artifact, made_by("compute-update", "altered-step")]
+PhaseStep = Annotated[Artifact, made_by("phase-step")]
+AnyStep = Annotated[Artifact, made_by("compute-update", "altered-step", "phase-step")]
 Sensitivities = Annotated[Artifact, made_by("block-sensitivities")]
 Screen = Annotated[Artifact, made_by("screen")]
 Predicted = Annotated[Artifact, made_by("predict")]
@@ -59,6 +61,7 @@ Path = Annotated[Artifact, made_by("path-integral")]
 Estimates = Annotated[Artifact, made_by("variance")]
 Interventions = Annotated[Artifact, made_by("interventions")]
 Price = Annotated[Artifact, made_by("price")]
+Phase = Annotated[Artifact, made_by("phase")]
 Agreement = Annotated[Artifact, made_by("agreement")]
 
 
@@ -70,6 +73,14 @@ class AtStepSize(TypedDict):
     eta_over_lr: float
     shards: Sequence[MovedScores]
     path: Sequence[Path]
+
+
+@with_config(_STRICT)
+class MeasuredPhaseStep(TypedDict):
+    """A step on the rollout, and what was measured of E after it."""
+
+    step: PhaseStep
+    at: AtStepSize
 
 
 @with_config(_STRICT)
@@ -132,6 +143,7 @@ class ReportedCheckpoint(TypedDict):
     attribution: Attribution
     interventions: Interventions | None
     price: Price | None
+    phase: Phase | None
 
 
 def require_inputs(stage: "Stage", inputs: Mapping[str, Any]) -> None:

@@ -87,7 +87,8 @@ def draw(generator: torch.Generator, proposal: Proposal | None) -> Drawn:
     after_K = states(prompts_N, ids_K, offsets_N1)
     before_K = states_before(prompts_N, after_K, offsets_N1)
     weights_K = sampling_weights(tokens).before_K
-    return Drawn(tokens, Steps(before_K, after_K, logprobs_K, tokens.drawn_logprobs_K, weights_K))
+    left_K = LONG - ragged.position_index(offsets_N1)
+    return Drawn(tokens, Steps(before_K, after_K, logprobs_K, tokens.drawn_logprobs_K, weights_K, left_K))
 
 
 class Found(NamedTuple):
@@ -108,7 +109,7 @@ def one(generator: torch.Generator, proposal: Proposal | None) -> Found:
         return abs(estimate.value - exact) <= quantile * batch.standard_error(estimate)
 
     H = uncertainty.mean(batch.columns[ENTROPY].total_N)
-    row = describe_unseen(unseen(steps), E_SIZE, H.value, (1 + LONG) * WIDE_ENTROPY)
+    row = describe_unseen(unseen(steps), E_SIZE, H.value, WIDE_ENTROPY)
     weights_N = batch.sampling.weights_N
     ess = float(weights_N.sum() ** 2 / (weights_N**2).sum()) / E_SIZE
     slope = uncertainty.entropy_derivative(batch.columns, "per_sequence")

@@ -2,31 +2,34 @@
 
 Stages 1 and 2 lay all parameters of a group one behind the other and cut that into one partition a rank; each rank
 says what of which parameter its partition holds. Stage 3 cuts every parameter into one part a rank, padded to equal
-lengths, and lays a rank's parts one behind the other. Both keep float32 weights beside the moments.
+lengths, and lays a rank's parts one behind the other, a billion numbers or so in one tensor. Both keep float32 weights
+beside the moments.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from entropy_core.checkpoints.archives import read_archive
-from entropy_core.checkpoints.inert_pickle import Inert
+from entropy_core.checkpoints.layouts.deepspeed_model import (
+    ModelStates,
+    clipping,
+    engine_groups,
+    require_no_model_parallelism,
+    stage_of,
+)
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, by_name, damaged, model_name, number
-from entropy_core.checkpoints.pieces import Piece, Scattered, in_one_piece
-from entropy_core.checkpoints.stored_tensors import StoredTensor, fields, integers, plain_dict
+from entropy_core.checkpoints.pieces import Piece, Scattered
+from entropy_core.checkpoints.stored_tensors import StoredTensor, fields, plain_dict
 from entropy_core.errors import CheckpointError
-from entropy_core.files.checkpoint import SAVE_AGAIN
 
 OPTIMIZER_STATES = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_MODEL_STATES = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _WEIGHT = "float32 weight"  # beside exp_avg and exp_avg_sq, as if it were a moment
 
-Flat = dict[int, list[StoredTensor]]  # rank → flat tensors one behind the other
+Flat = dict[int, StoredTensor]  # by rank
 
 
 class DeepSpeed:
@@ -43,50 +46,24 @@ class DeepSpeed:
         self._directory = directory
         names = sorted(path.name for path in directory.iterdir())
         states = [match for match in map(OPTIMIZER_STATES.fullmatch, names) if match]
-        models = [match for match in map(_MODEL_STATES.fullmatch, names) if match]
-        if any(int(match[2]) for match in states + models):
-            raise CheckpointError(
-                f"{directory} holds the states of several model-parallel ranks",
-                cause="training with tensor or pipeline parallelism, which is not read",
-                fix="convert it with DeepSpeed's ds_to_universal.py and zero_to_fp32.py, and probe it as `fresh`",
-            )
-        if not states or not models:
-            lacks = "optim_states.pt" if not states else "model_states.pt"
-            raise damaged(directory, f"there is no *_{lacks} in it", "the save or the copy was interrupted")
+        require_no_model_parallelism(directory, (int(match[2]) for match in states))
+        if not states:
+            raise damaged(directory, "there is no *_optim_states.pt in it", "the save or the copy was interrupted")
         self._ranks: dict[int, dict[Any, Any]] = {}
         for match in states:
             if int(match[1]) in self._ranks:
                 raise damaged(directory, f"rank {match[1]} has two files of optimizer states")
             self._ranks[int(match[1])] = plain_dict(read_archive(directory / match[0]))
-        self._models = {int(match[1] or 0): plain_dict(read_archive(directory / match[0])) for match in models}
-        if 0 not in self._models:
-            raise damaged(directory, "the model states of rank 0 are missing")
+        self._model = ModelStates(directory)
         self._check_ranks()
 
     def weights(self) -> Mapping[str, Scattered]:
         """The float32 weights of what is trained; whatever else the model states hold, in their dtype."""
-        found = {name: slot[_WEIGHT] for name, slot in self._slots.items()}
-        module = plain_dict(self._models[0].get("module"))
-        for name, tensor in module.items():
-            if isinstance(tensor, StoredTensor) and tensor.dtype.is_floating_point and tensor.numel():
-                found.setdefault(model_name(str(name)), in_one_piece(tensor))
-        found |= self._frozen()
-        for alias, name in plain_dict(self._models[0].get("shared_params")).items():
-            if model_name(str(name)) in found:
-                found.setdefault(model_name(str(alias)), found[model_name(str(name))])
-        return found
+        return self._model.complete({name: slot[_WEIGHT] for name, slot in self._slots.items()}, self._stage == 3)
 
     def optimizer(self) -> SavedOptimizer:
         """Moments and groups; that of an Adam whose decay is not decoupled says so."""
-        groups = []
-        for of_group, names in zip(self._groups, self._names, strict=True):
-            plain = {key: number(value) for key, value in of_group.items() if key != "params"}
-            if plain.get("bias_correction", True) is not True:
-                raise CheckpointError(f"{self._directory} has an Adam without bias correction", fix=_NO_OTHER_RULE)
-            if "decoupled_weight_decay" not in plain and self._configured("adam_w_mode", True) is False:
-                plain["decoupled_weight_decay"] = False
-            # FusedAdam and DeepSpeedCPUAdam have no amsgrad, and their groups do not say so
-            groups.append({"amsgrad": False, **plain, "params": list(names)})
+        groups = engine_groups(self._groups, self._shapes, self._config, self._directory)
         slots = {
             name: {key: value for key, value in slot.items() if key != _WEIGHT} for name, slot in self._slots.items()
         }
@@ -94,26 +71,19 @@ class DeepSpeed:
 
     def step(self) -> int | None:
         """The engine's count of optimizer steps."""
-        steps = self._models[0].get("global_steps")
-        return steps if type(steps) is int else None
+        return self._model.step
 
     def max_grad_norm(self) -> float | None:
         """As DeepSpeed's own configuration has it, which is what clips."""
-        clipping = self._config.get("gradient_clipping", 0.0)
-        return float(clipping) if type(clipping) in (int, float) else None
+        return clipping(self._config)
 
     @cached_property
     def _config(self) -> dict[Any, Any]:
         return plain_dict(self._ranks[0].get("ds_config"))
 
-    def _configured(self, key: str, default: Any) -> Any:
-        return plain_dict(plain_dict(self._config.get("optimizer")).get("params")).get(key, default)
-
     @cached_property
     def _stage(self) -> int:
-        said = self._of(0).get("zero_stage")
-        stage = said.arguments[0] if isinstance(said, Inert) and len(said.arguments) == 1 else said
-        return stage if type(stage) is int else 0
+        return stage_of(self._of(0).get("zero_stage"))
 
     def _of(self, rank: int) -> dict[Any, Any]:
         return plain_dict(self._ranks[rank].get("optimizer_state_dict"))
@@ -156,21 +126,9 @@ class DeepSpeed:
 
     @cached_property
     def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
-        """Of every group, in its order."""
-        said = self._models[0].get("param_shapes")
-        found = []
-        for group in said if isinstance(said, list) else []:
-            shapes = {model_name(str(name)): integers(size) for name, size in plain_dict(group).items()}
-            if None in shapes.values():
-                break
-            found.append({name: shape for name, shape in shapes.items() if shape is not None})
-        if len(found) != len(self._groups):
-            raise damaged(self._directory, "the model states do not name the parameters of each group")
-        return found
-
-    @property
-    def _names(self) -> list[tuple[str, ...]]:
-        return [tuple(shapes) for shapes in self._shapes]
+        """Of every flat tensor, in its order."""
+        said = self._model.shapes(self._groups)
+        return [{model_name(name): shape for name, shape in group.items()} for group in said]
 
     @cached_property
     def _slots(self) -> dict[str, dict[str, Any]]:
@@ -193,15 +151,12 @@ class DeepSpeed:
 
     def _step_of(self, index: int) -> Any:
         """In the state of each flat tensor, or in its group."""
-        states = plain_dict(self._inner(0).get("state"))
-        members = self._groups[index].get("params")
-        first = plain_dict(states.get(members[0])) if isinstance(members, list) and members else {}
-        return number(first.get("step", self._groups[index].get("step")))
+        of_group = next(group for group in self._groups if index in group["params"])
+        return number(plain_dict(plain_dict(self._inner(0).get("state")).get(index)).get("step", of_group.get("step")))
 
     def _flat(self, index: int, key: str) -> Flat:
-        """The flat tensors of a group, on every rank."""
+        """One of the flat tensors, on every rank."""
         found: Flat = {}
-        members = self._groups[index].get("params")
         for rank in self._ranks:
             if key == _WEIGHT:
                 said = self._of(rank).get("fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups")
@@ -209,10 +164,10 @@ class DeepSpeed:
             else:
                 states = plain_dict(self._inner(rank).get("state"))
                 of_all = {number: plain_dict(state).get(key) for number, state in states.items()}
-            tensors = [of_all.get(member) for member in members] if isinstance(members, list) else []
-            if not tensors or not all(isinstance(tensor, StoredTensor) for tensor in tensors):
-                raise damaged(self._directory, f"rank {rank} has no {key} of group {index}")
-            found[rank] = tensors
+            tensor = of_all.get(index)
+            if not isinstance(tensor, StoredTensor):
+                raise damaged(self._directory, f"rank {rank} has no {key} of its flat tensor {index}")
+            found[rank] = tensor
         return found
 
     def _cut_in_partitions(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[tuple[int, ...]]]:
@@ -245,55 +200,18 @@ class DeepSpeed:
 
     def _scattered(self, name: str, shape: tuple[int, ...], flat: Flat, where: list[tuple[int, ...]]) -> Scattered:
         try:
-            pieces = [piece for cut in where for piece in _pieces(flat[cut[0]], *cut[1:])]
-            dtype = next((tensors[0].dtype for tensors in flat.values()), torch.float32)
-            return Scattered(shape, dtype, pieces)
+            pieces = [_piece(flat[rank], *cut) for rank, *cut in where if cut[2]]
+            return Scattered(shape, flat[0].dtype, pieces)
         except ValueError as error:
             raise damaged(self._directory, f"{name}: {error}") from error
 
-    def _frozen(self) -> dict[str, Scattered]:
-        """What stage 3 keeps of parameters that are not trained: parts on every rank, as of the trained ones."""
-        shapes = plain_dict(self._models[0].get("frozen_param_shapes"))
-        found = {}
-        for raw, size in shapes.items():
-            shape, dtype = integers(size), torch.float32
-            pieces: list[Piece] = []
-            for rank, model in sorted(self._models.items()):
-                part = plain_dict(model.get("frozen_param_fragments")).get(raw)
-                if shape is not None and isinstance(part, StoredTensor):
-                    begins = min(part.numel() * rank, math.prod(shape))
-                    pieces += _pieces([part], 0, begins, min(part.numel(), math.prod(shape) - begins))
-                    dtype = part.dtype
-            if shape is not None and pieces and self._stage == 3:
-                try:
-                    found[model_name(str(raw))] = Scattered(shape, dtype, pieces)
-                except ValueError as error:
-                    raise damaged(self._directory, f"{raw}: {error}") from error
-        return found
 
-
-_NO_OTHER_RULE = f"probe a run whose optimizer is torch's AdamW; {SAVE_AGAIN}"
-
-
-def _pieces(tensors: list[StoredTensor], start: int, begins: int, size: int) -> Iterator[Piece]:
-    """A piece of flat tensors that lie one behind the other, by the parameter that it is of.
-
-    Raises:
-        ValueError: they end before it does.
-    """
-    for tensor in tensors:
-        length = tensor.numel()
-        if start >= length:
-            start -= length
-            continue
-        if not size:
-            break
-        taken = min(size, length - start)
-        part = tensor._replace(shape=(taken,), strides=(1,), offset=tensor.offset + start)
-        yield Piece((begins,), (taken,), partial(_itself, part))
-        start, begins, size = 0, begins + taken, size - taken
-    if size:
+def _piece(tensor: StoredTensor, start: int, begins: int, size: int) -> Piece:
+    """A piece of a flat tensor, by the parameter that it is of. Raises ValueError if the tensor ends before it does."""
+    if start + size > tensor.numel():
         raise ValueError("a partition ends before it does")
+    part = tensor._replace(shape=(size,), strides=(1,), offset=tensor.offset + start)
+    return Piece((begins,), (size,), partial(_itself, part))
 
 
 def _itself(tensor: StoredTensor) -> StoredTensor:

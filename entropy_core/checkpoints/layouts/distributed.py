@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.checkpoints.archives import map_file, read_archive, read_state_pickle
+from entropy_core.checkpoints.content import is_file_name
 from entropy_core.checkpoints.inert_pickle import Inert
 from entropy_core.checkpoints.layouts.interface import SavedOptimizer, by_name, damaged, model_name, number
 from entropy_core.checkpoints.pieces import Piece, Scattered
@@ -107,7 +108,7 @@ class DistributedCheckpoint:
             offset, length, file = where.get("offset"), where.get("length"), where.get("relative_path")
             if not isinstance(said.get("fqn"), str) or type(offset) is not int or type(length) is not int:
                 raise damaged(self._path, "it does not say where a tensor lies")
-            if not isinstance(file, str) or not file.isprintable() or set(file) & {*"/\\"} or file in ("", ".", ".."):
+            if not is_file_name(file):
                 raise damaged(self._path, f"it names a file that is not beside it: {file!r:.80}", "it was edited")
             if where.get("transform_descriptors"):
                 raise damaged(self._path, "its tensors are compressed", "an extension of the trainer's")

@@ -3,6 +3,7 @@
 FSDP2 saves DTensors, and an optimizer that numbers its parameters in the order of `model.parameters()`. FSDP1 (with
 `use_orig_params` off) numbers its units instead: the root first, then the layers. A unit's parameters lie one behind
 the other in a flat one, which is padded and cut into one part a rank; names and shapes are those of the model's file.
+With LoRA every factor is a unit of its own, behind that of its layer, and the others have no slots.
 """
 
 import math
@@ -20,6 +21,7 @@ from entropy_core.checkpoints.stored_tensors import ShardOfTensor, StoredTensor,
 
 RANKS = re.compile(r"(model|optim)_world_size_(\d+)_rank_(\d+)\.pt")
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
+_FACTOR = re.compile(r"(.*\.lora_[AB]\.\w+)\.weight")
 
 OfRanks = Mapping[int, Any]
 
@@ -120,13 +122,15 @@ class PerRank:
         units = self._units()
         slots: dict[str, dict[str, Any]] = {}
         members = [index for group in groups for index in group.get("params", [])]
-        if members != list(range(len(units))) or sorted(states[0]) != members:
+        if members != list(range(len(units))) or not states[0].keys() <= set(members):
             raise damaged(
                 self._directory,
                 f"the optimizer has {len(members)} flat parameters, and the model's layers give {len(units)}",
                 "a wrapping policy of FSDP1 that is not one unit a layer",
             )
         for index, unit in enumerate(units):
+            if index not in states[0]:  # frozen
+                continue
             size = sum(math.prod(shape) for shape in unit.values())
             parts = [plain_dict(state[index]) for state in states]
             length = -(-size // self._world)
@@ -151,14 +155,14 @@ class PerRank:
         return by_name(named, slots, self._directory)
 
     def _units(self) -> list[dict[str, tuple[int, ...]]]:
-        """Names and shapes of each unit: the root's first, then each layer's."""
+        """Names and shapes of each unit: the root's first, then each layer's and those of its LoRA factors."""
         config = self._directory / "huggingface" / "config.json"
         tied = config.exists() and read_json(config).get("tie_word_embeddings") is True
         units: dict[str, dict[str, tuple[int, ...]]] = {"": {}}
         for name, tensor in self.weights().items():
-            if tied and name == "lm_head.weight":  # one parameter with the embedding, and once in the flat one
+            if tied and name.endswith("lm_head.weight"):  # one parameter with the embedding, and once in the flat one
                 continue
-            layer = _LAYER.match(name)
+            layer = _FACTOR.match(name) or _LAYER.match(name)
             units.setdefault(layer[1] if layer else "", {})[name] = tensor.shape
         return list(units.values())
 

@@ -4,6 +4,7 @@ optimizer.pt                                    transformers.Trainer, TRL
 optimizer.bin                                   FSDP with a full state dict, accelerate's save_state
 optimizer_0/, pytorch_model_fsdp_0/             FSDP with a sharded state dict (DCP)
 global_stepN/*_optim_states.pt                  DeepSpeed, ZeRO 1 to 3; `latest` says which
+global_stepN_universal/zero/                    the same as a universal checkpoint; `latest_universal` says which
 optim_world_size_W_rank_R.pt                    verl (in actor/), SkyRL (in policy/)
 trainer/.metadata                               prime-rl (DCP)
 policy/optimizer/.metadata, policy/weights/     NeMo-RL (DCP)
@@ -19,10 +20,12 @@ from entropy_core.checkpoints.layouts.distributed import METADATA, DistributedCh
 from entropy_core.checkpoints.layouts.interface import SavedState
 from entropy_core.checkpoints.layouts.per_rank import RANKS, PerRank
 from entropy_core.checkpoints.layouts.single_file import OptimizerFile, SafetensorsFile, WeightsFile
+from entropy_core.checkpoints.layouts.universal import GROUPS, Universal
 from entropy_core.errors import CheckpointError, some_names
 from entropy_core.files.checkpoint import names_in
 
 _ENGINE = re.compile(r"global_step\d+")
+_UNIVERSAL = re.compile(r"\w*_universal")
 _GATHERED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp.bin")
 _ITERATION = re.compile(r"iter_\d{7}")
 
@@ -65,7 +68,7 @@ def find_places(directory: Path) -> Places | None:
     sharded = _only(directory, has, r"optimizer_\d+"), _only(directory, has, r"pytorch_model_fsdp_\d+")
     if any(sharded):
         return Places("FSDP with a sharded state dict", *sharded)
-    if engine := _engine(directory, has):
+    if engine := _engine(directory, has) or _universal(directory, has):
         return Places("DeepSpeed", engine, engine)
     for folder in (directory, directory / "actor", directory / "policy"):
         if folder.is_dir() and any(RANKS.fullmatch(name) for name in names_in(folder)):
@@ -101,6 +104,8 @@ def open_state(path: Path) -> SavedState:
         return DistributedCheckpoint(path)
     if any(OPTIMIZER_STATES.fullmatch(name) for name in names):
         return DeepSpeed(path)
+    if (path / GROUPS).exists():
+        return Universal(path)
     return PerRank(path)
 
 
@@ -122,18 +127,37 @@ def _engine(directory: Path, has: set[str]) -> Path | None:
         return directory
     found = sorted(name for name in has if _ENGINE.fullmatch(name) and (directory / name).is_dir())
     found = [name for name in found if any(map(OPTIMIZER_STATES.fullmatch, names_in(directory / name)))]
-    if "latest" in has and found:
-        latest = (directory / "latest").read_bytes()[:256].decode("utf-8", "replace").strip()
+    return _latest(directory, found, "latest")
+
+
+def _universal(directory: Path, has: set[str]) -> Path | None:
+    """The folder that was converted last."""
+    if (directory / GROUPS).exists():
+        return directory
+    found = sorted(name for name in has if _UNIVERSAL.fullmatch(name) and (directory / name / GROUPS).exists())
+    if not found and "latest_universal" in has:
+        raise CheckpointError(
+            f"{directory} has a latest_universal, and no folder with {GROUPS} beside it",
+            cause="the conversion or the copy was interrupted",
+            fix="convert it again with DeepSpeed's ds_to_universal.py, or probe the original",
+        )
+    return _latest(directory, found, "latest_universal")
+
+
+def _latest(directory: Path, found: list[str], says: str) -> Path | None:
+    """The one of several folders that a file names; the only one where there is no such file."""
+    if (directory / says).is_file() and found:
+        latest = (directory / says).read_bytes()[:256].decode("utf-8", "replace").strip()
         if latest not in found:
             raise CheckpointError(
-                f"{directory / 'latest'} names {latest!r}, and there is {some_names(found)}",
+                f"{directory / says} names {latest!r}, and there is {some_names(found)}",
                 cause="the save was interrupted, or the file was edited",
                 fix="correct the file, or probe another checkpoint",
             )
         found = [latest]
     if len(found) > 1:
-        fact = f"{directory} holds {some_names(found)}, and no `latest` says which of them counts"
-        raise CheckpointError(fact, fix="give one of them, or write its name into `latest`")
+        fact = f"{directory} holds {some_names(found)}, and no `{says}` says which of them counts"
+        raise CheckpointError(fact, fix=f"give one of them, or write its name into `{says}`")
     return directory / found[0] if found else None
 
 
@@ -152,8 +176,6 @@ def _refuse(directory: Path, has: set[str]) -> None:
         raise _known(directory, "Megatron (as slime and NeMo save it)", tool)
     if "recipe_state.pt" in everything or "recipe_state" in has:
         raise _known(directory, "torchtune", "its FullModelHFCheckpointer writes model.safetensors,")
-    if "latest_universal" in has:
-        raise _known(directory, "DeepSpeed's universal checkpoint", "DeepSpeed's zero_to_fp32.py on the original")
 
 
 def _known(directory: Path, trainer: str, tool: str) -> CheckpointError:

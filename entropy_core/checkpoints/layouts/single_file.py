@@ -32,6 +32,8 @@ KNOWN_STEPS = (
     "Adafactor or Muon"
 )
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+OF_BITSANDBYTES = "bitsandbytes"
+"""Key of a group whose moments bitsandbytes keeps, in codes or in float32, whatever dtype the weights have."""
 _QUANTISED = "__bnb_optimizer_quant_state__"
 
 
@@ -208,10 +210,11 @@ def _of_bitsandbytes(
     if not inner or not all("state1" in slot for slot in inner.values()):
         return slots, groups
     two_states = all("state2" in slot for slot in inner.values())
+    said = {OF_BITSANDBYTES: True}
     if two_states:
-        converted_groups = [{"amsgrad": False, **group} for group in groups]
+        converted_groups = [{"amsgrad": False, **group, **said} for group in groups]
     else:
-        converted_groups = [of for of in map(_with_one_state, groups) if of]
+        converted_groups = [of | said for of in map(_with_one_state, groups) if of]
     mixed = any("unorm_vec" in slot or ("state2" in slot) != two_states for slot in inner.values())
     if mixed or len(converted_groups) != len(groups) or any(group.get("alpha") for group in groups):
         raise CheckpointError(

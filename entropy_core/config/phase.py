@@ -1,0 +1,67 @@
+"""What a user says of the steps that follow one rollout."""
+
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from entropy_core.config.section import Section
+
+
+class PhaseConfig(Section):
+    """The optimizer steps that a trainer takes on one rollout: U is then the whole rollout, cut into minibatches."""
+
+    minibatches: int = Field(
+        1,
+        ge=1,
+        le=10_000,
+        description="Into how many minibatches U is cut, with a step on each (TRL: steps_per_generation over "
+        "gradient_accumulation_steps).",
+    )
+    epochs: int = Field(
+        1, ge=1, le=1000, description="How often the steps on all minibatches are repeated (TRL: num_iterations)."
+    )
+    order: Literal["shuffled", "as_drawn"] = Field(
+        "shuffled",
+        description="In which order U is cut. shuffled: response by response, once for all epochs, as TRL does. "
+        "as_drawn: prompt after prompt.",
+    )
+    shuffle_seed: int = Field(
+        -1, ge=-1, lt=2**53, description="Seed of the order; no trainer saves its own. -1: batch_config.U_batch_seed."
+    )
+    epsilon: float = Field(
+        0.2, ge=0, le=1, description="Importance ratios of responses with A < 0 are clipped at 1 − ε from below."
+    )
+    epsilon_high: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Ratios of responses with A > 0 are clipped at 1 + ε_high from above; 0: the same as epsilon.",
+    )
+    delta: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Dual clip: ratios of responses with A < 0 are clipped at δ from above, above 1; 0: none.",
+    )
+    off_policy_mask_threshold: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Responses with A < 0 lose their policy term where the mean of ℓ_old − ℓ is larger; 0: none do.",
+    )
+    follow: bool = Field(
+        False, description="Take these steps, one after the other, and measure the entropy after each of them."
+    )
+
+    @field_validator("follow")
+    @classmethod
+    def _asked_for(cls, follow: bool, info: ValidationInfo) -> bool:
+        asked = [name for name in ("minibatches", "epochs") if info.data.get(name, 1) != 1]
+        if asked and not follow:
+            raise ValueError(f"{' and '.join(asked)}: of a phase that is not followed. Set follow: true")
+        return follow
+
+    @property
+    def steps(self) -> int:
+        """Number of steps on one rollout; 0 if they are not followed."""
+        return self.minibatches * self.epochs if self.follow else 0

@@ -1,0 +1,72 @@
+"""The columns of phase.parquet and clipped.parquet: the optimizer steps on one rollout, and the tokens they clip."""
+
+from typing import Literal
+
+import pyarrow as pa
+
+from entropy_core.estimates.fields import NATS, REAL, TEXT, WHOLE, field
+
+Word = Literal["entropy falls", "entropy rises", "cannot tell", "weights-unreliable"]
+"""The verdict of a row."""
+
+_SHARE = "share of the tokens of the minibatch that count in the loss"
+_KL = "nats per token"
+_REWARD = "reward"
+
+PHASE = pa.schema(
+    [
+        field("normalization", TEXT, "", "per_token or per_sequence: of the entropy"),
+        field("phase_step", WHOLE, "optimizer steps", "number of the step since the rollout, from 1"),
+        field("epoch", WHOLE, "", "how often each minibatch has had a step with this one, from 1"),
+        field("minibatch", WHOLE, "", "which part of the rollout the step is on, from 1"),
+        field("learning_rate", REAL, "", "learning rate of the step"),
+        field("estimator", TEXT, "", "estimator of delta_h and delta_j: the first that is asked for"),
+        field("H", REAL, NATS, "entropy of the policy after the step, as measured"),
+        field("delta_h", REAL, NATS, "change of H since the rollout, measured on E"),
+        field("delta_h_se", REAL, NATS, "standard error of delta_h for this update: over E, and of rounding"),
+        field("delta_h_low", REAL, NATS, "lower end of the interval of delta_h for this update"),
+        field("delta_h_high", REAL, NATS, "upper end of the interval of delta_h for this update"),
+        field("of_step", REAL, NATS, "change of H by this step alone: delta_h minus that of the row before, same E"),
+        field("of_step_se", REAL, NATS, "standard error of of_step for this update: over E, and of rounding"),
+        field("of_step_low", REAL, NATS, "lower end of the interval of of_step for this update"),
+        field("of_step_high", REAL, NATS, "upper end of the interval of of_step for this update"),
+        field("delta_j", REAL, _REWARD, "change of the expected reward since the rollout; null without `price`"),
+        field("delta_j_se", REAL, _REWARD, "standard error of delta_j for this update: over E"),
+        field("delta_j_low", REAL, _REWARD, "lower end of the interval of delta_j for this update"),
+        field("delta_j_high", REAL, _REWARD, "upper end of the interval of delta_j for this update"),
+        field("ess", REAL, "sequences", "effective sample size of the weights of whole sequences of E"),
+        field("ess_fraction", REAL, "1", "ess over the number of sequences"),
+        field("pareto_k", REAL, "1", "tail index of these weights; null without a tail to fit"),
+        field("verdict", TEXT, "", "entropy falls, entropy rises, cannot tell, or weights-unreliable; by delta_h"),
+        field("clip_low", REAL, "1", f"{_SHARE} whose ratio is clipped from below (A < 0); null: not known"),
+        field("clip_high", REAL, "1", f"{_SHARE} whose ratio is clipped from above (A > 0); null: not known"),
+        field("clip_dual", REAL, "1", f"{_SHARE} whose ratio the dual clip cuts (A < 0); null: not known"),
+        field("left_out", REAL, "1", "share of the responses of the minibatch that the off-policy mask leaves out"),
+        field("largest_ratio", REAL, "1", "largest ratio of a token of the minibatch"),
+        field("approx_kl", REAL, _KL, "estimate of KL(old || now) on the minibatch: mean of ratio - 1 - log ratio"),
+        field("reference_kl", REAL, _KL, "mean of the KL term on the minibatch; null without one"),
+        field("entropy_of_minibatch", REAL, _KL, "mean entropy of the tokens of the minibatch before the step"),
+        field("gradient_norm", REAL, "", "norm of the gradient before clipping"),
+        field("clip_factor", REAL, "1", "factor that the gradient is clipped by"),
+        field("step_norm", REAL, "per learning-rate unit", "norm of this step, over the nominal learning rate"),
+        field("update_norm", REAL, "per learning-rate unit", "norm of all steps since the rollout together"),
+        field("confidence_level", REAL, "1", "confidence level of every interval in this row"),
+    ]
+)
+"""One row per normalisation and step."""
+
+CLIPPED = pa.schema(
+    [
+        field("phase_step", WHOLE, "optimizer steps", "number of the step since the rollout, from 1"),
+        field("sequence_id", WHOLE, "", "the response of U"),
+        field("position", WHOLE, "tokens", "of the token in the response, from 0"),
+        field("token", WHOLE, "", "id of the token"),
+        field("text", TEXT, "", "its text"),
+        field("side", TEXT, "", "low (A < 0), high (A > 0), or dual (A < 0): where its ratio is cut"),
+        field("ratio", REAL, "1", "probability before the step over that at the rollout"),
+        field("advantage", REAL, "", "advantage of the response"),
+        field("old_logprob", REAL, "nats", "log-probability of the token at the rollout"),
+        field("old_entropy", REAL, "nats", "entropy of the policy at the token, at the rollout"),
+    ]
+)
+"""One row per step and token that it clips."""

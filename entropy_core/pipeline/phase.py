@@ -1,0 +1,87 @@
+"""Follow the phase of a rollout on one checkpoint: its optimizer steps, each keyed by the last, and E after each."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from entropy_core.config.phase import PhaseConfig
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.losses.phase import PhaseSpec
+from entropy_core.numerics.choices import Estimator
+from entropy_core.pipeline import catalogue as stage
+from entropy_core.pipeline.runner import Inputs, Runner
+from entropy_core.policy.spec import PolicySpec
+from entropy_core.store.artifact import Artifact
+
+
+def spec_of(phase: PhaseConfig, seed_of_u: int) -> PhaseSpec:
+    """Return what a step of the phase is keyed by; the number of epochs is no part of it."""
+    seed = seed_of_u if phase.shuffle_seed < 0 else phase.shuffle_seed
+    return PhaseSpec(
+        minibatches=phase.minibatches,
+        shuffle_seed=seed if phase.order == "shuffled" else None,
+        epsilon=phase.epsilon,
+        epsilon_high=phase.epsilon_high or phase.epsilon,
+        delta=phase.delta or None,
+        off_policy_mask_threshold=phase.off_policy_mask_threshold or None,
+    )
+
+
+class OnE(NamedTuple):
+    """How E is measured after a step: its shards, the nominal learning rate, and the estimator of ΔH."""
+
+    shards: Sequence[Artifact]
+    learning_rate: float
+    estimator: Estimator
+
+
+def followed(
+    config: ProbeConfig,
+    of_rollout: Inputs,
+    on_e: OnE,
+    run: Runner,
+    name: str,
+    release: Callable[[Artifact], None],
+) -> Inputs:
+    """Take the steps and score E after each of them.
+
+    Args:
+        config: how a rollout is cut, and how often.
+        of_rollout: the policy, load-checkpoint, the sequences of U, and compute-update, which has the loss at the
+            rollout.
+        on_e: how E is measured.
+        run: runner of stages.
+        name: of the checkpoint.
+        release: called with an artifact when no stage will open its vectors any more.
+
+    Returns:
+        The inputs of the phase stage that are its own; none if the phase is not followed.
+    """
+    phase = config.update.phase
+    if not phase.steps:
+        return {}
+    spec = spec_of(phase, config.batch_config.U_batch_seed)
+    taken: list[Inputs] = []
+    previous: Artifact | None = None
+    for number in range(phase.steps):
+        label = f"{name} · step {number + 1}/{phase.steps} of the phase"
+        inputs = of_rollout | {"previous": previous, "phase": spec, "number": number, "rate": 1.0}
+        now = run(stage.PHASE_STEP, inputs, label)
+        if previous is not None:
+            release(previous)
+        taken.append({"step": now, "at": _measured(of_rollout["policy"], on_e, now, run, label)})
+        previous = now
+    assert previous is not None
+    release(previous)
+    return {"steps": taken, "minibatches": phase.minibatches}
+
+
+def _measured(policy: PolicySpec, on_e: OnE, now: Artifact, run: Runner, label: str) -> Inputs:
+    """E at the policy after a step."""
+    by_path = on_e.estimator == "path_integral"
+    moved = {"policy": policy, "update": now, "eta": on_e.learning_rate}
+    inputs = [moved | {"sequences": sequences} for sequences in on_e.shards]
+    labels = [f"{label} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
+    shards = run.map(stage.PATH_INTEGRAL if by_path else stage.IMPORTANCE, inputs, labels)
+    empty: list[Artifact] = []
+    at_step = {"shards": empty, "path": shards} if by_path else {"shards": shards, "path": empty}
+    return {"eta": on_e.learning_rate, "eta_over_lr": 1.0, **at_step}
