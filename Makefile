@@ -42,7 +42,7 @@ help:
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
 	@echo "make validate-long   coverage and false verdicts in more than 40 scenarios, each of 200 sweeps whose exact answers are"
 	@echo "             known; goes on where it stopped, and writes docs/validation-long.md (half an hour); SCENARIOS=\"text ...\""
-	@echo "make chaos   kill a sweep at 50 random moments, damage 200 files, race for a key (docs/chaos.md is written from it);"
+	@echo "make chaos   kill a sweep at 50 random moments and 20 workers, damage 200 files, race for a key (docs/chaos.md is written from it);"
 	@echo "             fill the disk, kill servers and runners; then attack, with 5,000 hostile files and 450 replacements"
 	@echo "             of what is read (half an hour)"
 	@echo "make bench   measure what the passes cost, each beside another way; writes docs/benchmarks.md (long)"
@@ -92,7 +92,7 @@ validate-long: .venv/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m oracle $(if $(SCENARIOS),--scenarios $(SCENARIOS))
 
 chaos: .venv/.installed
-	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_server.py tests/test_watch_live.py
+	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_workers.py tests/test_chaos_server.py tests/test_watch_live.py
 	$(BIN)/python -m pytest -m attack
 
 # With SmolLM2's weights and LoRA run where make sweep-smollm2 has left them, else with random weights of its shape.

@@ -29,8 +29,8 @@ LONG, SHARD_OF_LONG, ETA = 16384, 1024, 1e-4  # made-up answers, and how far the
 
 def scale() -> Iterator[Row]:
     """1K to 32K sequences of the demo run, every stage of one checkpoint."""
-    _demo_run()
-    taken: dict[int, list[_Sweep]] = {size: [] for size in SIZES}
+    demo_run()
+    taken: dict[int, list[Sweep]] = {size: [] for size in SIZES}
     for _ in range(ROUNDS_OF_SIZES):
         for size, of in taken.items():
             with tempfile.TemporaryDirectory() as store:
@@ -64,7 +64,7 @@ def scale() -> Iterator[Row]:
 
 def orchestration() -> Iterator[Row]:
     """The same stages called directly and as Prefect tasks, in turns; then again with everything cached."""
-    _demo_run()
+    demo_run()
     direct, cold, warm, warm_direct = [], [], [], []
     with service() as (api_url, _):
         through = environment(api_url)
@@ -121,20 +121,22 @@ def _statistics(shards: int) -> Run:
     return run
 
 
-def _demo_run() -> None:
+def demo_run() -> None:
+    """Train the demo policy, unless that was done."""
     make_demo_run(["--out", "artifacts/demo-run"])
 
 
-class _Sweep(NamedTuple):
+class Sweep(NamedTuple):
     """What `sweep_once` prints."""
 
     seconds: float
     megabytes: float
     stages: dict[str, float]
     highest: str
+    dispatch: float
 
 
-def _per_sequence(small: _Sweep, large: _Sweep, sizes: tuple[int, ...]) -> dict[str, float]:
+def _per_sequence(small: Sweep, large: Sweep, sizes: tuple[int, ...]) -> dict[str, float]:
     """Milliseconds per further sequence, by stage, and what is outside of the stages."""
     count = (sizes[1] - sizes[0]) / 1000
     of_stages = {stage: (large.stages[stage] - small.stages[stage]) / count for stage in large.stages}
@@ -143,12 +145,22 @@ def _per_sequence(small: _Sweep, large: _Sweep, sizes: tuple[int, ...]) -> dict[
 
 def _sweep(
     sequences: int, store: str, shard_size: int = 1024, through_prefect: Mapping[str, str] | None = None
-) -> _Sweep:
-    command = [sys.executable, "-m", "benchmarks.sweep_once", "--sequences", str(sequences), "--store", store]
-    command += ["--shard-size", str(shard_size)]
-    if through_prefect:
-        command.append("--through-prefect")
-    done = subprocess.run(command, env={**os.environ, **(through_prefect or {})}, stdout=subprocess.PIPE, text=True)
+) -> Sweep:
+    options = ["--shard-size", str(shard_size), *(["--through-prefect"] if through_prefect else [])]
+    return one_sweep(sequences, store, *options, environment=through_prefect or {})
+
+
+def one_sweep(sequences: int, store: str, *options: str, environment: Mapping[str, str]) -> Sweep:
+    """Run `sweep_once` in a process of its own.
+
+    Args:
+        sequences: of E.
+        store: a folder.
+        options: further ones.
+        environment: variables beside those of this process.
+    """
+    command = [sys.executable, "-m", "benchmarks.sweep_once", "--sequences", str(sequences), "--store", store, *options]
+    done = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
-    return _Sweep(**json.loads(done.stdout.strip().splitlines()[-1]))
+    return Sweep(**json.loads(done.stdout.strip().splitlines()[-1]))

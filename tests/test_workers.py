@@ -160,6 +160,7 @@ def test_workers_end_with_the_pool_and_with_the_driver(tmp_path, forked: Start):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("a worker is asked for something other than a stage of the catalogue")
 def test_a_worker_runs_stages_of_the_catalogue_and_nothing_else(tmp_path, forked: Start):
     worker, execution, inputs = Worker(compute_here), Execution(), inputs_of(tmp_path)
     refused = [
@@ -176,6 +177,7 @@ def test_a_worker_runs_stages_of_the_catalogue_and_nothing_else(tmp_path, forked
     process.close()
 
 
+@pytest.mark.attack("a worker has other code, another store, or does not see the locks and names of its sweep")
 def test_other_code_is_refused_and_a_worker_of_the_same_code_takes_its_place(tmp_path, forked: Start, monkeypatch):
     ours = pool.code_of_stages()
     theirs = ours | {SCORE.name: ("0" * 64, ours[SCORE.name][1])}
@@ -208,6 +210,7 @@ def test_the_same_store_is_proved_and_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / ".locks").rglob("*")] == ["workers"]
 
 
+@pytest.mark.attack("a worker has other code, another store, or does not see the locks and names of its sweep")
 def test_another_store_is_refused(tmp_path):
     def elsewhere(name: str, root: Path, *arguments: Any) -> Any:
         return call_of_worker(name, tmp_path / "elsewhere", *arguments)
@@ -217,6 +220,7 @@ def test_another_store_is_refused(tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.attack("a worker has other code, another store, or does not see the locks and names of its sweep")
 def test_a_store_whose_locks_are_not_seen_by_all_is_refused(tmp_path, monkeypatch):
     def without_locks(name: str, *arguments: Any) -> Any:
         with monkeypatch.context() as patch:
@@ -238,6 +242,7 @@ def test_a_store_whose_locks_are_not_seen_by_all_is_refused(tmp_path, monkeypatc
         shared_store.require_shared(tmp_path, "worker 1", locks_fail)
 
 
+@pytest.mark.attack("a worker has other code, another store, or does not see the locks and names of its sweep")
 @pytest.mark.parametrize("blind", ["find_token", "see_rename"])
 def test_a_store_in_which_names_are_seen_late_is_refused(tmp_path, monkeypatch, blind):
     """By the driver, which waits for a file of the worker's; or by the worker, which waits for one of its."""
