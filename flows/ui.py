@@ -32,8 +32,8 @@ from flows.ui_tables import answer, intervention_cells, plan_cells, result_cells
 from tasks.events import checkpoint_probed
 
 _SECONDS_BETWEEN_UPDATES = 2.0
-_MADE_UP = re.compile("[a-z0-9]+-[a-z0-9]+")
-"""How a run is called by Prefect if its user did not name it: two words."""
+_MADE_UP = re.compile("[a-z0-9]+(-[a-z0-9]+){1,3}")
+"""How a run is called by Prefect if its user did not name it: `hasty-nuthatch`, `alpha-ursae-majoris`."""
 _MOST_TAGS = 5
 """Checkpoints that are tags; of more, their number is one."""
 _Result = TypeVar("_Result")

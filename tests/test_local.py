@@ -9,8 +9,8 @@ from flows import local
 from flows.stage_lines import not_told, recorded_lines
 
 URL = "http://x/api"
-FOUR = [("score", "Cached"), ("measure", "Completed"), ("variance", "Failed"), ("report", "Cached")]
-ALL = [*FOUR, ("pages", "Running")]
+FOUR = [("score · a", "Cached"), ("measure · a", "Completed"), ("variance · a", "Failed"), ("report · a", "Cached")]
+ALL = [*FOUR, ("pages · a", "Running"), ("a", "Running")]  # the last is that of a checkpoint, around its stages
 
 
 def records(*looks: list[tuple[str, str | None]]) -> Callable[[str, Any], list[dict[str, Any]]]:
@@ -37,15 +37,15 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_waits_until_the_server_has_noted_all_stages(monkeypatch: pytest.MonkeyPatch):
-    done = [*FOUR, ("pages", "Completed")]
-    unnoted = [("score", "Cached"), ("measure", None), ("variance", "Failed")]
+    done = [*FOUR, ("pages · a", "Completed"), ("a", "Completed")]
+    unnoted = [("score · a", "Cached"), ("measure · a", None), ("variance · a", "Failed")]
     monkeypatch.setattr(local, "request", records([], [], [], unnoted, unnoted, ALL, ALL, done, done))
     assert local._stages("run", URL, at_least=1) == [
-        ("reused", "score"),
-        ("computed", "measure"),
-        ("failed", "variance"),
-        ("reused", "report"),
-        ("computed", "pages"),
+        ("reused", "score · a"),
+        ("computed", "measure · a"),
+        ("failed", "variance · a"),
+        ("reused", "report · a"),
+        ("computed", "pages · a"),
     ]
 
 
@@ -57,7 +57,7 @@ def test_a_run_that_was_refused_before_any_stage_is_not_waited_for(monkeypatch: 
 def test_not_for_ever(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(local, "request", records(ALL))
     monkeypatch.setattr(local, "_NOTED_WITHIN", 0.2)
-    assert ("failed", "variance") in local._stages("run", URL, at_least=1)
+    assert ("failed", "variance · a") in local._stages("run", URL, at_least=1)
 
 
 def test_a_run_that_was_not_made_has_no_stages():
@@ -73,6 +73,7 @@ def test_of_the_stream_only_what_fails_is_told_at_once_as_the_record_says_it():
     assert [failed.strip()] == recorded_lines([("failed", "variance · step-60")])
     assert local._for_reader(event("AwaitingRetry", "score · a")) == "  will be tried again score · a"
     assert local._for_reader(event("Completed", "score · a")) == local._for_reader(event("Cached", "score · a")) == ""
+    assert local._for_reader(event("Failed", "step-60")) == "", "a stage of it has failed, and is told"
     assert local._for_reader("▪ 12:00:00 0123456789ab computed  score · a  (3 s)") == "  computed  score · a  (3 s)"
     assert local._for_reader("▪ 12:00:00 0123456789ab The result:") == ""  # which is printed from the run's folder
 
