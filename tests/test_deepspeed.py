@@ -15,7 +15,7 @@ from entropy_core.checkpoints.optimizer_file import SavedMoments
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import checkpoint_digest, optimizer_digest
 
-KINDS = ("zero2", "zero3", "universal2", "universal3")
+KINDS = ("zero2", "zero3", "zero3_groups", "universal2", "universal3")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,6 +47,13 @@ def test_the_universal_form_is_the_same_state(tmp_path, stage):
     name = "model.embed_tokens.weight"
     block = moments.read(ours.slot[name], "exp_avg", 100, 333)
     assert torch.equal(block, whole(theirs.moments["exp_avg"][name]).view(-1)[100:333].double())
+
+
+def test_stage_three_cuts_a_large_group_into_several_tensors():
+    """Above a billion parameters a rank, or as its configuration has it; groups keep their order."""
+    saved = open_state(OTHERS / "zero3_groups" / "global_step2")
+    numbers = [len(group["params"]) for group in saved._groups]
+    assert numbers == [4, 1] and sum(numbers) == len(saved._shapes)
 
 
 def test_the_stages_of_deepspeed_agree(tmp_path):

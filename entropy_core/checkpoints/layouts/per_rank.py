@@ -119,7 +119,7 @@ class PerRank:
 
     def _of_units(self, groups: list[dict[str, Any]], states: Sequence[dict[Any, Any]]) -> SavedOptimizer:
         """Slots by name, cut out of the flat ones of FSDP1's units."""
-        units = self._units()
+        units = self._units(states)
         slots: dict[str, dict[str, Any]] = {}
         members = [index for group in groups for index in group.get("params", [])]
         if members != list(range(len(units))) or not states[0].keys() <= set(members):
@@ -154,17 +154,26 @@ class PerRank:
         named = [group | {"params": [name for index in group["params"] for name in units[index]]} for group in groups]
         return by_name(named, slots, self._directory)
 
-    def _units(self) -> list[dict[str, tuple[int, ...]]]:
+    def _units(self, states: Sequence[dict[Any, Any]]) -> list[dict[str, tuple[int, ...]]]:
         """Names and shapes of each unit: the root's first, then each layer's and those of its LoRA factors."""
-        config = self._directory / "huggingface" / "config.json"
-        tied = config.exists() and read_json(config).get("tie_word_embeddings") is True
-        units: dict[str, dict[str, tuple[int, ...]]] = {"": {}}
+        root: dict[str, tuple[int, ...]] = {}
+        units = {"": root}
         for name, tensor in self.weights().items():
-            if tied and name.endswith("lm_head.weight"):  # one parameter with the embedding, and once in the flat one
-                continue
             layer = _FACTOR.match(name) or _LAYER.match(name)
             units.setdefault(layer[1] if layer else "", {})[name] = tensor.shape
+        head = next((name for name in root if name.endswith("lm_head.weight")), "")
+        if head and self._is_tied(root, head, states):  # one parameter with the embedding, and once in the flat one
+            del root[head]
         return list(units.values())
+
+    def _is_tied(self, root: Mapping[str, tuple[int, ...]], head: str, states: Sequence[dict[Any, Any]]) -> bool:
+        """As the model's configuration has it; without one, whether the flat parameter is as long as without a head."""
+        config = self._directory / "huggingface" / "config.json"
+        if config.exists():
+            return read_json(config).get("tie_word_embeddings") is True
+        flat = next(filter(_is_flat, plain_dict(states[0].get(0)).values()), None)
+        size = sum(math.prod(shape) for name, shape in root.items() if name != head)
+        return flat is not None and flat.numel() == -(-size // self._world)
 
 
 def _of_rank(part: ShardOfTensor, rank: int, world: int) -> list[Piece]:
