@@ -8,6 +8,7 @@ from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, trainer_gro
 from transformers import AutoModelForCausalLM
 
 from entropy_core.losses.phase import PhaseSpec
+from entropy_core.losses.phase_interventions import asked_in_phase, followed_names
 from entropy_core.numerics.loss_batch import minibatch
 from entropy_core.pipeline import catalogue
 from entropy_core.sequences.files import read_sequences
@@ -45,7 +46,8 @@ def steps(exact: Probe, phase: PhaseSpec, count: int, **more: Any) -> list[Artif
     """So many steps on the rollout, each after the last."""
     of_update = exact.run.inputs("compute-update")
     shared = {name: of_update[name] for name in ("policy", "checkpoint", "sequences")}
-    shared |= {"update": exact.run.artifacts("compute-update")[0], "phase": phase, "rate": 1.0} | more
+    shared |= {"update": exact.run.artifacts("compute-update")[0], "phase": phase, "rate": 1.0}
+    shared |= {"intervention": None} | more
     found: list[Artifact] = []
     for number in range(count):
         asked = shared | {"number": number, "previous": found[-1] if found else None}
@@ -185,16 +187,48 @@ def test_a_sweep_follows_the_phase(exact: Probe, followed: Probe):
     assert "## The steps on one rollout" in page and "The tokens that are clipped most often" in page
 
 
-def test_the_change_after_a_step_is_that_of_its_weights(exact: Probe, followed: Probe):
-    """By the passes at θ + ηD of the last step, read beside a plain importance pass on the policy as it then is."""
-    *_, last = followed.run.artifacts("phase-step")
-    assert not (last.directory / "vectors" / "direction.safetensors").exists()  # it was let go
-    again = exact.run.store.run(catalogue.PHASE_STEP, exact.run.execution, _inputs_of(followed, "phase-step"))
-    assert again == followed.run.artifacts("phase-step")[0]
+def test_vectors_that_are_let_go_come_again_as_they_were(exact: Probe, followed: Probe):
+    first, *_, last = followed.run.artifacts("phase-step")
+    assert not any((step.directory / "vectors" / "direction.safetensors").exists() for step in (first, last))
+    again = exact.run.store.run(catalogue.PHASE_STEP, exact.run.execution, followed.run.inputs("phase-step"))
+    assert again == first
 
 
-def _inputs_of(of: Probe, stage: str) -> Any:
-    return of.run.inputs(stage)
+def test_interventions_are_followed_from_the_rollout_on(exact: Probe):
+    asked = exact.config.as_given()
+    phase = {"follow": True, "minibatches": 3, "epsilon": 0.02}
+    tried = [{"epsilon_high": 0.3}, "positives_only", {"lr": 0.5}, {"kl_beta": 0.0}]
+    asked["update"] = asked["update"] | {"phase": phase | {"interventions": tried}}
+    with pytest.MonkeyPatch.context() as patch:
+        skip_figures(patch)
+        found = probe(asked)
+    rows = [r for r in found.result.report.table("phase.parquet").to_pylist() if r["normalization"] == "per_token"]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["intervention"], []).append(row)
+    assert list(by_name) == ["as it is", "epsilon_high: 0.3", "positives_only", "lr: 0.5", "kl_beta: 0"]
+    of_run = by_name.pop("as it is")
+    assert all(row["difference"] is None for row in of_run)
+    for of_one in by_name.values():
+        for row, other in zip(of_one, of_run, strict=True):
+            assert row["difference"] == pytest.approx(row["delta_h"] - other["delta_h"], rel=1e-9, abs=1e-15)
+    higher, half = by_name["epsilon_high: 0.3"], by_name["lr: 0.5"]
+    assert higher[0]["delta_h"] == of_run[0]["delta_h"] and higher[-1]["clip_high"] < of_run[-1]["clip_high"]
+    assert half[0]["step_norm"] == pytest.approx(0.5 * of_run[0]["step_norm"], rel=1e-9)
+    page = (found.result.run_directory / "report.md").read_text()
+    assert "What would change it, after all 3 steps" in page
+
+
+@pytest.mark.parametrize("item", ["published", "my.py:weights", "dynamic_sampling", {"delta": 0.5}, {"loss": "sapo"}])
+def test_what_cannot_be_followed_is_refused_by_name(item: Any):
+    name = item if isinstance(item, str) else next(iter(item))
+    with pytest.raises(ValueError, match=name):
+        asked_in_phase(item)
+
+
+def test_each_name_that_is_offered_can_be_asked_for():
+    assert {"epsilon_high", "positives_only", "lr", "kl_beta"} <= set(followed_names())
+    assert asked_in_phase("epsilon_high=0.28") == asked_in_phase({"epsilon_high": 0.28}) == ("epsilon_high", 0.28)
 
 
 def test_a_changed_number_of_epochs_goes_on_from_the_last_step(followed: Probe):

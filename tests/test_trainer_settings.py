@@ -124,6 +124,61 @@ READ = {
 }
 
 
+FOLLOWED = {"update": {"phase": {"follow": True}}}
+
+
+def test_the_steps_of_a_rollout_are_read_where_they_are_followed(tmp_path):
+    of_rollout = {"steps_per_generation": 8, "gradient_accumulation_steps": 2, "num_iterations": 3}
+    clipping = {"epsilon": 0.1, "epsilon_high": 0.28, "delta": 4.0, "off_policy_mask_threshold": 0.5}
+    constant = {"lr_scheduler_type": "constant"}
+    found = settled(tmp_path, asked(**FOLLOWED), **of_rollout, **clipping, **constant)
+    assert found.read["update.phase.minibatches"] == 4 and found.read["update.phase.epochs"] == 3
+    assert {name: found.read[f"update.phase.{name}"] for name in clipping} == clipping
+    assert found.read["batch_config.B_U"] == 16 * 8 // 8  # of a whole rollout
+    assert found.warnings == ()
+    phase = with_read(asked(**FOLLOWED), found.read).update.phase
+    assert phase.follow and phase.steps == 12 and phase.delta == 4.0
+    plain = settled(tmp_path, **of_rollout, **clipping, **constant)
+    assert not any("phase" in key for key in plain.read) and plain.read["batch_config.B_U"] == 4
+    assert len(plain.warnings) == 2  # of the later steps
+
+
+def test_what_the_user_says_of_the_phase_is_held_against_the_trainer(tmp_path):
+    config = asked(update={"phase": {"minibatches": 2, "epochs": 1, "follow": True}}, batch_config={"B_U": 8})
+    found = settled(tmp_path, config, steps_per_generation=4, lr_scheduler_type="constant")
+    said = " ".join(found.warnings)
+    assert "`update.phase.minibatches` is 2 in the configuration, and 4 in training_args.bin" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"loss_type": "sapo"}, "loss_type"),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation"),
+    ],
+)
+def test_a_phase_that_is_not_modelled_is_refused(tmp_path, settings, name):
+    settings = {"per_device_train_batch_size": 16} | settings
+    with pytest.raises(ConfigError, match=rf"update.leave_out: \[{name}\]"):
+        settled(tmp_path, asked(**FOLLOWED), **settings)
+
+
+def test_the_schedule_of_the_learning_rate_is_said(tmp_path):
+    (said,) = settled(tmp_path, asked(**FOLLOWED), lr_scheduler_type="cosine").warnings
+    assert "followed a schedule (cosine)" in said or "cosine" in said
+
+
+def test_a_phase_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="minibatches: of a phase that is not followed"):
+        asked(update={"phase": {"minibatches": 8}})
+    odd = asked(update={"phase": {"minibatches": 5, "follow": True}}, batch_config={"B_U": 4, "G": 4})
+    with pytest.raises(ConfigError, match="minibatches is 5, and U has 16 responses"):
+        settle(odd, {})
+    low = asked(update={"phase": {"delta": 0.9, "follow": True}})
+    with pytest.raises(ConfigError, match=r"delta is 0\.9"):
+        settle(low, {})
+
+
 @pytest.mark.parametrize("case", READ)
 def test_a_setting_is_read_where_the_user_leaves_it_open(tmp_path, case):
     settings, key, value = READ[case]

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator
 
 from entropy_core.config.section import Section
+from entropy_core.losses.phase_interventions import asked_in_phase
 
 
 class PhaseConfig(Section):
@@ -49,6 +50,12 @@ class PhaseConfig(Section):
         le=1e6,
         description="Responses with A < 0 lose their policy term where the mean of ℓ_old − ℓ is larger; 0: none do.",
     )
+    interventions: list[str | dict[str, JsonValue]] = Field(
+        default_factory=list,
+        max_length=100,
+        description="What might change the entropy along the phase, each followed from the rollout to the last step: "
+        "as under `interventions`, or `epsilon`, `epsilon_high`, `delta`, `off_policy_mask_threshold` with a value.",
+    )
     follow: bool = Field(
         False, description="Take these steps, one after the other, and measure the entropy after each of them."
     )
@@ -60,6 +67,13 @@ class PhaseConfig(Section):
         if asked and not follow:
             raise ValueError(f"{' and '.join(asked)}: of a phase that is not followed. Set follow: true")
         return follow
+
+    @field_validator("interventions")
+    @classmethod
+    def _can_be_followed(cls, interventions: list[str | dict[str, JsonValue]]) -> list[str | dict[str, JsonValue]]:
+        for item in interventions:
+            asked_in_phase(item)
+        return interventions
 
     @property
     def steps(self) -> int:

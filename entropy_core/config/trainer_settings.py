@@ -115,6 +115,10 @@ class _Reader:
             value = self.arguments.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._say(f"update.phase.{name}", float(value), name)
+        schedule = str(self.arguments.get("lr_scheduler_type", "constant")).lower()
+        if not schedule.endswith("constant"):
+            what = f"the trainer's learning rate followed a schedule ({schedule}), and stays what it is along the phase"
+            self.differ.append(Difference("lr_scheduler_type", what, "warn"))
         if (loss := self.arguments.get("loss_type")) in ("sapo", "vespo"):
             what = f"the trainer had loss_type = {loss}, whose later steps on a rollout are not modelled"
             self.differ.append(Difference("loss_type", what, "refuse", "update.loss"))

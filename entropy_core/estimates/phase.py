@@ -22,6 +22,7 @@ class AfterStep(NamedTuple):
     Args:
         change: ΔH since the rollout.
         before: the same after the step before; 0 after none.
+        of_run: ΔH of the run as it is after as many steps; None for the run itself.
         reward: ΔJ since the rollout; None without rewards.
         reliability: of the weights from the policy of the rollout.
         usable: False if a weight over- or underflowed.
@@ -29,6 +30,7 @@ class AfterStep(NamedTuple):
 
     change: Estimate
     before: Estimate
+    of_run: Estimate | None
     reward: Estimate | None
     reliability: Reliability
     usable: bool
@@ -38,7 +40,7 @@ def phase_row(on_e: OnE, H: float, after: AfterStep, noise_floor: float, first: 
     """Compute the measured columns of one step.
 
     Rounding errors are those of one draw for each pass over E, so their variance, (noise floor/2)², is added to that of
-    a change since the rollout, and twice to that of a change from step to step, but for the first.
+    a change since the rollout, and twice to that of a change from step to step, but for the first, and of a difference.
 
     Args:
         on_e: E, and the confidence level.
@@ -52,10 +54,11 @@ def phase_row(on_e: OnE, H: float, after: AfterStep, noise_floor: float, first: 
     """
     of_step = after.change.minus(after.before)
     columns: Row = {"H": H + after.change.value}
-    rounding = noise_floor / 2
+    rounding, twice = noise_floor / 2, noise_floor / math.sqrt(2)
     for name, estimate, error in (
         ("delta_h", after.change, rounding),
-        ("of_step", of_step, rounding if first else rounding * math.sqrt(2)),
+        ("of_step", of_step, rounding if first else twice),
+        ("difference", None if after.of_run is None else after.change.minus(after.of_run), twice),
         ("delta_j", after.reward, 0.0),
     ):
         columns |= _with_interval(on_e, name, estimate, error)

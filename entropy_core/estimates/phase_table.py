@@ -16,6 +16,7 @@ _REWARD = "reward"
 PHASE = pa.schema(
     [
         field("normalization", TEXT, "", "per_token or per_sequence: of the entropy"),
+        field("intervention", TEXT, "", "what is changed in the phase; as it is: nothing"),
         field("phase_step", WHOLE, "optimizer steps", "number of the step since the rollout, from 1"),
         field("epoch", WHOLE, "", "how often each minibatch has had a step with this one, from 1"),
         field("minibatch", WHOLE, "", "which part of the rollout the step is on, from 1"),
@@ -30,6 +31,10 @@ PHASE = pa.schema(
         field("of_step_se", REAL, NATS, "standard error of of_step for this update: over E, and of rounding"),
         field("of_step_low", REAL, NATS, "lower end of the interval of of_step for this update"),
         field("of_step_high", REAL, NATS, "upper end of the interval of of_step for this update"),
+        field("difference", REAL, NATS, "delta_h minus that of the run as it is after as many steps, on the same E"),
+        field("difference_se", REAL, NATS, "standard error of difference for this update: over E, and of rounding"),
+        field("difference_low", REAL, NATS, "lower end of the interval of difference for this update"),
+        field("difference_high", REAL, NATS, "upper end of the interval of difference for this update"),
         field("delta_j", REAL, _REWARD, "change of the expected reward since the rollout; null without `price`"),
         field("delta_j_se", REAL, _REWARD, "standard error of delta_j for this update: over E"),
         field("delta_j_low", REAL, _REWARD, "lower end of the interval of delta_j for this update"),
@@ -57,6 +62,7 @@ PHASE = pa.schema(
 
 CLIPPED = pa.schema(
     [
+        field("intervention", TEXT, "", "what is changed in the phase; as it is: nothing"),
         field("phase_step", WHOLE, "optimizer steps", "number of the step since the rollout, from 1"),
         field("sequence_id", WHOLE, "", "the response of U"),
         field("position", WHOLE, "tokens", "of the token in the response, from 0"),

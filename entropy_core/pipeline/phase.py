@@ -1,11 +1,14 @@
 """Follow the phase of a rollout on one checkpoint: its optimizer steps, each keyed by the last, and E after each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from entropy_core.config.phase import PhaseConfig
 from entropy_core.config.schema import ProbeConfig
+from entropy_core.losses.changed import AS_IT_IS
+from entropy_core.losses.interventions import InterventionSpec
 from entropy_core.losses.phase import PhaseSpec
+from entropy_core.losses.phase_interventions import CLIPPING, asked_in_phase, changed_phase
 from entropy_core.numerics.choices import Arithmetic, Estimator
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.runner import Inputs, Runner
@@ -62,19 +65,34 @@ def followed(
     if not phase.steps:
         return {}
     spec = spec_of(phase, config.batch_config.U_batch_seed)
+    asked = [InterventionSpec(name=of, value=value) for of, value in map(asked_in_phase, phase.interventions)]
+    seed = config.batch_config.U_batch_seed
     taken: list[Inputs] = []
+    for one in [None, *(spec_of_one.model_copy(update={"seed": seed}) for spec_of_one in asked)]:
+        how = of_rollout | {"phase": changed_phase(spec, one) if one else spec}
+        how["intervention"] = None if one and one.name in CLIPPING else one
+        label = f"{name} · {one.label}" if one else name
+        taken += [
+            {"intervention": (one or AS_IT_IS).label, **entry}
+            for entry in _steps(how, phase.steps, on_e, run, label, release)
+        ]
+    return {"steps": taken, "minibatches": phase.minibatches}
+
+
+def _steps(
+    how: Inputs, count: int, on_e: OnE, run: Runner, name: str, release: Callable[[Artifact], None]
+) -> Iterator[Inputs]:
+    """Take so many steps, each after the last, and measure E after each."""
     previous: Artifact | None = None
-    for number in range(phase.steps):
-        label = f"{name} · step {number + 1}/{phase.steps} of the phase"
-        inputs = of_rollout | {"previous": previous, "phase": spec, "number": number, "rate": 1.0}
-        now = run(stage.PHASE_STEP, inputs, label)
+    for number in range(count):
+        label = f"{name} · step {number + 1}/{count} of the phase"
+        now = run(stage.PHASE_STEP, how | {"previous": previous, "number": number, "rate": 1.0}, label)
         if previous is not None:
             release(previous)
-        taken.append({"step": now, "at": _measured(of_rollout["policy"], on_e, now, run, label)})
+        yield {"number": number, "step": now, "at": _measured(how["policy"], on_e, now, run, label)}
         previous = now
-    assert previous is not None
-    release(previous)
-    return {"steps": taken, "minibatches": phase.minibatches}
+    if previous is not None:
+        release(previous)
 
 
 def _measured(policy: PolicySpec, on_e: OnE, now: Artifact, run: Runner, label: str) -> Inputs:

@@ -20,6 +20,7 @@ from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.config.trainer_settings import LEFT_OUT, Difference, Reading, readings
 from entropy_core.errors import ConfigError, some_names
+from entropy_core.losses.phase_interventions import asked_in_phase
 from entropy_core.numerics.advantages import divided_by
 
 OF_THE_TRAINING = (
@@ -162,7 +163,8 @@ def set_keys(config: BaseModel, prefix: str = "") -> set[str]:
     found = set()
     for name in config.model_fields_set:
         value = getattr(config, name)
-        found |= set_keys(value, f"{name}.") if isinstance(value, BaseModel) else {prefix + name}
+        whole = prefix + name
+        found |= set_keys(value, f"{whole}.") if isinstance(value, BaseModel) else {whole}
     return found
 
 
@@ -315,6 +317,12 @@ def _check_phase(config: ProbeConfig) -> None:
             f"({batch.B_U} prompts × {batch.G})",
             cause="U is the whole rollout here, which is cut into minibatches of equal size",
             fix="set batch_config.B_U to the prompts of a rollout, or another number of minibatches",
+        )
+    with_kl = [name for name, value in map(asked_in_phase, phase.interventions) if name == "kl_beta" and value]
+    if with_kl and not config.update.kl_beta:
+        raise ConfigError(
+            "update.phase.interventions has kl_beta, and the run has no reference policy",
+            fix="set update.kl_beta and update.reference, or leave it out",
         )
     if phase.delta and phase.delta <= 1:
         raise ConfigError(

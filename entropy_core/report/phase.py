@@ -18,9 +18,10 @@ def sentence(rows: Sequence[Row]) -> str:
     Returns:
         A sentence without markup; empty without rows.
     """
-    if not rows:
+    of_run = _as_it_is(rows)
+    if not of_run:
         return ""
-    row = rows[-1]
+    row = of_run[-1]
     of_all = f"At {row['checkpoint']} the {row['phase_step']} steps on one rollout"
     if row["verdict"] == "weights-unreliable":
         return f"{of_all} go too far for the importance weights: what they do to the entropy cannot be told."
@@ -42,7 +43,7 @@ def section(rows: Sequence[Row], clipped: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     body = []
-    for name, group in by_checkpoint(rows).items():
+    for name, group in by_checkpoint(_as_it_is(rows)).items():
         shown = _spread(group)
         body += [
             (
@@ -71,7 +72,36 @@ def section(rows: Sequence[Row], clipped: Sequence[Row]) -> list[str]:
         "same E by weights from that policy, so that ESS/N falls from step to step; below 0.5 they are not trusted. "
         "The brackets have the randomness of E alone.",
     ]
-    return [*lines, *_tokens(clipped)]
+    return [*lines, *_changed(rows), *_tokens(_as_it_is(clipped))]
+
+
+def _as_it_is(rows: Sequence[Row]) -> list[Row]:
+    """Those of the run without any intervention, which are the first of a checkpoint."""
+    return [row for row in rows if row["intervention"] == rows[0]["intervention"]]
+
+
+def _changed(rows: Sequence[Row]) -> list[str]:
+    """What the interventions make of the whole phase, by checkpoint, the largest difference first."""
+    last = max(row["phase_step"] for row in rows)
+    tried = [row for row in rows if row["phase_step"] == last and row["intervention"] != rows[0]["intervention"]]
+    if not tried:
+        return []
+    tried.sort(key=lambda row: (row["step"], row["checkpoint"], -(row["difference"] or 0.0)))
+    body = [
+        (
+            row["checkpoint"],
+            row["intervention"],
+            "–" if row["delta_h"] is None else f"{row['delta_h']:+.3g}",
+            "–" if row["difference"] is None else f"{row['difference']:+.3g} {_interval(row, 'difference')}",
+            "–" if row["delta_j"] is None else f"{row['delta_j']:+.3g} {_interval(row, 'delta_j')}",
+            f"{row['ess_fraction']:.2f}",
+            " / ".join("–" if row[side] is None else f"{row[side]:.2%}" for side in ("clip_low", "clip_high")),
+        )
+        for row in tried
+    ]
+    head = ("checkpoint", "under", "ΔH after the last step", "minus that of the run, this update", "ΔJ, this update")
+    table = markdown_rows((*head, "ESS/N", "clipped low / high"), body, text_columns=2)
+    return ["", f"What would change it, after all {last} steps, on the same rollout and the same E:", "", *table]
 
 
 def _tokens(clipped: Sequence[Row]) -> list[str]:

@@ -51,7 +51,8 @@ def phase(
         rescores: draws of rescore-e-batch on the first sequences, for the numerical noise.
         first_order_e: shards of first-order-e.
         rewards: shards of reward-e-batch; none, or one response without a reward: nothing is said of the reward.
-        steps: the steps in their order, each with E after it.
+        steps: the steps in their order, each with E after it; first those of the run as it is, then those under each
+            intervention.
         minibatches: M, into how many parts the rollout is cut.
         learning_rate: the nominal one.
         estimators: of ΔH; the first is taken.
@@ -72,28 +73,32 @@ def phase(
     by_path = estimator == "path_integral"
     floors = {of: 0.0 if by_path else numerical_noise(again, rescored, of) for of in normalizations}
     on_e = OnE(batch, confidence_level)
-    before = dict.fromkeys(normalizations, Estimate(0.0, torch.zeros(len(batch), dtype=torch.float64)))
+    none = Estimate(0.0, torch.zeros(len(batch), dtype=torch.float64))
+    changes: dict[tuple[str, int, Normalization], Estimate] = {}
     rows: list[Row] = []
-    for number, entry in enumerate(steps):
-        at, summary = entry["at"], entry["step"].summary
+    of_run = steps[0]["intervention"]
+    for entry in steps:
+        at, summary, number, what = entry["at"], entry["step"].summary, entry["number"], entry["intervention"]
         terms = evaluation.measured(batch, moved_batch(at, sequences), estimator)
         rewarded = REWARD in batch.functionals
         reward = reward_change(batch, terms, at["eta"], estimator) if rewarded else None
         reliable = reliability(terms, len(batch), at["eta"])
         for of in normalizations:
             change = change_of(batch, terms, at["eta"], estimator, of)
-            after = AfterStep(change, before[of], reward, reliable, terms.usable)
+            changes[what, number, of] = change
+            before = changes.get((what, number - 1, of), none)
+            other = None if what == of_run else changes[of_run, number, of]
+            after = AfterStep(change, before, other, reward, reliable, terms.usable)
             rows.append(
-                {"normalization": of, "estimator": estimator}
+                {"normalization": of, "estimator": estimator, "intervention": what}
                 | place_of(number, minibatches)
                 | of_the_step(summary, learning_rate)
                 | phase_row(on_e, describe_batch(batch, of)["H"], after, floors[of], first=number == 0)
             )
-            before[of] = change
     out.table(to_table(rows, PHASE), "phase.parquet")
     clipped = [
-        {"phase_step": number + 1} | row
-        for number, entry in enumerate(steps)
+        {"intervention": entry["intervention"], "phase_step": entry["number"] + 1} | row
+        for entry in steps
         for row in entry["step"].table("clipped.parquet").to_pylist()
     ]
     out.table(to_table(clipped, CLIPPED), "clipped.parquet")

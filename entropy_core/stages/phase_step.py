@@ -15,7 +15,8 @@ from torch import Tensor
 
 from entropy_core.checkpoints.optimizer_step import moved_parameters
 from entropy_core.losses.apart import token_coefficients
-from entropy_core.losses.files import name_of, read_batch
+from entropy_core.losses.files import name_of, read_with
+from entropy_core.losses.interventions import InterventionSpec, altered, changed_spec, terms_of
 from entropy_core.losses.phase import PhaseSpec, minibatch_of
 from entropy_core.losses.spec import LossSpec
 from entropy_core.losses.taken_step import TakenStep, taken_step
@@ -23,6 +24,7 @@ from entropy_core.numerics import ragged
 from entropy_core.numerics.altered_optimizer import Altered
 from entropy_core.numerics.clipping import Clipped
 from entropy_core.numerics.functional import TokenPair
+from entropy_core.numerics.interventions import Known, Term, Terms, add_up
 from entropy_core.numerics.loss_batch import LossBatch
 from entropy_core.numerics.losses import clipped_tokens, kept_by_the_off_policy_mask, kl
 from entropy_core.numerics.vectors import squares
@@ -48,6 +50,7 @@ def phase_step(
     update: "Update",
     previous: "PhaseStep | None",
     phase: PhaseSpec,
+    intervention: InterventionSpec | None,
     number: int,
     rate: float,
 ) -> dict[str, Any]:
@@ -68,6 +71,8 @@ def phase_step(
             read.
         previous: artifact of the step before; None for the first one.
         phase: how the rollout is cut into minibatches, and its ratios are clipped.
+        intervention: what is changed in the loss or in the optimizer; None: nothing. What it selects it selects at the
+            rollout.
         number: of the step, from 0; after the last minibatch comes the first one again.
         rate: the learning rate of this step over the nominal one.
 
@@ -79,21 +84,32 @@ def phase_step(
     processor = processor_of(policy, execution)
     shards = [read_sequences(shard) for shard in sequences]
     table, loss = tokens_of(shards), LossSpec(**update.summary["loss"])
-    rollout, _ = read_batch(update, table)
-    batch, chosen_M = minibatch_of(rollout, loss, phase, number % phase.minibatches)
+    altered_by = Altered()
+    if intervention is not None:
+        loss, altered_by = changed_spec(loss, intervention), altered(intervention)
+    (rollout,) = read_with(update, table, [loss])
+    terms = _terms(rollout, intervention)
+    cut = [minibatch_of(term.batch, loss, phase, number % phase.minibatches) for term in terms]
+    batches, chosen_M = [batch for batch, _ in cut], cut[0][1]
     chosen_K = ragged.token_index(rollout.offsets_N1, chosen_M)
     with ExitStack() as stack:
         if previous is not None:
             stack.enter_context(moved_by(processor, previous, checkpoint.summary["learning_rate"]))
-            batch = _scored(batch, processor, shards, chosen_M)
+            logprobs_K, entropies_K = _scored(processor, shards, chosen_M)
+            batches = [replace(batch, logprobs_K=logprobs_K, entropies_K=entropies_K) for batch in batches]
         name = name_of(execution, loss.name, loss.source)
-        of_batch = token_coefficients(name, batch, execution.isolation)
+        parts = tuple(
+            Term(batch, None if term.weights_K is None else term.weights_K[chosen_K])
+            for term, batch in zip(terms, batches, strict=True)
+        )
+        of_batch = add_up(parts, [token_coefficients(name, batch, execution.isolation) for batch in batches])
         coefficients = TokenPair(*(_scattered(values_K, chosen_K, rollout.logprobs_K) for values_K in of_batch))
-        max_norm, altered = update.summary["max_grad_norm"], Altered(learning_rate=rate)
-        found = taken_step(coefficients, processor, shards, checkpoint, execution, max_norm, altered, previous)
+        max_norm, hyper = update.summary["max_grad_norm"], altered_by.scaled(rate)
+        found = taken_step(coefficients, processor, shards, checkpoint, execution, max_norm, hyper, previous)
         kept = found.step.moments(sorted(moved_parameters(checkpoint)))
         shapes = {name: tuple(p.shape) for name, p in processor.policy.named_parameters().items()}
         norms = _write(out, found, shapes, kept, previous, getattr(torch, policy.dtype))
+    batch = batches[0]
     known = None if loss.source else clipped_tokens(loss.name, batch)
     log_ratio_K = batch.logprobs_K - batch.old_logprobs_K
     replace(table.select(chosen_M), columns={"log_ratios": log_ratio_K}).write(out)
@@ -111,20 +127,25 @@ def phase_step(
     }
 
 
+def _terms(rollout: LossBatch, intervention: InterventionSpec | None) -> Terms:
+    """The terms of the loss on the whole rollout."""
+    if intervention is None:
+        return (Term(rollout),)
+    nothing_K = torch.zeros_like(rollout.logprobs_K)  # what is followed does not select by these
+    return terms_of(intervention, Known(rollout, nothing_K, nothing_K, intervention.seed))
+
+
 def _scored(
-    batch: LossBatch, processor: SequenceProcessor, shards: Sequence[BatchedSequences], chosen_M: Tensor
-) -> LossBatch:
-    """The minibatch at the policy as it is now."""
+    processor: SequenceProcessor, shards: Sequence[BatchedSequences], chosen_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """ℓ and h of the minibatch at the policy as it is now, float64 [K]."""
     start, parts = 0, []
     for shard in shards:
         of_shard = chosen_M[(chosen_M >= start) & (chosen_M < start + len(shard))] - start
         start += len(shard)
         if len(of_shard):
             parts.append(processor.score(shard.select(of_shard))[0])
-    logprobs_K, entropies_K = (
-        torch.cat(columns).double() for columns in zip(*((p.logprobs_K, p.entropies_K) for p in parts), strict=True)
-    )
-    return replace(batch, logprobs_K=logprobs_K, entropies_K=entropies_K)
+    return torch.cat([p.logprobs_K for p in parts]).double(), torch.cat([p.entropies_K for p in parts]).double()
 
 
 def _scattered(values_K: Tensor, index_K: Tensor, like_K: Tensor) -> Tensor:

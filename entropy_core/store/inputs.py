@@ -79,8 +79,10 @@ class AtStepSize(TypedDict):
 
 @with_config(_STRICT)
 class MeasuredPhaseStep(TypedDict):
-    """A step on the rollout, and what was measured of E after it."""
+    """A step on the rollout, its number from 0, what was changed, and what was measured of E after it."""
 
+    intervention: str
+    number: int
     step: PhaseStep
     at: AtStepSize
 

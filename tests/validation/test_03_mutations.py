@@ -130,9 +130,23 @@ MUTATIONS = (
     Mutation(
         "what a response does to a shared denominator left out of its influence",
         "numerics/losses",
-        "/ batch.mean(batch.lengths_N)",
-        "/ batch.mean(batch.lengths_N).detach()",
+        "length = batch.mean(batch.lengths_N) if",
+        "length = batch.mean(batch.lengths_N).detach() if",
         "test_losses",
+    ),
+    Mutation(
+        "ratios clipped on the wrong side",
+        "numerics/clipping",
+        "torch.where(advantages > 0, ratio.clamp_max(above), below)",
+        "torch.where(advantages < 0, ratio.clamp_max(above), below)",
+        "test_clipping",
+    ),
+    Mutation(
+        "a later step on a rollout that starts from the checkpoint's moments",
+        "checkpoints/optimizer_step",
+        "self._after = StateAfter(earlier) if earlier else None",
+        "self._after = None",
+        "test_phase",
     ),
     Mutation(
         "the loss's term in the entropy left out of the step",
