@@ -166,7 +166,10 @@ def trace(tmp_path_factory) -> Trace:
             ),
             (
                 folder / "folder" / "checkpoint-3",
-                {"variance": {"baseline": "none"}, "update": {"reward": "exact_match"}},
+                {
+                    "variance": {"baseline": "none"},
+                    "update": {"reward": "exact_match", "phase": {"follow": True, "minibatches": 2}},
+                },
             ),
         ]
     ):
