@@ -18,6 +18,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _LAST_STAGES = (
     "variance",
     "price",
+    "post-mortem",
     "interventions",
     "agreement",
     "report",

@@ -30,7 +30,9 @@ def priced(entry: Inputs, config: ProbeConfig) -> Inputs:
     names = ("scores", "rescores", "first_order_e", "moved", "estimators")
     return (
         {name: entry["inputs"][name] for name in names}
+        | {"shares": None}  # of a run that was recorded without
         | entry["price"]
+        | {"attribution": entry["inputs"]["first_order_u"], "learning_rate": entry["inputs"]["learning_rate"]}
         | {name: getattr(config.variance, name) for name in ("normalizations", "baseline", "confidence_level")}
         | {"units": config.units_of_e}
     )

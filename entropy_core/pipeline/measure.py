@@ -184,6 +184,7 @@ class Measurement:
             "update": update,
             "gradient": gradient,
         }
+        reward_gradient = self._price_of_tokens(e_batch, scores, of_both) if self.config.price else None
         first_order_u = self._once(stage.FIRST_ORDER_U, of_both)
         if self.checkpoint.after:
             self.post_mortem = self._dissected(e_batch, update, gradient)
@@ -194,9 +195,11 @@ class Measurement:
         learning_rate = self.optimizer.summary["learning_rate"]
         if self.config.interventions:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
-            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss())
+            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, self._loss(), reward_gradient)
             self.interventions = tried(self.config, batches, step, self.run, self.checkpoint.name, self.release)
         self.release(gradient)
+        if reward_gradient:
+            self.release(reward_gradient)
         moved = self._moved(e_batch, update, learning_rate)
         replicates = []
         for i in range(1, batch.E_replicates):
@@ -237,6 +240,19 @@ class Measurement:
         batch = self.config.batch_config
         of_u = {"recorded": self.recorded[0], "old_logprobs": batch.U.old_logprobs, "prompts": batch.B_U}
         return of_u | {"real": real, "moved": shards}
+
+    def _price_of_tokens(
+        self, e_batch: Sequence[Artifact], scores: Sequence[Artifact], of_both: Inputs
+    ) -> Artifact | None:
+        """The gradient of the expected reward, and what each token of U did to it; None without a reward for each."""
+        rewards = self.price["rewards"]
+        self.price["shares"] = None
+        if any(shard.summary.get("open") for shard in rewards):
+            return None
+        of_e = {"policy": self.policy, "sequences": e_batch, "scores": scores, "rewards": rewards}
+        gradient = self._once(stage.REWARD_GRADIENT, of_e | {"responses_per_prompt": self.together})
+        self.price["shares"] = self._once(stage.REWARD_SHARES_U, of_both | {"gradient": gradient})
+        return gradient
 
     def _once(self, what: Stage, inputs: Inputs, suffix: str = "") -> Artifact:
         return self.run(what, inputs, self.checkpoint.name + suffix)

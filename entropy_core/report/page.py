@@ -58,6 +58,7 @@ def markdown(
     skipped: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({}),
     prices: Sequence[Row] = (),
     without_reward: int = 0,
+    bought: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
     dissected: Sequence[Row] = (),
     samplers: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> str:
@@ -75,6 +76,7 @@ def markdown(
         skipped: by checkpoint the interventions that could not be tried, and why.
         prices: rows of `price.parquet`.
         without_reward: how many responses of E have no reward; then there are no prices.
+        bought: by checkpoint, what the tokens of U do that cost entropy and buy no reward.
         dissected: rows of `post_mortem.parquet`.
         samplers: by checkpoint with a post-mortem, how far the law that drew U is from the policy.
 
@@ -144,7 +146,7 @@ def markdown(
     ]
     if content := post_mortem_section([row for row in dissected if row["normalization"] == normalization], samplers):
         lines += ["", "## The step that was taken", "", *content]
-    if content := price_section(priced, without_reward):
+    if content := price_section(priced, without_reward, bought):
         lines += ["", "## The price of the entropy", "", *content]
     if content := evaluation_batch.section(shown):
         lines += ["", "## How E was drawn", "", *content]
