@@ -18,9 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = {"sample-e-batch", "sample-u-batch"}
 SCORE = {"score-e-batch", "score-u-batch", "score-u-reference"}
 CHANGED_STEP = {"predict", "altered-step", "phase-step"}
-FORWARD_MODE = {"calibrate", "first-order-e", "first-order-u", "path-integral", "block-sensitivities"}
+FORWARD_MODE = {
+    *("calibrate", "first-order-e", "first-order-u", "path-integral", "block-sensitivities", "reward-shares-u"),
+}
 BACKWARD = {
     *("compute-update", "entropy-gradient", "half-steps-u", "dropout-u", "block-sensitivities"),
+    "reward-gradient",
     *CHANGED_STEP,
 }
 MOVED = {"importance", "path-integral", "phase-step", "calibrate", "first-order-e"}  # the last by central differences
@@ -157,7 +160,7 @@ EDITS = {
     "how shards are cut": Edit(
         replaces("part = -(-size // ranks)", "part = -(-size // ranks) + 0"),
         {"load-checkpoint", "load-weights", "compute-update", "first-order-u", "half-steps-u", "dropout-u"}
-        | {"block-sensitivities", "real-step"}
+        | {"block-sensitivities", "real-step", "reward-shares-u"}
         | CHANGED_STEP,
     ),
     "how adapters are filled": Edit(
@@ -182,7 +185,8 @@ EDITS = {
     ),
     "the formula of a baseline": Edit(
         adds("def time_loo_baseline(", "def time_totals(*_): ..."),
-        {"entropy-gradient", "block-sensitivities", "variance", "price", "phase", "interventions", "post-mortem"},
+        {"entropy-gradient", "reward-gradient", "block-sensitivities"}
+        | {"variance", "price", "phase", "interventions", "post-mortem"},
     ),
     "a limit of a verdict": Edit(
         replaces("MATERIAL_CURVATURE = ", "MATERIAL_CURVATURE = 2 * "), {"variance", "report"}

@@ -1,6 +1,7 @@
 """The step that a trainer took, split into what did what: nothing is left over, and a planted sampler is found."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from pipeline_fixtures import Probe, parts_of, skip_figures, whole
 
 pytest.importorskip("trl")
 
-from recorded_fixtures import STEPS, asked, predicted, recorded_run, rewritten
+from recorded_fixtures import REWARD, STEPS, asked, predicted, recorded_run, rewritten
 from safetensors.torch import load_file, save_file
 
-from entropy_core.config.read import parse_config
+from entropy_core.config.read import load_config, parse_config
 from entropy_core.errors import CheckpointError, ConfigError
 from entropy_core.estimates.post_mortem import Sampler, Shares, rows_of, sampler_of
 from entropy_core.numerics.halves import HALVES, KINDS, of_all
@@ -209,3 +210,19 @@ def test_the_share_of_a_sampler_by_hand():
     found = sampler_of(table, corrected=True)
     assert found is not None and found.log_ratio_K.tolist() == [0.5] and found.distances()["another"]
     assert sampler_of(TokenTable(table.sequences_N, table.offsets_N1, {"logprobs": columns["logprobs"]}), True) is None
+
+
+def test_the_configurations_of_the_page_are_what_they_say(run, tmp_path, monkeypatch):
+    """As the page has them, for a run that is where the page has it."""
+    page = Path(__file__).parents[1] / "docs" / "your-batch-as-it-was.md"
+    first, second = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "runs" / "grpo").mkdir(parents=True)
+    for name in (f"checkpoint-{LAST}", f"checkpoint-{STEPS}", "entropy-probe"):
+        shutil.copytree(run / name, tmp_path / "runs" / "grpo" / name)
+    monkeypatch.chdir(tmp_path)
+    own = f"update: {{reward: {REWARD}}}\n"
+    for text in (f"checkpoints: [runs/grpo/checkpoint-{LAST}]\n{first}", second.replace("-4", f"-{LAST}")):
+        (tmp_path / "probe.yaml").write_text(text + own)
+        [found] = preflight(load_config(tmp_path / "probe.yaml", must_exist=True))
+        assert found.recorded and found.recorded.number == STEPS
+        assert bool(found.after) == ("post_mortem" in text)

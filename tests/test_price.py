@@ -246,7 +246,8 @@ def test_an_intervention_has_its_reward_beside_that_of_the_run(priced: Probe):
     rows = priced.result.report.table("interventions.parquet").to_pylist()
     measured = [row for row in rows if row["level"] == "measure"]
     assert {row["intervention"] for row in measured} == {"as it is", "lr: 0.5", "positives_only"}
-    assert all(row["delta_j"] is None for row in rows if row["level"] != "measure")
+    assert all(row["delta_j"] is None for row in rows if row["level"] == "screen")
+    assert all(row["difference_j_low"] is row["price"] is None for row in rows if row["level"] != "measure")
     for row in measured:
         half, whole = (of_etas[row["checkpoint"], row["normalization"], multiple] for multiple in (0.5, 1.0))
         if row["intervention"] == "as it is":

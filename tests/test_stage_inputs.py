@@ -54,6 +54,7 @@ def swept(home) -> Counting:
         recorded["batch_config"] = recorded["batch_config"] | {"U": {"from": str(rollouts)}}
         shutil.copytree(home / "run" / "checkpoint-5", home / "run" / "checkpoint-4")
         recorded["post_mortem"] = True
+        recorded["update"] = recorded["update"] | {"phase": {"follow": True, "minibatches": 2}}
         done.asked += probe(recorded).run.asked
         return done
 

@@ -153,7 +153,12 @@ INTERVENTIONS = of_checkpoints(
             field("p_half_1", REAL, "1", "p-value for this update by the half of E that judges (t test)"),
             field("kept_on_delta_h1", REAL, NATS, "delta_h1 once the momentum is that of the changed gradient"),
             field("kept_on_difference", REAL, NATS, "the difference once both runs have saturated their momentum"),
-            field("delta_j", REAL, "reward", "change of the expected reward, measured after this step; or null"),
+            field(
+                "delta_j",
+                REAL,
+                "reward",
+                "change of the expected reward, measured after this step or predicted; or null",
+            ),
             field("difference_j", REAL, "reward", "this change minus that of the run as it is, on the same E and U"),
             field("difference_j_se", REAL, "reward", "standard error of difference_j for this update: over E"),
             field("difference_j_low", REAL, "reward", "lower end of the interval of difference_j for this update"),

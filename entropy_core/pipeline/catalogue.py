@@ -22,6 +22,8 @@ from entropy_core.stages.real_step import real_step
 from entropy_core.stages.recorded_u import recorded_u
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
+from entropy_core.stages.reward_gradient import reward_gradient
+from entropy_core.stages.reward_shares_u import reward_shares_u
 from entropy_core.stages.sample import sample
 from entropy_core.stages.score import score
 from entropy_core.stages.screen import screen
@@ -42,6 +44,8 @@ REWARD_U = Stage("reward-u-batch", reward)
 REWARD_E = Stage("reward-e-batch", reward)
 COMPUTE_UPDATE = Stage("compute-update", compute_update)
 ENTROPY_GRADIENT = Stage("entropy-gradient", entropy_gradient)
+REWARD_GRADIENT = Stage("reward-gradient", reward_gradient)
+REWARD_SHARES_U = Stage("reward-shares-u", reward_shares_u, vectors=("update", "gradient"))
 CALIBRATE = Stage("calibrate", calibrate, vectors=("update",))
 FIRST_ORDER_E = Stage("first-order-e", first_order_e, vectors=("update",))
 FIRST_ORDER_U = Stage("first-order-u", first_order_u, vectors=("update", "gradient"))
@@ -51,7 +55,7 @@ IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
 BLOCK_SENSITIVITIES = Stage("block-sensitivities", block_sensitivities, vectors=("update",))
 SCREEN = Stage("screen", screen)
-PREDICT = Stage("predict", predict, vectors=("gradient",))
+PREDICT = Stage("predict", predict, vectors=("gradient", "reward_gradient"))
 ALTERED_STEP = Stage("altered-step", altered_step)
 PHASE_STEP = Stage("phase-step", phase_step, vectors=("previous",))
 REAL_STEP = Stage("real-step", real_step, vectors=("update", "gradient"))

@@ -43,7 +43,9 @@ _ESTIMATION = ("normalizations", "baseline", "confidence_level")
 
 def _priced(entry: Inputs, config: ProbeConfig) -> Inputs:
     names = ("scores", "rescores", "first_order_e", "moved", "estimators")
-    return _from_recorded(entry, config, "price", names, _ESTIMATION)
+    of_step = {"attribution": entry["inputs"]["first_order_u"], "learning_rate": entry["inputs"]["learning_rate"]}
+    no_shares = {"shares": None}  # of a run that was recorded without
+    return no_shares | of_step | _from_recorded(entry, config, "price", names, _ESTIMATION)
 
 
 def _compared_interventions(entry: Inputs, config: ProbeConfig) -> Inputs:

@@ -40,6 +40,7 @@ class StepAsItIs(NamedTuple):
     gradient: Artifact
     learning_rate: float
     loss: LossSpec
+    reward_gradient: Artifact | None = None
 
 
 def specs_of(config: ProbeConfig) -> list[InterventionSpec]:
@@ -99,12 +100,14 @@ def tried(
     exact = of_u | {"policy": step.policy, "sequences": batches.u}
     predicted: list[Inputs] = []
     if config.lab.predict == "all":
-        inputs = [exact | {"gradient": step.gradient, "intervention": spec} for spec in tried_specs]
+        gradients = {"gradient": step.gradient, "reward_gradient": step.reward_gradient}
+        inputs = [exact | gradients | {"intervention": spec} for spec in tried_specs]
         artifacts = run.map(stage.PREDICT, inputs, [f"{name} · {spec.label}" for spec in tried_specs])
         predicted = [
             {"label": spec.label, "predicted": artifact} for spec, artifact in zip(tried_specs, artifacts, strict=True)
         ]
-    release(step.gradient)  # what is left needs only the steps
+    for gradient in filter(None, (step.gradient, step.reward_gradient)):  # what is left needs only the steps
+        release(gradient)
     measured = []
     for spec in _to_measure(config.lab.measure, tried_specs, screened, predicted):
         label = f"{name} · {spec.label}"

@@ -113,6 +113,7 @@ class Measurement:
             "update": update,
             "gradient": gradient,
         }
+        reward_gradient = self._price_of_tokens(e_batch, scores, of_both) if self.config.price else None
         first_order_u = self.stages.once(stage.FIRST_ORDER_U, of_both)
         if self.checkpoint.after:
             self.asked_for["post_mortem"] = self._dissected(e_batch, update, gradient)
@@ -123,12 +124,15 @@ class Measurement:
         learning_rate = self.optimizer.summary["learning_rate"]
         if self.config.interventions:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
-            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, loss_spec(self.config))
+            loss = loss_spec(self.config)
+            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, loss, reward_gradient)
             self.asked_for["interventions"] = tried(
                 self.config, batches, step, self.run, self.checkpoint.name, self.release
             )
         else:
             self.release(gradient)
+            if reward_gradient:
+                self.release(reward_gradient)
         moved = self._moved(e_batch, scores, update, learning_rate)
         replicates = []
         for i in range(1, batch.E_replicates):
@@ -179,6 +183,19 @@ class Measurement:
         batch = self.config.batch_config
         of_u = {"recorded": self.recorded[0], "old_logprobs": batch.U.old_logprobs, "prompts": batch.B_U}
         return of_u | {"real": real, "moved": shards}
+
+    def _price_of_tokens(
+        self, e_batch: Sequence[Artifact], scores: Sequence[Artifact], of_both: Inputs
+    ) -> Artifact | None:
+        """The gradient of the expected reward, and what each token of U did to it; None without a reward for each."""
+        price = self.asked_for["price"]
+        rewards, price["shares"] = price["rewards"], None
+        if any(shard.summary.get("open") for shard in rewards):
+            return None
+        of_e = {"policy": self.policy, "sequences": e_batch, "scores": scores, "rewards": rewards}
+        gradient = self.stages.once(stage.REWARD_GRADIENT, of_e | {"responses_per_prompt": self.together})
+        price["shares"] = self.stages.once(stage.REWARD_SHARES_U, of_both | {"gradient": gradient})
+        return gradient
 
     def _sample_e(self, seed: int, suffix: str) -> tuple[list[Artifact], list[Artifact]]:
         """Sample an E batch and score it."""

@@ -14,10 +14,13 @@ from entropy_core.store import runs
 from entropy_core.store.artifact import artifacts_in
 from entropy_core.store.store import Store
 
-OF_E = ("sample-e-batch", "score-e-batch", "entropy-gradient", "first-order-e", "importance", "path-integral")
+OF_E = (
+    *("sample-e-batch", "score-e-batch", "entropy-gradient", "reward-gradient"),
+    *("first-order-e", "importance", "path-integral"),
+)
 OF_U = (
     *("sample-u-batch", "score-u-batch", "score-u-reference", "reward-u-batch", "discriminate-u", "compute-update"),
-    *("first-order-u", "half-steps-u"),
+    *("first-order-u", "half-steps-u", "reward-shares-u"),
 )
 """The stages whose time grows with U; those of E are above."""
 

@@ -33,7 +33,8 @@ def section(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str
     for checkpoint, group in by_checkpoint(rows).items():
         lines += [f"- **{checkpoint}**: {sentence}" for sentence in _sentences(group)]
     lines += ["", "![what each intervention changes](interventions.png)", ""]
-    if any(row["difference_j"] is not None and row["verdict"] != "as it is" for row in rows):
+    measured = [row for row in rows if row["level"] == "measure" and row["verdict"] != "as it is"]
+    if any(row["difference_j"] is not None for row in measured):
         lines += ["![entropy kept against reward gained](frontier.png)", ""]
     for checkpoint, group in by_checkpoint(rows).items():
         lines += [f"{checkpoint}:", "", *_table(group), ""]
@@ -134,6 +135,8 @@ def _table(group: Sequence[Row]) -> list[str]:
         rows = [*first, rows[run], *last]
     measured = {row["intervention"]: row for row in group if row["level"] == "measure"}
     rewarded = any(row["difference_j"] is not None for row in measured.values())
+    foretold = {row["intervention"]: row["difference_j"] for row in rows if row["level"] == "predict"}
+    predicted = any(value is not None for value in foretold.values())
     body = []
     for row in rows:
         name = row["intervention"]
@@ -146,10 +149,12 @@ def _table(group: Sequence[Row]) -> list[str]:
         delta_h1, difference, of_measured, kept = ("–" if x is None else f"{x:+.3g}" for x in cells)
         p_holm = "–" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
         detectable = "–" if row["detectable"] is None else f"{row['detectable']:.2g}"
-        of_reward = [_reward_cell(measured.get(name))] if rewarded else []
+        of_reward = ["–" if foretold.get(name) is None else f"{foretold[name]:+.2g}"] if predicted else []
+        of_reward += [_reward_cell(measured.get(name))] if rewarded else []
         begin = (f"`{name}`", delta_h1, difference, _span(row, ""), of_measured, *of_reward)
         body.append((*begin, kept, p_holm, row["verdict"], detectable))
-    head = ["intervention", "δH₁", "difference", "interval", "of ΔH", *(["of ΔJ"] if rewarded else [])]
+    head = ["intervention", "δH₁", "difference", "interval", "of ΔH"]
+    head += ["of δJ₁"] * predicted + ["of ΔJ"] * rewarded
     return markdown_rows((*head, "kept on", "p (Holm)", "verdict", "detectable"), body)
 
 

@@ -60,6 +60,7 @@ def markdown(
     without_reward: int = 0,
     along: Sequence[Row] = (),
     clipped: Sequence[Row] = (),
+    bought: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
     dissected: Sequence[Row] = (),
     samplers: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> str:
@@ -79,6 +80,7 @@ def markdown(
         without_reward: how many responses of E have no reward; then there are no prices.
         along: rows of `phase.parquet`.
         clipped: rows of `clipped.parquet`.
+        bought: by checkpoint, what the tokens of U do that cost entropy and buy no reward.
         dissected: rows of `post_mortem.parquet`.
         samplers: by checkpoint with a post-mortem, how far the law that drew U is from the policy.
 
@@ -153,7 +155,7 @@ def markdown(
     ]
     if content := post_mortem_section([row for row in dissected if row["normalization"] == normalization], samplers):
         lines += ["", "## The step that was taken", "", *content]
-    if content := price_section(priced, without_reward):
+    if content := price_section(priced, without_reward, bought):
         lines += ["", "## The price of the entropy", "", *content]
     if content := phase.section(followed, clipped):
         lines += ["", "## The steps on one rollout", "", *content]

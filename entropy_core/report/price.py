@@ -1,6 +1,6 @@
 """The section of the report on the expected reward: what a step does to it, and how much entropy goes with it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from entropy_core.estimates.selection import Row, at_learning_rate, by_checkpoint, first_of_each
 from entropy_core.report.markdown import markdown_rows
@@ -43,12 +43,24 @@ def sentence(rows: Sequence[Row]) -> str:
     return f"{said}; each 0.01 of reward{lost} {verb} {_hundredth(row)} of entropy."
 
 
-def section(rows: Sequence[Row], without: int) -> list[str]:
+def of_tokens(checkpoint: str, bought: Mapping[str, float]) -> str:
+    """Say what the tokens of U do that cost entropy and buy no reward; see `estimates.bought`."""
+    part = bought["entropy"] / bought["cost"] if bought["cost"] else 0.0
+    return (
+        f"{checkpoint}: the tokens of U that lower the entropy change it by {bought['cost']:+.3g}. {part:.0%} of that "
+        f"is by tokens that buy no reward by one half of E ({bought['tokens']:.0%} of all tokens). By the other half "
+        f"these change the expected reward by {bought['reward']:+.2g}, and all tokens by "
+        f"{bought['reward_of_all']:+.2g}."
+    )
+
+
+def section(rows: Sequence[Row], without: int, bought: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return the section on the expected reward.
 
     Args:
         rows: of `price.parquet`, of one normalisation.
         without: how many responses of E have no reward; then there are no rows.
+        bought: by checkpoint, what the tokens of U do that cost entropy and buy no reward.
 
     Returns:
         Lines of markdown; none if no rewards were asked for.
@@ -79,6 +91,7 @@ def section(rows: Sequence[Row], without: int) -> list[str]:
         "order and measured, on the same sequences as the entropy. ΔH/ΔJ is the price: the nats that go with each unit "
         "of reward. Its bracket is Fieller's, which allows for a ΔJ near 0; where ΔJ is not told from 0 there is none. "
         "The brackets have the randomness of E alone.",
+        *(line for name, of_one in bought.items() for line in ("", of_tokens(name, of_one))),
     ]
 
 

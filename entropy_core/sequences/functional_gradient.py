@@ -17,13 +17,13 @@ from entropy_core.numerics import ragged
 from entropy_core.numerics.baselines import TimeTotals, baseline_totals, baselines
 from entropy_core.numerics.choices import Baseline
 from entropy_core.numerics.first_order import score_coefficients, terms
-from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, LENGTH, Functional, Tokens
+from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, LENGTH, REWARD, Functional, Tokens
 from entropy_core.numerics.weights import sampling_weights
 from entropy_core.policy.model import Coefficients
-from entropy_core.sequences.batch import BatchedSequences
+from entropy_core.sequences.batch import BatchedSequences, require_ids
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import SequenceProcessor
-from entropy_core.store.columns import TokenTable, read_tokens
+from entropy_core.store.columns import TokenTable, as_numbers, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.store.artifact import Artifact
@@ -41,6 +41,7 @@ class ScoredBatch(NamedTuple):
         totals: baseline totals of each functional over all sequences.
         entropy_N: term of each sequence in the entropy E[S], nats, float64; its S where the policy drew E.
         length_N: term of each sequence in the length E[T], float64; its T where the policy drew E.
+        rewards: shards of reward-e-batch, in the same order; empty where rewards are not known.
     """
 
     sequences: "Sequence[Artifact]"
@@ -48,6 +49,7 @@ class ScoredBatch(NamedTuple):
     totals: dict[Functional, TimeTotals]
     entropy_N: Tensor
     length_N: Tensor
+    rewards: "Sequence[Artifact]" = ()
 
     @property
     def ids_N(self) -> Tensor:
@@ -56,25 +58,31 @@ class ScoredBatch(NamedTuple):
 
     def shards(self) -> Iterator[tuple[BatchedSequences, Tokens]]:
         """Yield each shard with ℓ and h of its tokens, one shard in memory at a time."""
-        for of_sequences, scored in zip(self.sequences, self.scores, strict=True):
+        for i, (of_sequences, scored) in enumerate(zip(self.sequences, self.scores, strict=True)):
             batch = read_sequences(of_sequences)
-            yield batch, _tokens(_scores(scored).require(batch.identities_N, batch.response_offsets_N1))
+            tokens = _tokens(_scores(scored).require(batch.identities_N, batch.response_offsets_N1))
+            yield batch, tokens.rewarded(_rewards(self.rewards[i], batch)) if self.rewards else tokens
 
 
-def scored_batch(sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]") -> ScoredBatch:
-    """Read E and add up what the baselines need, one shard in memory at a time."""
+def scored_batch(
+    sequences: "Sequence[Artifact]", scores: "Sequence[Artifact]", rewards: "Sequence[Artifact]" = ()
+) -> ScoredBatch:
+    """Read E and add up what the baselines need, one shard in memory at a time; with rewards, for `REWARD` too."""
+    functionals = (*FUNCTIONALS, REWARD) if rewards else FUNCTIONALS
+    none = torch.empty(0, dtype=torch.float64)
     blocks = [
-        {functional: baseline_totals(functional, tokens, BASELINE) for functional in FUNCTIONALS}
-        for tokens in map(_tokens, map(_scores, scores))
+        {functional: baseline_totals(functional, tokens, BASELINE) for functional in functionals}
+        for _, tokens in ScoredBatch(sequences, scores, {}, none, none, rewards).shards()
     ]
-    totals = {of: reduce(TimeTotals.plus, [block[of] for block in blocks]) for of in FUNCTIONALS}
+    totals = {of: reduce(TimeTotals.plus, [block[of] for block in blocks]) for of in functionals}
 
     def of_block(functional: Functional, tokens: Tokens) -> Tensor:
         base_K = baselines(functional, tokens, BASELINE, totals[functional])
         return ragged.sequence_sum(terms(functional, tokens, base_K).value_K, tokens.offsets_N1)
 
     of_blocks = [[of_block(f, tokens) for f in (ENTROPY, LENGTH)] for tokens in map(_tokens, map(_scores, scores))]
-    return ScoredBatch(sequences, scores, totals, *map(torch.cat, zip(*of_blocks, strict=True)))
+    entropy_N, length_N = map(torch.cat, zip(*of_blocks, strict=True))
+    return ScoredBatch(sequences, scores, totals, entropy_N, length_N, rewards)
 
 
 def functional_gradient(
@@ -119,6 +127,12 @@ def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) ->
 
 def _scores(scored: "Artifact") -> TokenTable:
     return read_tokens([scored], "logprobs", "entropies", optional=("proposal_logprobs",))
+
+
+def _rewards(rewards: "Artifact", batch: BatchedSequences) -> Tensor:
+    table = rewards.table("rewards.parquet")
+    require_ids([batch], table["sequence_id"].to_pylist())
+    return as_numbers(table["reward"].to_pylist())
 
 
 def _tokens(table: TokenTable) -> Tokens:

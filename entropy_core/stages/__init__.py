@@ -15,7 +15,8 @@ Where U was recorded, recorded-u-batch stands for sample-u-batch, and for reward
 The expected reward, if `price` is set:
 
     sample-e-batch ── reward-e-batch ──────────────────────────────────────────┬─ price ── report
-    score-e-batch, first-order-e, importance, path-integral, rescore-e-batch ─┘
+    score-e-batch, first-order-e, importance, path-integral, rescore-e-batch ─┤
+    sample-e-batch, reward-e-batch ── reward-gradient ── reward-shares-u ─────┘
 
 The step that the trainer took, if `post_mortem` is set:
 

@@ -16,6 +16,7 @@ from entropy_core.estimates.tables import INTERVENTIONS, to_table
 from entropy_core.numerics.block_estimates import Blocks, Error
 from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.functional import REWARD
+from entropy_core.numerics.halves import HALVES
 from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.store.columns import read_tokens
 
@@ -92,6 +93,7 @@ def interventions(
     known = [] if any(shard.summary["open"] for shard in rewards) else rewards
     batch = evaluation_batch(scores, first_order_e, baseline, units, known)[0] if measured else None
     changes = _changes(batch, scores, measured, learning_rate, normalizations, confidence_level) if batch else {}
+    of_reward = _predicted_rewards(predicted, screen.summary["blocks"], learning_rate)
     rows: list[Row] = []
     for normalization in normalizations:
         of_screen = estimates.screen_rows(screened, settings, normalization)
@@ -107,12 +109,27 @@ def interventions(
                 {"checkpoint": checkpoint, "step": step, "normalization": normalization}
                 | {"confidence_level": confidence_level}
                 | (changes[normalization][row["intervention"]].of_reward if row["level"] == "measure" else NO_REWARD)
+                | (of_reward.get(row["intervention"], {}) if row["level"] == "predict" else {})
                 | row
                 for row in estimates.with_verdicts(of_level, screened.labels[0], base, settings)
             ]
     out.table(to_table(rows, INTERVENTIONS), "interventions.parquet")
     acting = {row["intervention"] for row in rows if row["verdict"] == "acts"}
     return {"rows": len(rows), "skipped": screen.summary["skipped"], "acting": len(acting)}
+
+
+def _predicted_rewards(
+    predicted: Sequence[Mapping[str, Any]], blocks: Sequence[Mapping[str, Any]], learning_rate: float
+) -> dict[str, Row]:
+    """δJ₁ of the exact step under each intervention, and its difference from that of the run, by label."""
+    counts = [sum(block["sequences"] for block in blocks[half::2]) for half in HALVES]
+    found: dict[str, float] = {}
+    for entry in predicted:
+        if products := entry["predicted"].summary["reward"]:
+            mean = sum(n * x for n, x in zip(counts, products, strict=True)) / sum(counts)
+            found[entry["label"]] = learning_rate * mean
+    of_run = next(iter(found.values()), 0.0)
+    return {label: {"delta_j": value, "difference_j": value - of_run} for label, value in found.items()}
 
 
 def _screened(screen: "Artifact") -> Screened:

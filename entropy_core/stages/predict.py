@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Checkpoint,
         Discriminators,
         Gradient,
+        RewardGradient,
         ScoresOfU,
         Sensitivities,
         SequencesOfU,
@@ -36,6 +37,7 @@ def predict(
     checkpoint: "Checkpoint",
     update: "Update",
     gradient: "Gradient",
+    reward_gradient: "RewardGradient | None",
     sensitivities: "Sensitivities",
     intervention: InterventionSpec,
 ) -> dict[str, Any]:
@@ -51,11 +53,13 @@ def predict(
         checkpoint: artifact of load-checkpoint.
         update: artifact of compute-update, of which no vector is read.
         gradient: artifact of entropy-gradient.
+        reward_gradient: artifact of reward-gradient; None: nothing is said of the expected reward.
         sensitivities: artifact of block-sensitivities, for what selects tokens by it.
         intervention: what is changed.
 
     Returns:
-        `products`: ⟨∇, v'⟩ by kind, one for each half of E; norm of the gradient, and its clip factor.
+        `products`: ⟨∇, v'⟩ by kind, one for each half of E, and `reward`, the same with ∇J; norm of the gradient, and
+        its clip factor.
     """
     processor = processor_of(policy, execution)
     shards = [read_sequences(shard) for shard in sequences]
@@ -64,9 +68,13 @@ def predict(
     max_norm = update.summary["max_grad_norm"]
     found = taken_step(changed.coefficients, processor, shards, checkpoint, execution, max_norm, changed.altered)
     covectors = {kind: [gradient.vector(f"{kind}_{half}") for half in HALVES] for kind in KINDS}
-    products = {kind: [0.0 for _ in HALVES] for kind in KINDS}
+    if reward_gradient is not None:
+        covectors["reward"] = [reward_gradient.vector(f"reward_{half}") for half in HALVES]
+    along = {kind: [0.0 for _ in HALVES] for kind in covectors}
     for block, v in found.blocks():
         for kind, of_halves in covectors.items():
             for half, file in enumerate(of_halves):
-                products[kind][half] += float((v * file.block(block).to(v.device).double()).sum())
-    return {"products": products, "gradient_norm": found.gradient_norm, "clip_factor": found.clip_factor}
+                along[kind][half] += float((v * file.block(block).to(v.device).double()).sum())
+    products = {kind: along[kind] for kind in KINDS}
+    of_reward = {"reward": along.get("reward", [])}
+    return {"products": products} | of_reward | {"gradient_norm": found.gradient_norm, "clip_factor": found.clip_factor}

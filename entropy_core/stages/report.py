@@ -80,6 +80,11 @@ def report(
         if frontier.with_rewards(shown):
             drawn["frontier"] = frontier.frontier_figure(shown)
     prices, without_reward = _gathered(checkpoints, "price", "price"), 0
+    bought: dict[str, Any] = {}
+    for entry in checkpoints:
+        of_tokens = entry["price"].summary["bought"] if entry["price"] else {}
+        if of_tokens:
+            bought[entry["checkpoint"]] = of_tokens[rows[0]["normalization"]]
     if priced := [entry["price"] for entry in checkpoints if entry["price"]]:
         out.table(to_table(prices, of_checkpoints(PRICE)), "price.parquet")
         without_reward = sum(artifact.summary["without_reward"] for artifact in priced)
@@ -109,6 +114,7 @@ def report(
         without_reward=without_reward,
         along=along,
         clipped=clipped,
+        bought=bought,
         dissected=dissected,
         samplers=samplers,
     )
