@@ -15,11 +15,11 @@ from store_fixtures import quarantined
 
 from entropy_core.config.read import parse_config
 from entropy_core.errors import StoreError
+from entropy_core.losses import taken_step
 from entropy_core.numerics import vectors
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dot, global_norm, in_blocks
 from entropy_core.pipeline.plan import plan
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.stages import compute_update as update
 from entropy_core.store import vectors as of_store
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Store
@@ -260,7 +260,7 @@ def test_what_was_dropped_is_not_lost(home, capsys):
 
 def test_a_step_that_comes_out_otherwise_is_not_mixed_with_what_it_was(home, monkeypatch, caplog):
     """Such as on another device: all that depends on it is computed again, too."""
-    monkeypatch.setattr(update, "clip_factor", lambda *_: 0.5)
+    monkeypatch.setattr(taken_step, "clip_factor", lambda *_: 0.5)
     done = probe(config_of(home, home / "dropped", keep=False, importance={"etas": [0, 1, 2]}))
     assert caplog.text.count("compute-update gives other numbers than before, and all that depends on it") == len(NAMES)
     assert done.run.was_computed["first-order-e"] == 2 * len(NAMES)
