@@ -2,24 +2,37 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lora_fixtures import make_base
 from pipeline_fixtures import probe, skip_figures, values
 from proofs import Proof, power
 from safetensors.torch import save_file
-from trainer_layouts import written
-from transformers import LlamaConfig
+from trainer_layouts import OTHERS, deepspeed, truth_of_deepspeed, whole, written, written_lora
 
-from entropy_core.checkpoints.layouts.places import open_state
+from entropy_core.checkpoints.layout import find_layout
+from entropy_core.checkpoints.optimizer_file import load_optimizer
+from entropy_core.checkpoints.optimizer_settings import RULE
 from entropy_core.demo.run import build_tokenizer
 
 pytestmark = pytest.mark.validate
 
 LIMIT = 1e-9
-OTHERS = Path(__file__).parents[1] / "of_other_writers"
+OF_DEEPSPEED = {
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "universal2": "ZeRO-2, universal",
+    "universal3": "ZeRO-3, universal",
+}
+OF_LORA = {
+    "FSDP, full state dict": "fsdp_full/checkpoint-2",
+    "FSDP, sharded state dict (DCP)": "fsdp_sharded/checkpoint-2",
+    "verl": "verl/global_step_2",
+}
 OF_TORCH = {
     "FSDP, full state dict": "fsdp_full",
     "FSDP, sharded state dict (DCP)": "fsdp_sharded",
@@ -43,27 +56,51 @@ def difference(found: dict[str, float], truth: dict[str, float]) -> float:
     return max(abs(found[name] - truth[name]) / abs(truth[name]) for name in truth)
 
 
-def zero(stage: int, folder: Path) -> tuple[Path, Path]:
+def zero(kind: str, folder: Path) -> tuple[Path, Path]:
     """A checkpoint of DeepSpeed, and one of the Trainer with the same float32 weights, moments and groups."""
-    sharded = Path(shutil.copytree(OTHERS / f"zero{stage}", folder / f"zero{stage}" / "checkpoint-2"))
-    plain = folder / f"plain{stage}" / "checkpoint-2"
-    truth = torch.load(sharded / "truth.pt", weights_only=True)
-    (sharded / "truth.pt").unlink()
-    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 22, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(**sizes, **heads, tie_word_embeddings=False, eos_token_id=1, bos_token_id=None, pad_token_id=0)
-    saved = open_state(sharded / "global_step2").optimizer()
+    sharded, plain = deepspeed(kind, folder / kind), folder / f"plain_{kind}" / "checkpoint-2"
+    shutil.copytree(sharded, plain, ignore=lambda *_: [path.name for path in sharded.iterdir() if path.is_dir()])
     for directory in (sharded, plain):
-        config.save_pretrained(directory)
         build_tokenizer().save_pretrained(directory)
         (directory / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
+    truth = truth_of_deepspeed(kind)
     save_file({name: weight.contiguous() for name, (_, weight) in truth.items()}, plain / "model.safetensors")
-    slots = {name: {"step": slot["step"]} for name, slot in saved.slots.items()}
-    for name, slot in saved.slots.items():
-        moment = truth[name][0] if truth[name][0].numel() else slot["exp_avg"].whole()
-        slots[name] |= {"exp_avg": moment, "exp_avg_sq": slot["exp_avg_sq"].whole()}
-    torch.save({"state": slots, "param_groups": saved.groups}, plain / "optimizer.pt")
-    return sharded, plain
+    place = find_layout(sharded).optimizer
+    assert place is not None
+    moments = {name: moment for name, (moment, _) in truth.items() if moment.numel()}
+    return sharded, _plain(plain, place, moments)
+
+
+def _plain(directory: Path, place: Path, exp_avg: Mapping[str, torch.Tensor]) -> Path:
+    """Put the state of an optimizer into an optimizer.pt, with first moments from elsewhere where there are some."""
+    saved = load_optimizer(place)
+    slots = {
+        index: {key: whole(value) if hasattr(value, "shape") else value for key, value in slot.items()}
+        for index, slot in saved.slots.items()
+    }
+    for name, moment in exp_avg.items():
+        slots[name]["exp_avg"] = moment
+    groups = [{key: value for key, value in group.items() if key != RULE} for group in saved.groups]
+    torch.save({"state": slots, "param_groups": groups}, directory / "optimizer.pt")
+    return directory
+
+
+def fsdp1(trainers: Path) -> tuple[Path, Path]:
+    """A checkpoint of verl under FSDP1, and one of the Trainer of the same state as FSDP gathers it."""
+    sharded, plain = trainers / "fsdp1" / "global_step_2", trainers / "plain_fsdp1" / "checkpoint-2"
+    described = shutil.ignore_patterns("model.safetensors", "optimizer.pt")
+    shutil.copytree(trainers / "plain" / "checkpoint-2", plain, ignore=described)
+    weights = torch.load(trainers / "weights_fsdp1.pt", weights_only=True)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, plain / "model.safetensors")
+    slots = torch.load(trainers / "truth_fsdp1.pt", weights_only=True)
+    return sharded, _plain(plain, sharded / "actor", {name: slot["exp_avg"] for name, slot in slots.items()})
+
+
+def lora_in_codes(folder: Path) -> tuple[Path, Path]:
+    """An adapter with 8-bit moments of bitsandbytes, and the same with float32 moments."""
+    codes = Path(shutil.copytree(OTHERS / "lora_adamw8bit", folder / "codes" / "checkpoint-3"))
+    plain = Path(shutil.copytree(codes, folder / "plain_codes" / "checkpoint-3"))
+    return codes, _plain(plain, codes / "optimizer.pt", {})
 
 
 def test_sharded_checkpoints_give_the_numbers_of_a_plain_one(
@@ -71,8 +108,9 @@ def test_sharded_checkpoints_give_the_numbers_of_a_plain_one(
 ):
     record(
         "Checkpoints of trainers that shard",
-        claim="The same state as each trainer saves it, by torch's and DeepSpeed's own writers on two ranks, and as "
-        "one plain checkpoint: a whole sweep of each gives the same H, δH₁ and ΔH.",
+        claim="The same state as each trainer saves it, by torch's, PEFT's, DeepSpeed's and bitsandbytes' own writers "
+        "(sharded ones on two ranks), and as one plain checkpoint with float32 moments: a whole sweep of each gives "
+        "the same H, δH₁ and ΔH.",
         limit=f"largest relative difference < {power(LIMIT)}",
         columns=("layout", "largest relative difference", "δH₁"),
     )
@@ -86,9 +124,20 @@ def test_sharded_checkpoints_give_the_numbers_of_a_plain_one(
         found = measured(tmp_path, trainers / where, **described)
         record.row(layout, power(difference(found, truth)), f"{found['delta_h1']:.6g}")
         missed += [layout] * (difference(found, truth) >= LIMIT)
-    for stage in (2, 3):
-        sharded, same = zero(stage, tmp_path)
-        found, truth = measured(tmp_path, sharded), measured(tmp_path, same)
-        record.row(f"DeepSpeed, ZeRO-{stage}", power(difference(found, truth)), f"{found['delta_h1']:.6g}")
-        missed += [f"ZeRO-{stage}"] * (difference(found, truth) >= LIMIT)
+    adapters = written_lora(tmp_path / "adapters")
+    base = make_base(tmp_path / "base")
+    others: dict[str, tuple[tuple[Path, Path], str]] = {"verl (FSDP1)": (fsdp1(trainers), str(plain))}
+    others |= {f"DeepSpeed, {said}": (zero(kind, tmp_path), "") for kind, said in OF_DEEPSPEED.items()}
+    of_lora = adapters / "plain" / "checkpoint-2"
+    others |= {f"{layout}, LoRA": ((adapters / where, of_lora), "") for layout, where in OF_LORA.items()}
+    others["bitsandbytes, LoRA with moments in 8 bits"] = lora_in_codes(tmp_path), str(base)
+    of_plain: dict[Path, dict[str, float]] = {}
+    for layout, ((checkpoint, same), home) in others.items():
+        described = {"policy": {"base_model": home}} if home else {}
+        if same not in of_plain:
+            of_lone_model = home == str(plain)
+            of_plain[same] = measured(tmp_path, same, **({} if of_lone_model else described))
+        found, truth = measured(tmp_path, checkpoint, **described), of_plain[same]
+        record.row(layout, power(difference(found, truth)), f"{found['delta_h1']:.6g}")
+        missed += [layout] * (difference(found, truth) >= LIMIT)
     assert not missed, missed
