@@ -4,6 +4,7 @@ E is the evaluation batch and U the update batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from entropy_core.config.schema import ProbeConfig
@@ -161,13 +162,8 @@ class Measurement:
     def variance_inputs(self) -> Inputs:
         """Run the stages and return all inputs of the variance stage except its settings."""
         batch, policy = self.config.batch_config, self.policy
-        e_batch, scores = self._sample_e(batch.E_batch_seed, "")
-        u_batch = self._sample_u()
-        scores_u = self._score(stage.SCORE_U, policy, u_batch)
-        if self.checkpoint.named_base:
-            on_named = policy.model_copy(update={"base": self.checkpoint.named_base})
-            self.on_bases = scores_u, self._score(stage.SCORE_REFERENCE, on_named, u_batch)
-        update = self._update(u_batch, scores_u)
+        of_e = partial(self._sample_e, batch.E_batch_seed, "")
+        (e_batch, scores), (u_batch, scores_u, update) = self.run.both(of_e, self._step)
         calibration = self._calibration(e_batch, update)
         half_width = calibration.summary["half_width"] if calibration else 0.0
 
@@ -175,14 +171,13 @@ class Measurement:
             shared = {"policy": policy, "update": update, "half_width": half_width}
             return self._over_shards(stage.FIRST_ORDER_E, [shared | {"sequences": b} for b in batches], suffix)
 
-        first_order_e = along_v(e_batch)
-        if self.config.price:
-            of_e = [self._rewarded([shard], self.e_pool) for shard in e_batch]
-            self.price = {"rewards": self._over_shards(stage.REWARD_E, of_e)}
-        gradient = self._once(
-            stage.ENTROPY_GRADIENT,
-            {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
+        whole = {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together}
+        first_order_e, gradient = self.run.both(
+            partial(along_v, e_batch), partial(self._once, stage.ENTROPY_GRADIENT, whole)
         )
+        if self.config.price:
+            rewarded = [self._rewarded([shard], self.e_pool) for shard in e_batch]
+            self.price = {"rewards": self._over_shards(stage.REWARD_E, rewarded)}
         of_both = {
             "policy": policy,
             "sequences": u_batch,
@@ -190,8 +185,8 @@ class Measurement:
             "update": update,
             "gradient": gradient,
         }
-        first_order_u = self._once(stage.FIRST_ORDER_U, of_both)
-        half_steps_u = self._once(stage.HALF_STEPS_U, of_both)
+        along_u = [partial(self._once, what, of_both) for what in (stage.FIRST_ORDER_U, stage.HALF_STEPS_U)]
+        first_order_u, half_steps_u = self.run.together(along_u)
         discriminators_u = self._once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch})
         if self.checkpoint.dropout:
             self.with_dropout = self._once(stage.DROPOUT_U, of_both | {"draws": DROPOUT_DRAWS})
@@ -232,6 +227,15 @@ class Measurement:
             "replicates": replicates,
             "estimators": self.config.importance.estimators,
         }
+
+    def _step(self) -> tuple[list[Artifact], list[Artifact], Artifact]:
+        """Sample and score a U batch, and take the step."""
+        u_batch = self._sample_u()
+        scores_u = self._score(stage.SCORE_U, self.policy, u_batch)
+        if self.checkpoint.named_base:
+            on_named = self.policy.model_copy(update={"base": self.checkpoint.named_base})
+            self.on_bases = scores_u, self._score(stage.SCORE_REFERENCE, on_named, u_batch)
+        return u_batch, scores_u, self._update(u_batch, scores_u)
 
     def said_of_bases(self) -> str:
         """Say what another base than the one that the adapter names makes of U; empty if it has no other."""
@@ -396,8 +400,8 @@ class Measurement:
             "shards": stage.IMPORTANCE if set(asked.estimators) - {"path_integral"} else None,
             "path": stage.PATH_INTEGRAL if "path_integral" in asked.estimators else None,
         }
-        moved = []
-        for multiple in asked.etas:
+
+        def at(multiple: float) -> Inputs:
             eta, step = multiple * unit, f" · η={multiple:g}{' lr' if asked.eta_unit == 'learning_rate' else ''}"
             shared = {"policy": self.policy, "update": update, "eta": eta}
             there = [shared | {"sequences": sequences} for sequences in e_batch]
@@ -405,5 +409,6 @@ class Measurement:
                 name: self._over_shards(what, there, step) if what and eta else [] for name, what in passes.items()
             }
             in_learning_rates = multiple if asked.eta_unit == "learning_rate" else eta / learning_rate
-            moved.append({"eta": eta, "eta_over_lr": in_learning_rates, **found})
-        return moved
+            return {"eta": eta, "eta_over_lr": in_learning_rates, **found}
+
+        return self.run.together(partial(at, multiple) for multiple in asked.etas)
