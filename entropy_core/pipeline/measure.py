@@ -4,6 +4,7 @@ E is the evaluation batch and U the update batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.pipeline import catalogue as stage
@@ -83,13 +84,8 @@ class Measurement:
     def variance_inputs(self) -> Inputs:
         """Run the stages and return all inputs of the variance stage except its settings."""
         batch, policy = self.config.batch_config, self.policy
-        e_batch, scores = self._sample_e(batch.E_batch_seed, "")
-        u_batch = self._sample_u()
-        scores_u = self.stages.score(stage.SCORE_U, policy, u_batch)
-        if self.checkpoint.named_base:
-            on_named = policy.model_copy(update={"base": self.checkpoint.named_base})
-            self.on_bases = scores_u, self.stages.score(stage.SCORE_REFERENCE, on_named, u_batch)
-        update = self._update(u_batch, scores_u)
+        of_e = partial(self._sample_e, batch.E_batch_seed, "")
+        (e_batch, scores), (u_batch, scores_u, update) = self.run.both(of_e, self._step)
         calibration = self._calibration(e_batch, update)
         half_width = calibration.summary["half_width"] if calibration else 0.0
 
@@ -98,14 +94,13 @@ class Measurement:
             shared |= {"arithmetic": self.config.policy.arithmetic}
             return self.stages.over_shards(stage.FIRST_ORDER_E, [shared | {"sequences": b} for b in batches], suffix)
 
-        first_order_e = along_v(e_batch)
-        if self.config.price:
-            of_e = [self._rewarded([shard], self.e_pool) for shard in e_batch]
-            self.asked_for["price"] = {"rewards": self.stages.over_shards(stage.REWARD_E, of_e)}
-        gradient = self.stages.once(
-            stage.ENTROPY_GRADIENT,
-            {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together},
+        whole = {"policy": policy, "sequences": e_batch, "scores": scores, "responses_per_prompt": self.together}
+        first_order_e, gradient = self.run.both(
+            partial(along_v, e_batch), partial(self.stages.once, stage.ENTROPY_GRADIENT, whole)
         )
+        if self.config.price:
+            rewarded = [self._rewarded([shard], self.e_pool) for shard in e_batch]
+            self.asked_for["price"] = {"rewards": self.stages.over_shards(stage.REWARD_E, rewarded)}
         of_both = {
             "policy": policy,
             "sequences": u_batch,
@@ -114,10 +109,10 @@ class Measurement:
             "gradient": gradient,
         }
         reward_gradient = self._price_of_tokens(e_batch, scores, of_both) if self.config.price else None
-        first_order_u = self.stages.once(stage.FIRST_ORDER_U, of_both)
+        along_u = [partial(self.stages.once, what, of_both) for what in (stage.FIRST_ORDER_U, stage.HALF_STEPS_U)]
+        first_order_u, half_steps_u = self.run.together(along_u)
         if self.checkpoint.after:
             self.asked_for["post_mortem"] = self._dissected(e_batch, update, gradient)
-        half_steps_u = self.stages.once(stage.HALF_STEPS_U, of_both)
         discriminators_u = self.stages.once(stage.DISCRIMINATE_U, {"policy": policy, "sequences": u_batch})
         if self.checkpoint.dropout:
             self.with_dropout = self.stages.once(stage.DROPOUT_U, of_both | {"draws": DROPOUT_DRAWS})
@@ -163,6 +158,15 @@ class Measurement:
             "replicates": replicates,
             "estimators": self.config.importance.estimators,
         }
+
+    def _step(self) -> tuple[list[Artifact], list[Artifact], Artifact]:
+        """Sample and score a U batch, and take the step."""
+        u_batch = self._sample_u()
+        scores_u = self.stages.score(stage.SCORE_U, self.policy, u_batch)
+        if self.checkpoint.named_base:
+            on_named = self.policy.model_copy(update={"base": self.checkpoint.named_base})
+            self.on_bases = scores_u, self.stages.score(stage.SCORE_REFERENCE, on_named, u_batch)
+        return u_batch, scores_u, self._update(u_batch, scores_u)
 
     def said_of_bases(self) -> str:
         """Say what another base than the one that the adapter names makes of U; empty if it has no other."""
@@ -300,18 +304,18 @@ class Measurement:
         asked = self.config.importance
         unit = learning_rate if asked.eta_unit == "learning_rate" else 1.0
         by_difference, by_path = set(asked.estimators) - {"path_integral"}, "path_integral" in asked.estimators
-        arithmetic, moved = self.config.policy.arithmetic, []
-        for multiple in asked.etas:
+        arithmetic = self.config.policy.arithmetic
+
+        def at(multiple: float) -> Inputs:
             eta, step = multiple * unit, f" · η={multiple:g}{' lr' if asked.eta_unit == 'learning_rate' else ''}"
             shared = {"policy": self.policy, "update": update, "eta": eta}
             there = [shared | {"sequences": sequences} for sequences in e_batch] if eta else []
-            along = [i | {"scores": at, "arithmetic": arithmetic} for i, at in zip(there, scores, strict=bool(eta))]
-            moved.append(
-                {
-                    "eta": eta,
-                    "eta_over_lr": multiple if asked.eta_unit == "learning_rate" else eta / learning_rate,
-                    "shards": self.stages.over_shards(stage.IMPORTANCE, there, step) if by_difference else [],
-                    "path": self.stages.over_shards(stage.PATH_INTEGRAL, along, step) if by_path else [],
-                }
-            )
-        return moved
+            along = [i | {"scores": of, "arithmetic": arithmetic} for i, of in zip(there, scores, strict=bool(eta))]
+            return {
+                "eta": eta,
+                "eta_over_lr": multiple if asked.eta_unit == "learning_rate" else eta / learning_rate,
+                "shards": self.stages.over_shards(stage.IMPORTANCE, there, step) if by_difference else [],
+                "path": self.stages.over_shards(stage.PATH_INTEGRAL, along, step) if by_path else [],
+            }
+
+        return self.run.together(partial(at, multiple) for multiple in asked.etas)

@@ -16,6 +16,7 @@ Compute = Callable[[Store, Stage, Any, Inputs], Artifact]
 """Computes a stage that is not in the store, such as `run_within_memory`, from its execution settings and inputs."""
 
 _Result = TypeVar("_Result")
+_Other = TypeVar("_Other")
 
 
 class Runner:
@@ -52,6 +53,11 @@ class Runner:
     def together(self, parts: Iterable[Callable[[], _Result]]) -> list[_Result]:
         """Do several independent parts of a sweep, each of which may run any stages; see `Threads.all`."""
         return self.threads.all(list(parts))
+
+    def both(self, one: Callable[[], _Result], other: Callable[[], _Other]) -> tuple[_Result, _Other]:
+        """Do two independent parts of a sweep that return different things; see `together`."""
+        first, second = self.together([one, other])
+        return first, second  # type: ignore[return-value]
 
     def part(self, label: str, work: Callable[[], _Result]) -> _Result:
         """Call `work`, which runs the stages of a part of a sweep, such as a checkpoint: a reader sees them as one."""
