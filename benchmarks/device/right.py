@@ -17,6 +17,7 @@ from benchmarks.device.table import Row, Table
 from benchmarks.passes import random_direction
 from entropy_core.numerics import philox
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState, NextStep
+from entropy_core.numerics.choices import Arithmetic
 from entropy_core.numerics.philox import Purpose
 from entropy_core.policy import moves
 from entropy_core.policy.model import Coefficients, Policy
@@ -68,6 +69,18 @@ def _quantity_by_quantity(device: torch.device) -> Iterator[Row]:
             found = _quantities(of, sequences)
             for name, tolerance in tolerances.items():
                 yield _held(name, arithmetic, _relative(found[name], exact[name]), tolerance)
+
+
+def _forward_mode_in_another_arithmetic(device: torch.device) -> Iterator[Row]:
+    """As `policy.arithmetic` has it: float32 weights, and only the products of the trunk are less exact."""
+    sequences, of = _usual_sequences(), _processor(device)
+    exact = _quantities(_processor(CPU, torch.float64), sequences)
+    arithmetics: dict[Arithmetic, float] = {"bf16": 5e-2} | ({"tf32": 1e-2} if device.type == "cuda" else {})
+    for arithmetic, tolerance in arithmetics.items():
+        found = forward_mode(of, sequences, _direction(of.policy), arithmetic)
+        for name, values_K in zip(("ℓ̇", "ḣ"), found[2:], strict=True):
+            error = _relative(values_K.double().cpu(), exact[name])
+            yield _held(f"{name}, float32 weights", arithmetic, error, tolerance)
 
 
 def _optimizer(device: torch.device) -> Iterator[Row]:
@@ -260,6 +273,7 @@ def _computing_in(arithmetic: str) -> Iterator[None]:
 CHECKS = (
     _draws,
     _quantity_by_quantity,
+    _forward_mode_in_another_arithmetic,
     derivatives_agree,
     _optimizer,
     _noise_of_rounding,
