@@ -165,7 +165,8 @@ EDITS = {
     ),
     "how adapters are filled": Edit(
         replaces(
-            "    set_peft_model_state_dict(model, tensors)", "    set_peft_model_state_dict(model, dict(tensors))"
+            "    set_peft_model_state_dict(model, load_adapter(directory))",
+            "    set_peft_model_state_dict(model, dict(load_adapter(directory)))",
         ),
         POLICY,
     ),
@@ -201,7 +202,7 @@ EDITS = {
     # what runs on import
     "a statement that runs on import": Edit(
         adds("def offsets_from_lengths(", "torch.set_flush_denormal(True)"),
-        POLICY | {"screen", "interventions", "price", "phase", "agreement", "variance", "post-mortem"},
+        POLICY | STATISTICS | {"screen"},
     ),
     # what changes nothing
     "an unused error class": Edit(

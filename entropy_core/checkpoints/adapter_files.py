@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.checkpoints.content import StoredTensor, load_tensors, read_json, stored_tensors
-from entropy_core.checkpoints.shards import shards_of_weights, tensors_in_shards
+from entropy_core.checkpoints.layouts.interface import understood
+from entropy_core.checkpoints.layouts.per_rank import PerRank
+from entropy_core.checkpoints.pieces import Scattered, headers_of
 from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import SAVE_AGAIN
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -82,17 +86,22 @@ def load_adapter(directory: Path) -> "dict[str, Tensor]":
     if (directory / ADAPTER_CONFIG).exists():
         loaded = {name.removeprefix(PEFT_PREFIX): t for name, t in load_tensors(directory / ADAPTER_WEIGHTS).items()}
         return {name: loaded[name] for name in adapter_tensors(directory)}
-    weights = shards_of_weights(directory)
+    weights = _shards(directory)
     return {name: weights[saved_as].whole() for name, (saved_as, _) in _in_shards(directory).items()}
 
 
 def _in_shards(directory: Path) -> dict[str, tuple[str, StoredTensor]]:
     """The factors in shards: their names there, and their headers, by the names that PEFT would save them under."""
     found = {}
-    for name, of in tensors_in_shards(directory).items():
+    for name, of in headers_of(_shards(directory), directory).items():
         if ".lora_" in name:
             found[name.removeprefix(PEFT_PREFIX).replace(".default.", ".")] = name, of
     if not found:
         fact = f"{directory} has a {LORA_META}, and no factors of LoRA in its shards"
         raise CheckpointError(fact, cause="files of two runs in one folder", fix=SAVE_AGAIN)
     return found
+
+
+def _shards(directory: Path) -> "Mapping[str, Scattered]":
+    with understood(directory):
+        return PerRank(directory).weights()

@@ -6,12 +6,14 @@ Quantised   codes of 8 or 4 bits, with a scale for each block of numbers
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from entropy_core.checkpoints import content
 from entropy_core.checkpoints.stored_tensors import StoredTensor
 
 BLOCK = 256
@@ -202,3 +204,14 @@ def _require_partition(grid: tuple[int, ...], pieces: Sequence[Piece]) -> None:
                 break  # sorted by where they begin: no later one overlaps either
             if all(a < b + n and b < a + m for a, m, b, n in zip(*piece[:2], *other[:2], strict=True)):
                 raise ValueError(f"two pieces overlap at {other.begins}")
+
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def headers_of(found: Mapping[str, Scattered], place: Path) -> dict[str, content.StoredTensor]:
+    """Return what the header of a safetensors file would say of these tensors, which lie in a place; none is read."""
+    return {
+        name: content.StoredTensor(tensor.shape, _NAMES.get(tensor.dtype, str(tensor.dtype)), place.name)
+        for name, tensor in found.items()
+    }

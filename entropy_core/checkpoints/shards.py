@@ -8,10 +8,8 @@ import torch
 from entropy_core.checkpoints.content import StoredTensor
 from entropy_core.checkpoints.layouts.interface import understood
 from entropy_core.checkpoints.layouts.places import open_state
-from entropy_core.checkpoints.pieces import Scattered
+from entropy_core.checkpoints.pieces import Scattered, headers_of
 from entropy_core.numerics.vectors import BLOCK, Block
-
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def tensors_in_shards(place: Path) -> dict[str, StoredTensor]:
@@ -26,11 +24,7 @@ def tensors_in_shards(place: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: a shard is missing, damaged, or of another save.
     """
-    found = shards_of_weights(place)
-    return {
-        name: StoredTensor(tensor.shape, _NAMES.get(tensor.dtype, str(tensor.dtype)), place.name)
-        for name, tensor in found.items()
-    }
+    return headers_of(shards_of_weights(place), place)
 
 
 def shards_of_weights(place: Path) -> Mapping[str, Scattered]:
