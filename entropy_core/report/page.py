@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of
 from entropy_core.report import evaluation_batch
@@ -45,18 +45,55 @@ CONVENTION = (
 )
 
 
+class OfTraining(NamedTuple):
+    """What is known of the training.
+
+    Args:
+        settings: its settings, each with its source.
+        warnings: sentences for the top of the page.
+        compared: rows of `agreement.parquet`; what disagrees is said before the warnings.
+    """
+
+    settings: Sequence[Mapping[str, Any]] = ()
+    warnings: Sequence[str] = ()
+    compared: Sequence[Row] = ()
+
+
+class Tried(NamedTuple):
+    """What interventions do.
+
+    Args:
+        rows: of `interventions.parquet`.
+        skipped: by checkpoint those that could not be tried, and why.
+    """
+
+    rows: Sequence[Row] = ()
+    skipped: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({})
+
+
+class Prices(NamedTuple):
+    """What the entropy costs in reward.
+
+    Args:
+        rows: of `price.parquet`.
+        without_reward: how many responses of E have no reward; then there are no rows.
+    """
+
+    rows: Sequence[Row] = ()
+    without_reward: int = 0
+
+
+_UNKNOWN, _NONE_TRIED, _NO_PRICES = OfTraining(), Tried(), Prices()
+
+
 def markdown(
     name: str,
     rows: Sequence[Row],
     tables: Mapping[str, Sequence[Row]],
     notes: Sequence[str],
-    settings: Sequence[Mapping[str, Any]] = (),
-    warnings: Sequence[str] = (),
-    compared: Sequence[Row] = (),
-    interventions: Sequence[Row] = (),
-    skipped: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({}),
-    prices: Sequence[Row] = (),
-    without_reward: int = 0,
+    training: OfTraining = _UNKNOWN,
+    interventions: Tried = _NONE_TRIED,
+    prices: Prices = _NO_PRICES,
 ) -> str:
     """Write the report page of a sweep.
 
@@ -65,13 +102,9 @@ def markdown(
         rows: rows of the result table.
         tables: rows of the other tables, by the names of `tables.TABLES`.
         notes: assumptions, one sentence each.
-        settings: settings of the training, each with its source.
-        warnings: warnings at the top of the page.
-        compared: rows of `agreement.parquet`; what disagrees is said before the warnings.
-        interventions: rows of `interventions.parquet`.
-        skipped: by checkpoint the interventions that could not be tried, and why.
-        prices: rows of `price.parquet`.
-        without_reward: how many responses of E have no reward; then there are no prices.
+        training: what is known of the training.
+        interventions: what was tried.
+        prices: what the entropy costs in reward.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -80,24 +113,24 @@ def markdown(
     normalization = rows[0]["normalization"]
     shown = [row for row in rows if row["normalization"] == normalization]
     priced, tried = (
-        [row for row in table if row["normalization"] == normalization] for table in (prices, interventions)
+        [row for row in table if row["normalization"] == normalization] for table in (prices.rows, interventions.rows)
     )
-    first = shown[0]
+    first, contradicted = shown[0], disagreements(training.compared)
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
         *(
             f"> **Warning:** {warning}\n"
-            for warning in (*evaluation_batch.invalid_over_e(shown), *disagreements(compared), *warnings)
+            for warning in (*evaluation_batch.invalid_over_e(shown), *contradicted, *training.warnings)
         ),
-        answer(shown, bool(disagreements(compared)), priced, tried),
+        answer(shown, bool(contradicted), priced, tried),
         "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {percent(first['confidence_level'])}.",
         "",
         *_headlines(shown),
         "",
-        *_interventions(tried, skipped),
+        *_interventions(tried, interventions.skipped),
         "![predicted against measured entropy change](prediction.png)",
         "",
         "![measured as a part of the predicted entropy change, against step size](eta_sweep.png)",
@@ -137,11 +170,11 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
-    if content := price_section(priced, without_reward):
+    if content := price_section(priced, prices.without_reward):
         lines += ["", "## The price of the entropy", "", *content]
     if content := evaluation_batch.section(shown):
         lines += ["", "## How E was drawn", "", *content]
-    if content := agreement_section(compared, shown):
+    if content := agreement_section(training.compared, shown):
         lines += ["", "## Does this look like the trainer's run?", "", *content]
     for title, section in SECTIONS.items():
         content = section({t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()})
@@ -154,8 +187,8 @@ def markdown(
             f"**Up to {uninformative:.0%} of the prompts of U have equal rewards** and carry no information about the "
             "variation over U. Use a larger U, or other prompts.",
         ]
-    if settings:
-        lines += ["", "## Settings of the training", "", *settings_table(settings)]
+    if training.settings:
+        lines += ["", "## Settings of the training", "", *settings_table(training.settings)]
     if notes:
         lines += ["", "## Assumptions", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"

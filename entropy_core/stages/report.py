@@ -87,13 +87,9 @@ def report(
         rows,
         others,
         notes,
-        settings,
-        warnings,
-        compared=compared.to_pylist(),
-        interventions=changes,
-        skipped=skipped,
-        prices=prices,
-        without_reward=without_reward,
+        pages.OfTraining(settings, warnings, compared.to_pylist()),
+        pages.Tried(changes, skipped),
+        pages.Prices(prices, without_reward),
     )
     out.path("report.md").write_text(page, encoding="utf-8")
     share, unit = f"share_{rows[0]['normalization']}", unit_of(rows[0]["normalization"])
