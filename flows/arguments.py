@@ -14,3 +14,17 @@ STORE = Path("artifacts")
 def add_artifacts(parser: argparse.ArgumentParser) -> None:
     """Let the store be named."""
     parser.add_argument("--artifacts", type=Path, metavar="FOLDER", help="the store (default: artifacts)")
+
+
+def add_command(commands: Any, name: str, help: str, run: Callable[[Any], int]) -> argparse.ArgumentParser:
+    """Add a command.
+
+    Args:
+        commands: from `add_subparsers`.
+        name: what it is called.
+        help: what it does, in a few words.
+        run: called with the parsed options; returns the exit status.
+    """
+    made: argparse.ArgumentParser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    made.set_defaults(run=run)
+    return made

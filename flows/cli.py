@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entropy_core.errors import ProbeError, one_line
-from flows import power, run_commands, watch_options
-from flows.arguments import STORE, add_artifacts
+from flows import power, run_commands, store_options, watch_options
+from flows.arguments import STORE, add_artifacts, add_command
 from flows.terminal import plain_output
 
 if TYPE_CHECKING:
@@ -75,10 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"entropy-probe {version('entropy-probe')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def command(name: str, help: str, run: Callable[[Any], int], to: Any = commands) -> argparse.ArgumentParser:
-        made = to.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-        made.set_defaults(run=run)
-        return made
+    def command(name: str, help: str, run: Callable[[Any], int]) -> argparse.ArgumentParser:
+        return add_command(commands, name, help, run)
 
     sweep = command("sweep", "probe the checkpoints that a configuration names, and print the results", _sweep)
     _add_config(sweep)
@@ -120,34 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     run_commands.add_to(command)
     power.add_to(command)
 
-    store = commands.add_parser(
-        "store", help="look after what was computed: ls, verify, seal, explain, adopt, prune, export, import"
-    )
-    of_store = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def store_command(name: str, help: str) -> argparse.ArgumentParser:
-        made = command(name, help, _store, of_store)
-        made.set_defaults(store_command=name)
-        add_artifacts(made)
-        return made
-
-    store_command("ls", "list what there is: size, time, and which runs need it")
-    store_command("verify", "check every file; exit with 1 and name what is unsound")
-    store_command("seal", "sign what is there with the key in ENTROPY_PROBE_SEAL_KEY, for a store that is shared")
-    explain = store_command("explain", "say why two keys differ, or why a stage would run again")
-    explain.add_argument("what", nargs="+", metavar="KEY | CONFIG", help="one key, two keys, or a configuration")
-    adopt = store_command("adopt", "take over what an edit changed nothing of: one of each stage is recomputed")
-    adopt.add_argument("what", metavar="CONFIG | RUN", help="a configuration, or the id of a run")
-    prune = store_command("prune", "list what no recorded run needs; delete nothing without --yes")
-    prune.add_argument("--keep-runs", type=_count, metavar="N", help="keep the latest N runs only (default: all)")
-    prune.add_argument("--yes", action="store_true", help="delete it")
-    export = store_command("export", "write one run into an archive, for another machine")
-    export.add_argument("run_id", metavar="RUN", help="its id, or latest")
-    export.add_argument("file", type=Path, metavar="FILE", help="the archive to write")
-    export.add_argument("--all", action="store_true", help="with all that it was made from")
-    export.add_argument("--with-vectors", action="store_true", help="with files of the size of the policy")
-    load = store_command("import", "bring an archive into the store, verified")
-    load.add_argument("file", type=Path, metavar="FILE", help="the archive")
+    store_options.add_to(commands)
 
     legacy = command(
         "legacy", "convert a configuration of the code before this one; the new one goes to stdout", _legacy
@@ -171,12 +142,6 @@ def _add_config(parser: argparse.ArgumentParser, **how: Any) -> None:
 
 def _add_direct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direct", action="store_true", help="in this process, without a Prefect server")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
-    return int(text)
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -255,30 +220,6 @@ def _init(options: argparse.Namespace) -> int:
     except FileExistsError:
         raise ProbeError(f"{options.output} is there already", fix="give another name, or remove it") from None
     return 0
-
-
-def _store(options: argparse.Namespace) -> int:
-    from entropy_core.store.store import Store
-    from flows import store_commands as commands
-
-    store = Store(options.artifacts or STORE)
-    match options.store_command:
-        case "ls":
-            return commands.ls(store)
-        case "verify":
-            return commands.verify(store)
-        case "seal":
-            return commands.seal(store)
-        case "explain":
-            return commands.explain(store, options.what, of_config=options.artifacts is None)
-        case "adopt":
-            return commands.adopt(store, options.what)
-        case "prune":
-            return commands.prune(store, options.keep_runs, options.yes)
-        case "export":
-            return commands.export(store, options.run_id, options.file, options.all, options.with_vectors)
-        case _:
-            return commands.load(store, options.file)
 
 
 def _legacy(options: argparse.Namespace) -> int:

@@ -225,7 +225,7 @@ def test_each_library_has_its_own_door():
     assert importers("reasoning_gym") == core("prompts.reasoning_tasks")
     assert importers("math_verify") == core("rewards.math_answers")
     assert importers("markdown_it") == core("report.html")
-    drawing = ("comparison_figure", "curves", "drawing", "figures", "frontier", "glyphs", "tokens_in_text")
+    drawing = ("comparison_figure", "curves", "drawing", "figures", "frontier", "glyphs", "ratios", "tokens_in_text")
     assert importers("matplotlib") == core(*(f"report.{name}" for name in drawing))
     assert importers("scipy") == core("estimates.distributions")
     assert importers("safetensors") == core(

@@ -21,7 +21,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from test_report import MEASURED, row, sweep, tokens_of, without_measurement
 
-from entropy_core.report import curves, figures, glyphs
+from entropy_core.report import figures, glyphs, ratios
 from entropy_core.report.comparison_figure import comparison_figure
 from entropy_core.report.drawing import BY_STEP, MARKERS, Training
 
@@ -96,7 +96,7 @@ RUNS = {
         row
         for one in training_run(5)
         if one["estimator"] == "snis"
-        for row in [one | {"estimator": name} for name in curves.ESTIMATORS]
+        for row in [one | {"estimator": name} for name in ratios.ESTIMATORS]
     ],
     "per-sequence": [row | {"normalization": "per_sequence", "H": 90 * row["H"]} for row in training_run(5)],
 }
@@ -243,7 +243,7 @@ def test_the_training_goes_from_dark_to_light_also_in_grey_and_never_too_light()
 def test_few_checkpoints_and_estimators_have_a_marker_each():
     looks = Training(RUNS["six"]).looks
     assert len({look.marker for look in looks.values()}) == 6 == len(MARKERS)
-    assert len({marker for _, marker in curves.ESTIMATORS.values()}) == len(curves.ESTIMATORS)
+    assert len({marker for _, marker in ratios.ESTIMATORS.values()}) == len(ratios.ESTIMATORS)
 
 
 def test_the_sign_of_a_token_is_not_its_colour_alone():

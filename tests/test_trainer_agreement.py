@@ -22,6 +22,7 @@ from entropy_core.numerics import ragged
 from entropy_core.numerics.trend import level_at
 from entropy_core.pipeline.trainer_log import trainer_log
 from entropy_core.report.agreement import disagreements, section
+from entropy_core.report.contents import OfTraining
 from entropy_core.report.page import markdown
 from entropy_core.stages.agreement import _kl as kl_of
 
@@ -552,7 +553,7 @@ def compared_rows(**verdict: str) -> list[dict[str, Any]]:
 )
 def test_the_first_lines_say_what_disagrees_and_where_to_look(odd, advice):
     (sentence,) = disagreements(compared_rows(**odd))
-    page = markdown("demo", sweep(), NOTHING, [], warnings=["Another."], compared=compared_rows(**odd))
+    page = markdown("demo", sweep(), NOTHING, [], OfTraining((), ["Another."], compared_rows(**odd)))
     assert page.split("\n\n")[1:3] == [f"> **Warning:** {sentence}", "> **Warning:** Another."]
     assert advice in sentence and sentence.count("z = +5.0; 2 of 2") == len(odd)
 

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from entropy_core.code.version import code_version
 from entropy_core.config.differences import Differing, differing_settings, in_words
 from entropy_core.errors import ConfigError, StoreError
-from entropy_core.estimates.comparison import Side, compared
+from entropy_core.estimates.comparison import compared
 from entropy_core.estimates.selection import Row, by_checkpoint, by_run_directory
+from entropy_core.estimates.sides import Side
 from entropy_core.estimates.tables import COMPARISON, to_table
 from entropy_core.pipeline.final_stages import settings_of
 from entropy_core.pipeline.recorded import read_run

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from entropy_core.estimates.selection import Row, by_checkpoint, unit_of
-from entropy_core.report import curves, glyphs, tokens_in_text
+from entropy_core.report import curves, glyphs, ratios, tokens_in_text
 from entropy_core.report.drawing import ORANGE, STYLE, Training, in_units, legend_below, number, short
 from entropy_core.report.interventions import deepest
 
@@ -38,7 +38,7 @@ def figures(rows: Sequence[Row], compared: Sequence[Row] = ()) -> dict[str, Figu
     with matplotlib.rc_context(STYLE | {"font.family": training.fonts}):
         drawn = {name: Figure(figsize=SIZE, layout="constrained") for name in ("prediction", "eta_sweep", "training")}
         curves.prediction(drawn["prediction"], shown, unit, training)
-        curves.eta_sweep(drawn["eta_sweep"], shown, training)
+        ratios.eta_sweep(drawn["eta_sweep"], shown, training)
         curves.along_training(drawn["training"], shown, unit, logged)
     return drawn
 

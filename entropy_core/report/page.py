@@ -1,7 +1,6 @@
 """The report page of a sweep, as markdown."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of
@@ -9,6 +8,18 @@ from entropy_core.report import derivative_error, evaluation_batch, phase
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
+from entropy_core.report.contents import (
+    NO_PRICES,
+    NONE_TRIED,
+    NOT_DISSECTED,
+    NOT_FOLLOWED,
+    OF_TRAINING,
+    OfTraining,
+    OnRollout,
+    Prices,
+    StepTaken,
+    Tried,
+)
 from entropy_core.report.interventions import section as intervention_section
 from entropy_core.report.markdown import markdown_rows
 from entropy_core.report.post_mortem import section as post_mortem_section
@@ -51,18 +62,11 @@ def markdown(
     rows: Sequence[Row],
     tables: Mapping[str, Sequence[Row]],
     notes: Sequence[str],
-    settings: Sequence[Mapping[str, Any]] = (),
-    warnings: Sequence[str] = (),
-    compared: Sequence[Row] = (),
-    interventions: Sequence[Row] = (),
-    skipped: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({}),
-    prices: Sequence[Row] = (),
-    without_reward: int = 0,
-    along: Sequence[Row] = (),
-    clipped: Sequence[Row] = (),
-    bought: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
-    dissected: Sequence[Row] = (),
-    samplers: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    training: OfTraining = OF_TRAINING,
+    interventions: Tried = NONE_TRIED,
+    prices: Prices = NO_PRICES,
+    rollout: OnRollout = NOT_FOLLOWED,
+    taken: StepTaken = NOT_DISSECTED,
 ) -> str:
     """Write the report page of a sweep.
 
@@ -71,18 +75,11 @@ def markdown(
         rows: rows of the result table.
         tables: rows of the other tables, by the names of `tables.TABLES`.
         notes: assumptions, one sentence each.
-        settings: settings of the training, each with its source.
-        warnings: warnings at the top of the page.
-        compared: rows of `agreement.parquet`; what disagrees is said before the warnings.
-        interventions: rows of `interventions.parquet`.
-        skipped: by checkpoint the interventions that could not be tried, and why.
-        prices: rows of `price.parquet`.
-        without_reward: how many responses of E have no reward; then there are no prices.
-        along: rows of `phase.parquet`.
-        clipped: rows of `clipped.parquet`.
-        bought: by checkpoint, what the tokens of U do that cost entropy and buy no reward.
-        dissected: rows of `post_mortem.parquet`.
-        samplers: by checkpoint with a post-mortem, how far the law that drew U is from the policy.
+        training: what is known of the training.
+        interventions: what was tried.
+        prices: what the entropy costs in reward.
+        rollout: the steps on one rollout.
+        taken: the step that the trainer took.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -90,10 +87,11 @@ def markdown(
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     normalization = rows[0]["normalization"]
     shown = [row for row in rows if row["normalization"] == normalization]
-    priced, tried, followed = (
-        [row for row in table if row["normalization"] == normalization] for table in (prices, interventions, along)
+    priced, tried, followed, dissected = (
+        [row for row in of.rows if row["normalization"] == normalization]
+        for of in (prices, interventions, rollout, taken)
     )
-    first = shown[0]
+    first, contradicted = shown[0], disagreements(training.compared)
     lines = [
         f"# {name}: what one optimizer step does to the entropy",
         "",
@@ -101,19 +99,19 @@ def markdown(
             f"> **Warning:** {warning}\n"
             for warning in (
                 *evaluation_batch.invalid_over_e(shown),
-                *disagreements(compared),
+                *contradicted,
                 *derivative_error.warnings(shown),
-                *warnings,
+                *training.warnings,
             )
         ),
-        answer(shown, bool(disagreements(compared)), priced, tried, followed),
+        answer(shown, bool(contradicted), priced, tried, followed),
         "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {percent(first['confidence_level'])}.",
         "",
         *_headlines(shown),
         "",
-        *_interventions(tried, skipped),
+        *_interventions(tried, interventions.skipped),
         "![predicted against measured entropy change](prediction.png)",
         "",
         "![measured as a part of the predicted entropy change, against step size](eta_sweep.png)",
@@ -153,17 +151,17 @@ def markdown(
         "",
         *_checks(shown, checkpoints),
     ]
-    if content := post_mortem_section([row for row in dissected if row["normalization"] == normalization], samplers):
+    if content := post_mortem_section(dissected, taken.samplers):
         lines += ["", "## The step that was taken", "", *content]
-    if content := price_section(priced, without_reward, bought):
+    if content := price_section(priced, prices.without_reward, prices.bought):
         lines += ["", "## The price of the entropy", "", *content]
-    if content := phase.section(followed, clipped):
+    if content := phase.section(followed, rollout.clipped):
         lines += ["", "## The steps on one rollout", "", *content]
     if content := evaluation_batch.section(shown):
         lines += ["", "## How E was drawn", "", *content]
     if content := derivative_error.section(shown):
         lines += ["", "## How exact the derivatives are", "", *content]
-    if content := agreement_section(compared, shown):
+    if content := agreement_section(training.compared, shown):
         lines += ["", "## Does this look like the trainer's run?", "", *content]
     for title, section in SECTIONS.items():
         content = section({t: [r for r in some if r["normalization"] == normalization] for t, some in tables.items()})
@@ -176,8 +174,8 @@ def markdown(
             f"**Up to {uninformative:.0%} of the prompts of U have equal rewards** and carry no information about the "
             "variation over U. Use a larger U, or other prompts.",
         ]
-    if settings:
-        lines += ["", "## Settings of the training", "", *settings_table(settings)]
+    if training.settings:
+        lines += ["", "## Settings of the training", "", *settings_table(training.settings)]
     if notes:
         lines += ["", "## Assumptions", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"

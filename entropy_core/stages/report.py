@@ -8,7 +8,7 @@ from entropy_core.estimates.post_mortem import POST_MORTEM
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.selection import Row, by_run_directory, unit_of
 from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, of_checkpoints, to_table
-from entropy_core.report import headline, html
+from entropy_core.report import contents, headline, html
 from entropy_core.report import page as pages
 
 if TYPE_CHECKING:
@@ -105,18 +105,11 @@ def report(
         rows,
         others,
         notes,
-        settings,
-        warnings,
-        compared=compared.to_pylist(),
-        interventions=changes,
-        skipped=skipped,
-        prices=prices,
-        without_reward=without_reward,
-        along=along,
-        clipped=clipped,
-        bought=bought,
-        dissected=dissected,
-        samplers=samplers,
+        contents.OfTraining(settings, warnings, compared.to_pylist()),
+        contents.Tried(changes, skipped),
+        contents.Prices(prices, without_reward, bought),
+        contents.OnRollout(along, clipped),
+        contents.StepTaken(dissected, samplers),
     )
     out.path("report.md").write_text(page, encoding="utf-8")
     share, unit = f"share_{rows[0]['normalization']}", unit_of(rows[0]["normalization"])
