@@ -25,6 +25,7 @@ MODULES = (
     "entropy_core.config.reference",
     "entropy_core.demo",
     "entropy_core.demo.smollm2",
+    "oracle",
 )
 """What is run as `python -m`, by the Makefile or by a reader."""
 

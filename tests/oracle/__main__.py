@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from oracle import shared
 from oracle.counts import Counts, counted, merged
-from oracle.page import page
-from oracle.scenarios import SCENARIOS, Ready, Scenario
+from oracle.page import SHARED, page
+from oracle.scenarios import PLAIN, SCENARIOS, Ready, Scenario
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +36,10 @@ def replicated(scenario: Scenario, replications: int, seed: int = 0) -> Counts:
         e_N, u_N = ready.draw()
         step = ready.laboratory.step(ready.trainer, u_N)
         found.append(ready.laboratory.rows(ready.trainer, step, e_N, ready.learning_rate))
-    return counted(found) | {"seconds": time.process_time() - started}
+    counts = counted(found) | {"seconds": round(time.process_time() - started, 1)}
+    if not scenario.null and scenario != PLAIN:
+        counts["p_values"] = {}  # only these are put into families
+    return counts
 
 
 def main() -> None:
@@ -50,6 +54,14 @@ def main() -> None:
     torch.set_num_threads(1)
     path = options.out / "validation-long.json"
     known: dict[str, Counts] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write() -> None:
+        labels = [*(one.label for one in SCENARIOS), SHARED]
+        ordered = {label: known[label] for label in labels if label in known}
+        lines = [f"{json.dumps(label, ensure_ascii=False)}: {json.dumps(of)}" for label, of in ordered.items()]
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        (options.out / "validation-long.md").write_text(page(ordered), encoding="utf-8")
+
     for scenario in SCENARIOS:
         if options.scenarios and not any(text in scenario.label for text in options.scenarios):
             continue
@@ -61,10 +73,11 @@ def main() -> None:
         counts = merged(before, counts) if before else counts
         counts["date"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         known[scenario.label] = counts
-        ordered = {one.label: known[one.label] for one in SCENARIOS if one.label in known}
-        path.write_text(json.dumps(ordered, ensure_ascii=False) + "\n", encoding="utf-8")
-        (options.out / "validation-long.md").write_text(page(ordered), encoding="utf-8")
+        write()
         print(f"{scenario.label}: {counts['seconds']:.0f} s", flush=True)
+    if not options.scenarios or any(text in SHARED for text in options.scenarios):
+        known[SHARED] = shared.counted(shared.pairs(options.replications))
+        write()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -61,10 +61,10 @@ def counted(found: Sequence[Replica]) -> Counts:
             update: [_rounded(one.rows[SMALLEST][f"p_{update}_update"]) for one in found] for update in ("this", "mean")
         },
         "medians": {
-            "ess": [median(row["ess_fraction"] for row in at_lr)],
-            "bent": [median(row["nonlinearity_over_u"] or 0.0 for row in at_lr)],
-            "curved": [median(_distance(one.truth.change, one.truth.first) for one in found)],
-            "left": [median(_distance(one.truth.change, one.truth.second) for one in found)],
+            "ess": [_median(row["ess_fraction"] for row in at_lr)],
+            "bent": [_median(row["nonlinearity_over_u"] or 0.0 for row in at_lr)],
+            "curved": [_median(_distance(one.truth.change, one.truth.first) for one in found)],
+            "left": [_median(_distance(one.truth.change, one.truth.second) for one in found)],
         },
     }
 
@@ -111,6 +111,10 @@ REASONS = {
     "has made no step yet": "the first step of the optimizer",
     "cannot know what follows": "tokens that E never took",
 }
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(f"{median(values):.4g}")
 
 
 def _rounded(p: float | None) -> float | None:

@@ -7,8 +7,10 @@ from proofs import percent, table
 
 from oracle.counts import QUANTITIES, UPDATES, Counts, by_chance, families, share
 from oracle.scenarios import PLAIN, SCENARIOS
+from oracle.shared import APART
 
 NAMES = {"delta_h1": "δH₁", "delta_h12": "δH₁ + δH₂", "delta_h": "ΔH"}
+SHARED = "checkpoints that share their seeds"
 NONE = "No share is below 93 % by more than chance."
 FEWEST = 50
 """A share of fewer intervals is not given."""
@@ -33,6 +35,7 @@ def page(found: Mapping[str, Counts]) -> str:
     Returns:
         Markdown.
     """
+    shared, found = found.get(SHARED), {label: counts for label, counts in found.items() if label != SHARED}
     ordinary = {scenario.label for scenario in SCENARIOS if scenario.ordinary} & set(found)
     of_ordinary = [found[label] for label in found if label in ordinary]
     dates = sorted(counts["date"] for counts in found.values())
@@ -120,8 +123,31 @@ def page(found: Mapping[str, Counts]) -> str:
             ),
             _families(found),
         ),
+        *(_shared(shared) if shared else []),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _shared(counts: Counts) -> list[str]:
+    return [
+        "## Checkpoints that share their seeds",
+        "",
+        f"Two checkpoints, {APART} steps apart, with E and U from the same random numbers: the correlation of the "
+        "errors of δH₁ for the mean update, and how often ±1.96 standard errors hold the exact value: of the average "
+        "of both, with their errors added, as in the report; of the same, if the errors were taken as independent; and "
+        "of their difference, with independent errors, as in the report.",
+        "",
+        *table(
+            ("replications", "correlation", "average, added", "average, independent", "difference, independent"),
+            [
+                (
+                    f"{counts['replications']}",
+                    f"{counts['correlation']:.2f}",
+                    *(percent(counts[of]) for of in counts if ", " in of),
+                )
+            ],
+        ),
+    ]
 
 
 def _pooled(counts: Sequence[Counts], quantity: str, update: str, multiples: Sequence[float]) -> list[str]:

@@ -7,6 +7,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics import adamw
@@ -90,9 +91,10 @@ SCENARIOS = (
     _like("step 10", steps=9),
     _like("step 200", steps=199),
     _like("4 prompts", prompts_u=4, ordinary=False),
-    _like("8 prompts", prompts_u=8),
+    _like("8 prompts", prompts_u=8, ordinary=False),
     _like("16 prompts", prompts_u=16),
-    _like("16 prompts, clipped to half", prompts_u=16, clipped_to=0.5),
+    _like("16 prompts, clipped to half", prompts_u=16, clipped_to=0.5, ordinary=False),
+    _like("24 prompts, clipped to half", prompts_u=24, clipped_to=0.5),
     _like("τ = 0.7", temperature=0.7),
     _like("τ = 1.3", temperature=1.3),
     _like("Dr. GRPO", loss="dr_grpo"),
@@ -244,6 +246,14 @@ class Ready:
     def _response_of_token(self) -> Tensor:
         lengths_R = self.laboratory.responses.lengths_R
         return torch.repeat_interleave(torch.arange(len(lengths_R)), lengths_R)
+
+
+def moved_responses(model: PreTrainedModel, like: Responses, by_Q: Tensor) -> Responses:
+    """The responses of a policy whose parameters are moved, to the same prompts."""
+    with torch.no_grad():
+        for name, part in like.direction(by_Q).items():
+            dict(model.named_parameters())[name].add_(part)
+    return Responses(model, like.prompts, like.max_new_tokens, like.temperature)
 
 
 OF_THE_TRAINER = {
