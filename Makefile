@@ -76,7 +76,7 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-sweep: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m sweep tests/test_demo_sweep.py tests/test_packaging.py tests/test_documented_commands.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m sweep tests/test_demo_sweep.py tests/test_packaging.py tests/test_documented_commands.py tests/test_first_result.py
 
 test-ui: .venv/.ui
 	@$(BIN)/python -m entropy_core.demo --out artifacts/demo-run
