@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from entropy_core.checkpoints.trainer_files import TrainerFiles
 from entropy_core.config import plain_yaml
 from entropy_core.config.paths import FILL_IN, Origin
@@ -137,6 +139,8 @@ def _code_in(hint: Mapping[str, Any]) -> list[str]:
 
 def _flow(value: Any) -> str:
     """Format a value as YAML on one line."""
+    if isinstance(value, BaseModel):  # a section within a section
+        value = value.model_dump(mode="json", exclude_unset=True)
     return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else plain_yaml.scalar(value)
 
 
