@@ -43,7 +43,7 @@ class World:
             created = "2020-01-01T00:00:00+00:00" if step.cached else datetime.now(UTC).isoformat()
             return SimpleNamespace(manifest={"created": created})
 
-        run.threads = Threads()
+        run.threads, run.part = Threads(), lambda _, work: work()
         watched = told.watched(run)  # which is called as a runner is
         for step in steps:
             watched._run(Stage(step.stage, run), {}, step.label)
