@@ -135,7 +135,7 @@ def report(died: list[tuple[str, str]], sweeps: int) -> None:
     PAGE.write_text(in_place(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda by: by.name)
 def test_no_process_is_left_behind_by_a_sweep_that_is_ended(home, tmp_path, by):
     """And the same command goes on where it was."""
     values = settings(home, tmp_path / "artifacts")
