@@ -227,7 +227,11 @@ class Ready:
         return trainer
 
     def _learning_rate(self) -> float:
-        """The step size with the curvature of the scenario, but no more than even weights allow."""
+        """The step size with the curvature of the scenario, but no more than even weights allow.
+
+        Where δH₁ is made 0 the step is so small that δH₂ is nothing beside the standard error.
+        """
+        variance = 1e-5 if self.scenario.null else 0.02  # of the whole-sequence weights
         laboratory, of_steps = self.laboratory, []
         for _ in range(20):
             v_Q = laboratory.step(self.trainer, laboratory.draw_u(self.trainer, self.generator)).v_Q
@@ -237,7 +241,7 @@ class Ready:
             of_steps.append(
                 (
                     self.scenario.curvature * abs(first / second) if not self.scenario.null else float("inf"),
-                    (0.02 / float(laboratory.law_R @ score_R**2)) ** 0.5,
+                    (variance / float(laboratory.law_R @ score_R**2)) ** 0.5,
                 )
             )
         curved, uneven = (sorted(values)[len(values) // 2] for values in zip(*of_steps, strict=True))
