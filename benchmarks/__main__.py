@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks import model_shape, passes, sampling, scale, time_to_error, vectors
+from benchmarks import model_shape, passes, sampling, scale, shards, time_to_error, vectors
 from benchmarks.common import Row
 from benchmarks.device.page import section
 
@@ -25,6 +25,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "step_sizes": passes.step_sizes,
     "padding": passes.padding,
     "vectors": vectors.vectors,
+    "shards": shards.shards,
     "scale": scale.scale,
     "orchestration": scale.orchestration,
     "time_to_error": time_to_error.time_to_error,
