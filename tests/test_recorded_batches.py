@@ -21,6 +21,7 @@ from entropy_core.config.read import parse_config
 from entropy_core.demo.run import build_tokenizer
 from entropy_core.errors import ConfigError, PromptError
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.recorded_u import RecordedU, remarks
 from entropy_core.prompts import rollout_files
 from entropy_core.prompts.packed_rollouts import unpacked
 from entropy_core.prompts.rollout_files import files_of_step, read_rollouts
@@ -297,3 +298,12 @@ def test_what_was_recorded_is_what_the_loss_is_given(run, batches, tmp_path):
     assert "recorded advantages of 3.parquet differ from those that `update` makes of the rewards" in report
     assert "differ from 1 by more than 0.2" in report
     assert "ratios of the loss are to the recorded log-probabilities" in report
+
+
+@pytest.mark.parametrize(("micro_batch", "told"), [(0, False), (2, True), (8, False)])
+def test_which_response_was_in_which_micro_batch_is_not_recorded_and_said(micro_batch, told):
+    rollouts = RecordedU({"a": Path("4.jsonl")}, 4, True, 2, 4, frozenset({"reward"}))
+    _, found = remarks(rollouts, {}, {}, "scored", micro_batch)
+    assert [warning.startswith(f"The loss averages over micro-batches of {micro_batch}") for warning in found] == (
+        [True] if told else []
+    )

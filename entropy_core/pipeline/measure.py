@@ -269,6 +269,7 @@ class Measurement:
 
     def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
         update, reference, rollouts = self.config.update, [], self.checkpoint.recorded
+        loss = loss_spec(self.config)
         if rollouts and rollouts.rewarded(self.config):
             [rewards] = self.recorded
         else:
@@ -287,14 +288,14 @@ class Measurement:
             "reference": reference,
             "recorded": self.recorded,
             "old_logprobs": self.config.batch_config.U.old_logprobs if self.recorded else "scored",
-            "loss": loss_spec(self.config),
+            "loss": loss,
             "responses_per_prompt": self.config.batch_config.G,
             "max_grad_norm": update.max_grad_norm,
         }
         step = self.stages.once(stage.COMPUTE_UPDATE, inputs)
         if rollouts:
             how = self.config.batch_config.U.old_logprobs
-            self.notes, self.warnings = remarks(rollouts, self.recorded[0].summary, step.summary, how)
+            self.notes, self.warnings = remarks(rollouts, self.recorded[0].summary, step.summary, how, loss.micro_batch)
         return step
 
     def _moved(

@@ -196,7 +196,7 @@ def check_recorded(
 
 
 def remarks(
-    of_one: RecordedU, batch: Mapping[str, Any], update: Mapping[str, Any], old_logprobs: str
+    of_one: RecordedU, batch: Mapping[str, Any], update: Mapping[str, Any], old_logprobs: str, micro_batch: int = 0
 ) -> tuple[list[str], list[str]]:
     """Say how U was recorded, and where it differs from what is computed of it.
 
@@ -205,6 +205,7 @@ def remarks(
         batch: summary of recorded-u-batch.
         update: summary of compute-update.
         old_logprobs: `batch_config.U.old_logprobs`.
+        micro_batch: responses in a micro-batch, if the loss averages over each of them; else 0.
 
     Returns:
         Notes, and warnings.
@@ -230,6 +231,11 @@ def remarks(
         warnings.append(
             f"The ratios of {differing['clipped']:.2%} of the tokens of {of_one.name} differ from 1 by more than "
             f"{CLIPPED:g} (|Δ log π| up to {differing['log_ratio']:.3g}): a trainer that clips them takes another step."
+        )
+    if 0 < micro_batch < of_one.prompts * of_one.responses:
+        warnings.append(
+            f"The loss averages over micro-batches of {micro_batch} responses, and {of_one.name} does not say which "
+            "response was in which: they are drawn anew, so that the step is not quite the trainer's."
         )
     if stopped := batch.get("stopped"):
         warnings.append(
