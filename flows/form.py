@@ -8,7 +8,7 @@ from typing import Any
 _FIRST: dict[str, tuple[str, ...]] = {
     "ProbeConfig": (
         *("checkpoints", "batch_config", "generation", "update", "importance", "price", "interventions", "variance"),
-        *("lab", "name", "policy", "execution"),
+        *("lab", "post_mortem", "name", "policy", "execution"),
     ),
     "BatchConfig": ("dataset_name", "split", "E_total_sequences", "B_U", "G", "prompt_column"),
     "UpdateConfig": ("reward", "loss", "scale_rewards", "max_grad_norm"),

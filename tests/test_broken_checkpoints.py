@@ -121,7 +121,7 @@ BROKEN: dict[str, tuple[str, Spoil, str]] = {
         entries("adapter_config.json", base_model_name_or_path="Qwen/Qwen2.5-0.5B"),
         r"'Qwen/Qwen2\.5-0\.5B', which is no directory here.*nothing is downloaded.*set `policy\.base_model`",
     ),
-    "no base at all": ("lora", entries("adapter_config.json", base_model_name_or_path=None), "it names ''"),
+    "no base at all": ("lora", entries("adapter_config.json", base_model_name_or_path=None), "its files name none"),
     "a base that is an adapter": ("lora", base_is_an_adapter, "is an adapter itself"),
     "an adapter of a wider base": ("lora", other_base(32), r"other shapes than its base and its ranks give: .*lora_A"),
     "an adapter_config.json that is no JSON": ("lora", text("adapter_config.json", "{"), "not readable JSON"),

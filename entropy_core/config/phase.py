@@ -1,11 +1,34 @@
 """What a user says of the steps that follow one rollout."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from entropy_core.config.section import Section
 from entropy_core.losses.phase_interventions import asked_in_phase
+
+
+def _can_be_followed(entry: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]:
+    asked_in_phase(entry)
+    return entry
+
+
+PhaseEntry = Annotated[
+    Annotated[str, Tag("")] | Annotated[dict[str, JsonValue], Tag("mapping")],
+    Discriminator(lambda value: "mapping" if isinstance(value, dict) else ""),
+    AfterValidator(_can_be_followed),
+    WithJsonSchema({"type": "string"}),
+]
+"""A name, `name=value`, or a mapping of one name to its value; a form has texts."""
 
 
 class PhaseConfig(Section):
@@ -50,7 +73,7 @@ class PhaseConfig(Section):
         le=1e6,
         description="Responses with A < 0 lose their policy term where the mean of ℓ_old − ℓ is larger; 0: none do.",
     )
-    interventions: list[str | dict[str, JsonValue]] = Field(
+    interventions: list[PhaseEntry] = Field(
         default_factory=list,
         max_length=100,
         description="What might change the entropy along the phase, each followed from the rollout to the last step: "
@@ -67,13 +90,6 @@ class PhaseConfig(Section):
         if asked and not follow:
             raise ValueError(f"{' and '.join(asked)}: of a phase that is not followed. Set follow: true")
         return follow
-
-    @field_validator("interventions")
-    @classmethod
-    def _can_be_followed(cls, interventions: list[str | dict[str, JsonValue]]) -> list[str | dict[str, JsonValue]]:
-        for item in interventions:
-            asked_in_phase(item)
-        return interventions
 
     @property
     def steps(self) -> int:
