@@ -7,6 +7,7 @@ import torch
 from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, trainer_groups, values, write_reward
 from transformers import AutoModelForCausalLM
 
+from entropy_core.config.phase import PhaseConfig
 from entropy_core.losses.phase import PhaseSpec
 from entropy_core.losses.phase_interventions import asked_in_phase, followed_names
 from entropy_core.numerics.loss_batch import minibatch
@@ -46,7 +47,7 @@ def steps(exact: Probe, phase: PhaseSpec, count: int, **more: Any) -> list[Artif
     """So many steps on the rollout, each after the last."""
     of_update = exact.run.inputs("compute-update")
     shared = {name: of_update[name] for name in ("policy", "checkpoint", "sequences")}
-    shared |= {"update": exact.run.artifacts("compute-update")[0], "phase": phase, "rate": 1.0}
+    shared |= {"update": exact.run.artifacts("compute-update")[0], "phase": phase}
     shared |= {"intervention": None} | more
     found: list[Artifact] = []
     for number in range(count):
@@ -136,12 +137,6 @@ def test_a_single_minibatch_gives_v_bit_for_bit(exact: Probe, seed: int | None):
     assert step.summary["approx_kl"] == 0 and step.summary["largest_ratio"] == 1
 
 
-def test_a_learning_rate_of_its_own_scales_the_step(exact: Probe):
-    (whole,), (half,) = (steps(exact, PHASE, 1, rate=rate) for rate in (1.0, 0.5))
-    for name, v in whole.vector("direction").items():
-        torch.testing.assert_close(half.vector("direction")[name], 0.5 * v, rtol=1e-12, atol=0)
-
-
 def test_minibatches_share_out_the_rollout():
     for seed, micro_batch in ((None, 0), (3, 2)):
         parts = [minibatch(12, 3, index, micro_batch, seed) for index in range(3)]
@@ -192,6 +187,11 @@ def test_vectors_that_are_let_go_come_again_as_they_were(exact: Probe, followed:
     assert not any((step.directory / "vectors" / "direction.safetensors").exists() for step in (first, last))
     again = exact.run.store.run(catalogue.PHASE_STEP, exact.run.execution, followed.run.inputs("phase-step"))
     assert again == first
+
+
+def test_e_is_measured_after_every_step_of_every_intervention():
+    phase = PhaseConfig(follow=True, minibatches=4, epochs=2, interventions=["positives_only", "delta=2"])
+    assert (phase.steps, phase.followed, PhaseConfig().followed) == (8, 24, 0)
 
 
 def test_interventions_are_followed_from_the_rollout_on(exact: Probe):

@@ -162,8 +162,8 @@ def test_what_is_planted_in_the_weights_is_unexplained(run, dissected, with_samp
 def test_a_post_mortem_needs_the_batch_and_the_next_checkpoint(run, tmp_path):
     sampled = asked(run, tmp_path / "artifacts", post_mortem=True)
     del sampled["batch_config"]["U"]
-    with pytest.raises(ConfigError, match="post_mortem is set, and U is sampled"):
-        preflight(parse_config(sampled))
+    with pytest.raises(ConfigError, match="post_mortem: U is sampled"):
+        parse_config(sampled)
     alone = tmp_path / "run"
     shutil.copytree(run / f"checkpoint-{LAST}", alone / f"checkpoint-{LAST}")
     shutil.copytree(run / "entropy-probe", alone / "entropy-probe")

@@ -171,6 +171,8 @@ def test_the_schedule_of_the_learning_rate_is_said(tmp_path):
 def test_a_phase_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="minibatches: of a phase that is not followed"):
         asked(update={"phase": {"minibatches": 8}})
+    with pytest.raises(ConfigError, match="epsilon_high and interventions: of a phase that is not followed"):
+        asked(update={"phase": {"epsilon_high": 0.3, "interventions": ["positives_only"]}})
     odd = asked(update={"phase": {"minibatches": 5, "follow": True}}, batch_config={"B_U": 4, "G": 4})
     with pytest.raises(ConfigError, match="minibatches is 5, and U has 16 responses"):
         settle(odd, {})

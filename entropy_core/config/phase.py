@@ -86,10 +86,16 @@ class PhaseConfig(Section):
     @field_validator("follow")
     @classmethod
     def _asked_for(cls, follow: bool, info: ValidationInfo) -> bool:
-        asked = [name for name in ("minibatches", "epochs") if info.data.get(name, 1) != 1]
+        unasked = {name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()}
+        asked = [name for name, value in info.data.items() if value != unasked[name]]
         if asked and not follow:
             raise ValueError(f"{' and '.join(asked)}: of a phase that is not followed. Set follow: true")
         return follow
+
+    @property
+    def followed(self) -> int:
+        """How often E is measured along the phase: for the run as it is, and under each intervention."""
+        return self.steps * (1 + len(self.interventions))
 
     @property
     def steps(self) -> int:

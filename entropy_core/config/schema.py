@@ -239,6 +239,17 @@ class ProbeConfig(Section):
     lab: LabConfig = LabConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
+    @field_validator("post_mortem")
+    @classmethod
+    def _on_the_batch_of_the_step(cls, post_mortem: bool, info: ValidationInfo) -> bool:
+        batch = info.data.get("batch_config")
+        if post_mortem and batch and not batch.U.source:
+            raise ValueError(
+                "U is sampled, and the step that was taken was on another batch. Set batch_config.U.from to the "
+                "rollouts that the trainer recorded"
+            )
+        return post_mortem
+
     @property
     def units_of_e(self) -> Literal["sequence", "prompt"]:
         """What is independent in E: responses to one prompt are not, unless the prompt was drawn for each of them."""

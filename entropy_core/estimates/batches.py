@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from entropy_core.errors import StoreError
-from entropy_core.estimates.evaluation import EvaluationBatch, Kept, Moved, MovedTokens
+from entropy_core.estimates.evaluation import EvaluationBatch, Kept, Measured, Moved, MovedTokens, measured
 from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.functional import FUNCTIONALS, REWARD, TokenPair, Tokens
 from entropy_core.numerics.quadrature import NODES
 from entropy_core.numerics.token_statistics import TokenDerivatives
-from entropy_core.store.columns import TokenTable, as_numbers, read_tokens
+from entropy_core.store.columns import TokenTable, as_numbers, concatenate, read_tokens
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,24 +104,28 @@ def _at_nodes(table: TokenTable) -> tuple[TokenDerivatives, ...]:
     return tuple(TokenDerivatives(*(table[name] for name in of_node)) for of_node in _COLUMNS)
 
 
-def moved_of_first(batch: EvaluationBatch, rescored: "Artifact", sequences: TokenTable) -> Moved:
-    """Load the first sequences of E as rescored with different rounding errors, in the blocks of `batch`.
+def rescored_batch(
+    batch: EvaluationBatch, sequences: Sequence[TokenTable], rescores: Sequence["Artifact"]
+) -> tuple[EvaluationBatch, list[Measured]]:
+    """Take the first sequences of E, and compute the terms of the changes that rounding alone makes of them.
 
     Args:
-        batch: these sequences of E at θ.
-        rescored: one draw of rescore-e-batch.
-        sequences: the sequences of the batch; an artifact of other sequences is refused.
+        batch: E at θ.
+        sequences: its sequences, by shard; an artifact of other sequences is refused.
+        rescores: draws of rescore-e-batch: ℓ and h of the first sequences with different rounding errors.
 
     Returns:
-        A lazy reader of the rescored sequences.
+        These sequences at θ; and for each draw the terms of the estimator per_decision.
     """
+    few = rescores[0].summary["sequences"]
+    again, of_few = batch.first(few), concatenate(sequences).first(few)
 
-    def read() -> Iterator[MovedTokens]:
-        columns = sequences.join(read_tokens([rescored], "logprobs", "entropies"))
-        counts = [len(tokens.entropies_K) for tokens, _ in batch.read()]
+    def read(rescored: "Artifact") -> Iterator[MovedTokens]:
+        columns = of_few.join(read_tokens([rescored], "logprobs", "entropies"))
+        counts = [len(tokens.entropies_K) for tokens, _ in again.read()]
         yield from map(MovedTokens, *(columns[name].split(counts) for name in ("logprobs", "entropies")))
 
-    return Moved(1.0, read)
+    return again, [measured(again, Moved(1.0, partial(read, draw)), "per_decision") for draw in rescores]
 
 
 def influences(

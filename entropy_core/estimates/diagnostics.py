@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.estimates.distributions import chi_squared_tail
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured, Moved, measured
+from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.rows import Derivative, Row, change_of
 from entropy_core.numerics import linearity, predictors, ragged, uncertainty
 from entropy_core.numerics.choices import Estimator, Normalization
@@ -19,25 +19,12 @@ from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.uncertainty import Estimate
 
 
-def rounded(batch: EvaluationBatch, rescored: Sequence[Moved]) -> list[Measured]:
-    """Compute the terms of changes that rounding alone produces.
-
-    Args:
-        batch: the sequences of E that were rescored.
-        rescored: ℓ and h of the same tokens with different rounding errors, one per draw.
-
-    Returns:
-        Terms of the estimator per_decision, one per draw.
-    """
-    return [measured(batch, moved, "per_decision") for moved in rescored]
-
-
 def numerical_noise(batch: EvaluationBatch, rescored: Sequence[Measured], normalization: Normalization) -> float:
     """Compute twice the root mean square of the ΔH that rounding alone produces.
 
     Args:
         batch: the sequences of E that were rescored.
-        rescored: from `rounded`.
+        rescored: of `batches.rescored_batch`.
         normalization: per sequence or per token.
 
     Returns:

@@ -40,10 +40,6 @@ class Altered(NamedTuple):
         betas = {"beta1": self.beta1, "beta2": self.beta2}
         return group._replace(**changed, **{name: beta for name, beta in betas.items() if beta is not None})
 
-    def scaled(self, rate: float) -> "Altered":
-        """The same with the learning rate of a later step, as a multiple of the nominal one."""
-        return self._replace(learning_rate=self.learning_rate * rate)
-
     @property
     def of_adamw(self) -> bool:
         """Whether it changes a hyperparameter that other optimizers have otherwise or not at all."""

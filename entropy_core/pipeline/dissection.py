@@ -6,9 +6,9 @@ from pathlib import Path
 from entropy_core.checkpoints.architecture import read_architecture
 from entropy_core.checkpoints.layout import Layout, find_layout
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.errors import CheckpointError, ConfigError
+from entropy_core.errors import CheckpointError
 from entropy_core.files.checkpoint import weights_digest
-from entropy_core.pipeline.patterns import require_quick_patterns
+from entropy_core.pipeline.reference import require_whole
 
 
 def next_checkpoint(directory: Path, step: int) -> Path | None:
@@ -43,26 +43,16 @@ def weights_after(config: ProbeConfig, layout: Layout, step: int) -> tuple[str, 
         None where no post-mortem is asked for, or there is no such checkpoint.
 
     Raises:
-        ConfigError: a post-mortem is asked for, and U is not recorded.
         CheckpointError: the next checkpoint cannot be compared with this one.
     """
     if not config.post_mortem:
         return None
-    if not config.batch_config.U.source:
-        raise ConfigError(
-            "post_mortem is set, and U is sampled: the step that was taken was on another batch",
-            fix="set batch_config.U.from to the rollouts that the trainer recorded",
-        )
     directory = next_checkpoint(layout.directory.resolve(), step)
     if directory is None:
         return None
     after = find_layout(directory, config.policy.base_model, fresh=True)
-    if after.shards is not None:
-        raise CheckpointError(
-            f"{directory} has its weights in shards, which are read of what is probed alone",
-            fix="set post_mortem: false, or convert the weights of the next checkpoint to model.safetensors",
-        )
-    require_quick_patterns(after)
+    whole = "convert its weights to model.safetensors, or set post_mortem: false"
+    require_whole(after, "the next checkpoint", whole)
     theirs, ours = (read_architecture(one)[0].trained for one in (after, layout))
     if theirs != ours:
         raise CheckpointError(

@@ -121,9 +121,7 @@ class Measurement:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
             loss = loss_spec(self.config)
             step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, loss, reward_gradient)
-            self.asked_for["interventions"] = tried(
-                self.config, batches, step, self.run, self.checkpoint.name, self.release
-            )
+            self.asked_for["interventions"] = tried(self.config, batches, step, self.stages, self.release)
         else:
             self.release(gradient)
             if reward_gradient:
@@ -138,7 +136,7 @@ class Measurement:
         self.release(update)
         of_rollout = {"policy": policy, "checkpoint": self.optimizer, "sequences": u_batch, "update": update}
         on_e = OnE(e_batch, scores, learning_rate, self.config.importance.estimators[0], self.config.policy.arithmetic)
-        self.asked_for["phase"] = followed(self.config, of_rollout, on_e, self.run, self.checkpoint.name, self.release)
+        self.asked_for["phase"] = followed(self.config, of_rollout, on_e, self.stages, self.release)
         if isinstance(policy.weights, Artifact):
             self.release(policy.weights)
         return {
@@ -243,8 +241,8 @@ class Measurement:
 
     def _rescored(self, e_batch: Sequence[Artifact]) -> list[Artifact]:
         first = self._first(e_batch, NOISE_SEQUENCES)
-        labels = [f"{self.checkpoint.name} · draw {d}/{NOISE_DRAWS}" for d in range(1, NOISE_DRAWS + 1)]
-        return self.run.map(stage.RESCORE_E, [first | {"draw": d} for d in range(NOISE_DRAWS)], labels)
+        suffixes = [f" · draw {d}/{NOISE_DRAWS}" for d in range(1, NOISE_DRAWS + 1)]
+        return self.stages.each(stage.RESCORE_E, [first | {"draw": d} for d in range(NOISE_DRAWS)], suffixes)
 
     def _calibration(self, e_batch: Sequence[Artifact], update: Artifact) -> Artifact | None:
         how = self.config.policy

@@ -11,7 +11,8 @@ from entropy_core.losses.phase import PhaseSpec
 from entropy_core.losses.phase_interventions import CLIPPING, asked_in_phase, changed_phase
 from entropy_core.numerics.choices import Arithmetic, Estimator
 from entropy_core.pipeline import catalogue as stage
-from entropy_core.pipeline.runner import Inputs, Runner
+from entropy_core.pipeline.runner import Inputs
+from entropy_core.pipeline.stages_of import StagesOf
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 
@@ -43,8 +44,7 @@ def followed(
     config: ProbeConfig,
     of_rollout: Inputs,
     on_e: OnE,
-    run: Runner,
-    name: str,
+    stages: StagesOf,
     release: Callable[[Artifact], None],
 ) -> Inputs:
     """Take the steps and score E after each of them.
@@ -54,8 +54,7 @@ def followed(
         of_rollout: the policy, load-checkpoint, the sequences of U, and compute-update, which has the loss at the
             rollout.
         on_e: how E is measured.
-        run: runner of stages.
-        name: of the checkpoint.
+        stages: runner of the stages of the checkpoint.
         release: called with an artifact when no stage will open its vectors any more.
 
     Returns:
@@ -65,45 +64,43 @@ def followed(
     if not phase.steps:
         return {}
     spec = spec_of(phase, config.batch_config.U_batch_seed)
-    asked = [InterventionSpec(name=of, value=value) for of, value in map(asked_in_phase, phase.interventions)]
-    seed = config.batch_config.U_batch_seed
+    pairs, seed = map(asked_in_phase, phase.interventions), config.batch_config.U_batch_seed
     taken: list[Inputs] = []
-    for one in [None, *(spec_of_one.model_copy(update={"seed": seed}) for spec_of_one in asked)]:
+    for one in [None, *(InterventionSpec(name=name, value=value, seed=seed) for name, value in pairs)]:
         how = of_rollout | {"phase": changed_phase(spec, one) if one else spec}
         how["intervention"] = None if one and one.name in CLIPPING else one
-        label = f"{name} · {one.label}" if one else name
+        label = f" · {one.label}" if one else ""
         taken += [
             {"intervention": (one or AS_IT_IS).label, **entry}
-            for entry in _steps(how, phase.steps, on_e, run, label, release)
+            for entry in _steps(how, phase.steps, on_e, stages, label, release)
         ]
     return {"steps": taken, "minibatches": phase.minibatches}
 
 
 def _steps(
-    how: Inputs, count: int, on_e: OnE, run: Runner, name: str, release: Callable[[Artifact], None]
+    how: Inputs, count: int, on_e: OnE, stages: StagesOf, of: str, release: Callable[[Artifact], None]
 ) -> Iterator[Inputs]:
     """Take so many steps, each after the last, and measure E after each."""
     previous: Artifact | None = None
     for number in range(count):
-        label = f"{name} · step {number + 1}/{count} of the phase"
-        now = run(stage.PHASE_STEP, how | {"previous": previous, "number": number, "rate": 1.0}, label)
+        label = f"{of} · step {number + 1}/{count} of the phase"
+        now = stages.once(stage.PHASE_STEP, how | {"previous": previous, "number": number}, label)
         if previous is not None:
             release(previous)
-        yield {"number": number, "step": now, "at": _measured(how["policy"], on_e, now, run, label)}
+        yield {"number": number, "step": now, "at": _measured(how["policy"], on_e, now, stages, label)}
         previous = now
     if previous is not None:
         release(previous)
 
 
-def _measured(policy: PolicySpec, on_e: OnE, now: Artifact, run: Runner, label: str) -> Inputs:
+def _measured(policy: PolicySpec, on_e: OnE, now: Artifact, stages: StagesOf, label: str) -> Inputs:
     """E at the policy after a step."""
     by_path = on_e.estimator == "path_integral"
     moved = {"policy": policy, "update": now, "eta": on_e.learning_rate}
     inputs = [moved | {"sequences": sequences} for sequences in on_e.shards]
     if by_path:
         inputs = [i | {"scores": at, "arithmetic": on_e.arithmetic} for i, at in zip(inputs, on_e.scores, strict=True)]
-    labels = [f"{label} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
-    shards = run.map(stage.PATH_INTEGRAL if by_path else stage.IMPORTANCE, inputs, labels)
+    shards = stages.over_shards(stage.PATH_INTEGRAL if by_path else stage.IMPORTANCE, inputs, label)
     empty: list[Artifact] = []
     at_step = {"shards": empty, "path": shards} if by_path else {"shards": shards, "path": empty}
     return {"eta": on_e.learning_rate, "eta_over_lr": 1.0, **at_step}

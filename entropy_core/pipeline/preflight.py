@@ -210,7 +210,7 @@ def _check_shards(config: ProbeConfig) -> None:
     batch, size = config.batch_config, config.execution.shard_size
     replacement = batch.E_sampling_mode == "replacement"
     in_e = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
-    passes = batch.E_replicates + len(config.importance.etas) + config.update.phase.steps
+    passes = batch.E_replicates + len(config.importance.etas) + config.update.phase.followed
     sequences = in_e * passes + batch.B_U * batch.G
     shards = -(-in_e // size) * passes + -(-batch.B_U * batch.G // size)
     if shards > MOST_SHARDS:

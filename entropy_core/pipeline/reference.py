@@ -10,6 +10,24 @@ from entropy_core.files.checkpoint import weights_digest
 from entropy_core.pipeline.patterns import require_quick_patterns
 
 
+def require_whole(of: Layout, what: str, fix: str) -> None:
+    """Refuse a model beside the one that is probed if it cannot be loaded as it lies there.
+
+    Args:
+        of: where it lies.
+        what: it is, for people.
+        fix: what to do where its weights are in shards.
+
+    Raises:
+        ConfigError: they are.
+        CheckpointError: an adapter names its parameters by a pattern that may take for ever.
+    """
+    if of.shards is not None:
+        fact = f"{what} {of.directory} has its weights in shards, which are read of what is probed alone"
+        raise ConfigError(fact, fix=fix)
+    require_quick_patterns(of)
+
+
 def reference_of(config: ProbeConfig, layout: Layout, name: str) -> tuple[dict[str, Path], tuple[str, ...]]:
     """Find the reference policy of the KL term: the configured one, else that of the trainer.
 
@@ -39,12 +57,7 @@ def reference_of(config: ProbeConfig, layout: Layout, name: str) -> tuple[dict[s
     else:
         of = find_layout(layout.base, fresh=True)
         about = "The reference policy is the base without its adapter."
-    if of.shards is not None:
-        raise ConfigError(
-            f"the reference policy {of.directory} has its weights in shards, which are read of what is probed alone",
-            fix="set update.reference to a directory with model.safetensors",
-        )
-    require_quick_patterns(of)
+    require_whole(of, "the reference policy", "set update.reference to a directory with model.safetensors")
     theirs, ours = (read_architecture(one)[0].vocabulary for one in (of, layout))
     if theirs != ours:
         raise CheckpointError(

@@ -7,6 +7,8 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.files import functions as user_functions
 from entropy_core.files.sources import content_digest
 from entropy_core.losses import functions as user_losses
+from entropy_core.losses import token_weights
+from entropy_core.losses.interventions import InterventionSpec, asked_for, is_own
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.policy.spec import PolicySpec, ProposalSpec
@@ -54,6 +56,24 @@ def loss_spec(config: ProbeConfig) -> LossSpec:
         micro_batch=update.micro_batch if in_parts else 0,
         seed=config.batch_config.U_batch_seed if in_parts and update.micro_batch else 0,
     )
+
+
+def intervention_specs(config: ProbeConfig) -> list[InterventionSpec]:
+    """Return the interventions that a configuration asks for, each once."""
+    found = []
+    for entry in config.interventions:
+        for name, value in asked_for(entry):
+            file = token_weights.source_file(name) if is_own(name) else None
+            found.append(
+                InterventionSpec(
+                    name=user_functions.without_folder(name),
+                    value=value,
+                    source=content_digest(file) if file else "",
+                    imports=digests(user_functions.imported_files(file)) if file else {},
+                    seed=config.batch_config.U_batch_seed,
+                )
+            )
+    return list({spec.label: spec for spec in found}.values())
 
 
 def sampler_of(config: ProbeConfig, policy: PolicySpec) -> tuple[PolicySpec, ProposalSpec | None]:

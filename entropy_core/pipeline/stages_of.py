@@ -25,10 +25,13 @@ class StagesOf:
         """Run a stage that is not cut into shards."""
         return self._run(what, inputs, self._name + suffix)
 
+    def each(self, what: Stage, inputs: Sequence[Inputs], suffixes: Sequence[str]) -> list[Artifact]:
+        """Run a stage for several inputs."""
+        return self._run.map(what, inputs, [self._name + suffix for suffix in suffixes])
+
     def over_shards(self, what: Stage, inputs: Sequence[Inputs], suffix: str = "") -> list[Artifact]:
         """Run a stage for the inputs of each shard."""
-        labels = [f"{self._name}{suffix} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)]
-        return self._run.map(what, inputs, labels)
+        return self.each(what, inputs, [f"{suffix} · shard {i}/{len(inputs)}" for i in range(1, len(inputs) + 1)])
 
     def sample(self, what: Stage, total: int, inputs: Inputs, suffix: str = "") -> list[Artifact]:
         """Sample `total` responses."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from entropy_core.estimates import evaluation
-from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
-from entropy_core.estimates.diagnostics import describe_batch, numerical_noise, rounded
+from entropy_core.estimates.batches import evaluation_batch, moved_batch, rescored_batch
+from entropy_core.estimates.diagnostics import describe_batch, numerical_noise
 from entropy_core.estimates.phase import AfterStep, of_the_step, phase_row, place_of
 from entropy_core.estimates.phase_table import CLIPPED, PHASE
 from entropy_core.estimates.price import OnE, reward_change
@@ -16,7 +16,7 @@ from entropy_core.estimates.tables import to_table
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
 from entropy_core.numerics.functional import REWARD
 from entropy_core.numerics.uncertainty import Estimate
-from entropy_core.store.columns import concatenate, read_tokens
+from entropy_core.store.columns import read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -67,9 +67,7 @@ def phase(
     known = [] if any(shard.summary["open"] for shard in rewards) else rewards
     batch, _ = evaluation_batch(scores, first_order_e, baseline, units, known)
     sequences, estimator = [read_tokens([shard]) for shard in scores], estimators[0]
-    few = rescores[0].summary["sequences"]
-    again, of_few = batch.first(few), concatenate(sequences).first(few)
-    rescored = rounded(again, [moved_of_first(again, draw, of_few) for draw in rescores])
+    again, rescored = rescored_batch(batch, sequences, rescores)
     by_path = estimator == "path_integral"
     floors = {of: 0.0 if by_path else numerical_noise(again, rescored, of) for of in normalizations}
     on_e = OnE(batch, confidence_level)

@@ -52,7 +52,6 @@ def phase_step(
     phase: PhaseSpec,
     intervention: InterventionSpec | None,
     number: int,
-    rate: float,
 ) -> dict[str, Any]:
     """Take one step: the loss of a minibatch at the policy as it is now, its gradient, and the optimizer's step on it.
 
@@ -74,7 +73,6 @@ def phase_step(
         intervention: what is changed in the loss or in the optimizer; None: nothing. What it selects it selects at the
             rollout.
         number: of the step, from 0; after the last minibatch comes the first one again.
-        rate: the learning rate of this step over the nominal one.
 
     Returns:
         The number of steps taken and the moments that are kept; what the loss did with the tokens: shares of those that
@@ -104,8 +102,8 @@ def phase_step(
         )
         of_batch = add_up(parts, [token_coefficients(name, batch, execution.isolation) for batch in batches])
         coefficients = TokenPair(*(_scattered(values_K, chosen_K, rollout.logprobs_K) for values_K in of_batch))
-        max_norm, hyper = update.summary["max_grad_norm"], altered_by.scaled(rate)
-        found = taken_step(coefficients, processor, shards, checkpoint, execution, max_norm, hyper, previous)
+        max_norm = update.summary["max_grad_norm"]
+        found = taken_step(coefficients, processor, shards, checkpoint, execution, max_norm, altered_by, previous)
         kept = found.step.moments(sorted(moved_parameters(checkpoint)))
         shapes = {name: tuple(p.shape) for name, p in processor.policy.named_parameters().items()}
         norms = _write(out, found, shapes, kept, previous, getattr(torch, policy.dtype))
@@ -118,7 +116,6 @@ def phase_step(
         "steps": number + 1,
         "gradient_norm": found.gradient_norm,
         "clip_factor": found.clip_factor,
-        "rate": rate,
         "moments": sorted(kept),
         **norms,
         **_of_the_ratios(batch),

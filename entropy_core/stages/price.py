@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from entropy_core.estimates import evaluation
-from entropy_core.estimates.batches import evaluation_batch, moved_batch, moved_of_first
+from entropy_core.estimates.batches import evaluation_batch, moved_batch, rescored_batch
 from entropy_core.estimates.bought import Bought, bought, require_same_tokens
-from entropy_core.estimates.diagnostics import numerical_noise, rounded
+from entropy_core.estimates.diagnostics import numerical_noise
 from entropy_core.estimates.price import Changes, OnE, price_row, reward_change, reward_derivative, reward_noise
 from entropy_core.estimates.price_table import PRICE
 from entropy_core.estimates.rows import Row, change_of, reliability
@@ -16,7 +16,7 @@ from entropy_core.estimates.tables import to_table
 from entropy_core.numerics import uncertainty
 from entropy_core.numerics.choices import Baseline, Estimator, Normalization
 from entropy_core.numerics.halves import HALVES
-from entropy_core.store.columns import concatenate, read_tokens
+from entropy_core.store.columns import read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -78,9 +78,7 @@ def price(
     if not without:
         batch, _ = evaluation_batch(scores, first_order_e, baseline, units, rewards)
         sequences = [read_tokens([shard]) for shard in scores]
-        few = rescores[0].summary["sequences"]
-        again, of_few = batch.first(few), concatenate(sequences).first(few)
-        rescored = rounded(again, [moved_of_first(again, draw, of_few) for draw in rescores])
+        again, rescored = rescored_batch(batch, sequences, rescores)
         of_rounding = reward_noise(again, rescored)
         floors = {of: (numerical_noise(again, rescored, of), of_rounding) for of in normalizations}
         on_e, estimator = OnE(batch, confidence_level), estimators[0]

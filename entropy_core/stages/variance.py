@@ -10,7 +10,7 @@ import torch
 from entropy_core.errors import NonFiniteError
 from entropy_core.estimates import derivative_error, diagnostics, evaluation, sampler, second_order, unseen
 from entropy_core.estimates import rows as estimates
-from entropy_core.estimates.batches import evaluation_batch, halves_of_u, influences, moved_batch, moved_of_first
+from entropy_core.estimates.batches import evaluation_batch, halves_of_u, influences, moved_batch, rescored_batch
 from entropy_core.estimates.estimate_columns import ESTIMATES
 from entropy_core.estimates.evaluation import EvaluationBatch, Measured
 from entropy_core.estimates.rows import Contributions, Derivative, Row
@@ -20,7 +20,7 @@ from entropy_core.numerics.choices import Baseline, Estimator, Normalization
 from entropy_core.numerics.functional import ENTROPY
 from entropy_core.numerics.second_order import Observation, SecondOrder, combine
 from entropy_core.numerics.uncertainty import Estimate
-from entropy_core.store.columns import concatenate, read_tokens
+from entropy_core.store.columns import read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -108,10 +108,8 @@ def variance(
     as_backward = batch
     if of_u["baseline"] != baseline:
         as_backward, _ = evaluation_batch(scores, first_order_e, of_u["baseline"], units)
-    few = rescores[0].summary["sequences"]
     sequences = [read_tokens([shard]) for shard in scores]
-    again, of_few = batch.first(few), concatenate(sequences).first(few)
-    rescored = diagnostics.rounded(again, [moved_of_first(again, draw, of_few) for draw in rescores])
+    again, rescored = rescored_batch(batch, sequences, rescores)
     common: dict[Normalization, _Common] = {}
     for normalization in normalizations:
         steps = _half_steps(half_steps_u, of_u["inner_product"][normalization], normalization)
