@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,17 @@ def test_a_file_that_is_put_back_after_it_was_read_is_noticed(sweeps, undisturbe
     rows, stored = undisturbed
     assert done.rows == rows
     assert contents(sweeps.folder / "artifacts") == stored
+
+
+@pytest.mark.parametrize("how", ["in place", "another file"])
+def test_a_file_that_is_another_one_only_while_a_sweep_is_checked_is_noticed(sweeps, undisturbed, monkeypatch, how):
+    """The notes would say of the optimizer what holds for another one: no stage reads it again for them."""
+    noticed = pytest.raises(CheckpointError, match="checkpoint-3 changed while it was checked")
+    put = [partial(sweeps.put, "optimizer.pt", variant, how) for variant in (1, 0)]
+    with noticed, during(monkeypatch, "entropy_core.pipeline.usable.read_checkpoint", *put):
+        probe(sweeps.settings("artifacts"))
+    assert not (sweeps.folder / "artifacts").exists() or not contents(sweeps.folder / "artifacts")
+    assert probe(sweeps.settings("artifacts")).rows == undisturbed[0]
 
 
 @pytest.mark.parametrize("name", READING)

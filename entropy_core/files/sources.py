@@ -103,6 +103,20 @@ def require_untouched(before: Stamps, after: Stamps, stage: str) -> None:
             raise _changed(path, f"while {stage} read them, so nothing of it is kept")
 
 
+def require_unwritten(directory: Path, known: tuple[str, frozenset[Identity]]) -> None:
+    """Refuse a checkpoint that was written while it was checked: what was read of it may not be what its digest is of.
+
+    Args:
+        directory: of the checkpoint.
+        known: `with_identities` of its `checkpoint_digest`, before anything of it was read.
+
+    Raises:
+        CheckpointError: a file is another one, or gone.
+    """
+    if with_identities(checkpoint_digest, directory) != known:
+        raise _changed(directory, "while it was checked")
+
+
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value

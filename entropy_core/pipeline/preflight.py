@@ -13,6 +13,7 @@ from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import ConfigError
 from entropy_core.files.checkpoint import optimizer_digest, weights_digest
 from entropy_core.files.digests import file_digest
+from entropy_core.files.sources import require_unwritten
 from entropy_core.numerics.rules import RULES
 from entropy_core.pipeline.dissection import weights_after
 from entropy_core.pipeline.named_base import comparable_base
@@ -102,7 +103,10 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     for warning in warnings:
         log.warning("%s", warning)
     named = {name: home for name, (home, _) in bases.items()}
-    return _checked(with_read(config, settled.read), usable, settled, tuple(warnings), recorded, named)
+    checked = _checked(with_read(config, settled.read), usable, settled, tuple(warnings), recorded, named)
+    for one in usable:
+        require_unwritten(one.checkpoint.layout.directory, (one.digest, one.files))
+    return checked
 
 
 def _checked(
@@ -124,7 +128,7 @@ def _checked(
     encoded: dict[str, dict[str, tuple[Pool, list[list[int]]]]] = {}  # by tokenizer and split
     found = []
     trainers = [one.trainer for one in usable]
-    for name, checkpoint, trainer, digest, weights, description, base, home, tokenizer in usable:
+    for name, checkpoint, trainer, digest, _, weights, description, base, home, tokenizer in usable:
         layout = checkpoint.layout
         paths = {digest: layout.directory, weights or description: layout.model, tokenizer: home}
         paths |= {base: layout.base} if layout.base else {}

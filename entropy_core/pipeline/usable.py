@@ -17,6 +17,7 @@ from entropy_core.files.checkpoint import (
     tokenizer_digest,
     weights_digest,
 )
+from entropy_core.files.digests import Identity, with_identities
 from entropy_core.pipeline.patterns import require_quick_patterns
 from entropy_core.pipeline.settings import Settled, settle, with_read
 
@@ -30,7 +31,8 @@ class UsableCheckpoint(NamedTuple):
         name: name of the directory, unique in the sweep.
         checkpoint: its step, shapes and optimizer.
         trainer: what its files say about the trainer.
-        digest: digest of all files that a result depends on.
+        digest: digest of all files that a result depends on, from before anything else of them was read.
+        files: which files these were.
         weights: digest of the files that the policy depends on; empty where the weights are in shards.
         description: digest of the model's configuration and tokenizer, where the weights are in shards; else empty.
         base: of those of the base model under an adapter; empty for a full model.
@@ -42,6 +44,7 @@ class UsableCheckpoint(NamedTuple):
     checkpoint: Checkpoint
     trainer: TrainerFiles
     digest: str
+    files: frozenset[Identity]
     weights: str
     description: str
     base: str
@@ -61,6 +64,7 @@ def usable_checkpoints(config: ProbeConfig) -> tuple[list[UsableCheckpoint], lis
     """
 
     def read(directory: Path, name: str) -> UsableCheckpoint:
+        digest, files = with_identities(checkpoint_digest, directory)
         checkpoint = _checkpoint(config, directory)
         layout = checkpoint.layout
         home = tokenizer_directory(layout.model, layout.base)
@@ -68,7 +72,8 @@ def usable_checkpoints(config: ProbeConfig) -> tuple[list[UsableCheckpoint], lis
             name=name,
             checkpoint=checkpoint,
             trainer=read_trainer_files(layout),
-            digest=checkpoint_digest(directory),
+            digest=digest,
+            files=files,
             weights="" if layout.shards else weights_digest(layout.model),
             description=description_digest(layout.model) if layout.shards else "",
             base=weights_digest(layout.base) if layout.base else "",
