@@ -9,6 +9,8 @@ of its API but /health. Added here:
 - a request for another host than this machine is refused: a foreign page cannot reach the server under its own name;
 - pages load and ask nothing but this server, and no page of another site may frame them;
 - the older UI only: the newer one asks an outside analytics host from the browser;
+- who wants to write to the database waits for who writes: a form that is sent while a sweep tells of its stages would
+  otherwise be refused, and a browser does not try again;
 - a run that was suspended stays so until somebody resumes it: the page asks for a limit of five minutes unless told
   otherwise, after which Prefect lets the run fail;
 - `/enter#KEY`, the link that logs a browser in. What follows the # never leaves the browser.
@@ -18,6 +20,8 @@ import argparse
 import base64
 import hashlib
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,14 @@ import uvicorn
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse
 from prefect.server.api.server import create_app
+from prefect.server.database.configurations import AioSqliteConfiguration
+from prefect.server.database.dependencies import MODELS_DEPENDENCIES
 from prefect.server.orchestration.core_policy import CoreFlowPolicy
 from prefect.server.orchestration.dependencies import ORCHESTRATION_DEPENDENCIES
 from prefect.server.orchestration.policies import FlowRunOrchestrationPolicy
 from prefect.server.orchestration.rules import FlowRunUniversalTransform, OrchestrationContext
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOSTS = ["127.0.0.1", "localhost"]
@@ -52,6 +60,22 @@ POLICY = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+
+class OneWriterAtATime(AioSqliteConfiguration):
+    """The database, whose transactions take the lock when they begin.
+
+    SQLite refuses at once, however long it may wait, a transaction that has read and now wants to write when another
+    one wrote in between: `SQLITE_BUSY_SNAPSHOT`, which Prefect answers with 503.
+    """
+
+    @asynccontextmanager
+    async def begin_transaction(
+        self, session: AsyncSession, with_for_update: bool = False
+    ) -> AsyncIterator[AsyncSessionTransaction]:
+        """As Prefect's own, for one that writes."""
+        async with super().begin_transaction(session, with_for_update=True) as transaction:
+            yield transaction
 
 
 class SuspendedUntilResumed(FlowRunUniversalTransform):
@@ -95,6 +119,7 @@ def application() -> ASGIApp:
     """Make Prefect's application with the door in front of it; its settings come from the environment."""
     prefect.__ui_v2_static_path__ = Path("/nowhere")  # what is not there is neither served nor offered
     ORCHESTRATION_DEPENDENCIES["flow_policy_provider"] = _flow_policy
+    MODELS_DEPENDENCIES["database_config"] = OneWriterAtATime(PREFECT_API_DATABASE_CONNECTION_URL.value())
     app = create_app(final=True)
     page = f"<!doctype html><title>entropy-probe</title><script>{_ENTER}</script>"
     app.add_api_route("/enter", lambda: HTMLResponse(page))

@@ -10,7 +10,7 @@ from entropy_core.report.markdown import markdown_rows
 from entropy_core.report.recorded_run import RecordedRun
 from flows.numbers import numbers_of_each
 
-_WHY = 24
+_WHY = 20
 """Characters of a reason that have a place."""
 
 

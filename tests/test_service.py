@@ -1,5 +1,6 @@
 """What is asked of Prefect's server is asked again while it is busy, as Prefect's own client does."""
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -7,8 +8,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from sqlalchemy import text
 
 from flows import cli, service
+from flows.server import OneWriterAtATime
 
 
 @contextmanager
@@ -59,3 +62,25 @@ def test_a_link_to_a_run_outlives_the_server_of_a_sweep(monkeypatch: pytest.Monk
         ["-c", "import os; print(os.environ['PREFECT_UI_URL'])"], "", also={"PREFECT_UI_URL": lasting}
     ) as told:
         assert told.communicate()[0].strip() == lasting
+
+
+def test_two_that_read_and_then_write_wait_for_one_another(tmp_path):
+    """As when a form is sent while a sweep tells of its stages. With Prefect's own, one of them is refused at once."""
+
+    async def both() -> int:
+        database = OneWriterAtATime(connection_url=f"sqlite+aiosqlite:///{tmp_path / 'prefect.db'}")
+        engine = await database.engine()
+        async with engine.begin() as connection:
+            await connection.execute(text("CREATE TABLE counts AS SELECT 0 AS count"))
+
+        async def add_one() -> None:
+            async with await database.session(engine) as session, database.begin_transaction(session):
+                count = (await session.execute(text("SELECT count FROM counts"))).scalar_one()
+                await asyncio.sleep(0.2)
+                await session.execute(text("UPDATE counts SET count = :count"), {"count": count + 1})
+
+        await asyncio.gather(add_one(), add_one())
+        async with await database.session(engine) as session:
+            return (await session.execute(text("SELECT count FROM counts"))).scalar_one()
+
+    assert asyncio.run(both()) == 2
