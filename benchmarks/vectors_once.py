@@ -51,9 +51,10 @@ SHAPES = {
 
 
 def make_checkpoint(folder: Path, shape: dict[str, int]) -> None:
-    """Write a checkpoint from the middle of a run, plain and in shards, and a reference policy of the same shape.
+    """Write a checkpoint from the middle of a run, plain and in shards, and what the sweeps need beside it.
 
-    The embeddings are tied, and the run used dropout.
+    These are the weights of the next checkpoint, a reference policy of the same shape, prompts, a reward, and a
+    recorded batch. The embeddings are tied, and the run used dropout.
     """
     import torch.distributed.checkpoint as dcp
     from tokenizers import Tokenizer, models
@@ -73,7 +74,7 @@ def make_checkpoint(folder: Path, shape: dict[str, int]) -> None:
         parameter.grad = 1e-3 * torch.randn_like(parameter)
     optimizer.step()
     plain, sharded = folder / "plain" / "checkpoint-1", folder / "sharded" / "checkpoint-1"
-    for directory in (folder / "reference", plain):
+    for directory in (folder / "reference", plain.with_name("checkpoint-2"), plain):
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         with torch.no_grad():
@@ -84,8 +85,11 @@ def make_checkpoint(folder: Path, shape: dict[str, int]) -> None:
     moments = get_optimizer_state_dict(model, optimizer)
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=sharded / "pytorch_model_fsdp_0", no_dist=True)
     dcp.save({"optimizer": moments}, checkpoint_id=sharded / "optimizer_0", no_dist=True)
-    for directory in (plain, sharded):
-        (directory / "trainer_state.json").write_text(json.dumps({"global_step": 1}), encoding="utf-8")
+    for step, directory in ((1, plain), (1, sharded), (2, plain.with_name("checkpoint-2"))):
+        (directory / "trainer_state.json").write_text(json.dumps({"global_step": step}), encoding="utf-8")
+    (folder / "batches").mkdir()
+    rows = [{"prompt": f"w{i // 2}", "completion_ids": [3 + i, 4, 1], "reward": i % 2} for i in range(4)]
+    (folder / "batches" / "2.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     prompts = [json.dumps({"prompt": f"w{i}"}) for i in range(8)]
     (folder / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
     (folder / "reward.py").write_text(
@@ -93,16 +97,33 @@ def make_checkpoint(folder: Path, shape: dict[str, int]) -> None:
     )
 
 
-RUNS = (("plain", "forward_mode"), ("sharded", "central_difference"))
-"""Two sweeps, which run every stage between them: the checkpoint, and how derivatives are computed."""
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a sweep": ("plain", {}),
+    "a sweep of shards, with the weights that they hold": (
+        "sharded",
+        {"policy": {"derivative": "central_difference"}},
+    ),
+    "a phase": ("plain", {"update": {"phase": {"follow": True, "minibatches": 2, "epochs": 1}}}),
+    "a sweep with prices and interventions": (
+        "plain",
+        {
+            "price": True,
+            "interventions": [{"entropy_coef": 0.01}, {"lr": 0.5}, {"beta1": 0.5}],
+            "lab": {"measure": "all"},
+        },
+    ),
+    "a post-mortem": ("plain", {"post_mortem": True, "batch_config": {"U": {"from": "batches"}}}),
+}
+"""Sweeps that run every stage between them: the checkpoint, and what differs from the configuration of the first."""
 
 
-def config_of(folder: Path, checkpoint: str, derivative: str) -> dict[str, Any]:
-    """Return the configuration of one of the two sweeps."""
-    return {
+def config_of(folder: Path, run: str) -> dict[str, Any]:
+    """Return the configuration of one of the sweeps."""
+    checkpoint, changes = RUNS[run]
+    config: dict[str, Any] = {
         "name": "vectors",
         "checkpoints": [str(folder / checkpoint / "checkpoint-1")],
-        "policy": {"derivative": derivative},
+        "policy": {"derivative": "forward_mode"},
         "batch_config": {
             "E_total_sequences": 8,
             "B_U": 2,
@@ -117,15 +138,17 @@ def config_of(folder: Path, checkpoint: str, derivative: str) -> dict[str, Any]:
             "reference": str(folder / "reference"),
         },
         "importance": {"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
-        "price": True,
-        "interventions": [{"entropy_coef": 0.01}, {"lr": 0.5}, {"beta1": 0.5}],
-        "lab": {"measure": "all"},
         "execution": {
-            "artifacts": str(folder / f"store-{derivative}"),
+            "artifacts": str(folder / "store"),
             "head_chunk_megabytes": 1,
             "keep_vectors": False,
         },
     }
+    for section, settings in changes.items():
+        config[section] = config.get(section, {}) | settings if isinstance(settings, dict) else settings
+    if recorded := config["batch_config"].get("U"):
+        recorded["from"] = str(folder / recorded["from"])
+    return config
 
 
 class Meter:
@@ -191,7 +214,7 @@ def main() -> None:
     store: dict[str, int] = {}
     after = count = 0
     for run in RUNS:
-        config = parse_config(config_of(options.folder, *run))
+        config = parse_config(config_of(options.folder, run))
         checkpoints = preflight(config)
         execution = execution_for(config, checkpoints)
         meter = Meter(direct_runner(Store(config.store_root), execution), config.store_root)
@@ -200,7 +223,7 @@ def main() -> None:
         sweep(config, checkpoints, Store(config.store_root), Runner(meter))
         for into, found in ((host, meter.host), (device, meter.device)):
             into |= {name: max(found[name], into.get(name, 0)) for name in found}
-        store[run[0]], after = meter.store, max(after, meter.in_store())
+        store[run], after = meter.store, max(after, meter.in_store())
         shutil.rmtree(config.store_root)
     print(json.dumps({"parameters": count, "host": host, "device": device, "store": store, "after": after}))
 

@@ -62,4 +62,5 @@ def reward_gradient(
         with out.vector(f"reward_{half}", {name: tuple(g.shape) for name, g in gradient.items()}, dtype) as file:
             for block, values in in_blocks(gradient).items():
                 file.write(block, values)
+        del gradient, values  # before the next accumulator, which takes 8 bytes per parameter
     return {"halves": [{"sequences": int((half_N == half).sum())} for half in HALVES]}
