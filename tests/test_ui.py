@@ -132,7 +132,7 @@ class Browser:
 
     def wait_until(self, state: str = "Completed") -> None:
         badge = self.page.locator(".page-heading-flow-run__meta .state-badge")
-        badge.get_by_text(state, exact=True).wait_for(timeout=240_000)
+        badge.get_by_text(state, exact=True).wait_for(timeout=480_000)
 
     def tab(self, name: str) -> Any:
         tab = self.page.locator(".p-tab", has_text=name).first
@@ -395,7 +395,7 @@ def test_suspend_resume_cancel_retry_and_a_second_run_that_waits(browser, api):
     assert done and {after[name] for name in done} == {"Cached"}
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 240) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 480) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
