@@ -10,7 +10,6 @@ from pipeline_fixtures import (
     SHAPE,
     Counting,
     build_model,
-    call_here,
     make_run,
     probe,
     save_checkpoint,
@@ -62,7 +61,6 @@ def compared(tmp_path_factory) -> Compared:
 
     with pytest.MonkeyPatch.context() as patch:
         skip_figures(patch)
-        call_here(patch)
         other_batches, first = sweep("slow", "run", E_batch_seed=7, U_batch_seed=9), sweep("slow", "run")
         counting = Counting(store, Execution())
         asked = VarianceRequest(run=first.run_id, artifacts=str(store.root), baseline="ridge")

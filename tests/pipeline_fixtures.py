@@ -238,10 +238,18 @@ def parts_of(update: Artifact, run: Counting) -> dict[str, dict[str, torch.Tenso
     return {name: whole(vector, parameters) for name, vector in (parts | diagonals).items()}
 
 
-def probe(values: Mapping[str, Any]) -> Probe:
-    """What the flow does: parse, check, sweep."""
-    config = parse_config(values)
-    checkpoints = preflight(config)
-    store = Store(config.store_root)
-    run = Counting(store, execution_for(config, checkpoints))
-    return Probe(config, checkpoints, run, sweep(config, checkpoints, store, run))
+def probe(values: Mapping[str, Any], isolated: bool = False) -> Probe:
+    """What the flow does: parse, check, sweep.
+
+    Args:
+        values: the configuration.
+        isolated: whether the user's functions run in processes of their own, which take as long as a tiny sweep.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not isolated:
+            call_here(patch)
+        config = parse_config(values)
+        checkpoints = preflight(config)
+        store = Store(config.store_root)
+        run = Counting(store, execution_for(config, checkpoints))
+        return Probe(config, checkpoints, run, sweep(config, checkpoints, store, run))

@@ -12,13 +12,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "shadow"
@@ -91,7 +92,7 @@ class ShadowTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         """Compute on what the arguments hold."""
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors_in((*args, *kwargs.values()))
         ours = [tensor for tensor in tensors if isinstance(tensor, cls)]
         name = func._schema.name.removeprefix("aten::")
         _refuse_strangers(name, [tensor for tensor in tensors if not isinstance(tensor, cls)])
@@ -99,18 +100,35 @@ class ShadowTensor(torch.Tensor):
         _note(name, args, to)
         if to == NAME and "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        plain_args, plain_kwargs = tree_map_only(cls, lambda tensor: tensor.held, (args, kwargs))
-        result = func(*plain_args, **plain_kwargs)
+        result = func(*_held(args), **{key: _held(value) for key, value in kwargs.items()})
         if to != NAME:
             return result
         own = {id(tensor.held): tensor for tensor in ours}  # what an operation in place returns
 
-        def wrapped(tensor: Tensor) -> Tensor:
-            if tensor.dtype == torch.float64:
-                _seen.float64[_where()] += tensor.numel()
-            return own[id(tensor)] if id(tensor) in own else cls(tensor)
+        def wrapped(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return type(value)(map(wrapped, value))
+            if not isinstance(value, Tensor):
+                return value
+            if value.dtype == torch.float64:
+                _seen.float64[_where()] += value.numel()
+            return own[id(value)] if id(value) in own else cls(value)
 
-        return tree_map_only(Tensor, wrapped, result)
+        return wrapped(result)
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """Those of an argument, which may be a list. Torch's own trees take ten times as long as the operations."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors_in(item)] if isinstance(value, list | tuple) else []
+
+
+def _held(value: Any) -> Any:
+    """An argument with what the CPU holds in place of shadow tensors."""
+    if isinstance(value, ShadowTensor):
+        return value.held
+    return type(value)(map(_held, value)) if isinstance(value, list | tuple) else value
 
 
 def _refuse_strangers(name: str, strangers: list[Tensor]) -> None:
@@ -129,12 +147,17 @@ def _note(name: str, args: tuple, to: str) -> None:
         _seen.waits[Wait("size", _where())] += 1
 
 
+@cache
+def _ours(file: str) -> str:
+    """Path of a file of the package, from the folder that the package is in; empty for a file of somebody else."""
+    return str(Path(file).relative_to(PACKAGE.parent)) if PACKAGE in Path(file).parents else ""
+
+
 def _where() -> str:
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if PACKAGE in path.parents:
-            return f"{path.relative_to(PACKAGE.parent)}:{frame.f_code.co_qualname}"
+        if file := _ours(frame.f_code.co_filename):
+            return f"{file}:{frame.f_code.co_qualname}"
         frame = frame.f_back
     return "elsewhere"
 

@@ -26,7 +26,7 @@ from entropy_core.sequences import batch as batched_sequences
 from entropy_core.sequences import decoding, derivatives
 from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
-ROWS, TOKENS = 8, 12
+ROWS, TOKENS = 8, 6
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def forget_to_move(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 @pytest.mark.parametrize("what", ["micro-batches", "tangents", "uniforms", "masks"])
 def test_a_tensor_on_the_wrong_device_is_noticed(tmp_path, monkeypatch, what):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-3")
-    small = {"batch_config": {"E_total_sequences": 8, "B_U": 2, "G": 4}, "update": {"reward": "arithmetic"}}
+    sizes = {"batch_config": {"E_total_sequences": 4, "B_U": 2, "G": 2}, "generation": {"max_new_tokens": 4}}
+    small = {**sizes, "update": {"reward": "arithmetic"}}
     forget_to_move(monkeypatch, what)
     with shadow_device(), pytest.raises(Exception, match="same device"):
         swept(checkpoint, tmp_path, small, device="shadow")
@@ -99,7 +100,7 @@ def test_a_step_of_decoding_reads_the_tokens_and_nothing_else(monkeypatch):
 
         monkeypatch.setattr(of.policy, "next_logits", counted)
         with watched() as seen:
-            of.generate_with_replacement_sampling([[1, 2], [3], [4, 5, 6]], 40, 0)
+            of.generate_with_replacement_sampling([[1, 2], [3], [4, 5, 6]], 3 * ROWS, 0)
     draws = passes["all"] - 1  # the first pass looks how large a cache is
     assert draws > 2 * TOKENS  # rows were refilled
     assert by_us(seen) == {Wait("read", "entropy_core/sequences/decoding.py:Decoding._draw"): draws}
@@ -109,7 +110,7 @@ def test_a_pass_over_sequences_is_read_when_it_is_over():
     """One read per column of the result, however many micro-batches there are; on the way there is none."""
     with shadow_device() as device:
         of = processor(device)
-        sequences = of.generate_with_replacement_sampling([[1, 2], [3], [4, 5, 6]], 5 * ROWS, 0)
+        sequences = of.generate_with_replacement_sampling([[1, 2], [3], [4, 5, 6]], 3 * ROWS, 0)
         v = {name: t.to(device).float() for name, t in random_direction(of.policy).items()}
         derivatives.forward_mode(of, sequences, v)  # the first time, it is found out which attention is used
         fetched = Wait("read", "entropy_core/sequences/processor.py:SequenceProcessor.map_tokens")

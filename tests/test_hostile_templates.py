@@ -75,7 +75,7 @@ def test_a_sweep_ends_before_it_begins(limits, tmp_path: Path, monkeypatch):
     for directory in run.glob("checkpoint-*"):
         (directory / "chat_template.jinja").write_text(LOOPS)
     with pytest.raises(PromptError, match=STOPPED):
-        probe(values(run, tmp_path / "artifacts", batch_config={"apply_chat_template": True}))
+        probe(values(run, tmp_path / "artifacts", batch_config={"apply_chat_template": True}), isolated=True)
     assert not (tmp_path / "artifacts").exists()
 
 

@@ -227,7 +227,8 @@ def swept(home: Path, reward: str, loss: str = "", **execution: Any) -> Probe:
     return probe(
         values(
             home / "run", home / "artifacts", batch_config=sizes, update=update, execution={"shard_size": 8} | execution
-        )
+        ),
+        isolated=True,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import World, gpt2, policy_of, random_direction
 from enumeration import Direction, Everything, enumerate_world, every_batch
-from pipeline_fixtures import NAMES, Probe, call_here, make_run, probe, skip_figures, values, write_reward
+from pipeline_fixtures import NAMES, Probe, make_run, probe, skip_figures, values, write_reward
 from test_answer import row as result_row
 from test_proposals import at_temperature, planted
 from torch import Tensor
@@ -182,7 +182,6 @@ def priced(tmp_path_factory) -> Probe:
     folder = tmp_path_factory.mktemp("priced")
     with pytest.MonkeyPatch.context() as patch:
         skip_figures(patch)
-        call_here(patch)
         return probe(
             values(
                 make_run(folder / "run"),
@@ -261,7 +260,6 @@ def test_an_intervention_has_its_reward_beside_that_of_the_run(priced: Probe):
 
 def test_without_a_reward_for_each_response_nothing_is_said(priced: Probe, tmp_path, monkeypatch):
     skip_figures(monkeypatch)
-    call_here(monkeypatch)
     body = "    return [None if '0' in c else len(c) / 9 for c in completions]\n"
     text = f"def share_of_low_digits(completions, **_):\n{body}"
     document = priced.config.model_dump(mode="json", exclude_unset=True)

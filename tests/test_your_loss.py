@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pipeline_fixtures import Probe, call_here, make_gpt2, probe, skip_figures, values, write_reward
+from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, values, write_reward
 from transformers import AutoModelForCausalLM
 
 from entropy_core.errors import LossError
@@ -65,8 +65,7 @@ def report(done: Probe) -> str:
     return (done.result.run_directory / "report.md").read_text()
 
 
-def test_the_content_of_the_file_is_part_of_the_key(home: Path, monkeypatch: pytest.MonkeyPatch):
-    call_here(monkeypatch)
+def test_the_content_of_the_file_is_part_of_the_key(home: Path):
     swept(home)
     assert swept(home).run.was_computed == {}
     (home / "moved").mkdir()

@@ -19,7 +19,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from fork_server import fork_server
 from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from pipeline_fixtures import trainer_groups
 from safetensors.torch import save_file
@@ -48,7 +49,7 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-7
 def written(folder: Path, ranks: int = 2, tied: bool = False) -> Path:
     """Write all of them on so many ranks; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_rank, (folder, ranks, tied), nprocs=ranks)
+    _on_ranks(_rank, folder, ranks, tied)
     describe(folder / "fsdp_full", folder / "plain" / "checkpoint-2")
     return folder
 
@@ -99,8 +100,14 @@ def written_lora(folder: Path, ranks: int = 2) -> Path:
     base = _model(tied=True)
     base.save_pretrained(folder / "base")
     build_tokenizer().save_pretrained(folder / "base")
-    torch.multiprocessing.spawn(_rank_of_lora, (folder, ranks), nprocs=ranks)
+    _on_ranks(_rank_of_lora, folder, ranks)
     return folder
+
+
+def _on_ranks(function: Callable[..., None], folder: Path, ranks: int, *more: Any) -> None:
+    """Call a function in a process for each rank."""
+    fork_server()
+    torch.multiprocessing.start_processes(function, (folder, ranks, *more), nprocs=ranks, start_method="forkserver")
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """Workers whose processes a fork server makes, which has loaded everything, so that a test can have many of them."""
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import fork_server
 
 from entropy_core.pipeline.runner import Compute
 from entropy_core.store.artifact import Artifact
@@ -39,8 +38,7 @@ def answer(jobs: Any, answers: Any) -> None:
 @pytest.fixture(scope="session")
 def forked() -> Start:
     """What starts a worker."""
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
 
     def start(compute: Compute, environment: Mapping[str, str]) -> WorkerProcess:
         their_jobs, jobs = context.Pipe(duplex=False)
@@ -51,10 +49,6 @@ def forked() -> Start:
         their_answers.close()
         return WorkerProcess(Forked(process), jobs, answers, compute)  # type: ignore[arg-type]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(folders))  # read when the fork server starts
-        context.set_forkserver_preload(["chaos_process", "worker_fixtures"])
-        start(compute_here, {}).close()
     return start
 
 
