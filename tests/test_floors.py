@@ -224,6 +224,7 @@ def test_each_library_has_its_own_door():
     assert importers("huggingface_hub") == core("files.hub_cache", "prompts.hub_datasets", "demo.training_run")
     assert importers("reasoning_gym") == core("prompts.reasoning_tasks")
     assert importers("math_verify") == core("rewards.math_answers")
+    assert importers("ray") == core("workers.ray_actors")
     assert importers("markdown_it") == core("report.html")
     drawing = ("comparison_figure", "curves", "drawing", "figures", "frontier", "glyphs", "ratios", "tokens_in_text")
     assert importers("matplotlib") == core(*(f"report.{name}" for name in drawing))
@@ -246,7 +247,7 @@ def test_each_library_has_its_own_door():
 
 def test_nothing_is_imported_that_is_not_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [one for name in ("trl", "math", "reasoning-gym") for one in project["optional-dependencies"][name]]
+    extras = [one for name in ("trl", "math", "ray", "reasoning-gym") for one in project["optional-dependencies"][name]]
     declared = [re.match(r"[\w-]+", one)[0] for one in project["dependencies"] + extras]
     imported_as = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
     known = {imported_as.get(name, name.replace("-", "_")) for name in declared}

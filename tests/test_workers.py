@@ -14,17 +14,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from pipeline_fixtures import call_here, make_run, skip_figures, values
-from worker_fixtures import Start, compute_here, die, sleep
+from pipeline_fixtures import call_here, make_run, skip_figures
+from worker_fixtures import Start, compute_here, die, sleep, swept
 
-from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ExecutionConfig
 from entropy_core.errors import CheckpointError, ConfigError, ProbeError, StoreError
 from entropy_core.execution import Execution
 from entropy_core.pipeline import catalogue
-from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.runner import Runner
-from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.pipeline.threads import Abandoned, Threads
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
@@ -49,17 +45,6 @@ def alone(run) -> Iterator[tuple[Path, dict[tuple[str, str], str]]]:
         skip_figures(patch)
         call_here(patch)
         yield run.parent / "local", swept(run, run.parent / "local", compute_here, Threads())
-
-
-def swept(run: Path, root: Path, computing: Any, threads: Threads) -> dict[tuple[str, str], str]:
-    """Stage and key → digest of all artifacts of a sweep over two checkpoints."""
-    config = parse_config(values(run, root, importance={"etas": [0, 0.5, 1]}))
-    checkpoints = preflight(config)
-    store = Store(root)
-    execution = execution_for(config, checkpoints)
-    asked = Runner(lambda stage, inputs, _: computing(store, stage, execution, inputs), threads)
-    sweep(config, checkpoints, store, asked)
-    return {(artifact.stage, artifact.key): artifact.digest for artifact in store.ls()}
 
 
 # --- the same artifacts ----------------------------------------------------------------------------------------------
@@ -399,6 +384,8 @@ def test_a_pool_is_asked_for_before_its_settings():
         ExecutionConfig(worker_count=2)
     with pytest.raises(ValueError, match="workers is local"):
         ExecutionConfig(devices=["0"])
+    with pytest.raises(ValueError, match="Ray chooses which GPU"):
+        ExecutionConfig(workers="ray", devices=["0"])
     with workers_of(ExecutionConfig(), compute_here) as workers:
         assert workers.compute is compute_here and workers.threads.at_once == 1
     with workers_of(ExecutionConfig(workers="pool", device="cpu", worker_count=2), compute_here) as workers:

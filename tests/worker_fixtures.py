@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 from fork_server import fork_server
+from pipeline_fixtures import values
 
-from entropy_core.pipeline.runner import Compute
+from entropy_core.config.read import parse_config
+from entropy_core.pipeline.preflight import preflight
+from entropy_core.pipeline.runner import Compute, Runner
+from entropy_core.pipeline.sweep import execution_for, sweep
+from entropy_core.pipeline.threads import Threads
 from entropy_core.store.artifact import Artifact
+from entropy_core.store.store import Store
 from entropy_core.workers.process import WorkerProcess, main
 
 Start = Callable[[Compute, Mapping[str, str]], WorkerProcess]
@@ -57,6 +63,17 @@ def compute_here(store: Any, stage: Any, execution: Any, inputs: Any) -> Artifac
     from entropy_core.pipeline.memory import run_within_memory
 
     return run_within_memory(store, stage, execution, inputs)
+
+
+def swept(run: Path, root: Path, computing: Compute, threads: Threads) -> dict[tuple[str, str], str]:
+    """Stage and key → digest of all artifacts of a sweep over two checkpoints."""
+    config = parse_config(values(run, root, importance={"etas": [0, 0.5, 1]}))
+    checkpoints = preflight(config)
+    store = Store(root)
+    execution = execution_for(config, checkpoints)
+    asked = Runner(lambda stage, inputs, _: computing(store, stage, execution, inputs), threads)
+    sweep(config, checkpoints, store, asked)
+    return {(artifact.stage, artifact.key): artifact.digest for artifact in store.ls()}
 
 
 def sleep(store: Any, stage: Any, execution: Any, inputs: Any) -> Artifact:

@@ -136,14 +136,17 @@ class ExecutionConfig(Section):
     """How the work is done; nothing here changes a result."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the policy runs.")
-    workers: Literal["local", "pool"] = Field(
+    workers: Literal["local", "pool", "ray"] = Field(
         "local",
         description="What runs the stages that need the policy. local: this process, on one device. pool: several "
         "processes on this machine, each on its own device; shards, step sizes and checkpoints then run at the same "
-        "time.",
+        "time. ray: the same as actors of Ray, on the cluster that RAY_ADDRESS names, else on this machine.",
     )
     worker_count: int = Field(
-        0, ge=0, le=1024, description="Workers of a pool. 0: one for each device. On a CPU they share its cores."
+        0,
+        ge=0,
+        le=1024,
+        description="Workers of a pool or of Ray. 0: one for each device. On a CPU they share its cores.",
     )
     devices: list[str] = Field(
         default_factory=list,
@@ -192,6 +195,8 @@ class ExecutionConfig(Section):
     def _of_several_workers(cls, value: list[str], info: ValidationInfo) -> list[str]:
         if info.data.get("workers") == "local" and (value or info.data.get("worker_count")):
             raise ValueError("worker_count and devices are those of a pool, and workers is local")
+        if info.data.get("workers") == "ray" and value:
+            raise ValueError("devices are those of a pool, and Ray chooses which GPU a worker gets")
         return value
 
     @property

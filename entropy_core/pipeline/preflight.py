@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from entropy_core.checkpoints.content import read_json
-from entropy_core.config.schema import ProbeConfig
+from entropy_core.config.schema import ExecutionConfig, ProbeConfig
 from entropy_core.errors import ConfigError
 from entropy_core.files.checkpoint import optimizer_digest, weights_digest
 from entropy_core.files.digests import file_digest
@@ -89,7 +90,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     Raises:
         ProbeError: something is missing, broken or too small; the message says how to fix it.
     """
-    check_device(config.execution.device)
+    _check_workers(config.execution)
     _check_arithmetic(config)
     usable, warnings = usable_checkpoints(config)
     usable, recorded, without = recorded_of_each(config, usable)
@@ -235,6 +236,17 @@ def _check_states(usable: Sequence[UsableCheckpoint]) -> None:
             )
 
 
+def _check_workers(execution: ExecutionConfig) -> None:
+    """Refuse workers that cannot be had, and a device that is not there; which ones Ray has is known when it runs."""
+    if execution.workers != "ray":
+        check_device(execution.device)
+    elif find_spec("ray") is None:
+        raise ConfigError(
+            "execution.workers is ray, and Ray is not installed",
+            fix="pip install -e '.[ray]', on every machine of the cluster, or use workers: pool",
+        )
+
+
 def check_device(device: str) -> None:
     """Refuse a device that is not there. Raises ConfigError."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -247,7 +259,9 @@ def check_device(device: str) -> None:
 
 def _check_arithmetic(config: ProbeConfig) -> None:
     """Refuse TF32 on a CPU, which has none."""
-    if config.policy.arithmetic == "tf32" and (config.execution.device == "cpu" or not torch.cuda.is_available()):
+    elsewhere = config.execution.workers == "ray"  # on machines that may have one
+    without = config.execution.device == "cpu" or not (elsewhere or torch.cuda.is_available())
+    if config.policy.arithmetic == "tf32" and without:
         raise ConfigError(
             "policy.arithmetic is tf32, and the policy runs on a CPU, which has no TF32",
             cause="execution.device is cpu, or auto on a machine without a GPU",

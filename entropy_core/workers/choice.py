@@ -32,13 +32,19 @@ def workers_of(config: ExecutionConfig, here: Compute) -> Iterator[Workers]:
         here: what computes a stage in a process.
 
     Raises:
-        ConfigError: there are no such devices.
+        ConfigError: there are no such devices, or no such Ray.
     """
     if config.workers == "local":
         yield Workers(here, Threads())
         return
     from entropy_core.workers.pool import Pool
 
+    if config.workers == "ray":
+        from entropy_core.workers.ray_actors import ray_workers
+
+        with ray_workers(config) as of_ray, Pool(of_ray.environments, here, of_ray.start) as pool:
+            yield Workers(pool.compute, Threads(len(of_ray.environments)))
+        return
     environments = environments_of(config)
     with Pool(environments, here) as pool:
         yield Workers(pool.compute, Threads(len(environments)))

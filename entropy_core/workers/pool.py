@@ -1,4 +1,4 @@
-"""A pool of workers on this machine: the stages that need a policy run in them, and all others here.
+"""A pool of workers: the stages that need a policy run in them, and all others here.
 
 The cache is asked here, before a worker is. A worker is started when there is work for it and proves that it has the
 same code and the same store; it keeps the policy of its last stage. What waits is given to the free worker that has its
@@ -6,7 +6,7 @@ policy, the longest first. A worker that dies is replaced, and the stage that it
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,8 @@ from entropy_core.execution import Execution
 from entropy_core.pipeline.runner import Compute, Inputs
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
-from entropy_core.workers.process import STARTING, WorkerDied, WorkerProcess
+from entropy_core.workers.answers import STARTING, Asked, Start, WorkerDied
+from entropy_core.workers.process import WorkerProcess
 from entropy_core.workers.shared_store import require_shared
 from entropy_core.workers.worker import Identity, Job, code_of_stages
 
@@ -30,8 +31,6 @@ ATTEMPTS = 3
 PATIENCE = 0.2
 """Seconds that a free worker keeps its policy for a stage to come, when only stages of another one wait."""
 
-Start = Callable[[Compute, Mapping[str, str]], WorkerProcess]
-
 
 @dataclass(eq=False)
 class _Seat:
@@ -39,7 +38,7 @@ class _Seat:
 
     number: int
     environment: Mapping[str, str]
-    process: WorkerProcess | None = None
+    process: Asked | None = None
     policy: Any = None
     free_since: float = 0.0
 
@@ -59,7 +58,7 @@ class Pool:
     Args:
         environments: variables of each worker, such as that of its device.
         here: what computes a stage in a process.
-        start: makes the process of a worker.
+        start: starts a worker: a process of this machine, or an actor of Ray.
     """
 
     def __init__(
@@ -169,7 +168,7 @@ class Pool:
         elsewhere = any(one.policy == waiting.policy for one in self._seats)
         return seat.policy == waiting.policy, not elsewhere, seat.policy is None, waiting.seconds
 
-    def _process(self, seat: _Seat, job: Job) -> WorkerProcess:
+    def _process(self, seat: _Seat, job: Job) -> Asked:
         """Return the process of a worker, started and proved."""
         if seat.process is None:
             with self._turn:
@@ -183,7 +182,7 @@ class Pool:
                 raise
         return seat.process
 
-    def _prove(self, seat: _Seat, process: WorkerProcess, job: Job) -> None:
+    def _prove(self, seat: _Seat, process: Asked, job: Job) -> None:
         identity: Identity = process.ask("identify", job.execution.device, within=STARTING)
         whose = f"worker {seat.number} (process {identity.process} of {identity.host})"
         _require_same_code(whose, identity)

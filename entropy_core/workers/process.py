@@ -1,12 +1,10 @@
 """The process of a worker: the end that the driver has, and the other.
 
-Both speak through two pipes. The driver sends the name of a method of `Worker` and its arguments; the process answers
-with lines of its log, with progress, and at last with what the method returned or raised. A process whose driver has
-ended finds its pipe closed and ends at once, whatever it computes.
+Both speak through two pipes; see `answers`. A process whose driver has ended finds its pipe closed and ends at once,
+whatever it computes.
 """
 
 import json
-import logging
 import os
 import pickle
 import queue
@@ -14,30 +12,19 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from entropy_core.errors import one_line
 from entropy_core.execution import Execution
 from entropy_core.pipeline.runner import Compute
-from entropy_core.workers.worker import Worker
-
-STARTING = 300.0
-"""Seconds until the libraries of a worker are loaded."""
-
-METHODS = ("identify", "find_token", "see_rename", "run")
+from entropy_core.workers.answers import Answers, WorkerDied, heard
 
 # -B: see `isolation.process`
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); "
     "from entropy_core.workers.process import main; main(*map(int, sys.argv[1:]))"
 )
-
-
-class WorkerDied(Exception):
-    """The process of a worker has ended before it answered; says how."""
 
 
 class WorkerProcess:
@@ -92,39 +79,20 @@ class WorkerProcess:
     def ask(
         self, method: str, *arguments: Any, progress: Callable[[int, int], None] = Execution.progress, within: float = 0
     ) -> Any:
-        """Call a method of the worker. What it logs meanwhile is logged here.
-
-        Args:
-            method: one of `METHODS`.
-            arguments: of the method, except a callable for progress.
-            progress: called with what the worker tells of its progress.
-            within: seconds for each sign of life; 0: as long as it takes.
-
-        Returns:
-            What the method returned.
-
-        Raises:
-            WorkerDied: the process has ended, or gave no sign of life in time.
-            Exception: what the method raised.
-        """
+        """See `answers.Asked`."""
         self._send((method, arguments))
-        while True:
+
+        def message() -> tuple[Any, ...]:
             try:
                 if within and not self._answers.poll(within):
                     self.end()
                     raise WorkerDied(f"it did not answer within {within:g} s")
-                kind, *said = self._answers.recv()
+                said: tuple[Any, ...] = self._answers.recv()
+                return said
             except (EOFError, OSError):
                 raise WorkerDied(self._how_it_ended()) from None
-            if kind == "returned":
-                return said[0]
-            if kind == "raised":
-                raise said[0]
-            if kind == "progress":
-                progress(*said)
-            else:
-                name, level, text = said
-                logging.getLogger(name).log(level, "%s", text)
+
+        return heard(message, progress)
 
     def _send(self, message: Any) -> None:
         try:
@@ -175,41 +143,6 @@ def main(jobs: int, answers: int) -> None:
             writer.send(message)
 
     threading.Thread(target=listen, daemon=True).start()
-    log = logging.getLogger("entropy_probe")
-    log.handlers, log.propagate = [_Told(say)], False
-    log.setLevel(logging.INFO)
-    worker = Worker(pickle.loads(inbox.get()))
-
-    def answer(method: str, arguments: tuple[Any, ...]) -> Any:
-        if method not in METHODS:
-            raise ValueError(f"{method!r} is nothing that a worker does")
-        more = {"progress": lambda done, total: say("progress", done, total)} if method == "run" else {}
-        return getattr(worker, method)(*arguments, **more)
-
+    answers_to = Answers(pickle.loads(inbox.get()), say)
     while True:
-        try:
-            said = "returned", answer(*pickle.loads(inbox.get()))
-        except Exception as error:
-            said = "raised", _that_travels(error)
-        say(*said)
-
-
-class _Told(logging.Handler):
-    """Tells the driver what is logged."""
-
-    def __init__(self, say: Callable[..., None]) -> None:
-        super().__init__()
-        self._say = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._say("log", record.name, record.levelno, record.getMessage())
-
-
-def _that_travels(error: Exception) -> Exception:
-    """The error as the driver can read it, with the traceback in a note."""
-    error.add_note("In the worker:\n" + "".join(traceback.format_exception(error)))
-    error.__cause__ = error.__context__ = None
-    try:
-        return error if type(pickle.loads(pickle.dumps(error))) is type(error) else RuntimeError(one_line(error))
-    except Exception:  # libraries raise errors of all kinds
-        return RuntimeError(f"{type(error).__name__}: {one_line(error)}")
+        answers_to.answer(*pickle.loads(inbox.get()))
