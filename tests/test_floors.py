@@ -212,7 +212,9 @@ def test_each_library_has_its_own_door():
         "sequences.cache",
         "sequences.decoding",
     )
-    of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture", "prompts.templates")
+    of_the_checkpoint = core("checkpoints.tokenizer", "checkpoints.architecture", "checkpoints.schedule") | core(
+        "prompts.templates"
+    )
     of_the_demo = core("demo.run", "demo.smollm2", "demo.training_run")
     of_a_trainer = core("training")
     assert importers("transformers") == of_the_model | of_the_checkpoint | of_the_demo | of_a_trainer

@@ -48,7 +48,7 @@ def steps(exact: Probe, phase: PhaseSpec, count: int, **more: Any) -> list[Artif
     of_update = exact.run.inputs("compute-update")
     shared = {name: of_update[name] for name in ("policy", "checkpoint", "sequences")}
     shared |= {"update": exact.run.artifacts("compute-update")[0], "phase": phase}
-    shared |= {"intervention": None} | more
+    shared |= {"intervention": None, "rate": 1.0} | more
     found: list[Artifact] = []
     for number in range(count):
         asked = shared | {"number": number, "previous": found[-1] if found else None}

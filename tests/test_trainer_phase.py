@@ -32,6 +32,13 @@ CASES: dict[str, dict[str, Any]] = {
         "epsilon": 0.003,
         "off_policy_mask_threshold": 0.004,
     },
+    "along a schedule": {  # whose top is among the steps
+        "epsilon": 0.005,
+        "epsilon_high": 0.01,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": 0.6,
+    },
 }
 ROLLOUTS = {  # parts of a rollout, parts that are accumulated, epochs
     "small": (4, 2, 2),
@@ -99,8 +106,10 @@ def test_the_weights_after_the_phase_are_those_of_the_trainer(
     assert len(steps) == count and G == 4
     worst, moved = worst_and_moved(tmp_path, steps, lr, count)
     assert worst < 1e-6 < 1e-3 < moved
+    rates = [step.summary["rate"] for step in steps]
+    assert rates[0] == 1 and (max(rates) > 1.1 and rates[-1] < 0.9 if "schedule" in case else set(rates) == {1.0})
     assert max(s.summary["clip_low"] for s in steps) > 0.05 and max(s.summary["clip_high"] for s in steps) > 0.05
     if "masked" in case:
         assert max(step.summary["left_out"] for step in steps) > 0
-    else:
+    if "delta" in CASES[case]:
         assert max(step.summary["clip_dual"] for step in steps) > 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import torch
 from lora_fixtures import make_base, make_lora
 from pipeline_fixtures import NAMES, make_run, probe, skip_figures, values
+from transformers import get_scheduler
 
 from entropy_core.checkpoints.layout import find_layout
+from entropy_core.checkpoints.schedule import UnknownScheduleError, factors_to_come
 from entropy_core.checkpoints.trainer_files import TrainerFiles, read_trainer_files
 from entropy_core.checkpoints.training_args import read_training_arguments
 from entropy_core.config import trainer_fields as fields
@@ -163,9 +166,74 @@ def test_a_phase_that_is_not_modelled_is_refused(tmp_path, settings, name):
         settled(tmp_path, asked(**FOLLOWED), **settings)
 
 
-def test_the_schedule_of_the_learning_rate_is_said(tmp_path):
-    (said,) = settled(tmp_path, asked(**FOLLOWED), lr_scheduler_type="cosine").warnings
-    assert "followed a schedule (cosine)" in said or "cosine" in said
+def test_a_checkpoint_within_a_rollout_is_said(tmp_path):
+    for made, said in ((6, 0), (7, 1)):
+        files = dataclasses.replace(saved(tmp_path, num_iterations=3), step=made)
+        assert len(settle(asked(**FOLLOWED), {"checkpoint-1": files}).warnings) == said
+
+
+# --- the learning rates of the steps to come --------------------------------------------------------------------------
+
+SCHEDULES = {
+    "linear": {},
+    "cosine": {"warmup_steps": 7},
+    "cosine_with_restarts": {"lr_scheduler_kwargs": {"num_cycles": 2}, "warmup_steps": 0.2},
+    "polynomial": {"lr_scheduler_kwargs": '{"power": 2.0, "lr_end": 1e-5}'},
+    "constant_with_warmup": {"warmup_ratio": 0.4, "warmup_steps": 0},
+    "inverse_sqrt": {"warmup_steps": 2},
+    "warmup_stable_decay": {"warmup_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 12}},
+}
+MADE, TOTAL, BASE = 5, 20, 3e-3
+
+
+def schedule_of(folder: Path, name: str, arguments: dict[str, Any], total: int = TOTAL) -> list[float]:
+    """What a trainer leaves of a schedule at step `MADE`; returns the learning rates of all its steps."""
+    kwargs = arguments.get("lr_scheduler_kwargs", {})
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    steps, share = arguments.get("warmup_steps", 0), arguments.get("warmup_ratio", 0)
+    warmup = steps if steps >= 1 else math.ceil(total * (steps or share))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=BASE)
+    schedule = get_scheduler(name, optimizer, warmup, total, kwargs)
+    rates = []
+    for step in range(total):
+        if step == MADE:
+            torch.save(schedule.state_dict(), folder / "scheduler.pt")
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": MADE, "max_steps": total}))
+    return rates
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_learning_rates_to_come_are_those_of_the_schedule(tmp_path, name):
+    arguments = SCHEDULES[name] | {"lr_scheduler_type": name, "learning_rate": BASE}
+    rates = schedule_of(tmp_path, name, arguments)
+    found = factors_to_come(tmp_path, arguments, 10)
+    assert found[0] == 1 and found == pytest.approx([rate / rates[MADE] for rate in rates[MADE : MADE + 10]], rel=1e-12)
+
+
+def test_a_schedule_that_is_not_that_of_the_file_is_not_believed(tmp_path):
+    arguments = {"lr_scheduler_type": "linear", "learning_rate": BASE}
+    assert factors_to_come(tmp_path, {"lr_scheduler_type": "constant"}, 3) == (1, 1, 1)  # needs no files
+    with pytest.raises(UnknownScheduleError, match="missing"):
+        factors_to_come(tmp_path, arguments, 3)
+    schedule_of(tmp_path, "linear", {})
+    for other, why in (
+        ({}, "no training_args.bin"),
+        (arguments | {"warmup_steps": 9}, "does not give"),
+        (arguments | {"lr_scheduler_type": "reduce_lr_on_plateau"}, "depends on what"),
+        (arguments | {"lr_scheduler_type": "mine"}, "cannot make"),
+        (arguments | {"lr_scheduler_kwargs": {"cycles": 2}}, "cannot make"),
+    ):
+        with pytest.raises(UnknownScheduleError, match=why):
+            factors_to_come(tmp_path, other, 3)
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 1, "max_steps": TOTAL}))
+    with pytest.raises(UnknownScheduleError, match="do not say the same step"):
+        factors_to_come(tmp_path, arguments, 3)
+    (tmp_path / "scheduler.pt").write_bytes(b"\x80\x04garbage")
+    with pytest.raises(UnknownScheduleError, match="is of another scheduler"):
+        factors_to_come(tmp_path, arguments, 3)
 
 
 def test_a_phase_that_does_not_fit_is_refused():

@@ -13,7 +13,8 @@ from entropy_core.errors import CheckpointError, one_line
 ENTROPY_CONTROL = "entropy_ctrl_state.json"
 TRAINING_ARGUMENTS = "training_args.bin"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its archives
-_DAMAGED = (PickleError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+DAMAGED = (PickleError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+"""What reading a file that is cut off, or something else, may raise."""
 
 
 class TrainingArguments(NamedTuple):
@@ -41,11 +42,11 @@ def read_training_arguments(path: Path) -> TrainingArguments:
         CheckpointError: the file is damaged, too large, or holds something else.
     """
     try:
-        record = read_pickle(_pickle_in(path))
+        record = read_pickle(pickle_in(path))
         if not isinstance(record, Inert) or not isinstance(record.state, dict):
             raise PickleError("it holds no record of settings")
         values = plain(record.state)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise CheckpointError(
             f"{path} cannot be read as the settings of a trainer: {one_line(error)}",
             cause="the save was interrupted, or the file is something else; nothing in it was executed",
@@ -54,8 +55,12 @@ def read_training_arguments(path: Path) -> TrainingArguments:
     return TrainingArguments(record.name, {name: value for name, value in values.items() if isinstance(name, str)})
 
 
-def _pickle_in(path: Path) -> bytes:
-    """The pickle in an archive of torch.save, or in a file of the time before these archives."""
+def pickle_in(path: Path) -> bytes:
+    """Return the pickle in an archive of torch.save, or in a file of the time before these archives.
+
+    Raises:
+        PickleError: it is neither; or one of `DAMAGED`.
+    """
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         raise PickleError(f"it is no file of at most {MOST_BYTES} bytes")
     content = path.read_bytes()

@@ -79,6 +79,12 @@ class PhaseConfig(Section):
         description="What might change the entropy along the phase, each followed from the rollout to the last step: "
         "as under `interventions`, or `epsilon`, `epsilon_high`, `delta`, `off_policy_mask_threshold` with a value.",
     )
+    learning_rates: list[Annotated[float, Field(ge=0, le=1e6)]] = Field(
+        default_factory=list,
+        max_length=10_000,
+        description="Learning rate of each step over that of the first; the last one holds for all steps after it. "
+        "[]: as the trainer's schedule goes on where its files say it, else 1.",
+    )
     follow: bool = Field(
         False, description="Take these steps, one after the other, and measure the entropy after each of them."
     )

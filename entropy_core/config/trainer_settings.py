@@ -115,10 +115,12 @@ class _Reader:
             value = self.arguments.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._say(f"update.phase.{name}", float(value), name)
-        schedule = str(self.arguments.get("lr_scheduler_type", "constant")).lower()
-        if not schedule.endswith("constant"):
-            what = f"the trainer's learning rate followed a schedule ({schedule}), and stays what it is along the phase"
-            self.differ.append(Difference("lr_scheduler_type", what, "warn"))
+        place = _place_in_rollout(self.files)
+        if place and place[0] > 1:
+            what = (
+                f"the next step of the trainer was number {place[0]} of {place[1]} on its rollout; here a new rollout "
+            )
+            self.differ.append(Difference("steps_per_generation", f"{what}begins with it", "warn"))
         if (loss := self.arguments.get("loss_type")) in ("sapo", "vespo"):
             what = f"the trainer had loss_type = {loss}, whose later steps on a rollout are not modelled"
             self.differ.append(Difference("loss_type", what, "refuse", "update.loss"))

@@ -92,4 +92,4 @@ def place_of(number: int, minibatches: int) -> Row:
 
 def of_the_step(summary: Mapping[str, Any], learning_rate: float) -> Row:
     """Return the columns that the step itself has, from its summary and the nominal learning rate."""
-    return {"learning_rate": learning_rate} | {name: summary[name] for name in OF_STEP}
+    return {"learning_rate": learning_rate * summary["rate"]} | {name: summary[name] for name in OF_STEP}

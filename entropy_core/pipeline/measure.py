@@ -136,7 +136,9 @@ class Measurement:
         self.release(update)
         of_rollout = {"policy": policy, "checkpoint": self.optimizer, "sequences": u_batch, "update": update}
         on_e = OnE(e_batch, scores, learning_rate, self.config.importance.estimators[0], self.config.policy.arithmetic)
-        self.asked_for["phase"] = followed(self.config, of_rollout, on_e, self.stages, self.release)
+        self.asked_for["phase"] = followed(
+            self.config, of_rollout, on_e, self.checkpoint.learning_rates, self.stages, self.release
+        )
         if isinstance(policy.weights, Artifact):
             self.release(policy.weights)
         return {

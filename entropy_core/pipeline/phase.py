@@ -44,6 +44,7 @@ def followed(
     config: ProbeConfig,
     of_rollout: Inputs,
     on_e: OnE,
+    learning_rates: Sequence[float],
     stages: StagesOf,
     release: Callable[[Artifact], None],
 ) -> Inputs:
@@ -54,6 +55,7 @@ def followed(
         of_rollout: the policy, load-checkpoint, the sequences of U, and compute-update, which has the loss at the
             rollout.
         on_e: how E is measured.
+        learning_rates: of the steps, over that of the first.
         stages: runner of the stages of the checkpoint.
         release: called with an artifact when no stage will open its vectors any more.
 
@@ -72,19 +74,25 @@ def followed(
         label = f" · {one.label}" if one else ""
         taken += [
             {"intervention": (one or AS_IT_IS).label, **entry}
-            for entry in _steps(how, phase.steps, on_e, stages, label, release)
+            for entry in _steps(how, learning_rates, on_e, stages, label, release)
         ]
     return {"steps": taken, "minibatches": phase.minibatches}
 
 
 def _steps(
-    how: Inputs, count: int, on_e: OnE, stages: StagesOf, of: str, release: Callable[[Artifact], None]
+    how: Inputs,
+    learning_rates: Sequence[float],
+    on_e: OnE,
+    stages: StagesOf,
+    of: str,
+    release: Callable[[Artifact], None],
 ) -> Iterator[Inputs]:
-    """Take so many steps, each after the last, and measure E after each."""
+    """Take a step with each learning rate, each after the last, and measure E after each."""
     previous: Artifact | None = None
-    for number in range(count):
-        label = f"{of} · step {number + 1}/{count} of the phase"
-        now = stages.once(stage.PHASE_STEP, how | {"previous": previous, "number": number}, label)
+    for number, rate in enumerate(learning_rates):
+        label = f"{of} · step {number + 1}/{len(learning_rates)} of the phase"
+        asked = how | {"previous": previous, "number": number, "rate": rate}
+        now = stages.once(stage.PHASE_STEP, asked, label)
         if previous is not None:
             release(previous)
         yield {"number": number, "step": now, "at": _measured(how["policy"], on_e, now, stages, label)}

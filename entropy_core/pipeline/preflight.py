@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from entropy_core.checkpoints.content import read_json
+from entropy_core.checkpoints.schedule import TRAINER_STATE, UnknownScheduleError, factors_to_come
+from entropy_core.checkpoints.trainer_files import TrainerFiles
 from entropy_core.config.schema import ExecutionConfig, ProbeConfig
 from entropy_core.errors import ConfigError
 from entropy_core.files.checkpoint import optimizer_digest, weights_digest
@@ -54,6 +56,7 @@ class CheckpointToProbe:
         recorded: the rollouts that are its U; None where U is sampled.
         named_base: digest of the quantised base that an adapter names, where it is probed on another one; else empty.
         after: digest of the weights of the next checkpoint, for the post-mortem; empty for none.
+        learning_rates: of the steps on one rollout, over that of the first; empty if they are not followed.
     """
 
     directory: Path
@@ -76,6 +79,7 @@ class CheckpointToProbe:
     named_base: str
     recorded: RecordedU | None = None
     after: str = ""
+    learning_rates: tuple[float, ...] = ()
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -156,6 +160,7 @@ def _checked(
             paths |= dict([after])
         elif config.post_mortem:
             about_u += (f"No post-mortem of {name}: the checkpoint of the next step is not beside it.",)
+        learning_rates, about_rates = _learning_rates(config, name, layout.directory, trainer)
         found.append(
             CheckpointToProbe(
                 directory=layout.directory.resolve(),
@@ -172,12 +177,13 @@ def _checked(
                 assumptions=(*checkpoint.assumptions, *settled.notes, *about),
                 read=settled.read,
                 settings=settled.settings,
-                warnings=(*warnings, *about_u),
+                warnings=(*warnings, *about_u, *about_rates),
                 dropout=trainer.drops,
                 log=trainer_log(checkpoint.step, trainer, trainers),
                 recorded=of_one,
                 named_base=of_named,
                 after=after[0] if after else "",
+                learning_rates=learning_rates,
             )
         )
     if config.policy.base_model and not any(one.base or one.description for one in found):
@@ -196,9 +202,6 @@ def settled_config(config: ProbeConfig, checkpoints: Sequence[CheckpointToProbe]
         checkpoints: checkpoints from `preflight`.
     """
     return with_read(config, checkpoints[0].read)
-
-
-TRAINER_STATE = "trainer_state.json"
 
 
 def _trainer_state(directory: Path) -> dict[str, Any]:
@@ -245,6 +248,23 @@ def _check_workers(execution: ExecutionConfig) -> None:
             "execution.workers is ray, and Ray is not installed",
             fix="pip install -e '.[ray]', on every machine of the cluster, or use workers: pool",
         )
+
+
+def _learning_rates(
+    config: ProbeConfig, name: str, directory: Path, trainer: TrainerFiles
+) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """The learning rates of the steps on a rollout over that of the first, and what is to be said of them."""
+    phase = config.update.phase
+    if not phase.steps:
+        return (), ()
+    given = phase.learning_rates
+    if given:
+        return tuple([*given, *[given[-1]] * phase.steps][: phase.steps]), ()
+    try:
+        return factors_to_come(directory, trainer.arguments, phase.steps), ()
+    except UnknownScheduleError as why:
+        what = f"The learning rate after {name} stays what it is along the phase: {why}."
+        return (1.0,) * phase.steps, (what,)
 
 
 def check_device(device: str) -> None:

@@ -52,6 +52,7 @@ def phase_step(
     phase: PhaseSpec,
     intervention: InterventionSpec | None,
     number: int,
+    rate: float,
 ) -> dict[str, Any]:
     """Take one step: the loss of a minibatch at the policy as it is now, its gradient, and the optimizer's step on it.
 
@@ -73,6 +74,7 @@ def phase_step(
         intervention: what is changed in the loss or in the optimizer; None: nothing. What it selects it selects at the
             rollout.
         number: of the step, from 0; after the last minibatch comes the first one again.
+        rate: learning rate of the step over the nominal one, which is that of the first step.
 
     Returns:
         The number of steps taken and the moments that are kept; what the loss did with the tokens: shares of those that
@@ -85,6 +87,7 @@ def phase_step(
     altered_by = Altered()
     if intervention is not None:
         loss, altered_by = changed_spec(loss, intervention), altered(intervention)
+    altered_by = altered_by._replace(learning_rate=rate * altered_by.learning_rate)
     (rollout,) = read_with(update, table, [loss])
     terms = _terms(rollout, intervention)
     cut = [minibatch_of(term.batch, loss, phase, number % phase.minibatches) for term in terms]
@@ -114,6 +117,7 @@ def phase_step(
     out.table(_clipped(known, batch, rollout, shards, chosen_M, processor), "clipped.parquet")
     return {
         "steps": number + 1,
+        "rate": rate,
         "gradient_norm": found.gradient_norm,
         "clip_factor": found.clip_factor,
         "moments": sorted(kept),

@@ -17,7 +17,8 @@ def test_the_phase_is_the_trainers(record: Proof, tmp_path: Path, monkeypatch: p
         "The steps on one rollout",
         claim=f"TRL trains a tiny policy with steps_per_generation = {parts} and num_iterations = {epochs}, its "
         "generator seeded where it shuffles the rollout. The probe is given the checkpoint before the second rollout, "
-        "the responses of that rollout and the seed, and follows the phase: the weights after its last step.",
+        "the responses of that rollout and the seed, and follows the phase: the weights after its last step. Along a "
+        "schedule, the learning rate rises and then falls within the phase.",
         limit=f"largest error of a weight below {power(ERROR)}, with more than 5 % of the tokens of a step clipped",
         columns=("setting", "largest error of a weight", "largest change of a weight", "clipped low", "clipped high"),
     )
