@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     tried.add_argument("--predict", metavar="WHICH", help="all (the default) or none: the exact step under each")
     tried.add_argument("--measure", metavar="WHICH", help='all, none, or "best N" (default: "best 5"): ΔH on E')
     tried.add_argument("--margin", type=float, metavar="X", help="share of |δH₁| that does not matter (default: 0.1)")
+    rehearse = tried.add_argument_group("rehearsal", "real steps from the last checkpoint, each on fresh responses")
+    rehearse.add_argument("--rehearse", type=int, metavar="K", help="take K steps, as the run is and under the best 3")
+    rehearse.add_argument("--seeds", type=int, metavar="S", help="from so many seeds (default: 3)")
+    rehearse.add_argument("--floor", type=float, metavar="H", help="say when the entropy falls below H, nats per token")
     _add_direct(tried)
     add_artifacts(tried)
 
@@ -176,6 +180,8 @@ def _interventions(options: argparse.Namespace) -> int:
     from entropy_core.config.read import parse_interventions
 
     lab = {name: getattr(options, name) for name in ("predict", "measure", "margin")}
+    rehearse = {"steps": options.rehearse, "seeds": options.seeds, "floor": options.floor}
+    lab["rehearse"] = {name: value for name, value in rehearse.items() if value is not None} or None
     given = {"lab": {name: value for name, value in lab.items() if value is not None}}
     if options.interventions:
         given["interventions"] = options.interventions

@@ -20,6 +20,7 @@ _LAST_STAGES = (
     "variance",
     "price",
     "phase",
+    "rehearsal",
     "post-mortem",
     "interventions",
     "agreement",

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SAMPLE = {"sample-e-batch", "sample-u-batch"}
 SCORE = {"score-e-batch", "score-u-batch", "score-u-reference"}
-CHANGED_STEP = {"predict", "altered-step", "phase-step"}
+CHANGED_STEP = {"predict", "altered-step", "phase-step", "rehearsal-step"}
 FORWARD_MODE = {
     *("calibrate", "first-order-e", "first-order-u", "path-integral", "block-sensitivities", "reward-shares-u"),
 }
@@ -34,7 +34,7 @@ POLICY = (
     | BACKWARD
     | {"rescore-e-batch", "discriminate-u", "importance", "recorded-u-batch", "real-step"}
 )
-STATISTICS = {"variance", "price", "phase", "agreement", "interventions", "post-mortem", "report"}
+STATISTICS = {"variance", "price", "phase", "rehearsal", "agreement", "interventions", "post-mortem", "report"}
 REWARD = {"reward-u-batch", "reward-e-batch"}
 OF_THE_LOSS = {"compute-update", "first-order-u", "half-steps-u", "screen"} | CHANGED_STEP
 
@@ -182,12 +182,12 @@ EDITS = {
     "a statistic": Edit(replaces("((C - 1) / C * ((without_C", "((C - 1) * ((without_C"), {"variance"}),
     "a type in a module of statistics": Edit(
         replaces('Estimator = Literal["per_decision",', 'Estimator = Literal["mean", "per_decision",'),
-        {"variance", "price", "phase", "interventions", "post-mortem"},
+        {"variance", "price", "phase", "rehearsal", "interventions", "post-mortem"},
     ),
     "the formula of a baseline": Edit(
         adds("def time_loo_baseline(", "def time_totals(*_): ..."),
         {"entropy-gradient", "reward-gradient", "block-sensitivities"}
-        | {"variance", "price", "phase", "interventions", "post-mortem"},
+        | {"variance", "price", "phase", "rehearsal", "interventions", "post-mortem"},
     ),
     "a limit of a verdict": Edit(
         replaces("MATERIAL_CURVATURE = ", "MATERIAL_CURVATURE = 2 * "), {"variance", "report"}

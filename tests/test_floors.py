@@ -228,7 +228,8 @@ def test_each_library_has_its_own_door():
     assert importers("math_verify") == core("rewards.math_answers")
     assert importers("ray") == core("workers.ray_actors")
     assert importers("markdown_it") == core("report.html")
-    drawing = ("comparison_figure", "curves", "drawing", "figures", "frontier", "glyphs", "ratios", "tokens_in_text")
+    drawing = ("comparison_figure", "curves", "drawing", "figures", "frontier", "glyphs", "ratios")
+    drawing += ("rehearsal_figure", "tokens_in_text")
     assert importers("matplotlib") == core(*(f"report.{name}" for name in drawing))
     assert importers("scipy") == core("estimates.distributions")
     assert importers("safetensors") == core(
@@ -258,7 +259,9 @@ def test_nothing_is_imported_that_is_not_declared():
     assert used - known <= of_theirs  # of scipy, transformers, Prefect and pydantic
 
 
-@pytest.mark.parametrize("stage", ["variance", "price", "phase", "agreement", "interventions", "post_mortem", "report"])
+@pytest.mark.parametrize(
+    "stage", ["variance", "price", "phase", "rehearsal", "agreement", "interventions", "post_mortem", "report"]
+)
 def test_the_statistics_reach_no_policy(stage):
     modules = reached(f"entropy_core.stages.{stage}")
     assert {"entropy_core.estimates.tables", f"entropy_core.stages.{stage}"} <= modules
@@ -273,7 +276,7 @@ def test_what_handles_no_sequence_does_not_reach_the_policy():
     without = {name for name in STAGES if not any(room(other) == "policy" for other in reached(name))}
     names = (
         *("load_checkpoint", "load_weights", "load_prompts", "reward"),
-        *("screen", "variance", "price", "phase", "agreement", "interventions", "post_mortem", "report"),
+        *("screen", "variance", "price", "phase", "rehearsal", "agreement", "interventions", "post_mortem", "report"),
     )
     assert without == {f"entropy_core.stages.{name}" for name in names}
 

@@ -24,6 +24,7 @@ from test_report import MEASURED, row, sweep, tokens_of, without_measurement
 from entropy_core.report import figures, glyphs, ratios
 from entropy_core.report.comparison_figure import comparison_figure
 from entropy_core.report.drawing import BY_STEP, MARKERS, Training
+from entropy_core.report.rehearsal_figure import rehearsal_figure
 
 ETAS = (0.0, 0.01, 0.1, 0.3, 1.0, 3.0)
 CHAT = ["<|im_start|>", "assistant", "\n", "<think>", "\n", "The", " answer", " is", " 42", "</think>", "<|im_end|>"]
@@ -126,6 +127,34 @@ def interventions_of(count: int, margin: float = 1e-4) -> list[dict[str, Any]]:
     return rows
 
 
+def rehearsal_of(count: int, seeds: int, rewarded: bool = True) -> list[dict[str, Any]]:
+    """Rows of all seeds together, under so many interventions."""
+    names = [
+        "as it is",
+        "entropy_advantage: 0.4",
+        "loss: luspo",
+        "lr: 0.5",
+        "dynamic_sampling",
+        "pass_rate: [0.2, 0.8]",
+    ]
+    rows = []
+    for place, name in enumerate(names[: count + 1]):
+        for step in range(0, 9, 2):
+            H = 0.17 - 0.002 * step * (1 - 0.2 * place)
+            row = {"checkpoint": "checkpoint-30", "step": 30, "normalization": "per_token", "replicate": None}
+            row |= {"intervention": name, "rehearsal_step": step, "floor": 0.16, "difference": 0.0004 * step * place}
+            for of, value, half in (("H", H, 0.001), ("J", 0.5 + 0.01 * step, 0.02)):
+                known = of == "H" or rewarded
+                ends = {
+                    f"{of}_{end}": value + sign * half if known else None for end, sign in (("low", -1), ("high", 1))
+                }
+                band = {f"{of}_run_{end}": value + 3 * sign * half for end, sign in (("low", -1), ("high", 1))}
+                row |= {of: value if known else None} | ends
+                row |= band if seeds > 1 and known else dict.fromkeys(band)
+            rows.append(row)
+    return rows
+
+
 SWEPT = ("prediction", "eta_sweep", "training")
 ONLY = {
     **dict.fromkeys(("six", "noisy", "measured-in-part", "both-directions", "all-estimators"), ("eta_sweep",)),
@@ -141,6 +170,7 @@ NAMES = [
     *(f"tokens-{name}" for name in (*SCRIPTS, "silent")),
     *(f"interventions-{count}" for count in (1, 5, 40)),
     *(f"comparison-{count}" for count in (1, 40)),
+    *(f"rehearsal-{count}" for count in (0, 5)),
 ]
 """Every figure of the gallery, by file name."""
 
@@ -157,6 +187,8 @@ def drawn(name: str) -> Figure:
         return swept(of)[which]
     if which == "interventions":
         return figures.intervention_figure(interventions_of(int(of)))
+    if which == "rehearsal":
+        return rehearsal_figure(rehearsal_of(int(of), seeds=1 + int(of), rewarded=of != "0"))
     if which == "comparison":
         series = {name: training_run(int(of), size) for name, size in (("demo-3710175b0557", 1.0), ("实验-b", 0.8))}
         return comparison_figure(series, [])

@@ -11,7 +11,14 @@ import pytest
 from markdown_it import MarkdownIt
 
 from benchmarks.sizes import sizes_page
-from entropy_core.estimates import comparison, interventions, phase_table, price_table, trainer_agreement
+from entropy_core.estimates import (
+    comparison,
+    interventions,
+    phase_table,
+    price_table,
+    rehearsal_table,
+    trainer_agreement,
+)
 from entropy_core.estimates.second_order import NONE
 from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES
 from entropy_core.numerics import verdicts
@@ -144,7 +151,7 @@ def test_every_column_is_of_a_term_of_the_glossary():
     rows = [re.split(r"(?<!\\)\|", line)[2] for line in text.splitlines() if line.startswith("| ") and "`" in line]
     terms = {term for row in rows for term in re.findall(r"`([^`]+)`", row)}
     schemas = [RESULTS, AGREEMENT, INTERVENTIONS, COMPARISON, price_table.PRICE, *TABLES.values()]
-    schemas += [phase_table.PHASE, phase_table.CLIPPED]
+    schemas += [phase_table.PHASE, phase_table.CLIPPED, rehearsal_table.REHEARSAL]
     columns = {name for schema in schemas for name in schema.names}
     unknown = {name for name in columns if not any(name == term or name.startswith(f"{term}_") for term in terms)}
     assert unknown == set()

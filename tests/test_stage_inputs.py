@@ -41,7 +41,7 @@ def asked(home, store: str = "artifacts") -> dict[str, Any]:
         importance={"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
         price=True,
         interventions=["positives_only"],
-        lab={"measure": "best 1"},
+        lab={"measure": "best 1", "rehearse": {"steps": 1, "seeds": 1}},
     )
 
 
@@ -53,7 +53,7 @@ def swept(home) -> Counting:
         rollouts = write_rollouts(home / "4.jsonl")
         recorded["batch_config"] = recorded["batch_config"] | {"U": {"from": str(rollouts)}}
         shutil.copytree(home / "run" / "checkpoint-5", home / "run" / "checkpoint-4")
-        recorded["post_mortem"] = True
+        recorded["post_mortem"], recorded["lab"] = True, {"measure": "best 1"}
         recorded["update"] = recorded["update"] | {"phase": {"follow": True, "minibatches": 2}}
         done.asked += probe(recorded).run.asked
         return done

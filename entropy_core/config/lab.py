@@ -8,6 +8,42 @@ from entropy_core.config.paths import InterventionEntry, StoreFolder
 from entropy_core.config.section import Section
 
 
+class RehearseConfig(Section):
+    """Real steps from the last checkpoint, each on fresh responses: for the run as it is, and under interventions."""
+
+    steps: int = Field(0, ge=0, le=10_000, description="Optimizer steps to take; 0: no rehearsal.")
+    seeds: int = Field(
+        3,
+        ge=1,
+        le=1000,
+        description="How often the steps are taken anew, with other prompts and draws; from one seed, all "
+        "interventions have the same random numbers. Bands need two.",
+    )
+    interventions: str = Field(
+        "best 3",
+        pattern=r"^(all|none|best [1-9][0-9]{0,3})$",
+        description="Which of the `interventions` are rehearsed beside the run as it is: all, none, or the `best N`, "
+        "those under which δH₁ is largest by the first half of E.",
+    )
+    every: int = Field(
+        2,
+        ge=1,
+        le=10_000,
+        description="E is sampled, scored and rewarded after every so many steps, and after the last.",
+    )
+    floor: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="When does the entropy reach this floor, in nats per token? 0: not asked.",
+    )
+
+    @property
+    def measured(self) -> int:
+        """How often E is measured along the rehearsals of one intervention; 0 if there are none."""
+        return self.seeds * (1 + -(-self.steps // self.every)) if self.steps else 0
+
+
 class LabConfig(Section):
     """How the `interventions` are tried: each is compared with the run as it is, on the same E and U."""
 
@@ -29,6 +65,7 @@ class LabConfig(Section):
         description="A difference of less than this share of |δH₁| does not matter: an intervention whose whole "
         "interval is within it does not act.",
     )
+    rehearse: RehearseConfig = RehearseConfig()
 
 
 class InterventionsRequest(Section):

@@ -13,6 +13,7 @@ from entropy_core.config.schema import ProbeConfig, VarianceRequest
 from entropy_core.estimates.phase_table import CLIPPED, PHASE
 from entropy_core.estimates.post_mortem import POST_MORTEM
 from entropy_core.estimates.price_table import PRICE
+from entropy_core.estimates.rehearsal_table import REHEARSAL
 from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, RESULTS, TABLES, of_checkpoints
 
 
@@ -57,6 +58,8 @@ def tables_page() -> str:
         "price": "A row per checkpoint × normalisation × step size but 0, if `price` is set.",
         "phase": "A row per checkpoint × normalisation × optimizer step on the rollout, if `update.phase` is followed.",
         "clipped": "A row per checkpoint × optimizer step on the rollout × token whose importance ratio it clips.",
+        "rehearsal": "A row per checkpoint × normalisation × intervention × seed × measured step, and one of all seeds "
+        "together, if `lab.rehearse` asks for steps.",
         "post_mortem": "A row per checkpoint × normalisation × part of the step that was taken, if asked for.",
         "agreement": "A row per checkpoint × quantity that the probe measures and a trainer may log.",
         "interventions": "A row per checkpoint × normalisation × level × intervention, if any are asked for.",
@@ -67,6 +70,7 @@ def tables_page() -> str:
         "price": of_checkpoints(PRICE),
         "phase": of_checkpoints(PHASE),
         "clipped": of_checkpoints(CLIPPED),
+        "rehearsal": of_checkpoints(REHEARSAL),
         "post_mortem": of_checkpoints(POST_MORTEM),
         "agreement": AGREEMENT,
         "interventions": INTERVENTIONS,

@@ -72,11 +72,26 @@ def changed_by(
     (batch,) = read_with(update, sequences, [spec])
     _, as_it_is = read_batch(update, sequences)
     share_K = share_on_first_half(sensitivities, as_it_is)
+    return changed_loss(intervention, execution, spec, Known(batch, excess_K, share_K, intervention.seed))
+
+
+def changed_loss(intervention: InterventionSpec, execution: "Execution", spec: LossSpec, known: Known) -> Changed:
+    """Apply an intervention to a batch as the loss sees it.
+
+    Args:
+        intervention: one that is applicable.
+        execution: knows where files of the user are.
+        spec: the loss, of `changed_spec`.
+        known: the batch, and what the intervention may go by.
+
+    Returns:
+        The changed loss and optimizer.
+    """
     if intervention.source:
         own = in_file(intervention.name, execution.paths[intervention.source])
-        terms = policy_terms(batch, token_weights(own, batch, execution.isolation))
+        terms = policy_terms(known.batch, token_weights(own, known.batch, execution.isolation))
     else:
-        terms = terms_of(intervention, Known(batch, excess_K, share_K, intervention.seed))
+        terms = terms_of(intervention, known)
     loss = name_of(execution, spec.name, spec.source)
     of_each = [token_coefficients(loss, term.batch, execution.isolation) for term in terms]
     return Changed(loss, terms, add_up(terms, of_each), altered(intervention))

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +14,15 @@ from entropy_core.numerics.adamw import clip_factor
 from entropy_core.numerics.altered_optimizer import Altered
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.rounded_step import rounded_clip_factor
-from entropy_core.numerics.vectors import Block, Lazy, global_norm, in_blocks
+from entropy_core.numerics.vectors import Block, Lazy, global_norm, in_blocks, squares
+from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.loss_gradient import add_loss_gradient
 from entropy_core.sequences.processor import SequenceProcessor
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact
+    from entropy_core.store.artifact import Artifact, Writer
 
 
 class TakenStep(NamedTuple):
@@ -91,3 +93,47 @@ def taken_step(
         ((gradient[name], narrow.get(name, torch.float32)) for name in moving), max_norm if narrow else 0.0
     )
     return TakenStep(step, g, rounded_clip, norm, clip)
+
+
+def write_step(
+    out: "Writer", found: TakenStep, checkpoint: "Artifact", policy: Policy, previous: "Artifact | None"
+) -> dict[str, Any]:
+    """Write a step of a chain: D, the sum of the steps since the checkpoint, and the moments that the next starts from.
+
+    Args:
+        out: receives the vector `direction` (D) and each moment after the step, by parameter name.
+        found: the step.
+        checkpoint: artifact of load-checkpoint.
+        policy: θ + η·D before the step.
+        previous: the step before, with a vector `direction`; None for the first one.
+
+    Returns:
+        The moments that are kept, norm of the gradient and its clip factor, and the norms of the step and of D.
+    """
+    parameters = policy.named_parameters()
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    kept = found.step.moments(sorted(moved_parameters(checkpoint)))
+    before = None if previous is None else previous.vector("direction")
+    after = {key: found.step.after(key, found.rounded_clip) for key in kept}
+    of_step = of_direction = 0.0
+    with ExitStack() as files:
+        direction = files.enter_context(out.vector("direction", shapes, policy.dtype))
+        moments = {
+            key: files.enter_context(out.vector(key, {name: shapes[name] for name in names}, policy.dtype))
+            for key, names in kept.items()
+        }
+        for block, v in found.blocks():
+            of_step += squares(v)
+            for key, file in moments.items():
+                if block.name in kept[key]:
+                    file.write(block, after[key][block])
+            total = v if before is None else v + before.block(block).to(v.device).double()
+            of_direction += squares(total)
+            direction.write(block, total)
+    return {
+        "moments": sorted(kept),
+        "gradient_norm": found.gradient_norm,
+        "clip_factor": found.clip_factor,
+        "step_norm": of_step**0.5,
+        "update_norm": of_direction**0.5,
+    }

@@ -20,6 +20,7 @@ from entropy_core.stages.phase_step import phase_step
 from entropy_core.stages.predict import predict
 from entropy_core.stages.real_step import real_step
 from entropy_core.stages.recorded_u import recorded_u
+from entropy_core.stages.rehearsal_step import rehearsal_step
 from entropy_core.stages.rescore import rescore
 from entropy_core.stages.reward import reward
 from entropy_core.stages.reward_gradient import reward_gradient
@@ -58,9 +59,10 @@ SCREEN = Stage("screen", screen)
 PREDICT = Stage("predict", predict, vectors=("gradient", "reward_gradient"))
 ALTERED_STEP = Stage("altered-step", altered_step)
 PHASE_STEP = Stage("phase-step", phase_step, vectors=("previous",))
+REHEARSAL_STEP = Stage("rehearsal-step", rehearsal_step)
 REAL_STEP = Stage("real-step", real_step, vectors=("update", "gradient"))
 VARIANCE, PRICE, INTERVENTIONS = final_stages.VARIANCE, final_stages.PRICE, final_stages.INTERVENTIONS
-PHASE, POST_MORTEM = final_stages.PHASE, final_stages.POST_MORTEM
+PHASE, REHEARSAL, POST_MORTEM = final_stages.PHASE, final_stages.REHEARSAL, final_stages.POST_MORTEM
 AGREEMENT, REPORT = final_stages.AGREEMENT, final_stages.REPORT
 
 STAGES = tuple(value for value in dict(globals()).values() if isinstance(value, Stage))

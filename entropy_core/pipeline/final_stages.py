@@ -9,6 +9,7 @@ from entropy_core.stages.interventions import interventions
 from entropy_core.stages.phase import phase
 from entropy_core.stages.post_mortem import post_mortem
 from entropy_core.stages.price import price
+from entropy_core.stages.rehearsal import rehearsal
 from entropy_core.stages.report import report
 from entropy_core.stages.variance import variance
 from entropy_core.store.store import Stage
@@ -17,6 +18,7 @@ VARIANCE = Stage("variance", variance)
 PRICE = Stage("price", price)
 INTERVENTIONS = Stage("interventions", interventions)
 PHASE = Stage("phase", phase)
+REHEARSAL = Stage("rehearsal", rehearsal)
 POST_MORTEM = Stage("post-mortem", post_mortem)
 AGREEMENT = Stage("agreement", agreement)
 REPORT = Stage("report", report)
@@ -61,6 +63,11 @@ def _along_the_phase(entry: Inputs, config: ProbeConfig) -> Inputs:
     return rewards | _from_recorded(entry, config, "phase", names, _ESTIMATION)
 
 
+def _rehearsed(entry: Inputs, config: ProbeConfig) -> Inputs:
+    floor = {"floor": config.lab.rehearse.floor}
+    return floor | _from_recorded(entry, config, "rehearsal", (), ("normalizations", "confidence_level"))
+
+
 def _dissected(entry: Inputs, config: ProbeConfig) -> Inputs:
     attribution = {"attribution": entry["inputs"]["first_order_u"]}
     names = ("scores", "first_order_e", "scores_u")
@@ -71,6 +78,7 @@ ASKED_FOR: dict[str, tuple[Stage, Callable[[Inputs, ProbeConfig], Inputs]]] = {
     "price": (PRICE, _priced),
     "interventions": (INTERVENTIONS, _compared_interventions),
     "phase": (PHASE, _along_the_phase),
+    "rehearsal": (REHEARSAL, _rehearsed),
     "post_mortem": (POST_MORTEM, _dissected),
 }
 """The stages that run if they are asked for, by what is recorded of a checkpoint for each (empty if it was not), and

@@ -88,7 +88,8 @@ def tried(
     for gradient in filter(None, (step.gradient, step.reward_gradient)):  # what is left needs only the steps
         release(gradient)
     measured = []
-    for spec in _to_measure(config.lab.measure, tried_specs, screened, predicted):
+    to_measure = chosen(config.lab.measure, tried_specs, screened, predicted)
+    for spec in to_measure if len(to_measure) > 1 else ():
         label = f" · {spec.label}"
         moved_by = step.update
         if spec is not AS_IT_IS:
@@ -102,15 +103,22 @@ def tried(
     return {"screen": screened, "predicted": predicted, "measured": measured}
 
 
-def _to_measure(
+def chosen(
     asked: str, specs: Sequence[InterventionSpec], screened: Artifact, predicted: Sequence[Mapping[str, Any]]
 ) -> list[InterventionSpec]:
-    """The run as it is, and those asked for: the best are those whose δH₁ is largest by the first half of E."""
-    if asked == "none" or len(specs) == 1:
-        return []
+    """Choose the run as it is and the interventions that are asked for.
+
+    Args:
+        asked: all, none, or `best N`, those whose δH₁ is largest by the first half of E.
+        specs: the run as it is, then the interventions.
+        screened: artifact of screen.
+        predicted: artifacts of predict, by the labels of the interventions; may be empty.
+    """
     if asked == "all":
         return list(specs)
     first, *others = specs
+    if asked == "none":
+        return [first]
     count = int(asked.removeprefix("best "))
     by_label = {entry["label"]: entry["first_half"] for entry in screened.summary.get("interventions", ())}
     half: dict[str, float] = screened.summary.get("first_half", {})  # empty in a dry run that would screen anew

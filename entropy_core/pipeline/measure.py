@@ -8,13 +8,15 @@ from functools import partial
 
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.pipeline import catalogue as stage
+from entropy_core.pipeline.batch_inputs import reference_of, responses_of_e, rewarded, sampled_e, sampled_u
 from entropy_core.pipeline.lab import Batches, StepAsItIs, tried
 from entropy_core.pipeline.named_base import base_differences
 from entropy_core.pipeline.phase import OnE, followed
 from entropy_core.pipeline.preflight import CheckpointToProbe
 from entropy_core.pipeline.recorded_u import RecordedU, remarks
+from entropy_core.pipeline.rehearsed import Rehearsal, chains
 from entropy_core.pipeline.runner import Inputs, Runner
-from entropy_core.pipeline.specs import loss_spec, reward_spec, sampler_of
+from entropy_core.pipeline.specs import loss_spec, sampler_of
 from entropy_core.pipeline.stages_of import StagesOf
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
@@ -69,12 +71,7 @@ class Measurement:
             attn_implementation=config.policy.attn_implementation,
             temperature=config.generation.temperature,
         )
-        batch = config.batch_config
-        self.replacement = batch.E_sampling_mode == "replacement"
-        self.together = (
-            1 if self.replacement else batch.G
-        )  # responses of E to the same prompt, which are not independent
-        self.e_total = batch.E_total_sequences if self.replacement else batch.B_E_values[0] * batch.G
+        self.e_total, self.together = responses_of_e(config)
 
     def _weights(self) -> Artifact:
         """Put weights that lie in shards into files that transformers can open."""
@@ -139,6 +136,8 @@ class Measurement:
         self.asked_for["phase"] = followed(
             self.config, of_rollout, on_e, self.checkpoint.learning_rates, self.stages, self.release
         )
+        if self.config.lab.rehearse.steps:
+            self._rehearse()
         if isinstance(policy.weights, Artifact):
             self.release(policy.weights)
         return {
@@ -158,6 +157,14 @@ class Measurement:
             "replicates": replicates,
             "estimators": self.config.importance.estimators,
         }
+
+    def _rehearse(self) -> None:
+        """Take the steps of the run as it is and of the best interventions, each on fresh responses."""
+        pools = (self.e_pool, self.u_pool)
+        rehearsal = Rehearsal(
+            self.config, self.checkpoint, self.optimizer, pools, self.policy, self.stages, self.run, self.release
+        )
+        self.asked_for["rehearsal"] = rehearsal.of(chains(self.config, self.asked_for.get("interventions", {})))
 
     def _step(self) -> tuple[list[Artifact], list[Artifact], Artifact]:
         """Sample and score a U batch, and take the step."""
@@ -204,15 +211,7 @@ class Measurement:
     def _sample_e(self, seed: int, suffix: str) -> tuple[list[Artifact], list[Artifact]]:
         """Sample an E batch and score it."""
         policy, proposal = sampler_of(self.config, self.policy)
-        inputs = {
-            "policy": policy,
-            "proposal": proposal,
-            "prompts": self.e_pool,
-            "batch": "E",
-            "mode": self.config.batch_config.E_sampling_mode,
-            "responses_per_prompt": self.together,
-            "seed": seed,
-        }
+        inputs = sampled_e(self.config, policy, self.e_pool, seed) | {"proposal": proposal}
         e_batch = self.stages.sample(stage.SAMPLE_E, self.e_total, inputs, suffix)
         return e_batch, self.stages.score(stage.SCORE_E, self.policy, e_batch, suffix)
 
@@ -221,15 +220,7 @@ class Measurement:
         if self.checkpoint.recorded:
             self.recorded = [self.stages.once(stage.RECORDED_U, self._as_recorded(self.checkpoint.recorded))]
             return self.recorded
-        inputs = {
-            "policy": self.policy,
-            "proposal": None,
-            "prompts": self.u_pool,
-            "batch": "U",
-            "mode": "distinct",
-            "responses_per_prompt": batch.G,
-            "seed": batch.U_batch_seed,
-        }
+        inputs = sampled_u(self.config, self.policy, self.u_pool, batch.U_batch_seed)
         return self.stages.sample(stage.SAMPLE_U, batch.B_U * batch.G, inputs)
 
     def _as_recorded(self, rollouts: RecordedU) -> Inputs:
@@ -254,18 +245,7 @@ class Measurement:
         return self.stages.once(stage.CALIBRATE, first | {"update": update, "arithmetic": how.arithmetic})
 
     def _rewarded(self, sequences: Sequence[Artifact], pool: Artifact) -> Inputs:
-        """The inputs of the rewards of some sequences, which are summed with their weights."""
-        update = self.config.update
-        weighted = update.reward_weights and set(update.reward_weights) != {1.0}
-        return {
-            "sequences": sequences,
-            "prompts": pool,
-            "rewards": [reward_spec(name) for name in update.rewards],
-            "weights": update.reward_weights if weighted else [],
-            "aggregation": "sum_then_normalize",
-            "responses_per_prompt": self.config.batch_config.G,
-            "trainer_state": self.checkpoint.trainer_state,
-        }
+        return rewarded(self.config, self.checkpoint, sequences, pool)
 
     def _update(self, u_batch: Sequence[Artifact], scores_u: Sequence[Artifact]) -> Artifact:
         update, reference, rollouts = self.config.update, [], self.checkpoint.recorded
@@ -276,8 +256,7 @@ class Measurement:
             rewarded = self._rewarded(u_batch, self.u_pool) | {"aggregation": update.multi_objective_aggregation}
             rewards = self.stages.once(stage.REWARD_U, rewarded)
         if update.kl_beta and not (rollouts and rollouts.referenced(self.config)):
-            weights, *base = self.checkpoint.reference
-            of_reference = self.policy.model_copy(update={"weights": weights, "base": "".join(base)})
+            of_reference = reference_of(self.checkpoint, self.policy)
             reference = self.stages.score(stage.SCORE_REFERENCE, of_reference, u_batch)
         inputs = {
             "policy": self.policy,

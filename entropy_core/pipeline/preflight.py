@@ -24,6 +24,7 @@ from entropy_core.pipeline.prompts_and_rewards import check_positions, checked_p
 from entropy_core.pipeline.recorded_u import RecordedU, check_recorded, recorded_of_each, with_sizes
 from entropy_core.pipeline.reference import reference_of
 from entropy_core.pipeline.settings import Setting, Settled, check_weights, settle, with_read
+from entropy_core.pipeline.specs import rehearsed_interventions
 from entropy_core.pipeline.trainer_log import trainer_log
 from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
 from entropy_core.prompts.pools import Pool
@@ -125,8 +126,12 @@ def _checked(
     """Check the prompts, the reward and the loss, and that each checkpoint fits them."""
     _check_shards(config)
     check_weights(config)
-    if config.update.phase.follow:
-        _check_states(usable)
+    for key, asked in (
+        ("update.phase.follow", config.update.phase.follow),
+        ("lab.rehearse", config.lab.rehearse.steps),
+    ):
+        if asked:
+            _check_states(usable, key)
     state = _trainer_state(usable[0].checkpoint.layout.directory)
     rewarded = bool(recorded) and all(of_one.rewarded(config) for of_one in recorded.values()) and not config.price
     pools = checked_pools(config, None if rewarded else state)
@@ -218,9 +223,13 @@ def _check_shards(config: ProbeConfig) -> None:
     batch, size = config.batch_config, config.execution.shard_size
     replacement = batch.E_sampling_mode == "replacement"
     in_e = batch.E_total_sequences if replacement else batch.B_E_values[0] * batch.G
+    rehearse = config.lab.rehearse
+    rehearsed = 1 + rehearsed_interventions(config) if rehearse.steps else 0
     passes = batch.E_replicates + len(config.importance.etas) + config.update.phase.followed
-    sequences = in_e * passes + batch.B_U * batch.G
-    shards = -(-in_e // size) * passes + -(-batch.B_U * batch.G // size)
+    passes += rehearsed * rehearse.measured
+    updates = 1 + rehearsed * rehearse.seeds * rehearse.steps
+    sequences = in_e * passes + batch.B_U * batch.G * updates
+    shards = -(-in_e // size) * passes + -(-batch.B_U * batch.G // size) * updates
     if shards > MOST_SHARDS:
         raise ConfigError(
             f"this sweep has {shards} shards of {size} sequences per checkpoint, and {MOST_SHARDS} are possible",
@@ -228,13 +237,13 @@ def _check_shards(config: ProbeConfig) -> None:
         )
 
 
-def _check_states(usable: Sequence[UsableCheckpoint]) -> None:
+def _check_states(usable: Sequence[UsableCheckpoint], key: str) -> None:
     """Refuse to take several steps with an optimizer whose state after a step is not known."""
     for one in usable:
         rules = [RULES[group.rule] for group in one.checkpoint.optimizer.groups]
         if unknown := [rule.name for rule in rules if not rule.has_after]:
             raise ConfigError(
-                f"update.phase.follow: {one.name} is of {unknown[0]}, whose moments after a step are not modelled",
+                f"{key}: {one.name} is of {unknown[0]}, whose moments after a step are not modelled",
                 fix="leave it out: the first step is predicted and measured as ever",
             )
 

@@ -46,6 +46,7 @@ class _Checkpoint(_Form):
     price: dict[str, Any] = {}
     interventions: dict[str, Any] = {}
     phase: dict[str, Any] = {}
+    rehearsal: dict[str, Any] = {}
     post_mortem: dict[str, Any] = {}
     notes: list[str]
     settings: list[_Setting]

@@ -290,6 +290,7 @@ def _check_combination(config: ProbeConfig) -> None:
     """Refuse settings of the step that contradict each other."""
     update = config.update
     _check_phase(config)
+    _check_rehearsal(config)
     if update.reference and not update.kl_beta:
         raise ConfigError(
             "update.reference: a reference policy has no part in a loss without a KL term",
@@ -328,6 +329,20 @@ def _check_phase(config: ProbeConfig) -> None:
         raise ConfigError(
             f"update.phase.delta is {phase.delta:g}: a dual clip at or below 1 clips on-policy",
             fix="set it above 1, as trainers do (verl: clip_ratio_c = 3), or leave it out",
+        )
+
+
+def _check_rehearsal(config: ProbeConfig) -> None:
+    """Refuse to rehearse steps that are not on fresh responses of their own. Raises ConfigError."""
+    if config.lab.rehearse.steps and config.batch_config.U.source:
+        raise ConfigError(
+            "lab.rehearse takes steps on fresh responses, and batch_config.U.from is a recorded batch",
+            fix="leave one of them out",
+        )
+    if config.lab.rehearse.steps and config.update.phase.steps > 1:
+        raise ConfigError(
+            "lab.rehearse takes one step on each rollout, and update.phase follows several",
+            fix="leave one of them out",
         )
 
 

@@ -76,6 +76,12 @@ def intervention_specs(config: ProbeConfig) -> list[InterventionSpec]:
     return list({spec.label: spec for spec in found}.values())
 
 
+def rehearsed_interventions(config: ProbeConfig) -> int:
+    """Return how many interventions are rehearsed, at most."""
+    asked, count = config.lab.rehearse.interventions, len(intervention_specs(config))
+    return 0 if asked == "none" else count if asked == "all" else min(count, int(asked.removeprefix("best ")))
+
+
 def sampler_of(config: ProbeConfig, policy: PolicySpec) -> tuple[PolicySpec, ProposalSpec | None]:
     """Return the policy that E is sampled with, and the law; None if both are those of the scores."""
     how = config.generation

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from entropy_core.config.lab import RehearseConfig
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.errors import StoreError
 from entropy_core.execution import Execution
@@ -162,7 +163,8 @@ def _measured(
 
     def measure(checkpoint: CheckpointToProbe, optimizer: Artifact) -> tuple[Inputs, Measurement]:
         pools = by_tokenizer[checkpoint.tokenizer]
-        measurement = Measurement(config, checkpoint, optimizer, pools, run, release)
+        of_one = config if checkpoint is checkpoints[-1] else without_rehearsal(config)
+        measurement = Measurement(of_one, checkpoint, optimizer, pools, run, release)
         inputs = run.part(checkpoint.name, partial(_variance_inputs, measurement))
         of_pools = [note for pool in pools.values() for note in pool.summary["notes"]]
         entry = {
@@ -186,6 +188,12 @@ def _measured(
     for entry in measured:
         entry["warnings"] += [*dropout_sizes(dropped), *bases]
     return measured
+
+
+def without_rehearsal(config: ProbeConfig) -> ProbeConfig:
+    """The configuration for all checkpoints but the last."""
+    lab = config.lab.model_copy(update={"rehearse": RehearseConfig()})
+    return config.model_copy(update={"lab": lab})
 
 
 def _variance_inputs(measurement: Measurement) -> Inputs:

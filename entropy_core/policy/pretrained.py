@@ -4,7 +4,7 @@ import logging
 from collections.abc import Hashable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -15,7 +15,11 @@ from entropy_core.checkpoints.model_config import GENERATION, check_generation_c
 from entropy_core.checkpoints.quantised_base import dense_weights, quantised_by
 from entropy_core.checkpoints.tokenizer import load_tokenizer, tokenizer_directory
 from entropy_core.errors import CheckpointError, one_line, shortage
+from entropy_core.numerics.vectors import blocks_of
 from entropy_core.policy.model import Policy
+
+if TYPE_CHECKING:
+    from entropy_core.store.artifact import Artifact
 
 log = logging.getLogger("entropy_probe.policy")
 
@@ -44,6 +48,7 @@ def load_policy(
     device: str,
     base: Path | None = None,
     files: Hashable = None,
+    step: "Artifact | None" = None,
 ) -> Policy:
     """Load a checkpoint's model and tokenizer from a local directory; the last loaded policy is cached.
 
@@ -57,6 +62,7 @@ def load_policy(
         base: directory of the base model of an adapter; None for a full model.
         files: stamps of the files, from `sources.stamps`; part of the cache key, so that a policy loaded while files
             were replaced and restored is not used again.
+        step: artifact of rehearsal-step, whose steps since the checkpoint are taken; None: none.
 
     Returns:
         The policy, in evaluation mode.
@@ -94,7 +100,22 @@ def load_policy(
         insert_adapter(model, directory)
         fill_adapter(model, directory)
     log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
-    return Policy(model.to(resolve_device(device)), tokenizer, blockwise=attn_implementation == "blockwise")
+    policy = Policy(model.to(resolve_device(device)), tokenizer, blockwise=attn_implementation == "blockwise")
+    if step is not None:
+        _take(policy, step)
+    return policy
+
+
+def _take(policy: Policy, step: "Artifact") -> None:
+    """Move the parameters from θ to θ + η·D, computed in float64 and rounded to their dtype."""
+    direction, eta = step.vector("direction"), step.summary["learning_rate"]
+    for name, parameter in policy.named_parameters().items():
+        theta = parameter.detach().reshape(-1)
+        moved = torch.empty_like(theta)
+        for block in blocks_of({name: theta}):
+            by = direction.block(block).to(theta.device).double()
+            moved[block.start : block.stop] = theta[block.start : block.stop].double() + eta * by
+        parameter.data = moved.view(parameter.shape)
 
 
 def _dequantised(home: Path, settings: dict[str, Any]) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from entropy_core.numerics.proposal import Proposal
 from entropy_core.policy.model import Policy
 from entropy_core.policy.pretrained import load_policy, use_full_precision
 from entropy_core.store.data_files import VECTORS
-from entropy_core.store.inputs import Weights
+from entropy_core.store.inputs import RehearsalStep, Weights
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -21,6 +21,7 @@ class PolicySpec(BaseModel):
         weights: content digest of the checkpoint's model, or of the adapter; or the artifact of load-weights, where the
             checkpoint has its weights in shards.
         base: content digest of an adapter's base model; empty for a full model.
+        step: artifact of rehearsal-step: the policy after it and those before it; None: the policy that was saved.
         dtype: data type of the parameters and of the arithmetic; bfloat16 only to sample from.
         attn_implementation: attention in forward mode.
         temperature: τ; the policy is softmax(z/τ) for logits z.
@@ -30,6 +31,7 @@ class PolicySpec(BaseModel):
 
     weights: str | Weights
     base: str = ""
+    step: RehearsalStep | None = None
     dtype: Literal["bfloat16", "float32", "float64"]
     attn_implementation: Literal["blockwise", "eager"]
     temperature: float = Field(gt=0)
@@ -72,7 +74,8 @@ def policy_of(spec: PolicySpec, execution: "Execution") -> Policy:
         directory, weights = verified.parent, spec.weights.digest
     base = execution.paths[spec.base] if spec.base else None
     digest, files = weights + spec.base, tuple(execution.stamps([weights, spec.base]).items())
-    policy = load_policy(directory, digest, spec.dtype, spec.attn_implementation, execution.device, base, files)
+    device, kernel = execution.device, spec.attn_implementation
+    policy = load_policy(directory, digest, spec.dtype, kernel, device, base, files, spec.step)
     policy.limit_logits(execution.head_chunk_megabytes)
     policy.recompute_activations = execution.recompute_activations
     return policy

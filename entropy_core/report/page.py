@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of
-from entropy_core.report import derivative_error, evaluation_batch, phase
+from entropy_core.report import derivative_error, evaluation_batch, phase, rehearsal
 from entropy_core.report.agreement import disagreements
 from entropy_core.report.agreement import section as agreement_section
 from entropy_core.report.answer import answer
@@ -67,6 +67,7 @@ def markdown(
     prices: Prices = NO_PRICES,
     rollout: OnRollout = NOT_FOLLOWED,
     taken: StepTaken = NOT_DISSECTED,
+    rehearsed: Sequence[Row] = (),
 ) -> str:
     """Write the report page of a sweep.
 
@@ -80,6 +81,7 @@ def markdown(
         prices: what the entropy costs in reward.
         rollout: the steps on one rollout.
         taken: the step that the trainer took.
+        rehearsed: rows of `rehearsal.parquet`.
 
     Returns:
         Markdown; figures are linked by file name.
@@ -157,6 +159,8 @@ def markdown(
         lines += ["", "## The price of the entropy", "", *content]
     if content := phase.section(followed, rollout.clipped):
         lines += ["", "## The steps on one rollout", "", *content]
+    if content := rehearsal.section([row for row in rehearsed if row["normalization"] == normalization]):
+        lines += ["", "## The rehearsal", "", *content]
     if content := evaluation_batch.section(shown):
         lines += ["", "## How E was drawn", "", *content]
     if content := derivative_error.section(shown):

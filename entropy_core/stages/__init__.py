@@ -35,6 +35,12 @@ The steps on one rollout, if `update.phase` is followed; each takes the last one
                              │             │
     E ────────────────── importance ── importance ── … ── phase ── report
 
+A rehearsal, if `lab.rehearse` asks for one; every batch is drawn from the policy after the steps before:
+
+    U ── rehearsal-step ── U ── rehearsal-step ── U ── …
+               │                     │
+               E                     E ── … ── rehearsal ── report        E: sampled, scored and rewarded
+
 Every stage that uses the policy reads it from the checkpoint, or from load-weights where its weights are in shards.
 
 A stage is a function `(out, execution, **inputs) → summary`. Its keyword arguments are exactly the contents of its key,

@@ -4,7 +4,7 @@ The policy that drew the rollout has the parameters θ. Earlier steps have moved
 rate, and D the sum of their steps per unit of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from entropy_core.checkpoints.optimizer_step import moved_parameters
 from entropy_core.losses.apart import token_coefficients
 from entropy_core.losses.files import name_of, read_with
 from entropy_core.losses.interventions import InterventionSpec, altered, changed_spec, terms_of
 from entropy_core.losses.phase import PhaseSpec, minibatch_of
 from entropy_core.losses.spec import LossSpec
-from entropy_core.losses.taken_step import TakenStep, taken_step
+from entropy_core.losses.taken_step import taken_step, write_step
 from entropy_core.numerics import ragged
 from entropy_core.numerics.altered_optimizer import Altered
 from entropy_core.numerics.clipping import Clipped
@@ -27,7 +26,6 @@ from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.interventions import Known, Term, Terms, add_up
 from entropy_core.numerics.loss_batch import LossBatch
 from entropy_core.numerics.losses import clipped_tokens, kept_by_the_off_policy_mask, kl
-from entropy_core.numerics.vectors import squares
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.batch import BatchedSequences, tokens_of
 from entropy_core.sequences.files import read_sequences
@@ -36,7 +34,7 @@ from entropy_core.sequences.processor import SequenceProcessor, processor_of
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
     from entropy_core.store.inputs import Checkpoint, PhaseStep, SequencesOfU, Update
 
 
@@ -107,9 +105,7 @@ def phase_step(
         coefficients = TokenPair(*(_scattered(values_K, chosen_K, rollout.logprobs_K) for values_K in of_batch))
         max_norm = update.summary["max_grad_norm"]
         found = taken_step(coefficients, processor, shards, checkpoint, execution, max_norm, altered_by, previous)
-        kept = found.step.moments(sorted(moved_parameters(checkpoint)))
-        shapes = {name: tuple(p.shape) for name, p in processor.policy.named_parameters().items()}
-        norms = _write(out, found, shapes, kept, previous, getattr(torch, policy.dtype))
+        of_step = write_step(out, found, checkpoint, processor.policy, previous)
     batch = batches[0]
     known = None if loss.source else clipped_tokens(loss.name, batch)
     log_ratio_K = batch.logprobs_K - batch.old_logprobs_K
@@ -118,10 +114,7 @@ def phase_step(
     return {
         "steps": number + 1,
         "rate": rate,
-        "gradient_norm": found.gradient_norm,
-        "clip_factor": found.clip_factor,
-        "moments": sorted(kept),
-        **norms,
+        **of_step,
         **_of_the_ratios(batch),
         **{f"clip_{side}": None for side in Clipped._fields},
         **{f"clip_{side}": _share(batch, cut_K) for side, cut_K in (known._asdict() if known else {}).items()},
@@ -151,35 +144,6 @@ def _scored(
 
 def _scattered(values_K: Tensor, index_K: Tensor, like_K: Tensor) -> Tensor:
     return torch.zeros_like(like_K).index_copy_(0, index_K, values_K)
-
-
-def _write(
-    out: "Writer",
-    found: TakenStep,
-    shapes: Mapping[str, tuple[int, ...]],
-    kept: Mapping[str, Sequence[str]],
-    previous: "Artifact | None",
-    dtype: torch.dtype,
-) -> dict[str, float]:
-    """Write D and the moments after the step, block by block; returns the norms of the step and of D."""
-    before = None if previous is None else previous.vector("direction")
-    after = {key: found.step.after(key, found.rounded_clip) for key in kept}
-    of_step = of_direction = 0.0
-    with ExitStack() as files:
-        direction = files.enter_context(out.vector("direction", shapes, dtype))
-        moments = {
-            key: files.enter_context(out.vector(key, {name: shapes[name] for name in names}, dtype))
-            for key, names in kept.items()
-        }
-        for block, v in found.blocks():
-            of_step += squares(v)
-            for key, file in moments.items():
-                if block.name in kept[key]:
-                    file.write(block, after[key][block])
-            total = v if before is None else v + before.block(block).to(v.device).double()
-            of_direction += squares(total)
-            direction.write(block, total)
-    return {"step_norm": of_step**0.5, "update_norm": of_direction**0.5}
 
 
 def _clipped(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from entropy_core.estimates.phase_table import CLIPPED, PHASE
 from entropy_core.estimates.post_mortem import POST_MORTEM
 from entropy_core.estimates.price_table import PRICE
+from entropy_core.estimates.rehearsal_table import REHEARSAL
 from entropy_core.estimates.selection import Row, by_run_directory, unit_of
 from entropy_core.estimates.tables import INTERVENTIONS, RESULTS, TABLES, of_checkpoints, to_table
 from entropy_core.report import contents, headline, html
@@ -32,14 +33,14 @@ def report(
 
     Args:
         out: writer of `results.parquet` (schema `tables.RESULTS`), the tables of `tables.TABLES` with checkpoint
-            columns, `agreement.parquet`, `price.parquet`, `interventions.parquet`, `phase.parquet`, `clipped.parquet`
-            and `post_mortem.parquet` if they were asked for, `report.md`, the same page as `report.html`, the figures
-            as PNG and SVG, and the main columns of the results as CSV and JSON.
+            columns, `agreement.parquet`, `price.parquet`, `interventions.parquet`, `phase.parquet`, `clipped.parquet`,
+            `rehearsal.parquet` and `post_mortem.parquet` if they were asked for, `report.md`, the same page as
+            `report.html`, the figures as PNG and SVG, and the main columns of the results as CSV and JSON.
         execution: unused.
         name: name of the sweep.
         checkpoints: one mapping per checkpoint: `checkpoint` (name), `step`, `estimates` (artifact of variance),
-            `attribution` (artifact of first-order-u), `interventions`, `price`, `phase` and `post_mortem` (artifacts
-            of these stages, or None).
+            `attribution` (artifact of first-order-u), `interventions`, `price`, `phase`, `rehearsal` and `post_mortem`
+            (artifacts of these stages, or None).
         agreement: artifact of agreement, whose table is copied.
         settings: settings of the training, as mappings of `key`, `value` and `source`.
         warnings: warnings at the top of the report, one sentence each.
@@ -49,7 +50,7 @@ def report(
         Summary: numbers of rows and checkpoints.
     """
     # here, so that only this stage loads the plotting library
-    from entropy_core.report import comparison_figure, figures, frontier
+    from entropy_core.report import comparison_figure, figures, frontier, rehearsal_figure
 
     rows = _gathered(checkpoints, "estimates")
     out.table(to_table(rows, RESULTS), "results.parquet")
@@ -92,6 +93,11 @@ def report(
     if any(entry["phase"] for entry in checkpoints):
         out.table(to_table(along, of_checkpoints(PHASE)), "phase.parquet")
         out.table(to_table(clipped, of_checkpoints(CLIPPED)), "clipped.parquet")
+    rehearsed = _gathered(checkpoints, "rehearsal", "rehearsal")
+    if rehearsed:
+        out.table(to_table(rehearsed, of_checkpoints(REHEARSAL)), "rehearsal.parquet")
+        shown = [row for row in rehearsed if row["normalization"] == rows[0]["normalization"]]
+        drawn["rehearsal"] = rehearsal_figure.rehearsal_figure(shown)
     dissected = _gathered(checkpoints, "post_mortem", "post_mortem")
     if dissected:
         out.table(to_table(dissected, of_checkpoints(POST_MORTEM)), "post_mortem.parquet")
@@ -110,6 +116,7 @@ def report(
         contents.Prices(prices, without_reward, bought),
         contents.OnRollout(along, clipped),
         contents.StepTaken(dissected, samplers),
+        rehearsed,
     )
     out.path("report.md").write_text(page, encoding="utf-8")
     share, unit = f"share_{rows[0]['normalization']}", unit_of(rows[0]["normalization"])

@@ -48,6 +48,7 @@ Discriminators = Annotated[Artifact, made_by("discriminate-u")]
 Update = Annotated[Artifact, made_by("compute-update")]
 PhaseStep = Annotated[Artifact, made_by("phase-step")]
 RealStep = Annotated[Artifact, made_by("real-step")]
+RehearsalStep = Annotated[Artifact, made_by("rehearsal-step")]
 AnyStep = Annotated[Artifact, made_by("compute-update", "altered-step", "phase-step", "real-step")]
 Sensitivities = Annotated[Artifact, made_by("block-sensitivities")]
 Screen = Annotated[Artifact, made_by("screen")]
@@ -65,6 +66,7 @@ Estimates = Annotated[Artifact, made_by("variance")]
 Interventions = Annotated[Artifact, made_by("interventions")]
 Price = Annotated[Artifact, made_by("price")]
 Phase = Annotated[Artifact, made_by("phase")]
+Rehearsal = Annotated[Artifact, made_by("rehearsal")]
 PostMortem = Annotated[Artifact, made_by("post-mortem")]
 Agreement = Annotated[Artifact, made_by("agreement")]
 
@@ -87,6 +89,17 @@ class MeasuredPhaseStep(TypedDict):
     number: int
     step: PhaseStep
     at: AtStepSize
+
+
+@with_config(_STRICT)
+class RehearsedPolicy(TypedDict):
+    """A policy of a rehearsal on its E: after how many steps, under what, from which of the seeds, from 1."""
+
+    intervention: str
+    replicate: int
+    number: int
+    scores: Sequence[ScoresOfE]
+    rewards: Sequence[RewardsOfE]
 
 
 @with_config(_STRICT)
@@ -150,6 +163,7 @@ class ReportedCheckpoint(TypedDict):
     interventions: Interventions | None
     price: Price | None
     phase: Phase | None
+    rehearsal: Rehearsal | None
     post_mortem: PostMortem | None
 
 
