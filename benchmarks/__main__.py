@@ -29,6 +29,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "scale": scale.scale,
     "orchestration": scale.orchestration,
     "time_to_error": time_to_error.time_to_error,
+    "time_to_error_smollm2": time_to_error.time_to_error_smollm2,
 }
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 DEVICE = DOCS / "device.json"

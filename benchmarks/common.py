@@ -48,23 +48,26 @@ class Row:
         return replace(self, reason=why()) if self.holds is False else self
 
 
-def seconds(run: Run) -> float:
-    """Wall time of one call; on a GPU until it has done everything."""
+def seconds(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call; on a GPU until it has done everything."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def take_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+def take_turns(
+    runs: Mapping[str, Run], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each run, round by round: all run once in every round, so that what slows the machine slows all.
 
     Args:
         runs: by name; the first is run once before, unmeasured.
         rounds: how many.
+        clock: what the seconds are by: that on the wall, or `time.process_time` for those of all threads.
 
     Returns:
         Name → seconds, one per round.
@@ -73,7 +76,7 @@ def take_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            taken[name].append(seconds(run))
+            taken[name].append(seconds(run, clock))
     return taken
 
 
