@@ -363,7 +363,7 @@ def test_a_run_that_fails_says_why_in_the_ui(browser, api):
 def test_suspend_resume_cancel_retry_and_a_second_run_that_waits(browser, api):
     """On a sweep that takes its time: another E in many shards."""
     browser.open_form("checkpoint-sweep")
-    for label, value in (("E Batch Seed", 7), ("E Total Sequences", 2048)):
+    for label, value in (("E Batch Seed", 7), ("E Total Sequences", 1024)):
         browser.field(label).last.locator("input").fill(str(value))
     run_id = browser.submit()
     browser.wait_until("Running")
