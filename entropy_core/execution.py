@@ -21,6 +21,7 @@ class Execution:
     Args:
         paths: content digest → the checkpoint directory, prompt file or reward file that has it.
         device: `auto`, `cpu` or `cuda`.
+        devices_per_policy: devices that share the layers of a policy.
         gen_batch_size: sequences decoded together.
         tf_batch_size: sequences per teacher-forced pass, at most.
         tf_batch_tokens: tokens per teacher-forced pass, padding included, at most; but one sequence at least.
@@ -35,6 +36,7 @@ class Execution:
 
     paths: Mapping[str, Path] = field(default_factory=dict)
     device: str = "auto"
+    devices_per_policy: int = 1
     gen_batch_size: int = 512
     tf_batch_size: int = 256
     tf_batch_tokens: int = 65_536
@@ -67,6 +69,7 @@ class Execution:
         """What the manifest records."""
         return {
             "device": self.device,
+            "devices_per_policy": self.devices_per_policy,
             "gen_batch_size": self.gen_batch_size,
             "tf_batch_size": self.tf_batch_size,
             "tf_batch_tokens": self.tf_batch_tokens,

@@ -8,7 +8,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from entropy_core.store.store import Stage, Store
 log = logging.getLogger("entropy_probe.device")
 
 
-def device_name(device: str) -> str:
+def device_name(device: str, number: int = 0) -> str:
     """Tell which GPU a stage computes on.
 
     Args:
         device: `cpu`, `cuda` or `auto`, as the configuration has it.
+        number: which one, of a policy whose layers are on several.
 
     Returns:
         The GPU's own identity, whatever number it has in this process; empty for the CPU, which has no slots.
@@ -36,7 +37,7 @@ def device_name(device: str) -> str:
         return ""
     import torch  # not needed to read this module, and slow to import
 
-    return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else ""
+    return str(torch.cuda.get_device_properties(number).uuid) if torch.cuda.is_available() else ""
 
 
 @contextmanager
@@ -87,5 +88,8 @@ def compute(store: Store, stage: Stage, execution: Any, inputs: Inputs) -> Artif
         execution: how to compute; see `Store.run`.
         inputs: of the stage.
     """
-    with device_slot(device_name(execution.device) if "policy" in inputs else ""):
+    count = execution.devices_per_policy if "policy" in inputs else 0
+    with ExitStack() as slots:
+        for name in sorted({device_name(execution.device, number) for number in range(count)}):  # all in one order
+            slots.enter_context(device_slot(name))
         return run_within_memory(store, stage, execution, inputs)

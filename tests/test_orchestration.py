@@ -138,7 +138,7 @@ def test_what_was_computed_without_prefect_is_cached(store):
 def test_what_is_cached_does_not_wait_for_the_device(store, tmp_path, monkeypatch):
     """Another run holds the GPU all the while."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("tasks.device.device_name", lambda device: "a-gpu")
+    monkeypatch.setattr("tasks.device.device_name", lambda device, number: "a-gpu")
     monkeypatch.setattr("entropy_core.pipeline.rehearsal.is_rehearsed", lambda policy: True)  # there is no policy
     held: list[Artifact] = []
     with ThreadPoolExecutor(1) as pool, device_slot("a-gpu"):

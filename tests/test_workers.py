@@ -375,6 +375,10 @@ def test_each_worker_has_a_device_and_its_part_of_the_cores(four_gpus, monkeypat
     assert environments_of(on_cpu) == [{"OMP_NUM_THREADS": "2"}] * 3
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert environments_of(on_cpu) == [{"OMP_NUM_THREADS": "1"}] * 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,7,4")
+    assert devices(devices_per_policy=2) == ["2,7"]
+    with pytest.raises(ConfigError, match="2 workers have 2 GPUs each, and there are 3 GPUs"):
+        devices(worker_count=2, devices_per_policy=2)
     with pytest.raises(ConfigError, match="devices names 0, and stages are computed on the CPU"):
         devices(devices=["0"], device="cpu")
 

@@ -47,12 +47,13 @@ class Difference(NamedTuple):
         return TOLERANCE.get(self.stage, USUAL_TOLERANCE)
 
 
-def differences(folder: Path, device: str, **changes: Mapping[str, Any]) -> Iterator[Difference]:
+def differences(folder: Path, device: str, devices: int = 1, **changes: Mapping[str, Any]) -> Iterator[Difference]:
     """The largest difference of every stage between the CPU and a device, which also has other micro-batches.
 
     Args:
         folder: an empty folder, for a checkpoint, a reward and two stores.
         device: its name.
+        devices: number of them that share the layers.
         changes: sections of the configuration, whose values replace those of `swept`.
 
     Yields:
@@ -64,7 +65,8 @@ def differences(folder: Path, device: str, **changes: Mapping[str, Any]) -> Iter
     checkpoint = write_checkpoint(folder / "checkpoint-3")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     on_cpu = swept(checkpoint, folder / "cpu", changes, device="cpu")
-    on_device = swept(checkpoint, folder / "device", changes, device=device, gen_batch_size=24, tf_batch_size=7)
+    other = {"device": device, "devices_per_policy": devices, "gen_batch_size": 24, "tf_batch_size": 7}
+    on_device = swept(checkpoint, folder / "device", changes, **other)
     if [stage for stage, _ in on_cpu] != [stage for stage, _ in on_device]:
         raise ValueError("the sweeps on the CPU and on the device ran different stages")
     largest: dict[str, Difference] = {}

@@ -53,7 +53,7 @@ class _Parameter(NamedTuple):
 
 
 class OptimizerStep:
-    """The next step from a checkpoint's state, each block computed when it is asked for, on the policy's device.
+    """The next step from a checkpoint's state, each block computed when it is asked for, on the parameter's device.
 
     What is asked of the same block in a row takes its arithmetic only once. A rule that is not elementwise needs the
     whole parameter; its results are kept until another one is asked for.
@@ -88,7 +88,7 @@ class OptimizerStep:
         self._blocks: dict[str, list[Block]] = {}
         for block in gradient:
             self._blocks.setdefault(block.name, []).append(block)
-        self._device = next(iter(parameters.values())).device
+        self._devices = {name: parameter.device for name, parameter in parameters.items()}
         self._learning_rate = float(checkpoint.summary["learning_rate"])
         self._of: dict[str, _Parameter] = {}
         for group in checkpoint.json("groups.json"):
@@ -128,7 +128,7 @@ class OptimizerStep:
             for find in (self._clip_one, self._parameters.__getitem__)
         )
         found = {key: self._whole_moment(name, key) for key in of_one.moments}
-        moments = {key: moment.to(self._device) for key, moment in found.items() if moment is not None}
+        moments = {key: moment.to(self._devices[name]) for key, moment in found.items() if moment is not None}
         state = of_one.rule.state(self._steps(of_one), **moments)
         step: NextStep = of_one.rule.next_step(g, theta, state, of_one.hyperparameters)
         return step
@@ -153,7 +153,7 @@ class OptimizerStep:
         return self._last_state[block]
 
     def _read_state(self, block: Block) -> Any:
-        of_one, after = self._of[block.name], self._after
+        of_one, after, device = self._of[block.name], self._after, self._devices[block.name]
         read: dict[str, Tensor | None]
         if after is not None and after.has(block.name):
             read = {key: after.read(block, key) for key in of_one.moments}
@@ -162,9 +162,9 @@ class OptimizerStep:
             read = {key: saved.read(slot, key, block.start, block.stop) for key in of_one.moments}
         else:
             count = block.stop - block.start
-            zeros = {key: torch.zeros(count, dtype=torch.float64, device=self._device) for key in of_one.moments}
+            zeros = {key: torch.zeros(count, dtype=torch.float64, device=device) for key in of_one.moments}
             return of_one.rule.state(of_one.steps, **zeros)
-        moments = {key: moment.to(self._device) for key, moment in read.items() if moment is not None}
+        moments = {key: moment.to(device) for key, moment in read.items() if moment is not None}
         return of_one.rule.state(self._steps(of_one), **moments)
 
     @property
@@ -251,7 +251,7 @@ class OptimizerStep:
         return Lazy(
             list(self._gradient),
             lambda block: (
-                taken[block].to(self._device).double()
+                taken[block].to(self._devices[block.name]).double()
                 if self._of[block.name].narrow
                 else self._in_float32(block, exact)
             ),

@@ -153,6 +153,13 @@ class ExecutionConfig(Section):
         description="GPUs of a pool, as CUDA_VISIBLE_DEVICES names them, such as '0' or 'GPU-…'. []: all visible ones.",
         json_schema_extra=DISTINCT,
     )
+    devices_per_policy: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="GPUs of one machine that share the layers of a policy which is too large for one; of a pool or of "
+        "Ray, those of each worker.",
+    )
     shard_size: int = Field(
         1024, ge=1, le=10_000_000, description="Sequences per shard, the unit of caching and of resuming."
     )

@@ -252,6 +252,13 @@ def _check_workers(execution: ExecutionConfig) -> None:
     """Refuse workers that cannot be had, and a device that is not there; which ones Ray has is known when it runs."""
     if execution.workers != "ray":
         check_device(execution.device)
+        gpus = torch.cuda.device_count() if execution.device != "cpu" and torch.cuda.is_available() else 0
+        if gpus and execution.devices_per_policy > gpus:
+            raise ConfigError(
+                f"execution.devices_per_policy is {execution.devices_per_policy}, and torch finds {gpus} GPUs here",
+                cause="CUDA_VISIBLE_DEVICES leaves some out, or the machine has no more",
+                fix=f"set it to {gpus} at most, or run where there are more",
+            )
     elif find_spec("ray") is None:
         raise ConfigError(
             "execution.workers is ray, and Ray is not installed",

@@ -50,6 +50,7 @@ def execution_for(
     return Execution(
         paths=paths,
         device=config.execution.device,
+        devices_per_policy=config.execution.devices_per_policy,
         gen_batch_size=config.generation.gen_batch_size,
         tf_batch_size=config.generation.tf_batch_size,
         tf_batch_tokens=config.generation.tf_batch_tokens,

@@ -36,10 +36,15 @@ class VisibleKeys:
     def __init__(
         self, mask_function: Callable[..., Tensor], batch: int, queries: int, keys: int, device: torch.device | str
     ) -> None:
-        self._function, self._batch, self._device = mask_function, torch.arange(batch, device=device), device
+        self._function, self._batch, self.device = mask_function, torch.arange(batch, device=device), device
+        self._sizes = batch, queries, keys
         self._causal = mask_function is causal_mask_function and queries == keys
         self._keys = torch.arange(keys, device=device)
         self._known: dict[tuple[int, int], tuple[int, int, Tensor | None]] = {}
+
+    def to(self, device: torch.device) -> "VisibleKeys":
+        """Return the same for layers on another device."""
+        return VisibleKeys(self._function, *self._sizes, device)
 
     def __call__(self, start: int, stop: int) -> tuple[int, int, Tensor | None]:
         """See `Visible`."""
@@ -48,7 +53,7 @@ class VisibleKeys:
         return self._known[start, stop]
 
     def _found(self, start: int, stop: int) -> tuple[int, int, Tensor | None]:
-        queries = torch.arange(start, stop, device=self._device)
+        queries = torch.arange(start, stop, device=self.device)
         if self._causal:  # only the keys at the diagonal are seen by some and not by others
             return 0, stop, (self._keys[start:stop] > queries[:, None])[None, None]
         batch, head = self._batch[:, None, None, None], self._batch[:1, None, None, None]

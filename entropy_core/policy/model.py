@@ -104,8 +104,13 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
+        """Device of micro-batches and of what is computed of them; that of all parameters, unless layers are split."""
         return next(self.model.parameters()).device
+
+    @cached_property
+    def device_of(self) -> dict[str, torch.device]:
+        """Device of each trained parameter by name; see `layer_split`."""
+        return {name: parameter.device for name, parameter in self.named_parameters().items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,7 +227,7 @@ class Policy:
         Args:
             seed: of the masks.
         """
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices={p.device for p in self.model.parameters() if p.device.type == "cuda"}):
             torch.manual_seed(seed)
             self.model.train()
             try:

@@ -19,12 +19,15 @@ def moved(policy: Policy, direction: Mapping[str, Tensor], eta: float) -> Abstra
         direction: step v by parameter name; each tensor is read once.
         eta: step size η.
     """
-    room = torch.empty(BLOCK, dtype=torch.float64, device=policy.device)
+    rooms: dict[torch.device, Tensor] = {}  # one, unless layers are split
 
     def displaced(name: str, theta: Tensor, to: Tensor) -> None:
-        v = direction[name].to(theta.device).reshape(-1)
+        device = theta.device
+        v = direction[name].to(device).reshape(-1)
+        if device not in rooms:
+            rooms[device] = torch.empty(BLOCK, dtype=torch.float64, device=device)
         for block, start, step in zip(to.split(BLOCK), theta.split(BLOCK), v.split(BLOCK), strict=True):
-            block.copy_(room[: len(step)].copy_(step).mul_(eta).add_(start))
+            block.copy_(rooms[device][: len(step)].copy_(step).mul_(eta).add_(start))
 
     return _replaced(policy, direction, displaced)
 

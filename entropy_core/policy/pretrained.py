@@ -16,6 +16,7 @@ from entropy_core.checkpoints.quantised_base import dense_weights, quantised_by
 from entropy_core.checkpoints.tokenizer import load_tokenizer, tokenizer_directory
 from entropy_core.errors import CheckpointError, one_line, shortage
 from entropy_core.numerics.vectors import blocks_of
+from entropy_core.policy.layer_split import devices_for, split_layers
 from entropy_core.policy.model import Policy
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def load_policy(
     device: str,
     base: Path | None = None,
     files: Hashable = None,
+    devices: int = 1,
     step: "Artifact | None" = None,
 ) -> Policy:
     """Load a checkpoint's model and tokenizer from a local directory; the last loaded policy is cached.
@@ -62,13 +64,14 @@ def load_policy(
         base: directory of the base model of an adapter; None for a full model.
         files: stamps of the files, from `sources.stamps`; part of the cache key, so that a policy loaded while files
             were replaced and restored is not used again.
+        devices: number of devices that share its layers.
         step: artifact of rehearsal-step, whose steps since the checkpoint are taken; None: none.
 
     Returns:
         The policy, in evaluation mode.
 
     Raises:
-        CheckpointError: transformers cannot load the model, or the adapter does not fit it.
+        CheckpointError: transformers cannot load the model, the adapter does not fit it, or its layers cannot be split.
     """
     if base is None and (directory / "adapter_config.json").exists():
         fact = f"{directory} contains an adapter, and a whole model is needed"
@@ -100,7 +103,12 @@ def load_policy(
         insert_adapter(model, directory)
         fill_adapter(model, directory)
     log.info("loaded the policy of %s (%s, weights %s)", directory, dtype, weights_digest[:12])
-    policy = Policy(model.to(resolve_device(device)), tokenizer, blockwise=attn_implementation == "blockwise")
+    first = resolve_device(device)
+    if devices == 1:
+        model.to(first)
+    else:
+        split_layers(model, devices_for(first, devices))
+    policy = Policy(model, tokenizer, blockwise=attn_implementation == "blockwise")
     if step is not None:
         _take(policy, step)
     return policy

@@ -74,8 +74,8 @@ def policy_of(spec: PolicySpec, execution: "Execution") -> Policy:
         directory, weights = verified.parent, spec.weights.digest
     base = execution.paths[spec.base] if spec.base else None
     digest, files = weights + spec.base, tuple(execution.stamps([weights, spec.base]).items())
-    device, kernel = execution.device, spec.attn_implementation
-    policy = load_policy(directory, digest, spec.dtype, kernel, device, base, files, spec.step)
+    how = spec.dtype, spec.attn_implementation, execution.device
+    policy = load_policy(directory, digest, *how, base, files, execution.devices_per_policy, spec.step)
     policy.limit_logits(execution.head_chunk_megabytes)
     policy.recompute_activations = execution.recompute_activations
     return policy

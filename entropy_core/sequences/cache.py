@@ -20,6 +20,12 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+
+def _beside(rows: Tensor | slice, states: Tensor) -> Tensor | slice:
+    """Rows to select, on the device of what they are selected of."""
+    return rows if isinstance(rows, slice) else rows.to(states.device)
+
+
 ROOM = 64  # columns by which a full buffer grows
 
 
@@ -49,7 +55,7 @@ class Columns(DynamicLayer):
         """Overwrite rows with the cache of new sequences, which also end in the newest column."""
         last, new = self.get_seq_length(), fresh.get_seq_length()
         for buffer, states in zip(self._buffers, (fresh.keys, fresh.values), strict=True):
-            buffer[rows, :, last - new : last] = states
+            buffer[_beside(rows, buffer), :, last - new : last] = states
 
     def size(self, columns: int) -> int:
         """Bytes of a cache of one row, if it had this many columns."""
@@ -57,7 +63,7 @@ class Columns(DynamicLayer):
 
     def _copy(self, rows: Tensor | slice, first: int, last: int, room: int) -> None:
         for i, buffer in enumerate(self._buffers):
-            kept = buffer[rows, :, first:last]
+            kept = buffer[_beside(rows, buffer), :, first:last]
             self._buffers[i] = kept.new_zeros(*kept.shape[:2], room, kept.shape[3])
             self._buffers[i][:, :, : last - first] = kept
 
@@ -73,7 +79,7 @@ class States(LinearAttentionLayer):
         """Keep only these rows; there are no columns."""
         for states in (self.conv_states, self.recurrent_states):
             for i, state in states.items():
-                states[i] = None if state is None else state[rows]
+                states[i] = None if state is None else state[_beside(rows, state)]
 
     def replace(self, rows: Tensor, fresh: "States") -> None:
         """Overwrite rows with the states of new sequences."""
@@ -81,7 +87,7 @@ class States(LinearAttentionLayer):
         for states, new in pairs:
             for i, state in states.items():
                 if state is not None:
-                    state[rows] = new[i]
+                    state[_beside(rows, state)] = new[i]
 
     def size(self, columns: int) -> int:
         """Bytes of the states of one row."""

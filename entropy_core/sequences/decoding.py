@@ -12,7 +12,7 @@ All bookkeeping is on the host. A step reads only the drawn tokens from the devi
 law that draws them is not the policy), because every other read would stall a GPU.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -300,8 +300,10 @@ class Decoding:
         """Return how many rows of cache fit into memory, extrapolated from one prompt."""
         mask_1L, _, cache = self._prefill([self.waiting[0]])
         columns = mask_1L.shape[1] + self.request.max_new_tokens + ROOM + STALE_COLUMNS
-        size = sum(layer.size(columns) for layer in cache.layers)
-        return max(1, int(CACHE_SHARE * _free_bytes(self.policy.device) / size))
+        sizes: Counter[torch.device] = Counter()
+        for layer in cache.layers:
+            sizes[getattr(layer, "device", None) or self.policy.device] += layer.size(columns)
+        return max(1, min(int(CACHE_SHARE * _free_bytes(device) / size) for device, size in sizes.items() if size))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -66,7 +66,7 @@ def block_sensitivities(
     files = {name: update.vector(name) for name in ("direction", "gradient")}
 
     def stored(name: str) -> Lazy[Block]:
-        return Lazy(names, lambda block: files[name].block(block).to(model.device).double())
+        return Lazy(names, lambda block: files[name].block(block).to(model.device_of[block.name]).double())
 
     direction = stored("direction")
     step = OptimizerStep(checkpoint, execution, parameters, stored("gradient"), settings["clip_factor"])

@@ -59,7 +59,7 @@ def dropout_u(
     parameters, moving = model.named_parameters(), moved_parameters(checkpoint)
     _, coefficients = read_batch(update, tokens_of(shards))
     stored = update.vector("gradient")
-    without = Lazy(blocks_of(parameters), lambda block: stored.block(block).to(model.device).double())
+    without = Lazy(blocks_of(parameters), lambda block: stored.block(block).to(model.device_of[block.name]).double())
     plain = OptimizerStep(checkpoint, execution, parameters, without, settings["clip_factor"])
     halves = gradient.summary["halves"]
     covectors = [[gradient.vector(f"{kind}_{half}") for half in HALVES] for kind in KINDS]
@@ -77,7 +77,7 @@ def dropout_u(
             both = tuple(direction[block] for direction in directions)
             apart, whole = apart + squares(both[0] - both[1]), whole + squares(both[1])
             for kind, of_halves in enumerate(covectors):
-                dH = of_all(halves, [file.block(block).to(model.device).double() for file in of_halves])
+                dH = of_all(halves, [file.block(block).to(model.device_of[block.name]).double() for file in of_halves])
                 products[:, kind] += torch.stack([(v * dH).sum() for v in both]).cpu()
         found, off = (by_normalization(list(row), *entropy_and_length(halves)) for row in products)
         columns = {f"inner_product_{name}": float(value) for name, value in found.items()}

@@ -78,9 +78,7 @@ def first_order_u(
 
     # of the size of the policy: each is read or computed block by block, anew for every use
     blocks = blocks_of(model.named_parameters())
-    direction, loss_gradient = (
-        remembered(_stored(update, name, blocks, model.device)) for name in ("direction", "gradient")
-    )
+    direction, loss_gradient = (remembered(_stored(update, name, blocks, model)) for name in ("direction", "gradient"))
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])
     unrounded, *parts = map(step.part, ("direction", "momentum", "decay"))
     rounding = Lazy(blocks, lambda block: direction[block] - unrounded[block])
@@ -92,7 +90,7 @@ def first_order_u(
     inner_products = []
     norm, max_norm, clip = (settings[name] for name in ("gradient_norm", "max_grad_norm", "clip_factor"))
     for kind in KINDS:
-        covectors = [remembered(_stored(gradient, f"{kind}_{half}", blocks, model.device)) for half in HALVES]
+        covectors = [remembered(_stored(gradient, f"{kind}_{half}", blocks, model)) for half in HALVES]
         whole, pulled = remembered(_whole(halves, covectors)), [step.applied("pulled_back", w) for w in covectors]
         along_parts = [(whole, part) for part in (direction, *parts, *([rounding] if settings["rounded"] else []))]
         through_clip = [(loss_gradient, w) for w in pulled] if clip < 1.0 else []
@@ -150,10 +148,10 @@ def first_order_u(
     return summary | {"baseline": gradient.summary["baseline"]}
 
 
-def _stored(artifact: "Artifact", name: str, blocks: Sequence[Block], device: torch.device) -> Lazy[Block]:
+def _stored(artifact: "Artifact", name: str, blocks: Sequence[Block], model: Policy) -> Lazy[Block]:
     """A vector of an artifact, float64, on the device where the arithmetic on it is done."""
     file = artifact.vector(name)
-    return Lazy(blocks, lambda block: file.block(block).to(device).double())
+    return Lazy(blocks, lambda block: file.block(block).to(model.device_of[block.name]).double())
 
 
 def _whole(halves: Sequence[Mapping[str, Any]], covectors: Sequence[Lazy[Block]]) -> Lazy[Block]:

@@ -61,7 +61,7 @@ def half_steps_u(
     """
     processor, settings = processor_of(policy, execution), update.summary
     model, shards = processor.policy, [read_sequences(shard) for shard in sequences]
-    parameters, device, of_u = model.named_parameters(), model.device, tokens_of(shards)
+    parameters, device_of, of_u = model.named_parameters(), model.device_of, tokens_of(shards)
     first_RP = balanced_halves(settings["prompts"])
     parts_P = [part_P for row_P in first_RP for part_P in (row_P, ~row_P)]
     loss = name_of(execution, settings["loss"]["name"], settings["loss"]["source"])
@@ -70,7 +70,7 @@ def half_steps_u(
     tokens_P = of_u.offsets_N1.diff().view(settings["prompts"], -1).sum(1)
 
     stored = update.vector("gradient")
-    whole = Lazy(blocks_of(parameters), lambda block: stored.block(block).to(device).double())
+    whole = Lazy(blocks_of(parameters), lambda block: stored.block(block).to(device_of[block.name]).double())
     accumulated = model.new_accumulator(moved_parameters(checkpoint))
 
     def gradient_of(coefficients: TokenPair) -> Lazy[Block]:
@@ -103,7 +103,7 @@ def half_steps_u(
         for block in whole:  # v is not kept
             v = [direction[block] for direction in directions]
             for kind, of_halves in enumerate(covectors):
-                dH = of_all(halves, [file.block(block).to(device).double() for file in of_halves])
+                dH = of_all(halves, [file.block(block).to(device_of[block.name]).double() for file in of_halves])
                 products[:, kind] += torch.stack([(of_half * dH).sum() for of_half in v]).cpu()
         inner = [by_normalization(list(row), *entropy_and_length(halves)) for row in products]
         return [

@@ -68,7 +68,7 @@ def real_step(
         )
     blocks, stored = blocks_of(parameters), update.vector("gradient")
     theta, theta_later = in_blocks(parameters), in_blocks(later)
-    loss_gradient = {block: stored.block(block).to(model.device).double() for block in blocks}
+    loss_gradient = {block: stored.block(block).to(model.device_of[block.name]).double() for block in blocks}
     step = OptimizerStep(checkpoint, execution, parameters, loss_gradient, clip)
     parts = [step.part(name) for name in PARTS[:3]]
     rounded = update.vector("direction")
@@ -88,7 +88,7 @@ def real_step(
             split: list[Tensor] = [change, *of_step, rounding, rest]
             squares += torch.stack([(x * x).sum() for x in (change, rest)]).cpu()
             for kind, of_halves in enumerate(covectors):
-                dH = of_all(halves, [file.block(block).to(model.device).double() for file in of_halves])
+                dH = of_all(halves, [file.block(block).to(model.device_of[block.name]).double() for file in of_halves])
                 products[kind] += torch.stack([(x * dH).sum() for x in split]).cpu()
     whole, of_rest = squares.sqrt().tolist()
     return {

@@ -54,7 +54,7 @@ def reward_shares_u(
     blocks = blocks_of(model.named_parameters())
 
     def stored(file: Any) -> Lazy[Any]:
-        return Lazy(blocks, lambda block: file.block(block).to(model.device).double())
+        return Lazy(blocks, lambda block: file.block(block).to(model.device_of[block.name]).double())
 
     loss_gradient, direction = (stored(update.vector(name)) for name in ("gradient", "direction"))
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])

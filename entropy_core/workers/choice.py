@@ -9,6 +9,7 @@ from entropy_core.config.schema import ExecutionConfig
 from entropy_core.errors import ConfigError
 from entropy_core.pipeline.runner import Compute
 from entropy_core.pipeline.threads import Threads
+from entropy_core.workers.counts import worker_count
 
 
 class Workers(NamedTuple):
@@ -73,15 +74,10 @@ def environments_of(config: ExecutionConfig) -> list[Mapping[str, str]]:
         return [_threads_of_each(count)] * count
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     there = visible if any(visible) else [str(index) for index in range(torch.cuda.device_count())]
-    devices = config.devices or there
-    if config.worker_count > len(devices):
-        raise ConfigError(
-            f"execution.worker_count is {config.worker_count}, and there are {len(devices)} GPUs for them",
-            cause="each worker has a GPU of its own",
-            fix="set it to 0, one for each GPU",
-        )
-    devices = devices[: config.worker_count or len(devices)]
-    return [{"CUDA_VISIBLE_DEVICES": device} | _threads_of_each(len(devices)) for device in devices]
+    devices, each = config.devices or there, config.devices_per_policy
+    count = worker_count(config, len(devices))
+    groups = [",".join(devices[each * number : each * (number + 1)]) for number in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": group} | _threads_of_each(count) for group in groups]
 
 
 def _threads_of_each(workers: int) -> dict[str, str]:

@@ -23,6 +23,7 @@ from entropy_core.errors import ConfigError, one_line
 from entropy_core.execution import Execution
 from entropy_core.pipeline.runner import Compute
 from entropy_core.workers.answers import Answers, Start, WorkerDied, heard
+from entropy_core.workers.counts import worker_count
 
 OBJECTS = 80 * 2**20
 """Bytes of Ray's object store, its least: artifacts go through the store of the sweep."""
@@ -61,17 +62,11 @@ def ray_workers(config: ExecutionConfig) -> Iterator[RayWorkers]:
                 "execution.device is cuda, and Ray has no GPU",
                 fix="set execution.device: auto or cpu, or have Ray on machines with GPUs",
             )
-        if gpus and config.worker_count > gpus:
-            raise ConfigError(
-                f"execution.worker_count is {config.worker_count}, and Ray has {gpus} GPUs for them",
-                cause="each worker has a GPU of its own",
-                fix="set it to 0, one for each GPU",
-            )
         machines = sum(node["Alive"] for node in ray.nodes())
-        count = config.worker_count or gpus or machines
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, int(there.get("CPU", 1)) // (gpus or count))))
+        count = worker_count(config, gpus) if gpus else config.worker_count or machines
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, int(there.get("CPU", 1)) // count)))
         environment = {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
-        yield RayWorkers([environment] * count, partial(RayWorker.start, gpus=1 if gpus else 0))
+        yield RayWorkers([environment] * count, partial(RayWorker.start, gpus=config.devices_per_policy if gpus else 0))
 
 
 class RayWorker:
