@@ -32,7 +32,7 @@ def rehearsal_figure(rows: Sequence[Row]) -> Figure:
     of_run, *others = lines.values()
     others = sorted(others, key=lambda line: -abs(line[-1]["difference"]))[:DRAWN]
     names = ["H", "J"] if all(row["J"] is not None for row in group) else ["H"]
-    labels = {"H": f"H [{unit_of(rows[0]['normalization'])}]", "J": "expected reward"}
+    units = {"H": unit_of(rows[0]["normalization"]), "J": "reward"}
     fonts = glyphs.families("".join(lines) + checkpoint)
     with matplotlib.rc_context(STYLE | {"font.family": fonts}):
         figure = Figure(figsize=(6.4, 1.2 + 2.3 * len(names)), layout="constrained")
@@ -44,7 +44,7 @@ def rehearsal_figure(rows: Sequence[Row]) -> Figure:
             if name == "H" and (floor := of_run[0]["floor"]) is not None:
                 axes.axhline(floor, color=BLACK, linestyle=":", linewidth=0.8, label="floor")
             values = [row[name] for line in (of_run, *others) for row in line]
-            axes.set_ylabel(in_units(axes.yaxis, values, labels[name]))
+            axes.set_ylabel(f"{name} [{in_units(axes.yaxis, values, units[name])}]")
         all_axes[0].set_title(f"Rehearsal from {short(checkpoint, fonts)}", fontsize=9)
         all_axes[-1].set_xlabel("steps since the checkpoint")
         all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
