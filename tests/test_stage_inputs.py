@@ -41,7 +41,7 @@ def asked(home, store: str = "artifacts") -> dict[str, Any]:
         importance={"etas": [0, 1], "estimators": ["per_decision", "path_integral"]},
         price=True,
         interventions=["positives_only"],
-        lab={"measure": "best 1", "rehearse": {"steps": 1, "seeds": 1}},
+        lab={"measure": "best 1", "rehearse": {"steps": 1, "seeds": 1, "interventions": "none"}},
     )
 
 

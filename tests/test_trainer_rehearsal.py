@@ -79,7 +79,7 @@ def test_the_weights_after_the_rehearsal_are_those_of_the_trainer(
         model, peft_config = adapted(tmp_path) if trained == "an adapter" else (build_model(SHAPE), None)
         steps = rehearsed(tmp_path, model, peft_config)
     assert [step.summary["steps"] for step in steps] == [1, 2, 3, 4]
-    assert any(step.summary["clip_factor"] < 1 for step in steps)
+    assert any(step.summary["clip_factor"] < 1 for step in steps) is (trained == "all weights")
     before = weights(tmp_path / "run" / f"checkpoint-{BEFORE}")
     for number, step in enumerate(steps, start=1):
         after, lr = weights(tmp_path / "run" / f"checkpoint-{BEFORE + number}"), step.summary["learning_rate"]
