@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,20 @@ from entropy_core.pipeline.runner import Inputs, Runner, direct_runner
 from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.policy.derivatives import token_derivatives
 from entropy_core.policy.model import Coefficients
+from entropy_core.policy.pretrained import load_policy
 from entropy_core.policy.spec import PolicySpec, policy_of
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.data_files import VECTORS
 from entropy_core.store.store import Stage, Store
 
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 64,
+}
 SHAPES = {
     "12.9M": {
         "hidden_size": 320,
@@ -104,12 +114,12 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {"policy": {"derivative": "central_difference"}},
     ),
     "a phase": ("plain", {"update": {"phase": {"follow": True, "minibatches": 2, "epochs": 1}}}),
-    "a sweep with prices and interventions": (
+    "a sweep with prices, interventions and a rehearsal": (
         "plain",
         {
             "price": True,
             "interventions": [{"entropy_coef": 0.01}, {"lr": 0.5}, {"beta1": 0.5}],
-            "lab": {"measure": "all"},
+            "lab": {"measure": "all", "rehearse": {"steps": 2, "seeds": 1, "interventions": "none"}},
         },
     ),
     "a post-mortem": ("plain", {"post_mortem": True, "batch_config": {"U": {"from": "batches"}}}),
@@ -209,12 +219,20 @@ def main() -> None:
     if options.make:
         make_checkpoint(options.folder, SHAPES[options.size])
         return
+    with tempfile.TemporaryDirectory() as folder:  # what the stages import is no memory of theirs
+        make_checkpoint(Path(folder), TINY)
+        measured(Path(folder))
+    print(json.dumps(measured(options.folder)))
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Run all sweeps on the checkpoint of a folder; returns what is printed."""
     host: dict[str, int] = {}
     device: dict[str, int] = {}
     store: dict[str, int] = {}
     after = count = 0
     for run in RUNS:
-        config = parse_config(config_of(options.folder, run))
+        config = parse_config(config_of(folder, run))
         checkpoints = preflight(config)
         execution = execution_for(config, checkpoints)
         meter = Meter(direct_runner(Store(config.store_root), execution), config.store_root)
@@ -225,7 +243,8 @@ def main() -> None:
             into |= {name: max(found[name], into.get(name, 0)) for name in found}
         store[run], after = meter.store, max(after, meter.in_store())
         shutil.rmtree(config.store_root)
-    print(json.dumps({"parameters": count, "host": host, "device": device, "store": store, "after": after}))
+    load_policy.cache_clear()
+    return {"parameters": count, "host": host, "device": device, "store": store, "after": after}
 
 
 def _load(checkpoint: Any, execution: Any) -> int:
