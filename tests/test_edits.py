@@ -182,12 +182,12 @@ EDITS = {
     "a statistic": Edit(replaces("((C - 1) / C * ((without_C", "((C - 1) * ((without_C"), {"variance"}),
     "a type in a module of statistics": Edit(
         replaces('Estimator = Literal["per_decision",', 'Estimator = Literal["mean", "per_decision",'),
-        {"variance", "price", "phase", "rehearsal", "interventions", "post-mortem"},
+        {"variance", "price", "phase", "interventions", "post-mortem"},
     ),
     "the formula of a baseline": Edit(
         adds("def time_loo_baseline(", "def time_totals(*_): ..."),
         {"entropy-gradient", "reward-gradient", "block-sensitivities"}
-        | {"variance", "price", "phase", "rehearsal", "interventions", "post-mortem"},
+        | {"variance", "price", "phase", "interventions", "post-mortem"},
     ),
     "a limit of a verdict": Edit(
         replaces("MATERIAL_CURVATURE = ", "MATERIAL_CURVATURE = 2 * "), {"variance", "report"}
