@@ -11,7 +11,7 @@ from entropy_core.estimates.distributions import noncentral_t_below, t_tail
 from entropy_core.estimates.power import Components, Size, TTest
 from entropy_core.numerics import uncertainty
 
-PILOT = {"se_given_u": 3e-4, "se_over_u": 5e-4, "se_interaction": 1e-4}
+PILOT = {"se_given_u": 3e-4, "se_over_u": 5e-4, "se_interaction": 1e-4, "nonlinearity_over_u": None}
 SIZE = Size(1024, 64)
 
 
@@ -23,6 +23,21 @@ def test_the_components_give_back_the_errors_of_the_pilot():
     # four times as many of each: half of the error, but for the interaction
     expected = (9e-8 - both) / 4 + (25e-8 - both) / 4 + both / 16
     assert mean_update.standard_error(Size(4096, 256)) ** 2 == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_degrees_of_freedom_are_those_of_the_rows():
+    """Of a step that is not linear those of the splits of U, and of a difference those of the blocks of E."""
+    bent = Components.of_pilot(PILOT | {"nonlinearity_over_u": 0.2}, SIZE, given_u=False)
+    assert (bent.freedom_e, bent.freedom_u) == (None, 7.0)
+    assert bent.degrees_of_freedom(SIZE) < Components.of_pilot(PILOT, SIZE, given_u=False).degrees_of_freedom(SIZE)
+    total = uncertainty.Total(math.hypot(3e-4, 5e-4), 34e-8**2 / (9e-8**2 / 15 + 25e-8**2 / 63))
+    row = {"se_over_e": 3e-4, "se_over_u": 5e-4, "degrees_of_freedom": total.degrees_of_freedom}
+    of_blocks = Components.of_difference(row, SIZE, False, 16)
+    assert of_blocks.freedom_e == pytest.approx(15) and of_blocks.standard_error(SIZE) == pytest.approx(total[0])
+    given_u = Components.of_difference(row, SIZE, True, 16)
+    assert given_u.degrees_of_freedom(Size(4096, 64)) == pytest.approx(15)  # more of E brings none
+    this_update = Components.of_difference(row | {"se_over_u": None, "degrees_of_freedom": None}, SIZE, True, 16)
+    assert this_update.degrees_of_freedom(SIZE) == pytest.approx(15)
 
 
 def test_the_noncentral_t_is_that_of_scipy():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pipeline_fixtures import skip_figures
+from pipeline_fixtures import probe, skip_figures
 
 pytest.importorskip("trl")
 
@@ -298,6 +298,34 @@ def test_what_was_recorded_is_what_the_loss_is_given(run, batches, tmp_path):
     assert "recorded advantages of 3.parquet differ from those that `update` makes of the rewards" in report
     assert "differ from 1 by more than 0.2" in report
     assert "ratios of the loss are to the recorded log-probabilities" in report
+
+
+def test_recorded_ratios_are_clipped_where_the_phase_is_followed(run, batches, tmp_path):
+    """In v and in the first step of the phase, which are the same bit for bit."""
+
+    def older(row: dict[str, Any], i: int) -> dict[str, Any]:
+        return row | {"old_logprobs": [-0.3 * i - 0.1] * len(row["completion_ids"]), "advantage": (-1.0) ** i}
+
+    folder = rewritten(batches, NUMBER, tmp_path / "own" / f"{NUMBER}.parquet", older).parent
+    given = asked(run, tmp_path / "artifacts", policy={"dtype": "float64"}, batch_config={"U": {"from": str(folder)}})
+    bounds = {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0}
+    given["update"]["phase"] = {"follow": True, "minibatches": 1, "epochs": 1, "learning_rates": [1]} | bounds
+    done = probe(given)
+    [update], [step] = done.run.artifacts("compute-update"), done.run.artifacts("phase-step")
+    v, direction = dict(update.vector("direction").items()), step.vector("direction")
+    assert all(torch.equal(direction[name], v[name]) for name in v)
+    [scores], table = done.run.artifacts("score-u-batch"), update.table("sequences.parquet")
+    loss, scored = update.tensors("loss.safetensors"), scores.tensors("tokens.safetensors")
+    lengths_N = torch.tensor(table["length"].to_pylist())
+    advantage_K = torch.tensor(table["advantage"].to_pylist()).repeat_interleave(lengths_N)
+    ratio_K = (scored["logprobs"] - loss["old_logprobs"]).exp()
+    high_K, low_K, dual_K = (ratio_K > 1.3), (ratio_K < 0.9), (ratio_K > 2.0)
+    cut_K = torch.where(advantage_K > 0, high_K, low_K | dual_K)
+    assert cut_K.any() and not cut_K.all() and (advantage_K < 0)[dual_K].any()
+    assert torch.equal(loss["coefficient"] == 0, cut_K)
+    of_summary = sum(step.summary[f"clip_{side}"] for side in ("low", "high", "dual"))
+    assert of_summary == pytest.approx(float(cut_K.double().mean()))
+    assert "they are clipped at the bounds" in (done.result.run_directory / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("micro_batch", "told"), [(0, False), (2, True), (8, False)])

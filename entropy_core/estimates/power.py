@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from entropy_core.estimates.distributions import noncentral_t_below, t_quantile
+from entropy_core.numerics.half_samples import LINEAR, balanced_halves
 
 FEWEST = 2
 """Units that an error comes from, at least."""
@@ -29,19 +30,26 @@ class Size(NamedTuple):
 
 
 class Components(NamedTuple):
-    """A, B and C in squared units of the estimate, and whether U is held fixed: then B does not count."""
+    """A, B and C in squared units of the estimate, and whether U is held fixed: then B does not count.
+
+    `freedom_e` and `freedom_u` are the degrees of freedom of the errors over E and over U where these come from a fixed
+    number of blocks of E or splits of U; None where they come from every unit, and are one less than there are units.
+    """
 
     of_e: float
     of_u: float
     of_both: float
     given_u: bool = False
+    freedom_e: float | None = None
+    freedom_u: float | None = None
 
     @classmethod
     def of_pilot(cls, row: Mapping[str, Any], size: Size, given_u: bool) -> "Components":
         """Find the components from the errors of a sweep.
 
         Args:
-            row: with `se_given_u`, `se_over_u` and `se_interaction`, as in `estimate_columns.ESTIMATES`.
+            row: with `se_given_u`, `se_over_u`, `se_interaction` and `nonlinearity_over_u`, as in
+                `estimate_columns.ESTIMATES`.
             size: of its E and U.
             given_u: whether the question is of this update.
 
@@ -50,7 +58,30 @@ class Components(NamedTuple):
         """
         both = row["se_interaction"] ** 2
         over_e, over_u = (max(row[name] ** 2 - both, 0.0) for name in ("se_given_u", "se_over_u"))
-        return cls(over_e * size.of_e, over_u * size.of_u, both * size.of_e * size.of_u, given_u)
+        bent = (row["nonlinearity_over_u"] or 0.0) > LINEAR  # then the error over U is that of steps on halves of it
+        freedom_u = float(len(balanced_halves(size.of_u))) if bent else None
+        parts = over_e * size.of_e, over_u * size.of_u, both * size.of_e * size.of_u
+        return cls(*parts, given_u, freedom_u=freedom_u)
+
+    @classmethod
+    def of_difference(cls, row: Mapping[str, Any], size: Size, given_u: bool, blocks: int) -> "Components":
+        """Find the components of the difference that an intervention makes, whose error over E is one of blocks of E.
+
+        Args:
+            row: with `se_over_e`, `se_over_u` and `degrees_of_freedom`, as in interventions.parquet.
+            size: of its E and U.
+            given_u: whether the question is of this update.
+            blocks: number of blocks of E, for a row without degrees of freedom.
+
+        Returns:
+            The components, with the degrees of freedom over E that those of the row are made of.
+        """
+        over_e, over_u = row["se_over_e"] ** 2, (row["se_over_u"] or 0.0) ** 2
+        freedom_e = float(blocks - 1)
+        if row["degrees_of_freedom"] is not None and over_e:
+            of_e = (over_e + over_u) ** 2 / row["degrees_of_freedom"] - over_u**2 / (size.of_u - 1)
+            freedom_e = max(1.0, over_e**2 / of_e) if of_e > 0 else size.of_e - 1.0
+        return cls(over_e * size.of_e, over_u * size.of_u, 0.0, given_u, freedom_e)
 
     def variances(self, size: Size) -> tuple[float, float]:
         """Return the variances over E and over U at a size; the interaction counts once, with E."""
@@ -64,9 +95,11 @@ class Components(NamedTuple):
     def degrees_of_freedom(self, size: Size) -> float:
         """Return those of the t test at a size (Welch-Satterthwaite)."""
         over_e, over_u = self.variances(size)
+        freedom_e = size.of_e - 1.0 if self.freedom_e is None else self.freedom_e
+        freedom_u = size.of_u - 1.0 if self.freedom_u is None else self.freedom_u
         if over_e + over_u == 0.0:
-            return float(size.of_e - 1)
-        return (over_e + over_u) ** 2 / (over_e**2 / (size.of_e - 1) + over_u**2 / (size.of_u - 1))
+            return freedom_e
+        return (over_e + over_u) ** 2 / (over_e**2 / freedom_e + over_u**2 / freedom_u)
 
 
 class TTest(NamedTuple):

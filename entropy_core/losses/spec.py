@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from entropy_core.numerics.advantages import Aggregation, group_advantages, standardised
+from entropy_core.numerics.clipping import OffPolicy
 from entropy_core.numerics.loss_batch import LossBatch, Objective, micro_batches
 from entropy_core.store.columns import TokenTable
 
@@ -29,6 +30,7 @@ class LossSpec(BaseModel):
         reward_clip_range: lower and upper bound of rewards; empty for none.
         normalize_advantages: advantages are standardised over the batch, after everything else.
         mask_truncated_completions: responses that were cut do not count in the loss, but in the advantages of others.
+        off_policy: ε, ε_high, δ and threshold of `OffPolicy`, for a U whose recorded ratios are not 1; empty: none.
         micro_batch: responses in a micro-batch of the trainer; 0: all are in one.
         seed: of the order in which responses come into micro-batches.
     """
@@ -51,6 +53,7 @@ class LossSpec(BaseModel):
     reward_clip_range: list[float] = Field([], max_length=2)
     normalize_advantages: bool = False
     mask_truncated_completions: bool = False
+    off_policy: list[float | None] = Field([], max_length=4)
     micro_batch: int = Field(0, ge=0)
     seed: int = 0
 
@@ -64,6 +67,7 @@ class LossSpec(BaseModel):
             top_entropy_quantile=self.top_entropy_quantile,
             entropy_coef=self.entropy_coef,
             epsilon_high=self.epsilon_high or None,
+            off_policy=OffPolicy(*self.off_policy) if self.off_policy else None,  # type: ignore[arg-type]
         )
 
     @property

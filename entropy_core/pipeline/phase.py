@@ -3,31 +3,17 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from entropy_core.config.phase import PhaseConfig
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.losses.changed import AS_IT_IS
 from entropy_core.losses.interventions import InterventionSpec
-from entropy_core.losses.phase import PhaseSpec
 from entropy_core.losses.phase_interventions import CLIPPING, asked_in_phase, changed_phase
 from entropy_core.numerics.choices import Arithmetic, Estimator
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.runner import Inputs
+from entropy_core.pipeline.specs import phase_spec
 from entropy_core.pipeline.stages_of import StagesOf
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
-
-
-def spec_of(phase: PhaseConfig, seed_of_u: int) -> PhaseSpec:
-    """Return what a step of the phase is keyed by; the number of epochs is no part of it."""
-    seed = seed_of_u if phase.shuffle_seed < 0 else phase.shuffle_seed
-    return PhaseSpec(
-        minibatches=phase.minibatches,
-        shuffle_seed=seed if phase.order == "shuffled" else None,
-        epsilon=phase.epsilon,
-        epsilon_high=phase.epsilon_high or phase.epsilon,
-        delta=phase.delta or None,
-        off_policy_mask_threshold=phase.off_policy_mask_threshold or None,
-    )
 
 
 class OnE(NamedTuple):
@@ -65,7 +51,7 @@ def followed(
     phase = config.update.phase
     if not phase.steps:
         return {}
-    spec = spec_of(phase, config.batch_config.U_batch_seed)
+    spec = phase_spec(config)
     pairs, seed = map(asked_in_phase, phase.interventions), config.batch_config.U_batch_seed
     taken: list[Inputs] = []
     for one in [None, *(InterventionSpec(name=name, value=value, seed=seed) for name, value in pairs)]:

@@ -7,6 +7,7 @@ from entropy_core.errors import StoreError
 from entropy_core.estimates import power
 from entropy_core.estimates.power import Components, Size, TTest
 from entropy_core.estimates.selection import Row, at_learning_rate, first_of_each
+from entropy_core.pipeline.lab import BLOCKS
 from entropy_core.pipeline.recorded import read_run
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.report.recorded_run import RecordedRun
@@ -74,8 +75,7 @@ def planned(
                 continue
             components = Components.of_pilot(row, size, given_u)
             if intervention:
-                over_u = 0.0 if given_u else errors["se_over_u"] ** 2
-                components = Components(errors["se_over_e"] ** 2 * size.of_e, over_u * size.of_u, 0.0, given_u)
+                components = Components.of_difference(errors, size, given_u, BLOCKS)
             test = TTest(row["confidence_level"])
             now = {"checkpoint": row["checkpoint"], "question": question, "E": size.of_e, "U": size.of_u}
             now |= {"detects": test.detectable(components, size), "seconds": power.cost(size, seconds)}

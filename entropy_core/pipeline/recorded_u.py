@@ -228,10 +228,16 @@ def remarks(
             "another reward, other weights, or another scale_rewards."
         )
     if differing.get("clipped"):
-        warnings.append(
+        far = (
             f"The ratios of {differing['clipped']:.2%} of the tokens of {of_one.name} differ from 1 by more than "
-            f"{CLIPPED:g} (|Δ log π| up to {differing['log_ratio']:.3g}): a trainer that clips them takes another step."
+            f"{CLIPPED:g} (|Δ log π| up to {differing['log_ratio']:.3g})"
         )
+        if update.get("loss", {}).get("off_policy"):
+            notes.append(f"{far}; they are clipped at the bounds of `update.phase`.")
+        else:
+            warnings.append(
+                f"{far}: a trainer that clips them takes another step. With `update.phase.follow`, its bounds are kept."
+            )
     if 0 < micro_batch < of_one.prompts * of_one.responses:
         warnings.append(
             f"The loss averages over micro-batches of {micro_batch} responses, and {of_one.name} does not say which "

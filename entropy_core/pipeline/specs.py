@@ -1,6 +1,7 @@
 """What a configuration asks for as stages take it: code by its content, and nothing that cannot change a result."""
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 
 from entropy_core.config.schema import ProbeConfig
@@ -9,6 +10,7 @@ from entropy_core.files.sources import content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.losses import token_weights
 from entropy_core.losses.interventions import InterventionSpec, asked_for, is_own
+from entropy_core.losses.phase import PhaseSpec
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
 from entropy_core.policy.spec import PolicySpec, ProposalSpec
@@ -53,9 +55,32 @@ def loss_spec(config: ProbeConfig) -> LossSpec:
         reward_clip_range=update.reward_clip_range,
         normalize_advantages=update.normalize_advantages,
         mask_truncated_completions=update.mask_truncated_completions,
+        off_policy=_bounds(config) if not file else [],
         micro_batch=update.micro_batch if in_parts else 0,
         seed=config.batch_config.U_batch_seed if in_parts and update.micro_batch else 0,
     )
+
+
+def phase_spec(config: ProbeConfig) -> PhaseSpec:
+    """Return what a step of the phase is keyed by; the number of epochs is no part of it."""
+    phase, seed_of_u = config.update.phase, config.batch_config.U_batch_seed
+    seed = seed_of_u if phase.shuffle_seed < 0 else phase.shuffle_seed
+    return PhaseSpec(
+        minibatches=phase.minibatches,
+        shuffle_seed=seed if phase.order == "shuffled" else None,
+        epsilon=phase.epsilon,
+        epsilon_high=phase.epsilon_high or phase.epsilon,
+        delta=phase.delta or None,
+        off_policy_mask_threshold=phase.off_policy_mask_threshold or None,
+    )
+
+
+def _bounds(config: ProbeConfig) -> list[float | None]:
+    """Those of the phase, for a U whose ratios are to recorded log-probabilities: its first step clips, too."""
+    u = config.batch_config.U
+    if not (config.update.phase.follow and u.source and u.old_logprobs == "recorded"):
+        return []
+    return list(astuple(phase_spec(config).off_policy))
 
 
 def intervention_specs(config: ProbeConfig) -> list[InterventionSpec]:
