@@ -206,6 +206,7 @@ def test_each_library_has_its_own_door():
     of_the_model = core(
         "policy.attention",
         "policy.blockwise",
+        "policy.layer_split",
         "policy.model",
         "policy.pretrained",
         "policy.scorer",
