@@ -17,6 +17,8 @@ DEVICES = {"16 GiB": 16, "24 GiB": 24, "40 GiB": 40, "80 GiB": 80, "141 GiB": 14
 USABLE = 0.95
 ROWS, LENGTH = 8, 1024
 """Rows of a micro-batch and tokens of a sequence, prompt included, for which the first table is."""
+MACHINE = (1, 2, 4, 8)
+"""GPUs of one machine."""
 E = 4096
 HOST, STORE = 16, 24
 """Bytes of RAM and of disk per trained parameter beside the model; the marks of the benchmark of vectors."""
@@ -60,6 +62,15 @@ def sizes_page() -> str:
         _table(
             ("model", *DEVICES),
             ((shape.name, *(_longest(shape, size) for size in DEVICES.values())) for shape in SHAPES),
+        ),
+        "## Several GPUs for one model",
+        _text(
+            f"GPUs that must share the layers (`execution.devices_per_policy`) for every pass to fit, one sequence of "
+            f"{LENGTH:,} tokens at a time. The layers are divided by their size, and one layer is not divided:"
+        ),
+        _table(
+            ("model", *DEVICES),
+            ((shape.name, *(_devices(shape, size) for size in DEVICES.values())) for shape in SHAPES),
         ),
         "## Memory and disk of the host",
         _text(
@@ -114,6 +125,14 @@ def _longest(shape: Shape, gib: int) -> str:
         length for length in LENGTHS if max(_peak(shape, name, 1, length) for name in PASSES) <= USABLE * gib * 2**30
     ]
     return f"{fitting[-1]:,}" if fitting else "–"
+
+
+def _devices(shape: Shape, gib: int) -> str:
+    def fit(devices: int) -> bool:
+        peaks = (needed(shape, name, 1, LENGTH, devices) for name in PASSES)
+        return _weights(shape) / devices + max(peaks) <= USABLE * gib * 2**30
+
+    return next((str(devices) for devices in MACHINE if fit(devices)), "–")
 
 
 def _gib(count: float) -> str:

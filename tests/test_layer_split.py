@@ -1,6 +1,7 @@
 """A policy whose layers are divided among devices computes what one on a single device does, bit for bit.
 
 On the CPU as both devices the hidden states and their tangents are handed over as between two.
+On the CPU and the device of `shadow_device`, which computes as the CPU does, a tensor on the wrong one is refused.
 """
 
 import copy
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import flat, gemma2, gpt2, llama, policy_of, random_direction
+from shadow_device import shadow_device
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_core.errors import CheckpointError
 from entropy_core.policy import layer_split
+from entropy_core.policy.derivatives import as_tangent
 from entropy_core.policy.layer_split import devices_for, split_layers
 from entropy_core.policy.model import Coefficients, Policy
 from entropy_core.policy.moves import moved
@@ -44,7 +47,7 @@ def recomputed_gradient(policy: Policy) -> list[Tensor]:
 
 
 def forward(policy: Policy) -> list[Tensor]:
-    return list(forward_mode(processor(policy), BATCH, random_direction(policy))[0])
+    return list(forward_mode(processor(policy), BATCH, as_tangent(random_direction(policy), policy))[0])
 
 
 def at_a_step(policy: Policy) -> list[Tensor]:
@@ -74,6 +77,29 @@ def test_every_pass_is_that_of_one_device(make: Callable[..., PreTrainedModel], 
     expected, found = of(policy_of(model)), of(policy_of(divided))
     assert len(found) == len(expected) and any(one.abs().max() > 0 for one in found)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("of", PASSES, ids=lambda of: of.__name__)
+def test_nothing_is_left_on_the_wrong_device(of: Callable[[Policy], Any]):
+    model = llama(num_hidden_layers=3)
+    with shadow_device() as device:
+        divided = copy.deepcopy(model)
+        split_layers(divided, [CPU, device])
+        policy = policy_of(divided)
+        assert {parameter.device for parameter in divided.parameters()} == {CPU, device}
+        found = [one.cpu() for one in of(policy)]
+    for one, expected in zip(found, of(policy_of(model)), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["bring", "hand_over"])
+def test_what_is_not_handed_over_is_noticed(monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(layer_split._Shared, name, lambda self, module, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(layer_split._Shared, "_there", lambda self, value: value)
+    with shadow_device() as device, pytest.raises(RuntimeError, match="same device"):
+        model = llama(num_hidden_layers=3)
+        split_layers(model, [CPU, device])
+        policy_of(model)
 
 
 def test_hidden_states_and_tangents_are_copied_between_two_layers_of_different_places(monkeypatch):

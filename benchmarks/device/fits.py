@@ -8,6 +8,9 @@ and C the numbers in a chunk of logits, which is of 64 MiB at most.
     forward mode   2.5 times that, or 5·A; and P of the tangent. A: the scores of a block, at most B·H·L²
     gradient       every layer: 6·B·L·I + 14·B·L·D; the head: 5·C; 2·P of the sum in float64, P of g
     a step size    scoring, and P of θ + ηv
+
+Where several devices share the layers, what is of the size of P and what all layers keep is divided among them; one
+layer and the head are not.
 """
 
 import ctypes
@@ -67,17 +70,17 @@ def fits(table: Table, device: torch.device, tiny: bool) -> None:
         table.add("fits", row)
 
 
-def needed(shape: Shape, name: str, rows: int, length: int) -> float:
-    """Bytes at the peak beside the weights, by the formula of a pass; full fine-tuning."""
+def needed(shape: Shape, name: str, rows: int, length: int, devices: int = 1) -> float:
+    """Bytes at the peak beside the weights, by the formula of a pass, on each device; full fine-tuning."""
     B, L, D, I = rows, length, shape.hidden, shape.intermediate  # noqa: E741 (as in the formula)
     scores, head = min(B * shape.heads * L**2, DEVICE_BYTES / BYTES), min(HEAD_BYTES / BYTES, B * L * shape.vocabulary)
     forward = max(4 * B * L * I + 8 * B * L * D, 3 * head)
-    of_layer = 6 * B * L * I + 14 * B * L * D
+    of_layers, of_policy = shape.layers * (6 * B * L * I + 14 * B * L * D) / devices, shape.parameters / devices
     numbers = {
         "scoring": forward,
-        "forward mode": max(2.5 * forward, 5 * scores + 8 * B * L * D) + shape.parameters,
-        "gradient": shape.layers * of_layer + 5 * head + 3 * shape.parameters,
-        "a step size": forward + shape.parameters,
+        "forward mode": max(2.5 * forward, 5 * scores + 8 * B * L * D) + of_policy,
+        "gradient": of_layers + 5 * head + 3 * of_policy,
+        "a step size": forward + of_policy,
     }
     return BYTES * numbers[name]
 

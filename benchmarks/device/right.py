@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.device.models import TINY, make_policy
-from benchmarks.device.sweep import differences
+from benchmarks.device.sweep import differences, pool_differences
 from benchmarks.device.table import Row, Table
 from benchmarks.passes import random_direction
 from entropy_core.numerics import philox
@@ -98,6 +98,31 @@ def _whole_sweep(device: torch.device) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for most in differences(Path(folder), device.type):
             yield _held(f"sweep: {most.stage}, most in {most.column}", "float32", most.error, most.tolerance)
+
+
+def _layers_on_two_devices(device: torch.device) -> Iterator[Row]:
+    """As `execution.devices_per_policy` has it."""
+    if _devices(device) < 2:
+        yield {"what": "layers on two devices", "note": "there is one device"}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for most in differences(Path(folder), device.type, 2):
+            yield _held(f"two devices: {most.stage}, most in {most.column}", "float32", most.error, most.tolerance)
+
+
+def _a_pool_over_all_devices(device: torch.device) -> Iterator[Row]:
+    """Every stage with the policy, at the same time in as many workers as there are devices."""
+    if not (count := _devices(device)):
+        yield {"what": "a pool of workers", "note": "there is no GPU"}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for most in pool_differences(Path(folder), device.type):
+            what = f"pool of {count}: {most.stage}, most in {most.column}"
+            yield _held(what, "float32", most.error, most.tolerance)
+
+
+def _devices(device: torch.device) -> int:
+    return torch.cuda.device_count() if device.type == "cuda" else 0
 
 
 def _held(what: str, arithmetic: str, error: float, tolerance: float | None) -> Row:
@@ -279,4 +304,6 @@ CHECKS = (
     _noise_of_rounding,
     _the_same_bits_again,
     _whole_sweep,
+    _layers_on_two_devices,
+    _a_pool_over_all_devices,
 )

@@ -1,7 +1,11 @@
-"""One whole sweep of a small checkpoint on a device, held against the same sweep on the CPU, artifact by artifact."""
+"""One whole sweep of a small checkpoint on a device, held against the same sweep on the CPU, artifact by artifact.
 
-from collections.abc import Iterator, Mapping
+And its stages in a pool of workers, held against those in one process.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +14,15 @@ from torch import Tensor
 
 from benchmarks.device.models import write_checkpoint
 from entropy_core.config.read import parse_config
+from entropy_core.config.schema import ProbeConfig
+from entropy_core.pipeline.memory import run_within_memory
 from entropy_core.pipeline.preflight import preflight
-from entropy_core.pipeline.runner import Inputs, direct_runner
+from entropy_core.pipeline.runner import Inputs
 from entropy_core.pipeline.sweep import execution_for, go_through
 from entropy_core.policy.pretrained import load_policy
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
+from entropy_core.workers.choice import workers_of
 
 # The numbers compared are float32. A difference of nearly equal numbers, such as a change of the entropy, has fewer
 # correct digits than the numbers themselves.
@@ -47,6 +54,14 @@ class Difference(NamedTuple):
         return TOLERANCE.get(self.stage, USUAL_TOLERANCE)
 
 
+class Done(NamedTuple):
+    """A stage that was run."""
+
+    stage: Stage
+    inputs: Inputs
+    artifact: Artifact
+
+
 def differences(folder: Path, device: str, devices: int = 1, **changes: Mapping[str, Any]) -> Iterator[Difference]:
     """The largest difference of every stage between the CPU and a device, which also has other micro-batches.
 
@@ -67,19 +82,48 @@ def differences(folder: Path, device: str, devices: int = 1, **changes: Mapping[
     on_cpu = swept(checkpoint, folder / "cpu", changes, device="cpu")
     other = {"device": device, "devices_per_policy": devices, "gen_batch_size": 24, "tf_batch_size": 7}
     on_device = swept(checkpoint, folder / "device", changes, **other)
-    if [stage for stage, _ in on_cpu] != [stage for stage, _ in on_device]:
+    if [one.stage for one in on_cpu] != [one.stage for one in on_device]:
         raise ValueError("the sweeps on the CPU and on the device ran different stages")
+    yield from _largest([one.artifact for one in on_device], [one.artifact for one in on_cpu])
+
+
+def pool_differences(folder: Path, device: str, **execution: Any) -> Iterator[Difference]:
+    """The largest difference of every stage between one process and a pool of workers, which computes all at once.
+
+    Args:
+        folder: an empty folder.
+        device: what both compute on.
+        execution: settings of the pool, such as the number of workers.
+
+    Yields:
+        A difference per stage that needs the policy.
+    """
+    checkpoint = write_checkpoint(folder / "checkpoint-3")
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    alone = [one for one in swept(checkpoint, folder / "alone", {}, device=device) if "policy" in one.inputs]
+    pooled = {"execution": {"workers": "pool", "device": device, "artifacts": str(folder / "pool"), **execution}}
+    config = _config(checkpoint, folder / "pool", pooled)
+    store, settings = Store(config.store_root), execution_for(config, preflight(config))
+    with workers_of(config.execution, run_within_memory) as workers:
+        calls = [partial(workers.compute, store, one.stage, settings, one.inputs) for one in alone]
+        found = workers.threads.all(calls)
+    yield from _largest(found, [one.artifact for one in alone])
+
+
+def _largest(found: Sequence[Artifact], expected: Sequence[Artifact]) -> list[Difference]:
+    """The largest difference of every stage."""
     largest: dict[str, Difference] = {}
-    for (stage, found), (_, expected) in zip(on_device, on_cpu, strict=True):
-        for column, error in _errors(_numbers(found), _numbers(expected)):
+    for one, other in zip(found, expected, strict=True):
+        stage = one.stage
+        for column, error in _errors(_numbers(one), _numbers(other)):
             if stage not in largest or error > largest[stage].error:
                 largest[stage] = Difference(stage, column, error)
-    yield from largest.values()
+    return list(largest.values())
 
 
 def swept(
     checkpoint: Path, store: Path, changes: Mapping[str, Mapping[str, Any]], **execution_changes: Any
-) -> list[tuple[str, Artifact]]:
+) -> list[Done]:
     """Sweep a checkpoint. The reward's file is in the folder that holds the checkpoint.
 
     Args:
@@ -89,8 +133,26 @@ def swept(
         execution_changes: fields of `Execution`, such as the device.
 
     Returns:
-        Every artifact with the name of its stage, in order; without the report, which draws figures.
+        Every stage with its artifact, in order; without the report, which draws figures.
     """
+    config = _config(checkpoint, store, changes)
+    checkpoints = preflight(config)
+    execution = replace(execution_for(config, checkpoints), **execution_changes)
+    found: list[Done] = []
+
+    def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
+        if stage.name == "report":
+            return found[-1].artifact
+        found.append(Done(stage, inputs, run_within_memory(Store(config.store_root), stage, execution, inputs)))
+        return found[-1].artifact
+
+    load_policy.cache_clear()
+    go_through(config, checkpoints, run)
+    load_policy.cache_clear()
+    return found
+
+
+def _config(checkpoint: Path, store: Path, changes: Mapping[str, Mapping[str, Any]]) -> ProbeConfig:
     defaults: dict[str, Any] = {
         "batch_config": {"E_total_sequences": 64, "B_U": 8, "G": 4},
         "generation": {"max_new_tokens": 16, "gen_batch_size": 32, "tf_batch_size": 16},
@@ -99,22 +161,7 @@ def swept(
         "execution": {"shard_size": 32, "artifacts": str(store)},
     }
     sections = {name: defaults.get(name, {}) | dict(changes.get(name, {})) for name in defaults | changes}
-    config = parse_config(sections | {"checkpoints": [str(checkpoint)]})
-    checkpoints = preflight(config)
-    execution = replace(execution_for(config, checkpoints), **execution_changes)
-    plain, found = direct_runner(Store(config.store_root), execution), []
-
-    def run(stage: Stage, inputs: Inputs, label: str) -> Artifact:
-        if stage.name == "report":
-            return found[-1][1]
-        artifact = plain(stage, inputs, label)
-        found.append((stage.name, artifact))
-        return artifact
-
-    load_policy.cache_clear()
-    go_through(config, checkpoints, run)
-    load_policy.cache_clear()
-    return found
+    return parse_config(sections | {"checkpoints": [str(checkpoint)]})
 
 
 def _numbers(artifact: Artifact) -> dict[str, Tensor]:
