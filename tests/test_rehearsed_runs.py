@@ -290,6 +290,20 @@ def test_a_floor_or_another_level_computes_the_statistics_alone(rehearsed: Probe
     assert "## The rehearsal" in page and f"H below {H:g} at step" in page and "rehearsal.png" in page
 
 
+def test_the_first_paragraph_says_where_the_steps_lead(rehearsed: Probe):
+    rows = rows_of(rehearsed, normalization="per_token")
+    start, end = (
+        rows_of(rehearsed, normalization="per_token", replicate=None, rehearsal_step=n)[0] for n in (0, STEPS)
+    )
+    lead = f"2 real steps from checkpoint-3, rehearsed from 2 seeds, take the entropy from {start['H']:.4f} to "
+    assert section.sentence(rows).startswith(f"{lead}{end['H']:.4f} [")
+    assert lead in (rehearsed.result.run_directory / "report.md").read_text()
+    surely = [row | {"difference": 0.004, "difference_low": 0.003, "difference_high": 0.005} for row in rows]
+    assert section.sentence(surely).endswith("; under random 0 % it ends +0.004 [+0.003, +0.005] higher.")
+    assert "under none of 4 interventions" in section.sentence([row | {"difference_low": -1.0} for row in rows])
+    assert section.sentence([]) == ""
+
+
 class Killed(Exception):
     pass
 

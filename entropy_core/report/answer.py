@@ -7,7 +7,7 @@ about a number that the tables below it hold.
 from collections.abc import Sequence
 
 from entropy_core.estimates.selection import Row, at_learning_rate, best_prediction, first_of_each, interval_of
-from entropy_core.report import interventions, phase, price
+from entropy_core.report import interventions, phase, price, rehearsal
 
 FLAT = 1e-3
 """A change is small if its whole interval is within this part of H."""
@@ -27,6 +27,7 @@ def answer(
     prices: Sequence[Row] = (),
     tried: Sequence[Row] = (),
     along: Sequence[Row] = (),
+    rehearsed: Sequence[Row] = (),
 ) -> str:
     """Answer in words what a sweep was run for.
 
@@ -36,6 +37,7 @@ def answer(
         prices: rows of `price.parquet`, of the same normalisation.
         tried: rows of `interventions.parquet`, of the same normalisation.
         along: rows of `phase.parquet`, of the same normalisation.
+        rehearsed: rows of `rehearsal.parquet`, of the same normalisation.
 
     Returns:
         One paragraph, as markdown without markup.
@@ -52,6 +54,7 @@ def answer(
         phase.sentence(along),
         price.sentence(prices),
         interventions.sentence(tried),
+        rehearsal.sentence(rehearsed),
         *_next(at_lr),
     ]
     return " ".join(filter(None, said))

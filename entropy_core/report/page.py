@@ -89,9 +89,9 @@ def markdown(
     checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
     normalization = rows[0]["normalization"]
     shown = [row for row in rows if row["normalization"] == normalization]
-    priced, tried, followed, dissected = (
-        [row for row in of.rows if row["normalization"] == normalization]
-        for of in (prices, interventions, rollout, taken)
+    priced, tried, followed, dissected, rehearsed = (
+        [row for row in of if row["normalization"] == normalization]
+        for of in (prices.rows, interventions.rows, rollout.rows, taken.rows, rehearsed)
     )
     first, contradicted = shown[0], disagreements(training.compared)
     lines = [
@@ -106,7 +106,7 @@ def markdown(
                 *training.warnings,
             )
         ),
-        answer(shown, bool(contradicted), priced, tried, followed),
+        answer(shown, bool(contradicted), priced, tried, followed, rehearsed),
         "",
         f"{len(checkpoints)} checkpoint(s), E of {first['n_sequences']} sequences, U of {first['n_prompts_u']} "
         f"prompts. Entropies in nats ({normalization}); intervals at {percent(first['confidence_level'])}.",
@@ -159,7 +159,7 @@ def markdown(
         lines += ["", "## The price of the entropy", "", *content]
     if content := phase.section(followed, rollout.clipped):
         lines += ["", "## The steps on one rollout", "", *content]
-    if content := rehearsal.section([row for row in rehearsed if row["normalization"] == normalization]):
+    if content := rehearsal.section(rehearsed):
         lines += ["", "## The rehearsal", "", *content]
     if content := evaluation_batch.section(shown):
         lines += ["", "## How E was drawn", "", *content]

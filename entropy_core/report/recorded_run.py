@@ -109,10 +109,10 @@ class RecordedRun:
     @property
     def answer(self) -> str:
         """The first paragraph of the report: is the entropy falling, how fast, why, and does the prediction hold."""
-        tables = [self.rows(name) for name in ("results", "price", "interventions", "phase")]
+        tables = [self.rows(name) for name in ("results", "price", "interventions", "phase", "rehearsal")]
         first = tables[0][0]["normalization"]
-        shown, prices, tried, along = ([row for row in rows if row["normalization"] == first] for rows in tables)
-        return answer(shown, bool(disagreements(self.rows("agreement"))), prices, tried, along)
+        shown, *others = ([row for row in rows if row["normalization"] == first] for rows in tables)
+        return answer(shown, bool(disagreements(self.rows("agreement"))), *others)
 
     def __repr__(self) -> str:
         parent = f", a rerun of {self.rerun_of}" if self.rerun_of else ""

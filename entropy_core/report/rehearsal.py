@@ -6,6 +6,35 @@ from entropy_core.estimates.selection import Row, by_checkpoint
 from entropy_core.report.markdown import markdown_rows
 
 
+def sentence(rows: Sequence[Row]) -> str:
+    """Say where the rehearsed steps lead, and what surely keeps most entropy.
+
+    Args:
+        rows: of `rehearsal.parquet`, of one normalisation.
+
+    Returns:
+        A sentence without markup; empty if nothing was rehearsed.
+    """
+    together = [row for row in rows if row["replicate"] is None]
+    if not together:
+        return ""
+    name, group = list(by_checkpoint(together).items())[-1]
+    last = max(row["rehearsal_step"] for row in group)
+    run, *others = [row for row in group if row["rehearsal_step"] == last]
+    seeds = f"from {run['replicates']} seeds" if run["replicates"] > 1 else "from one seed"
+    change = f"from {group[0]['H']:.4f} to {run['H']:.4f} [{run['H_low']:.4f}, {run['H_high']:.4f}]"
+    said = f"{last} real steps from {name}, rehearsed {seeds}, take the entropy {change}"
+    if run["floor"] is not None:
+        said += f"; below {run['floor']:g} at step {_reached(run)}" if run["floor_low"] is not None else ""
+    kept = [row for row in others if row["difference_low"] > 0]
+    if kept:
+        best = max(kept, key=lambda row: float(row["difference"]))
+        said += f"; under {best['intervention']} it ends {_difference(best, 'difference')} higher"
+    elif others:
+        said += f"; under none of {len(others)} interventions it surely ends higher"
+    return f"{said}."
+
+
 def section(rows: Sequence[Row]) -> list[str]:
     """Return the section on rehearsals.
 
