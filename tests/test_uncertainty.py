@@ -320,7 +320,7 @@ def test_coverage_of_a_ratio():
 
 def test_coverage_over_e_on_the_enumerated_policy(world: World, v: dict[str, Tensor]):
     everything = enumerate_world(world, v)
-    N, replications = 200, 2000
+    N, replications = 200, 800
     truths = [world.derivative(lambda e: e.H_tok, v), world.derivative(lambda e: e.H_seq, v)]
     generator = torch.Generator().manual_seed(0)
     found: list[list[Estimate]] = [[], []]
@@ -334,7 +334,8 @@ def test_coverage_over_e_on_the_enumerated_policy(world: World, v: dict[str, Ten
     for truth, estimates in zip(truths, found, strict=True):
         values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
         errors = torch.tensor([standard_error(estimate.influence_N) for estimate in estimates], dtype=torch.float64)
-        assert 0.94 <= share_covered(truth, values.tolist(), errors.tolist(), [N - 1] * replications) <= 0.96
+        covered = share_covered(truth, values.tolist(), errors.tolist(), [N - 1] * replications)
+        assert covered == pytest.approx(0.95, abs=2 * math.sqrt(0.95 * 0.05 / replications))
         assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / math.sqrt(replications)
         assert float(errors.square().mean().sqrt() / values.std()) == pytest.approx(1.0, abs=0.06)
 
@@ -378,7 +379,7 @@ def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
     true_gradient = torch.cat([g.flatten() for g in true_gradient])
     generator = torch.Generator().manual_seed(8)
     reward_R = torch.randn(len(law_R), generator=generator, dtype=torch.float64)
-    N, P, G, replications = 300, 40, 4, 2000
+    N, P, G, replications = 300, 40, 4, 800
 
     def draw_u() -> tuple[Tensor, Tensor]:
         """Loss coefficient and score gradient of each sequence of U."""
@@ -411,8 +412,11 @@ def test_coverage_over_both_batches(small: tuple[Everything, Gradients]):
     exact, error_u, values, error, freedom = torch.tensor(found, dtype=torch.float64).T
     target = float(exact.mean())
     # U alone, with the entropy's gradient known
-    assert 0.94 <= share_covered(target, exact.tolist(), error_u.tolist(), [P - 1] * replications) <= 0.96
+    two_errors = 2 * math.sqrt(0.95 * 0.05 / replications)
+    covered = share_covered(target, exact.tolist(), error_u.tolist(), [P - 1] * replications)
+    assert covered == pytest.approx(0.95, abs=two_errors)
     assert float(error_u.square().mean().sqrt() / exact.std()) == pytest.approx(1.0, abs=0.06)
     # both, and neither of them negligible
-    assert 0.94 <= share_covered(target, values.tolist(), error.tolist(), freedom.tolist()) <= 0.96
+    covered = share_covered(target, values.tolist(), error.tolist(), freedom.tolist())
+    assert covered == pytest.approx(0.95, abs=two_errors)
     assert 0.2 < float(exact.var() / values.var()) < 0.8
