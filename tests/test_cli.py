@@ -101,7 +101,8 @@ def test_every_setting_of_the_statistics_has_an_option():
 def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch, capsys):
     """It computes what the pipeline computes, in the store that the configuration names; then everything is reused."""
     config, elsewhere = home / "configs" / "tiny.yaml", home / "elsewhere"
-    monkeypatch.setitem(sys.modules, "prefect", None)
+    for name in ["prefect", *(name for name in sys.modules if name.startswith("prefect."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.chdir(elsewhere)
 
     def here(*arguments: Any) -> str:
@@ -111,17 +112,17 @@ def test_a_sweep_without_prefect_from_another_folder(home, tmp_path, monkeypatch
     total = int(re.search(r"0 of (\d+) stage runs are cached", here("plan", "../configs/tiny.yaml"))[1])
     assert not (home / "artifacts").exists()
 
-    first = command("sweep", "../configs/tiny.yaml", "--direct", cwd=elsewhere)
-    assert first.returncode == 0, first.stderr
-    lines = re.findall(r"^  computed  (\S+) · .+  \((?:(\d+) parts, )?\S+ m?s\)$", first.stdout, re.MULTILINE)
-    assert sum(int(parts or 1) for _, parts in lines) == total and "reused" not in first.stdout
-    assert lines[-1][0] == "report" and f"{total} of {total} stages" in first.stdout
-    assert first.stdout.count("  measured  checkpoint-") == 1
-    assert "matched by name for 12 of 12 trained parameters" in first.stderr and "Traceback" not in first.stderr
+    assert main(["sweep", "../configs/tiny.yaml", "--direct"]) == 0
+    first = capsys.readouterr()
+    lines = re.findall(r"^  computed  (\S+) · .+  \((?:(\d+) parts, )?\S+ m?s\)$", first.out, re.MULTILINE)
+    assert sum(int(parts or 1) for _, parts in lines) == total and "reused" not in first.out
+    assert lines[-1][0] == "report" and f"{total} of {total} stages" in first.out
+    assert first.out.count("  measured  checkpoint-") == 1
+    assert "matched by name for 12 of 12 trained parameters" in first.err and "Traceback" not in first.err
 
     again = here("sweep", config, "--direct")
     assert f"\n  reused    {total} stage runs: load-" in again and "computed" not in again and "measured  " not in again
-    table = first.stdout.partition("\n\n")[2]
+    table = first.out.partition("\n\n")[2]
     assert table == again.partition("\n\n")[2] and "eta_over_lr" in table and str(home / "artifacts") in table
     assert list(elsewhere.iterdir()) == []
 
