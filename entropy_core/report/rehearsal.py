@@ -31,7 +31,7 @@ def sentence(rows: Sequence[Row]) -> str:
         best = max(kept, key=lambda row: float(row["difference"]))
         said += f"; under {best['intervention']} it ends {_difference(best, 'difference')} higher"
     elif others:
-        said += f"; under none of {len(others)} interventions it surely ends higher"
+        said += f"; under none of {len(others)} interventions does it surely end higher"
     return f"{said}."
 
 
