@@ -8,7 +8,7 @@ from scipy import stats
 
 from entropy_core.estimates import power
 from entropy_core.estimates.distributions import noncentral_t_below, t_tail
-from entropy_core.estimates.power import Components, Size, TTest
+from entropy_core.estimates.power import Components, Size, TTest, best_for, smallest_e
 from entropy_core.numerics import uncertainty
 
 PILOT = {"se_given_u": 3e-4, "se_over_u": 5e-4, "se_interaction": 1e-4, "nonlinearity_over_u": None}
@@ -105,3 +105,11 @@ def test_without_any_variance_every_change_is_told():
     assert TTest(0.95).detectable(nothing, SIZE) == 0.0
     assert TTest(0.95).power_at(nothing, SIZE, 0.0) == pytest.approx(0.05)
     assert math.isfinite(nothing.degrees_of_freedom(SIZE))
+
+
+def test_every_block_of_e_has_some_units():
+    """An effect as large as this would need a handful of responses, of which no block could say how sure it is."""
+    row = {"se_over_e": 0.1, "se_over_u": 0.1, "degrees_of_freedom": None}
+    components = Components.of_difference(row, Size(64, 16), True, 16)
+    assert smallest_e(TTest(0.95), components, 100.0, 16) == 64
+    assert best_for(components, (1.0, 1.0), 63.0) is None and best_for(components, (1.0, 1.0), 70.0).of_e >= 64

@@ -20,6 +20,8 @@ FEWEST = 2
 """Units that an error comes from, at least."""
 MOST = 10**9
 """Units at which a search gives up."""
+IN_A_BLOCK = 4
+"""Units in each block of E, at least: with one or two, which they are decides what the block says."""
 
 
 class Size(NamedTuple):
@@ -34,6 +36,7 @@ class Components(NamedTuple):
 
     `freedom_e` and `freedom_u` are the degrees of freedom of the errors over E and over U where these come from a fixed
     number of blocks of E or splits of U; None where they come from every unit, and are one less than there are units.
+    `fewest_e` is how many units of E it takes before their error is that of a mean of many.
     """
 
     of_e: float
@@ -42,6 +45,7 @@ class Components(NamedTuple):
     given_u: bool = False
     freedom_e: float | None = None
     freedom_u: float | None = None
+    fewest_e: int = FEWEST
 
     @classmethod
     def of_pilot(cls, row: Mapping[str, Any], size: Size, given_u: bool) -> "Components":
@@ -81,7 +85,8 @@ class Components(NamedTuple):
         if row["degrees_of_freedom"] is not None and over_e:
             of_e = (over_e + over_u) ** 2 / row["degrees_of_freedom"] - over_u**2 / (size.of_u - 1)
             freedom_e = max(1.0, over_e**2 / of_e) if of_e > 0 else size.of_e - 1.0
-        return cls(over_e * size.of_e, over_u * size.of_u, 0.0, given_u, freedom_e)
+        fewest_e = IN_A_BLOCK * blocks
+        return cls(over_e * size.of_e, over_u * size.of_u, 0.0, given_u, freedom_e, fewest_e=fewest_e)
 
     def variances(self, size: Size) -> tuple[float, float]:
         """Return the variances over E and over U at a size; the interaction counts once, with E."""
@@ -138,7 +143,7 @@ def smallest_e(test: TTest, components: Components, effect: float, of_u: int) ->
     Returns:
         Units of E; None if no E is large enough with so few prompts of U.
     """
-    return _smallest(lambda n: test.power_at(components, Size(n, of_u), effect) >= test.power)
+    return _smallest(lambda n: test.power_at(components, Size(n, of_u), effect) >= test.power, components.fewest_e)
 
 
 def cheapest(test: TTest, components: Components, effect: float, seconds: tuple[float, float]) -> Size | None:
@@ -174,12 +179,12 @@ def best_for(components: Components, seconds: tuple[float, float], budget: float
     Returns:
         Their sizes; None if the budget does not pay for the fewest.
     """
-    most = int((budget - FEWEST * seconds[0]) / seconds[1]) if seconds[1] else MOST
+    most = int((budget - components.fewest_e * seconds[0]) / seconds[1]) if seconds[1] else MOST
     if most < FEWEST:
         return None
 
     def size_at(of_u: int) -> Size:
-        return Size(max(FEWEST, int((budget - of_u * seconds[1]) / seconds[0])), of_u)
+        return Size(max(components.fewest_e, int((budget - of_u * seconds[1]) / seconds[0])), of_u)
 
     return size_at(_lowest(lambda of_u: components.standard_error(size_at(of_u)), FEWEST, most))
 
@@ -194,14 +199,14 @@ def cost(size: Size, seconds: tuple[float, float]) -> float:
     return size.of_e * seconds[0] + size.of_u * seconds[1]
 
 
-def _smallest(enough: Callable[[int], bool]) -> int | None:
-    """The smallest number that is enough, if more is always better; None if not even `MOST` is."""
-    high = FEWEST
+def _smallest(enough: Callable[[int], bool], fewest: int = FEWEST) -> int | None:
+    """The smallest number from `fewest` on that is enough, if more is always better; None if not even `MOST` is."""
+    high = fewest
     while not enough(high):
         if high >= MOST:
             return None
         high = min(2 * high, MOST)
-    low = max(FEWEST - 1, high // 2)
+    low = max(fewest - 1, high // 2)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

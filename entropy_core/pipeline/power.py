@@ -106,7 +106,7 @@ def _wanted(
     elif budget is not None:
         if components.given_u:
             of_e = int((budget - size.of_u * seconds[1]) / seconds[0])
-            found = Size(of_e, size.of_u) if of_e >= power.FEWEST else None
+            found = Size(of_e, size.of_u) if of_e >= components.fewest_e else None
         else:
             found = power.best_for(components, seconds, budget)
     else:
