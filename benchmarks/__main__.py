@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks import model_shape, passes, sampling, scale, shards, time_to_error, vectors
+from benchmarks import interventions, model_shape, passes, sampling, scale, shards, time_to_error, vectors
 from benchmarks.common import Row
 from benchmarks.device.page import section
 
@@ -30,6 +30,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "orchestration": scale.orchestration,
     "time_to_error": time_to_error.time_to_error,
     "time_to_error_smollm2": time_to_error.time_to_error_smollm2,
+    "interventions": interventions.interventions,
 }
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 DEVICE = DOCS / "device.json"
