@@ -157,7 +157,7 @@ def config_of(folder: Path, run: str) -> dict[str, Any]:
     for section, settings in changes.items():
         config[section] = config.get(section, {}) | settings if isinstance(settings, dict) else settings
     if recorded := config["batch_config"].get("U"):
-        recorded["from"] = str(folder / recorded["from"])
+        config["batch_config"]["U"] = {"from": str(folder / recorded["from"])}
     return config
 
 
