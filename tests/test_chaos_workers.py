@@ -143,7 +143,7 @@ def test_no_process_is_left_behind_by_a_sweep_that_is_ended(home, tmp_path, by):
     config = tmp_path / "sweep.yaml"
     config.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "flows.cli", "sweep", str(config), "--direct"]
-    sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 240
     while len(workers := psutil.Process(sweep.pid).children()) < 2 or not unfinished(tmp_path / "artifacts"):
         assert sweep.poll() is None and time.monotonic() < until
