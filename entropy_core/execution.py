@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from entropy_core.files.digests import Identity
+from entropy_core.files.digests import without_ctime
 from entropy_core.files.sources import Stamps, stamps
 from entropy_core.isolation.process import Isolation
 
@@ -59,11 +59,9 @@ class Execution:
         found = stamps(inputs, self.paths)
         if self.held is None:
             return found
-        return {path: self._without_ctime(of) if path.is_relative_to(self.held) else of for path, of in found.items()}
-
-    @staticmethod
-    def _without_ctime(of_digests: tuple[frozenset[Identity], ...]) -> tuple[frozenset[Identity], ...]:
-        return tuple(frozenset(identity[:-1] for identity in identities) for identities in of_digests)
+        return {
+            path: tuple(map(without_ctime, of)) if path.is_relative_to(self.held) else of for path, of in found.items()
+        }
 
     def describe(self) -> dict[str, Any]:
         """What the manifest records."""

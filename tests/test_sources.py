@@ -248,6 +248,16 @@ def test_a_file_that_is_another_one_only_while_a_sweep_is_checked_is_noticed(swe
     assert probe(sweeps.settings("artifacts")).rows == undisturbed[0]
 
 
+def test_a_name_of_a_file_that_is_deleted_while_a_sweep_is_checked_is_no_change(sweeps, undisturbed, monkeypatch):
+    """As when a trainer deletes a checkpoint that is held by links."""
+    held, other = sweeps.path("optimizer.pt"), sweeps.folder / "name-of-the-trainer"
+    os.link(held, other)
+    before = held.stat().st_ctime_ns
+    with during(monkeypatch, "entropy_core.pipeline.usable.read_checkpoint", lambda: None, partial(other.unlink, True)):
+        assert probe(sweeps.settings("artifacts")).rows == undisturbed[0]
+    assert held.stat().st_ctime_ns > before
+
+
 @pytest.mark.parametrize("name", READING)
 def test_a_file_that_stays_another_one_is_noticed(sweeps, monkeypatch, name):
     stage, where, kind = READING[name]

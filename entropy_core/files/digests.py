@@ -40,6 +40,11 @@ def identity_of(stat: os.stat_result) -> Identity:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
+def without_ctime(identities: frozenset[Identity]) -> frozenset[Identity]:
+    """The same but for the ctime, which is also set when another name of a file is made or deleted."""
+    return frozenset(identity[:-1] for identity in identities)
+
+
 def file_digest(path: Path) -> str:
     """Content digest of one file, read only if it is not known.
 

@@ -21,7 +21,7 @@ from entropy_core.files.checkpoint import (
     tokenizer_digest,
     weights_digest,
 )
-from entropy_core.files.digests import Identity, file_digest, with_identities
+from entropy_core.files.digests import Identity, file_digest, with_identities, without_ctime
 
 Stamps = dict[Path, tuple[frozenset[Identity], ...]]
 """Which files were found at each path, for each digest that it is known by."""
@@ -106,6 +106,9 @@ def require_untouched(before: Stamps, after: Stamps, stage: str) -> None:
 def require_unwritten(directory: Path, known: tuple[str, frozenset[Identity]]) -> None:
     """Refuse a checkpoint that was written while it was checked: what was read of it may not be what its digest is of.
 
+    The ctime does not count: where a checkpoint is held by links, it is set when the trainer deletes its own name of a
+    file.
+
     Args:
         directory: of the checkpoint.
         known: `with_identities` of its `checkpoint_digest`, before anything of it was read.
@@ -113,7 +116,8 @@ def require_unwritten(directory: Path, known: tuple[str, frozenset[Identity]]) -
     Raises:
         CheckpointError: a file is another one, or gone.
     """
-    if with_identities(checkpoint_digest, directory) != known:
+    before, now = known, with_identities(checkpoint_digest, directory)
+    if before[0] != now[0] or without_ctime(before[1]) != without_ctime(now[1]):
         raise _changed(directory, "while it was checked")
 
 
