@@ -25,8 +25,7 @@ STORE = dict(zip(RUNS, (24, 29, 24, 32, 32), strict=True))
 """Bytes per parameter: two gradients on each half of E, the step, and the gradient on U; in float32, 4 each.
 
 Shards add the weights that they hold, a tied head twice; prices the gradient of the reward on each half of E; a
-post-mortem the step
-that was taken, in float64.
+post-mortem the step that was taken, in float64.
 """
 ROUNDS = 5
 

@@ -10,15 +10,15 @@ from entropy_core.checkpoints.optimizer_step import moved_parameters
 from entropy_core.losses.apart import token_coefficients
 from entropy_core.losses.files import RECORDED, name_of, write_tokens
 from entropy_core.losses.recorded import differences, recorded_advantages, with_recorded
+from entropy_core.losses.sampled import sampled_batch
 from entropy_core.losses.spec import LossSpec
 from entropy_core.losses.taken_step import taken_step
 from entropy_core.numerics.advantages import groups_of_equal
 from entropy_core.numerics.vectors import squares
 from entropy_core.policy.spec import PolicySpec
-from entropy_core.sequences.batch import require_ids, tokens_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
-from entropy_core.store.columns import as_numbers, read_tokens
+from entropy_core.store.columns import as_numbers
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -70,14 +70,9 @@ def compute_update(
     """
     processor = processor_of(policy, execution)
     shards, rewarded = [read_sequences(shard) for shard in sequences], rewards.table("rewards.parquet")
-    require_ids(shards, rewarded["sequence_id"].to_pylist())
+    table, rewards_PG, truncated_N = sampled_batch(loss, shards, rewards, scores, reference, responses_per_prompt)
     rewards_N = as_numbers(rewarded["reward"].to_pylist())
-    rewards_PG = as_numbers(rewarded[loss.reward_column].to_pylist()).view(-1, responses_per_prompt)
     lengths_N = torch.cat([shard.lengths_N for shard in shards])
-    table = tokens_of(shards).join(read_tokens(scores, "logprobs", "entropies"))
-    if reference:
-        table = table.join(read_tokens(reference, "logprobs").named({"logprobs": "reference_logprobs"}))
-    truncated_N = torch.tensor([reason == "length" for shard in shards for reason in shard.finish_reasons])
     own_N: torch.Tensor | None = None
     differing: dict[str, Any] = {}
     for of_trainer in recorded:

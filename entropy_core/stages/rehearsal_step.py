@@ -7,14 +7,13 @@ import torch
 
 from entropy_core.losses.changed import changed_loss, excess_of
 from entropy_core.losses.interventions import InterventionSpec, changed_spec
+from entropy_core.losses.sampled import sampled_batch
 from entropy_core.losses.spec import LossSpec
 from entropy_core.losses.taken_step import taken_step, write_step
 from entropy_core.numerics.interventions import Known
 from entropy_core.policy.spec import PolicySpec
-from entropy_core.sequences.batch import require_ids, tokens_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
-from entropy_core.store.columns import as_numbers, read_tokens
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -67,15 +66,8 @@ def rehearsal_step(
         The number of steps since the checkpoint, the learning rate, and what `write_step` returns.
     """
     processor, earlier = processor_of(policy, execution), policy.step
-    shards, rewarded = [read_sequences(shard) for shard in sequences], rewards.table("rewards.parquet")
-    require_ids(shards, rewarded["sequence_id"].to_pylist())
-    spec = changed_spec(loss, intervention)
-    rewards_PG = as_numbers(rewarded[spec.reward_column].to_pylist()).view(-1, responses_per_prompt)
-    table = tokens_of(shards).join(read_tokens(scores, "logprobs", "entropies"))
-    if reference:
-        table = table.join(read_tokens(reference, "logprobs").named({"logprobs": "reference_logprobs"}))
-    truncated_N = torch.tensor([reason == "length" for shard in shards for reason in shard.finish_reasons])
-    batch = spec.batch(table, rewards_PG, truncated_N)
+    shards, spec = [read_sequences(shard) for shard in sequences], changed_spec(loss, intervention)
+    batch = spec.batch(*sampled_batch(spec, shards, rewards, scores, reference, responses_per_prompt))
     nothing_K = torch.zeros_like(batch.logprobs_K)
     excess_K = nothing_K if discriminators is None else excess_of(scores, discriminators)[1]
     known = Known(batch, excess_K, nothing_K, intervention.seed)  # what is rehearsed selects by no sensitivity
