@@ -373,7 +373,7 @@ def test_a_run_that_fails_says_why_in_the_ui(browser, api):
 def test_suspend_resume_cancel_retry_and_a_second_run_that_waits(browser, api):
     """On a sweep that takes its time: another E in many shards."""
     browser.open_form("checkpoint-sweep")
-    for label, value in (("E Batch Seed", 7), ("E Total Sequences", 1024)):
+    for label, value in (("E Batch Seed", 7), ("E Total Sequences", 2048)):
         browser.field(label).last.locator("input").fill(str(value))
     run_id = browser.submit()
     browser.wait_until("Running")
@@ -390,7 +390,7 @@ def test_suspend_resume_cancel_retry_and_a_second_run_that_waits(browser, api):
     browser.open_run(waits)
     browser.wait_until()  # its turn: the process of the other has ended with the stage in hand
     before = states(api, run_id)
-    assert before[NAMES[0]] == "Suspended" and "Running" not in before.values()
+    assert "Suspended" in map(before.get, NAMES) and "Running" not in before.values()
     browser.open_run(run_id)
     browser.wait_until("Suspended")
     browser.click("Resume")
