@@ -28,6 +28,8 @@ class Execution:
         head_chunk_megabytes: memory of the logits that exist at one time.
         recompute_activations: in a backward pass, rather than keep those within a layer.
         isolation: how functions of the user are called.
+        vllm_python: interpreter of the environment that has vLLM; empty where it does not sample.
+        vllm_memory: share of the device's memory that vLLM takes.
         progress: called with (done, total) as a stage advances.
         held: a folder whose files are hard links: another name of one of them may be deleted while a stage reads it,
             which sets the file's ctime.
@@ -43,6 +45,8 @@ class Execution:
     head_chunk_megabytes: float = 64.0
     recompute_activations: bool = False
     isolation: Isolation = field(default_factory=Isolation)
+    vllm_python: str = ""
+    vllm_memory: float = 0.4
     progress: Callable[[int, int], None] = _silent
     held: Path | None = None
     within_memory: "dict[str, Execution]" = field(default_factory=dict, compare=False, repr=False)

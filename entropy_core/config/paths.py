@@ -72,6 +72,13 @@ def _directory(path: str, origin: Origin) -> str:
     return located
 
 
+def _interpreter(path: str, origin: Origin) -> str:
+    located = origin.locate(path)
+    if origin.must_exist and not os.access(located, os.X_OK):
+        raise ValueError(f"there is no program {located}")
+    return located
+
+
 def _model(path: str, origin: Origin) -> str:
     located = origin.locate(path)
     if os.path.isdir(located):
@@ -133,6 +140,9 @@ def _store(path: str, origin: Origin) -> str:
 
 CheckpointPattern = Annotated[str, _with_origin(_checkpoints)]
 """A directory, or a pattern that matches directories."""
+
+Interpreter = Annotated[str, _with_origin(_interpreter)]
+"""The Python of another environment; empty: none."""
 
 ModelName = Annotated[str, _with_origin(_model)]
 """The directory of a model, or its name in the hub cache, of which it becomes the snapshot; empty: none."""

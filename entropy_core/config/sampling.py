@@ -24,10 +24,11 @@ class SamplingConfig(Section):
         max_length=20,
         description="A response also ends with the token whose text completes one of these, as your trainer's may.",
     )
-    sampler: Literal["exact", "bf16"] = Field(
+    sampler: Literal["exact", "bf16", "vllm"] = Field(
         "exact",
         description="What draws E. exact: the policy as it is scored. bf16: its weights and arithmetic in bfloat16, "
-        "faster on a GPU; what it draws is weighted by the ratio of the two laws.",
+        "faster on a GPU; what it draws is weighted by the ratio of the two laws. vllm: the same with vLLM, in an "
+        "environment of its own (`execution.vllm_python`).",
     )
     proposal_temperature: float = Field(
         0.0,

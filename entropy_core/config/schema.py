@@ -15,6 +15,7 @@ from entropy_core.config.batches import BatchConfig
 from entropy_core.config.lab import LabConfig
 from entropy_core.config.paths import (
     CheckpointPattern,
+    Interpreter,
     InterventionEntry,
     ModelName,
     StoreFolder,
@@ -159,6 +160,17 @@ class ExecutionConfig(Section):
         le=64,
         description="GPUs of one machine that share the layers of a policy which is too large for one; of a pool or of "
         "Ray, those of each worker.",
+    )
+    vllm_python: Interpreter = Field(
+        "",
+        description="Interpreter of an environment that has vLLM, for `generation.sampler: vllm`; it needs nothing of "
+        "this project.",
+    )
+    vllm_memory: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="Share of a device's memory that vLLM takes for its weights and its cache, beside the policy.",
     )
     shard_size: int = Field(
         1024, ge=1, le=10_000_000, description="Sequences per shard, the unit of caching and of resuming."

@@ -28,6 +28,7 @@ from entropy_core.pipeline.specs import rehearsed_interventions
 from entropy_core.pipeline.trainer_log import trainer_log
 from entropy_core.pipeline.usable import UsableCheckpoint, usable_checkpoints
 from entropy_core.prompts.pools import Pool
+from entropy_core.sequences.vllm_engine import vllm_version
 
 log = logging.getLogger("entropy_probe.preflight")
 
@@ -97,6 +98,7 @@ def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
     """
     _check_workers(config.execution)
     _check_arithmetic(config)
+    _check_sampler(config)
     usable, warnings = usable_checkpoints(config)
     usable, recorded, without = recorded_of_each(config, usable)
     settled = with_sizes(config, settle(config, {one.name: one.trainer for one in usable}), recorded)
@@ -290,6 +292,18 @@ def check_device(device: str) -> None:
             f"execution.device is cuda, and torch {torch.__version__} finds no GPU on this machine",
             cause="a torch without CUDA, a driver that is missing or too old, or CUDA_VISIBLE_DEVICES",
             fix="set execution.device: auto or cpu, or run where there is one",
+        )
+
+
+def _check_sampler(config: ProbeConfig) -> None:
+    """Refuse vLLM where it is not, and for a policy that is divided among devices."""
+    if config.generation.sampler != "vllm":
+        return
+    vllm_version(config.execution.vllm_python)
+    if config.execution.devices_per_policy > 1:
+        raise ConfigError(
+            "generation.sampler is vllm, and execution.devices_per_policy is above 1: our draws are made on one device",
+            fix="set generation.sampler: bf16, whose layers are divided as well",
         )
 
 

@@ -16,6 +16,7 @@ from entropy_core.numerics.advantages import divided_by
 from entropy_core.policy.spec import PolicySpec, ProposalSpec
 from entropy_core.rewards import functions as rewards
 from entropy_core.rewards.spec import RewardSpec
+from entropy_core.sequences.vllm_engine import vllm_version
 
 
 def digests(files: Mapping[str, Path]) -> dict[str, str]:
@@ -113,6 +114,7 @@ def sampler_of(config: ProbeConfig, policy: PolicySpec) -> tuple[PolicySpec, Pro
     if not how.own_sampler:
         return policy, None
     sampler = policy.model_copy(update={"dtype": "bfloat16"}) if how.sampler == "bf16" else policy
+    engine = vllm_version(config.execution.vllm_python) if how.sampler == "vllm" else ""
     if not how.proposal_temperature:
-        return sampler, ProposalSpec(temperature=how.temperature, share=0.0)
-    return sampler, ProposalSpec(temperature=how.proposal_temperature, share=how.proposal_share)
+        return sampler, ProposalSpec(temperature=how.temperature, share=0.0, engine=engine)
+    return sampler, ProposalSpec(temperature=how.proposal_temperature, share=how.proposal_share, engine=engine)

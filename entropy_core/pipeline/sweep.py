@@ -56,6 +56,8 @@ def execution_for(
         tf_batch_tokens=config.generation.tf_batch_tokens,
         head_chunk_megabytes=config.execution.head_chunk_megabytes,
         isolation=config.execution.isolation,
+        vllm_python=config.execution.vllm_python,
+        vllm_memory=config.execution.vllm_memory,
         progress=progress,
     )
 

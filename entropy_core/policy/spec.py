@@ -43,12 +43,14 @@ class ProposalSpec(BaseModel):
     Attributes:
         temperature: temperature of the broad component.
         share: share of the responses that come from it; 0 if only the numbers of the sampler are less exact.
+        engine: what draws, with its versions, such as `vllm 0.32.0, torch 2.13.0`; empty for our own decoding.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     temperature: float = Field(gt=0)
     share: float = Field(ge=0, le=1)
+    engine: str = ""
 
     @property
     def law(self) -> Proposal:

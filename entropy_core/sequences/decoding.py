@@ -29,12 +29,16 @@ from entropy_core.numerics.proposal import Proposal
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import FinishReason
 from entropy_core.sequences.cache import ROOM, new_cache
+from entropy_core.sequences.stopping import StoppingRule
 
 STALE_COLUMNS = 16  # unneeded columns are dropped once there are this many
 REFILL = 16  # rows are refilled once one in this many is free, because every prefill reads all weights
 SPARSE = 0.75  # idle rows are dropped once at most this fraction of the rows is busy
 CACHE_SHARE = 0.5  # fraction of the memory free before the first prompt that the cache may use
 DRAWN_AHEAD = 32  # positions whose uniforms are drawn together
+
+Progress = Callable[[int, int], None]
+"""Called with (finished sequences, total sequences)."""
 
 IDLE = -1
 NOT_FINITE = -1
@@ -60,6 +64,11 @@ class DecodingRequest:
             return temperature_N
         uniforms_N = philox.uniforms(self.seed, Purpose.E_COMPONENT, self.sequence_ids_N)
         return temperature_N.where(uniforms_N >= self.proposal.share, self.proposal.temperature)
+
+    def stopping_rule(self, policy: Policy) -> StoppingRule:
+        """Return when a response of this policy ends."""
+        eos = frozenset(policy.eos_token_ids)
+        return StoppingRule(eos, self.stop_strings, self.max_new_tokens, policy.tokenizer)
 
 
 class Response(NamedTuple):
@@ -113,15 +122,13 @@ class Decoding:
         progress: called with (finished sequences, total sequences).
     """
 
-    def __init__(
-        self, policy: Policy, request: DecodingRequest, rows: int, progress: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, policy: Policy, request: DecodingRequest, rows: int, progress: Progress) -> None:
         self.policy, self.request, self.progress = policy, request, progress
         self.waiting = deque(sorted(range(len(request.prompts)), key=self._length, reverse=True))
         self.responses: dict[int, Response] = {}
         self.temperature_N = request.temperatures()
         self.rows = min(rows, len(request.prompts))
-        self.eos = frozenset(policy.eos_token_ids)
+        self.rule = request.stopping_rule(policy)
         self.cache = new_cache(policy.model)
         self.batch = _Rows.idle(torch.zeros(0, 0, dtype=torch.long, device=policy.device))
         self.uniforms: deque[Tensor] = deque()  # uniforms [rows] of the next positions
@@ -211,7 +218,7 @@ class Decoding:
                 )
             tokens.append(token)
             batch.logprobs[row] += recorded[i : i + 1]
-            if reason := self._ended(tokens):
+            if reason := self.rule.reason(tokens, len(tokens)):
                 self.responses[sequence] = Response(tokens, reason, batch.logprobs[row])
                 batch.sequences[row] = IDLE
         if len(self.responses) > done:
@@ -231,20 +238,6 @@ class Decoding:
         temperatures = self.request.temperature, self.request.proposal.temperature
         columns = [philox.token_logprobs(logits_RV, tokens_R, temperature) for temperature in temperatures]
         return torch.stack(columns, dim=1).tolist()
-
-    def _ended(self, tokens: list[int]) -> FinishReason | None:
-        """Return why a response ends with its latest token; None if it does not end."""
-        if tokens[-1] in self.eos:
-            return "eos"
-        if self.request.stop_strings and self._stopped(tokens):
-            return "stop"
-        return "length" if len(tokens) == self.request.max_new_tokens else None
-
-    def _stopped(self, tokens: list[int]) -> bool:
-        """Return whether the response contains a stop string, decoding only as many tokens as the string has bytes."""
-        window = max(len(string.encode()) for string in self.request.stop_strings) + 1
-        end = self.policy.tokenizer.decode(tokens[-window:])
-        return any(string in end for string in self.request.stop_strings)
 
     def _drop(self) -> None:
         """Drop columns that no row needs any more, and idle rows if no prompt is waiting."""
@@ -312,3 +305,12 @@ def _free_bytes(device: torch.device) -> int:
         return psutil.virtual_memory().available
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
+
+
+Decode = Callable[[Policy, DecodingRequest, int, Progress], list[Response]]
+"""Decodes a request with a policy, in at most so many rows: `decode`, or another sampler."""
+
+
+def decode(policy: Policy, request: DecodingRequest, rows: int, progress: Progress) -> list[Response]:
+    """Decode all prompts of a request here; see `Decoding`."""
+    return Decoding(policy, request, rows, progress).run()

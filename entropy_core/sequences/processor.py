@@ -5,7 +5,7 @@ size, order, shard or worker. ℓ is the log-probability of a token and h its en
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,7 +17,7 @@ from entropy_core.numerics.philox import Purpose
 from entropy_core.numerics.proposal import Proposal
 from entropy_core.policy.model import Policy
 from entropy_core.policy.scorer import TeacherForcedRows
-from entropy_core.policy.spec import PolicySpec, policy_of
+from entropy_core.policy.spec import PolicySpec, ProposalSpec, policy_of
 from entropy_core.sequences.batch import (
     BatchedSequences,
     DiagnosticsResults,
@@ -25,12 +25,11 @@ from entropy_core.sequences.batch import (
     require_finite,
     teacher_forced_rows,
 )
-from entropy_core.sequences.decoding import Decoding, DecodingRequest
+from entropy_core.sequences.decoding import Decode, DecodingRequest, Progress, decode
+from entropy_core.sequences.vllm_engine import VllmDecoding
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class GenerationConfig:
     tf_batch_tokens: int = 65_536
     stop_strings: tuple[str, ...] = ()
     proposal: Proposal | None = None
+    decode: Decode = decode
 
 
 class SequenceProcessor:
@@ -233,7 +233,7 @@ class SequenceProcessor:
             *(prompts, sequence_ids_N, seed, purpose),
             *(how.temperature, how.max_new_tokens, how.stop_strings, how.proposal),
         )
-        responses = Decoding(self.policy, request, how.gen_batch_size, self.progress).run()
+        responses = how.decode(self.policy, request, how.gen_batch_size, self.progress)
         tokens = [response.tokens for response in responses]
         log_q_K = None
         if how.proposal is not None:
@@ -276,7 +276,7 @@ def processor_of(
     execution: "Execution",
     max_new_tokens: int = 0,
     stop_strings: Sequence[str] = (),
-    proposal: Proposal | None = None,
+    proposal: ProposalSpec | None = None,
 ) -> SequenceProcessor:
     """Load a policy and return a processor that samples and scores sequences with it.
 
@@ -291,5 +291,8 @@ def processor_of(
         The processor.
     """
     batch_sizes = execution.gen_batch_size, execution.tf_batch_size, execution.tf_batch_tokens
-    config = GenerationConfig(spec.temperature, max_new_tokens, *batch_sizes, tuple(stop_strings), proposal)
+    config = GenerationConfig(spec.temperature, max_new_tokens, *batch_sizes, tuple(stop_strings))
+    if proposal is not None:
+        decoding = VllmDecoding(execution.vllm_python, execution.vllm_memory) if proposal.engine else decode
+        config = replace(config, proposal=proposal.law, decode=decoding)
     return SequenceProcessor(policy_of(spec, execution), config, execution.progress)

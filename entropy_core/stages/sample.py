@@ -54,7 +54,7 @@ def sample(
         Summary: numbers of sequences, tokens and cut responses, and the attention kernel used.
     """
     table = prompts.table("prompts.parquet")
-    processor = processor_of(policy, execution, max_new_tokens, stop_strings, proposal.law if proposal else None)
+    processor = processor_of(policy, execution, max_new_tokens, stop_strings, proposal)
     pool = prompts.table("prompt_tokens.parquet")["token_ids"].to_pylist()
     processor.require_vocabulary(pool)
     if mode == "replacement":
