@@ -207,6 +207,7 @@ def test_each_library_has_its_own_door():
         "policy.attention",
         "policy.blockwise",
         "policy.layer_split",
+        "policy.merged",
         "policy.model",
         "policy.pretrained",
         "policy.scorer",

@@ -4,6 +4,7 @@ The mean under q of an estimate is a finite sum over every response of a tiny po
 """
 
 import copy
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -60,12 +61,21 @@ def at_temperature(everything: Everything, temperature: float) -> Tensor:
 
 
 def in_bfloat16(everything: Everything) -> Tensor:
-    """By the logits of the model in bfloat16, one sequence at a time; the law is their softmax in float64."""
-    model, found = copy.deepcopy(everything.world.policy.model).to(torch.bfloat16), []
-    for i in range(len(everything.sequences)):
-        prompt, response = everything.sequences.prompt(i), everything.sequences.response(i)
+    """By the logits of the model in bfloat16, whose softmax in float64 is the law.
+
+    One prefix at a time: the logits after a prefix depend a little on how many tokens are computed with it.
+    """
+    model = copy.deepcopy(everything.world.policy.model).to(torch.bfloat16)
+
+    @cache
+    def logits_after(*prefix: int) -> Tensor:
         with torch.no_grad():
-            logits_LV = model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+            return model(input_ids=torch.tensor([prefix])).logits[0, -1:]
+
+    found = []
+    for i in range(len(everything.sequences)):
+        prompt, response = everything.sequences.prompt(i).tolist(), everything.sequences.response(i)
+        logits_LV = torch.cat([logits_after(*prompt, *response[:t].tolist()) for t in range(len(response))])
         found.append(philox.token_logprobs(logits_LV, response, everything.world.temperature))
     return torch.cat(found)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from vllm_fixtures import REAL, plant, stand_in
 
-from entropy_core.checkpoints.merged import save_merged
 from entropy_core.config.read import parse_config
 from entropy_core.errors import ConfigError, NonFiniteError, ProbeError
 from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
@@ -27,6 +26,7 @@ from entropy_core.numerics.philox import Purpose
 from entropy_core.numerics.proposal import Proposal
 from entropy_core.numerics.weights import prefix_weights
 from entropy_core.pipeline.preflight import preflight
+from entropy_core.policy.merged import save_merged
 from entropy_core.policy.pretrained import load_policy
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor

@@ -68,7 +68,7 @@ class DecodingRequest:
     def stopping_rule(self, policy: Policy) -> StoppingRule:
         """Return when a response of this policy ends."""
         eos = frozenset(policy.eos_token_ids)
-        return StoppingRule(eos, self.stop_strings, self.max_new_tokens, policy.tokenizer)
+        return StoppingRule(eos, self.stop_strings, self.max_new_tokens, lambda ids: policy.tokenizer.decode(ids))
 
 
 class Response(NamedTuple):

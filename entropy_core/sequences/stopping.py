@@ -1,9 +1,7 @@
 """When a response ends: after EOS, after a stop string, or at its largest length."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
 
 from entropy_core.sequences.batch import FinishReason
 
@@ -16,13 +14,13 @@ class StoppingRule:
         eos: ids of the tokens that end a response.
         stop_strings: texts that end it.
         max_new_tokens: tokens that it has at most.
-        tokenizer: of the policy; asked only if there are stop strings.
+        decode: the tokenizer's, from token ids to text; called only if there are stop strings.
     """
 
     eos: frozenset[int]
     stop_strings: Sequence[str]
     max_new_tokens: int
-    tokenizer: PreTrainedTokenizerBase
+    decode: Callable[[list[int]], str]
 
     def reason(self, tokens: list[int], length: int) -> FinishReason | None:
         """Return why a response ends with its token number `length`; None if it does not end there."""
@@ -42,5 +40,5 @@ class StoppingRule:
     def _stopped(self, tokens: list[int], length: int) -> bool:
         """Return whether the response contains a stop string, decoding only as many tokens as the string has bytes."""
         window = max(len(string.encode()) for string in self.stop_strings) + 1
-        end = self.tokenizer.decode(tokens[max(0, length - window) : length])
+        end = self.decode(tokens[max(0, length - window) : length])
         return any(string in end for string in self.stop_strings)

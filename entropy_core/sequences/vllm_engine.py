@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from entropy_core.checkpoints.merged import save_merged
 from entropy_core.errors import ConfigError, NonFiniteError, ProbeError, one_line
 from entropy_core.numerics import philox
+from entropy_core.policy.merged import save_merged
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.decoding import DecodingRequest, Progress, Response
 from entropy_core.sequences.vllm_process import serve
