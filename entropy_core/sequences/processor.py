@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+CPU_TOKENS = 2**12
+"""Tokens of a micro-batch of `map_tokens` on a CPU, about. The tensors of larger ones go back to the system after each
+operation, and to get new memory takes a third of a forward-mode pass.
+"""
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -183,7 +188,7 @@ class SequenceProcessor:
             NonFiniteError: a value is NaN or infinite; names the sequence.
         """
         # results stay on the device until the last micro-batch, because fetching each of them would stall a GPU
-        done = [(token_index_K, function(rows)) for token_index_K, rows in self.micro_batches(sequences)]
+        done = [(token_index_K, function(rows)) for token_index_K, rows in self.micro_batches(sequences, small=True)]
         if not done:
             return []
         indices, parts = zip(*done, strict=True)
@@ -195,7 +200,9 @@ class SequenceProcessor:
             require_finite(whole_K, sequences)
         return flat
 
-    def micro_batches(self, sequences: BatchedSequences) -> Iterator[tuple[Tensor, TeacherForcedRows]]:
+    def micro_batches(
+        self, sequences: BatchedSequences, small: bool = False
+    ) -> Iterator[tuple[Tensor, TeacherForcedRows]]:
         """Split sequences into micro-batches of similar length, longest first.
 
         A micro-batch has at most `tf_batch_size` sequences, and at most `tf_batch_tokens` tokens with the padding, so
@@ -203,16 +210,20 @@ class SequenceProcessor:
 
         Args:
             sequences: the sequences to split.
+            small: cut micro-batches on a CPU into halves, quarters and so on until they have `CPU_TOKENS` or fewer.
 
         Yields:
             The flat indices of the micro-batch's tokens, and the micro-batch on the policy's device.
         """
         prompt_lengths_N = ragged.lengths(sequences.prompt_offsets_N1)
         whole_lengths_N = prompt_lengths_N + sequences.lengths_N
+        of_cpu = small and self.policy.device.type == "cpu"
         order_N, done = torch.argsort(whole_lengths_N, descending=True, stable=True), 0
         while done < len(order_N):
             longest = max(int(whole_lengths_N[order_N[done]]), 1)
             size = min(self.config.tf_batch_size, max(self.config.tf_batch_tokens // longest, 1))
+            while of_cpu and size > 1 and size * longest > CPU_TOKENS:
+                size //= 2
             chosen_B = order_N[done : done + size]
             yield teacher_forced_rows(sequences, chosen_B, self.policy.device)
             done += len(chosen_B)

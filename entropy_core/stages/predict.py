@@ -3,13 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from entropy_core.losses.changed import changed_by, excess_of
 from entropy_core.losses.interventions import InterventionSpec
 from entropy_core.losses.taken_step import TakenStep, taken_steps
 from entropy_core.numerics.halves import HALVES, KINDS
-from entropy_core.numerics.vectors import Block
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
         SequencesOfU,
         Update,
     )
+    from entropy_core.store.tensor_file import TensorFile
 
 
 def predict(
@@ -79,9 +77,7 @@ def predict(
     return {"predictions": {spec.label: prediction for spec, prediction in zip(interventions, found, strict=True)}}
 
 
-def _predictions(
-    steps: Sequence[TakenStep], covectors: Mapping[str, Sequence[Mapping[Block, Tensor]]]
-) -> list[dict[str, Any]]:
+def _predictions(steps: Sequence[TakenStep], covectors: "Mapping[str, Sequence[TensorFile]]") -> list[dict[str, Any]]:
     """What is said of each of several steps, with every block of a covector read once for all of them."""
     along = [{kind: [0.0 for _ in HALVES] for kind in covectors} for _ in steps]
     for pieces in zip(*(step.blocks() for step in steps), strict=True):
