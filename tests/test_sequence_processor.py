@@ -302,7 +302,7 @@ def test_a_micro_batch_of_long_answers_has_fewer_of_them(world: World, tokens: i
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 20, 40])
-def test_passes_over_tokens_on_a_cpu_are_cut_until_they_are_small(world: World, monkeypatch, tokens: int):
+def test_small_micro_batches_of_a_cpu_are_cut_until_they_are(world: World, monkeypatch, tokens: int):
     monkeypatch.setattr(processors, "CPU_TOKENS", tokens)
     maker = processor(world.policy, tf_batch_size=8)
     sequences = maker.generate_with_replacement_sampling(POOL, 23, seed=13)
@@ -311,9 +311,10 @@ def test_passes_over_tokens_on_a_cpu_are_cut_until_they_are_small(world: World, 
     for rows, length in shapes[:-1]:
         assert rows in (1, 2, 4, 8) and (rows == 1 or rows * length <= tokens)
         assert rows == 8 or 2 * rows * length > tokens
-    expected, _ = processor(world.policy, tf_batch_size=1).score(sequences)
-    scored, _ = maker.score(sequences)
-    torch.testing.assert_close(scored.logprobs_K, expected.logprobs_K, rtol=1e-10, atol=1e-11)
+    whole, cut = (
+        maker.map_tokens(sequences, lambda rows: world.policy.statistics(rows, TAU), small) for small in (False, True)
+    )
+    torch.testing.assert_close(cut, whole, rtol=1e-10, atol=1e-11)
 
 
 # --- what cannot be used ---------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 CPU_TOKENS = 2**12
-"""Tokens of a micro-batch of `map_tokens` on a CPU, about. The tensors of larger ones go back to the system after each
+"""Tokens of a small micro-batch on a CPU, about. The tensors of larger ones go back to the system after each
 operation, and to get new memory takes a third of a forward-mode pass.
 """
 
@@ -173,13 +173,17 @@ class SequenceProcessor:
         return LogprobResults(logprobs_K, entropies_K, offsets_N1), diagnostics
 
     def map_tokens(
-        self, sequences: BatchedSequences, function: Callable[[TeacherForcedRows], Sequence[Tensor]]
+        self,
+        sequences: BatchedSequences,
+        function: Callable[[TeacherForcedRows], Sequence[Tensor]],
+        small: bool = False,
     ) -> list[Tensor]:
         """Apply a per-token function to every micro-batch and return the results flat, in sequence order.
 
         Args:
             sequences: the sequences to process.
             function: maps a micro-batch to tensors with one value per token.
+            small: see `micro_batches`.
 
         Returns:
             One CPU tensor [K] per tensor that `function` returns, in the order of `sequences`.
@@ -188,7 +192,7 @@ class SequenceProcessor:
             NonFiniteError: a value is NaN or infinite; names the sequence.
         """
         # results stay on the device until the last micro-batch, because fetching each of them would stall a GPU
-        done = [(token_index_K, function(rows)) for token_index_K, rows in self.micro_batches(sequences, small=True)]
+        done = [(token_index_K, function(rows)) for token_index_K, rows in self.micro_batches(sequences, small)]
         if not done:
             return []
         indices, parts = zip(*done, strict=True)
