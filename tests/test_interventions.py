@@ -18,6 +18,7 @@ from entropy_core.config.read import parse_config
 from entropy_core.errors import ConfigError, LossError
 from entropy_core.estimates import interventions as estimates
 from entropy_core.isolation.process import Isolation
+from entropy_core.losses import taken_step
 from entropy_core.losses.changed import AS_IT_IS, changed_by, excess_of, read_sensitivities
 from entropy_core.losses.interventions import (
     OPTIMIZER,
@@ -42,6 +43,7 @@ from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import policy_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
+from entropy_core.stages.predict import predict
 
 PAGE = Path(__file__).parents[1] / "docs" / "interventions.md"
 TRIED = [
@@ -257,7 +259,7 @@ def oracle(tried: Probe, spec: InterventionSpec) -> tuple[dict, dict, dict]:
     processor = processor_of(inputs["policy"], run.execution)
     update, checkpoint = inputs["update"], inputs["checkpoint"]
     table, excess_K = excess_of(inputs["scores_u"], inputs["discriminators_u"])
-    changed = changed_by(spec, run.execution, update, table, excess_K, inputs["sensitivities"])
+    (changed,) = changed_by([spec], run.execution, update, table, excess_K, inputs["sensitivities"])
     gradient, start = policy.new_accumulator(), 0
     for artifact in inputs["sequences"]:
         shard = read_sequences(artifact)
@@ -321,14 +323,22 @@ def test_the_screen_is_exact_for_frozen_denominators(tried):
                 assert found == pytest.approx(frozen[f"{kind}_{half}"], rel=1e-10)
 
 
+def test_a_prediction_beside_others_is_the_one_alone_bit_for_bit(tried, monkeypatch):
+    """Gradients share a forward pass where they are of the same sequences; and a function of the user's is alone."""
+    monkeypatch.setattr(taken_step, "GRADIENT_BYTES", 0)  # room for one at a time
+    asked = [inputs for name, inputs, _ in tried.run.asked if name == "predict"]
+    assert [len(inputs["interventions"]) for inputs in asked] == [12, 6, 1]
+    for inputs, artifact in zip(asked, tried.run.artifacts("predict"), strict=True):
+        assert predict(None, tried.run.execution, **inputs) == artifact.summary
+
+
 def test_the_prediction_is_the_step_of_the_optimizer(tried):
-    by_label = dict(
-        zip(
-            (i["intervention"].label for n, i, _ in tried.run.asked if n == "predict"),
-            tried.run.artifacts("predict"),
-            strict=True,
-        )
-    )
+    predictions = {
+        label: prediction
+        for artifact in tried.run.artifacts("predict")
+        for label, prediction in artifact.summary["predictions"].items()
+    }
+    assert len(predictions) == len(TRIED) + 2
     for item in (
         None,
         {"loss": "reinforce"},
@@ -342,7 +352,7 @@ def test_the_prediction_is_the_step_of_the_optimizer(tried):
             ((name, value),) = asked_for(item)
             spec = InterventionSpec(name=name, value=value, seed=42)
         _, exact, _ = oracle(tried, spec)
-        products = by_label[spec.label].summary["products"]
+        products = predictions[spec.label]["products"]
         for kind in KINDS:
             for half in (0, 1):
                 assert products[kind][half] == pytest.approx(exact[f"{kind}_{half}"], rel=1e-10)

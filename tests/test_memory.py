@@ -109,11 +109,11 @@ def limit(monkeypatch: pytest.MonkeyPatch, name: str, size: str, refused: list[t
     """Let no more than `ROOM` sequences pass at a time."""
     real = getattr(SequenceProcessor, name)
 
-    def refuse(self, *args):
+    def refuse(self, *args, **how):
         count = getattr(self.config, size)
         if count > ROOM:
             refused.append((size, count))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, *args)
+        return real(self, *args, **how)
 
     monkeypatch.setattr(SequenceProcessor, name, refuse)

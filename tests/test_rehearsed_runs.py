@@ -165,10 +165,12 @@ def test_the_first_step_is_that_of_the_sweep_bit_for_bit(rehearsed: Probe):
     assert inputs["sequences"] == rehearsed.run.artifacts("sample-u-batch")[:1]
     expected = {"as it is": update.vector("direction")}
     for name, of, _ in rehearsed.run.asked:
-        if name == "predict" and of["intervention"].label in LABELS[1:]:
-            given = {name: value for name, value in of.items() if "gradient" not in name}
-            one = rehearsed.run.store.run(catalogue.ALTERED_STEP, rehearsed.run.execution, given)
-            expected[of["intervention"].label] = one.vector("direction")
+        for spec in of["interventions"] if name == "predict" else ():
+            if spec.label in LABELS[1:]:
+                given = {key: value for key, value in of.items() if "gradient" not in key and key != "interventions"}
+                altered = given | {"intervention": spec}
+                one = rehearsed.run.store.run(catalogue.ALTERED_STEP, rehearsed.run.execution, altered)
+                expected[spec.label] = one.vector("direction")
     assert set(expected) == set(LABELS)
     for label, v in expected.items():
         direction = steps[label][1].vector("direction")

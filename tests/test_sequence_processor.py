@@ -16,6 +16,7 @@ from entropy_core.errors import NonFiniteError, PromptError
 from entropy_core.numerics import ragged
 from entropy_core.policy.derivatives import token_derivatives
 from entropy_core.policy.model import Policy
+from entropy_core.sequences import processor as processors
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
@@ -298,6 +299,22 @@ def test_a_micro_batch_of_long_answers_has_fewer_of_them(world: World, tokens: i
     expected, _ = processor(world.policy, tf_batch_size=1).score(sequences)
     scored, _ = maker.score(sequences)
     torch.testing.assert_close(scored.logprobs_K, expected.logprobs_K, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 20, 40])
+def test_small_micro_batches_of_a_cpu_are_cut_until_they_are(world: World, monkeypatch, tokens: int):
+    monkeypatch.setattr(processors, "CPU_TOKENS", tokens)
+    maker = processor(world.policy, tf_batch_size=8)
+    sequences = maker.generate_with_replacement_sampling(POOL, 23, seed=13)
+    shapes = [tuple(rows.input_ids_BL.shape) for _, rows in maker.micro_batches(sequences, small=True)]
+    assert sum(rows for rows, _ in shapes) == 23
+    for rows, length in shapes[:-1]:
+        assert rows in (1, 2, 4, 8) and (rows == 1 or rows * length <= tokens)
+        assert rows == 8 or 2 * rows * length > tokens
+    whole, cut = (
+        maker.map_tokens(sequences, lambda rows: world.policy.statistics(rows, TAU), small) for small in (False, True)
+    )
+    torch.testing.assert_close(cut, whole, rtol=1e-10, atol=1e-11)
 
 
 # --- what cannot be used ---------------------------------------------------------------------------------------------

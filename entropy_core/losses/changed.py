@@ -4,7 +4,7 @@ U is the update batch, K its number of tokens; a_k and b_k are sensitivities of 
 and ∇h_k.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -48,31 +48,32 @@ class Changed(NamedTuple):
 
 
 def changed_by(
-    intervention: InterventionSpec,
+    interventions: Sequence[InterventionSpec],
     execution: "Execution",
     update: "Artifact",
     sequences: TokenTable,
     excess_K: Tensor,
     sensitivities: "Artifact",
-) -> Changed:
-    """Apply an intervention to the step of a run.
+) -> Iterator[Changed]:
+    """Apply each of some interventions to the step of a run.
 
     Args:
-        intervention: one that is applicable.
+        interventions: those that are applicable.
         execution: knows where files of the user are.
         update: artifact of compute-update.
         sequences: token table of the sequences of U.
         excess_K: S* − E_π[S*] of every token, nats.
         sensitivities: artifact of block-sensitivities.
 
-    Returns:
-        The changed loss and optimizer.
+    Yields:
+        The changed loss and optimizer, in the order of the interventions.
     """
-    spec = changed_spec(LossSpec(**update.summary["loss"]), intervention)
-    (batch,) = read_with(update, sequences, [spec])
     _, as_it_is = read_batch(update, sequences)
     share_K = share_on_first_half(sensitivities, as_it_is)
-    return changed_loss(intervention, execution, spec, Known(batch, excess_K, share_K, intervention.seed))
+    for intervention in interventions:
+        spec = changed_spec(LossSpec(**update.summary["loss"]), intervention)
+        (batch,) = read_with(update, sequences, [spec])
+        yield changed_loss(intervention, execution, spec, Known(batch, excess_K, share_K, intervention.seed))
 
 
 def changed_loss(intervention: InterventionSpec, execution: "Execution", spec: LossSpec, known: Known) -> Changed:

@@ -17,12 +17,16 @@ from entropy_core.numerics.rounded_step import rounded_clip_factor
 from entropy_core.numerics.vectors import Block, Lazy, global_norm, in_blocks, squares
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import BatchedSequences
-from entropy_core.sequences.loss_gradient import add_loss_gradient
+from entropy_core.sequences.loss_gradient import add_loss_gradients
 from entropy_core.sequences.processor import SequenceProcessor
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Artifact, Writer
+
+
+GRADIENT_BYTES = 2**28
+"""What gradients may take that are computed in one pass; one is computed however large it is."""
 
 
 class TakenStep(NamedTuple):
@@ -75,9 +79,65 @@ def taken_step(
     Raises:
         NonFiniteError: the gradient is not finite.
     """
+    under = [(coefficients, altered)]
+    ((found,),) = taken_steps(under, processor, shards, checkpoint, execution, max_grad_norm, earlier)
+    return found
+
+
+def taken_steps(
+    under: Sequence[tuple[TokenPair, Altered]],
+    processor: SequenceProcessor,
+    shards: Sequence[BatchedSequences],
+    checkpoint: "Artifact",
+    execution: "Execution",
+    max_grad_norm: float,
+    earlier: "Artifact | None" = None,
+) -> Iterator[list[TakenStep]]:
+    """Take the step under several losses and hyperparameters; the arguments are otherwise those of `taken_step`.
+
+    Steps of the same coefficients have the same gradient, and gradients share forward passes; see `add_loss_gradients`.
+
+    Args:
+        under: coefficients and hyperparameters of each step.
+
+    Yields:
+        The steps in their order, as many at a time as there is room for gradients.
+    """
     model, moving = processor.policy, moved_parameters(checkpoint)
-    accumulated = model.new_accumulator(moving)
-    add_loss_gradient(accumulated, processor, shards, coefficients)
+    numbers = sum(parameter.numel() for name, parameter in model.named_parameters().items() if name in moving)
+    at_once = max(1, GRADIENT_BYTES // (8 * max(numbers, 1)))
+    for start in range(0, len(under), at_once):
+        of_these = under[start : start + at_once]
+        pairs: list[TokenPair] = []
+        places = [_place(pair, pairs) for pair, _ in of_these]
+        gradients = [model.new_accumulator(moving) for _ in pairs]
+        add_loss_gradients(gradients, processor, shards, pairs)
+        yield [
+            _step_along(gradients[place], processor.policy, checkpoint, execution, max_grad_norm, altered, earlier)
+            for place, (_, altered) in zip(places, of_these, strict=True)
+        ]
+        del gradients  # before the next ones
+
+
+def _place(pair: TokenPair, known: list[TokenPair]) -> int:
+    """Where a pair is in a list, to which it is added if it is in none."""
+    for place, other in enumerate(known):
+        if all(torch.equal(*columns) for columns in zip(pair, other, strict=True)):
+            return place
+    known.append(pair)
+    return len(known) - 1
+
+
+def _step_along(
+    accumulated: dict[str, Tensor],
+    model: Policy,
+    checkpoint: "Artifact",
+    execution: "Execution",
+    max_grad_norm: float,
+    altered: Altered,
+    earlier: "Artifact | None",
+) -> TakenStep:
+    """The step of the optimizer on a gradient of the parameters that the trainer moves."""
     gradient = with_zeros(accumulated, model.named_parameters())
     g = in_blocks(gradient)
     max_norm = max_grad_norm if altered.max_grad_norm is None else altered.max_grad_norm
@@ -90,7 +150,7 @@ def taken_step(
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip, altered, earlier)
     narrow = step.narrow
     rounded_clip = rounded_clip_factor(
-        ((gradient[name], narrow.get(name, torch.float32)) for name in moving), max_norm if narrow else 0.0
+        ((gradient[name], narrow.get(name, torch.float32)) for name in accumulated), max_norm if narrow else 0.0
     )
     return TakenStep(step, g, rounded_clip, norm, clip)
 

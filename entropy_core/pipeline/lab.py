@@ -19,6 +19,12 @@ BLOCKS = 16
 """Blocks of E: fifteen degrees of freedom for the error over E, and seven in the half that judges what was selected."""
 
 
+TOGETHER = 12
+"""Interventions that are predicted in one stage: they share forward passes, and one that is added leaves the others in
+the store.
+"""
+
+
 class Batches(NamedTuple):
     """E and U of a checkpoint, in shards, and the number of responses of E to one prompt."""
 
@@ -80,11 +86,13 @@ def tried(
     predicted: list[Inputs] = []
     if config.lab.predict == "all":
         gradients = {"gradient": step.gradient, "reward_gradient": step.reward_gradient}
-        inputs = [exact | gradients | {"intervention": spec} for spec in tried_specs]
-        artifacts = stages.each(stage.PREDICT, inputs, [f" · {spec.label}" for spec in tried_specs])
-        predicted = [
-            {"label": spec.label, "predicted": artifact} for spec, artifact in zip(tried_specs, artifacts, strict=True)
-        ]
+        together = in_groups(tried_specs)
+        inputs = [exact | gradients | {"interventions": specs_of_one} for specs_of_one in together]
+        artifacts = stages.each(stage.PREDICT, inputs, [_suffix(specs_of_one) for specs_of_one in together])
+        by_label = {
+            spec.label: artifact for of_one, artifact in zip(together, artifacts, strict=True) for spec in of_one
+        }
+        predicted = [{"label": spec.label, "predicted": by_label[spec.label]} for spec in tried_specs]
     for gradient in filter(None, (step.gradient, step.reward_gradient)):  # what is left needs only the steps
         release(gradient)
     measured = []
@@ -101,6 +109,22 @@ def tried(
         if spec is not AS_IT_IS:
             release(moved_by)
     return {"screen": screened, "predicted": predicted, "measured": measured}
+
+
+def in_groups(specs: Sequence[InterventionSpec]) -> list[list[InterventionSpec]]:
+    """Say which interventions are predicted together: up to `TOGETHER`; a function of the user's is on its own.
+
+    Its file is what the user edits, and the others are then in the store.
+    """
+    named = [spec for spec in specs if not spec.source]
+    groups = [named[start : start + TOGETHER] for start in range(0, len(named), TOGETHER)]
+    return groups + [[spec] for spec in specs if spec.source]
+
+
+def _suffix(specs: Sequence[InterventionSpec]) -> str:
+    """Of the label of a stage that is about some interventions."""
+    others = f" and {len(specs) - 1} more" if len(specs) > 1 else ""
+    return f" · {specs[0].label}{others}"
 
 
 def chosen(
@@ -123,8 +147,8 @@ def chosen(
     by_label = {entry["label"]: entry["first_half"] for entry in screened.summary.get("interventions", ())}
     half: dict[str, float] = screened.summary.get("first_half", {})  # empty in a dry run that would screen anew
     for entry in predicted if half else ():
-        if products := entry["predicted"].summary.get("products"):
-            along = [of_kind[0] for of_kind in products.values()]
+        if predictions := entry["predicted"].summary.get("predictions"):
+            along = [of_kind[0] for of_kind in predictions[entry["label"]]["products"].values()]
             by_label[entry["label"]] = by_normalization(along, half["H_tok"], half["mean_length"])["per_token"]
     others.sort(key=lambda spec: -by_label.get(spec.label, 0.0))
     return [first, *others[:count]]

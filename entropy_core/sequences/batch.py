@@ -63,11 +63,12 @@ class BatchedSequences:
 
         Tables of per-token numbers can be joined only if these identities are equal.
         """
+        prompts, responses = (flat.numpy() for flat in (self.prompt_tokens, self.response_tokens_K))
+        prompts_N1, responses_N1 = self.prompt_offsets_N1.tolist(), self.response_offsets_N1.tolist()
         found = []
-        for i, sequence_id in enumerate(self.sequence_ids_N.tolist()):
-            digest = hashlib.sha256(f"{sequence_id}:{len(self.prompt(i))}:".encode())
-            digest.update(self.prompt(i).numpy().tobytes())
-            digest.update(self.response(i).numpy().tobytes())
+        for i, sequence_id in enumerate(self.sequence_ids_N.tolist()):  # slices of arrays cost less than of tensors
+            prompt, response = prompts[slice(*prompts_N1[i : i + 2])], responses[slice(*responses_N1[i : i + 2])]
+            digest = hashlib.sha256(f"{sequence_id}:{len(prompt)}:".encode() + prompt.tobytes() + response.tobytes())
             found.append(int.from_bytes(digest.digest()[:8], "little", signed=True))
         return torch.tensor(found, dtype=torch.int64)
 

@@ -29,5 +29,5 @@ def token_sensitivities(
     """
     tangent, scale = scaled_tangent_of(covector, processor.policy)
     with held_norms(processor.policy.model):
-        found = [forward_mode(processor, shard, tangent)[2:] for shard in shards]
+        found = [forward_mode(processor, shard, tangent, small=True)[2:] for shard in shards]
     return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))

@@ -59,7 +59,7 @@ def altered_step(
     processor = processor_of(policy, execution)
     shards = [read_sequences(shard) for shard in sequences]
     table, excess_K = excess_of(scores_u, discriminators_u)
-    changed = changed_by(intervention, execution, update, table, excess_K, sensitivities)
+    (changed,) = changed_by([intervention], execution, update, table, excess_K, sensitivities)
     max_norm = update.summary["max_grad_norm"]
     found = taken_step(changed.coefficients, processor, shards, checkpoint, execution, max_norm, changed.altered)
     shapes = {name: tuple(p.shape) for name, p in processor.policy.named_parameters().items()}

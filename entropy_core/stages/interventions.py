@@ -85,15 +85,16 @@ def interventions(
     informative = update.summary["prompts"] - update.summary["prompts_with_equal_rewards"]
     settings = Settings(learning_rate, confidence_level, margin, informative, half_steps_u.summary["fresh"])
     screened = _screened(screen)
-    products = {entry["label"]: entry["predicted"].summary["products"] for entry in predicted}
-    clip_of = {entry["label"]: entry["predicted"].summary["clip_factor"] for entry in predicted}
+    predictions = {entry["label"]: entry["predicted"].summary["predictions"][entry["label"]] for entry in predicted}
+    products = {label: prediction["products"] for label, prediction in predictions.items()}
+    clip_of = {label: prediction["clip_factor"] for label, prediction in predictions.items()}
     as_taken = screened
     if clip_of:
         as_taken = screened.clipped(torch.tensor([clip_of[label] for label in screened.labels], dtype=torch.float64))
     known = [] if any(shard.summary["open"] for shard in rewards) else rewards
     batch = evaluation_batch(scores, first_order_e, baseline, units, known)[0] if measured else None
     changes = _changes(batch, scores, measured, learning_rate, normalizations, confidence_level) if batch else {}
-    of_reward = _predicted_rewards(predicted, screen.summary["blocks"], learning_rate)
+    of_reward = _predicted_rewards(predictions, screen.summary["blocks"], learning_rate)
     rows: list[Row] = []
     for normalization in normalizations:
         of_screen = estimates.screen_rows(screened, settings, normalization)
@@ -119,15 +120,15 @@ def interventions(
 
 
 def _predicted_rewards(
-    predicted: Sequence[Mapping[str, Any]], blocks: Sequence[Mapping[str, Any]], learning_rate: float
+    predictions: Mapping[str, Mapping[str, Any]], blocks: Sequence[Mapping[str, Any]], learning_rate: float
 ) -> dict[str, Row]:
     """δJ₁ of the exact step under each intervention, and its difference from that of the run, by label."""
     counts = [sum(block["sequences"] for block in blocks[half::2]) for half in HALVES]
     found: dict[str, float] = {}
-    for entry in predicted:
-        if products := entry["predicted"].summary["reward"]:
+    for label, prediction in predictions.items():
+        if products := prediction["reward"]:
             mean = sum(n * x for n, x in zip(counts, products, strict=True)) / sum(counts)
-            found[entry["label"]] = learning_rate * mean
+            found[label] = learning_rate * mean
     of_run = next(iter(found.values()), 0.0)
     return {label: {"delta_j": value, "difference_j": value - of_run} for label, value in found.items()}
 

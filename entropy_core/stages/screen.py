@@ -68,17 +68,18 @@ def screen(
     groups = _groups(checkpoint) if rules == {"adamw"} else None
     spec = LossSpec(**update.summary["loss"])
     in_halves = [averaged(blocks[half::2], of_u[kind][half::2]) for kind in KINDS for half in HALVES]
+    asked = [AS_IT_IS, *interventions]
+    reasons = [not_applicable(spec, one) or _not_adamw(altered(one), rules) for one in asked]
+    named = [(one.label, reason) for one, reason in zip(asked, reasons, strict=True)]
+    skipped = [{"intervention": label, "reason": reason} for label, reason in named if reason]
+    applicable = [one for one, reason in zip(asked, reasons, strict=True) if not reason]
+    changes = changed_by(applicable, execution, update, table, excess_K, sensitivities)
     tried: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
     products: list[Tensor] = []
     kept: list[Tensor] = []
     gradients: list[Tensor] = []
     influences: list[Tensor] = []
-    for intervention in (AS_IT_IS, *interventions):
-        if reason := not_applicable(spec, intervention) or _not_adamw(altered(intervention), rules):
-            skipped.append({"intervention": intervention.label, "reason": reason})
-            continue
-        changed = changed_by(intervention, execution, update, table, excess_K, sensitivities)
+    for intervention, changed in zip(applicable, changes, strict=True):
         factors = _factors(changed.altered, groups, update.summary)
         saturated = kept_on([(changed.altered.of(group), t) for group, t in groups]) if groups else None
         of_kinds: list[list[Tensor]] = [[], [], []]
