@@ -486,6 +486,25 @@ def test_an_interval_covers_and_a_null_rarely_acts():
     assert 0.92 <= inside / replications <= 0.98
 
 
+def test_the_interaction_is_what_the_halves_of_e_do_not_share():
+    generator = torch.Generator().manual_seed(4)
+    shared_P, *own_2P = torch.randn(3, 32, generator=generator, dtype=torch.float64) / 32
+    halves_2P = torch.stack([shared_P + own_P for own_P in own_2P])
+    difference_IB = torch.stack([torch.zeros(16).double(), torch.linspace(-1, 1, 16).double()])
+    found = screened(difference_IB, torch.zeros(2, 32).double())
+    influence_IKHP = torch.zeros(2, 2, 2, 32).double()
+    influence_IKHP[1, 0] = halves_2P
+    settings = estimates.Settings(0.5, 0.95, 1e-9, 32, fresh=False)
+    row = estimates.screen_rows(found._replace(influence_IKHP=influence_IKHP), settings, "per_sequence")[1]
+    both, covariance = 32 * halves_2P.mean(0).var(), 32 * halves_2P.cov()[0, 1]
+    assert row["se_over_u"] ** 2 == pytest.approx(0.25 * float(covariance))
+    assert row["se_interaction"] ** 2 == pytest.approx(0.25 * float(both - covariance)) and both > covariance
+    error = estimates.Error(row["se_over_e"], 15.0)
+    measured = {"as it is": (0.0, 0.0, error), "i1": (0.1, 0.1, error)}
+    again = estimates.measure_rows(found._replace(influence_IKHP=influence_IKHP), measured, settings, "per_sequence")
+    assert again[1]["se_interaction"] == pytest.approx(row["se_interaction"])
+
+
 def test_the_sensitivities_add_up_to_those_of_all_of_e(tried):
     (of_blocks,) = tried.run.artifacts("block-sensitivities")
     (of_u,) = tried.run.artifacts("first-order-u")

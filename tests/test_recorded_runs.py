@@ -1,6 +1,7 @@
 """Recorded runs: opened from Python, and side by side, where differences are paired on the E and U that runs share."""
 
 import html
+import json
 import math
 import re
 import shutil
@@ -344,6 +345,22 @@ def test_its_tables_are_those_of_the_report(compared: Compared):
     assert run.tokens().equals(tokens["checkpoint-5"]) and not run.tokens().equals(tokens["checkpoint-3"])
     with pytest.raises(StoreError, match=r"no checkpoint 'checkpoint-4'.*use one of checkpoint-3, checkpoint-5"):
         run.tokens("checkpoint-4")
+
+
+def test_what_is_to_be_known_of_any_checkpoint_is_said_once(compared: Compared, tmp_path: Path):
+    folder = runs.folder(tmp_path, compared.first.run_id)
+    shutil.copytree(compared.first.run_directory, folder)
+    record = json.loads((folder / runs.RECORD).read_text())
+    for entry, own in zip(record["checkpoints"], ("of the first", "of the last"), strict=True):
+        entry["warnings"] = ["of both", own]
+    (folder / runs.RECORD).write_text(json.dumps(record))
+    expected = ["of both", "of the first", "of the last"]
+    assert [one for one in probe.load_run(folder.name, tmp_path).warnings if one.startswith("of ")] == expected
+    _, config, recorded = read_run(compared.store, compared.first.run_id)
+    recorded = [old | {"warnings": new["warnings"]} for old, new in zip(recorded, record["checkpoints"], strict=True)]
+    run = Counting(compared.store, Execution(paths={}, device="cpu"))
+    statistics.reported(recorded, config, run)
+    assert run.inputs("report")["warnings"] == expected
 
 
 def test_in_a_terminal_it_is_the_answer_and_in_a_notebook_the_report_in_a_frame(compared: Compared):

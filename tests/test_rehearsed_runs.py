@@ -348,6 +348,18 @@ def test_vectors_that_are_let_go_come_again_as_they_were(rehearsed: Probe, folde
     assert not any((step.directory / "vectors" / "direction.safetensors").exists() for step in steps)
 
 
+def test_the_learning_rates_are_those_asked_for_or_said_to_stay(rehearsed: Probe, folder: Path):
+    (checkpoint,) = preflight(parse_config(asked(folder, steps=4, learning_rates=[1, 0.5])))
+    assert checkpoint.rehearsed_rates == (1, 0.5, 0.5, 0.5) and not checkpoint.learning_rates
+    (said,) = set(rehearsed.checkpoints[0].warnings) - set(checkpoint.warnings)
+    assert said.startswith("The learning rate after checkpoint-3 stays what it is along the rehearsal: ")
+    assert said in (rehearsed.result.run_directory / "report.md").read_text()
+    alike, slower = rehearsed, again(folder, learning_rates=[1, 0.5], interventions="none", seeds=1)
+    assert slower.run.was_computed["rehearsal-step"] == 1  # the first one is the same
+    norms = [chain(probe, "as it is", 1)[1][1].summary["step_norm"] for probe in (alike, slower)]
+    assert norms[1] == pytest.approx(norms[0] / 2, rel=1e-6)  # lr·decay is in it, too
+
+
 def test_how_often_e_is_measured():
     assert RehearseConfig().measured == 0
     assert RehearseConfig(steps=5, every=2, seeds=3).measured == 3 * 4  # at 0, 2, 4 and 5

@@ -34,9 +34,9 @@ class OnTheirs(Recorded):
         return self.batches[min(len(self.artifacts("rehearsal-step")), len(self.batches) - 1)]
 
 
-def rehearsed(home: Path, model: Any, peft_config: Any = None) -> list[Artifact]:
+def rehearsed(home: Path, model: Any, peft_config: Any = None, **settings: Any) -> list[Artifact]:
     """Train, and rehearse the last steps from the checkpoint before them."""
-    batches = train(home / "run", model, peft_config, **SETTINGS)
+    batches = train(home / "run", model, peft_config, **SETTINGS | settings)
     asked = values(
         home / "run",
         home / "artifacts",
@@ -68,7 +68,7 @@ def adapted(home: Path) -> tuple[Any, Any]:
     return base, LoraConfig(task_type="CAUSAL_LM", **LORA)
 
 
-@pytest.mark.parametrize("trained", ["all weights", "an adapter"])
+@pytest.mark.parametrize("trained", ["all weights", "an adapter", "all weights, along a schedule"])
 def test_the_weights_after_the_rehearsal_are_those_of_the_trainer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
 ):
@@ -77,9 +77,12 @@ def test_the_weights_after_the_rehearsal_are_those_of_the_trainer(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice
         model, peft_config = adapted(tmp_path) if trained == "an adapter" else (build_model(SHAPE), None)
-        steps = rehearsed(tmp_path, model, peft_config)
+        schedule = "linear" if "schedule" in trained else "constant"
+        steps = rehearsed(tmp_path, model, peft_config, lr_scheduler_type=schedule)
     assert [step.summary["steps"] for step in steps] == [1, 2, 3, 4]
-    assert any(step.summary["clip_factor"] < 1 for step in steps) is (trained == "all weights")
+    rates = [1, 0.75, 0.5, 0.25] if "schedule" in trained else [1, 1, 1, 1]
+    assert [step.summary["rate"] for step in steps] == pytest.approx(rates, rel=1e-12)
+    assert any(step.summary["clip_factor"] < 1 for step in steps) is (trained != "an adapter")
     before = weights(tmp_path / "run" / f"checkpoint-{BEFORE}")
     for number, step in enumerate(steps, start=1):
         after, lr = weights(tmp_path / "run" / f"checkpoint-{BEFORE + number}"), step.summary["learning_rate"]

@@ -211,6 +211,8 @@ def test_the_learning_rates_to_come_are_those_of_the_schedule(tmp_path, name):
     rates = schedule_of(tmp_path, name, arguments)
     found = factors_to_come(tmp_path, arguments, 10)
     assert found[0] == 1 and found == pytest.approx([rate / rates[MADE] for rate in rates[MADE : MADE + 10]], rel=1e-12)
+    beyond = factors_to_come(tmp_path, arguments, TOTAL - MADE + 2)
+    assert beyond[-3:] == pytest.approx([rates[-1] / rates[MADE]] * 3, rel=1e-12)  # as at the last of its steps
 
 
 def test_a_schedule_that_is_not_that_of_the_file_is_not_believed(tmp_path):

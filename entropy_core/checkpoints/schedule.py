@@ -33,7 +33,7 @@ def factors_to_come(directory: Path, arguments: Mapping[str, Any], steps: int) -
         steps: how many steps there are.
 
     Returns:
-        One factor for each step; the first is 1.
+        One factor for each step; the first is 1. Steps after the end of the run have that of its last step.
 
     Raises:
         UnknownScheduleError: the files do not say the schedule, it depends on what the steps will bring, or it does not
@@ -55,7 +55,8 @@ def factors_to_come(directory: Path, arguments: Mapping[str, Any], steps: int) -
         raise UnknownScheduleError(f"{name} with these settings does not give the learning rates in {SCHEDULER}")
     if not now > 0:
         raise UnknownScheduleError(f"the schedule ({name}) had ended")
-    return tuple(multiplier(made + step) / now for step in range(steps))
+    last = max(total - 1, made)
+    return tuple(multiplier(min(made + step, last)) / now for step in range(steps))
 
 
 def _saved(path: Path) -> tuple[list[float], list[float], int]:

@@ -1,6 +1,6 @@
 """What a user asks of the intervention lab."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,12 @@ class RehearseConfig(Section):
         ge=0,
         le=1e6,
         description="When does the entropy reach this floor, in nats per token? 0: not asked.",
+    )
+    learning_rates: list[Annotated[float, Field(ge=0, le=1e6)]] = Field(
+        default_factory=list,
+        max_length=10_000,
+        description="Learning rate of each step over that of the first; the last one holds for all steps after it. "
+        "[]: as the trainer's schedule goes on where its files say it, else 1.",
     )
 
     @property

@@ -64,6 +64,18 @@ class Screened(NamedTuple):
         )
 
 
+class OverU(NamedTuple):
+    """The error of a difference over U alone, and the E×U interaction as a standard error, which the one over E has."""
+
+    error: Error
+    interaction: float
+
+    def times(self, factor: float) -> "OverU":
+        """Return those of a multiple of the difference."""
+        error = self.error._replace(standard_error=self.error.standard_error * factor)
+        return OverU(error, self.interaction * factor)
+
+
 class Settings(NamedTuple):
     """How rows are made.
 
@@ -181,7 +193,7 @@ def measure_rows(
         screens = not screened.product_IKB[i].isnan().any()
         per_unit = settings._replace(eta=1.0)
         over_u = _over_u(screened, i, settings, normalization) if screens else None
-        scaled = None if over_u is None else Error(over_u.standard_error * settings.eta, over_u.degrees_of_freedom)
+        scaled = None if over_u is None else over_u.times(settings.eta)
         row = {"intervention": label, "level": "measure", "delta_h1": None, "delta_h": delta_h}
         row |= _paired(difference, over_e, scaled, per_unit)
         row |= {"difference_half_0": None, "difference_half_1": None, "p_half_1": None}
@@ -227,18 +239,19 @@ def _verdict(row: Row, p_holm: float | None, margin: float, alpha: float) -> str
     return "acts" if p_holm <= alpha else "cannot tell"
 
 
-def _paired(difference: float, over_e: Error, over_u: Error | None, settings: Settings) -> Row:
+def _paired(difference: float, over_e: Error, over_u: OverU | None, settings: Settings) -> Row:
     """The columns of a difference and its errors; those per unit step are multiplied by η."""
     eta = settings.eta
     row: Row = {"difference": difference * eta, "se_over_e": over_e.standard_error * eta}
-    names = ("se_over_u", "se", "degrees_of_freedom", "low", "high", "p_value", "detectable")
+    names = ("se_over_u", "se_interaction", "se", "degrees_of_freedom", "low", "high", "p_value", "detectable")
     if over_u is None or not math.isfinite(over_e.standard_error):
         return row | dict.fromkeys(names)
-    both = combined([over_e, over_u])
+    both = combined([over_e, over_u.error])
     quantile = t_quantile(0.5 + settings.confidence_level / 2, both.degrees_of_freedom)
     error = both.standard_error * eta
     return row | {
-        "se_over_u": over_u.standard_error * eta,
+        "se_over_u": over_u.error.standard_error * eta,
+        "se_interaction": over_u.interaction * eta,
         "se": error,
         "degrees_of_freedom": both.degrees_of_freedom,
         "low": row["difference"] - quantile * error,
@@ -273,7 +286,7 @@ def _on_e(
     return value, block_estimates.derivative(difference_KB, screened.blocks, normalization), halves
 
 
-def _over_u(screened: Screened, i: int, settings: Settings, normalization: Normalization) -> Error | None:
+def _over_u(screened: Screened, i: int, settings: Settings, normalization: Normalization) -> OverU | None:
     """The error over U of the difference, without what the error of ∇H adds to it; None where it is not valid."""
     if settings.fresh or settings.informative < half_samples.FEWEST:
         return None
@@ -287,7 +300,8 @@ def _over_u(screened: Screened, i: int, settings: Settings, normalization: Norma
     whole_P = by_normalization(whole, *entropy_and_length(screened.halves))[normalization]
     standard_error = uncertainty.clustered_sum_standard_error(whole_P.unsqueeze(1))
     interaction = uncertainty.interaction_variance(whole_P, halves_2P)
-    return Error(max(standard_error**2 - interaction, 0.0) ** 0.5, float(len(whole_P) - 1))
+    alone = max(standard_error**2 - interaction, 0.0) ** 0.5
+    return OverU(Error(alone, float(len(whole_P) - 1)), interaction**0.5)
 
 
 def _of_halves(products: Mapping[str, Sequence[float]]) -> Tensor:

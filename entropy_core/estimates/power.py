@@ -7,13 +7,17 @@ With N independent units of E and P prompts of U, the variance of an estimate fo
 where A is of the units of E, B of the prompts of U, and C of their interaction; for this update, with U held fixed, it
 is A/N + C/(N·P). A t test at a level detects a change with the power that the noncentral t distribution gives. B holds
 as far as the step is linear in the gradient: a step on twice the prompts has half the variance over U.
+
+A pilot estimates A and B with few degrees of freedom where it is small, and sizes from estimates that happen to be low
+are too small. The power here is therefore the mean over what the components may be: with sizes from pilots like this
+one a change is detected as often as is said, on average over the pilots.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from entropy_core.estimates.distributions import noncentral_t_below, t_quantile
+from entropy_core.estimates.distributions import t_quantile, t_test_power
 from entropy_core.numerics.half_samples import LINEAR, balanced_halves
 
 FEWEST = 2
@@ -36,7 +40,8 @@ class Components(NamedTuple):
 
     `freedom_e` and `freedom_u` are the degrees of freedom of the errors over E and over U where these come from a fixed
     number of blocks of E or splits of U; None where they come from every unit, and are one less than there are units.
-    `fewest_e` is how many units of E it takes before their error is that of a mean of many.
+    `fewest_e` is how many units of E it takes before their error is that of a mean of many. `known_e` and `known_u` are
+    the degrees of freedom with which the pilot has estimated them; None: they are known.
     """
 
     of_e: float
@@ -46,13 +51,15 @@ class Components(NamedTuple):
     freedom_e: float | None = None
     freedom_u: float | None = None
     fewest_e: int = FEWEST
+    known_e: float | None = None
+    known_u: float | None = None
 
     @classmethod
     def of_pilot(cls, row: Mapping[str, Any], size: Size, given_u: bool) -> "Components":
         """Find the components from the errors of a sweep.
 
         Args:
-            row: with `se_given_u`, `se_over_u`, `se_interaction` and `nonlinearity_over_u`, as in
+            row: with `se_given_u`, `se_over_u`, `se_interaction`, `nonlinearity_over_u` and `excess_kurtosis`, as in
                 `estimate_columns.ESTIMATES`.
             size: of its E and U.
             given_u: whether the question is of this update.
@@ -65,14 +72,16 @@ class Components(NamedTuple):
         bent = (row["nonlinearity_over_u"] or 0.0) > LINEAR  # then the error over U is that of steps on halves of it
         freedom_u = float(len(balanced_halves(size.of_u))) if bent else None
         parts = over_e * size.of_e, over_u * size.of_u, both * size.of_e * size.of_u
-        return cls(*parts, given_u, freedom_u=freedom_u)
+        known_e = (size.of_e - 1) / max(1.0 + row["excess_kurtosis"] / 2, 1.0)  # a variance by heavy tails is less sure
+        known = {"known_e": max(1.0, known_e), "known_u": freedom_u or size.of_u - 1.0}
+        return cls(*parts, given_u, freedom_u=freedom_u, **known)
 
     @classmethod
     def of_difference(cls, row: Mapping[str, Any], size: Size, given_u: bool, blocks: int) -> "Components":
         """Find the components of the difference that an intervention makes, whose error over E is one of blocks of E.
 
         Args:
-            row: with `se_over_e`, `se_over_u` and `degrees_of_freedom`, as in interventions.parquet.
+            row: with `se_over_e`, `se_over_u`, `se_interaction` and `degrees_of_freedom`, as in interventions.parquet.
             size: of its E and U.
             given_u: whether the question is of this update.
             blocks: number of blocks of E, for a row without degrees of freedom.
@@ -85,8 +94,10 @@ class Components(NamedTuple):
         if row["degrees_of_freedom"] is not None and over_e:
             of_e = (over_e + over_u) ** 2 / row["degrees_of_freedom"] - over_u**2 / (size.of_u - 1)
             freedom_e = max(1.0, over_e**2 / of_e) if of_e > 0 else size.of_e - 1.0
-        fewest_e = IN_A_BLOCK * blocks
-        return cls(over_e * size.of_e, over_u * size.of_u, 0.0, given_u, freedom_e, fewest_e=fewest_e)
+        both = min((row.get("se_interaction") or 0.0) ** 2, over_e)
+        parts = (over_e - both) * size.of_e, over_u * size.of_u, both * size.of_e * size.of_u
+        known = {"known_e": freedom_e, "known_u": size.of_u - 1.0}
+        return cls(*parts, given_u, freedom_e, fewest_e=IN_A_BLOCK * blocks, **known)
 
     def variances(self, size: Size) -> tuple[float, float]:
         """Return the variances over E and over U at a size; the interaction counts once, with E."""
@@ -99,12 +110,21 @@ class Components(NamedTuple):
 
     def degrees_of_freedom(self, size: Size) -> float:
         """Return those of the t test at a size (Welch-Satterthwaite)."""
-        over_e, over_u = self.variances(size)
         freedom_e = size.of_e - 1.0 if self.freedom_e is None else self.freedom_e
         freedom_u = size.of_u - 1.0 if self.freedom_u is None else self.freedom_u
+        return self._together(size, freedom_e, freedom_u)
+
+    def known_by(self, size: Size) -> float:
+        """Return the degrees of freedom with which the pilot says what the variance is at a size."""
+        return self._together(size, *(math.inf if known is None else known for known in (self.known_e, self.known_u)))
+
+    def _together(self, size: Size, freedom_e: float, freedom_u: float) -> float:
+        """Those of a sum of two variances."""
+        over_e, over_u = self.variances(size)
         if over_e + over_u == 0.0:
             return freedom_e
-        return (over_e + over_u) ** 2 / (over_e**2 / freedom_e + over_u**2 / freedom_u)
+        parts = over_e**2 / freedom_e + over_u**2 / freedom_u
+        return (over_e + over_u) ** 2 / parts if parts else math.inf
 
 
 class TTest(NamedTuple):
@@ -114,18 +134,18 @@ class TTest(NamedTuple):
     power: float = 0.8
 
     def power_at(self, components: Components, size: Size, effect: float) -> float:
-        """Return the probability that a change of this size is detected."""
+        """Return the probability that a change of this size is detected, on average over pilots."""
         error = components.standard_error(size)
         if error == 0.0:
             return 1.0 if effect else 1 - self.confidence_level
         degrees, shift = components.degrees_of_freedom(size), abs(effect) / error
         reach = t_quantile(0.5 + self.confidence_level / 2, degrees)
-        return 1 - noncentral_t_below(reach, degrees, shift) + noncentral_t_below(-reach, degrees, shift)
+        return t_test_power(reach, degrees, shift, components.known_by(size))
 
     def detectable(self, components: Components, size: Size) -> float:
         """Return the smallest change that is detected with the wanted power."""
         low, high = 0.0, 100.0 * components.standard_error(size)
-        for _ in range(60):
+        for _ in range(50):
             middle = (low + high) / 2
             low, high = (low, middle) if self.power_at(components, size, middle) >= self.power else (middle, high)
         return high
@@ -168,10 +188,11 @@ def cheapest(test: TTest, components: Components, effect: float, seconds: tuple[
     return size_at(_lowest(lambda of_u: cost(size_at(of_u), seconds), fewest, 1000 * fewest))
 
 
-def best_for(components: Components, seconds: tuple[float, float], budget: float) -> Size | None:
-    """Find the E and U with the smallest standard error that a budget allows.
+def best_for(test: TTest, components: Components, seconds: tuple[float, float], budget: float) -> Size | None:
+    """Find the E and U that detect the smallest change that a budget allows.
 
     Args:
+        test: level and power.
         components: of the variance.
         seconds: that a unit of E and a prompt of U cost.
         budget: seconds.
@@ -186,12 +207,13 @@ def best_for(components: Components, seconds: tuple[float, float], budget: float
     def size_at(of_u: int) -> Size:
         return Size(max(components.fewest_e, int((budget - of_u * seconds[1]) / seconds[0])), of_u)
 
-    return size_at(_lowest(lambda of_u: components.standard_error(size_at(of_u)), FEWEST, most))
+    return size_at(_lowest(lambda of_u: test.detectable(components, size_at(of_u)), FEWEST, most))
 
 
-def even_split(seconds: tuple[float, float], budget: float) -> Size:
-    """Return what half of a budget buys of E and half of U."""
-    return Size(*(max(FEWEST, int(budget / 2 / each)) for each in seconds))
+def even_split(components: Components, seconds: tuple[float, float], budget: float) -> Size | None:
+    """Return what half of a budget buys of E and half of U; None if it does not buy the fewest."""
+    size = Size(*(int(budget / 2 / each) for each in seconds))
+    return size if size.of_e >= components.fewest_e and size.of_u >= FEWEST else None
 
 
 def cost(size: Size, seconds: tuple[float, float]) -> float:

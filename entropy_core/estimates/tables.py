@@ -140,6 +140,7 @@ INTERVENTIONS = of_checkpoints(
             field("high", REAL, NATS, "upper end of the interval of the difference for the mean update"),
             field("se_over_e", REAL, NATS, "standard error of the difference for this update: over E"),
             field("se_over_u", REAL, NATS, "standard error of the difference over U alone, for the mean update"),
+            field("se_interaction", REAL, NATS, "E x U interaction of the difference, in se_over_e, not in se_over_u"),
             field("se", REAL, NATS, "standard error of the difference for the mean update: over E and over U"),
             field("degrees_of_freedom", REAL, "1", "of the t interval and the p-value (Welch-Satterthwaite)"),
             field("p_value", REAL, "1", "p-value for the mean update: the intervention makes no difference (t test)"),

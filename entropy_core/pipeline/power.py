@@ -108,19 +108,19 @@ def _wanted(
             of_e = int((budget - size.of_u * seconds[1]) / seconds[0])
             found = Size(of_e, size.of_u) if of_e >= components.fewest_e else None
         else:
-            found = power.best_for(components, seconds, budget)
+            found = power.best_for(test, components, seconds, budget)
     else:
         return {}
     if found is None:
         return dict.fromkeys(("needs E", "needs U", "for seconds", "detects then", "even split detects"))
     spent = power.cost(found, seconds)
-    even = None if components.given_u else test.detectable(components, power.even_split(seconds, spent))
+    even = None if components.given_u else power.even_split(components, seconds, spent)
     return {
         "needs E": found.of_e,
         "needs U": found.of_u,
         "for seconds": spent,
         "detects then": test.detectable(components, found),
-        "even split detects": even,
+        "even split detects": test.detectable(components, even) if even else None,
     }
 
 

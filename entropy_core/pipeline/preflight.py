@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class CheckpointToProbe:
         named_base: digest of the quantised base that an adapter names, where it is probed on another one; else empty.
         after: digest of the weights of the next checkpoint, for the post-mortem; empty for none.
         learning_rates: of the steps on one rollout, over that of the first; empty if they are not followed.
+        rehearsed_rates: of the steps of a rehearsal, over that of the first; empty if there is none.
     """
 
     directory: Path
@@ -82,6 +84,7 @@ class CheckpointToProbe:
     recorded: RecordedU | None = None
     after: str = ""
     learning_rates: tuple[float, ...] = ()
+    rehearsed_rates: tuple[float, ...] = ()
 
 
 def preflight(config: ProbeConfig) -> list[CheckpointToProbe]:
@@ -167,7 +170,13 @@ def _checked(
             paths |= dict([after])
         elif config.post_mortem:
             about_u += (f"No post-mortem of {name}: the checkpoint of the next step is not beside it.",)
-        learning_rates, about_rates = _learning_rates(config, name, layout.directory, trainer)
+        phase, rehearse = config.update.phase, config.lab.rehearse
+        along = partial(_learning_rates, name, layout.directory, trainer)
+        learning_rates, about_phase = along(phase.steps, phase.learning_rates, "the phase")
+        is_last = name == usable[-1].name  # the one that is rehearsed
+        rehearsed_rates, about_rehearsal = along(
+            rehearse.steps if is_last else 0, rehearse.learning_rates, "the rehearsal"
+        )
         found.append(
             CheckpointToProbe(
                 directory=layout.directory.resolve(),
@@ -184,13 +193,14 @@ def _checked(
                 assumptions=(*checkpoint.assumptions, *settled.notes, *about),
                 read=settled.read,
                 settings=settled.settings,
-                warnings=(*warnings, *about_u, *about_rates),
+                warnings=(*warnings, *about_u, *about_phase, *about_rehearsal),
                 dropout=trainer.drops,
                 log=trainer_log(checkpoint.step, trainer, trainers),
                 recorded=of_one,
                 named_base=of_named,
                 after=after[0] if after else "",
                 learning_rates=learning_rates,
+                rehearsed_rates=rehearsed_rates,
             )
         )
     if config.policy.base_model and not any(one.base or one.description for one in found):
@@ -269,20 +279,17 @@ def _check_workers(execution: ExecutionConfig) -> None:
 
 
 def _learning_rates(
-    config: ProbeConfig, name: str, directory: Path, trainer: TrainerFiles
+    name: str, directory: Path, trainer: TrainerFiles, steps: int, given: Sequence[float], along: str
 ) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """The learning rates of the steps on a rollout over that of the first, and what is to be said of them."""
-    phase = config.update.phase
-    if not phase.steps:
+    """The learning rates of some steps from a checkpoint over that of the first, and what is to be said of them."""
+    if not steps:
         return (), ()
-    given = phase.learning_rates
     if given:
-        return tuple([*given, *[given[-1]] * phase.steps][: phase.steps]), ()
+        return tuple([*given, *[given[-1]] * steps][:steps]), ()
     try:
-        return factors_to_come(directory, trainer.arguments, phase.steps), ()
+        return factors_to_come(directory, trainer.arguments, steps), ()
     except UnknownScheduleError as why:
-        what = f"The learning rate after {name} stays what it is along the phase: {why}."
-        return (1.0,) * phase.steps, (what,)
+        return (1.0,) * steps, (f"The learning rate after {name} stays what it is along {along}: {why}.",)
 
 
 def check_device(device: str) -> None:

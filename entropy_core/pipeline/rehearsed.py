@@ -126,6 +126,7 @@ class Rehearsal:
             "intervention": spec if spec is AS_IT_IS else spec.model_copy(update={"seed": seed}),
             "responses_per_prompt": batch.G,
             "max_grad_norm": update.max_grad_norm,
+            "rate": self.checkpoint.rehearsed_rates[number - 1],
         }
         if update.kl_beta:
             of_reference = reference_of(self.checkpoint, policy)

@@ -86,7 +86,8 @@ def reported(recorded: Sequence[Inputs], config: ProbeConfig, run: Runner) -> Ar
     notes = list(dict.fromkeys([note for entry in recorded for note in entry["notes"]] + assumptions(config)))
     agreement = run(AGREEMENT, compared(recorded, config), config.name)
     inputs = {"name": config.name, "checkpoints": estimated, "agreement": agreement, "notes": notes}
-    said = {"settings": recorded[0]["settings"], "warnings": recorded[0]["warnings"]}
+    warnings = list(dict.fromkeys(warning for entry in recorded for warning in entry["warnings"]))
+    said = {"settings": recorded[0]["settings"], "warnings": warnings}
     return run(REPORT, inputs | said, config.name)
 
 

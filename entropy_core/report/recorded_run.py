@@ -43,7 +43,8 @@ class RecordedRun:
             self._tokens_of = {}
             for entry in record["checkpoints"]:
                 [self._tokens_of[entry["checkpoint"]]] = runs.references(entry["inputs"]["first_order_u"])
-            self._warnings = list(record["checkpoints"][0]["warnings"])
+            of_each = [entry["warnings"] for entry in record["checkpoints"]]
+            self._warnings = list(dict.fromkeys(warning for of_one in of_each for warning in of_one))
         self.checkpoints = list(self._tokens_of)
 
     def table(self, name: str) -> "pyarrow.Table":

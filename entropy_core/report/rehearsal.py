@@ -64,7 +64,8 @@ def section(rows: Sequence[Row]) -> list[str]:
         "",
         *lines,
         "Every step is on fresh responses of the policy as it is then, rewarded anew, with the moments of the step "
-        "before, at the learning rate of the first; H, J and length are those of an E that the policy draws itself. "
+        "before, at the learning rate of the trainer's schedule, or of the first step where a warning at the top says "
+        "that it is not known; H, J and length are those of an E that the policy draws itself. "
         "From one seed all interventions have the same prompts and the same random numbers, so that the differences "
         "are paired. Intervals are between seeds, or over E where there is only one; the band is for one more run "
         "from another seed. Nothing is adjusted for the number of interventions.",

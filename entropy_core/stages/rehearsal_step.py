@@ -43,6 +43,7 @@ def rehearsal_step(
     intervention: InterventionSpec,
     responses_per_prompt: int,
     max_grad_norm: float,
+    rate: float,
 ) -> dict[str, Any]:
     """Take the step; without an intervention the first one is v of compute-update, bit for bit.
 
@@ -61,9 +62,10 @@ def rehearsal_step(
         intervention: what is changed in it or in the optimizer, at this step as at those before.
         responses_per_prompt: G.
         max_grad_norm: global norm at which the gradient is clipped; 0 for no clipping.
+        rate: learning rate of the step over the nominal one, which is that of the first step.
 
     Returns:
-        The number of steps since the checkpoint, the learning rate, and what `write_step` returns.
+        The number of steps since the checkpoint, the nominal learning rate, the rate, and what `write_step` returns.
     """
     processor, earlier = processor_of(policy, execution), policy.step
     shards, spec = [read_sequences(shard) for shard in sequences], changed_spec(loss, intervention)
@@ -72,10 +74,12 @@ def rehearsal_step(
     excess_K = nothing_K if discriminators is None else excess_of(scores, discriminators)[1]
     known = Known(batch, excess_K, nothing_K, intervention.seed)  # what is rehearsed selects by no sensitivity
     changed = changed_loss(intervention, execution, spec, known)
-    coefficients, altered = changed.coefficients, changed.altered
+    coefficients = changed.coefficients
+    altered = changed.altered._replace(learning_rate=rate * changed.altered.learning_rate)
     found = taken_step(coefficients, processor, shards, checkpoint, execution, max_grad_norm, altered, earlier)
     return {
         "steps": 1 + (earlier.summary["steps"] if earlier else 0),
         "learning_rate": checkpoint.summary["learning_rate"],
+        "rate": rate,
         **write_step(out, found, checkpoint, processor.policy, earlier),
     }
