@@ -29,7 +29,7 @@ from entropy_core.workers.choice import workers_of
 # The sensitivity of an entropy is a sum over the vocabulary of terms that cancel.
 TOLERANCE = {"sample-e-batch": 0.0, "sample-u-batch": 0.0, "first-order-u": 3e-4, "variance": 1e-2}
 USUAL_TOLERANCE = 1e-4
-ARE_ERRORS = ("gradient_check", "attribution_closure", "noise_floor", "closure", "remainder")
+ARE_ERRORS = ("gradient_check", "attribution_closure", "noise_floor", "closure", "remainder", "remainder_se")
 """Columns of rounding errors, or of what is left when nearly all cancels. They are as large on every device, but not
 the same numbers."""
 
