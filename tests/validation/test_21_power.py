@@ -35,7 +35,7 @@ from entropy_core.store.columns import TokenTable
 pytestmark = pytest.mark.validate
 
 TEST, SECONDS = TTest(0.95), (0.05, 1.0)
-POOL, PILOTS, SWEEPS = 4000, 300, 4
+POOL, PILOTS, SWEEPS = 4000, 400, 4
 
 
 class Population:
