@@ -5,7 +5,7 @@ size, order, shard or worker. ℓ is the log-probability of a token and h its en
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,7 +17,7 @@ from entropy_core.numerics.philox import Purpose
 from entropy_core.numerics.proposal import Proposal
 from entropy_core.policy.model import Policy
 from entropy_core.policy.scorer import TeacherForcedRows
-from entropy_core.policy.spec import PolicySpec, ProposalSpec, policy_of
+from entropy_core.policy.spec import PolicySpec, policy_of
 from entropy_core.sequences.batch import (
     BatchedSequences,
     DiagnosticsResults,
@@ -26,7 +26,6 @@ from entropy_core.sequences.batch import (
     teacher_forced_rows,
 )
 from entropy_core.sequences.decoding import Decode, DecodingRequest, Progress, decode
-from entropy_core.sequences.vllm_engine import VllmDecoding
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -39,7 +38,10 @@ operation, and to get new memory takes a third of a forward-mode pass.
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Sampling settings, and batch sizes, which do not change the result; a proposal is for E only."""
+    """Sampling settings, and batch sizes, which do not change the result; a proposal is for E only.
+
+    Without `decode`, we decode ourselves.
+    """
 
     temperature: float
     max_new_tokens: int
@@ -48,7 +50,7 @@ class GenerationConfig:
     tf_batch_tokens: int = 65_536
     stop_strings: tuple[str, ...] = ()
     proposal: Proposal | None = None
-    decode: Decode = decode
+    decode: Decode | None = None
 
 
 class SequenceProcessor:
@@ -248,7 +250,7 @@ class SequenceProcessor:
             *(prompts, sequence_ids_N, seed, purpose),
             *(how.temperature, how.max_new_tokens, how.stop_strings, how.proposal),
         )
-        responses = how.decode(self.policy, request, how.gen_batch_size, self.progress)
+        responses = (how.decode or decode)(self.policy, request, how.gen_batch_size, self.progress)
         tokens = [response.tokens for response in responses]
         log_q_K = None
         if how.proposal is not None:
@@ -291,7 +293,8 @@ def processor_of(
     execution: "Execution",
     max_new_tokens: int = 0,
     stop_strings: Sequence[str] = (),
-    proposal: ProposalSpec | None = None,
+    proposal: Proposal | None = None,
+    decode: Decode | None = None,
 ) -> SequenceProcessor:
     """Load a policy and return a processor that samples and scores sequences with it.
 
@@ -301,13 +304,11 @@ def processor_of(
         max_new_tokens: maximum response length; used only for generation.
         stop_strings: strings that end a response, in addition to EOS; used only for generation.
         proposal: law that draws responses in place of the policy; used only for generation.
+        decode: what decodes, if not we ourselves; used only for generation.
 
     Returns:
         The processor.
     """
     batch_sizes = execution.gen_batch_size, execution.tf_batch_size, execution.tf_batch_tokens
-    config = GenerationConfig(spec.temperature, max_new_tokens, *batch_sizes, tuple(stop_strings))
-    if proposal is not None:
-        decoding = VllmDecoding(execution.vllm_python, execution.vllm_memory) if proposal.engine else decode
-        config = replace(config, proposal=proposal.law, decode=decoding)
+    config = GenerationConfig(spec.temperature, max_new_tokens, *batch_sizes, tuple(stop_strings), proposal, decode)
     return SequenceProcessor(policy_of(spec, execution), config, execution.progress)

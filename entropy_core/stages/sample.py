@@ -9,6 +9,7 @@ from entropy_core.policy.spec import PolicySpec, ProposalSpec
 from entropy_core.prompts.conversations import is_conversational
 from entropy_core.sequences.files import write_sequences
 from entropy_core.sequences.processor import processor_of
+from entropy_core.sequences.vllm_engine import VllmDecoding
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
@@ -54,7 +55,9 @@ def sample(
         Summary: numbers of sequences, tokens and cut responses, and the attention kernel used.
     """
     table = prompts.table("prompts.parquet")
-    processor = processor_of(policy, execution, max_new_tokens, stop_strings, proposal)
+    law = proposal.law if proposal else None
+    vllm = VllmDecoding(execution.vllm_python, execution.vllm_memory) if proposal and proposal.engine else None
+    processor = processor_of(policy, execution, max_new_tokens, stop_strings, law, vllm)
     pool = prompts.table("prompt_tokens.parquet")["token_ids"].to_pylist()
     processor.require_vocabulary(pool)
     if mode == "replacement":
