@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate validate-long chaos bench check-device docs docs-site clean
-help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate validate-long chaos bench check-device docs docs-site clean:
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate validate-runs validate-long chaos bench check-device docs docs-site clean
+help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate validate-runs validate-long chaos bench check-device docs docs-site clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate validate-long chaos bench check-device docs docs-site clean
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate validate-runs validate-long chaos bench check-device docs docs-site clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
@@ -40,6 +40,8 @@ help:
 	@echo "make test-report   the shared report in a Chromium of the system's, light and dark, without a network (a minute)"
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
+	@echo "make validate-runs   what is predicted and rehearsed of interventions, against TRL that really trains on under"
+	@echo "             each of them; writes docs/against-runs.md (ten minutes)"
 	@echo "make validate-long   coverage and false verdicts in more than 40 scenarios, each of 200 sweeps whose exact answers are"
 	@echo "             known; goes on where it stopped, and writes docs/validation-long.md (half an hour); SCENARIOS=\"text ...\""
 	@echo "make chaos   kill a sweep at 50 random moments and 20 workers, damage 200 files, race for a key (docs/chaos.md is written from it);"
@@ -87,6 +89,9 @@ test-report: .venv/.ui
 
 validate: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "validate or chaos" tests/validation tests/test_chaos.py
+
+validate-runs: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m against_runs tests/against_runs
 
 validate-long: .venv/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m oracle $(if $(SCENARIOS),--scenarios $(SCENARIOS))

@@ -1,5 +1,7 @@
 """`make validate`: every proof of tests/validation records its table, and docs/validation.md is written from the run.
 
+`make validate-runs` is the same for tests/against_runs and docs/against-runs.md.
+
     def test_the_claim(record):
         record("Title", claim="One sentence.", limit="what must hold", columns=("quantity", "error"))
         record.row("H", power(error))     # before the assertion, so that a proof that fails shows its numbers
@@ -20,11 +22,28 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, FOLDER = Path("docs/validation.md"), Path("tests/validation")
+
+
+class Series(NamedTuple):
+    """Proofs of one mark: their folder, and the page that is written when all of them ran."""
+
+    folder: Path
+    page: Path
+    title: str
+    command: str
+
+
+SERIES = {
+    "validate": Series(Path("tests/validation"), Path("docs/validation.md"), "Validation", "make validate"),
+    "against_runs": Series(
+        Path("tests/against_runs"), Path("docs/against-runs.md"), "Predictions against runs", "make validate-runs"
+    ),
+}
 LIBRARIES = ("entropy-probe", "torch", "transformers", "numpy", "scipy", "pyarrow", "safetensors")
 
 
@@ -33,6 +52,7 @@ class Proof:
     """What a proof says and shows, and what became of it."""
 
     name: str
+    mark: str = "validate"
     title: str = ""
     claim: str = ""
     limit: str = ""
@@ -94,8 +114,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(map(text, columns))} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def page(proofs: Sequence[Proof], versions: dict[str, str]) -> str:
-    """docs/validation.md."""
+def page(series: Series, proofs: Sequence[Proof], versions: dict[str, str]) -> str:
+    """What docs/validation.md, or another page, says."""
     now = datetime.now(UTC)
     failed = [proof for proof in proofs if proof.failure]
     about = {
@@ -105,9 +125,9 @@ def page(proofs: Sequence[Proof], versions: dict[str, str]) -> str:
         "outcome": f"{len(failed)} of {len(proofs)} FAILED" if failed else f"all {len(proofs)} hold",
     }
     lines = [
-        "# Validation",
+        f"# {series.title}",
         "",
-        "Written by `make validate` from a run, which computed every number on this page.",
+        f"Written by `{series.command}` from a run, which computed every number on this page.",
         "",
         *table(("", ""), [(name, value) for name, value in (about | versions).items()]),
         *table(("proof", "outcome", "seconds"), [(p.title or p.name, p.outcome, f"{p.seconds:.0f}") for p in proofs]),
@@ -144,14 +164,15 @@ def record(request: pytest.FixtureRequest) -> Proof:
 
 
 def _proof(item: pytest.Item) -> Proof:
-    return item.stash.setdefault(RUNNING, Proof(f"{item.path.name}::{item.name}"))
+    mark = next((mark for mark in SERIES if item.get_closest_marker(mark)), "")
+    return item.stash.setdefault(RUNNING, Proof(f"{item.path.name}::{item.name}", mark))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report = yield
-    if item.get_closest_marker("validate"):
-        proof = _proof(item)
+    proof = _proof(item)
+    if proof.mark:
         proof.seconds += call.duration
         if not report.passed and not proof.failure:
             message = call.excinfo.exconly() if call.excinfo else report.outcome
@@ -175,20 +196,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Write the page, or say why not."""
-    found = config.stash[FOUND]
-    if not found:
-        return
-    names = proofs_in(config.rootpath / FOLDER)
+    """Write the pages, or say why not."""
+    for mark, series in SERIES.items():
+        if found := {name: proof for name, proof in config.stash[FOUND].items() if proof.mark == mark}:
+            _conclude(series, found, terminalreporter, config.rootpath)
+
+
+def _conclude(series: Series, found: dict[str, Proof], terminal: pytest.TerminalReporter, root: Path) -> None:
+    names = proofs_in(root / series.folder)
     proofs = sorted(found.values(), key=lambda proof: names.index(proof.name) if proof.name in names else len(names))
     missing = sorted(set(names) - set(found))
     if missing:
-        terminalreporter.write("\n".join(line for proof in proofs for line in proof.section()) + "\n")
-        terminalreporter.write_line(f"{PAGE} is left as it is: {len(missing)} proofs did not run ({missing[0]}, …)")
+        terminal.write("\n".join(line for proof in proofs for line in proof.section()) + "\n")
+        terminal.write_line(f"{series.page} is left as it is: {len(missing)} proofs did not run ({missing[0]}, …)")
         return
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
-    (config.rootpath / PAGE).write_text(page(proofs, versions), encoding="utf-8")
+    (root / series.page).write_text(page(series, proofs, versions), encoding="utf-8")
     failed = [proof.title for proof in proofs if proof.failure]
-    terminalreporter.write_line(
-        f"{PAGE} is written: {len(proofs)} proofs, {len(failed)} failed {failed or ''}".rstrip()
-    )
+    terminal.write_line(f"{series.page} is written: {len(proofs)} proofs, {len(failed)} failed {failed or ''}".rstrip())

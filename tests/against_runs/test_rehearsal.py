@@ -21,7 +21,7 @@ from entropy_core.prompts.arithmetic import exact_match, problems
 from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
 trl = pytest.importorskip("trl")
-pytestmark = pytest.mark.validate
+pytestmark = pytest.mark.against_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "checkpoint-12"
