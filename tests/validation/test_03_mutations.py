@@ -151,8 +151,8 @@ MUTATIONS = (
     Mutation(
         "the loss's term in the entropy left out of the step",
         "sequences/loss_gradient",
-        "for values_K in of_shard)",
-        "for values_K in (of_shard[0], 0 * of_shard[1]))",
+        "for values_K in pair)) for pair in theirs]",
+        "for values_K in (pair[0], 0 * pair[1]))) for pair in theirs]",
         "test_update",
     ),
     Mutation(
