@@ -41,7 +41,7 @@ help:
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
 	@echo "make validate-runs   what is predicted and rehearsed of interventions, against TRL that really trains on under"
-	@echo "             each of them; writes docs/against-runs.md (ten minutes)"
+	@echo "             each of them; writes docs/against-runs.md (a quarter of an hour)"
 	@echo "make validate-long   coverage and false verdicts in more than 40 scenarios, each of 200 sweeps whose exact answers are"
 	@echo "             known; goes on where it stopped, and writes docs/validation-long.md (half an hour); SCENARIOS=\"text ...\""
 	@echo "make chaos   kill a sweep at 50 random moments and 20 workers, damage 200 files, race for a key (docs/chaos.md is written from it);"

@@ -60,7 +60,9 @@ def engine(request, python) -> str:
 def drawn(
     world: World, python: str, count: int = COUNT, proposal: Proposal = SAME, seed: int = 3, rows: int = 7
 ) -> BatchedSequences:
-    how = GenerationConfig(TAU, world.max_new_tokens, rows, proposal=proposal, decode=VllmDecoding(python, 0.1))
+    how = GenerationConfig(
+        TAU, world.max_new_tokens, rows, proposal=proposal, decode=VllmDecoding(python, 0.1, vllm_version(python))
+    )
     return SequenceProcessor(world.policy, how).generate_with_replacement_sampling(world.prompts, count, seed)
 
 
@@ -194,7 +196,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
 def test_a_merged_model_has_the_logits_of_the_policy_and_leaves_it_alone(tmp_path, lora):
-    base = make_base(tmp_path / "base")
+    base = make_base(tmp_path / "base", n_layer=3)
     home = base if lora is None else make_lora(tmp_path / "adapter", base, **lora)
     policy = load_policy(home, "", "float32", "eager", "cpu", None if lora is None else base)
     ids = torch.arange(12)[None]
@@ -203,6 +205,11 @@ def test_a_merged_model_has_the_logits_of_the_policy_and_leaves_it_alone(tmp_pat
         save_merged(policy.model, tmp_path / "merged", torch.float32)
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, local_files_only=True)
         torch.testing.assert_close(plain(ids).logits, before, rtol=0, atol=1e-5)
+        save_merged(policy.model, tmp_path / "narrow", torch.bfloat16)
+        narrow = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "narrow", dtype=torch.bfloat16, local_files_only=True
+        ).state_dict()
+        assert all(torch.equal(narrow[name], weight.bfloat16()) for name, weight in plain.state_dict().items())
         assert torch.equal(policy.model(ids).logits, before)
     if lora is not None:
         untouched = AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
@@ -235,9 +242,10 @@ def test_a_sweep_draws_e_with_it_and_u_from_the_policy(run, tmp_path, python, mo
         for reason in shard.table("sequences.parquet")["finish_reason"].to_pylist()
     }
     assert "stop" in ends
-    monkeypatch.setattr("entropy_core.pipeline.specs.vllm_version", lambda _: "vllm 0.0.2")
-    again = probe(config_of(run, tmp_path / "store", python))
-    assert again.run.was_computed["sample-e-batch"] and "sample-u-batch" not in again.run.was_computed
+    assert "sample-e-batch" not in probe(config_of(run, tmp_path / "store", python)).run.was_computed
+    monkeypatch.setattr("entropy_core.pipeline.specs.vllm_version", lambda _: "vllm 0.0.2")  # when it was planned
+    with pytest.raises(ProbeError, match=r"to be drawn by vllm 0.0.2, and execution.vllm_python is vllm 0.0.1, torch"):
+        probe(config_of(run, tmp_path / "store", python))
 
 
 def test_what_cannot_be_is_refused_before_anything_is_computed(run, tmp_path, python):

@@ -18,11 +18,15 @@ def save_merged(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> 
         directory: where `config.json` and `model*.safetensors` go.
         dtype: of the saved weights; an adapter is merged in the dtype of the model.
     """
-    cast: dict[int, Tensor] = {}  # tied weights stay one tensor
-    weights = {
-        name: cast.setdefault(weight.data_ptr(), weight.to("cpu", dtype) if weight.is_floating_point() else weight)
-        for name, weight in _merged_state(model)
-    }
+    lasting = {parameter.data_ptr() for parameter in model.parameters()}  # what is merged has memory that is used again
+    cast: dict[int, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for name, weight in _merged_state(model):
+        place = weight.data_ptr()
+        if place in lasting and place in cast:
+            weights[name] = cast[place]  # tied weights stay one tensor
+            continue
+        weights[name] = cast[place] = weight.to("cpu", dtype if weight.is_floating_point() else weight.dtype)
     config = deepcopy(model.config)
     config.dtype = dtype
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -30,10 +30,6 @@ from entropy_core.sequences.vllm_process import serve
 log = logging.getLogger("entropy_probe.vllm")
 
 DTYPE = "bfloat16"
-_VERSIONS = (
-    "import importlib.metadata as of; found = of.packages_distributions().get('vllm') or ['vllm']; "
-    "print('vllm ' + of.version(found[0]) + ', torch ' + of.version('torch'))"
-)
 _FIX = "make an environment of its own for vLLM, and set execution.vllm_python to its interpreter"
 _LEFT = 5.0
 """Seconds in which a process ends whose standard input was closed."""
@@ -54,7 +50,7 @@ def vllm_version(python: str) -> str:
     """
     if not python:
         raise ConfigError("generation.sampler is vllm, and execution.vllm_python is empty", fix=_FIX)
-    command = [python, "-c", _VERSIONS]
+    command = [python, "-B", _script(), "--versions"]
     try:
         asked = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -71,10 +67,11 @@ class VllmDecoding:
     Args:
         python: interpreter of the environment that has vLLM.
         memory: share of the device's memory that vLLM takes.
+        versions: that it has to have, see `vllm_version`.
     """
 
-    def __init__(self, python: str, memory: float) -> None:
-        self.python, self.memory = python, memory
+    def __init__(self, python: str, memory: float, versions: str) -> None:
+        self.python, self.memory, self.versions = python, memory, versions
 
     def __call__(self, policy: Policy, request: DecodingRequest, rows: int, progress: Progress) -> list[Response]:
         """Decode all prompts of a request with a proposal.
@@ -89,7 +86,7 @@ class VllmDecoding:
             The responses, in the order of the prompts.
 
         Raises:
-            ProbeError: vLLM cannot load the policy, or its process ended.
+            ProbeError: vLLM is another release, cannot load the policy, or its process ended.
             NonFiniteError: a logit is NaN or infinite; names the sequence.
         """
         settings = {
@@ -98,7 +95,14 @@ class VllmDecoding:
             "max_num_seqs": rows,
             "gpu_memory_utilization": self.memory,
         }
-        found = _process_of(policy, self.python, settings).ask(_message(policy, request), progress)
+        process = _process_of(policy, self.python, settings)
+        if process.versions != self.versions:
+            raise ProbeError(
+                f"E was to be drawn by {self.versions}, and execution.vllm_python is {process.versions}",
+                cause="that environment was upgraded since this sweep was planned",
+                fix="run the sweep again",
+            )
+        found = process.ask(_message(policy, request), progress)
         rule, responses = request.stopping_rule(policy), []
         for sequence, (tokens, logprobs) in enumerate(found):
             end = rule.first_end(tokens)
@@ -125,14 +129,13 @@ class _Process:
     def __init__(self, policy: Policy, python: str, settings: dict[str, Any]) -> None:
         self.python, self.settings = python, settings
         self._folder = tempfile.TemporaryDirectory(prefix="entropy-probe-vllm-")
-        folder, script = Path(self._folder.name), getsourcefile(serve)
-        assert script is not None
+        folder = Path(self._folder.name)
         log.info("vLLM loads a copy of the policy in %s from %s", DTYPE, folder)
         save_merged(policy.model, folder / "model", getattr(torch, DTYPE))
         self._said = folder / "said"
         with self._said.open("w") as said:
             self._process = subprocess.Popen(
-                [python, "-B", script],
+                [python, "-B", _script()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
@@ -142,7 +145,8 @@ class _Process:
             )
         self.end = weakref.finalize(self, _end, self._process, self._folder)
         self._tell({"philox": philox.__file__, "engine": settings | {"model": str(folder / "model")}})
-        log.info("vLLM %s is ready", self._hear()["ready"])
+        self.versions = self._hear()["ready"]
+        log.info("%s is ready", self.versions)
 
     def serves(self, python: str, settings: Mapping[str, Any]) -> bool:
         """Whether it is up and answers requests of these settings; longer sequences than asked for are no harm."""
@@ -154,16 +158,16 @@ class _Process:
         """Return tokens and log-probabilities of each response."""
         path = Path(self._folder.name) / "request.json"
         path.write_text(json.dumps(message))
-        self._tell(str(path), raw=True)
+        self._tell({"request": str(path)})
         while "responses" not in (said := self._hear()):
             progress(min(said["done"], len(message["prompts"])), len(message["prompts"]))
         answer: list[tuple[list[int], list[list[float]]]] = json.loads(Path(said["responses"]).read_text())
         return answer
 
-    def _tell(self, message: Any, raw: bool = False) -> None:
+    def _tell(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
         with suppress(OSError):  # it has ended, which is found out by listening
-            print(message if raw else json.dumps(message), file=self._process.stdin, flush=True)
+            print(json.dumps(message), file=self._process.stdin, flush=True)
 
     def _hear(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -208,6 +212,13 @@ def _end(process: "subprocess.Popen[str]", folder: "tempfile.TemporaryDirectory[
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     folder.cleanup()
+
+
+def _script() -> str:
+    """The file of `vllm_process`."""
+    file = getsourcefile(serve)
+    assert file is not None
+    return file
 
 
 def _message(policy: Policy, request: DecodingRequest) -> dict[str, Any]:

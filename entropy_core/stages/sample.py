@@ -56,7 +56,9 @@ def sample(
     """
     table = prompts.table("prompts.parquet")
     law = proposal.law if proposal else None
-    vllm = VllmDecoding(execution.vllm_python, execution.vllm_memory) if proposal and proposal.engine else None
+    vllm = None
+    if proposal and proposal.engine:
+        vllm = VllmDecoding(execution.vllm_python, execution.vllm_memory, proposal.engine)
     processor = processor_of(policy, execution, max_new_tokens, stop_strings, law, vllm)
     pool = prompts.table("prompt_tokens.parquet")["token_ids"].to_pylist()
     processor.require_vocabulary(pool)
