@@ -16,7 +16,7 @@ from torch import Tensor
 
 from entropy_core.config.read import parse_config
 from entropy_core.demo.run import EOS, build_model, build_tokenizer
-from entropy_core.demo.training_run import quiet
+from entropy_core.demo.training_run import ON_A_CPU, quiet
 from entropy_core.estimates.logged_entropy import UNTEMPERED
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline import sweep as pipeline
@@ -118,12 +118,7 @@ def train(model: Any, run: Path, mistake: Callable[[Seen], Tensor] | None, **set
         "learning_rate": 1e-4,
         "top_k": 0,
         "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        "report_to": [],
+        **ON_A_CPU,
         "seed": 1,
     }
     rows = Dataset.from_list([{"prompt": row["prompt"]} for row in problems("train", 256)])

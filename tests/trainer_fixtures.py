@@ -24,7 +24,7 @@ from entropy_core.checkpoints.adapter_files import PEFT_PREFIX
 from entropy_core.checkpoints.tokenizer import load_tokenizer
 from entropy_core.config.read import parse_config
 from entropy_core.demo.run import build_model, build_tokenizer
-from entropy_core.demo.training_run import quiet
+from entropy_core.demo.training_run import ON_A_CPU, quiet
 from entropy_core.numerics import ragged
 from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.runner import direct_runner
@@ -120,12 +120,7 @@ def train(
         "save_steps": 1,
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        "report_to": [],
+        **ON_A_CPU,
         "seed": 3,
     }
     dataset = Dataset.from_list(problems("train", 64)).select_columns(["prompt"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_core.demo.run import DemoSettings, build_model, build_tokenizer
-from entropy_core.demo.training_run import quiet
+from entropy_core.demo.training_run import ON_A_CPU, quiet
 from entropy_core.prompts.arithmetic import problems
 from entropy_core.training import ProbeCallback
 
@@ -37,12 +37,7 @@ def trainer(run: Path, steps: int, reward: Any, callbacks: Sequence[Any] = (), *
             "learning_rate": 1e-3,
             "loss_type": "grpo",
             "lr_scheduler_type": "constant",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-            "report_to": [],
+            **ON_A_CPU,
             "seed": 3,
         }
         | settings

@@ -27,6 +27,16 @@ from entropy_core.files.checkpoint import RUN_HINT
 _LOGGED = ("step", "reward", "entropy", "frac_reward_zero_std", "completions/mean_length", "grad_norm")
 _COLUMNS = ("step", "reward", "entropy", "zero_variance_groups", "mean_length", "grad_norm")  # our names of these
 
+ON_A_CPU: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,  # trl's default is True
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "report_to": [],
+}
+"""Settings of a trainer that runs on a CPU and says nothing."""
+
 
 def make_once(
     out: Path, what: str, manifest: str, own: str, identity: dict[str, Any], make: Callable[[Path], dict[str, Any]]
@@ -145,13 +155,8 @@ def grpo(
         beta=0.0,
         lr_scheduler_type="constant",
         optim="adamw_torch",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,  # trl's default is True
-        dataloader_pin_memory=False,
         logging_steps=1,
-        disable_tqdm=True,
-        report_to=[],
+        **ON_A_CPU,
         **settings,
     )
     with mock.patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True):  # trl reports each run

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from entropy_core.config.read import load_config
 from entropy_core.demo.run import build_tokenizer
-from entropy_core.demo.training_run import quiet
+from entropy_core.demo.training_run import ON_A_CPU, quiet
 from entropy_core.prompts.arithmetic import exact_match, problems
 from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
@@ -142,12 +142,7 @@ def trained(checkpoint: Path, home: Path, way: Way, seed: int, measured: Sequenc
         "top_k": 0,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        "report_to": [],
+        **ON_A_CPU,
         "seed": 100 + seed,
     }
     rows = [{name: one[name] for name in ("prompt", "answer")} for one in problems("train", 512)]
