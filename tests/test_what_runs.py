@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from lora_fixtures import make_base, make_lora
-from pipeline_fixtures import make_gpt2, make_run, values, write_reward, write_rollouts
+from pipeline_fixtures import make_gpt2, make_run, skip_figures, values, write_reward, write_rollouts
 
 import entropy_core
 from entropy_core.code.identity import code_of
@@ -173,7 +173,11 @@ def trace(tmp_path_factory) -> Trace:
             ),
         ]
     ):
-        traced(trace, values(folder / "run", folder / f"artifacts-{number}", checkpoints=[str(checkpoint)], **sections))
+        with pytest.MonkeyPatch.context() as patch:
+            if number:  # what draws has been traced by then, and takes most of the time
+                skip_figures(patch)
+            home = folder / f"artifacts-{number}"
+            traced(trace, values(folder / "run", home, checkpoints=[str(checkpoint)], **sections))
     return trace
 
 

@@ -68,6 +68,12 @@ OF_GRPO: dict[str, dict[str, Any]] = {
     "grpo, temperature 1.3": {"temperature": 1.3},
     "grpo, clipped": {"max_grad_norm": 0.02},
     "grpo, not clipped": {"max_grad_norm": 0.0},
+    "grpo, clipped, accumulated, linear schedule, temperature 0.8": {
+        "max_grad_norm": 0.02,
+        "lr_scheduler_type": "linear",
+        "temperature": 0.8,
+    }
+    | HALVES,
     "dapo, fused AdamW": {"loss_type": "dapo", "optim": "adamw_torch_fused", "adam_beta2": 0.95},
     "grpo, other Adam": {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "weight_decay": 0.0},
     "grpo, linear schedule": {"lr_scheduler_type": "linear"},
