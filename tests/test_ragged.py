@@ -67,3 +67,13 @@ def test_batches_laid_one_after_the_other():
     parts = [[3, 1], [2], [5, 1, 1]]
     offsets = [ragged.offsets_from_lengths(torch.tensor(part)) for part in parts]
     assert ragged.lengths(ragged.concatenate(offsets)).tolist() == [3, 1, 2, 5, 1, 1]
+
+
+def test_indices_are_kept_as_long_as_the_offsets():
+    offsets_N1 = torch.tensor([0, 2, 2, 5])
+    for index in (ragged.sequence_index, ragged.position_index):
+        assert index(offsets_N1) is index(offsets_N1)
+        assert index(offsets_N1) is not index(offsets_N1.clone())
+    before = {name: len(kept) for name, kept in ragged._kept.items()}
+    del offsets_N1
+    assert {name: len(kept) for name, kept in ragged._kept.items()} == {name: n - 1 for name, n in before.items()}

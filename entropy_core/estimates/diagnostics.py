@@ -174,7 +174,7 @@ def predicted_changes(
     Returns:
         Predicted changes by name of the predictor.
     """
-    advantages_K = torch.repeat_interleave(advantages_N, ragged.lengths(offsets_N1))
+    advantages_K = ragged.of_tokens(advantages_N, offsets_N1)
     return {
         "token_covariance": predictors.token_covariance(logprobs_K, advantages_K),
         "weighted_token_covariance": predictors.weighted_token_covariance(logprobs_K, advantages_K),

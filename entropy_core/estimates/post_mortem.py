@@ -69,7 +69,7 @@ class Sampler(NamedTuple):
         if self.corrected:
             return -(-self.log_ratio_K).expm1()
         log_weight_N = ragged.sequence_sum(self.log_ratio_K, self.offsets_N1)
-        return -log_weight_N.expm1().repeat_interleave(ragged.lengths(self.offsets_N1))
+        return -ragged.of_tokens(log_weight_N.expm1(), self.offsets_N1)
 
     def distances(self) -> dict[str, Any]:
         """`rms` and `largest` |log π − log μ|, nats; `kl`, the mean of log μ − log π; whether it is `another` law."""

@@ -83,7 +83,7 @@ def time_loo_baseline(
     totals = totals or time_totals(values_K, offsets_N1, weights_K)
 
     def others(total_T: Tensor, own_K: Tensor) -> Tensor:
-        return total_T[position_K] - own_K
+        return total_T.index_select(0, position_K) - own_K
 
     values_K = values_K.double()
     count_K = others(totals.count_T, torch.ones_like(values_K))

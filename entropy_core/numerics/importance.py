@@ -106,7 +106,8 @@ def weighted_per_decision_column(
     # ψ_i = Σ_k r_ik f'_ik/W_k − Σ_k (A_k/W_k²) r_ik, where r_ik = w_i after the end of sequence i
     slope_T = A_T / W_T**2
     terms_K = weight_K * functional.values(moved)
-    own_N = ragged.sequence_sum(terms_K / W_T[position_K] - slope_T[position_K] * weight_K, offsets_N1)
+    W_K, slope_K = (of_T.index_select(0, position_K) for of_T in (W_T, slope_T))
+    own_N = ragged.sequence_sum(terms_K / W_K - slope_K * weight_K, offsets_N1)
     return (A_T / W_T).sum() + own_N - weights.sequence_N * sum_after_end(slope_T, offsets_N1)
 
 
@@ -150,10 +151,7 @@ def log_totals(weights: PrefixWeights, offsets_N1: Tensor) -> LogTotals:
     position_K, lengths_N = ragged.position_index(offsets_N1), ragged.lengths(offsets_N1)
     longest = int(lengths_N.max())
     alive_K, ended_N = weights.before_K.log(), weights.sequence_N.log()
-    return LogTotals(
-        *(_log_sum_by(power * alive_K, position_K, longest) for power in (1, 2)),
-        *(_log_sum_by(power * ended_N, lengths_N, longest + 1) for power in (1, 2)),
-    )
+    return LogTotals(*_log_sums_by(alive_K, position_K, longest), *_log_sums_by(ended_N, lengths_N, longest + 1))
 
 
 def prefix_effective_sample_sizes(totals: LogTotals) -> Tensor:
@@ -179,7 +177,10 @@ def _padded_logaddexp(a_T: Tensor, b_T: Tensor) -> Tensor:
     return torch.logaddexp(torch.cat([short, long.new_full((len(long) - len(short),), -torch.inf)]), long)
 
 
-def _log_sum_by(logs: Tensor, index: Tensor, size: int) -> Tensor:
-    """Return log Σ exp(logs) over the entries with each index: float64 [size], −inf for an index without entries."""
+def _log_sums_by(logs: Tensor, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return log Σ w and log Σ w² over the entries w with each index: float64 [size], −inf for one without entries."""
     largest = logs.new_full((size,), -torch.inf).scatter_reduce(0, index, logs, "amax")
-    return largest + logs.new_zeros(size).index_add(0, index, (logs - largest[index]).exp()).log()
+    scaled = (logs - largest.index_select(0, index)).exp()
+    sums = (logs.new_zeros(size).index_add_(0, index, of_power) for of_power in (scaled, scaled.square()))
+    of_weights, of_squares = (total.log() for total in sums)
+    return largest + of_weights, 2 * largest + of_squares

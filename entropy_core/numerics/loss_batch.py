@@ -215,7 +215,7 @@ class LossBatch:
 
     def of_tokens(self, values_N: Tensor) -> Tensor:
         """Repeat each response's value for all of its tokens, [K]."""
-        return torch.repeat_interleave(values_N, ragged.lengths(self.offsets_N1))
+        return ragged.of_tokens(values_N, self.offsets_N1)
 
     def mean(self, values_N: Tensor) -> Tensor:
         """Return (1/N) Σ_i w_i x_i over the responses. A loss must reduce with it, because it applies the weights."""

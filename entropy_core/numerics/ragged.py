@@ -6,6 +6,11 @@ enough for differences of entropies.
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_kept: dict[str, WeakIdKeyDictionary] = {"sequence": WeakIdKeyDictionary(), "position": WeakIdKeyDictionary()}
+"""Indices by their offsets, as long as these live: the statistics of a batch ask for the same ones hundreds of times.
+"""
 
 
 def offsets_from_lengths(lengths_N: Tensor) -> Tensor:
@@ -19,13 +24,25 @@ def lengths(offsets_N1: Tensor) -> Tensor:
 
 
 def sequence_index(offsets_N1: Tensor) -> Tensor:
-    """Return the index of each token's sequence, int64 [K]."""
-    return torch.repeat_interleave(torch.arange(len(offsets_N1) - 1), lengths(offsets_N1))
+    """Return the index of each token's sequence, int64 [K]; not to be changed in place."""
+    found_K: Tensor | None = _kept["sequence"].get(offsets_N1)
+    if found_K is None:
+        found_K = _kept["sequence"][offsets_N1] = torch.repeat_interleave(lengths(offsets_N1))
+    return found_K
 
 
 def position_index(offsets_N1: Tensor) -> Tensor:
-    """Return the position of each token within its sequence, counted from 0, int64 [K]."""
-    return torch.arange(int(offsets_N1[-1])) - torch.repeat_interleave(offsets_N1[:-1], lengths(offsets_N1))
+    """Return the position of each token within its sequence, counted from 0, int64 [K]; not to be changed in place."""
+    found_K: Tensor | None = _kept["position"].get(offsets_N1)
+    if found_K is None:
+        found_K = torch.arange(int(offsets_N1[-1])) - of_tokens(offsets_N1, offsets_N1)
+        _kept["position"][offsets_N1] = found_K
+    return found_K
+
+
+def of_tokens(values_N: Tensor, offsets_N1: Tensor) -> Tensor:
+    """Return the value of its sequence for each token, [K]."""
+    return values_N.index_select(0, sequence_index(offsets_N1))
 
 
 def token_index(offsets_N1: Tensor, chosen_B: Tensor) -> Tensor:
@@ -67,14 +84,14 @@ def sum_before(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
     """Return Σ_{j<k} values_j within the sequence for each token k, float64 [K]."""
     total_K = values_K.double().cumsum(0) - values_K.double()
     start_N = torch.cat([total_K, total_K.new_zeros(1)])[offsets_N1[:-1]]
-    return total_K - torch.repeat_interleave(start_N, lengths(offsets_N1))
+    return total_K - of_tokens(start_N, offsets_N1)
 
 
 def sum_after(values_K: Tensor, offsets_N1: Tensor) -> Tensor:
     """Return Σ_{j>k} values_j within the sequence for each token k, float64 [K]."""
     total_N = sequence_sum(values_K, offsets_N1)
     before_K = sum_before(values_K, offsets_N1)
-    return torch.repeat_interleave(total_N, lengths(offsets_N1)) - before_K - values_K.double()
+    return of_tokens(total_N, offsets_N1) - before_K - values_K.double()
 
 
 def concatenate(offsets: list[Tensor]) -> Tensor:

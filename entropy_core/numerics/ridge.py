@@ -78,7 +78,7 @@ class RidgeBlock(NamedTuple):
     @property
     def fold_K(self) -> Tensor:
         """Fold of each token, int64 [K]."""
-        return torch.repeat_interleave(self.folds_N, ragged.lengths(self.offsets_N1))
+        return ragged.of_tokens(self.folds_N, self.offsets_N1)
 
 
 class Fit(NamedTuple):

@@ -68,7 +68,7 @@ def states(prompt_ids_N: Tensor, tokens_K: Tensor, offsets_N1: Tensor) -> Tensor
     total_K = mixed_K.cumsum(0)  # wraps around
     start_N = torch.cat([total_K.new_zeros(1), total_K])[offsets_N1[:-1]]
     root_N = _mixed(-prompt_ids_N - 1) - start_N
-    return total_K + torch.repeat_interleave(root_N, ragged.lengths(offsets_N1))
+    return total_K + ragged.of_tokens(root_N, offsets_N1)
 
 
 def states_before(prompt_ids_N: Tensor, after_K: Tensor, offsets_N1: Tensor) -> Tensor:

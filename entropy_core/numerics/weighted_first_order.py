@@ -57,8 +57,10 @@ def weighted_columns(functional: Functional, tokens: Tokens, totals: WeightedTot
     of_A_T, of_dA_T, of_dW_T = -dW_T / W_T**2, 1 / W_T, -A_T / W_T**2
     of_W_T = -dA_T / W_T**2 + 2 * A_T * dW_T / W_T**3
     position_K = ragged.position_index(offsets_N1)
-    own_K = of_A_T[position_K] * weight_K * functional.values(tokens) + of_dA_T[position_K] * dvalues_K
-    own_K = own_K + of_W_T[position_K] * weight_K + of_dW_T[position_K] * dweight_K
+    along_K = (of_T.index_select(0, position_K) for of_T in (of_A_T, of_dA_T, of_W_T, of_dW_T))
+    of_A_K, of_dA_K, of_W_K, of_dW_K = along_K
+    own_K = of_A_K * weight_K * functional.values(tokens) + of_dA_K * dvalues_K
+    own_K = own_K + of_W_K * weight_K + of_dW_K * dweight_K
     finished_N = weights.sequence_N * importance.sum_after_end(of_W_T, offsets_N1)
     finished_N = finished_N + slopes.sequence_N * importance.sum_after_end(of_dW_T, offsets_N1)
     value = (dA_T / W_T - A_T * dW_T / W_T**2).sum()

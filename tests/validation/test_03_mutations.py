@@ -193,8 +193,8 @@ MUTATIONS = (
     Mutation(
         "a baseline that includes its own sequence",
         "numerics/baselines",
-        "return total_T[position_K] - own_K",
-        "return total_T[position_K]",
+        "return total_T.index_select(0, position_K) - own_K",
+        "return total_T.index_select(0, position_K)",
         "test_enumeration",
     ),
     Mutation(
