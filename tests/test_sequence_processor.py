@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import World, flat, gemma2, gpt2, llama, policy_of
+from conftest import World, flat, gemma2, gpt2, llama, policy_of, random_direction
 from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from entropy_core.errors import NonFiniteError, PromptError
 from entropy_core.numerics import ragged
+from entropy_core.numerics.vectors import in_blocks
 from entropy_core.policy.derivatives import token_derivatives
 from entropy_core.policy.model import Policy
-from entropy_core.sequences import processor as processors
+from entropy_core.sequences import token_sensitivities
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
@@ -301,20 +302,17 @@ def test_a_micro_batch_of_long_answers_has_fewer_of_them(world: World, tokens: i
     torch.testing.assert_close(scored.logprobs_K, expected.logprobs_K, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 20, 40])
-def test_small_micro_batches_of_a_cpu_are_cut_until_they_are(world: World, monkeypatch, tokens: int):
-    monkeypatch.setattr(processors, "CPU_TOKENS", tokens)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_sensitivities_do_not_depend_on_the_micro_batches(world: World, monkeypatch, tokens: int):
     maker = processor(world.policy, tf_batch_size=8)
     sequences = maker.generate_with_replacement_sampling(POOL, 23, seed=13)
-    shapes = [tuple(rows.input_ids_BL.shape) for _, rows in maker.micro_batches(sequences, small=True)]
-    assert sum(rows for rows, _ in shapes) == 23
-    for rows, length in shapes[:-1]:
-        assert rows in (1, 2, 4, 8) and (rows == 1 or rows * length <= tokens)
-        assert rows == 8 or 2 * rows * length > tokens
-    whole, cut = (
-        maker.map_tokens(sequences, lambda rows: world.policy.statistics(rows, TAU), small) for small in (False, True)
-    )
-    torch.testing.assert_close(cut, whole, rtol=1e-10, atol=1e-11)
+    covector = in_blocks({name: v.double() for name, v in random_direction(world.policy).items()})
+    whole = token_sensitivities.token_sensitivities(maker, [sequences], covector)
+    monkeypatch.setattr(token_sensitivities, "CPU_TOKENS", tokens)
+    cut = token_sensitivities.token_sensitivities(maker, [sequences], covector)
+    for cut_K, whole_K in zip(cut, whole, strict=True):
+        assert len(whole_K) == len(sequences.response_tokens_K) and float(whole_K.abs().max()) > 0.01
+        torch.testing.assert_close(cut_K, whole_K, rtol=1e-9, atol=1e-10)
 
 
 # --- what cannot be used ---------------------------------------------------------------------------------------------

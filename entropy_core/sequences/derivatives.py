@@ -23,19 +23,15 @@ def forward_mode(
     batch: BatchedSequences,
     direction: Mapping[str, Tensor],
     arithmetic: Arithmetic = "full",
-    small: bool = False,
 ) -> TokenDerivatives:
-    """Compute ℓ, h, ℓ̇ and ḣ of every token along `direction`, each [K], in one forward-mode pass.
-
-    With `small`, it goes through a CPU in small micro-batches; see `SequenceProcessor.micro_batches`.
-    """
+    """Compute ℓ, h, ℓ̇ and ḣ of every token along `direction`, each [K], in one forward-mode pass."""
     tangent = as_tangent(direction, processor.policy)
 
     def derivatives(rows: TeacherForcedRows) -> TokenDerivatives:
         return token_derivatives(processor.policy, rows, tangent, processor.config.temperature, arithmetic)
 
     with attention_set(processor.policy.model, forward_mode_attention(processor.policy)):
-        return TokenDerivatives(*processor.map_tokens(batch, derivatives, small))
+        return TokenDerivatives(*processor.map_tokens(batch, derivatives))
 
 
 def central_difference(

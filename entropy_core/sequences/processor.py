@@ -30,11 +30,6 @@ from entropy_core.sequences.decoding import Decode, DecodingRequest, Progress, d
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
 
-CPU_TOKENS = 2**12
-"""Tokens of a small micro-batch on a CPU, about. The tensors of larger ones go back to the system after each
-operation, and to get new memory takes a third of a forward-mode pass.
-"""
-
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -178,14 +173,12 @@ class SequenceProcessor:
         self,
         sequences: BatchedSequences,
         function: Callable[[TeacherForcedRows], Sequence[Tensor]],
-        small: bool = False,
     ) -> list[Tensor]:
         """Apply a per-token function to every micro-batch and return the results flat, in sequence order.
 
         Args:
             sequences: the sequences to process.
             function: maps a micro-batch to tensors with one value per token.
-            small: see `micro_batches`.
 
         Returns:
             One CPU tensor [K] per tensor that `function` returns, in the order of `sequences`.
@@ -194,7 +187,7 @@ class SequenceProcessor:
             NonFiniteError: a value is NaN or infinite; names the sequence.
         """
         # results stay on the device until the last micro-batch, because fetching each of them would stall a GPU
-        done = [(token_index_K, function(rows)) for token_index_K, rows in self.micro_batches(sequences, small)]
+        done = [(token_index_K, function(rows)) for token_index_K, rows in self.micro_batches(sequences)]
         if not done:
             return []
         indices, parts = zip(*done, strict=True)
@@ -206,9 +199,7 @@ class SequenceProcessor:
             require_finite(whole_K, sequences)
         return flat
 
-    def micro_batches(
-        self, sequences: BatchedSequences, small: bool = False
-    ) -> Iterator[tuple[Tensor, TeacherForcedRows]]:
+    def micro_batches(self, sequences: BatchedSequences) -> Iterator[tuple[Tensor, TeacherForcedRows]]:
         """Split sequences into micro-batches of similar length, longest first.
 
         A micro-batch has at most `tf_batch_size` sequences, and at most `tf_batch_tokens` tokens with the padding, so
@@ -216,20 +207,16 @@ class SequenceProcessor:
 
         Args:
             sequences: the sequences to split.
-            small: cut micro-batches on a CPU into halves, quarters and so on until they have `CPU_TOKENS` or fewer.
 
         Yields:
             The flat indices of the micro-batch's tokens, and the micro-batch on the policy's device.
         """
         prompt_lengths_N = ragged.lengths(sequences.prompt_offsets_N1)
         whole_lengths_N = prompt_lengths_N + sequences.lengths_N
-        of_cpu = small and self.policy.device.type == "cpu"
         order_N, done = torch.argsort(whole_lengths_N, descending=True, stable=True), 0
         while done < len(order_N):
             longest = max(int(whole_lengths_N[order_N[done]]), 1)
             size = min(self.config.tf_batch_size, max(self.config.tf_batch_tokens // longest, 1))
-            while of_cpu and size > 1 and size * longest > CPU_TOKENS:
-                size //= 2
             chosen_B = order_N[done : done + size]
             yield teacher_forced_rows(sequences, chosen_B, self.policy.device)
             done += len(chosen_B)

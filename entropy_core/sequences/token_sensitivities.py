@@ -1,6 +1,7 @@
 """How the tokens of the update batch U answer to a covector, with the norms of DoRA's layers held as the trainer's."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from entropy_core.policy.derivatives import scaled_tangent_of
 from entropy_core.sequences.batch import BatchedSequences
 from entropy_core.sequences.derivatives import forward_mode
 from entropy_core.sequences.processor import SequenceProcessor
+
+CPU_TOKENS = 2**12
+"""Tokens of a micro-batch on a CPU. The tensors of larger ones go back to the system after each operation, and to get
+new memory takes a third of a forward-mode pass.
+"""
 
 
 def token_sensitivities(
@@ -27,7 +33,11 @@ def token_sensitivities(
     Returns:
         Each float64 [K].
     """
-    tangent, scale = scaled_tangent_of(covector, processor.policy)
-    with held_norms(processor.policy.model):
-        found = [forward_mode(processor, shard, tangent, small=True)[2:] for shard in shards]
+    policy, config = processor.policy, processor.config
+    if policy.device.type == "cpu":
+        config = replace(config, tf_batch_tokens=min(config.tf_batch_tokens, CPU_TOKENS))
+    tangent, scale = scaled_tangent_of(covector, policy)
+    with held_norms(policy.model):
+        in_parts = SequenceProcessor(policy, config, processor.progress)
+        found = [forward_mode(in_parts, shard, tangent)[2:] for shard in shards]
     return TokenPair(*(torch.cat(columns).double() * scale for columns in zip(*found, strict=True)))
