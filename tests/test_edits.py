@@ -216,8 +216,8 @@ EDITS = {
     ),
     "an import that nobody uses": Edit(
         replaces(
-            "import torch\nfrom torch import Tensor\n\n\ndef offsets_from_lengths",
-            "import json\nimport torch\nfrom torch import Tensor\n\n\ndef offsets_from_lengths",
+            "import torch\nfrom torch import Tensor\nfrom torch.utils.weak",
+            "import json\nimport torch\nfrom torch import Tensor\nfrom torch.utils.weak",
         ),
         set(),
     ),
