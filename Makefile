@@ -40,6 +40,7 @@ help:
 	@echo "make test-report   the shared report in a Chromium of the system's, light and dark, without a network (a minute)"
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
 	@echo "make validate   prove the estimators, and write docs/validation.md from the run; and the first half of make chaos"
+	@echo "             PROOFS=\"not mistake and not trainers\": those whose names match, without the page"
 	@echo "make validate-runs   what is predicted and rehearsed of interventions, against TRL that really trains on under"
 	@echo "             each of them; writes docs/against-runs.md (a quarter of an hour)"
 	@echo "make validate-long   coverage and false verdicts in more than 40 scenarios, each of 200 sweeps whose exact answers are"
@@ -88,7 +89,7 @@ test-report: .venv/.ui
 	$(BIN)/python -m pytest -m "ui or not ui" tests/test_report.py tests/test_report_html.py
 
 validate: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "validate or chaos" tests/validation tests/test_chaos.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "validate or chaos" $(if $(PROOFS),-k "$(PROOFS)") tests/validation tests/test_chaos.py
 
 validate-runs: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m against_runs tests/against_runs

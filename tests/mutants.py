@@ -22,7 +22,8 @@ import transformers.models.gemma2.modeling_gemma2
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-SECONDS = 600
+SECONDS = 1800
+"""What a copy may take: a mistake can make a test run for ever, and without one all files run."""
 
 
 def main(copies: dict[str, list[str]]) -> None:
