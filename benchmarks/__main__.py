@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks import interventions, model_shape, passes, sampling, scale, shards, time_to_error, vectors
+from benchmarks import interventions, model_shape, passes, sampling, scale, shards, time_to_error, vectors, workers
 from benchmarks.common import Row
 from benchmarks.device.page import section
 
@@ -26,6 +26,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "padding": passes.padding,
     "vectors": vectors.vectors,
     "shards": shards.shards,
+    "workers": workers.workers,
     "scale": scale.scale,
     "orchestration": scale.orchestration,
     "time_to_error": time_to_error.time_to_error,

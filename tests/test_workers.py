@@ -80,6 +80,27 @@ def is_gone(pid: int) -> bool:
     return False
 
 
+def test_those_who_wait_do_not_wake_each_other(monkeypatch, tmp_path):
+    """Each looks for a worker when it wakes: were the others woken by that, they would take a core among them."""
+    workers = Pool([{}], compute_here, lambda *_: pytest.fail("a worker was started"))
+    job = Job(tmp_path, "score-e-batch", "0" * 32, Execution(device="cpu", paths={}), inputs_of(tmp_path))
+    looks, assign = [], workers._assign
+    monkeypatch.setattr(workers, "_assign", lambda: (looks.append(None), assign()))
+
+    def wait() -> None:
+        with workers._seat(job):
+            pass
+
+    with ThreadPoolExecutor(3) as threads:
+        with workers._seat(job):
+            waiting = [threads.submit(wait) for _ in range(3)]
+            time.sleep(1.0)
+            busy = len(looks)
+        for one in waiting:
+            one.result()
+    assert busy == 4  # each when it came
+
+
 def test_a_worker_that_is_killed_is_replaced_alone(run, alone, tmp_path, forked: Start, caplog, monkeypatch):
     """As it begins a stage of a sweep with two of them; nothing but that stage is run again."""
     caplog.set_level(logging.WARNING, "entropy_probe.workers")

@@ -131,7 +131,7 @@ class Pool:
             self._waiting.append(waiting)
             self._assign()
             while waiting.seat is None and not self._closed:
-                self._turn.wait(PATIENCE / 4)
+                self._turn.wait(PATIENCE / 4 if self._free else None)
                 self._assign()
             if waiting.seat is None or self._closed:
                 raise StoreError("the workers of this sweep were ended", fix="run the sweep again")
@@ -143,9 +143,11 @@ class Pool:
                 seat.free_since = monotonic()
                 self._free.append(seat)
                 self._assign()
+                self._turn.notify_all()
 
     def _assign(self) -> None:
-        """Give what waits to free workers."""
+        """Give what waits to free workers, and wake them only then: whoever waits calls this when it wakes."""
+        assigned = False
         while self._free and self._waiting:
             changeable = monotonic() - PATIENCE
             pairs = [
@@ -160,7 +162,9 @@ class Pool:
             waiting.seat, seat.policy = seat, waiting.policy
             self._waiting.remove(waiting)
             self._free.remove(seat)
-        self._turn.notify_all()
+            assigned = True
+        if assigned:
+            self._turn.notify_all()
 
     def _merit(self, pair: tuple[_Seat, _Waiting]) -> tuple[Any, ...]:
         """Best is a worker with the policy; then a policy that none has, and a worker without one; then the longest."""
