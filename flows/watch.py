@@ -79,7 +79,7 @@ def _watch(asked: Asked, run: Path, folder: Path) -> int:
 def _until_done(asked: Asked, watched: Watched, sweep: GrowingSweep) -> None:
     for line in watched.look():
         say(line)
-    with holding(watched.run, watched.held, watched.file, asked.every) as holder:
+    with holding(watched.run, watched.held, watched.file, asked.every):
         while True:
             if not asked.keep:
                 watched.release_probed()
@@ -87,7 +87,6 @@ def _until_done(asked: Asked, watched: Watched, sweep: GrowingSweep) -> None:
             if _is_done(asked, watched, waiting):
                 return
             if not waiting:
-                holder.see_to_it()
                 time.sleep(asked.every)
                 continue
             if len(waiting) > 1:

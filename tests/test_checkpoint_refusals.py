@@ -1,4 +1,4 @@
-"""What is not a checkpoint of AdamW in every part is refused by name, and no code in it is run."""
+"""Whatever is not a complete AdamW checkpoint is refused with a message that names the fault; none of its code runs."""
 
 import contextlib
 import json
@@ -81,7 +81,7 @@ def entries(name: str, **changes: object) -> Callable[[Path], object]:
 
 
 def sharded(shard: object) -> Callable[[Path], object]:
-    """The weights in a file that the index names so, and that is there."""
+    """The weights in one shard that the index names `shard`; its file is made only for parts/… and ../… names."""
 
     def edit(directory: Path) -> None:
         with safe_open(directory / "model.safetensors", "np") as file:
@@ -105,7 +105,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         text("config.json", '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}'),
         "custom code is not run",
     ),
-    "layers without number": (
+    "more layers than the files have": (
         entries("config.json", num_hidden_layers=10**9),
         "it says 1000000000 layers, and the files hold 21 tensors",
     ),
@@ -122,13 +122,13 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"generation_config\.json is not readable JSON",
     ),
     "a generation config that is a list": (text("generation_config.json", "[]"), "holds a JSON list"),
-    "an end that is no token": (
+    "an EOS id beyond the vocabulary": (
         entries("generation_config.json", eos_token_id=24),
         "24 ends a response, and .* 0 to 23",
     ),
-    "an end among others that is no token": (entries("generation_config.json", eos_token_id=[2, -1]), "-1 ends"),
-    "an end that is text": (entries("generation_config.json", eos_token_id="</s>"), "'</s>' ends a response"),
-    "an end that is true": (entries("generation_config.json", eos_token_id=True), "True ends a response"),
+    "an EOS id below 0 in a list": (entries("generation_config.json", eos_token_id=[2, -1]), "-1 ends"),
+    "an EOS id that is a string": (entries("generation_config.json", eos_token_id="</s>"), "'</s>' ends a response"),
+    "an EOS id that is a boolean": (entries("generation_config.json", eos_token_id=True), "True ends a response"),
     "shards in a subfolder": (sharded("parts/model.safetensors"), "not files beside it: parts/model.safetensors"),
     "shards in a parent": (sharded("../model.safetensors"), r"not files beside it: \.\./model"),
     "shards elsewhere": (sharded("/tmp/model.safetensors"), "not files beside it: /tmp/model"),
@@ -137,7 +137,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "adapter": (text("adapter_config.json", "{}"), "holds both an adapter"),
     "no weights": (remove("model.safetensors"), "has no weights"),
     "truncated weights": (truncate("model.safetensors"), r"model\.safetensors cannot be opened"),
-    "weights that are no safetensors": (text("model.safetensors", "version https://git-lfs"), "cannot be opened"),
+    "not a safetensors file": (text("model.safetensors", "version https://git-lfs"), "cannot be opened"),
     "a weight is missing": (tensors(lambda s: s.pop(EMBEDDING)), f"no weights for {EMBEDDING}"),
     "a weight of another shape": (
         tensors(lambda s: s.update({EMBEDDING: torch.zeros(25, 8)})),
@@ -204,9 +204,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no step count": (
         optimizer(lambda s: s["state"][0].pop("step")),
-        f"no step count, or one that cannot be, for {EMBEDDING}",
+        f"no step count, or an impossible one, for {EMBEDDING}",
     ),
-    "step 0": (each_slot(lambda slot: slot["step"].zero_()), "no step count, or one that cannot be"),
+    "step 0": (each_slot(lambda slot: slot["step"].zero_()), "no step count, or an impossible one"),
 }
 
 
@@ -243,7 +243,7 @@ def test_code_in_a_pickle_is_not_executed(sound: Path, tmp_path: Path) -> None:
 
 @pytest.mark.attack("code beside a tokenizer, and a yes to whether it may run")
 def test_code_beside_a_tokenizer_is_not_run_whatever_is_answered(tmp_path: Path, monkeypatch) -> None:
-    """transformers asks at the terminal whether it may."""
+    """transformers would ask at the terminal whether to run the tokenizer's code; answering yes must not run it."""
     directory, witness = make_gpt2(tmp_path / "checkpoint-3"), tmp_path / "executed"
     (directory / "tokenization_x.py").write_text(f"import os\nos.mkdir({str(witness)!r})\nclass X: ...\n")
     custom = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
@@ -251,7 +251,7 @@ def test_code_beside_a_tokenizer_is_not_run_whatever_is_answered(tmp_path: Path,
     text("config.json", '{"model_type": "llama"}')(directory)  # which has no tokenizer of its own
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
-    with contextlib.suppress(CheckpointError):  # or it is loaded without that code
+    with contextlib.suppress(CheckpointError):  # either outcome is fine: refused, or loaded without that code
         load_tokenizer(directory)
     assert asked == [] and not witness.exists()
 
@@ -277,12 +277,12 @@ def test_training_args_is_never_opened(sound: Path, tmp_path: Path) -> None:
     assert not witness.exists()
 
 
-def test_layouts_that_other_trainers_write_are_named(sound: Path) -> None:
+def test_a_run_directory_and_checkpoints_with_a_part_missing_are_refused_with_a_fix(sound: Path) -> None:
     with pytest.raises(CheckpointError, match=r"run directory, with checkpoint-3 in it.*checkpoint-\*"):
         read_checkpoint(sound.parent)
     (sound / "optimizer.pt").unlink()
-    (sound / "global_step3").mkdir()
-    with pytest.raises(CheckpointError, match=r"no optimizer\.pt, and no optimizer's state of another trainer"):
+    (sound / "global_step3").mkdir()  # DeepSpeed's folder, but without optimizer states
+    with pytest.raises(CheckpointError, match=r"no optimizer\.pt, and no optimizer state in the format .*Fix: save"):
         read_checkpoint(sound)
     (sound / "model.safetensors").rename(sound / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"convert pytorch_model\.bin to safetensors"):
@@ -297,7 +297,7 @@ def test_weights_that_transformers_renames_are_left_to_it(sound: Path) -> None:
 def test_reading_changes_nothing(sound: Path) -> None:
     default = torch.get_default_dtype()
     before = file_digests(sound)
-    read_checkpoint(sound).optimizer.moments["exp_avg"][EMBEDDING].zero_()  # the map is private
+    read_checkpoint(sound).optimizer.moments["exp_avg"][EMBEDDING].zero_()  # writes to a private mapping, not the file
     assert torch.get_default_dtype() == default
-    digests_of_files._known.clear()
+    digests_of_files._known.clear()  # else the digests would come from the cache, and not from the files
     assert file_digests(sound) == before

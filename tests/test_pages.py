@@ -15,6 +15,7 @@ from entropy_core.estimates import (
     comparison,
     interventions,
     phase_table,
+    post_mortem,
     price_table,
     rehearsal_table,
     trainer_agreement,
@@ -151,7 +152,7 @@ def test_every_column_is_of_a_term_of_the_glossary():
     rows = [re.split(r"(?<!\\)\|", line)[2] for line in text.splitlines() if line.startswith("| ") and "`" in line]
     terms = {term for row in rows for term in re.findall(r"`([^`]+)`", row)}
     schemas = [RESULTS, AGREEMENT, INTERVENTIONS, COMPARISON, price_table.PRICE, *TABLES.values()]
-    schemas += [phase_table.PHASE, phase_table.CLIPPED, rehearsal_table.REHEARSAL]
+    schemas += [phase_table.PHASE, phase_table.CLIPPED, rehearsal_table.REHEARSAL, post_mortem.POST_MORTEM]
     columns = {name for schema in schemas for name in schema.names}
     unknown = {name for name in columns if not any(name == term or name.startswith(f"{term}_") for term in terms)}
     assert unknown == set()

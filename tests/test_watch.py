@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from filelock import FileLock
@@ -258,6 +259,25 @@ def test_a_rotation_during_a_stage_costs_nothing(home, checkpoints, monkeypatch,
     assert watch(asked(home)) == 0
     said = capfd.readouterr().out
     assert rotated and "left out" not in said and f"{NAMES[-1]}: H " in said
+
+
+def test_a_holder_that_dies_while_a_checkpoint_is_probed_is_started_again(home, checkpoints, monkeypatch):
+    finished(home, checkpoints, NAMES[:1])
+    added: list[str] = []
+
+    def meanwhile(_, held: Path) -> None:
+        added.append(held.name)
+        if held.name == NAMES[0]:
+            for holder in [one for one in psutil.Process().children() if "flows.holder" in one.cmdline()]:
+                holder.kill()
+            save_again(checkpoints / NAMES[1], home / "run")
+            assert becomes((held_folder(home) / NAMES[1]).is_dir)
+        raise CheckpointError("nothing is computed here")
+
+    monkeypatch.setattr(growing_sweep.GrowingSweep, "add", meanwhile)
+    assert watch(asked(home, until_step=4)) == 0
+    assert added == list(NAMES[:2])
+    assert [one for one in psutil.Process().children() if "flows.holder" in one.cmdline()] == []
 
 
 def test_a_change_of_what_is_held_is_told(saved, tmp_path):

@@ -1,4 +1,4 @@
-"""What the check found so far: printed and on disk after every row, so that a run that is cut off still tells."""
+"""The result table of `benchmarks.device`; every row is printed and saved at once, so that a killed run loses none."""
 
 import json
 import os
@@ -18,12 +18,16 @@ Row = Mapping[str, Any]
 
 
 class Table:
-    """Rows by group, with the setting that they hold for.
+    """Rows in four groups, and the hardware and versions they were measured with.
+
+    The groups: `right` (errors against the CPU), `long` (time and memory of long responses), `fast` (speed), `fits`
+    (memory against the formulas). A row with `holds: False` fails the check. A group of another name is created by
+    `add`, and cannot fail.
 
     Args:
-        path: where the JSON goes; None for none.
-        device: that is checked.
-        seconds: that may be taken in all.
+        path: JSON file to write; None: only print.
+        device: the device under test.
+        seconds: time budget of the whole check.
     """
 
     def __init__(self, path: Path | None, device: torch.device, seconds: float) -> None:
@@ -43,18 +47,18 @@ class Table:
         return self._seconds - (time.monotonic() - self._started)
 
     def add(self, group: str, row: Row) -> None:
-        """A row, or what a group has beside its rows."""
+        """Append a row to a group, print it, and rewrite the JSON; a group that does not exist yet is created."""
         self.found.setdefault(group, []).append(dict(row))
         print(f"{group:6} " + "  ".join(f"{name} {_shown(value)}" for name, value in row.items()), flush=True)
         self.write()
 
     @contextmanager
     def attempt(self, group: str, what: str) -> Iterator[None]:
-        """Within the context an error is a row that does not hold, and the check goes on."""
+        """Record an exception in the block as a failed row (`holds: False`) instead of ending the check."""
         try:
             yield
         except Exception as error:
-            where = traceback.format_exc(limit=-8)
+            where = traceback.format_exc(limit=-8)  # the eight innermost frames
             self.add(
                 group, {"what": what, "holds": False, "note": f"{type(error).__name__}: {error}", "traceback": where}
             )
@@ -62,7 +66,7 @@ class Table:
                 torch.cuda.empty_cache()
 
     def write(self) -> None:
-        """The JSON as it is now."""
+        """Rewrite the JSON, with the elapsed seconds and the failed rows; by a rename, so that it is always whole."""
         self.found["seconds"] = round(time.monotonic() - self._started, 1)
         self.found["failed"] = [
             row["what"]
@@ -77,7 +81,7 @@ class Table:
 
 
 def setting(device: torch.device) -> dict[str, str]:
-    """What the figures hold for."""
+    """Device, memory, versions, threads and date of a run: timings are comparable only where these agree."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{os.cpu_count()} CPU cores",

@@ -105,7 +105,7 @@ def find_layout(directory: Path, base_model: Path | str = "", fresh: bool = Fals
         optimizer = places.optimizer if places else None
         if optimizer is None:
             raise CheckpointError(
-                f"{directory} has no optimizer.pt, and no optimizer's state of another trainer",
+                f"{directory} has no optimizer.pt, and no optimizer state in the format of another trainer",
                 cause="save_only_model=True",
                 fix=f"save checkpoints with save_only_model=False; {_FRESH}",
             )

@@ -261,7 +261,7 @@ def _steps(path: Path, slot_of: Slots, counted: set[str]) -> dict[str, int]:
     steps = {name: as_float(slot.get("step")) for name, slot in slot_of.items() if name in counted}
     if unset := [name for name, step in steps.items() if not 1 <= step < LATEST]:
         raise CheckpointError(
-            f"{path} has no step count, or one that cannot be, for {some_names(unset)}",
+            f"{path} has no step count, or an impossible one, for {some_names(unset)}",
             cause="saved before the first step, or an optimizer other than torch's AdamW",
             fix="probe a later checkpoint of a run with torch's AdamW",
         )

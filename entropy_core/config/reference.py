@@ -18,7 +18,7 @@ from entropy_core.estimates.tables import AGREEMENT, COMPARISON, INTERVENTIONS, 
 
 
 def configuration_page() -> str:
-    """Write every key of the configuration with its type, default, bounds and meaning, as markdown."""
+    """Return, as Markdown, every key of the configuration with its type, default, bounds and meaning."""
     lines = [
         "# Configuration",
         "",
@@ -29,8 +29,8 @@ def configuration_page() -> str:
         *_section("", ProbeConfig),
         "## The `request` of entropy-probe/variance",
         "",
-        "The keys of `variance` above, each as recorded unless something else is asked for, in a form as on the",
-        "command line.",
+        "Which recorded sweep, its store, and the keys of `variance` above. A key at its default keeps the recorded",
+        "value.",
         "",
         *_table(VarianceRequest.model_fields, ""),
         "## The `request` of entropy-probe/interventions",
@@ -43,7 +43,7 @@ def configuration_page() -> str:
 
 
 def tables_page() -> str:
-    """Write every column of the tables of a run with its type, unit and meaning, as markdown."""
+    """Return, as Markdown, every column of the tables of a run with its type, unit and meaning."""
     lines = [
         "# Columns",
         "",
@@ -51,13 +51,14 @@ def tables_page() -> str:
         "null; no value is NaN.",
     ]
     rows_of = {"results": "A row per checkpoint × step size × normalisation × estimator of ΔH."} | {
-        "linearity": "A row per checkpoint × normalisation × estimator with at least two measured step sizes.",
+        "linearity": "A row per checkpoint × normalisation × estimator with at least two measured step sizes but 0.",
         "eta_pairs": "A row per checkpoint × normalisation × estimator × η > 0 for which −η was measured as well.",
         "replicates": "A row per checkpoint × normalisation × E batch, if `E_replicates` is above 1.",
         "predictors": "A row per checkpoint × normalisation × step size × predictor.",
         "price": "A row per checkpoint × normalisation × step size but 0, if `price` is set.",
-        "phase": "A row per checkpoint × normalisation × optimizer step on the rollout, if `update.phase` is followed.",
-        "clipped": "A row per checkpoint × optimizer step on the rollout × token whose importance ratio it clips.",
+        "phase": "A row per checkpoint × normalisation × intervention (`as it is` included) × optimizer step on the "
+        "rollout, if `update.phase` is followed.",
+        "clipped": "A row per checkpoint × intervention × optimizer step on the rollout × token that the step clips.",
         "rehearsal": "A row per checkpoint × normalisation × intervention × seed × measured step, and one of all seeds "
         "together, if `lab.rehearse` asks for steps.",
         "post_mortem": "A row per checkpoint × normalisation × part of the step that was taken, if asked for.",
@@ -147,7 +148,7 @@ def _is_section(field: FieldInfo) -> bool:
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write both pages to the folder that the command line names."""
     parser = argparse.ArgumentParser(
         "python -m entropy_core.config.reference", description="Write the reference pages."
     )

@@ -9,8 +9,8 @@ from entropy_core.estimates.fields import NATS, REAL, TEXT, WHOLE, field
 Word = Literal["entropy falls", "entropy rises", "cannot tell", "weights-unreliable"]
 """The verdict of a row."""
 
-_SHARE = "share of the tokens of the minibatch that count in the loss"
-_KL = "nats per token"
+_SHARE = "of the minibatch's tokens that count in the loss, the share"
+_NATS_PER_TOKEN = "nats per token"
 _REWARD = "reward"
 
 PHASE = pa.schema(
@@ -18,10 +18,10 @@ PHASE = pa.schema(
         field("normalization", TEXT, "", "per_token or per_sequence: of the entropy"),
         field("intervention", TEXT, "", "what is changed in the phase; as it is: nothing"),
         field("phase_step", WHOLE, "optimizer steps", "number of the step since the rollout, from 1"),
-        field("epoch", WHOLE, "", "how often each minibatch has had a step with this one, from 1"),
+        field("epoch", WHOLE, "", "pass over the rollout that the step belongs to, from 1"),
         field("minibatch", WHOLE, "", "which part of the rollout the step is on, from 1"),
         field("learning_rate", REAL, "", "learning rate of the step"),
-        field("estimator", TEXT, "", "estimator of delta_h and delta_j: the first that is asked for"),
+        field("estimator", TEXT, "", "estimator of delta_h and delta_j: the first of importance.estimators"),
         field("H", REAL, NATS, "entropy of the policy after the step, as measured"),
         field("delta_h", REAL, NATS, "change of H since the rollout, measured on E"),
         field("delta_h_se", REAL, NATS, "standard error of delta_h for this update: over E, and of rounding"),
@@ -41,30 +41,40 @@ PHASE = pa.schema(
         field("delta_j_high", REAL, _REWARD, "upper end of the interval of delta_j for this update"),
         field("ess", REAL, "sequences", "effective sample size of the weights of whole sequences of E"),
         field("ess_fraction", REAL, "1", "ess over the number of sequences"),
-        field("pareto_k", REAL, "1", "tail index of these weights; null without a tail to fit"),
+        field("pareto_k", REAL, "1", "Pareto k of these weights: how heavy their tail is; null without a tail to fit"),
         field("verdict", TEXT, "", "entropy falls, entropy rises, cannot tell, or weights-unreliable; by delta_h"),
-        field("clip_low", REAL, "1", f"{_SHARE} whose ratio is clipped from below (A < 0); null: not known"),
-        field("clip_high", REAL, "1", f"{_SHARE} whose ratio is clipped from above (A > 0); null: not known"),
-        field("clip_dual", REAL, "1", f"{_SHARE} whose ratio the dual clip cuts (A < 0); null: not known"),
+        field("clip_low", REAL, "1", f"{_SHARE} clipped from below (A < 0); null: the loss clips none, or is your own"),
+        field("clip_high", REAL, "1", f"{_SHARE} clipped from above (A > 0); null: see clip_low"),
+        field("clip_dual", REAL, "1", f"{_SHARE} clipped by the dual clip (A < 0); null: see clip_low"),
         field("left_out", REAL, "1", "share of the responses of the minibatch that the off-policy mask leaves out"),
         field("largest_ratio", REAL, "1", "largest ratio of a token of the minibatch"),
-        field("approx_kl", REAL, _KL, "estimate of KL(old || now) on the minibatch: mean of ratio - 1 - log ratio"),
-        field("reference_kl", REAL, _KL, "mean of the KL term on the minibatch; null without one"),
-        field("entropy_of_minibatch", REAL, _KL, "mean entropy of the tokens of the minibatch before the step"),
+        field(
+            "approx_kl",
+            REAL,
+            _NATS_PER_TOKEN,
+            "estimate of KL(old || now) on the minibatch: mean of ratio - 1 - log ratio",
+        ),
+        field("reference_kl", REAL, _NATS_PER_TOKEN, "mean of the KL term on the minibatch; null without one"),
+        field(
+            "entropy_of_minibatch",
+            REAL,
+            _NATS_PER_TOKEN,
+            "mean entropy of the tokens of the minibatch before the step",
+        ),
         field("gradient_norm", REAL, "", "norm of the gradient before clipping"),
-        field("clip_factor", REAL, "1", "factor that the gradient is clipped by"),
+        field("clip_factor", REAL, "1", "factor that gradient clipping multiplied the gradient by; 1: not clipped"),
         field("step_norm", REAL, "per learning-rate unit", "norm of this step, over the nominal learning rate"),
         field("update_norm", REAL, "per learning-rate unit", "norm of all steps since the rollout together"),
         field("confidence_level", REAL, "1", "confidence level of every interval in this row"),
     ]
 )
-"""One row per normalisation and step."""
+"""One row per normalisation, intervention (`as it is` included) and step."""
 
 CLIPPED = pa.schema(
     [
         field("intervention", TEXT, "", "what is changed in the phase; as it is: nothing"),
         field("phase_step", WHOLE, "optimizer steps", "number of the step since the rollout, from 1"),
-        field("sequence_id", WHOLE, "", "the response of U"),
+        field("sequence_id", WHOLE, "", "id of the response in U"),
         field("position", WHOLE, "tokens", "of the token in the response, from 0"),
         field("token", WHOLE, "", "id of the token"),
         field("text", TEXT, "", "its text"),
@@ -75,4 +85,4 @@ CLIPPED = pa.schema(
         field("old_entropy", REAL, "nats", "entropy of the policy at the token, at the rollout"),
     ]
 )
-"""One row per step and token that it clips."""
+"""One row per intervention (`as it is` included), step, and token that the step clips."""

@@ -1,16 +1,16 @@
-"""How large E and U have to be to tell a change of the entropy: power from the variance components of a pilot.
+"""Sizes of E and U that detect a change of the entropy: power from the variance components that a pilot estimated.
 
-With N independent units of E and P prompts of U, the variance of an estimate for the mean update is
+With N independent units of E and P prompts of U, the variance of the estimate for the mean update is
 
     A/N + B/P + C/(N·P)
 
-where A is of the units of E, B of the prompts of U, and C of their interaction; for this update, with U held fixed, it
-is A/N + C/(N·P). A t test at a level detects a change with the power that the noncentral t distribution gives. B holds
-as far as the step is linear in the gradient: a step on twice the prompts has half the variance over U.
+with A the component of the units of E, B that of the prompts of U, and C that of their interaction. For this update, U
+is fixed, and the variance is A/N + C/(N·P). The power of the t test is that of the noncentral t distribution. B/P
+assumes a step that is linear in the gradient: twice the prompts, half the variance over U.
 
-A pilot estimates A and B with few degrees of freedom where it is small, and sizes from estimates that happen to be low
-are too small. The power here is therefore the mean over what the components may be: with sizes from pilots like this
-one a change is detected as often as is said, on average over the pilots.
+A pilot estimates A and B with few degrees of freedom where it is small, and a pilot that happens to underestimate them
+gives sizes that are too small. The power is therefore averaged over the true variances that the estimate may stand for
+(scaled inverse χ²): over many pilots, the stated share of changes is detected.
 """
 
 import math
@@ -21,11 +21,11 @@ from entropy_core.estimates.distributions import t_quantile, t_test_power
 from entropy_core.numerics.half_samples import LINEAR, balanced_halves
 
 FEWEST = 2
-"""Units that an error comes from, at least."""
+"""Fewest units of E, and prompts of U: a sample variance needs two."""
 MOST = 10**9
-"""Units at which a search gives up."""
+"""Largest number of units that a search tries before it gives up."""
 IN_A_BLOCK = 4
-"""Units in each block of E, at least: with one or two, which they are decides what the block says."""
+"""Fewest units per block of E: with one or two, the value of a block depends on which units they are."""
 
 
 class Size(NamedTuple):
@@ -36,12 +36,18 @@ class Size(NamedTuple):
 
 
 class Components(NamedTuple):
-    """A, B and C in squared units of the estimate, and whether U is held fixed: then B does not count.
+    """The variance components A, B and C (`of_e`, `of_u`, `of_both`), in nats², and how well they are known.
 
-    `freedom_e` and `freedom_u` are the degrees of freedom of the errors over E and over U where these come from a fixed
-    number of blocks of E or splits of U; None where they come from every unit, and are one less than there are units.
-    `fewest_e` is how many units of E it takes before their error is that of a mean of many. `known_e` and `known_u` are
-    the degrees of freedom with which the pilot has estimated them; None: they are known.
+    Args:
+        of_e: A; variance over E times the units of E.
+        of_u: B; variance over U times the prompts of U.
+        of_both: C; variance of the interaction times both.
+        given_u: whether U is held fixed; B then does not count.
+        freedom_e: degrees of freedom of the error over E if it comes from a fixed number of blocks; None: units − 1.
+        freedom_u: the same over U, from a fixed number of splits; None: prompts − 1.
+        fewest_e: fewest units of E for which the t test is used.
+        known_e: degrees of freedom with which the pilot estimated A; None: A is known exactly.
+        known_u: the same of B.
     """
 
     of_e: float
@@ -72,7 +78,8 @@ class Components(NamedTuple):
         bent = (row["nonlinearity_over_u"] or 0.0) > LINEAR  # then the error over U is that of steps on halves of it
         freedom_u = float(len(balanced_halves(size.of_u))) if bent else None
         parts = over_e * size.of_e, over_u * size.of_u, both * size.of_e * size.of_u
-        known_e = (size.of_e - 1) / max(1.0 + row["excess_kurtosis"] / 2, 1.0)  # a variance by heavy tails is less sure
+        # Heavy tails make a sample variance less certain: Var(s²) ≈ σ⁴·(2 + excess kurtosis)/(n − 1).
+        known_e = (size.of_e - 1) / max(1.0 + row["excess_kurtosis"] / 2, 1.0)
         known = {"known_e": max(1.0, known_e), "known_u": freedom_u or size.of_u - 1.0}
         return cls(*parts, given_u, freedom_u=freedom_u, **known)
 
@@ -115,11 +122,11 @@ class Components(NamedTuple):
         return self._together(size, freedom_e, freedom_u)
 
     def known_by(self, size: Size) -> float:
-        """Return the degrees of freedom with which the pilot says what the variance is at a size."""
+        """Return the degrees of freedom with which the pilot estimated the variance at a size."""
         return self._together(size, *(math.inf if known is None else known for known in (self.known_e, self.known_u)))
 
     def _together(self, size: Size, freedom_e: float, freedom_u: float) -> float:
-        """Those of a sum of two variances."""
+        """Satterthwaite's degrees of freedom of the sum of the variances over E and over U."""
         over_e, over_u = self.variances(size)
         if over_e + over_u == 0.0:
             return freedom_e
@@ -139,11 +146,11 @@ class TTest(NamedTuple):
         if error == 0.0:
             return 1.0 if effect else 1 - self.confidence_level
         degrees, shift = components.degrees_of_freedom(size), abs(effect) / error
-        reach = t_quantile(0.5 + self.confidence_level / 2, degrees)
-        return t_test_power(reach, degrees, shift, components.known_by(size))
+        critical_value = t_quantile(0.5 + self.confidence_level / 2, degrees)
+        return t_test_power(critical_value, degrees, shift, components.known_by(size))
 
     def detectable(self, components: Components, size: Size) -> float:
-        """Return the smallest change that is detected with the wanted power."""
+        """Return the smallest change with the wanted power, nats, by bisection; 100 standard errors if none has it."""
         low, high = 0.0, 100.0 * components.standard_error(size)
         for _ in range(50):
             middle = (low + high) / 2
@@ -157,7 +164,7 @@ def smallest_e(test: TTest, components: Components, effect: float, of_u: int) ->
     Args:
         test: level and power.
         components: of the variance.
-        effect: the change.
+        effect: size of the change to detect, nats; its sign does not matter.
         of_u: prompts of U.
 
     Returns:
@@ -172,8 +179,8 @@ def cheapest(test: TTest, components: Components, effect: float, seconds: tuple[
     Args:
         test: level and power.
         components: of the variance.
-        effect: the change.
-        seconds: that a unit of E and a prompt of U cost.
+        effect: size of the change to detect, nats; its sign does not matter.
+        seconds: cost of one unit of E, and of one prompt of U.
 
     Returns:
         Their sizes; None if none within reach is large enough.
@@ -185,7 +192,8 @@ def cheapest(test: TTest, components: Components, effect: float, seconds: tuple[
     def size_at(of_u: int) -> Size:
         return Size(smallest_e(test, components, effect, of_u) or MOST, of_u)
 
-    return size_at(_lowest(lambda of_u: cost(size_at(of_u), seconds), fewest, 1000 * fewest))
+    most = 1000 * fewest  # there B/P is at most a thousandth of the variance allowed: more of U saves hardly any of E
+    return size_at(_lowest(lambda of_u: cost(size_at(of_u), seconds), fewest, most))
 
 
 def best_for(test: TTest, components: Components, seconds: tuple[float, float], budget: float) -> Size | None:
@@ -194,7 +202,7 @@ def best_for(test: TTest, components: Components, seconds: tuple[float, float], 
     Args:
         test: level and power.
         components: of the variance.
-        seconds: that a unit of E and a prompt of U cost.
+        seconds: cost of one unit of E, and of one prompt of U.
         budget: seconds.
 
     Returns:
@@ -236,7 +244,7 @@ def _smallest(enough: Callable[[int], bool], fewest: int = FEWEST) -> int | None
 
 
 def _lowest(value: Callable[[int], float], low: int, high: int) -> int:
-    """Where a function that falls and then rises is lowest between two whole numbers; by thirds, then one by one."""
+    """The minimum of a function that falls and then rises, over whole numbers: ternary search, then one by one."""
     while high - low > 8:
         third = (high - low) // 3
         a, b = low + third, high - third

@@ -1,8 +1,7 @@
-"""Rows of the result table from the columns of the evaluation batch E: prediction, measurement, verdicts.
+"""Rows of the result table, one per step size and estimator: prediction δH₁, measured change ΔH, and verdicts.
 
-θ are the checkpoint's parameters, v is the step per unit of learning rate, η the step size, and U the update batch.
-
-The prediction δH₁ and the measured change ΔH have the three intervals of `intervals`.
+θ are the checkpoint's parameters, v is the step per unit of learning rate, η the step size; E is the evaluation batch
+and U the update batch. δH₁ and ΔH have three confidence intervals each, see `estimates.intervals`.
 """
 
 import math
@@ -27,7 +26,7 @@ class Contributions(NamedTuple):
     """What the randomness of U does to ∂_vH, from first-order-u and half-steps-u.
 
     Args:
-        whole_PG: influence of each U sequence, with ∇H from all of E, float64 [P, G].
+        whole_PG: influence of each U sequence on ∂_vH, nats per unit step, with ∇H from all of E, float64 [P, G].
         halves_2PG: the same with ∇H from each half of E, float64 [2, P, G].
         steps: the steps on halves of U.
         informative: number of prompts whose responses have unequal rewards.
@@ -40,20 +39,35 @@ class Contributions(NamedTuple):
 
 
 class Derivative(NamedTuple):
-    """∂_vH for one normalisation with its standard errors, all in nats per unit step, and what is said of them."""
+    """∂_vH for one normalisation, its standard errors, and whether intervals are valid; nats per unit step.
+
+    Args:
+        estimate: ∂_vH, with the influence of each sequence of E.
+        of_estimator: by estimator of ΔH, its exact derivative at η = 0 on the same E.
+        local: part of ∂_vH at fixed prefixes: the mean of Σ_k ḣ_k, per token divided by the mean length.
+        jackknife: standard error over E, by the jackknife.
+        se_given_u: standard error over E, by the influences.
+        linearised: standard error over U if the step were linear in the gradient.
+        over_u: standard error over U that the intervals use.
+        nonlinearity: of the step in the gradient, dimensionless; see `HalfSteps`.
+        informative: prompts of U whose responses have unequal rewards.
+        units_e: independent units of E.
+        invalid_over_e: why no interval over E is valid; empty if they are.
+        numerical: standard deviation of the error of its computation, which a larger E does not reduce.
+    """
 
     estimate: Estimate
-    of_estimator: dict[Estimator, Estimate]  # the exact derivative of each ΔH estimator at η = 0
+    of_estimator: dict[Estimator, Estimate]
     local: float
     jackknife: float
     se_given_u: float
-    linearised: float  # standard error over U, linearised in the gradient
+    linearised: float
     over_u: OverU
     nonlinearity: float
     informative: int
     units_e: int
-    invalid_over_e: str  # why no interval over E is valid; empty if they are
-    numerical: float = 0.0  # standard deviation of the error of its computation, which E does not average out
+    invalid_over_e: str
+    numerical: float = 0.0
 
     @property
     def randomness(self) -> Randomness:
@@ -122,7 +136,7 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
     delta_h1, over_u = derivative.estimate.value * eta, derivative.over_u
     invalid = derivative.invalid_over_e
     of_e = math.hypot(derivative.se_given_u, derivative.numerical) * abs(eta)
-    finite = over_u.degrees_of_freedom > 0 and math.isfinite(derivative.nonlinearity)
+    has_nonlinearity = over_u.degrees_of_freedom > 0 and math.isfinite(derivative.nonlinearity)
     return {
         "delta_h1": delta_h1,
         "delta_h1_local": derivative.local * eta,
@@ -131,7 +145,7 @@ def predict(derivative: Derivative, eta: float, confidence_level: float) -> Row:
         "se_over_u": over_u.standard_error * abs(eta),
         "se_over_u_linearised": derivative.linearised * abs(eta),
         "se_interaction": over_u.interaction**0.5 * abs(eta),
-        "nonlinearity_over_u": derivative.nonlinearity if finite else None,
+        "nonlinearity_over_u": derivative.nonlinearity if has_nonlinearity else None,
         "informative_prompts_u": derivative.informative,
         "interval_over_e": f"no valid interval over E: {invalid}" if invalid else "valid",
         "interval_over_u": f"no valid interval over U: {over_u.invalid}" if over_u.invalid else "valid",
@@ -261,11 +275,10 @@ def measure(
     }
     if not reliable:
         signs = dict.fromkeys(signs, "unknown")
-    above, below = verdicts.bounds(curvature, of_same)
+    above, below = verdicts.bounds(curvature, of_same)  # curvature − m and curvature + m, with m = 5 % of |δH₁|
     shape: verdicts.Linearity = "undecided"
     if reliable and eta and not derivative.invalid_over_e:
-        errors = map(error_from_line, (above, below))
-        shape = verdicts.linearity(above.value, next(errors), below.value, next(errors), quantile)
+        shape = verdicts.linearity(above.value, error_from_line(above), below.value, error_from_line(below), quantile)
     above_rounding = usable and abs(change.value) > noise_floor
     word, rule = verdicts.verdict(
         eta=eta,

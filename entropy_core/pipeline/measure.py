@@ -84,7 +84,7 @@ class Measurement:
         of_e = partial(self._sample_e, batch.E_batch_seed, "")
         (e_batch, scores), (u_batch, scores_u, update) = self.run.both(of_e, self._step)
         calibration = self._calibration(e_batch, update)
-        half_width = calibration.summary["half_width"] if calibration else 0.0
+        half_width = calibration.summary["half_width"] if calibration else 0.0  # ε of central differences; 0: none
 
         def along_v(batches: Sequence[Artifact], suffix: str = "") -> list[Artifact]:
             shared = {"policy": policy, "update": update, "half_width": half_width}
@@ -96,8 +96,8 @@ class Measurement:
             partial(along_v, e_batch), partial(self.stages.once, stage.ENTROPY_GRADIENT, whole)
         )
         if self.config.price:
-            rewarded = [self._rewarded([shard], self.e_pool) for shard in e_batch]
-            self.asked_for["price"] = {"rewards": self.stages.over_shards(stage.REWARD_E, rewarded)}
+            reward_inputs = [self._rewarded([shard], self.e_pool) for shard in e_batch]
+            self.asked_for["price"] = {"rewards": self.stages.over_shards(stage.REWARD_E, reward_inputs)}
         of_both = {
             "policy": policy,
             "sequences": u_batch,
@@ -176,7 +176,8 @@ class Measurement:
         return u_batch, scores_u, self._update(u_batch, scores_u)
 
     def said_of_bases(self) -> str:
-        """Say what another base than the one that the adapter names makes of U; empty if it has no other."""
+        """Return how far the log-probabilities of U differ between the given base and the adapter's own; or empty."""
+        # an artifact without a digest is one that `plan` only promises: there is nothing to compare yet
         if not self.on_bases or not all(shard.digest for shards in self.on_bases for shard in shards):
             return ""
         adapter, given = (self.checkpoint.paths[digest] for digest in (self.checkpoint.weights, self.checkpoint.base))
@@ -198,7 +199,7 @@ class Measurement:
     def _price_of_tokens(
         self, e_batch: Sequence[Artifact], scores: Sequence[Artifact], of_both: Inputs
     ) -> Artifact | None:
-        """The gradient of the expected reward, and what each token of U did to it; None without a reward for each."""
+        """Compute ∇J and the share of each token of U in δJ₁; None if a response of E has no reward (`open`)."""
         price = self.asked_for["price"]
         rewards, price["shares"] = price["rewards"], None
         if any(shard.summary.get("open") for shard in rewards):
@@ -228,7 +229,7 @@ class Measurement:
         return inputs | {"number": rollouts.number, "max_new_tokens": self.config.generation.max_new_tokens}
 
     def _first(self, e_batch: Sequence[Artifact], sequences: int) -> Inputs:
-        """Return the shards with the first sequences of E, and the number of these sequences."""
+        """Return the policy, the shards that contain the first sequences of E, and the number of these sequences."""
         shards = e_batch[: -(-sequences // self.config.execution.shard_size)]
         return {"policy": self.policy, "sequences": shards, "count": min(sequences, self.e_total)}
 
@@ -238,6 +239,7 @@ class Measurement:
         return self.stages.each(stage.RESCORE_E, [first | {"draw": d} for d in range(NOISE_DRAWS)], suffixes)
 
     def _calibration(self, e_batch: Sequence[Artifact], update: Artifact) -> Artifact | None:
+        """Measure the error of the derivatives over E, and choose ε; None if they are exact (forward mode in full)."""
         how = self.config.policy
         if how.derivative == "forward_mode" and how.arithmetic == "full":
             return None
@@ -253,8 +255,8 @@ class Measurement:
         if rollouts and rollouts.rewarded(self.config):
             [rewards] = self.recorded
         else:
-            rewarded = self._rewarded(u_batch, self.u_pool) | {"aggregation": update.multi_objective_aggregation}
-            rewards = self.stages.once(stage.REWARD_U, rewarded)
+            reward_inputs = self._rewarded(u_batch, self.u_pool) | {"aggregation": update.multi_objective_aggregation}
+            rewards = self.stages.once(stage.REWARD_U, reward_inputs)
         if update.kl_beta and not (rollouts and rollouts.referenced(self.config)):
             of_reference = reference_of(self.checkpoint, self.policy)
             reference = self.stages.score(stage.SCORE_REFERENCE, of_reference, u_batch)
@@ -280,22 +282,27 @@ class Measurement:
     def _moved(
         self, e_batch: Sequence[Artifact], scores: Sequence[Artifact], update: Artifact, learning_rate: float
     ) -> list[Inputs]:
-        """Run the passes at every step size except 0, at which nothing changes."""
+        """Measure E at every step size: one entry each; at 0, where nothing changes, its lists are empty."""
         asked = self.config.importance
-        unit = learning_rate if asked.eta_unit == "learning_rate" else 1.0
+        in_lr = asked.eta_unit == "learning_rate"
+        unit = learning_rate if in_lr else 1.0
         by_difference, by_path = set(asked.estimators) - {"path_integral"}, "path_integral" in asked.estimators
         arithmetic = self.config.policy.arithmetic
 
         def at(multiple: float) -> Inputs:
-            eta, step = multiple * unit, f" · η={multiple:g}{' lr' if asked.eta_unit == 'learning_rate' else ''}"
-            shared = {"policy": self.policy, "update": update, "eta": eta}
-            there = [shared | {"sequences": sequences} for sequences in e_batch] if eta else []
-            along = [i | {"scores": of, "arithmetic": arithmetic} for i, of in zip(there, scores, strict=bool(eta))]
+            eta, suffix = multiple * unit, f" · η={multiple:g}{' lr' if in_lr else ''}"
+            shards: list[Inputs] = []
+            along: list[Inputs] = []
+            if eta:
+                shared = {"policy": self.policy, "update": update, "eta": eta}
+                shards = [shared | {"sequences": sequences} for sequences in e_batch]
+                pairs = zip(shards, scores, strict=True)
+                along = [shard | {"scores": score, "arithmetic": arithmetic} for shard, score in pairs]
             return {
                 "eta": eta,
-                "eta_over_lr": multiple if asked.eta_unit == "learning_rate" else eta / learning_rate,
-                "shards": self.stages.over_shards(stage.IMPORTANCE, there, step) if by_difference else [],
-                "path": self.stages.over_shards(stage.PATH_INTEGRAL, along, step) if by_path else [],
+                "eta_over_lr": multiple if in_lr else eta / learning_rate,
+                "shards": self.stages.over_shards(stage.IMPORTANCE, shards, suffix) if by_difference else [],
+                "path": self.stages.over_shards(stage.PATH_INTEGRAL, along, suffix) if by_path else [],
             }
 
         return self.run.together(partial(at, multiple) for multiple in asked.etas)

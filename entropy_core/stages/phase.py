@@ -44,8 +44,9 @@ def phase(
     """Estimate ΔH and ΔJ since the rollout after every step.
 
     Args:
-        out: writer of `phase.parquet` (schema `phase_table.PHASE`), one row per normalisation and step, and
-            `clipped.parquet` (schema `phase_table.CLIPPED`).
+        out: writer of `phase.parquet` (schema `phase_table.PHASE`), one row per normalisation, intervention (`as it is`
+            included) and step, and `clipped.parquet` (schema `phase_table.CLIPPED`), one per intervention, step, and
+            token that the step clips.
         execution: unused.
         scores: shards of score-e-batch.
         rescores: draws of rescore-e-batch on the first sequences, for the numerical noise.
