@@ -52,7 +52,7 @@ PHASE = pa.schema(
             "approx_kl",
             REAL,
             _NATS_PER_TOKEN,
-            "estimate of KL(old || now) on the minibatch: mean of ratio - 1 - log ratio",
+            "estimate of KL(old ‖ now) on the minibatch: mean of ratio - 1 - log ratio",
         ),
         field("reference_kl", REAL, _NATS_PER_TOKEN, "mean of the KL term on the minibatch; null without one"),
         field(
