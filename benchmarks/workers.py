@@ -25,7 +25,8 @@ def workers() -> Iterator[Row]:
                 of.append(one_sweep(SEQUENCES, store, *settings.split(), environment=one_thread))
     alone, both = found.values()
     ours, other = (statistics.mean(of.seconds for of in sweeps) for sweeps in (both, alone))
-    what = f"sweep of {CHECKPOINTS} checkpoints, {SEQUENCES:,} sequences each, two workers, mean of {ROUNDS}"
+    what = f"sweep of {CHECKPOINTS} checkpoints of the demo run, {SEQUENCES:,} sequences each"
+    what = f"{what}, two workers, mean of {ROUNDS}"
     cores = len(os.sched_getaffinity(0))
     against = f"{other:.1f} s, one worker; {cores} cores, one thread each"
     yield Row(what, f"{ours:.1f} s", against, other / ours, "≥ 1.6").because(

@@ -38,13 +38,9 @@ class HolderProcess:
 
     def _keep_alive(self) -> None:
         while not self._ending.wait(self._every):
-            with suppress(OSError):  # no memory for a process now, say: the next look tries again
-                self.restart_if_dead()
-
-    def restart_if_dead(self) -> None:
-        """Start the process again if it has exited."""
-        if self._process.poll() is not None:
-            self._process = self._start()
+            if self._process.poll() is not None:
+                with suppress(OSError):  # no memory for a process now, say: the next look tries again
+                    self._process = self._start()
 
     def end(self) -> None:
         """Kill the process. A checkpoint that it is copying is not held: it gets its name only once it is whole."""

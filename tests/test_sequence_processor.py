@@ -304,12 +304,16 @@ def test_a_micro_batch_of_long_answers_has_fewer_of_them(world: World, tokens: i
 
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_sensitivities_do_not_depend_on_the_micro_batches(world: World, monkeypatch, tokens: int):
-    maker = processor(world.policy, tf_batch_size=8)
+    told: list[tuple[int, int]] = []
+    config = GenerationConfig(TAU, LONGEST, tf_batch_size=8)
+    maker = SequenceProcessor(world.policy, config, lambda *done: told.append(done))
     sequences = maker.generate_with_replacement_sampling(POOL, 23, seed=13)
     covector = in_blocks({name: v.double() for name, v in random_direction(world.policy).items()})
     whole = token_sensitivities.token_sensitivities(maker, [sequences], covector)
     monkeypatch.setattr(token_sensitivities, "CPU_TOKENS", tokens)
+    told.clear()
     cut = token_sensitivities.token_sensitivities(maker, [sequences], covector)
+    assert len(told) == 23 if tokens == 1 else len(told) > 3  # three micro-batches without the limit
     for cut_K, whole_K in zip(cut, whole, strict=True):
         assert len(whole_K) == len(sequences.response_tokens_K) and float(whole_K.abs().max()) > 0.01
         torch.testing.assert_close(cut_K, whole_K, rtol=1e-9, atol=1e-10)

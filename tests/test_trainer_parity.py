@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pipeline_fixtures import skip_figures
 from trainer_fixtures import PROMPTS, G, held_against_the_trainer
-from trainer_prompts import CHATS, NORMALISED, SEVERAL, WEIGHTS
+from trainer_prompts import BOS, CHATS, NORMALISED, SEMICOLON, SEVERAL, WEIGHTS
 
-CASES: dict[str, dict[str, Any]] = {  # settings of the trainer, one or two of each kind; the proof has them all
+CASES: dict[str, dict[str, Any]] = {  # settings of the trainer, one or two of each kind; the proof has over a hundred
     "full, clipped, accumulated, on a schedule": {
         "max_grad_norm": 0.02,
         "per_device_train_batch_size": PROMPTS * G // 2,
@@ -18,10 +18,13 @@ CASES: dict[str, dict[str, Any]] = {  # settings of the trainer, one or two of e
         "temperature": 0.8,
     },
     "full, luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "max_grad_norm": 0.02},
+    "full, divided by the batch": {"scale_rewards": "batch"},
+    "full, a BOS, another EOS": {"own": BOS._replace(ends=[SEMICOLON])},
     "full, conversations": {"own": CHATS, "chat_template_kwargs": {"hint": True}},
     "full, several rewards, normalised one by one": {"own": SEVERAL} | WEIGHTS | NORMALISED,
     "partly frozen, clipped": {"model": "queries frozen", "max_grad_norm": 0.02},
     "lora, on a trained adapter": {"model": "adapter of a supervised training", "beta": 0.1},
+    "lora, of experts": {"model": "LoRA of experts", "router_aux_loss_coef": 0.0},
     "lora, clipped, with norms and the head": {
         "lora": {"modules_to_save": ["norm", "lm_head"], "rank_pattern": {"up_proj": 2}},
         "max_grad_norm": 0.02,

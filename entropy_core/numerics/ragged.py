@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_kept: dict[str, WeakIdKeyDictionary] = {"sequence": WeakIdKeyDictionary(), "position": WeakIdKeyDictionary()}
-"""Indices by their offsets, as long as these live: the statistics of a batch ask for the same ones hundreds of times.
-"""
+_sequences, _positions = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+"""Indices by their offsets, kept as long as these live: the statistics of a batch ask for each hundreds of times."""
 
 
 def offsets_from_lengths(lengths_N: Tensor) -> Tensor:
@@ -25,18 +24,18 @@ def lengths(offsets_N1: Tensor) -> Tensor:
 
 def sequence_index(offsets_N1: Tensor) -> Tensor:
     """Return the index of each token's sequence, int64 [K]; not to be changed in place."""
-    found_K: Tensor | None = _kept["sequence"].get(offsets_N1)
+    found_K: Tensor | None = _sequences.get(offsets_N1)
     if found_K is None:
-        found_K = _kept["sequence"][offsets_N1] = torch.repeat_interleave(lengths(offsets_N1))
+        found_K = _sequences[offsets_N1] = torch.repeat_interleave(lengths(offsets_N1))
     return found_K
 
 
 def position_index(offsets_N1: Tensor) -> Tensor:
     """Return the position of each token within its sequence, counted from 0, int64 [K]; not to be changed in place."""
-    found_K: Tensor | None = _kept["position"].get(offsets_N1)
+    found_K: Tensor | None = _positions.get(offsets_N1)
     if found_K is None:
         found_K = torch.arange(int(offsets_N1[-1])) - of_tokens(offsets_N1, offsets_N1)
-        _kept["position"][offsets_N1] = found_K
+        _positions[offsets_N1] = found_K
     return found_K
 
 

@@ -143,7 +143,7 @@ class Pool:
                 seat.free_since = monotonic()
                 self._free.append(seat)
                 self._assign()
-                self._turn.notify_all()
+                self._turn.notify_all()  # a worker that is still free keeps its policy a while: look by the clock
 
     def _assign(self) -> None:
         """Give what waits to free workers, and wake them only then: whoever waits calls this when it wakes."""

@@ -27,6 +27,7 @@ OF_GRPO: dict[str, dict[str, Any]] = {
     "cispo, a cap below 1": {"loss_type": "cispo"},
     "grpo, sequences": SEQUENCES,
     "dapo, sequences": {"loss_type": "dapo"} | SEQUENCES,
+    "sapo, sequences": {"loss_type": "sapo"} | SEQUENCES,
     **{f"{name}, KL": {"loss_type": name, "beta": 0.1, "lora": {}} | more for name, more in LOSSES.items()},
     **{
         f"{name}, KL without the correction": {
