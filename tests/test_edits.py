@@ -19,11 +19,10 @@ SAMPLE = {"sample-e-batch", "sample-u-batch"}
 SCORE = {"score-e-batch", "score-u-batch", "score-u-reference"}
 CHANGED_STEP = {"predict", "altered-step", "phase-step", "rehearsal-step"}
 FORWARD_MODE = {
-    *("calibrate", "first-order-e", "first-order-u", "path-integral", "block-sensitivities", "reward-shares-u"),
+    *("calibrate", "first-order-e", "first-order-u", "path-integral", "half-sensitivities", "reward-shares-u"),
 }
 BACKWARD = {
-    *("compute-update", "entropy-gradient", "half-steps-u", "dropout-u", "block-sensitivities"),
-    "reward-gradient",
+    *("compute-update", "entropy-gradient", "half-steps-u", "dropout-u", "reward-gradient"),
     *CHANGED_STEP,
 }
 MOVED = {"importance", "path-integral", "phase-step", "calibrate", "first-order-e"}  # the last by central differences
@@ -160,7 +159,7 @@ EDITS = {
     "how shards are cut": Edit(
         replaces("part = -(-size // ranks)", "part = -(-size // ranks) + 0"),
         {"load-checkpoint", "load-weights", "compute-update", "first-order-u", "half-steps-u", "dropout-u"}
-        | {"block-sensitivities", "real-step", "reward-shares-u"}
+        | {"half-sensitivities", "real-step", "reward-shares-u"}
         | CHANGED_STEP,
     ),
     "how adapters are filled": Edit(
@@ -186,7 +185,7 @@ EDITS = {
     ),
     "the formula of a baseline": Edit(
         adds("def time_loo_baseline(", "def time_totals(*_): ..."),
-        {"entropy-gradient", "reward-gradient", "block-sensitivities"}
+        {"entropy-gradient", "reward-gradient", "predict"}
         | {"variance", "price", "phase", "interventions", "post-mortem"},
     ),
     "a limit of a verdict": Edit(

@@ -38,12 +38,13 @@ from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import KINDS
 from entropy_core.numerics.interventions import Known, Term
 from entropy_core.numerics.loss_batch import LossBatch, Objective
-from entropy_core.numerics.vectors import in_blocks
+from entropy_core.numerics.vectors import in_blocks, times
 from entropy_core.policy.model import Coefficients
 from entropy_core.policy.spec import policy_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
-from entropy_core.stages.predict import predict
+from entropy_core.sequences.token_sensitivities import token_sensitivities
+from entropy_core.stages import predict
 
 PAGE = Path(__file__).parents[1] / "docs" / "interventions.md"
 TRIED = [
@@ -261,7 +262,7 @@ def oracle(tried: Probe, spec: InterventionSpec) -> tuple[dict, dict, dict]:
     table, excess_K = excess_of(inputs["scores_u"], inputs["discriminators_u"])
     (changed,) = changed_by([spec], run.execution, update, table, excess_K, inputs["sensitivities"])
     gradient, start = policy.new_accumulator(), 0
-    for artifact in inputs["sequences"]:
+    for artifact in inputs["sequences_u"]:
         shard = read_sequences(artifact)
         stop = start + len(shard.response_tokens_K)
         for index_K, rows in processor.micro_batches(shard):
@@ -288,9 +289,10 @@ def oracle(tried: Probe, spec: InterventionSpec) -> tuple[dict, dict, dict]:
         name: factor * parts["preconditioner"][name] * g + parts["momentum"][name] + parts["decay"][name]
         for name, g in gradient.items()
     }
+    gradient_of_e = run.inputs("half-sensitivities")["gradient"]
     covectors = {
         f"{kind}_{half}": whole(
-            {b: inputs["gradient"].vector(f"{kind}_{half}").block(b).double() for b in in_blocks(parameters)},
+            {b: gradient_of_e.vector(f"{kind}_{half}").block(b).double() for b in in_blocks(parameters)},
             parameters,
         )
         for kind in KINDS
@@ -304,10 +306,9 @@ def oracle(tried: Probe, spec: InterventionSpec) -> tuple[dict, dict, dict]:
 
 
 def test_the_screen_is_exact_for_frozen_denominators(tried):
-    """And on each half of E, which is a mean of blocks."""
+    """On each half of E."""
     (artifact,) = tried.run.artifacts("screen")
     products = artifact.tensors("screen.safetensors")["product"]
-    blocks = artifact.summary["blocks"]
     labels = [entry["label"] for entry in artifact.summary["interventions"]]
     assert labels[0] == "as it is" and len(labels) == len(TRIED) + 2
     for item in (None, {"loss": "dapo"}, {"entropy_coef": 0.05}, {"drop_costliest": 0.1}, {"entropy_advantage": 0.4}):
@@ -318,27 +319,30 @@ def test_the_screen_is_exact_for_frozen_denominators(tried):
         frozen, _, _ = oracle(tried, spec)
         for k, kind in enumerate(KINDS):
             for half in (0, 1):
-                sizes = torch.tensor([b["sequences"] for b in blocks[half::2]]).double()
-                found = float(products[labels.index(spec.label), k, half::2] @ sizes / sizes.sum())
+                found = float(products[labels.index(spec.label), k, half])
                 assert found == pytest.approx(frozen[f"{kind}_{half}"], rel=1e-10)
 
 
 def test_a_prediction_beside_others_is_the_one_alone_bit_for_bit(tried, monkeypatch):
-    """Gradients share a forward pass where they are of the same sequences; and a function of the user's is alone."""
+    """Those of `published` are together, the other named ones too; and a function of the user's is alone."""
     monkeypatch.setattr(taken_step, "GRADIENT_BYTES", 0)  # room for one at a time
+    monkeypatch.setattr(predict, "STEP_BYTES", 0)
+    monkeypatch.setattr(predict, "FEWEST_STEPS", 1)
     asked = [inputs for name, inputs, _ in tried.run.asked if name == "predict"]
-    assert [len(inputs["interventions"]) for inputs in asked] == [12, 6, 1]
+    assert [len(inputs["interventions"]) for inputs in asked] == [9, 9, 1]
     for inputs, artifact in zip(asked, tried.run.artifacts("predict"), strict=True):
-        assert predict(None, tried.run.execution, **inputs) == artifact.summary
+        assert predict.predict(None, tried.run.execution, **inputs) == artifact.summary
 
 
 def test_the_prediction_is_the_step_of_the_optimizer(tried):
+    """On every half of E, which is a mean of blocks."""
+    artifacts = tried.run.artifacts("predict")
     predictions = {
-        label: prediction
-        for artifact in tried.run.artifacts("predict")
-        for label, prediction in artifact.summary["predictions"].items()
+        label: prediction for artifact in artifacts for label, prediction in artifact.summary["predictions"].items()
     }
     assert len(predictions) == len(TRIED) + 2
+    sizes_B = Blocks.said(artifacts[0].summary["blocks"]).sequences_B
+    assert sizes_B.tolist() == [2] * 16
     for item in (
         None,
         {"loss": "reinforce"},
@@ -352,10 +356,11 @@ def test_the_prediction_is_the_step_of_the_optimizer(tried):
             ((name, value),) = asked_for(item)
             spec = InterventionSpec(name=name, value=value, seed=42)
         _, exact, _ = oracle(tried, spec)
-        products = predictions[spec.label]["products"]
-        for kind in KINDS:
+        for kind, product_B in predictions[spec.label]["products"].items():
             for half in (0, 1):
-                assert products[kind][half] == pytest.approx(exact[f"{kind}_{half}"], rel=1e-10)
+                mean = sum(product_B[half::2]) / 8
+                assert mean == pytest.approx(exact[f"{kind}_{half}"], rel=1e-10)
+            assert len(set(product_B)) == 16
 
 
 def test_the_run_as_it_is_agrees_with_the_sweep(tried):
@@ -405,26 +410,27 @@ def test_what_cannot_be_tried_is_refused_or_said():
             parse_config({"checkpoints": ["x"], "interventions": [item]})
 
 
-def screened(differences_IB: torch.Tensor, influence_IP: torch.Tensor) -> estimates.Screened:
+def screened(influence_IP: torch.Tensor) -> estimates.Screened:
     """Two kinds of which the second is 0, so that both normalisations are the first over a length of 1."""
-    B = differences_IB.shape[1]
-    product = torch.stack([differences_IB, torch.zeros_like(differences_IB)], 1)
     influence = torch.stack([influence_IP, torch.zeros_like(influence_IP)], 1)
-    ones_B = torch.ones(B, dtype=torch.float64)
-    halves = [{"sequences": B / 2, "H_tok": 1.0, "mean_length": 1.0}] * 2
-    labels = ["as it is", *(f"i{i}" for i in range(1, len(product)))]
+    labels = ["as it is", *(f"i{i}" for i in range(1, len(influence)))]
+    product = torch.zeros(len(labels), 2, 2).double()
+    ones_I = torch.ones(len(labels)).double()
+    halves = [{"sequences": 8, "H_tok": 1.0, "mean_length": 1.0}] * 2
+    influence_IKHP = influence.unsqueeze(2).expand(-1, -1, 2, -1)
     return estimates.Screened(
-        labels,
-        [False] * len(labels),
-        product,
-        product,
-        torch.ones(len(labels)).double(),
-        torch.ones(len(labels)).double(),
-        product,
-        influence.unsqueeze(2).expand(-1, -1, 2, -1),
-        Blocks(ones_B, ones_B, ones_B),
-        halves,
+        labels, [False] * len(labels), product, product, ones_I, ones_I, product, influence_IKHP, halves
     )
+
+
+def predicted(of: estimates.Screened, differences_IB: torch.Tensor) -> estimates.Predicted:
+    """The same of the exact steps."""
+    ones_B = torch.ones(differences_IB.shape[1]).double()
+    along = {
+        label: torch.stack([of_one_B, torch.zeros_like(of_one_B)])
+        for label, of_one_B in zip(of.labels, differences_IB, strict=True)
+    }
+    return estimates.Predicted(along, Blocks(ones_B, ones_B, ones_B))
 
 
 def test_the_page_has_every_intervention_and_its_example_runs(tmp_path):
@@ -448,9 +454,11 @@ def test_intervals_and_verdicts():
     shift_I1 = torch.tensor([[0.0], [0.5], [0.01], [0.2]]).double()
     influence_IP = torch.zeros(4, 20).double()
     influence_IP[3] = torch.linspace(-0.2, 0.2, 20).double()
-    found = screened(base_B + shift_I1 + noise_IB * (torch.arange(4) > 0).view(-1, 1), influence_IP)
+    found = screened(influence_IP)
+    exact = predicted(found, base_B + shift_I1 + noise_IB * (torch.arange(4) > 0).view(-1, 1))
     settings = estimates.Settings(1.0, 0.95, 0.1, 20, fresh=False)
-    rows = estimates.with_verdicts(estimates.screen_rows(found, settings, "per_sequence"), "as it is", -1.0, settings)
+    of_steps = estimates.predict_rows(found, exact, settings, "per_sequence")
+    rows = estimates.with_verdicts(of_steps, "as it is", -1.0, settings)
     by_label = {row["intervention"]: row for row in rows}
     assert {name: row["verdict"] for name, row in by_label.items()} == {
         "as it is": "as it is",
@@ -462,10 +470,13 @@ def test_intervals_and_verdicts():
     assert by_label["i1"]["p_holm"] == pytest.approx(3 * by_label["i1"]["p_value"])
     for row in rows[:3]:
         assert row["low"] < row["difference"] < row["high"]
-    fresh = estimates.screen_rows(found, settings._replace(fresh=True), "per_sequence")
-    assert {row["verdict"] for row in estimates.with_verdicts(fresh, "as it is", -1.0, settings)[:-1]} == {
-        "cannot tell"
-    }
+    for unknown in (
+        estimates.predict_rows(found, exact, settings._replace(fresh=True), "per_sequence"),
+        estimates.screen_rows(found, settings, "per_sequence"),  # two halves of E are too few for an error over it
+    ):
+        said = [row["verdict"] for row in estimates.with_verdicts(unknown, "as it is", -1.0, settings)]
+        assert sorted(said) == ["as it is", *["cannot tell"] * 3]
+        assert all(row["low"] is None and row["se"] is None for row in unknown)
 
 
 def test_an_interval_covers_and_a_null_rarely_acts():
@@ -478,7 +489,8 @@ def test_an_interval_covers_and_a_null_rarely_acts():
         blocks_B = 0.1 * torch.randn(16, generator=generator, dtype=torch.float64)
         difference_IB = torch.stack([torch.zeros(16).double(), prompts_P.sum() + blocks_B])
         influence_IP = torch.stack([torch.zeros(32).double(), prompts_P])
-        rows = estimates.screen_rows(screened(difference_IB, influence_IP), settings, "per_sequence")
+        found = screened(influence_IP)
+        rows = estimates.predict_rows(found, predicted(found, difference_IB), settings, "per_sequence")
         row = next(r for r in estimates.with_verdicts(rows, "as it is", -1.0, settings) if r["intervention"] == "i1")
         inside += row["low"] <= 0 <= row["high"]
         acts += row["verdict"] == "acts"
@@ -491,26 +503,36 @@ def test_the_interaction_is_what_the_halves_of_e_do_not_share():
     shared_P, *own_2P = torch.randn(3, 32, generator=generator, dtype=torch.float64) / 32
     halves_2P = torch.stack([shared_P + own_P for own_P in own_2P])
     difference_IB = torch.stack([torch.zeros(16).double(), torch.linspace(-1, 1, 16).double()])
-    found = screened(difference_IB, torch.zeros(2, 32).double())
     influence_IKHP = torch.zeros(2, 2, 2, 32).double()
     influence_IKHP[1, 0] = halves_2P
+    found = screened(torch.zeros(2, 32).double())._replace(influence_IKHP=influence_IKHP)
     settings = estimates.Settings(0.5, 0.95, 1e-9, 32, fresh=False)
-    row = estimates.screen_rows(found._replace(influence_IKHP=influence_IKHP), settings, "per_sequence")[1]
+    row = estimates.predict_rows(found, predicted(found, difference_IB), settings, "per_sequence")[1]
     both, covariance = 32 * halves_2P.mean(0).var(), 32 * halves_2P.cov()[0, 1]
     assert row["se_over_u"] ** 2 == pytest.approx(0.25 * float(covariance))
     assert row["se_interaction"] ** 2 == pytest.approx(0.25 * float(both - covariance)) and both > covariance
     error = estimates.Error(row["se_over_e"], 15.0)
     measured = {"as it is": (0.0, 0.0, error), "i1": (0.1, 0.1, error)}
-    again = estimates.measure_rows(found._replace(influence_IKHP=influence_IKHP), measured, settings, "per_sequence")
+    again = estimates.measure_rows(found, measured, settings, "per_sequence")
     assert again[1]["se_interaction"] == pytest.approx(row["se_interaction"])
 
 
-def test_the_sensitivities_add_up_to_those_of_all_of_e(tried):
-    (of_blocks,) = tried.run.artifacts("block-sensitivities")
-    (of_u,) = tried.run.artifacts("first-order-u")
-    blocks = of_blocks.summary["blocks"]
-    sizes = torch.tensor([block["sequences"] for block in blocks]).double()
-    for kind, pairs in read_sensitivities(of_blocks).items():
-        for name, stacked in zip(("logprob", "entropy"), zip(*pairs, strict=True), strict=True):
-            whole_K = of_u.tensors("sensitivities.safetensors")[f"preconditioned/{kind}/{name}"]
-            torch.testing.assert_close(sizes @ torch.stack(stacked) / sizes.sum(), whole_K, rtol=1e-9, atol=1e-12)
+def test_the_sensitivities_on_the_second_half_are_those_of_its_gradient(tried):
+    """They are what the first half leaves of all of E, and forward mode along the second half gives the same."""
+    (of_halves,) = tried.run.artifacts("half-sensitivities")
+    inputs = tried.run.inputs("half-sensitivities")
+    processor, update = processor_of(inputs["policy"], tried.run.execution), inputs["update"]
+    parameters, clip = processor.policy.named_parameters(), update.summary["clip_factor"]
+    blocks = in_blocks(parameters)
+
+    def stored(artifact, name):
+        return {block: artifact.vector(name).block(block).double() for block in blocks}
+
+    step = OptimizerStep(inputs["checkpoint"], tried.run.execution, parameters, stored(update, "gradient"), clip)
+    shards = [read_sequences(shard) for shard in inputs["sequences"]]
+    for kind, pairs in read_sensitivities(of_halves).items():
+        for half, pair in enumerate(pairs):
+            covector = step.applied("preconditioned", stored(inputs["gradient"], f"{kind}_{half}"))
+            expected = token_sensitivities(processor, shards, times(clip, covector))
+            for found_K, expected_K in zip(pair, expected, strict=True):
+                torch.testing.assert_close(found_K, expected_K, rtol=1e-9, atol=1e-12)

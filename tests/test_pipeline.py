@@ -102,7 +102,7 @@ def test_every_stage_ran_once_per_shard(first):
     # central differences, a KL term, weights in shards, dropout, the price, interventions, the phase, a rehearsal, and
     # a recorded U
     unasked = {"calibrate", "score-u-reference", "load-weights", "dropout-u", "reward-e-batch", "price"}
-    unasked |= {"block-sensitivities", "screen", "predict", "altered-step", "interventions", "phase-step", "phase"}
+    unasked |= {"half-sensitivities", "screen", "predict", "altered-step", "interventions", "phase-step", "phase"}
     unasked |= {"rehearsal-step", "rehearsal"}
     unasked |= {"recorded-u-batch", "real-step", "post-mortem", "reward-gradient", "reward-shares-u"}
     assert set(first.run.computed) == {stage.name for stage in catalogue.STAGES} - unasked

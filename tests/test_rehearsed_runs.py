@@ -167,8 +167,8 @@ def test_the_first_step_is_that_of_the_sweep_bit_for_bit(rehearsed: Probe):
     for name, of, _ in rehearsed.run.asked:
         for spec in of["interventions"] if name == "predict" else ():
             if spec.label in LABELS[1:]:
-                given = {key: value for key, value in of.items() if "gradient" not in key and key != "interventions"}
-                altered = given | {"intervention": spec}
+                shared = ("policy", "scores_u", "discriminators_u", "checkpoint", "update", "sensitivities")
+                altered = {key: of[key] for key in shared} | {"sequences": of["sequences_u"], "intervention": spec}
                 one = rehearsed.run.store.run(catalogue.ALTERED_STEP, rehearsed.run.execution, altered)
                 expected[spec.label] = one.vector("direction")
     assert set(expected) == set(LABELS)

@@ -31,37 +31,51 @@ class Screened(NamedTuple):
     Args:
         labels: of the interventions.
         second_half: whether each is judged on the second half of E only.
-        product_IKB: ⟨∇, v'⟩ by intervention, kind and block of E, float64; NaN where the screen cannot tell.
-        gradient_IKB: the part of the gradient in it.
+        product_IKH: ⟨∇, v'⟩ by intervention, kind and half of E, float64; NaN where the screen cannot tell.
+        gradient_IKH: the part of the gradient in it.
         clip_I: the clip factor that is in both.
         saturation_I: the factor of the part of the gradient once the momentum is saturated; NaN where there is none.
-        kept_on_IKB: the same once momentum is that of the changed gradient.
+        kept_on_IKH: the same once momentum is that of the changed gradient.
         influence_IKHP: of each prompt of U on `product`, with ∇ of each half of E, float64.
-        blocks: the blocks of E.
         halves: number of sequences, entropy and length of both halves of E, as of entropy-gradient.
     """
 
     labels: Sequence[str]
     second_half: Sequence[bool]
-    product_IKB: Tensor
-    gradient_IKB: Tensor
+    product_IKH: Tensor
+    gradient_IKH: Tensor
     clip_I: Tensor
     saturation_I: Tensor
-    kept_on_IKB: Tensor
+    kept_on_IKH: Tensor
     influence_IKHP: Tensor
-    blocks: Blocks
     halves: Sequence[Mapping[str, Any]]
 
     def clipped(self, clip_I: Tensor) -> "Screened":
         """The same with other clip factors of the gradients."""
         factor_I11 = (clip_I / self.clip_I).view(-1, 1, 1)
         return self._replace(
-            product_IKB=self.product_IKB + (factor_I11 - 1.0) * self.gradient_IKB,
-            gradient_IKB=factor_I11 * self.gradient_IKB,
+            product_IKH=self.product_IKH + (factor_I11 - 1.0) * self.gradient_IKH,
+            gradient_IKH=factor_I11 * self.gradient_IKH,
             clip_I=clip_I,
-            kept_on_IKB=self.kept_on_IKB + (factor_I11 - 1.0) * self.saturation_I.view(-1, 1, 1) * self.gradient_IKB,
+            kept_on_IKH=self.kept_on_IKH + (factor_I11 - 1.0) * self.saturation_I.view(-1, 1, 1) * self.gradient_IKH,
             influence_IKHP=factor_I11.unsqueeze(-1) * self.influence_IKHP,
         )
+
+    def tells(self, i: int) -> bool:
+        """Whether the screen can tell of an intervention."""
+        return not bool(self.product_IKH[i].isnan().any())
+
+
+class Predicted(NamedTuple):
+    """⟨∇, v'⟩ of the exact step under some interventions, on blocks of E, the even ones of which are its first half.
+
+    Args:
+        along: by label, float64 [kinds, blocks].
+        blocks: the blocks.
+    """
+
+    along: Mapping[str, Tensor]
+    blocks: Blocks
 
 
 class OverU(NamedTuple):
@@ -94,49 +108,33 @@ class Settings(NamedTuple):
     fresh: bool
 
 
-def halves_of(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Join the even and the odd blocks to the two halves of E."""
-    halves = []
-    for part in (blocks[::2], blocks[1::2]):
-        H_tok, mean_length = entropy_and_length(part)
-        sequences = sum(block["sequences"] for block in part)
-        halves.append({"sequences": sequences, "H_tok": H_tok, "mean_length": mean_length})
-    return halves
-
-
 def screen_rows(screened: Screened, settings: Settings, normalization: Normalization) -> list[Row]:
-    """One row for each intervention that the screen can tell of, the run as it is included."""
+    """One row for each intervention that the screen can tell of, the run as it is included.
+
+    Two halves of E are too few for an error over E: there is no interval, and no verdict but *cannot tell*.
+    """
     found = []
     for i, label in enumerate(screened.labels):
-        if screened.product_IKB[i].isnan().any():
+        if not screened.tells(i):
             continue
-        value, difference, halves = _on_e(screened, screened.product_IKB, i, normalization)
-        kept, kept_difference, _ = _on_e(screened, screened.kept_on_IKB, i, normalization)
-        row = {"intervention": label, "level": "screen", "delta_h1": value.value * settings.eta, "delta_h": None}
+        value, difference, by_half = _on_halves(screened, screened.product_IKH, i, normalization)
+        row = {"intervention": label, "level": "screen", "delta_h1": value * settings.eta, "delta_h": None}
         over_u = _over_u(screened, i, settings, normalization)
-        row |= _paired(difference.value, Error(*difference[1:]), over_u, settings)
-        row |= {f"difference_half_{half}": x.value * settings.eta for half, x in enumerate(halves)}
-        row |= {"p_half_1": _p_value(halves[1].value, Error(*halves[1][1:]))}
-        row |= {"kept_on_delta_h1": _scaled(kept.value, settings.eta)}
-        row |= {"kept_on_difference": _scaled(kept_difference.value, settings.eta)}
+        row |= _paired(difference, Error(math.nan, 1.0), over_u, settings)
+        row |= {f"difference_half_{half}": x * settings.eta for half, x in enumerate(by_half)}
+        row |= {"p_half_1": None} | _kept_on(screened, i, settings, normalization)
         found.append(row)
     return found
 
 
 def predict_rows(
-    screened: Screened,
-    predicted: Mapping[str, Mapping[str, Sequence[float]]],
-    settings: Settings,
-    normalization: Normalization,
+    screened: Screened, predicted: Predicted, settings: Settings, normalization: Normalization
 ) -> list[Row]:
     """One row for each intervention whose exact step was taken.
 
-    The error over E of the difference is that of the screen, and that of what the exact step adds to it, from the two
-    halves of E; the error over U is that of the screen.
-
     Args:
-        screened: what the screen says, with the clip factors of the exact steps.
-        predicted: ⟨∇, v'⟩ by label and kind, one for each half of E.
+        screened: what the screen says, with the clip factors of the exact steps, for the error over U.
+        predicted: what the exact steps say, the first of which is that of the run as it is.
         settings: how rows are made.
         normalization: per token or per sequence.
 
@@ -144,29 +142,22 @@ def predict_rows(
         The rows.
     """
     found = []
-    base_KH = _of_halves(predicted[screened.labels[0]])
-    for label, products in predicted.items():
+    run_KB = next(iter(predicted.along.values()))
+
+    def on(along_KB: Tensor, chosen: slice) -> FromBlocks:
+        return block_estimates.derivative(along_KB[:, chosen], predicted.blocks.part(chosen), normalization)
+
+    for label, along_KB in predicted.along.items():
         i = screened.labels.index(label)
-        along_KH = _of_halves(products)
-        difference_KH = along_KH - base_KH
-        screens = not screened.product_IKB[i].isnan().any()
-        _, of_screen, halves = _on_e(screened, screened.product_IKB, i, normalization)
-        value = _from_halves(along_KH, screened.halves, normalization)
-        by_half = [_from_half(difference_KH, screened.halves, half, normalization) for half in (0, 1)]
-        second = screened.second_half[i]
-        difference = by_half[1] if second else _from_halves(difference_KH, screened.halves, normalization)
-        beyond = [x - halves[half].value if screens else x for half, x in enumerate(by_half)]
-        added = Error(abs(beyond[0] - beyond[1]) / (2**0.5 if second else 2), 1.0)
-        over_e = combined([Error(*of_screen[1:]), added]) if screens else added
-        row = {"intervention": label, "level": "predict", "delta_h1": value * settings.eta, "delta_h": None}
-        over_u = _over_u(screened, i, settings, normalization) if screens else None
-        row |= _paired(difference, over_e, over_u, settings)
-        row |= {f"difference_half_{half}": x * settings.eta for half, x in enumerate(by_half)}
-        row |= {"p_half_1": _p_value(by_half[1], combined([Error(*halves[1][1:]), added])) if screens else None}
-        kept, kept_difference, _ = _on_e(screened, screened.kept_on_IKB, i, normalization)
-        row |= {"kept_on_delta_h1": _scaled(kept.value, settings.eta)}
-        row |= {"kept_on_difference": _scaled(kept_difference.value, settings.eta)}
-        found.append(row)
+        by_half = [on(along_KB - run_KB, slice(half, None, 2)) for half in (0, 1)]
+        judged = slice(1, None, 2) if screened.second_half[i] else slice(None)
+        value, difference = on(along_KB, judged), on(along_KB - run_KB, judged)
+        row = {"intervention": label, "level": "predict", "delta_h1": value.value * settings.eta, "delta_h": None}
+        over_u = _over_u(screened, i, settings, normalization) if screened.tells(i) else None
+        row |= _paired(difference.value, Error(*difference[1:]), over_u, settings)
+        row |= {f"difference_half_{half}": x.value * settings.eta for half, x in enumerate(by_half)}
+        row |= {"p_half_1": _p_value(by_half[1].value, Error(*by_half[1][1:]))}
+        found.append(row | _kept_on(screened, i, settings, normalization))
     return found
 
 
@@ -190,9 +181,8 @@ def measure_rows(
     found = []
     for label, (delta_h, difference, over_e) in measured.items():
         i = screened.labels.index(label)
-        screens = not screened.product_IKB[i].isnan().any()
         per_unit = settings._replace(eta=1.0)
-        over_u = _over_u(screened, i, settings, normalization) if screens else None
+        over_u = _over_u(screened, i, settings, normalization) if screened.tells(i) else None
         scaled = None if over_u is None else over_u.times(settings.eta)
         row = {"intervention": label, "level": "measure", "delta_h1": None, "delta_h": delta_h}
         row |= _paired(difference, over_e, scaled, per_unit)
@@ -241,17 +231,19 @@ def _verdict(row: Row, p_holm: float | None, margin: float, alpha: float) -> str
 
 def _paired(difference: float, over_e: Error, over_u: OverU | None, settings: Settings) -> Row:
     """The columns of a difference and its errors; those per unit step are multiplied by η."""
-    eta = settings.eta
-    row: Row = {"difference": difference * eta, "se_over_e": over_e.standard_error * eta}
+    eta, is_known = settings.eta, math.isfinite(over_e.standard_error)
+    row: Row = {"difference": difference * eta, "se_over_e": over_e.standard_error * eta if is_known else None}
     names = ("se_over_u", "se_interaction", "se", "degrees_of_freedom", "low", "high", "p_value", "detectable")
-    if over_u is None or not math.isfinite(over_e.standard_error):
-        return row | dict.fromkeys(names)
+    row |= dict.fromkeys(names)
+    if over_u is None:
+        return row
+    row |= {"se_over_u": over_u.error.standard_error * eta, "se_interaction": over_u.interaction * eta}
+    if not is_known:
+        return row
     both = combined([over_e, over_u.error])
     quantile = t_quantile(0.5 + settings.confidence_level / 2, both.degrees_of_freedom)
     error = both.standard_error * eta
     return row | {
-        "se_over_u": over_u.error.standard_error * eta,
-        "se_interaction": over_u.interaction * eta,
         "se": error,
         "degrees_of_freedom": both.degrees_of_freedom,
         "low": row["difference"] - quantile * error,
@@ -269,21 +261,23 @@ def _p_value(value: float, error: Error) -> float | None:
     return 2 * t_tail(abs(value) / error.standard_error, error.degrees_of_freedom)
 
 
-def _on_e(
-    screened: Screened, along_IKB: Tensor, i: int, normalization: Normalization
-) -> tuple[FromBlocks, FromBlocks, list[FromBlocks]]:
+def _on_halves(
+    screened: Screened, along_IKH: Tensor, i: int, normalization: Normalization
+) -> tuple[float, float, list[float]]:
     """δH₁ under an intervention, its difference from the run, and that on each half of E, per unit step."""
-    difference_KB = along_IKB[i] - along_IKB[0]
-    parts = [slice(half, None, 2) for half in (0, 1)]
-    halves = [
-        block_estimates.derivative(difference_KB[:, part], screened.blocks.part(part), normalization) for part in parts
-    ]
+    difference_KH = along_IKH[i] - along_IKH[0]
+    by_half = [_on_half(difference_KH, screened.halves, half, normalization) for half in (0, 1)]
     if screened.second_half[i]:
-        part = parts[1]
-        value = block_estimates.derivative(along_IKB[i][:, part], screened.blocks.part(part), normalization)
-        return value, halves[1], halves
-    value = block_estimates.derivative(along_IKB[i], screened.blocks, normalization)
-    return value, block_estimates.derivative(difference_KB, screened.blocks, normalization), halves
+        return _on_half(along_IKH[i], screened.halves, 1, normalization), by_half[1], by_half
+    value, difference = (_on_all(x_KH, screened.halves, normalization) for x_KH in (along_IKH[i], difference_KH))
+    return value, difference, by_half
+
+
+def _kept_on(screened: Screened, i: int, settings: Settings, normalization: Normalization) -> Row:
+    """The columns of the step that is kept on."""
+    value, difference, _ = _on_halves(screened, screened.kept_on_IKH, i, normalization)
+    columns = {"kept_on_delta_h1": value, "kept_on_difference": difference}
+    return {name: None if math.isnan(x) else x * settings.eta for name, x in columns.items()}
 
 
 def _over_u(screened: Screened, i: int, settings: Settings, normalization: Normalization) -> OverU | None:
@@ -304,20 +298,12 @@ def _over_u(screened: Screened, i: int, settings: Settings, normalization: Norma
     return OverU(Error(alone, float(len(whole_P) - 1)), interaction**0.5)
 
 
-def _of_halves(products: Mapping[str, Sequence[float]]) -> Tensor:
-    return torch.tensor(list(products.values()), dtype=torch.float64)
-
-
-def _from_halves(along_KH: Tensor, halves: Sequence[Mapping[str, Any]], normalization: Normalization) -> float:
+def _on_all(along_KH: Tensor, halves: Sequence[Mapping[str, Any]], normalization: Normalization) -> float:
     along = [of_all(halves, list(of_kind_H)) for of_kind_H in along_KH]
     return float(by_normalization(along, *entropy_and_length(halves))[normalization])
 
 
-def _from_half(along_KH: Tensor, halves: Sequence[Mapping[str, Any]], half: int, normalization: Normalization) -> float:
+def _on_half(along_KH: Tensor, halves: Sequence[Mapping[str, Any]], half: int, normalization: Normalization) -> float:
     of_half = halves[half]
     along = list(along_KH[:, half])
     return float(by_normalization(along, of_half["H_tok"], of_half["mean_length"])[normalization])
-
-
-def _scaled(value: float, eta: float) -> float | None:
-    return None if math.isnan(value) else value * eta

@@ -138,7 +138,9 @@ INTERVENTIONS = of_checkpoints(
             field("difference", REAL, NATS, "this change minus that of the run as it is, on the same E and U"),
             field("low", REAL, NATS, "lower end of the interval of the difference for the mean update"),
             field("high", REAL, NATS, "upper end of the interval of the difference for the mean update"),
-            field("se_over_e", REAL, NATS, "standard error of the difference for this update: over E"),
+            field(
+                "se_over_e", REAL, NATS, "standard error of the difference for this update: over E; null for a screen"
+            ),
             field("se_over_u", REAL, NATS, "standard error of the difference over U alone, for the mean update"),
             field("se_interaction", REAL, NATS, "E x U interaction of the difference, in se_over_e, not in se_over_u"),
             field("se", REAL, NATS, "standard error of the difference for the mean update: over E and over U"),

@@ -4,8 +4,8 @@ U is the update batch, K its number of tokens; a_k and b_k are sensitivities of 
 and ∇h_k.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from entropy_core.losses.spec import LossSpec
 from entropy_core.losses.token_weights import token_weights
 from entropy_core.numerics.altered_optimizer import Altered
 from entropy_core.numerics.functional import TokenPair
-from entropy_core.numerics.halves import KINDS, by_normalization, entropy_and_length
+from entropy_core.numerics.halves import HALVES, KINDS, by_normalization
 from entropy_core.numerics.interventions import Known, Terms, add_up, policy_terms, weighted
 from entropy_core.store.columns import TokenTable, read_tokens
 
@@ -63,7 +63,7 @@ def changed_by(
         update: artifact of compute-update.
         sequences: token table of the sequences of U.
         excess_K: S* − E_π[S*] of every token, nats.
-        sensitivities: artifact of block-sensitivities.
+        sensitivities: artifact of half-sensitivities.
 
     Yields:
         The changed loss and optimizer, in the order of the interventions.
@@ -116,29 +116,18 @@ def excess_of(scores: "Sequence[Artifact]", discriminators: "Artifact") -> tuple
 
 
 def read_sensitivities(sensitivities: "Artifact") -> dict[str, list[TokenPair]]:
-    """Sensitivities of every token of U by kind and block of E, float64 [K]."""
-    blocks = range(len(sensitivities.summary["blocks"]))
-    names = [f"{kind}/{block}/{of}" for kind in KINDS for block in blocks for of in ("logprob", "entropy")]
+    """Sensitivities of every token of U by kind and half of E, float64 [K]."""
+    names = [f"{kind}/{half}/{of}" for kind in KINDS for half in HALVES for of in ("logprob", "entropy")]
     table = read_tokens([sensitivities], *names, file="sensitivities.safetensors")
 
-    def pair(kind: str, block: int) -> TokenPair:
-        return TokenPair(*(table[f"{kind}/{block}/{of}"].double() for of in ("logprob", "entropy")))
+    def pair(kind: str, half: int) -> TokenPair:
+        return TokenPair(*(table[f"{kind}/{half}/{of}"].double() for of in ("logprob", "entropy")))
 
-    return {kind: [pair(kind, block) for block in blocks] for kind in KINDS}
-
-
-def averaged(blocks: Sequence[Mapping[str, Any]], pairs: Sequence[TokenPair]) -> TokenPair:
-    """The sensitivities on some blocks together."""
-    total = sum(block["sequences"] for block in blocks)
-    parts = [
-        [block["sequences"] / total * values_K for values_K in pair] for block, pair in zip(blocks, pairs, strict=True)
-    ]
-    return TokenPair(*(torch.stack(columns).sum(0) for columns in zip(*parts, strict=True)))
+    return {kind: [pair(kind, half) for half in HALVES] for kind in KINDS}
 
 
 def share_on_first_half(sensitivities: "Artifact", coefficients: TokenPair) -> Tensor:
     """What every token of U does to H_tok by the first half of E, nats per unit step, float64 [K]."""
-    blocks = sensitivities.summary["blocks"][::2]
-    by_kind = {kind: pairs[::2] for kind, pairs in read_sensitivities(sensitivities).items()}
-    shares = [coefficients.dot(averaged(blocks, by_kind[kind])) for kind in KINDS]
-    return by_normalization(shares, *entropy_and_length(blocks))["per_token"]
+    first = sensitivities.summary["halves"][0]
+    shares = [coefficients.dot(pairs[0]) for pairs in read_sensitivities(sensitivities).values()]
+    return by_normalization(shares, first["H_tok"], first["mean_length"])["per_token"]

@@ -4,8 +4,8 @@ A block gives a_b = ⟨∇H_seq, v⟩, l_b = ⟨∇L, v⟩, its entropy per toke
 with the numbers of sequences n_b as weights, and the spread of what is left without one block is the error over E.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ class Blocks(NamedTuple):
     sequences_B: Tensor
     H_tok_B: Tensor
     mean_length_B: Tensor
+
+    @classmethod
+    def said(cls, blocks: Sequence[Mapping[str, Any]]) -> "Blocks":
+        """From `sequences`, `H_tok` and `mean_length` of each."""
+        columns = ([block[name] for block in blocks] for name in ("sequences", "H_tok", "mean_length"))
+        return cls(*(torch.tensor(column, dtype=torch.float64) for column in columns))
 
     def part(self, chosen: slice) -> "Blocks":
         """Some of the blocks."""

@@ -2,7 +2,6 @@
 
 from entropy_core.pipeline import final_stages
 from entropy_core.stages.altered_step import altered_step
-from entropy_core.stages.block_sensitivities import block_sensitivities
 from entropy_core.stages.calibrate import calibrate
 from entropy_core.stages.compute_update import compute_update
 from entropy_core.stages.discriminate import discriminate
@@ -10,6 +9,7 @@ from entropy_core.stages.dropout_u import dropout_u
 from entropy_core.stages.entropy_gradient import entropy_gradient
 from entropy_core.stages.first_order_e import first_order_e
 from entropy_core.stages.first_order_u import first_order_u
+from entropy_core.stages.half_sensitivities import half_sensitivities
 from entropy_core.stages.half_steps_u import half_steps_u
 from entropy_core.stages.importance import importance
 from entropy_core.stages.load_checkpoint import load_checkpoint
@@ -54,9 +54,9 @@ HALF_STEPS_U = Stage("half-steps-u", half_steps_u, vectors=("update", "gradient"
 DROPOUT_U = Stage("dropout-u", dropout_u, vectors=("update", "gradient"))
 IMPORTANCE = Stage("importance", importance, vectors=("update",))
 PATH_INTEGRAL = Stage("path-integral", path_integral, vectors=("update",))
-BLOCK_SENSITIVITIES = Stage("block-sensitivities", block_sensitivities, vectors=("update",))
+HALF_SENSITIVITIES = Stage("half-sensitivities", half_sensitivities, vectors=("update", "gradient"))
 SCREEN = Stage("screen", screen)
-PREDICT = Stage("predict", predict, vectors=("gradient", "reward_gradient"))
+PREDICT = Stage("predict", predict, vectors=("reward_gradient",))
 ALTERED_STEP = Stage("altered-step", altered_step)
 PHASE_STEP = Stage("phase-step", phase_step, vectors=("previous",))
 REHEARSAL_STEP = Stage("rehearsal-step", rehearsal_step)

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from entropy_core.config.schema import ProbeConfig
 from entropy_core.losses.changed import AS_IT_IS
-from entropy_core.losses.interventions import InterventionSpec, not_applicable
+from entropy_core.losses.interventions import PUBLISHED, InterventionSpec, not_applicable
 from entropy_core.losses.spec import LossSpec
-from entropy_core.numerics.halves import by_normalization
+from entropy_core.numerics.block_estimates import Blocks, derivative
 from entropy_core.pipeline import catalogue as stage
 from entropy_core.pipeline.runner import Inputs
 from entropy_core.pipeline.specs import intervention_specs
@@ -17,12 +19,6 @@ from entropy_core.store.artifact import Artifact
 
 BLOCKS = 16
 """Blocks of E: fifteen degrees of freedom for the error over E, and seven in the half that judges what was selected."""
-
-
-TOGETHER = 12
-"""Interventions that are predicted in one stage: they share forward passes, and one that is added leaves the others in
-the store.
-"""
 
 
 class Batches(NamedTuple):
@@ -43,6 +39,7 @@ class StepAsItIs(NamedTuple):
     checkpoint: Artifact
     update: Artifact
     gradient: Artifact
+    first_order_u: Artifact
     learning_rate: float
     loss: LossSpec
     reward_gradient: Artifact | None = None
@@ -74,34 +71,34 @@ def tried(
         "scores_u": batches.scores_u,
         "discriminators_u": batches.discriminators_u,
     }
+    along_halves = {"gradient": step.gradient, "first_order_u": step.first_order_u, "sequences": batches.u}
     of_both = {"policy": step.policy, "checkpoint": step.checkpoint, "update": step.update}
-    of_e = {"sequences": batches.e, "scores": batches.scores, "responses_per_prompt": batches.together}
-    sensitivities = stages.once(
-        stage.BLOCK_SENSITIVITIES, of_both | of_e | {"sequences_u": batches.u, "blocks": BLOCKS}
-    )
-    of_u["sensitivities"] = sensitivities
+    of_u["sensitivities"] = stages.once(stage.HALF_SENSITIVITIES, of_both | along_halves)
+    release(step.gradient)
     screened = stages.once(stage.SCREEN, of_u | {"interventions": specs})
     tried_specs = [AS_IT_IS, *(spec for spec in specs if not not_applicable(step.loss, spec))]
-    exact = of_u | {"policy": step.policy, "sequences": batches.u}
     predicted: list[Inputs] = []
     if config.lab.predict == "all":
-        gradients = {"gradient": step.gradient, "reward_gradient": step.reward_gradient}
+        of_e = {"sequences": batches.e, "scores": batches.scores, "responses_per_prompt": batches.together}
+        exact = of_u | of_e | {"policy": step.policy, "sequences_u": batches.u, "blocks": BLOCKS}
+        exact["reward_gradient"] = step.reward_gradient
         together = in_groups(tried_specs)
-        inputs = [exact | gradients | {"interventions": specs_of_one} for specs_of_one in together]
+        inputs = [exact | {"interventions": specs_of_one} for specs_of_one in together]
         artifacts = stages.each(stage.PREDICT, inputs, [_suffix(specs_of_one) for specs_of_one in together])
         by_label = {
             spec.label: artifact for of_one, artifact in zip(together, artifacts, strict=True) for spec in of_one
         }
         predicted = [{"label": spec.label, "predicted": by_label[spec.label]} for spec in tried_specs]
-    for gradient in filter(None, (step.gradient, step.reward_gradient)):  # what is left needs only the steps
-        release(gradient)
+    if step.reward_gradient:
+        release(step.reward_gradient)  # what is left needs only the steps
+    altered = of_u | {"policy": step.policy, "sequences": batches.u}
     measured = []
     to_measure = chosen(config.lab.measure, tried_specs, screened, predicted)
     for spec in to_measure if len(to_measure) > 1 else ():
         label = f" · {spec.label}"
         moved_by = step.update
         if spec is not AS_IT_IS:
-            moved_by = stages.once(stage.ALTERED_STEP, exact | {"intervention": spec}, label)
+            moved_by = stages.once(stage.ALTERED_STEP, altered | {"intervention": spec}, label)
         moved = {"policy": step.policy, "update": moved_by, "eta": step.learning_rate}
         along = [moved | {"sequences": sequences} for sequences in batches.e]
         shards = stages.over_shards(stage.IMPORTANCE, along, label)
@@ -112,13 +109,15 @@ def tried(
 
 
 def in_groups(specs: Sequence[InterventionSpec]) -> list[list[InterventionSpec]]:
-    """Say which interventions are predicted together: up to `TOGETHER`; a function of the user's is on its own.
+    """Say which interventions are predicted together, in one stage, where they share passes over U and over E.
 
-    Its file is what the user edits, and the others are then in the store.
+    Those of `published` are, and the other named ones, so that one of these that is added leaves `published` in the
+    store. A function of the user's is on its own: its file is what the user edits.
     """
     named = [spec for spec in specs if not spec.source]
-    groups = [named[start : start + TOGETHER] for start in range(0, len(named), TOGETHER)]
-    return groups + [[spec] for spec in specs if spec.source]
+    known = [spec for spec in named if spec == AS_IT_IS or (spec.name, spec.value) in PUBLISHED]
+    others = [spec for spec in named if spec not in known]
+    return [group for group in (known, others) if group] + [[spec] for spec in specs if spec.source]
 
 
 def _suffix(specs: Sequence[InterventionSpec]) -> str:
@@ -145,10 +144,11 @@ def chosen(
         return [first]
     count = int(asked.removeprefix("best "))
     by_label = {entry["label"]: entry["first_half"] for entry in screened.summary.get("interventions", ())}
-    half: dict[str, float] = screened.summary.get("first_half", {})  # empty in a dry run that would screen anew
-    for entry in predicted if half else ():
-        if predictions := entry["predicted"].summary.get("predictions"):
-            along = [of_kind[0] for of_kind in predictions[entry["label"]]["products"].values()]
-            by_label[entry["label"]] = by_normalization(along, half["H_tok"], half["mean_length"])["per_token"]
+    for entry in predicted:
+        summary = entry["predicted"].summary
+        if predictions := summary.get("predictions"):  # not in a dry run that would predict anew
+            along_KB = torch.tensor(list(predictions[entry["label"]]["products"].values()), dtype=torch.float64)
+            first_half = Blocks.said(summary["blocks"][::2])
+            by_label[entry["label"]] = derivative(along_KB[:, ::2], first_half, "per_token").value
     others.sort(key=lambda spec: -by_label.get(spec.label, 0.0))
     return [first, *others[:count]]

@@ -117,7 +117,9 @@ class Measurement:
         if self.config.interventions:
             batches = Batches(e_batch, scores, u_batch, scores_u, discriminators_u, self.together)
             loss = loss_spec(self.config)
-            step = StepAsItIs(policy, self.optimizer, update, gradient, learning_rate, loss, reward_gradient)
+            step = StepAsItIs(
+                policy, self.optimizer, update, gradient, first_order_u, learning_rate, loss, reward_gradient
+            )
             self.asked_for["interventions"] = tried(self.config, batches, step, self.stages, self.release)
         else:
             self.release(gradient)

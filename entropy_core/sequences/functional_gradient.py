@@ -85,35 +85,35 @@ def scored_batch(
     return ScoredBatch(sequences, scores, totals, entropy_N, length_N, rewards)
 
 
-def functional_gradient(
+def functional_gradients(
     processor: SequenceProcessor,
     e_batch: ScoredBatch,
-    functional: Functional,
+    functionals: Sequence[Functional],
     chosen_N: Tensor,
-) -> dict[str, Tensor]:
-    """Compute ∇E[F] over a part of E.
+) -> list[dict[str, Tensor]]:
+    """Compute ∇E[F] of some functionals over a part of E, with forward passes that they share.
 
     Args:
         processor: the policy that sampled E.
         e_batch: E.
-        functional: F.
+        functionals: each F; its gradient takes 8 bytes per parameter.
         chosen_N: whether each sequence is in the part, bool [N].
 
     Returns:
-        The gradient by parameter name, float64.
+        The gradients by parameter name, float64.
     """
     model = processor.policy
-    gradient, count, start = model.new_accumulator(), int(chosen_N.sum()), 0
+    gradients, count, start = [model.new_accumulator() for _ in functionals], int(chosen_N.sum()), 0
     for batch, tokens in e_batch.shards():
         here_N = chosen_N[start : start + len(batch)]
         start += len(batch)
         here_K = torch.repeat_interleave(here_N, batch.lengths_N)
-        of_tokens = _coefficients(functional, tokens, e_batch.totals[functional])
-        weights = [values_K[here_K] / count for values_K in of_tokens]
+        of_tokens = [_coefficients(functional, tokens, e_batch.totals[functional]) for functional in functionals]
+        weights = [[values_K[here_K] / count for values_K in pair] for pair in of_tokens]
         for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
-            of_rows = Coefficients(*(values_K[index_K] for values_K in weights))
-            model.add_gradients(rows, [of_rows], processor.config.temperature, [gradient])
-    return gradient
+            of_rows = [Coefficients(*(values_K[index_K] for values_K in pair)) for pair in weights]
+            model.add_gradients(rows, of_rows, processor.config.temperature, gradients)
+    return gradients
 
 
 def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) -> Coefficients:

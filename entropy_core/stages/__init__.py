@@ -25,9 +25,9 @@ The step that the trainer took, if `post_mortem` is set:
 
 Interventions, if any are asked for:
 
-    E, U, compute-update ── block-sensitivities ── screen ──────────────────────────┐
-    U, entropy-gradient ─── predict (per intervention) ─────────────────────────────┼─ interventions ── report
-    U ── altered-step (per intervention that is measured) ── importance ────────────┘
+    U, entropy-gradient, first-order-u ── half-sensitivities ── screen ─────────────┐
+    E, U, half-sensitivities ── predict (interventions together) ───────────────────┼─ interventions ── report
+    U, half-sensitivities ── altered-step (each that is measured) ── importance ────┘
 
 The steps on one rollout, if `update.phase` is followed; each takes the last one as an input:
 

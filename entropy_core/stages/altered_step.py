@@ -50,7 +50,7 @@ def altered_step(
         discriminators_u: artifact of discriminate-u.
         checkpoint: artifact of load-checkpoint.
         update: artifact of compute-update, of which no vector is read.
-        sensitivities: artifact of block-sensitivities.
+        sensitivities: artifact of half-sensitivities.
         intervention: what is changed.
 
     Returns:

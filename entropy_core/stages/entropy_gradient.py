@@ -10,7 +10,7 @@ from entropy_core.numerics.functional import FUNCTIONALS
 from entropy_core.numerics.halves import HALVES
 from entropy_core.numerics.vectors import in_blocks
 from entropy_core.policy.spec import PolicySpec
-from entropy_core.sequences.functional_gradient import BASELINE, functional_gradient, scored_batch
+from entropy_core.sequences.functional_gradient import BASELINE, functional_gradients, scored_batch
 from entropy_core.sequences.processor import processor_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def entropy_gradient(
     for half in HALVES:
         mine_N = half_N == half
         for functional in FUNCTIONALS:  # one at a time saves memory and costs an extra forward pass
-            gradient = functional_gradient(processor, e_batch, functional, mine_N)
+            (gradient,) = functional_gradients(processor, e_batch, [functional], mine_N)
             _write(out, f"{functional.name}_{half}", gradient, dtype)
             del gradient  # before the next accumulator, which takes 8 bytes per parameter
         S_N, T_N = e_batch.entropy_N[mine_N], e_batch.length_N[mine_N]

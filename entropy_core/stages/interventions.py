@@ -9,14 +9,14 @@ from entropy_core.estimates import evaluation
 from entropy_core.estimates import interventions as estimates
 from entropy_core.estimates.batches import evaluation_batch, moved_batch
 from entropy_core.estimates.evaluation import EvaluationBatch
-from entropy_core.estimates.interventions import Row, Screened, Settings
+from entropy_core.estimates.interventions import Predicted, Row, Screened, Settings
 from entropy_core.estimates.price import NO_REWARD, OnE, difference_columns, reward_change
 from entropy_core.estimates.rows import change_of
 from entropy_core.estimates.tables import INTERVENTIONS, to_table
 from entropy_core.numerics.block_estimates import Blocks, Error
 from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.functional import REWARD
-from entropy_core.numerics.halves import HALVES
+from entropy_core.numerics.halves import KINDS
 from entropy_core.numerics.uncertainty import Estimate
 from entropy_core.store.columns import read_tokens
 
@@ -86,7 +86,6 @@ def interventions(
     settings = Settings(learning_rate, confidence_level, margin, informative, half_steps_u.summary["fresh"])
     screened = _screened(screen)
     predictions = {entry["label"]: entry["predicted"].summary["predictions"][entry["label"]] for entry in predicted}
-    products = {label: prediction["products"] for label, prediction in predictions.items()}
     clip_of = {label: prediction["clip_factor"] for label, prediction in predictions.items()}
     as_taken = screened
     if clip_of:
@@ -94,13 +93,13 @@ def interventions(
     known = [] if any(shard.summary["open"] for shard in rewards) else rewards
     batch = evaluation_batch(scores, first_order_e, baseline, units, known)[0] if measured else None
     changes = _changes(batch, scores, measured, learning_rate, normalizations, confidence_level) if batch else {}
-    of_reward = _predicted_rewards(predictions, screen.summary["blocks"], learning_rate)
+    of_reward = _predicted_rewards(predictions, screened.halves, learning_rate)
     rows: list[Row] = []
     for normalization in normalizations:
         of_screen = estimates.screen_rows(screened, settings, normalization)
         levels = [of_screen]
-        if products:
-            levels.append(estimates.predict_rows(as_taken, products, settings, normalization))
+        if predicted:
+            levels.append(estimates.predict_rows(as_taken, _exact(predicted), settings, normalization))
         if changes:
             of_measured = {label: found.of_entropy for label, found in changes[normalization].items()}
             levels.append(estimates.measure_rows(as_taken, of_measured, settings, normalization))
@@ -120,10 +119,10 @@ def interventions(
 
 
 def _predicted_rewards(
-    predictions: Mapping[str, Mapping[str, Any]], blocks: Sequence[Mapping[str, Any]], learning_rate: float
+    predictions: Mapping[str, Mapping[str, Any]], halves: Sequence[Mapping[str, Any]], learning_rate: float
 ) -> dict[str, Row]:
     """δJ₁ of the exact step under each intervention, and its difference from that of the run, by label."""
-    counts = [sum(block["sequences"] for block in blocks[half::2]) for half in HALVES]
+    counts = [half["sequences"] for half in halves]
     found: dict[str, float] = {}
     for label, prediction in predictions.items():
         if products := prediction["reward"]:
@@ -135,26 +134,29 @@ def _predicted_rewards(
 
 def _screened(screen: "Artifact") -> Screened:
     tensors, summary = screen.tensors("screen.safetensors"), screen.summary
-    blocks = summary["blocks"]
-    columns = (
-        torch.tensor([block[name] for block in blocks], dtype=torch.float64)
-        for name in ("sequences", "H_tok", "mean_length")
-    )
     return Screened(
         labels=[entry["label"] for entry in summary["interventions"]],
         second_half=[entry["on_second_half"] for entry in summary["interventions"]],
-        product_IKB=tensors["product"],
-        gradient_IKB=tensors["gradient"],
+        product_IKH=tensors["product"],
+        gradient_IKH=tensors["gradient"],
         clip_I=torch.tensor([entry["clip_factor"] for entry in summary["interventions"]], dtype=torch.float64),
         saturation_I=torch.tensor(
             [torch.nan if entry["kept_on"] is None else entry["kept_on"] for entry in summary["interventions"]],
             dtype=torch.float64,
         ),
-        kept_on_IKB=tensors["kept_on"],
+        kept_on_IKH=tensors["kept_on"],
         influence_IKHP=tensors["influence"],
-        blocks=Blocks(*columns),
-        halves=estimates.halves_of(blocks),
+        halves=summary["halves"],
     )
+
+
+def _exact(predicted: "Sequence[PredictedIntervention]") -> Predicted:
+    """What the exact steps say; all of them on the same blocks of E."""
+    along = {}
+    for entry in predicted:
+        products = entry["predicted"].summary["predictions"][entry["label"]]["products"]
+        along[entry["label"]] = torch.tensor([products[kind] for kind in KINDS], dtype=torch.float64)
+    return Predicted(along, Blocks.said(predicted[0]["predicted"].summary["blocks"]))
 
 
 class _Measured(NamedTuple):

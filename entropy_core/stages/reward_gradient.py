@@ -10,7 +10,7 @@ from entropy_core.numerics.functional import REWARD
 from entropy_core.numerics.halves import HALVES
 from entropy_core.numerics.vectors import in_blocks
 from entropy_core.policy.spec import PolicySpec
-from entropy_core.sequences.functional_gradient import functional_gradient, scored_batch
+from entropy_core.sequences.functional_gradient import functional_gradients, scored_batch
 from entropy_core.sequences.processor import processor_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def reward_gradient(
     e_batch = scored_batch(sequences, scores, rewards)
     half_N = e_batch.ids_N // responses_per_prompt % 2
     for half in HALVES:
-        gradient = functional_gradient(processor, e_batch, REWARD, half_N == half)
+        (gradient,) = functional_gradients(processor, e_batch, [REWARD], half_N == half)
         with out.vector(f"reward_{half}", {name: tuple(g.shape) for name, g in gradient.items()}, dtype) as file:
             for block, values in in_blocks(gradient).items():
                 file.write(block, values)

@@ -1,4 +1,4 @@
-"""screen: δH₁ under every intervention, with frozen denominators, from the sensitivities of U on the blocks of E."""
+"""screen: δH₁ under every intervention, with frozen denominators, from the sensitivities of U on both halves of E."""
 
 import math
 from collections.abc import Sequence
@@ -7,19 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from entropy_core.losses.changed import (
-    AS_IT_IS,
-    averaged,
-    changed_by,
-    excess_of,
-    influences_of,
-    read_sensitivities,
-)
+from entropy_core.losses.changed import AS_IT_IS, changed_by, excess_of, influences_of, read_sensitivities
 from entropy_core.losses.interventions import ON_HALF_OF_E, InterventionSpec, altered, not_applicable
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.adamw import AdamHyperparameters, clip_factor
 from entropy_core.numerics.altered_optimizer import Altered, Factors, kept_on, step_factors
-from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entropy_and_length
+from entropy_core.numerics.halves import HALVES, KINDS, by_normalization
 from entropy_core.numerics.rules import RULES
 
 if TYPE_CHECKING:
@@ -39,35 +32,35 @@ def screen(
     sensitivities: "Sensitivities",
     interventions: Sequence[InterventionSpec],
 ) -> dict[str, Any]:
-    """Compute ⟨∇H, v'⟩ of every intervention on every block of E. Costs dot products, and needs no policy.
+    """Compute ⟨∇H, v'⟩ of every intervention on each half of E. Costs dot products, and needs no policy.
 
     The denominators of the optimizer and the clip factor stay those of the run, unless the intervention sets it.
 
     Args:
         out: `screen.safetensors`: `product` and `kept_on` (⟨∇, v'⟩ of the first step, and of the step once momentum is
             that of the changed gradient), `gradient` (the part of the gradient in `product`; all of them [I, kinds,
-            blocks], NaN where the screen cannot tell) and `influence` (of each
-            prompt of U on `product`, [I, kinds, halves, P], with ∇ of each half of E). The first intervention is none.
+            halves], NaN where the screen cannot tell) and `influence` (of each prompt of U on `product`, [I, kinds,
+            halves, P]). The first intervention is none.
         execution: how functions of the user are called.
         checkpoint: artifact of load-checkpoint, for hyperparameters.
         update: artifact of compute-update, of which no vector is read.
         scores_u: shards of score-u-batch.
         discriminators_u: artifact of discriminate-u.
-        sensitivities: artifact of block-sensitivities.
+        sensitivities: artifact of half-sensitivities.
         interventions: what is tried.
 
     Returns:
         `interventions`: for each its label, whether it is judged on the second half of E only, the factor of the
         gradient's part once the momentum is saturated, the clip factor that is taken, and ⟨∇H_tok, v'⟩ by the first
-        half, 0 where the screen cannot tell; `skipped`: what cannot be tried, and why; `blocks`, as block-sensitivities
-        gave them; and entropy and length of the first half.
+        half, 0 where the screen cannot tell; `skipped`: what cannot be tried, and why; and `halves`, as of
+        half-sensitivities.
     """
-    blocks, of_u = sensitivities.summary["blocks"], read_sensitivities(sensitivities)
+    halves, of_u = sensitivities.summary["halves"], read_sensitivities(sensitivities)
     table, excess_K = excess_of(scores_u, discriminators_u)
     rules = {group["rule"] for group in checkpoint.json("groups.json")}
     groups = _groups(checkpoint) if rules == {"adamw"} else None
     spec = LossSpec(**update.summary["loss"])
-    in_halves = [averaged(blocks[half::2], of_u[kind][half::2]) for kind in KINDS for half in HALVES]
+    in_halves = [pair for pairs in of_u.values() for pair in pairs]
     asked = [AS_IT_IS, *interventions]
     reasons = [not_applicable(spec, one) or _not_adamw(altered(one), rules) for one in asked]
     named = [(one.label, reason) for one, reason in zip(asked, reasons, strict=True)]
@@ -84,39 +77,31 @@ def screen(
         saturated = kept_on([(changed.altered.of(group), t) for group, t in groups]) if groups else None
         of_kinds: list[list[Tensor]] = [[], [], []]
         for kind in KINDS:
-            gradient_B = torch.stack([changed.coefficients.dot(pair).sum() for pair in of_u[kind]])
-            parts = [block[kind] for block in blocks]
-            of_kinds[0].append(_of_blocks(gradient_B, parts, factors))
-            of_kinds[1].append(_of_blocks(gradient_B, parts, _saturated(factors, saturated)))
-            of_kinds[2].append(gradient_B * (factors.gradient if factors else torch.nan))
+            gradient_H = torch.stack([changed.coefficients.dot(pair).sum() for pair in of_u[kind]])
+            parts = [half[kind] for half in halves]
+            of_kinds[0].append(_of_halves(gradient_H, parts, factors))
+            of_kinds[1].append(_of_halves(gradient_H, parts, _saturated(factors, saturated)))
+            of_kinds[2].append(gradient_H * (factors.gradient if factors else torch.nan))
         for into, of_kind in zip((products, kept, gradients), of_kinds, strict=True):
             into.append(torch.stack(of_kind))
         prompts = update.summary["prompts"]
         of_pairs = [x_N.view(prompts, -1).sum(1) for x_N in influences_of(changed, in_halves, execution)]
         gradient = factors.gradient if factors else torch.nan
         influences.append(gradient * torch.stack(of_pairs).view(len(KINDS), len(HALVES), -1))
-        by_half = _on(products[-1][:, ::2], blocks[::2])
+        on_first = by_normalization(list(products[-1][:, 0]), halves[0]["H_tok"], halves[0]["mean_length"])
+        first_half = float(on_first["per_token"])
         tried.append(
             {
                 "label": intervention.label,
                 "on_second_half": intervention.name in ON_HALF_OF_E,
                 "kept_on": saturated,
                 "clip_factor": _clip_factor(changed.altered, update.summary),
-                "first_half": 0.0 if math.isnan(by_half) else by_half,
+                "first_half": 0.0 if math.isnan(first_half) else first_half,
             }
         )
     columns = {"product": products, "gradient": gradients, "kept_on": kept, "influence": influences}
     out.tensors({name: torch.stack(column) for name, column in columns.items()}, "screen.safetensors")
-    H_tok, mean_length = entropy_and_length(blocks[::2])
-    first_half = {"H_tok": H_tok, "mean_length": mean_length}
-    return {"interventions": tried, "skipped": skipped, "blocks": blocks, "first_half": first_half}
-
-
-def _on(along_KB: Tensor, blocks: Sequence[dict[str, Any]]) -> float:
-    """⟨∇H_tok, v'⟩ on some blocks together."""
-    total = sum(block["sequences"] for block in blocks)
-    share_B = torch.tensor([block["sequences"] / total for block in blocks], dtype=torch.float64)
-    return float(by_normalization(list(along_KB @ share_B), *entropy_and_length(blocks))["per_token"])
+    return {"interventions": tried, "skipped": skipped, "halves": halves}
 
 
 def _groups(checkpoint: "Checkpoint") -> list[tuple[AdamHyperparameters, int]]:
@@ -158,12 +143,12 @@ def _saturated(factors: Factors | None, saturated: float | None) -> Factors | No
     return factors._replace(gradient=factors.gradient * saturated, momentum=0.0)
 
 
-def _of_blocks(gradient_B: Tensor, blocks: Sequence[dict[str, float]], factors: Factors | None) -> Tensor:
-    """⟨∇, v'⟩ on every block, float64 [B]."""
+def _of_halves(gradient_H: Tensor, halves: Sequence[dict[str, float]], factors: Factors | None) -> Tensor:
+    """⟨∇, v'⟩ on each half, float64 [halves]."""
     if factors is None:
-        return torch.full_like(gradient_B, torch.nan)
-    total_B = factors.gradient * gradient_B
+        return torch.full_like(gradient_H, torch.nan)
+    total_H = factors.gradient * gradient_H
     for part in ("momentum", "decay", "rounding"):
-        of_part_B = torch.tensor([block[part] for block in blocks], dtype=torch.float64)
-        total_B = total_B + getattr(factors, part) * of_part_B
-    return total_B
+        of_part_H = torch.tensor([half[part] for half in halves], dtype=torch.float64)
+        total_H = total_H + getattr(factors, part) * of_part_H
+    return total_H

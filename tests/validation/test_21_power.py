@@ -19,7 +19,7 @@ from torch import Tensor
 from entropy_core.estimates import interventions as estimates
 from entropy_core.estimates import power
 from entropy_core.estimates.intervals import Randomness, intervals
-from entropy_core.estimates.interventions import Screened, Settings
+from entropy_core.estimates.interventions import Predicted, Screened, Settings
 from entropy_core.estimates.power import Components, Size, TTest
 from entropy_core.losses.apart import token_coefficients
 from entropy_core.numerics import half_samples, interventions, ragged, uncertainty
@@ -184,7 +184,7 @@ def of_step(population: Population, kind: Kind, e_N: Tensor, u_P: Tensor) -> Dra
 
 
 def of_difference(population: Population, kind: Kind, e_N: Tensor, u_P: Tensor) -> Drawn:
-    """The row of interventions.parquet, at the level of the screen."""
+    """The row of interventions.parquet, of an exact step."""
     along_KRP = population.difference_KRP[:, :, u_P]
     along_KR = along_KRP.mean(2)
     of_blocks = [e_N[block::BLOCKS] for block in range(BLOCKS)]
@@ -192,20 +192,19 @@ def of_difference(population: Population, kind: Kind, e_N: Tensor, u_P: Tensor) 
     product_KB = torch.stack([along_KR @ population.shares(of_block) for of_block in of_blocks], 1)
     half_HR = torch.stack([population.shares(torch.cat(of_blocks[half::2])) for half in (0, 1)])
     influence_KHP = torch.einsum("hr,krp->khp", half_HR, along_KRP) / len(u_P)
-    of_both = [torch.stack([torch.zeros_like(x), x]) for x in (product_KB, influence_KHP)]
-    ones_I = torch.ones(2, dtype=torch.float64)
-    columns = (torch.tensor([b[name] for b in blocks]).double() for name in ("sequences", "H_tok", "mean_length"))
-    products = of_both[0]
+    ones_I, unused_IKH = torch.ones(2, dtype=torch.float64), torch.zeros(2, 2, 2, dtype=torch.float64)
+    halves = [population.on(share_R, len(e_N[half::2])) for half, share_R in enumerate(half_HR)]
     screened = Screened(
         ["as it is", "other"],
         [False, False],
-        *(products, products, ones_I, ones_I, products, of_both[1]),
-        Blocks(*columns),
-        estimates.halves_of(blocks),
+        *(unused_IKH, unused_IKH, ones_I, ones_I, unused_IKH),
+        torch.stack([torch.zeros_like(influence_KHP), influence_KHP]),
+        halves,
     )
+    predicted = Predicted({"as it is": torch.zeros_like(product_KB), "other": product_KB}, Blocks.said(blocks))
     informative = max(half_samples.FEWEST, int(population.informative_P[u_P].sum()))
     settings = Settings(1.0, TEST.confidence_level, 1e-12, informative, fresh=False)
-    row = estimates.screen_rows(screened, settings, "per_token")[1]
+    row = estimates.predict_rows(screened, predicted, settings, "per_token")[1]
     if not kind.this_update:
         along_KR = population.difference_KRP.mean(2)
 
