@@ -13,7 +13,18 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks import interventions, model_shape, passes, sampling, scale, shards, time_to_error, vectors, workers
+from benchmarks import (
+    interventions,
+    model_shape,
+    passes,
+    samplers,
+    sampling,
+    scale,
+    shards,
+    time_to_error,
+    vectors,
+    workers,
+)
 from benchmarks.common import Row
 from benchmarks.device.page import section
 
@@ -31,6 +42,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "orchestration": scale.orchestration,
     "time_to_error": time_to_error.time_to_error,
     "time_to_error_smollm2": time_to_error.time_to_error_smollm2,
+    "samplers": samplers.samplers,
     "interventions": interventions.interventions,
 }
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from entropy_core.config.read import load_config, parse_config
 from entropy_core.demo.run import main as make_demo_run
 from entropy_core.estimates import rows as estimates
 from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
+from entropy_core.execution import Execution
 from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.uncertainty import entropy_derivative
@@ -70,13 +71,24 @@ class _Enough(Exception):
     """The rest of the stages is not needed."""
 
 
+class UntilUpdate(NamedTuple):
+    """The artifacts of the last checkpoint up to the update, by stage; its policy, and how more is run on it."""
+
+    artifacts: dict[str, list[Artifact]]
+    checkpoint: str
+    policy: PolicySpec
+    learning_rate: float
+    execution: Execution
+    run: Runner
+
+
 def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as store:
         values = values | {"execution": {"artifacts": store}, "importance": {"etas": [1], "estimators": ["snis"]}}
-        found, spec, execution = _artifacts(values)
-        processor = processor_of(spec, execution)
+        update = until_update(values)
+        found, processor = update.artifacts, processor_of(update.policy, update.execution)
         policy, batch = processor.policy, read_sequences(found["sample-e-batch"][0])
-        learning_rate = found["load-checkpoint"][0].summary["learning_rate"]
+        learning_rate = update.learning_rate
         v = dict(found["compute-update"][0].vector("direction"))
 
         def ours(batch: BatchedSequences) -> dict[Any, Any]:
@@ -134,8 +146,8 @@ def _why(ours: Run, theirs: Run, batch: BatchedSequences) -> str:
     return f"{found}; both recipes take the trunk over prompts of {prompt:.0f} tokens and answers of {response:.0f}"
 
 
-def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], PolicySpec, Any]:
-    """The artifacts of the last checkpoint up to the update, by stage; its policy, and how it is executed."""
+def until_update(values: dict[str, Any]) -> UntilUpdate:
+    """Run the stages of the last checkpoint up to the update."""
     config = parse_config(values)
     checkpoint = preflight(config)[-1]
     execution = execution_for(config, [checkpoint])
@@ -153,7 +165,8 @@ def _artifacts(values: dict[str, Any]) -> tuple[dict[str, list[Artifact]], Polic
     measurement = Measurement(config, checkpoint, load_checkpoint(config, checkpoint, run), pools, run)
     with suppress(_Enough):
         measurement.variance_inputs()
-    return found, measurement.policy, execution
+    learning_rate = found["load-checkpoint"][0].summary["learning_rate"]
+    return UntilUpdate(found, checkpoint.name, measurement.policy, learning_rate, execution, Runner(plain))
 
 
 def _errors(found: dict[str, Any], learning_rate: float) -> Iterator[tuple[str, float, float]]:

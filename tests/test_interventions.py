@@ -45,6 +45,7 @@ from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
 from entropy_core.sequences.token_sensitivities import token_sensitivities
 from entropy_core.stages import predict
+from entropy_core.store.artifact import Writer
 
 PAGE = Path(__file__).parents[1] / "docs" / "interventions.md"
 TRIED = [
@@ -323,7 +324,7 @@ def test_the_screen_is_exact_for_frozen_denominators(tried):
                 assert found == pytest.approx(frozen[f"{kind}_{half}"], rel=1e-10)
 
 
-def test_a_prediction_beside_others_is_the_one_alone_bit_for_bit(tried, monkeypatch):
+def test_a_prediction_beside_others_is_the_one_alone_bit_for_bit(tried, monkeypatch, tmp_path):
     """Those of `published` are together, the other named ones too; and a function of the user's is alone."""
     monkeypatch.setattr(taken_step, "GRADIENT_BYTES", 0)  # room for one at a time
     monkeypatch.setattr(predict, "STEP_BYTES", 0)
@@ -331,7 +332,8 @@ def test_a_prediction_beside_others_is_the_one_alone_bit_for_bit(tried, monkeypa
     asked = [inputs for name, inputs, _ in tried.run.asked if name == "predict"]
     assert [len(inputs["interventions"]) for inputs in asked] == [9, 9, 1]
     for inputs, artifact in zip(asked, tried.run.artifacts("predict"), strict=True):
-        assert predict.predict(None, tried.run.execution, **inputs) == artifact.summary
+        assert predict.predict(Writer(tmp_path), tried.run.execution, **inputs) == artifact.summary
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_the_prediction_is_the_step_of_the_optimizer(tried):

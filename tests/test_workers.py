@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ import psutil
 import pytest
 import torch
 from pipeline_fixtures import call_here, make_run, skip_figures
-from worker_fixtures import Start, compute_here, die, sleep, swept
+from worker_fixtures import Start, compute_here, die, inputs_of, sleep, swept
 
 from entropy_core.config.schema import ExecutionConfig
-from entropy_core.errors import CheckpointError, ConfigError, ProbeError, StoreError
+from entropy_core.errors import ConfigError, ProbeError, StoreError
 from entropy_core.execution import Execution
 from entropy_core.pipeline import catalogue
-from entropy_core.pipeline.threads import Abandoned, Threads
-from entropy_core.policy.spec import PolicySpec
-from entropy_core.store.artifact import Artifact
+from entropy_core.pipeline.threads import Threads
 from entropy_core.store.store import Store
 from entropy_core.workers import pool, shared_store
 from entropy_core.workers.choice import environments_of, workers_of
@@ -66,11 +63,6 @@ def test_what_is_there_needs_no_worker(run, alone):
 # --- what dies -------------------------------------------------------------------------------------------------------
 
 
-def inputs_of(root: Path, policy: str = "a") -> dict[str, Any]:
-    spec = PolicySpec(weights=policy, dtype="float32", attn_implementation="eager", temperature=1.0)
-    return {"policy": spec, "sequences": Artifact("sample-e-batch", "0" * 32, "1" * 64, root)}
-
-
 def is_gone(pid: int) -> bool:
     until = time.monotonic() + 20
     while time.monotonic() < until:
@@ -78,27 +70,6 @@ def is_gone(pid: int) -> bool:
             return True
         time.sleep(0.02)
     return False
-
-
-def test_those_who_wait_do_not_wake_each_other(monkeypatch, tmp_path):
-    """Each looks for a worker when it wakes: were the others woken by that, they would take a core among them."""
-    workers = Pool([{}], compute_here, lambda *_: pytest.fail("a worker was started"))
-    job = Job(tmp_path, "score-e-batch", "0" * 32, Execution(device="cpu", paths={}), inputs_of(tmp_path))
-    looks, assign = [], workers._assign
-    monkeypatch.setattr(workers, "_assign", lambda: (looks.append(None), assign()))
-
-    def wait() -> None:
-        with workers._seat(job):
-            pass
-
-    with ThreadPoolExecutor(3) as threads:
-        with workers._seat(job):
-            waiting = [threads.submit(wait) for _ in range(3)]
-            time.sleep(1.0)
-            busy = len(looks)
-        for one in waiting:
-            one.result()
-    assert busy == 4  # each when it came
 
 
 def test_a_worker_that_is_killed_is_replaced_alone(run, alone, tmp_path, forked: Start, caplog, monkeypatch):
@@ -264,106 +235,6 @@ def test_a_store_in_which_names_are_seen_late_is_refused(tmp_path, monkeypatch, 
     with pytest.raises(StoreError, match=r"do not see within 0.1 s what the other has renamed"):
         shared_store.require_shared(tmp_path, "worker 1", late)
     assert [path.name for path in (tmp_path / ".locks").rglob("*")] == ["workers"]
-
-
-# --- who gets what ---------------------------------------------------------------------------------------------------
-
-
-class Noted:
-    """A process that notes what it is asked for and answers when it is told to."""
-
-    def __init__(self, log: list[tuple[int, str]]) -> None:
-        self.log, self.number = log, len({number for number, _ in log})
-
-    def ask(self, method: str, job: Job, **_: Any) -> dict[str, str]:
-        self.log.append((id(self), job.inputs["policy"].weights))
-        time.sleep(0.01)
-        return {"stage": job.stage, "key": job.key, "digest": "2" * 64}
-
-    def close(self) -> None: ...
-    def end(self) -> None: ...
-
-
-def test_a_policy_stays_where_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(Pool, "_prove", lambda *_: None)
-    log: list[tuple[int, str]] = []
-    with Pool([{}] * 2, compute_here, lambda *_: Noted(log)) as workers:
-
-        def chain(policy: str) -> None:
-            for _ in range(20):
-                workers.compute(Store(tmp_path), SCORE, Execution(), inputs_of(tmp_path, policy))
-
-        Threads(2).all([partial(chain, "a"), partial(chain, "b")])
-    assert sorted(policies_of(log)) == [["a"], ["b"]]
-
-
-def policies_of(log: list[tuple[int, str]]) -> list[list[str]]:
-    return [sorted({policy for of, policy in log if of == one}) for one in {of for of, _ in log}]
-
-
-def test_a_worker_without_work_takes_that_of_another_policy(tmp_path, monkeypatch):
-    monkeypatch.setattr(Pool, "_prove", lambda *_: None)
-    monkeypatch.setattr(pool, "PATIENCE", 0.02)
-    log: list[tuple[int, str]] = []
-    with Pool([{}] * 2, compute_here, lambda *_: Noted(log)) as workers:
-        call = partial(workers.compute, Store(tmp_path), SCORE, Execution())
-        call(inputs_of(tmp_path, "a"))
-        Threads(2).all([partial(call, inputs_of(tmp_path, "b"))] * 40)
-    assert sorted(policies_of(log)) == [["a", "b"], ["b"]]
-
-
-def test_the_longest_is_the_first(tmp_path, monkeypatch):
-    workers = Pool([{}], compute_here, lambda *_: pytest.fail("no process"))
-    policy = inputs_of(tmp_path)["policy"]
-    waiting = [pool._Waiting(policy, seconds) for seconds in (1.0, 3.0, 2.0)]
-    workers._waiting += waiting
-    with workers._turn:
-        workers._assign()
-        assert [one.seat is not None for one in waiting] == [False, True, False]
-        workers._free.append(workers._seats[0])
-        workers._assign()
-    assert [one.seat is not None for one in waiting] == [False, True, True]
-
-
-# --- threads ---------------------------------------------------------------------------------------------------------
-
-
-def test_calls_are_made_at_the_same_time_and_answered_in_order():
-    with ThreadPoolExecutor(1):
-        threads, inside, most = Threads(3), [], []
-
-        def call(number: int) -> int:
-            inside.append(number)
-            most.append(len(inside))
-            time.sleep(0.05)
-            inside.remove(number)
-            return number
-
-        assert threads.all([partial(call, number) for number in range(7)]) == list(range(7))
-    assert max(most) == 3
-
-
-def test_the_first_error_is_raised_when_what_was_begun_has_ended():
-    threads, ended = Threads(2), []
-
-    def fail() -> None:
-        raise CheckpointError("it is broken")
-
-    def part() -> None:
-        time.sleep(0.1)
-        ended.append("the first stage")
-        threads.go_on()
-        ended.append("the second stage")
-
-    with pytest.raises(CheckpointError, match="it is broken"):
-        threads.all([part, partial(threads.all, [fail, fail])])
-    assert ended == ["the first stage"]
-    threads.go_on()  # it can be used again
-    with pytest.raises(CheckpointError):
-        threads.all([fail, part, part])
-    with pytest.raises(Abandoned):
-        threads._failed = True
-        threads.go_on()
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------

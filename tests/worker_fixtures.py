@@ -15,6 +15,7 @@ from entropy_core.pipeline.preflight import preflight
 from entropy_core.pipeline.runner import Compute, Runner
 from entropy_core.pipeline.sweep import execution_for, sweep
 from entropy_core.pipeline.threads import Threads
+from entropy_core.policy.spec import PolicySpec
 from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Store
 from entropy_core.workers.process import WorkerProcess, main
@@ -87,3 +88,9 @@ def sleep(store: Any, stage: Any, execution: Any, inputs: Any) -> Artifact:
 def die(store: Any, stage: Any, execution: Any, inputs: Any) -> Artifact:
     """A stage that takes its process along."""
     os._exit(3)
+
+
+def inputs_of(root: Path, policy: str = "a") -> dict[str, Any]:
+    """Inputs of score-e-batch, which nothing reads."""
+    spec = PolicySpec(weights=policy, dtype="float32", attn_implementation="eager", temperature=1.0)
+    return {"policy": spec, "sequences": Artifact("sample-e-batch", "0" * 32, "1" * 64, root)}

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from entropy_core.store.artifact import Artifact, Writer
 
 
-GRADIENT_BYTES = 2**28
+GRADIENT_BYTES = 2**26
 """What gradients may take that are computed in one pass; one is computed however large it is."""
+
+
+def gradients_at_once(numbers: int) -> int:
+    """How many gradients of this many numbers are computed in one pass."""
+    return max(1, GRADIENT_BYTES // (8 * max(numbers, 1)))
 
 
 class TakenStep(NamedTuple):
@@ -105,7 +110,7 @@ def taken_steps(
     """
     model, moving = processor.policy, moved_parameters(checkpoint)
     numbers = sum(parameter.numel() for name, parameter in model.named_parameters().items() if name in moving)
-    at_once = max(1, GRADIENT_BYTES // (8 * max(numbers, 1)))
+    at_once = gradients_at_once(numbers)
     for start in range(0, len(under), at_once):
         of_these = under[start : start + at_once]
         pairs: list[TokenPair] = []

@@ -1,6 +1,6 @@
 """predict: what the exact step v' of the optimizer under an intervention does to the entropy, to first order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from entropy_core.losses.changed import changed_by, excess_of
 from entropy_core.losses.interventions import InterventionSpec
-from entropy_core.losses.taken_step import TakenStep, taken_steps
+from entropy_core.losses.taken_step import TakenStep, gradients_at_once, taken_steps
 from entropy_core.numerics.functional import FUNCTIONALS
 from entropy_core.numerics.halves import HALVES
-from entropy_core.numerics.vectors import in_blocks
+from entropy_core.numerics.vectors import Block, blocks_of, in_blocks
 from entropy_core.policy.model import Policy
 from entropy_core.policy.spec import PolicySpec
 from entropy_core.sequences.files import read_sequences
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     )
     from entropy_core.store.tensor_file import TensorFile
 
-STEP_BYTES = 2**30
-"""What the steps may take that are held against the same gradients on E."""
+STEP_BYTES = 2**32
+"""What the steps may take on the disk that are held against the same gradients on E."""
 
 FEWEST_STEPS = 4
 """Steps that are held however large they are: fewer would cost more backward passes over E than they are worth."""
@@ -65,7 +65,7 @@ def predict(
     and all together two over E. They share forward passes, as far as there is room. No v' and no ∇H is kept.
 
     Args:
-        out: unused; what is found is in the summary.
+        out: where v' is on the disk for a while; what is found is in the summary.
         execution: device and micro-batch.
         policy: the policy that sampled E and U.
         sequences: shards of sample-e-batch.
@@ -95,11 +95,13 @@ def predict(
     e_batch = scored_batch(sequences, scores)
     of_e = _BlocksOfE(processor, e_batch, e_batch.ids_N // responses_per_prompt % blocks)
 
+    parameters = processor.policy.named_parameters()
+    room = max(FEWEST_STEPS, STEP_BYTES // (4 * max(sum(p.numel() for p in parameters.values()), 1)))
     found: list[dict[str, Any]] = []
     held: list[_Held] = []
     for steps in taken_steps(under, processor, shards, checkpoint, execution, update.summary["max_grad_norm"]):
-        held += _held(steps, processor.policy, rewards)
-        if len(held) >= _room(processor.policy):
+        held.append(_held(steps, processor.policy, rewards, out))
+        if sum(len(group.said) for group in held) >= room:
             found += of_e.products(held)
             held.clear()
     found += of_e.products(held) if held else []
@@ -108,43 +110,34 @@ def predict(
 
 
 class _Held(NamedTuple):
-    """A step v' in memory, flat by parameter, and what is said of it."""
+    """Some steps v', block by block in a file that is gone when it is forgotten, and what is said of each."""
 
-    direction: dict[str, Tensor]
-    said: dict[str, Any]
-
-
-def _room(policy: Policy) -> int:
-    """How many steps are held at a time."""
-    size = sum(parameter.numel() for parameter in policy.named_parameters().values()) * _dtype(policy).itemsize
-    return max(FEWEST_STEPS, STEP_BYTES // max(size, 1))
+    file: "TensorFile"
+    said: list[dict[str, Any]]
 
 
-def _dtype(policy: Policy) -> torch.dtype:
-    """In which steps are held."""
-    return torch.promote_types(policy.dtype, torch.float32)
-
-
-def _held(steps: Sequence[TakenStep], policy: Policy, rewards: "Sequence[TensorFile]") -> list[_Held]:
-    """Compute several steps, with every block of ∇J read once for all of them."""
-    found = [
-        _Held(
-            {
-                name: torch.empty(parameter.numel(), dtype=_dtype(policy), device=parameter.device)
-                for name, parameter in policy.named_parameters().items()
-            },
-            {"reward": [0.0 for _ in rewards], "gradient_norm": step.gradient_norm, "clip_factor": step.clip_factor},
-        )
-        for step in steps
+def _held(steps: Sequence[TakenStep], policy: Policy, rewards: "Sequence[TensorFile]", out: "Writer") -> _Held:
+    """Compute some steps, with every block of ∇J read once for all of them."""
+    shapes = {_name(block): (len(steps), block.stop - block.start) for block in blocks_of(policy.named_parameters())}
+    rewards_HI = torch.zeros(len(rewards), len(steps), dtype=torch.float64)
+    with out.vector("steps", shapes, torch.promote_types(policy.dtype, torch.float32)) as file:
+        for pieces in zip(*(step.blocks() for step in steps), strict=True):
+            block, steps_IW = pieces[0][0], torch.stack([v for _, v in pieces])
+            for half, of_reward in enumerate(rewards):
+                w = of_reward.block(block).to(steps_IW.device).double()
+                rewards_HI[half] += (steps_IW * w).sum(1).cpu()
+            file.write(Block(_name(block), 0, steps_IW.numel()), steps_IW)
+        written = file.without_name()
+    said = [
+        {"reward": reward_H, "gradient_norm": step.gradient_norm, "clip_factor": step.clip_factor}
+        for reward_H, step in zip(rewards_HI.T.tolist(), steps, strict=True)
     ]
-    for pieces in zip(*(step.blocks() for step in steps), strict=True):
-        block, device = pieces[0][0], pieces[0][1].device
-        of_halves = [file.block(block).to(device).double() for file in rewards]
-        for held, (_, v) in zip(found, pieces, strict=True):
-            held.direction[block.name][block.start : block.stop] = v
-            for half, w in enumerate(of_halves):
-                held.said["reward"][half] += float((v * w).sum())
-    return found
+    return _Held(written, said)
+
+
+def _name(block: Block) -> str:
+    """Of a block in the file of the steps."""
+    return f"{block.name}:{block.start}"
 
 
 class _BlocksOfE(NamedTuple):
@@ -156,13 +149,20 @@ class _BlocksOfE(NamedTuple):
 
     def products(self, held: Sequence[_Held]) -> list[dict[str, Any]]:
         """What is said of each step, with ⟨∇, v'⟩ by kind and block."""
-        products: list[dict[str, list[float]]] = [{of.name: [] for of in FUNCTIONALS} for _ in held]
+        said = [of_one for group in held for of_one in group.said]
+        products: list[dict[str, list[float]]] = [{of.name: [] for of in FUNCTIONALS} for _ in said]
+        numbers = sum(parameter.numel() for parameter in self.processor.policy.named_parameters().values())
+        together = gradients_at_once(numbers)
         for number in self.block_N.unique().tolist():
-            gradients = functional_gradients(self.processor, self.e_batch, FUNCTIONALS, self.block_N == number)
-            for functional, gradient in zip(FUNCTIONALS, gradients, strict=True):
-                for of_step, product in zip(products, _dots(held, gradient), strict=True):
-                    of_step[functional.name].append(product)
-        return [{"products": of_step} | one.said for of_step, one in zip(products, held, strict=True)]
+            mine_N = self.block_N == number
+            for start in range(0, len(FUNCTIONALS), together):
+                functionals = FUNCTIONALS[start : start + together]
+                gradients = functional_gradients(self.processor, self.e_batch, functionals, mine_N)
+                for functional, gradient in zip(functionals, gradients, strict=True):
+                    for of_step, product in zip(products, _dots(held, gradient), strict=True):
+                        of_step[functional.name].append(product)
+                del gradients  # before the next accumulator, which takes 8 bytes per parameter
+        return [{"products": of_step} | of_one for of_step, of_one in zip(products, said, strict=True)]
 
     def summary(self) -> list[dict[str, Any]]:
         """Size, entropy and length of each block."""
@@ -175,11 +175,11 @@ class _BlocksOfE(NamedTuple):
         return found
 
 
-def _dots(held: Sequence[_Held], gradient: dict[str, Tensor]) -> list[float]:
+def _dots(held: Sequence[_Held], gradient: Mapping[str, Tensor]) -> list[float]:
     """⟨∇, v'⟩ of every step."""
-    totals = [0.0 for _ in held]
+    totals = [torch.zeros(len(group.said), dtype=torch.float64) for group in held]
     for block, w in in_blocks(gradient).items():
-        steps_IW = torch.stack([one.direction[block.name][block.start : block.stop] for one in held]).double()
-        for i, product in enumerate((steps_IW * w).sum(1).tolist()):  # the same bits beside any others
-            totals[i] += product
-    return totals
+        for total_I, group in zip(totals, held, strict=True):
+            steps_IW = group.file[_name(block)].to(w.device).double()
+            total_I += (steps_IW * w).sum(1).cpu()  # the same bits beside any other steps
+    return torch.cat(totals).tolist()

@@ -83,7 +83,7 @@ class TensorWriter:
             self._places[name] = start
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text = text.ljust(-(-len(text) // 8) * 8)
-        self._dtype, self._first = dtype, 8 + len(text)
+        self._dtype, self._first, self._path = dtype, 8 + len(text), path
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(self._first + end)
@@ -103,3 +103,10 @@ class TensorWriter:
         """
         self._file.seek(self._first + self._places[block.name] + block.start * self._dtype.itemsize)
         self._file.write(values.detach().to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
+
+    def without_name(self) -> TensorFile:
+        """Return what was written, for reading. The file has no name any more, and is gone when that is forgotten."""
+        self._file.close()
+        found = TensorFile(self._path)
+        self._path.unlink()
+        return found
