@@ -90,23 +90,27 @@ class OptimizerStep:
             self._blocks.setdefault(block.name, []).append(block)
         self._devices = {name: parameter.device for name, parameter in parameters.items()}
         self._learning_rate = float(checkpoint.summary["learning_rate"])
-        self._of: dict[str, _Parameter] = {}
+        self._saved: dict[str, _Parameter] = {}
         for group in checkpoint.json("groups.json"):
             rule, moments = RULES[group["rule"]], tuple(group["moments"])
-            hyperparameters = altered.of(rule.hyperparameters(**group["hyperparameters"]))
+            hyperparameters = rule.hyperparameters(**group["hyperparameters"])
             for name, of_one in group["parameters"].items():
                 steps, slot, narrow = of_one
-                self._of[name] = _Parameter(steps, slot, narrow, group["fused"], rule, moments, hyperparameters)
+                self._saved[name] = _Parameter(steps, slot, narrow, group["fused"], rule, moments, hyperparameters)
+        self._of = _under(altered, self._saved)
         self._last_state: dict[Block, Any] = {}
         self._last_step: dict[Block, NextStep] = {}
 
-    def on(self, gradient: Mapping[Block, Tensor], clip: float) -> "OptimizerStep":
+    def on(self, gradient: Mapping[Block, Tensor], clip: float, altered: Altered | None = None) -> "OptimizerStep":
         """Return the step from the same state on another gradient; the arguments are those of the class.
 
-        Steps from one state read a block of it only once where they are asked for it one after the other.
+        Without `altered`, the hyperparameters are the same, too. Steps from one state read a block of it only once
+        where they are asked for it one after the other.
         """
         other = copy.copy(self)
         other._gradient, other._clip, other._last_step = gradient, clip, {}
+        if altered is not None:
+            other._of = _under(altered, self._saved)
         return other
 
     def _of_block(self, block: Block) -> NextStep:
@@ -292,6 +296,11 @@ class OptimizerStep:
 
     def _assembled(self, vector: Mapping[Block, Tensor], name: str) -> Tensor:
         return torch.cat([vector[block].double() for block in self._blocks[name]]).view(self._shapes[name])
+
+
+def _under(altered: Altered, saved: Mapping[str, _Parameter]) -> dict[str, _Parameter]:
+    """The same parameters with other hyperparameters."""
+    return {name: one._replace(hyperparameters=altered.of(one.hyperparameters)) for name, one in saved.items()}
 
 
 class StateAfter:

@@ -110,18 +110,20 @@ def taken_steps(
     """
     model, moving = processor.policy, moved_parameters(checkpoint)
     numbers = sum(parameter.numel() for name, parameter in model.named_parameters().items() if name in moving)
-    at_once = gradients_at_once(numbers)
+    at_once, state = gradients_at_once(numbers), None
     for start in range(0, len(under), at_once):
         of_these = under[start : start + at_once]
         pairs: list[TokenPair] = []
         places = [_place(pair, pairs) for pair, _ in of_these]
         gradients = [model.new_accumulator(moving) for _ in pairs]
         add_loss_gradients(gradients, processor, shards, pairs)
-        yield [
-            _step_along(gradients[place], processor.policy, checkpoint, execution, max_grad_norm, altered, earlier)
-            for place, (_, altered) in zip(places, of_these, strict=True)
-        ]
-        del gradients  # before the next ones
+        steps: list[TakenStep] = []
+        for place, (_, altered) in zip(places, of_these, strict=True):
+            g, limits = gradients[place], (max_grad_norm, altered)
+            steps.append(_step_along(g, model, checkpoint, execution, *limits, earlier, state))
+            state = steps[-1].step.on({}, 1.0)  # the state, without a gradient
+        yield steps
+        del gradients, steps, g  # before the next ones
 
 
 def _place(pair: TokenPair, known: list[TokenPair]) -> int:
@@ -141,8 +143,9 @@ def _step_along(
     max_grad_norm: float,
     altered: Altered,
     earlier: "Artifact | None",
+    state: OptimizerStep | None,
 ) -> TakenStep:
-    """The step of the optimizer on a gradient of the parameters that the trainer moves."""
+    """The step of the optimizer on a gradient of the parameters that the trainer moves, from a state that was read."""
     gradient = with_zeros(accumulated, model.named_parameters())
     g = in_blocks(gradient)
     max_norm = max_grad_norm if altered.max_grad_norm is None else altered.max_grad_norm
@@ -152,7 +155,9 @@ def _step_along(
             "the gradient on U is not finite", cause="the weights hold a NaN", fix="check the checkpoint"
         )
     clip = clip_factor(norm, max_norm)
-    step = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip, altered, earlier)
+    if state is None:
+        state = OptimizerStep(checkpoint, execution, model.named_parameters(), g, clip, altered, earlier)
+    step = state.on(g, clip, altered)
     narrow = step.narrow
     rounded_clip = rounded_clip_factor(
         ((gradient[name], narrow.get(name, torch.float32)) for name in accumulated), max_norm if narrow else 0.0

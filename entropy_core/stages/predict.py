@@ -101,6 +101,7 @@ def predict(
     held: list[_Held] = []
     for steps in taken_steps(under, processor, shards, checkpoint, execution, update.summary["max_grad_norm"]):
         held.append(_held(steps, processor.policy, rewards, out))
+        del steps  # with their gradients, before the next ones
         if sum(len(group.said) for group in held) >= room:
             found += of_e.products(held)
             held.clear()
