@@ -44,6 +44,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "time_to_error_smollm2": time_to_error.time_to_error_smollm2,
     "samplers": samplers.samplers,
     "interventions": interventions.interventions,
+    "interventions_smollm2": interventions.interventions_smollm2,
 }
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 DEVICE = DOCS / "device.json"
