@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import predecessor
 from benchmarks.common import Row, Run, take_turns
+from benchmarks.ideas import ideas
 from benchmarks.reasons import by_profile
 from entropy_core.config.read import load_config, parse_config
 from entropy_core.demo.run import main as make_demo_run
@@ -119,6 +120,7 @@ def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
             cost = {who: statistics.median(times) for who, times in taken.items()}
             yield from _rows(f"{name}, {threads} thread{'s' * (threads > 1)}", unit, cost, errors, why)
         torch.set_num_threads(cores)
+        yield from ideas(name, batch, _tokens(of_ours), ours)
 
 
 def _rows(
@@ -171,11 +173,9 @@ def until_update(values: dict[str, Any]) -> UntilUpdate:
 
 def _errors(found: dict[str, Any], learning_rate: float) -> Iterator[tuple[str, float, float]]:
     """Standard errors given U, per token, of both ways on the same batch."""
-    base: LogprobResults = found["base"]
-    _, _, dlogprobs_K, dentropies_K = found["derivatives"]
-    tokens = Tokens(base.logprobs_K, base.entropies_K, base.offsets_N1, TokenPair(dlogprobs_K, dentropies_K))
+    tokens = _tokens(found)
     batch = EvaluationBatch.of([lambda: tokens], None, "time_loo")
-    theirs = predecessor.derivative(base.entropies_K, dlogprobs_K, dentropies_K, base.offsets_N1, "per_token")
+    theirs = predecessor.derivative(tokens.entropies_K, *found["derivatives"][2:], tokens.offsets_N1, "per_token")
     ours = entropy_derivative(batch.columns, "per_token")
     yield "δH₁ at the learning rate", *(learning_rate * batch.standard_error(x) for x in (ours, theirs))
     for eta in ETAS:
@@ -185,3 +185,9 @@ def _errors(found: dict[str, Any], learning_rate: float) -> Iterator[tuple[str, 
             there = measured(batch, Moved(step, lambda block=moved_tokens: [block]), estimator)
             errors.append(batch.standard_error(estimates.change_of(batch, there, step, estimator, "per_token")))
         yield f"ΔH at η = {eta:g} lr", *errors
+
+
+def _tokens(found: dict[str, Any]) -> Tokens:
+    """ℓ and h of E, and their derivatives."""
+    base: LogprobResults = found["base"]
+    return Tokens(base.logprobs_K, base.entropies_K, base.offsets_N1, TokenPair(*found["derivatives"][2:]))
