@@ -109,7 +109,7 @@ def test_fifty_kills_change_nothing(home, processes, tmp_path):
                     process.join(chance.uniform(0.0, loading))
                 else:
                     wait_for_work(process, root, before, left)
-                    process.join(chance.uniform(0.0, working / 6))
+                    process.join(chance.uniform(0.0, working / 3))
                 killed = time.time()
                 process.kill()
             process.join()
