@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from entropy_core.sequences.batch import BatchedSequences
 
 
 def ideas(
-    name: str, batch: BatchedSequences, tokens: Tokens, run: Callable[[BatchedSequences], object]
+    name: str,
+    batch: BatchedSequences,
+    tokens: Tokens,
+    learning_rate: float,
+    run: Callable[[BatchedSequences], Any],
 ) -> Iterator[Row]:
     """Yield a row for each idea; its ratio is how many times less SE², or seconds, it would take.
 
@@ -24,14 +29,15 @@ def ideas(
         name: of the batch.
         batch: E.
         tokens: ℓ, h and their derivatives on E.
+        learning_rate: of δH₁.
         run: the passes that are timed.
     """
     errors, influence_N = {}, torch.zeros(0)
     for baseline in ("time_loo", "ridge"):
         on_e = EvaluationBatch.of([lambda: tokens], None, baseline)
         estimate = entropy_derivative(on_e.columns, "per_token")
-        errors[baseline] = on_e.standard_error(estimate)
-        influence_N = influence_N if baseline == "ridge" else estimate.influence_N
+        errors[baseline] = learning_rate * on_e.standard_error(estimate)
+        influence_N = influence_N if baseline == "ridge" else learning_rate * estimate.influence_N
     yield Row(
         f"{name}: SE of δH₁ with a ridge baseline, which knows the prefix",
         f"{errors['ridge']:.3g}",
@@ -46,6 +52,8 @@ def ideas(
         total / within,
     )
     shared, cut = _without_shared_prefix(batch)
+    if not shared:
+        return
     taken = take_turns({"whole": lambda: run(batch), "cut": lambda: run(cut)}, 1)
     whole, least = (median(taken[which]) for which in ("whole", "cut"))
     yield Row(

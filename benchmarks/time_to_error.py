@@ -120,7 +120,7 @@ def _compared(name: str, values: dict[str, Any], rounds: int) -> Iterator[Row]:
             cost = {who: statistics.median(times) for who, times in taken.items()}
             yield from _rows(f"{name}, {threads} thread{'s' * (threads > 1)}", unit, cost, errors, why)
         torch.set_num_threads(cores)
-        yield from ideas(name, batch, _tokens(of_ours), ours)
+        yield from ideas(name, batch, _tokens(of_ours), learning_rate, ours)
 
 
 def _rows(
