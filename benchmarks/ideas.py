@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -32,19 +31,16 @@ def ideas(
         learning_rate: of δH₁.
         run: the passes that are timed.
     """
-    errors, influence_N = {}, torch.zeros(0)
-    for baseline in ("time_loo", "ridge"):
-        on_e = EvaluationBatch.of([lambda: tokens], None, baseline)
-        estimate = entropy_derivative(on_e.columns, "per_token")
-        errors[baseline] = learning_rate * on_e.standard_error(estimate)
-        influence_N = influence_N if baseline == "ridge" else learning_rate * estimate.influence_N
+    batches = [EvaluationBatch.of([lambda: tokens], None, baseline) for baseline in ("time_loo", "ridge")]
+    estimates = [entropy_derivative(on_e.columns, "per_token").scaled(learning_rate) for on_e in batches]
+    plain, ridge = (on_e.standard_error(estimate) for on_e, estimate in zip(batches, estimates, strict=True))
     yield Row(
         f"{name}: SE of δH₁ with a ridge baseline, which knows the prefix",
-        f"{errors['ridge']:.3g}",
-        f"{errors['time_loo']:.3g}, the mean at each position",
-        (errors["time_loo"] / errors["ridge"]) ** 2,
+        f"{ridge:.3g}",
+        f"{plain:.3g}, the mean at each position",
+        (plain / ridge) ** 2,
     )
-    within, total = _variances(influence_N, batch.prompt_ids_N)
+    within, total = _variances(estimates[0].influence_N, batch.prompt_ids_N)
     yield Row(
         f"{name}: SE of δH₁ if prompts were systematic over the pool, not drawn with replacement",
         f"{(within / len(batch)) ** 0.5:.3g}, from the spread within prompts",
@@ -55,7 +51,7 @@ def ideas(
     if not shared:
         return
     taken = take_turns({"whole": lambda: run(batch), "cut": lambda: run(cut)}, 1)
-    whole, least = (median(taken[which]) for which in ("whole", "cut"))
+    (whole,), (least,) = taken["whole"], taken["cut"]
     yield Row(
         f"{name}: seconds if the {shared} tokens that all prompts begin with cost nothing",
         f"{least:.1f} s",

@@ -46,6 +46,7 @@ from entropy_core.sequences.processor import processor_of
 from entropy_core.sequences.token_sensitivities import token_sensitivities
 from entropy_core.stages import predict
 from entropy_core.store.artifact import Writer
+from entropy_core.store.columns import read_tokens
 
 PAGE = Path(__file__).parents[1] / "docs" / "interventions.md"
 TRIED = [
@@ -336,6 +337,17 @@ def test_a_prediction_beside_others_is_the_one_alone_bit_for_bit(tried, monkeypa
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
+def test_responses_to_a_prompt_are_in_one_block(tried, tmp_path):
+    inputs = [inputs for name, inputs, _ in tried.run.asked if name == "predict"][-1]
+    found = predict.predict(Writer(tmp_path), tried.run.execution, **inputs | {"responses_per_prompt": 2})
+    shards = [read_tokens([shard], "entropies") for shard in inputs["scores"]]
+    of_each = [ragged.sequence_sum(shard["entropies"].double(), shard.offsets_N1) for shard in shards]
+    lengths_N = torch.cat([ragged.lengths(shard.offsets_N1) for shard in shards])
+    pairs_2B = torch.stack([torch.cat(of_each).view(16, 2).sum(1), lengths_N.view(16, 2).sum(1)])
+    H_B = torch.tensor([block["H_tok"] for block in found["blocks"]]).double()
+    torch.testing.assert_close(H_B, pairs_2B[0] / pairs_2B[1])
+
+
 def test_the_prediction_is_the_step_of_the_optimizer(tried):
     """On every half of E, which is a mean of blocks."""
     artifacts = tried.run.artifacts("predict")
@@ -343,7 +355,7 @@ def test_the_prediction_is_the_step_of_the_optimizer(tried):
         label: prediction for artifact in artifacts for label, prediction in artifact.summary["predictions"].items()
     }
     assert len(predictions) == len(TRIED) + 2
-    sizes_B = Blocks.said(artifacts[0].summary["blocks"]).sequences_B
+    sizes_B = Blocks.from_summaries(artifacts[0].summary["blocks"]).sequences_B
     assert sizes_B.tolist() == [2] * 16
     for item in (
         None,

@@ -22,7 +22,7 @@ class Blocks(NamedTuple):
     mean_length_B: Tensor
 
     @classmethod
-    def said(cls, blocks: Sequence[Mapping[str, Any]]) -> "Blocks":
+    def from_summaries(cls, blocks: Sequence[Mapping[str, Any]]) -> "Blocks":
         """From `sequences`, `H_tok` and `mean_length` of each."""
         columns = ([block[name] for block in blocks] for name in ("sequences", "H_tok", "mean_length"))
         return cls(*(torch.tensor(column, dtype=torch.float64) for column in columns))

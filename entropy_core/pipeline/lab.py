@@ -148,7 +148,7 @@ def chosen(
         summary = entry["predicted"].summary
         if predictions := summary.get("predictions"):  # not in a dry run that would predict anew
             along_KB = torch.tensor(list(predictions[entry["label"]]["products"].values()), dtype=torch.float64)
-            first_half = Blocks.said(summary["blocks"][::2])
+            first_half = Blocks.from_summaries(summary["blocks"][::2])
             by_label[entry["label"]] = derivative(along_KB[:, ::2], first_half, "per_token").value
     others.sort(key=lambda spec: -by_label.get(spec.label, 0.0))
     return [first, *others[:count]]

@@ -17,6 +17,7 @@ from entropy_core.numerics.halves import HALVES, KINDS, by_normalization, entrop
 from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dots, remembered, times
 from entropy_core.policy.model import Policy
 from entropy_core.policy.spec import PolicySpec
+from entropy_core.policy.vectors import stored_vector
 from entropy_core.sequences.batch import BatchedSequences, tokens_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
@@ -25,7 +26,7 @@ from entropy_core.store.columns import TokenTable
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
     from entropy_core.store.inputs import Checkpoint, Gradient, SequencesOfU, Update
 
 
@@ -78,7 +79,9 @@ def first_order_u(
 
     # of the size of the policy: each is read or computed block by block, anew for every use
     blocks = blocks_of(model.named_parameters())
-    direction, loss_gradient = (remembered(_stored(update, name, blocks, model)) for name in ("direction", "gradient"))
+    direction, loss_gradient = (
+        remembered(stored_vector(update.vector(name), model)) for name in ("direction", "gradient")
+    )
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])
     unrounded, *parts = map(step.part, ("direction", "momentum", "decay"))
     rounding = Lazy(blocks, lambda block: direction[block] - unrounded[block])
@@ -90,7 +93,7 @@ def first_order_u(
     inner_products = []
     norm, max_norm, clip = (settings[name] for name in ("gradient_norm", "max_grad_norm", "clip_factor"))
     for kind in KINDS:
-        covectors = [remembered(_stored(gradient, f"{kind}_{half}", blocks, model)) for half in HALVES]
+        covectors = [remembered(stored_vector(gradient.vector(f"{kind}_{half}"), model)) for half in HALVES]
         whole, pulled = remembered(_whole(halves, covectors)), [step.applied("pulled_back", w) for w in covectors]
         along_parts = [(whole, part) for part in (direction, *parts, *([rounding] if settings["rounded"] else []))]
         through_clip = [(loss_gradient, w) for w in pulled] if clip < 1.0 else []
@@ -146,12 +149,6 @@ def first_order_u(
     out.table(of_tokens, "tokens.parquet")
     out.table(of_sequences.append_column("prompt", pa.array(prompts)), "sequences.parquet")
     return summary | {"baseline": gradient.summary["baseline"]}
-
-
-def _stored(artifact: "Artifact", name: str, blocks: Sequence[Block], model: Policy) -> Lazy[Block]:
-    """A vector of an artifact, float64, on the device where the arithmetic on it is done."""
-    file = artifact.vector(name)
-    return Lazy(blocks, lambda block: file.block(block).to(model.device_of[block.name]).double())
 
 
 def _whole(halves: Sequence[Mapping[str, Any]], covectors: Sequence[Lazy[Block]]) -> Lazy[Block]:

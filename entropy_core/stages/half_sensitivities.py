@@ -9,8 +9,9 @@ from torch import Tensor
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.halves import HALVES, KINDS
-from entropy_core.numerics.vectors import Block, Lazy, blocks_of, dots, remembered, times
+from entropy_core.numerics.vectors import Block, Lazy, dots, remembered, times
 from entropy_core.policy.spec import PolicySpec
+from entropy_core.policy.vectors import stored_vector
 from entropy_core.sequences.batch import tokens_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
@@ -19,7 +20,7 @@ from entropy_core.store.columns import TokenTable
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
-    from entropy_core.store.artifact import Artifact, Writer
+    from entropy_core.store.artifact import Writer
     from entropy_core.store.inputs import Attribution, Checkpoint, Gradient, SequencesOfU, Update
 
 
@@ -58,24 +59,18 @@ def half_sensitivities(
     model, settings = processor.policy, update.summary
     shards = [read_sequences(shard) for shard in sequences]
     of_u, whole = tokens_of(shards), first_order_u.tensors("sensitivities.safetensors")
-    parameters = model.named_parameters()
-    blocks = blocks_of(parameters)
 
-    def stored(artifact: "Artifact", name: str) -> Lazy[Block]:
-        file = artifact.vector(name)
-        return Lazy(blocks, lambda block: file.block(block).to(model.device_of[block.name]).double())
-
-    loss_gradient = remembered(stored(update, "gradient"))
-    step = OptimizerStep(checkpoint, execution, parameters, loss_gradient, settings["clip_factor"])
+    loss_gradient = remembered(stored_vector(update.vector("gradient"), model))
+    step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])
     parts: dict[str, Lazy[Block]] = {name: step.part(name) for name in ("momentum", "decay")}
     if settings["rounded"]:
-        direction, unrounded = stored(update, "direction"), step.part("direction")
-        parts["rounding"] = Lazy(blocks, lambda block: direction[block] - unrounded[block])
+        direction, unrounded = stored_vector(update.vector("direction"), model), step.part("direction")
+        parts["rounding"] = Lazy(list(direction), lambda block: direction[block] - unrounded[block])
 
     halves = [dict(half) for half in gradient.summary["halves"]]
     columns: dict[str, Tensor] = {}
     for kind in KINDS:
-        covectors = [remembered(stored(gradient, f"{kind}_{half}")) for half in HALVES]
+        covectors = [remembered(stored_vector(gradient.vector(f"{kind}_{half}"), model)) for half in HALVES]
         for half, covector in zip(halves, covectors, strict=True):
             half[kind] = {"rounding": 0.0} | dict(
                 zip(parts, dots([(covector, p) for p in parts.values()]), strict=True)

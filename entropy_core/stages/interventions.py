@@ -156,7 +156,7 @@ def _exact(predicted: "Sequence[PredictedIntervention]") -> Predicted:
     for entry in predicted:
         products = entry["predicted"].summary["predictions"][entry["label"]]["products"]
         along[entry["label"]] = torch.tensor([products[kind] for kind in KINDS], dtype=torch.float64)
-    return Predicted(along, Blocks.said(predicted[0]["predicted"].summary["blocks"]))
+    return Predicted(along, Blocks.from_summaries(predicted[0]["predicted"].summary["blocks"]))
 
 
 class _Measured(NamedTuple):

@@ -102,7 +102,7 @@ def predict(
     for steps in taken_steps(under, processor, shards, checkpoint, execution, update.summary["max_grad_norm"]):
         held.append(_held(steps, processor.policy, rewards, out))
         del steps  # with their gradients, before the next ones
-        if sum(len(group.said) for group in held) >= room:
+        if sum(len(group.results) for group in held) >= room:
             found += of_e.products(held)
             held.clear()
     found += of_e.products(held) if held else []
@@ -111,10 +111,10 @@ def predict(
 
 
 class _Held(NamedTuple):
-    """Some steps v', block by block in a file that is gone when it is forgotten, and what is said of each."""
+    """Some steps v', block by block in an unlinked file, and the results of each."""
 
     file: "TensorFile"
-    said: list[dict[str, Any]]
+    results: list[dict[str, Any]]
 
 
 def _held(steps: Sequence[TakenStep], policy: Policy, rewards: "Sequence[TensorFile]", out: "Writer") -> _Held:
@@ -128,12 +128,12 @@ def _held(steps: Sequence[TakenStep], policy: Policy, rewards: "Sequence[TensorF
                 w = of_reward.block(block).to(steps_IW.device).double()
                 rewards_HI[half] += (steps_IW * w).sum(1).cpu()
             file.write(Block(_name(block), 0, steps_IW.numel()), steps_IW)
-        written = file.without_name()
-    said = [
+        written = file.reopen_unlinked()
+    results = [
         {"reward": reward_H, "gradient_norm": step.gradient_norm, "clip_factor": step.clip_factor}
         for reward_H, step in zip(rewards_HI.T.tolist(), steps, strict=True)
     ]
-    return _Held(written, said)
+    return _Held(written, results)
 
 
 def _name(block: Block) -> str:
@@ -149,9 +149,9 @@ class _BlocksOfE(NamedTuple):
     block_N: Tensor
 
     def products(self, held: Sequence[_Held]) -> list[dict[str, Any]]:
-        """What is said of each step, with ⟨∇, v'⟩ by kind and block."""
-        said = [of_one for group in held for of_one in group.said]
-        products: list[dict[str, list[float]]] = [{of.name: [] for of in FUNCTIONALS} for _ in said]
+        """The results of each step, with ⟨∇, v'⟩ by kind and block."""
+        results = [of_one for group in held for of_one in group.results]
+        products: list[dict[str, list[float]]] = [{of.name: [] for of in FUNCTIONALS} for _ in results]
         numbers = sum(parameter.numel() for parameter in self.processor.policy.named_parameters().values())
         together = gradients_at_once(numbers)
         for number in self.block_N.unique().tolist():
@@ -163,7 +163,7 @@ class _BlocksOfE(NamedTuple):
                     for of_step, product in zip(products, _dots(held, gradient), strict=True):
                         of_step[functional.name].append(product)
                 del gradients  # before the next accumulator, which takes 8 bytes per parameter
-        return [{"products": of_step} | of_one for of_step, of_one in zip(products, said, strict=True)]
+        return [{"products": of_step} | of_one for of_step, of_one in zip(products, results, strict=True)]
 
     def summary(self) -> list[dict[str, Any]]:
         """Size, entropy and length of each block."""
@@ -178,7 +178,7 @@ class _BlocksOfE(NamedTuple):
 
 def _dots(held: Sequence[_Held], gradient: Mapping[str, Tensor]) -> list[float]:
     """⟨∇, v'⟩ of every step."""
-    totals = [torch.zeros(len(group.said), dtype=torch.float64) for group in held]
+    totals = [torch.zeros(len(group.results), dtype=torch.float64) for group in held]
     for block, w in in_blocks(gradient).items():
         for total_I, group in zip(totals, held, strict=True):
             steps_IW = group.file[_name(block)].to(w.device).double()

@@ -9,8 +9,9 @@ import torch
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.losses.files import read_batch
 from entropy_core.numerics.halves import HALVES, of_all
-from entropy_core.numerics.vectors import Lazy, blocks_of, dots, times
+from entropy_core.numerics.vectors import dots, times
 from entropy_core.policy.spec import PolicySpec
+from entropy_core.policy.vectors import stored_vector
 from entropy_core.sequences.batch import tokens_of
 from entropy_core.sequences.files import read_sequences
 from entropy_core.sequences.processor import processor_of
@@ -51,14 +52,10 @@ def reward_shares_u(
     model, shards = processor.policy, [read_sequences(shard) for shard in sequences]
     of_u, settings = tokens_of(shards), update.summary
     _, coefficients = read_batch(update, of_u)
-    blocks = blocks_of(model.named_parameters())
 
-    def stored(file: Any) -> Lazy[Any]:
-        return Lazy(blocks, lambda block: file.block(block).to(model.device_of[block.name]).double())
-
-    loss_gradient, direction = (stored(update.vector(name)) for name in ("gradient", "direction"))
+    loss_gradient, direction = (stored_vector(update.vector(name), model) for name in ("gradient", "direction"))
     step = OptimizerStep(checkpoint, execution, model.named_parameters(), loss_gradient, settings["clip_factor"])
-    covectors = [stored(gradient.vector(f"reward_{half}")) for half in HALVES]
+    covectors = [stored_vector(gradient.vector(f"reward_{half}"), model) for half in HALVES]
     columns: dict[str, Any] = {
         "sequence_id": [i for shard in shards for i in shard.sequence_ids_N.repeat_interleave(shard.lengths_N).tolist()]
     }

@@ -104,8 +104,8 @@ class TensorWriter:
         self._file.seek(self._first + self._places[block.name] + block.start * self._dtype.itemsize)
         self._file.write(values.detach().to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
 
-    def without_name(self) -> TensorFile:
-        """Return what was written, for reading. The file has no name any more, and is gone when that is forgotten."""
+    def reopen_unlinked(self) -> TensorFile:
+        """Reopen for reading what was written, and unlink the file: its space is freed when the result is dropped."""
         self._file.close()
         found = TensorFile(self._path)
         self._path.unlink()

@@ -108,9 +108,9 @@ def families(inputs: Inputs, on: OnBlocks, share: float, margin: float) -> list[
             torch.stack(influences),
             halves,
         )
-        predicted = Predicted(dict(zip(labels, products, strict=True)), Blocks.said(on.said))
+        predicted = Predicted(dict(zip(labels, products, strict=True)), Blocks.from_summaries(on.said))
         of_family = estimates.predict_rows(screened, predicted, settings, "per_token")
-        rows.append(estimates.with_verdicts(of_family, "as it is", base, settings)[:])
+        rows.append(estimates.with_verdicts(of_family, "as it is", base, settings))
     return [[row for row in family if row["verdict"] != "as it is"] for family in rows]
 
 

@@ -201,7 +201,9 @@ def of_difference(population: Population, kind: Kind, e_N: Tensor, u_P: Tensor) 
         torch.stack([torch.zeros_like(influence_KHP), influence_KHP]),
         halves,
     )
-    predicted = Predicted({"as it is": torch.zeros_like(product_KB), "other": product_KB}, Blocks.said(blocks))
+    predicted = Predicted(
+        {"as it is": torch.zeros_like(product_KB), "other": product_KB}, Blocks.from_summaries(blocks)
+    )
     informative = max(half_samples.FEWEST, int(population.informative_P[u_P].sum()))
     settings = Settings(1.0, TEST.confidence_level, 1e-12, informative, fresh=False)
     row = estimates.predict_rows(screened, predicted, settings, "per_token")[1]
