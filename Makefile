@@ -4,8 +4,8 @@ HERE := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd -P)
 
 ifneq ($(HERE),$(CURDIR))
 
-.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate validate-runs validate-long chaos bench check-device docs docs-site clean
-help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate validate-runs validate-long chaos bench check-device docs docs-site clean:
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-whole test-sweep test-ui test-report validate validate-runs validate-smollm2 validate-long chaos bench check-device docs docs-site clean
+help sweep sweep-smollm2 sweep-smollm2-full ui test test-whole test-sweep test-ui test-report validate validate-runs validate-smollm2 validate-long chaos bench check-device docs docs-site clean:
 	@$(MAKE) --no-print-directory -C "$(HERE)" $@
 
 else
@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait shall not spin: beside other work on the same cores a spinning pool is five times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-sweep test-ui test-report validate validate-runs validate-long chaos bench check-device docs docs-site clean
+.PHONY: help sweep sweep-smollm2 sweep-smollm2-full ui test test-whole test-sweep test-ui test-report validate validate-runs validate-smollm2 validate-long chaos bench check-device docs docs-site clean
 
 help:
 	@echo "make sweep   train the demo policy (once, about a minute), run the checkpoint sweep on it, print the results"
@@ -36,6 +36,7 @@ help:
 	@echo "make sweep-smollm2-full   the same for a run that trains all of its weights, without Prefect; says what memory it took"
 	@echo "make ui      keep Prefect's UI and the deployments up until Ctrl-C; PORT=$(PORT), CONFIG: what the form begins with"
 	@echo "make test    lint, check types, run the tests"
+	@echo "make test-whole   the tests that run whole sweeps, trainers, servers and workers (a quarter of an hour)"
 	@echo "make test-sweep   run the documentation's commands on the demo run, also installed elsewhere (some minutes)"
 	@echo "make test-report   the shared report in a Chromium of the system's, light and dark, without a network (a minute)"
 	@echo "make test-ui   what a person does in the browser, in a Chromium of the system's; writes docs/ui-*.png (some minutes)"
@@ -43,6 +44,8 @@ help:
 	@echo "             PROOFS=\"not mistake and not trainers\": those whose names match, without the page"
 	@echo "make validate-runs   what is predicted and rehearsed of interventions, against TRL that really trains on under"
 	@echo "             each of them; writes docs/against-runs.md (a quarter of an hour)"
+	@echo "make validate-smollm2   the same for a LoRA run of SmolLM2; goes on where it stopped, and writes"
+	@echo "             docs/against-smollm2.md (two hours)"
 	@echo "make validate-long   coverage and false verdicts in more than 40 scenarios, each of 200 sweeps whose exact answers are"
 	@echo "             known; goes on where it stopped, and writes docs/validation-long.md (half an hour); SCENARIOS=\"text ...\""
 	@echo "make chaos   kill a sweep at 50 random moments and 20 workers, damage 200 files, race for a key (docs/chaos.md is written from it);"
@@ -78,6 +81,10 @@ test: .venv/.installed
 	$(BIN)/python -m mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# Whole sweeps, trainers, servers, workers and other processes.
+test-whole: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder tests/whole
+
 # The longest begins: one that is last keeps a core waiting.
 test-sweep: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m sweep tests/test_documented_commands.py tests/test_demo_sweep.py tests/test_packaging.py tests/test_first_result.py
@@ -95,12 +102,16 @@ validate: .venv/.installed
 validate-runs: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m against_runs tests/against_runs
 
+validate-smollm2: .venv/.smollm2
+	@$(BIN)/python -m entropy_core.demo.smollm2 --out artifacts/smollm2
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m against_smollm2 tests/against_smollm2
+
 validate-long: .venv/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m oracle $(if $(SCENARIOS),--scenarios $(SCENARIOS))
 
 chaos: .venv/.installed
 	$(BIN)/python -m pytest -m "chaos or not chaos" tests/test_chaos.py tests/test_chaos_workers.py tests/test_chaos_server.py tests/test_watch_live.py
-	$(BIN)/python -m pytest -m attack
+	$(BIN)/python -m pytest -m attack --override-ini 'norecursedirs=validation against_* .*'
 
 # With SmolLM2's weights and LoRA run where make sweep-smollm2 has left them, else with random weights of its shape.
 bench: .venv/.installed

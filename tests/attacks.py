@@ -4,7 +4,8 @@
     def test_it_gets_nothing(): ...
 
 Every case of such a test is one try, unless it records how many it made: `record_property("tries", 50)`. They are part
-of `make test` where they take seconds; the page is written when all of them are asked for, by `pytest -m attack`.
+of `make test` and `make test-whole` where they take seconds; the page is written when all of them are asked for, by
+`pytest -m attack`.
 """
 
 import re

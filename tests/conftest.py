@@ -58,10 +58,10 @@ def _same_every_time() -> None:
 
 
 LONG = {
-    *("test_edits", "test_orchestration", "test_vllm", "test_door", "test_what_runs", "test_vectors", "test_pipeline"),
-    *("test_sources", "test_trainer_parity", "test_update", "test_user_losses", "test_store_adoption", "test_workers"),
-    *("test_watch", "test_adapters", "test_cli", "test_hostile_checkpoints", "test_device_check", "test_isolation"),
-    *("test_your_prompts", "test_recorded_runs", "test_init_runs", "test_extension", "test_device_placement"),
+    *("test_edits", "test_orchestration", "test_vllm", "test_memory", "test_door", "test_what_runs", "test_pipeline"),
+    *("test_trainer_parity", "test_vectors", "test_tried_interventions", "test_sources", "test_user_losses"),
+    *("test_store_adoption", "test_cli", "test_workers", "test_device_check", "test_hostile_checkpoints"),
+    *("test_update", "test_exotic_prompts", "test_adapters", "test_layouts", "test_architectures", "test_stage_inputs"),
 }
 """Files that take longest: a worker that began one of them last would keep the others waiting."""
 

@@ -192,9 +192,7 @@ Runs = dict[str, list[dict[int, float]]]
 """H after some steps of TRL, from each seed, by label of the way."""
 
 
-def train_on(
-    subject: Subject, home: Path, ways: Sequence[Way], often: Sequence[Way], kept: Path | None = None
-) -> Runs:
+def train_on(subject: Subject, home: Path, ways: Sequence[Way], often: Sequence[Way], kept: Path | None = None) -> Runs:
     """Train on under every way, from every seed: a process of one thread on each core.
 
     Args:
@@ -208,7 +206,11 @@ def train_on(
         What was measured.
     """
     known = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
-    of_run = [hashlib.sha256((subject.checkpoint / "optimizer.pt").read_bytes()).hexdigest(), *subject[2:4], subject.of_e]
+    of_run = [
+        hashlib.sha256((subject.checkpoint / "optimizer.pt").read_bytes()).hexdigest(),
+        *subject[2:4],
+        subject.of_e,
+    ]
     of_run += [metadata.version(name) for name in ("torch", "transformers", "trl", "peft")]
 
     def key(way: Way, seed: int) -> str:

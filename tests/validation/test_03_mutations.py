@@ -264,7 +264,8 @@ MUTATIONS = (
 
 
 def files_of(tests: str) -> list[str]:
-    return [f"tests/{name}.py" for name in tests.split()]
+    found = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    return [str(found[name].relative_to(ROOT)) for name in tests.split()]
 
 
 def mutate(mutation: Mutation | None, copy: Path) -> list[str]:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from phase_of_trainer import CASES, ROLLOUTS, followed, prepare, worst_and_moved
 from proofs import Proof, power
-from test_trainer_phase import CASES, ROLLOUTS, followed, prepare, worst_and_moved
 
 pytestmark = pytest.mark.validate
 

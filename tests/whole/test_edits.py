@@ -13,7 +13,7 @@ import pytest
 from entropy_core.code.identity import code_at, name_of, read_from
 from entropy_core.pipeline.catalogue import STAGES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 SAMPLE = {"sample-e-batch", "sample-u-batch"}
 SCORE = {"score-e-batch", "score-u-batch", "score-u-reference"}

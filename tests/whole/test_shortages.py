@@ -21,7 +21,7 @@ from entropy_core.store.manifest import check_manifest
 from entropy_core.store.store import Store
 from flows.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 POOL = '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "2+1=", "answer": "3"}\n'
 
 

@@ -15,7 +15,7 @@ from benchmarks.device.page import section
 from benchmarks.device.table import Table
 from entropy_core.numerics import token_statistics
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 ABSENT = ("prefect", "trl", "datasets", "matplotlib", "peft", "pandas", "accelerate", "math_verify", "reasoning_gym")

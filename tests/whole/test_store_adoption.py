@@ -19,7 +19,7 @@ from entropy_core.store.artifact import Artifact
 from entropy_core.store.store import Stage, Store
 from flows.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def repository(tmp_path) -> Path:
 def run(repository: Path, *arguments: str) -> tuple[int, str, str]:
     """Exit status, last words, and the page."""
     command = [sys.executable, "-m", "pytest", "-p", "proofs", "-p", "no:cacheprovider", "-m", "validate", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, (repository / "docs" / "validation.md").read_text()
 
@@ -106,7 +106,7 @@ def test_a_row_for_each_attack_and_the_rest_of_the_page_stays(tmp_path):
         '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["attack: one", "validate: a proof"]\n'
     )
     command = [sys.executable, "-m", "pytest", "-p", "attacks", "-p", "no:cacheprovider", "-m", "attack"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     for part in (["-k", "door"], ["tests/test_attacks.py"], []):
         assert page.read_text() == before
         subprocess.run([*command, *part], cwd=tmp_path, env=environment, check=False, capture_output=True)

@@ -37,7 +37,7 @@ from flows.cli import main
 
 pytest_plugins = ["compared_fixtures"]
 Row = dict[str, Any]
-NOTEBOOK = Path(__file__).parents[1] / "docs" / "from-python.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "from-python.ipynb"
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,7 @@ def test_the_share_of_a_sampler_by_hand():
 
 def test_the_configurations_of_the_page_are_what_they_say(run, tmp_path, monkeypatch):
     """As the page has them, for a run that is where the page has it."""
-    page = Path(__file__).parents[1] / "docs" / "your-batch-as-it-was.md"
+    page = Path(__file__).parents[2] / "docs" / "your-batch-as-it-was.md"
     first, second = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "runs" / "grpo").mkdir(parents=True)
     for name in (f"checkpoint-{LAST}", f"checkpoint-{STEPS}", "entropy-probe"):

@@ -308,7 +308,7 @@ def test_the_statistics_open_no_vector(home):
     """Every file that the process opens is counted; the libraries that open files by themselves are asked through
     `Artifact.path`, which reads what it verifies."""
     command = [sys.executable, "-c", OPENED, str(home / "kept")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     opened = json.loads(done.stdout.splitlines()[-1])
     assert any(path.endswith("tokens.safetensors") for path in opened)
     assert any("/compute-update/" in path for path in opened)

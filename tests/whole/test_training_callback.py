@@ -65,7 +65,7 @@ def run(tmp_path_factory) -> tuple[Path, Any, Tracker]:
 def test_it_writes_what_no_checkpoint_records(run):
     folder, made, _ = run
     hint, _ = plain_yaml.read(folder / "entropy-probe.yaml")
-    reward = Path(__file__).with_name("trainer_rewards.py")
+    reward = Path(__file__).parents[1] / "trainer_rewards.py"
     assert hint == {
         "batch_config": {"dataset_name": f"{FOLDER}/prompts.parquet"},
         "update": {"reward": [f"{reward}:low_digits"]},

@@ -17,7 +17,7 @@ from entropy_core.errors import CheckpointError, ConfigError, PromptError
 from entropy_core.prompts.pools import load_pool
 from entropy_core.prompts.tokens import encode
 
-PAGE = Path(__file__).parents[1] / "docs" / "bring-your-prompts-and-reward.md"
+PAGE = Path(__file__).parents[2] / "docs" / "bring-your-prompts-and-reward.md"
 CHAT = (
     "{% for m in messages %}{{ {'system': '>', 'user': ','}[m['role']] + m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %};{% endif %}"
