@@ -47,6 +47,15 @@ def share_of_low_digits(completions, **_):
     return [sum(c in "01234" for c in text) / 4 for text in completions]
 '''
 
+BONUS = '''from entropy_core.numerics.losses import grpo
+
+
+def mine(batch):
+    """GRPO with an entropy bonus."""
+    return grpo(batch) - 0.01 * batch.mean(batch.sequence_sum(batch.entropies_K) / batch.lengths_N)
+'''
+"""A loss of a user's own, in a file."""
+
 
 def trainer_groups(model: torch.nn.Module, named: bool = False, decay: float = WEIGHT_DECAY) -> list[dict[str, Any]]:
     """The Trainer's two groups, written out: everything but norms and biases decays."""

@@ -9,8 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import Probe, make_gpt2, parts_of, probe, skip_figures, trainer_groups, values, write_reward
-from test_user_losses import BONUS
+from pipeline_fixtures import (
+    BONUS,
+    Probe,
+    make_gpt2,
+    parts_of,
+    probe,
+    skip_figures,
+    trainer_groups,
+    values,
+    write_reward,
+)
 from transformers import AutoModelForCausalLM
 
 from entropy_core.files.sources import content_digest

@@ -48,8 +48,8 @@ def page(found: Mapping[str, Counts]) -> str:
         "policy whose responses can all be enumerated, with a trainer that takes a step on it. In each replication E "
         "and U are drawn anew, the statistics of the product (its stage `variance`) make rows at .3, 1 and 3 times the "
         "learning rate, and the exact values come from the enumeration: δH₁ and δH₂ from exact first and second "
-        "derivatives, ΔH from the exact entropy after the step. `tests/whole/test_oracle.py` compares the rows with those "
-        "of whole sweeps of the same batches.",
+        "derivatives, ΔH from the exact entropy after the step. `tests/whole/test_oracle.py` compares the rows with "
+        "those of whole sweeps of the same batches.",
         "",
         *table(
             ("", ""),

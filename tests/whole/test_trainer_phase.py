@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from phase_of_trainer import CASES, ROLLOUTS, G, followed, prepare, worst_and_moved
+from phase_of_trainer import CASES, ROLLOUTS, followed, prepare, worst_and_moved
+from trainer_fixtures import G
 
 
 @pytest.mark.parametrize("case", CASES)

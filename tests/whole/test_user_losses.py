@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pipeline_fixtures import call_here
+from pipeline_fixtures import BONUS, call_here
 from test_losses import batch_of
 
 from entropy_core.config.read import parse_config
@@ -16,14 +16,6 @@ from entropy_core.numerics import losses, ragged
 from entropy_core.numerics.loss_batch import LossBatch
 from entropy_core.numerics.losses import LOSSES, TokenPair
 from entropy_core.pipeline.settings import settle
-
-BONUS = '''from entropy_core.numerics.losses import grpo
-
-
-def mine(batch):
-    """GRPO with an entropy bonus."""
-    return grpo(batch) - 0.01 * batch.mean(batch.sequence_sum(batch.entropies_K) / batch.lengths_N)
-'''
 
 
 @pytest.fixture
