@@ -55,8 +55,8 @@ class LabConfig(Section):
 
     predict: Literal["all", "none"] = Field(
         "all",
-        description="Take the exact step of the optimizer under every intervention, a backward pass over U each and "
-        "two over E; none: screen only, with the denominators of the run, without intervals.",
+        description="Take the exact step of the optimizer under every intervention, at most a backward pass over U "
+        "each and two over E; none: screen only, with the denominators of the run, without intervals.",
     )
     measure: str = Field(
         "best 5",

@@ -17,21 +17,12 @@ from entropy_core.numerics.rounded_step import rounded_clip_factor
 from entropy_core.numerics.vectors import Block, Lazy, global_norm, in_blocks, squares
 from entropy_core.policy.model import Policy
 from entropy_core.sequences.batch import BatchedSequences
-from entropy_core.sequences.loss_gradient import add_loss_gradients
+from entropy_core.sequences.loss_gradient import add_loss_gradient
 from entropy_core.sequences.processor import SequenceProcessor
 
 if TYPE_CHECKING:
     from entropy_core.execution import Execution
     from entropy_core.store.artifact import Artifact, Writer
-
-
-GRADIENT_BYTES = 2**26
-"""What gradients may take that are computed in one pass; one is computed however large it is."""
-
-
-def gradients_at_once(numbers: int) -> int:
-    """How many gradients of this many numbers are computed in one pass."""
-    return max(1, GRADIENT_BYTES // (8 * max(numbers, 1)))
 
 
 class TakenStep(NamedTuple):
@@ -84,68 +75,40 @@ def taken_step(
     Raises:
         NonFiniteError: the gradient is not finite.
     """
-    under = [(coefficients, altered)]
-    ((found,),) = taken_steps(under, processor, shards, checkpoint, execution, max_grad_norm, earlier)
-    return found
-
-
-def taken_steps(
-    under: Sequence[tuple[TokenPair, Altered]],
-    processor: SequenceProcessor,
-    shards: Sequence[BatchedSequences],
-    checkpoint: "Artifact",
-    execution: "Execution",
-    max_grad_norm: float,
-    earlier: "Artifact | None" = None,
-) -> Iterator[list[TakenStep]]:
-    """Take the step under several losses and hyperparameters; the arguments are otherwise those of `taken_step`.
-
-    Steps of the same coefficients have the same gradient, and gradients share forward passes; see `add_loss_gradients`.
-
-    Args:
-        under: coefficients and hyperparameters of each step.
-
-    Yields:
-        The steps in their order, as many at a time as there is room for gradients.
-    """
     model, moving = processor.policy, moved_parameters(checkpoint)
-    numbers = sum(parameter.numel() for name, parameter in model.named_parameters().items() if name in moving)
-    at_once, state = gradients_at_once(numbers), None
-    for start in range(0, len(under), at_once):
-        of_these = under[start : start + at_once]
-        pairs: list[TokenPair] = []
-        places = [_place(pair, pairs) for pair, _ in of_these]
-        gradients = [model.new_accumulator(moving) for _ in pairs]
-        add_loss_gradients(gradients, processor, shards, pairs)
-        steps: list[TakenStep] = []
-        for place, (_, altered) in zip(places, of_these, strict=True):
-            g, limits = gradients[place], (max_grad_norm, altered)
-            steps.append(_step_along(g, model, checkpoint, execution, *limits, earlier, state))
-            state = steps[-1].step.on({}, 1.0)  # the state, without a gradient
-        yield steps
-        del gradients, steps, g  # before the next ones
+    gradient = model.new_accumulator(moving)
+    add_loss_gradient(gradient, processor, shards, coefficients)
+    return step_along(gradient, model, checkpoint, execution, max_grad_norm, altered, earlier)
 
 
-def _place(pair: TokenPair, known: list[TokenPair]) -> int:
-    """Where a pair is in a list, to which it is added if it is in none."""
-    for place, other in enumerate(known):
-        if all(torch.equal(*columns) for columns in zip(pair, other, strict=True)):
-            return place
-    known.append(pair)
-    return len(known) - 1
-
-
-def _step_along(
+def step_along(
     accumulated: dict[str, Tensor],
     model: Policy,
     checkpoint: "Artifact",
     execution: "Execution",
     max_grad_norm: float,
     altered: Altered,
-    earlier: "Artifact | None",
-    state: OptimizerStep | None,
+    earlier: "Artifact | None" = None,
+    state: OptimizerStep | None = None,
 ) -> TakenStep:
-    """The step of the optimizer on a gradient of the parameters that the trainer moves, from a state that was read."""
+    """Take the step of the optimizer on a gradient.
+
+    Args:
+        accumulated: the gradient on U of the parameters that the trainer moves, float64.
+        model: the policy.
+        checkpoint: artifact of load-checkpoint.
+        execution: knows where `optimizer.pt` is.
+        max_grad_norm: as for `taken_step`.
+        altered: as for `taken_step`.
+        earlier: as for `taken_step`.
+        state: of the optimizer, if it was read before.
+
+    Returns:
+        The step.
+
+    Raises:
+        NonFiniteError: the gradient is not finite.
+    """
     gradient = with_zeros(accumulated, model.named_parameters())
     g = in_blocks(gradient)
     max_norm = max_grad_norm if altered.max_grad_norm is None else altered.max_grad_norm

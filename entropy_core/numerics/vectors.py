@@ -16,6 +16,9 @@ BLOCK = 2**15
 DEVICE_BLOCK = 2**22
 """The same on a GPU, where the launch of an operation costs as much as the arithmetic on a million numbers."""
 
+GRADIENT_BYTES = 2**27
+"""What gradients may take that are computed together, with forward passes that they share."""
+
 K = TypeVar("K", bound=Any)  # a name or a Block: anything that can be sorted
 
 
@@ -46,6 +49,11 @@ class Lazy(Mapping[K, Tensor]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def gradients_at_once(numbers: int) -> int:
+    """How many gradients of this many numbers, in float64, are computed together: at least one, however large."""
+    return max(1, GRADIENT_BYTES // (8 * max(numbers, 1)))
 
 
 def blocks_of(tensors: Mapping[str, Tensor]) -> tuple[Block, ...]:

@@ -18,6 +18,7 @@ from entropy_core.numerics.baselines import TimeTotals, baseline_totals, baselin
 from entropy_core.numerics.choices import Baseline
 from entropy_core.numerics.first_order import score_coefficients, terms
 from entropy_core.numerics.functional import ENTROPY, FUNCTIONALS, LENGTH, REWARD, Functional, Tokens
+from entropy_core.numerics.vectors import gradients_at_once
 from entropy_core.numerics.weights import sampling_weights
 from entropy_core.policy.model import Coefficients
 from entropy_core.sequences.batch import BatchedSequences, require_ids
@@ -86,34 +87,49 @@ def scored_batch(
 
 
 def functional_gradients(
-    processor: SequenceProcessor,
-    e_batch: ScoredBatch,
-    functionals: Sequence[Functional],
-    chosen_N: Tensor,
-) -> list[dict[str, Tensor]]:
-    """Compute ∇E[F] of some functionals over a part of E, with forward passes that they share.
+    processor: SequenceProcessor, e_batch: ScoredBatch, functionals: Sequence[Functional], parts: Sequence[Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Compute ∇E[F] of some functionals over parts of E, as many at a time as there is room for.
+
+    Those at a time read E once, and those of a part share forward passes, so that each is bit for bit what it is alone.
 
     Args:
         processor: the policy that sampled E.
         e_batch: E.
         functionals: each F; its gradient takes 8 bytes per parameter.
-        chosen_N: whether each sequence is in the part, bool [N].
+        parts: of each part whether a sequence is in it, bool [N].
 
-    Returns:
-        The gradients by parameter name, float64.
+    Yields:
+        The gradients by parameter name, float64: of the first part for each functional, then of the next part.
     """
-    model = processor.policy
-    gradients, count, start = [model.new_accumulator() for _ in functionals], int(chosen_N.sum()), 0
+    numbers = sum(parameter.numel() for parameter in processor.policy.named_parameters().values())
+    together = min(gradients_at_once(numbers), len(functionals))
+    parts_at_once = max(1, gradients_at_once(numbers) // len(functionals))
+    for first in range(0, len(parts), parts_at_once):
+        for start in range(0, len(functionals), together):
+            of_these = parts[first : first + parts_at_once]
+            found = _gradients(processor, e_batch, functionals[start : start + together], of_these)
+            while found:
+                yield found.pop(0)  # no name for it: the next accumulators are made when it is gone
+
+
+def _gradients(
+    processor: SequenceProcessor, e_batch: ScoredBatch, functionals: Sequence[Functional], parts: Sequence[Tensor]
+) -> list[dict[str, Tensor]]:
+    """Of every part for each functional, all in memory."""
+    model, start = processor.policy, 0
+    of_parts = [[model.new_accumulator() for _ in functionals] for _ in parts]
     for batch, tokens in e_batch.shards():
-        here_N = chosen_N[start : start + len(batch)]
-        start += len(batch)
-        here_K = torch.repeat_interleave(here_N, batch.lengths_N)
         of_tokens = [_coefficients(functional, tokens, e_batch.totals[functional]) for functional in functionals]
-        weights = [[values_K[here_K] / count for values_K in pair] for pair in of_tokens]
-        for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
-            of_rows = [Coefficients(*(values_K[index_K] for values_K in pair)) for pair in weights]
-            model.add_gradients(rows, of_rows, processor.config.temperature, gradients)
-    return gradients
+        for chosen_N, gradients in zip(parts, of_parts, strict=True):
+            here_N = chosen_N[start : start + len(batch)]
+            here_K, count = torch.repeat_interleave(here_N, batch.lengths_N), int(chosen_N.sum())
+            weights = [[values_K[here_K] / count for values_K in pair] for pair in of_tokens]
+            for index_K, rows in processor.micro_batches(batch.select(here_N.nonzero().squeeze(1))):
+                of_rows = [Coefficients(*(values_K[index_K] for values_K in pair)) for pair in weights]
+                model.add_gradients(rows, of_rows, processor.config.temperature, gradients)
+        start += len(batch)
+    return [gradient for gradients in of_parts for gradient in gradients]
 
 
 def _coefficients(functional: Functional, tokens: Tokens, totals: TimeTotals) -> Coefficients:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from entropy_core.losses.changed import changed_by, excess_of
 from entropy_core.losses.interventions import InterventionSpec
-from entropy_core.losses.taken_step import TakenStep, gradients_at_once, taken_steps
+from entropy_core.losses.taken_step import TakenStep
+from entropy_core.losses.taken_steps import taken_steps
 from entropy_core.numerics.functional import FUNCTIONALS
 from entropy_core.numerics.halves import HALVES
 from entropy_core.numerics.vectors import Block, blocks_of, in_blocks
@@ -62,7 +63,8 @@ def predict(
     """Compute ⟨∇H, v'⟩ for some interventions, with ∇H of several independent blocks of E.
 
     The spread over the blocks is the error over E of what an intervention changes. Each costs a backward pass over U,
-    and all together two over E. They share forward passes, as far as there is room. No v' and no ∇H is kept.
+    unless its gradient is a sum of multiples of others, and all together two over E. They share forward passes, as far
+    as there is room. No v' and no ∇H is kept.
 
     Args:
         out: where v' is on the disk for a while; what is found is in the summary.
@@ -152,24 +154,21 @@ class _BlocksOfE(NamedTuple):
         """The results of each step, with ⟨∇, v'⟩ by kind and block."""
         results = [of_one for group in held for of_one in group.results]
         products: list[dict[str, list[float]]] = [{of.name: [] for of in FUNCTIONALS} for _ in results]
-        numbers = sum(parameter.numel() for parameter in self.processor.policy.named_parameters().values())
-        together = gradients_at_once(numbers)
-        for number in self.block_N.unique().tolist():
-            mine_N = self.block_N == number
-            for start in range(0, len(FUNCTIONALS), together):
-                functionals = FUNCTIONALS[start : start + together]
-                gradients = functional_gradients(self.processor, self.e_batch, functionals, mine_N)
-                for functional, gradient in zip(functionals, gradients, strict=True):
-                    for of_step, product in zip(products, _dots(held, gradient), strict=True):
-                        of_step[functional.name].append(product)
-                del gradients  # before the next accumulator, which takes 8 bytes per parameter
+        gradients = functional_gradients(self.processor, self.e_batch, FUNCTIONALS, self.parts())
+        for place in range(len(self.parts()) * len(FUNCTIONALS)):
+            found, functional = _dots(held, next(gradients)), FUNCTIONALS[place % len(FUNCTIONALS)]
+            for of_step, product in zip(products, found, strict=True):
+                of_step[functional.name].append(product)
         return [{"products": of_step} | of_one for of_step, of_one in zip(products, results, strict=True)]
+
+    def parts(self) -> list[Tensor]:
+        """Which sequences are in each block, bool [N]."""
+        return [self.block_N == number for number in self.block_N.unique()]
 
     def summary(self) -> list[dict[str, Any]]:
         """Size, entropy and length of each block."""
         found = []
-        for number in self.block_N.unique().tolist():
-            mine_N = self.block_N == number
+        for mine_N in self.parts():
             S_N, T_N = self.e_batch.entropy_N[mine_N], self.e_batch.length_N[mine_N]
             H_tok = float(S_N.sum() / T_N.sum())
             found.append({"sequences": int(mine_N.sum()), "H_tok": H_tok, "mean_length": float(T_N.mean())})

@@ -57,8 +57,9 @@ def reward_gradient(
     processor, dtype = processor_of(policy, execution), getattr(torch, policy.dtype)
     e_batch = scored_batch(sequences, scores, rewards)
     half_N = e_batch.ids_N // responses_per_prompt % 2
+    gradients = functional_gradients(processor, e_batch, [REWARD], [half_N == half for half in HALVES])
     for half in HALVES:
-        (gradient,) = functional_gradients(processor, e_batch, [REWARD], half_N == half)
+        gradient = next(gradients)
         with out.vector(f"reward_{half}", {name: tuple(g.shape) for name, g in gradient.items()}, dtype) as file:
             for block, values in in_blocks(gradient).items():
                 file.write(block, values)

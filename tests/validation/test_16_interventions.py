@@ -65,7 +65,7 @@ def on_blocks(execution: Execution, of_u: Inputs, of_e: Inputs) -> OnBlocks:
         H_N, length_N = e_batch.entropy_N[mine_N], e_batch.length_N[mine_N]
         size = {"sequences": int(mine_N.sum()), "mean_length": float(length_N.mean())}
         found.said.append(size | {"H_tok": float(H_N.sum() / length_N.sum())})
-        covectors = functional_gradients(processor, e_batch, FUNCTIONALS, mine_N)
+        covectors = functional_gradients(processor, e_batch, FUNCTIONALS, [mine_N])
         for functional, covector in zip(FUNCTIONALS, covectors, strict=True):
             along = times(clip, step.applied("preconditioned", in_blocks(covector)))
             found.of_u[functional.name].append(token_sensitivities(processor, shards, along))

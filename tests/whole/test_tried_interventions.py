@@ -10,13 +10,13 @@ from pipeline_fixtures import Probe, make_gpt2, probe, skip_figures, values, who
 
 from entropy_core.checkpoints.optimizer_step import OptimizerStep
 from entropy_core.errors import LossError
-from entropy_core.losses import taken_step
+from entropy_core.losses import taken_steps
 from entropy_core.losses.changed import AS_IT_IS, changed_by, excess_of, read_sensitivities
 from entropy_core.losses.interventions import (
     InterventionSpec,
     asked_for,
 )
-from entropy_core.numerics import ragged
+from entropy_core.numerics import ragged, vectors
 from entropy_core.numerics.block_estimates import Blocks
 from entropy_core.numerics.halves import KINDS
 from entropy_core.numerics.vectors import in_blocks, times
@@ -149,16 +149,33 @@ def test_the_screen_is_exact_for_frozen_denominators(tried):
                 assert found == pytest.approx(frozen[f"{kind}_{half}"], rel=1e-10)
 
 
-def test_a_prediction_beside_others_is_the_one_alone_bit_for_bit(tried, monkeypatch, tmp_path):
+def test_a_prediction_beside_others_is_the_one_alone(tried, monkeypatch, tmp_path):
     """Those of `published` are together, the other named ones too; and a function of the user's is alone."""
-    monkeypatch.setattr(taken_step, "GRADIENT_BYTES", 0)  # room for one at a time
+    monkeypatch.setattr(vectors, "GRADIENT_BYTES", 0)  # room for one at a time
     monkeypatch.setattr(predict, "STEP_BYTES", 0)
     monkeypatch.setattr(predict, "FEWEST_STEPS", 1)
     asked = [inputs for name, inputs, _ in tried.run.asked if name == "predict"]
     assert [len(inputs["interventions"]) for inputs in asked] == [9, 9, 1]
     for inputs, artifact in zip(asked, tried.run.artifacts("predict"), strict=True):
-        assert predict.predict(Writer(tmp_path), tried.run.execution, **inputs) == artifact.summary
+        alone = predict.predict(Writer(tmp_path), tried.run.execution, **inputs)
+        assert alone["blocks"] == artifact.summary["blocks"]
+        for label, prediction in artifact.summary["predictions"].items():
+            of_this = alone["predictions"][label]
+            for name, together in (prediction | prediction["products"]).items():
+                if name != "products":
+                    assert (of_this | of_this["products"])[name] == pytest.approx(together, rel=1e-9), (label, name)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_a_gradient_that_is_a_combination_of_others_has_no_pass_of_its_own(tried, monkeypatch, tmp_path):
+    passes = []
+    add = taken_steps.add_loss_gradients
+    monkeypatch.setattr(
+        taken_steps, "add_loss_gradients", lambda into, *rest: (passes.append(len(into)), add(into, *rest))
+    )
+    for inputs in (inputs for name, inputs, _ in tried.run.asked if name == "predict"):
+        predict.predict(Writer(tmp_path), tried.run.execution, **inputs)
+    assert passes == [5, 7, 1]  # of 9, 9 and 1
 
 
 def test_responses_to_a_prompt_are_in_one_block(tried, tmp_path):
