@@ -1,6 +1,7 @@
 """`make validate`: every proof of tests/validation records its table, and docs/validation.md is written from the run.
 
-`make validate-runs` is the same for tests/against_runs and docs/against-runs.md.
+`make validate-runs` is the same for tests/against_runs and docs/against-runs.md, `make validate-smollm2` for
+tests/against_smollm2 and docs/against-smollm2.md.
 
     def test_the_claim(record):
         record("Title", claim="One sentence.", limit="what must hold", columns=("quantity", "error"))
@@ -42,6 +43,12 @@ SERIES = {
     "validate": Series(Path("tests/validation"), Path("docs/validation.md"), "Validation", "make validate"),
     "against_runs": Series(
         Path("tests/against_runs"), Path("docs/against-runs.md"), "Predictions against runs", "make validate-runs"
+    ),
+    "against_smollm2": Series(
+        Path("tests/against_smollm2"),
+        Path("docs/against-smollm2.md"),
+        "Predictions against runs of SmolLM2",
+        "make validate-smollm2",
     ),
 }
 LIBRARIES = ("entropy-probe", "torch", "transformers", "numpy", "scipy", "pyarrow", "safetensors")

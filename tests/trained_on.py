@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import policy_of
+from pipeline_fixtures import probe, skip_figures
+from proofs import Proof
 from scipy.stats import spearmanr
 
+from entropy_core.config.read import load_config
 from entropy_core.demo.training_run import ON_A_CPU, quiet
 from entropy_core.sequences.processor import GenerationConfig, SequenceProcessor
 
@@ -253,7 +256,90 @@ def said(what: str, pairs: Sequence[tuple[float, float]]) -> str:
     )
 
 
-def between_seeds(subject: Subject, runs: Runs, ways: Sequence[Way]) -> float:
-    """Rank correlation of what TRL does from one seed and from another, on average."""
+def swept(
+    config: Path, checkpoint: Path, home: Path, ways: Sequence[Way], batch: dict[str, int], **lab: Any
+) -> list[dict[str, Any]]:
+    """Rows of a sweep of one checkpoint: of rehearsal.parquet if it rehearses, else of interventions.parquet."""
+    values = load_config(config).model_dump(mode="json")
+    values |= {"checkpoints": [str(checkpoint)], "interventions": [way.entry for way in ways]}
+    values |= {"price": False, "lab": {"measure": "none"} | lab}
+    values["batch_config"] |= {"E_replicates": 1} | batch
+    values["importance"] |= {"etas": [0, 1]}
+    values["execution"] |= {"artifacts": str(home)}
+    with pytest.MonkeyPatch.context() as patch:
+        skip_figures(patch)
+        report = probe(values).result.report
+    rows = report.table("rehearsal.parquet" if "rehearse" in lab else "interventions.parquet").to_pylist()
+    return [row for row in rows if row["normalization"] == "per_token"]
+
+
+OF_ONE_STEP = ("intervention", "one step", "kept on", "steps of TRL", "lowest", "highest seed")
+
+
+def show_one_step(
+    record: Proof, rows: Sequence[dict[str, Any]], subject: Subject, runs: Runs, ways: Sequence[Way]
+) -> float:
+    """Record what a step does under every way beside what TRL's steps did, and their rank correlation.
+
+    Args:
+        record: has the columns of `OF_ONE_STEP`.
+        rows: of interventions.parquet.
+        subject: the run.
+        runs: what TRL did.
+        ways: each way.
+
+    Returns:
+        The rank correlation of one seed of TRL with another, on average.
+    """
+    predicted = {row["intervention"]: row for row in rows if row["level"] == "predict"}
+    first, kept_on = [], []
+    for way in ways:
+        row, found = predicted[way.label], subject.changes(runs, way)
+        first.append((row["difference"], fmean(found)))
+        kept = row["kept_on_difference"]
+        kept_on += [] if kept is None else [(kept, fmean(found))]
+        shown = [f"{one:+.5f}" for one in (fmean(found), min(found), max(found))]
+        record.row(way.label, f"{row['difference']:+.5f}", "" if kept is None else f"{kept:+.5f}", *shown)
+    record.note(said("one step", first))
+    record.note(said("the step that is kept on, where the screen tells it,", kept_on))
     of_seeds = list(zip(*(subject.changes(runs, way) for way in ways), strict=True))
-    return fmean(rank_correlation(list(zip(*pair, strict=True))) for pair in combinations(of_seeds, 2))
+    between = fmean(rank_correlation(list(zip(*pair, strict=True))) for pair in combinations(of_seeds, 2))
+    record.note(f"Of one seed of TRL with another: {between:.2f} on average.")
+    return between
+
+
+OF_A_REHEARSAL = ("intervention", "steps", "band", "H of TRL's runs", "within", "rehearsed difference", "TRL's")
+
+
+def show_rehearsal(
+    record: Proof, rows: Sequence[dict[str, Any]], subject: Subject, runs: Runs, ways: Sequence[Way]
+) -> tuple[float, list[tuple[float, float]]]:
+    """Record the bands of a rehearsal beside H of TRL's runs.
+
+    Args:
+        record: has the columns of `OF_A_REHEARSAL`.
+        rows: of rehearsal.parquet.
+        subject: the run.
+        runs: what TRL did.
+        ways: each way that was rehearsed, beside the run as it is.
+
+    Returns:
+        The share of TRL's runs within the bands; and the last differences from the run as it is, rehearsed and TRL's.
+    """
+    together = {(row["intervention"], row["rehearsal_step"]): row for row in rows if row["replicate"] is None}
+    inside, count, pairs = 0, 0, []
+    for way in (AS_IT_IS, *ways):
+        for number in subject.measured:
+            row, found = together[way.label, number], [of_seed[number] for of_seed in runs[way.label]]
+            low, high = row["H_run_low"], row["H_run_high"]
+            within = sum(low <= H <= high for H in found)
+            inside, count = inside + within, count + len(found)
+            differences = ["", ""]
+            if way is not AS_IT_IS and number == subject.steps:
+                pairs.append((row["difference"], fmean(subject.changes(runs, way))))
+                differences = [f"{one:+.5f}" for one in pairs[-1]]
+            shown = ", ".join(f"{H:.4f}" for H in found)
+            said_within = f"{within} of {len(found)}"
+            record.row(way.label, number, f"{low:.4f} to {high:.4f}", shown, said_within, *differences)
+    record.note(f"Within: {inside} of {count}.")
+    return inside / count, pairs

@@ -147,7 +147,7 @@ def _train(base: Path, run: Path, settings: SmolLM2Settings) -> dict[str, Any]:
             model,
             tokenizer,
             defines,
-            [row | {"prompt": _in_template(tokenizer, row["prompt"])} for row in rows],
+            [row | {"prompt": in_template(tokenizer, row["prompt"])} for row in rows],
             run,
             lora,
             seed=settings.seed,
@@ -163,7 +163,7 @@ def _train(base: Path, run: Path, settings: SmolLM2Settings) -> dict[str, Any]:
     return {"checkpoints": saved}
 
 
-def _in_template(tokenizer: Any, prompt: str) -> str:
+def in_template(tokenizer: Any, prompt: str) -> str:
     turns = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 

@@ -1,24 +1,33 @@
 """One step and a rehearsal of the demo policy, against TRL, which really trains on under every intervention."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import probe, skip_figures
 from proofs import Proof
-from trained_on import AS_IT_IS, WAYS, Runs, Started, Subject, Way, between_seeds, rank_correlation, said, train_on
+from trained_on import (
+    AS_IT_IS,
+    OF_A_REHEARSAL,
+    OF_ONE_STEP,
+    WAYS,
+    Runs,
+    Started,
+    Subject,
+    Way,
+    rank_correlation,
+    show_one_step,
+    show_rehearsal,
+    swept,
+    train_on,
+)
 
-from entropy_core.config.read import load_config
 from entropy_core.demo.run import build_tokenizer
 from entropy_core.prompts.arithmetic import exact_match, problems
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.against_runs
 
-ROOT = Path(__file__).resolve().parents[2]
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 CHECKPOINT = "checkpoint-12"
 P, G, STEPS, SEEDS, MEASURED, OF_E = 64, 8, 6, 3, (3, 6), 384
 OF_PREDICTION = 1024
@@ -56,22 +65,7 @@ def runs(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return train_on(subject, home, (AS_IT_IS, *ALL), often=(AS_IT_IS, *REHEARSED))
 
 
-def swept(demo_run: Path, home: Path, ways: Sequence[Way], of_e: int, **lab: Any) -> list[dict[str, Any]]:
-    """Rows of a sweep of the checkpoint: of rehearsal.parquet if it rehearses, else of interventions.parquet."""
-    config = load_config(ROOT / "configs" / "demo.yaml").model_dump(mode="json")
-    config |= {"checkpoints": [str(demo_run / CHECKPOINT)], "interventions": [way.entry for way in ways]}
-    config |= {"price": False, "lab": {"measure": "none"} | lab}
-    config["batch_config"] |= {"B_U": P, "G": G, "E_total_sequences": of_e}
-    config["importance"] |= {"etas": [0, 1]}
-    config["execution"] |= {"artifacts": str(home)}
-    with pytest.MonkeyPatch.context() as patch:
-        skip_figures(patch)
-        report = probe(config).result.report
-    rows = report.table("rehearsal.parquet" if "rehearse" in lab else "interventions.parquet").to_pylist()
-    return [row for row in rows if row["normalization"] == "per_token"]
-
-
-def test_one_step_against_what_runs_do(record: Proof, demo_run: Path, subject: Subject, runs: Runs, tmp_path: Path):
+def test_one_step_against_what_runs_do(record: Proof, subject: Subject, runs: Runs, tmp_path: Path):
     record(
         "One step against a run",
         claim=f"From {CHECKPOINT} of the demo run TRL trains on for {STEPS} steps, on {P} prompts with {G} responses "
@@ -80,58 +74,31 @@ def test_one_step_against_what_runs_do(record: Proof, demo_run: Path, subject: S
         f"predicted on as many prompts and an E of {OF_PREDICTION:,}.",
         limit="TRL ranks the interventions from one seed as from another, with a rank correlation of 0.7 on average; "
         "one step has no limit: it says what an intervention does first, and not where it leads",
-        columns=("intervention", "one step", "kept on", f"{STEPS} steps of TRL", "lowest", "highest seed"),
+        columns=OF_ONE_STEP,
     )
-    rows = swept(demo_run, tmp_path, ALL, OF_PREDICTION)
-    predicted = {row["intervention"]: row for row in rows if row["level"] == "predict"}
-    first, kept_on = [], []
-    for way in ALL:
-        row, found = predicted[way.label], subject.changes(runs, way)
-        first.append((row["difference"], fmean(found)))
-        kept = row["kept_on_difference"]
-        kept_on += [] if kept is None else [(kept, fmean(found))]
-        shown = [f"{one:+.5f}" for one in (fmean(found), min(found), max(found))]
-        record.row(way.label, f"{row['difference']:+.5f}", "" if kept is None else f"{kept:+.5f}", *shown)
-    record.note(said("one step", first))
-    record.note(said("the step that is kept on, where the screen tells it,", kept_on))
-    between = between_seeds(subject, runs, ALL)
-    record.note(f"Of one seed of TRL with another: {between:.2f} on average.")
-    assert between >= 0.7
+    batch = {"B_U": P, "G": G, "E_total_sequences": OF_PREDICTION}
+    rows = swept(CONFIG, subject.checkpoint, tmp_path, ALL, batch)
+    assert show_one_step(record, rows, subject, runs, ALL) >= 0.7
 
 
-def test_a_rehearsal_against_what_runs_do(record: Proof, demo_run: Path, subject: Subject, runs: Runs, tmp_path: Path):
-    ways = REHEARSED
+def test_a_rehearsal_against_what_runs_do(record: Proof, subject: Subject, runs: Runs, tmp_path: Path):
     record(
         "A rehearsal against a run",
-        claim=f"The same {STEPS} steps are rehearsed from {SEEDS} seeds, as the run was and under {len(ways)} of the "
-        "interventions. The band is that of one more run, `H_run_low` to `H_run_high`: from three seeds it has two "
+        claim=f"The same {STEPS} steps are rehearsed from {SEEDS} seeds, as the run was and under {len(REHEARSED)} of "
+        "the interventions. The band is that of one more run, `H_run_low` to `H_run_high`: from three seeds it has two "
         f"degrees of freedom, and is wide. H of each of TRL's {SEEDS} runs is measured on an E of {OF_E} of its own, "
         "and the differences are from the run as it is from the same seed.",
         limit="at least 90 % of TRL's runs are within the bands of 95 %, and the rank correlation of the rehearsed "
         "differences with TRL's is at least 0.7",
-        columns=("intervention", "steps", "band", "H of TRL's runs", "within", "rehearsed difference", "TRL's"),
+        columns=OF_A_REHEARSAL,
     )
     rehearse = {"steps": STEPS, "seeds": SEEDS, "interventions": "all", "every": MEASURED[0]}
-    rows = swept(demo_run, tmp_path, ways, OF_E, rehearse=rehearse)
-    together = {(row["intervention"], row["rehearsal_step"]): row for row in rows if row["replicate"] is None}
-    inside, pairs = 0, []
-    for way in (AS_IT_IS, *ways):
-        for number in MEASURED:
-            row, found = together[way.label, number], [of_seed[number] for of_seed in runs[way.label]]
-            low, high = row["H_run_low"], row["H_run_high"]
-            within = sum(low <= H <= high for H in found)
-            inside += within
-            differences = ["", ""]
-            if way is not AS_IT_IS and number == STEPS:
-                pairs.append((row["difference"], fmean(subject.changes(runs, way))))
-                differences = [f"{one:+.5f}" for one in pairs[-1]]
-            shown = ", ".join(f"{H:.4f}" for H in found)
-            record.row(way.label, number, f"{low:.4f} to {high:.4f}", shown, f"{within} of {SEEDS}", *differences)
-    count = len(MEASURED) * (1 + len(ways)) * SEEDS
-    record.note(f"Within: {inside} of {count}.")
+    batch = {"B_U": P, "G": G, "E_total_sequences": OF_E}
+    rows = swept(CONFIG, subject.checkpoint, tmp_path, REHEARSED, batch, rehearse=rehearse)
+    inside, pairs = show_rehearsal(record, rows, subject, runs, REHEARSED)
     ranks = rank_correlation(pairs)
     record.note(
         f"Rank correlation of the rehearsed differences with TRL's: {ranks:.2f}, of {len(pairs)} interventions."
     )
-    assert inside >= 0.9 * count
+    assert inside >= 0.9
     assert ranks >= 0.7

@@ -4,22 +4,39 @@ import json
 from pathlib import Path
 
 import pytest
-from trained_on import AS_IT_IS, WAYS, Runs, Started, Subject, Way, train_on
+from proofs import Proof
+from trained_on import (
+    AS_IT_IS,
+    OF_A_REHEARSAL,
+    OF_ONE_STEP,
+    WAYS,
+    Runs,
+    Started,
+    Subject,
+    Way,
+    show_one_step,
+    show_rehearsal,
+    swept,
+    train_on,
+)
 
-from entropy_core.demo.smollm2 import _in_template, defines
+from entropy_core.demo.smollm2 import in_template, defines
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.against_smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN, CHECKPOINT = ROOT / "artifacts" / "smollm2" / "run", "checkpoint-4"
+CONFIG = ROOT / "configs" / "smollm2.yaml"
 STEPS, SEEDS, MEASURED, OF_E = 6, 3, (3, 6), 64
+P, G = 8, 4
+OF_PREDICTION = {"B_U": 32, "G": G, "E_total_sequences": 256}
 ALL = (*WAYS, Way("scale_rewards", "batch", {"scale_rewards": "batch"}))
 REHEARSED = [way for way in ALL if way.label in ("lr: 2", "entropy_coef: 0.1")]
 SETTINGS = {
     "per_device_train_batch_size": 16,
-    "gradient_accumulation_steps": 2,
-    "num_generations": 4,
+    "gradient_accumulation_steps": P * G // 16,
+    "num_generations": G,
     "max_completion_length": 20,
     "learning_rate": 1e-4,
 }
@@ -35,7 +52,7 @@ def start(checkpoint: Path) -> Started:
     model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
     rows = [json.loads(line) for line in (run / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     return Started(
-        model, tokenizer, [row | {"prompt": _in_template(tokenizer, row["prompt"])} for row in rows], defines
+        model, tokenizer, [row | {"prompt": in_template(tokenizer, row["prompt"])} for row in rows], defines
     )
 
 
@@ -46,3 +63,33 @@ SUBJECT = Subject(RUN / CHECKPOINT, start, SETTINGS, STEPS, MEASURED, SEEDS, OF_
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     kept = ROOT / "artifacts" / "against-smollm2.json"
     return train_on(SUBJECT, tmp_path_factory.mktemp("runs"), (AS_IT_IS, *ALL), (AS_IT_IS, *REHEARSED), kept)
+
+
+def test_one_step_against_what_runs_do(record: Proof, runs: Runs, tmp_path: Path):
+    record(
+        "One step against a run",
+        claim=f"From {CHECKPOINT} of the LoRA run of SmolLM2-135M-Instruct (`make sweep-smollm2`) TRL trains on for "
+        f"{STEPS} steps, on {P} prompts with {G} responses each, as the run was and under each of {len(ALL)} "
+        f"interventions, from {SEEDS} seeds. Its entropy then, on an E of {OF_E}, minus that of the run as it was from "
+        "the same seed, against the difference that a single step makes: as it is predicted on "
+        f"{OF_PREDICTION['B_U']} prompts and an E of {OF_PREDICTION['E_total_sequences']}.",
+        limit="none: it says what an intervention does first, and not where it leads",
+        columns=OF_ONE_STEP,
+    )
+    rows = swept(CONFIG, SUBJECT.checkpoint, tmp_path, ALL, OF_PREDICTION)
+    show_one_step(record, rows, SUBJECT, runs, ALL)
+
+
+def test_a_rehearsal_against_what_runs_do(record: Proof, runs: Runs, tmp_path: Path):
+    record(
+        "A rehearsal against a run",
+        claim=f"The same {STEPS} steps are rehearsed from {SEEDS} seeds, as the run was and under {len(REHEARSED)} of "
+        "the interventions. The band is that of one more run, `H_run_low` to `H_run_high`.",
+        limit="at least 90 % of TRL's runs are within the bands of 95 %",
+        columns=OF_A_REHEARSAL,
+    )
+    rehearse = {"steps": STEPS, "seeds": SEEDS, "interventions": "all", "every": MEASURED[0]}
+    batch = {"B_U": P, "G": G, "E_total_sequences": OF_E}
+    rows = swept(CONFIG, SUBJECT.checkpoint, tmp_path, REHEARSED, batch, rehearse=rehearse)
+    inside, _ = show_rehearsal(record, rows, SUBJECT, runs, REHEARSED)
+    assert inside >= 0.9
