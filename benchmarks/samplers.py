@@ -12,7 +12,7 @@ from benchmarks.common import Row
 from benchmarks.time_to_error import SMOLLM2, UntilUpdate, until_update
 from entropy_core.config.read import load_config, parse_config
 from entropy_core.estimates.batches import evaluation_batch, moved_batch
-from entropy_core.estimates.evaluation import measured
+from entropy_core.estimates.measurement import measured
 from entropy_core.estimates.rows import change_of
 from entropy_core.numerics.functional import ENTROPY, LENGTH
 from entropy_core.numerics.uncertainty import entropy, entropy_derivative

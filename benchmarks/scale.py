@@ -15,7 +15,8 @@ import torch
 from benchmarks.common import Row, Run, peak_megabytes
 from benchmarks.reasons import by_stage
 from entropy_core.demo.run import main as make_demo_run
-from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Moved, MovedTokens, measured
 from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import TokenPair, Tokens
 from entropy_core.numerics.uncertainty import entropy_derivative

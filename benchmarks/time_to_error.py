@@ -23,7 +23,8 @@ from benchmarks.reasons import by_profile
 from entropy_core.config.read import load_config, parse_config
 from entropy_core.demo.run import main as make_demo_run
 from entropy_core.estimates import rows as estimates
-from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Moved, MovedTokens, measured
 from entropy_core.execution import Execution
 from entropy_core.numerics import ragged
 from entropy_core.numerics.functional import TokenPair, Tokens

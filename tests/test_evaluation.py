@@ -11,8 +11,9 @@ import torch
 from enumeration import columns_of
 from torch import Tensor
 
-from entropy_core.estimates import evaluation
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured, Moved, MovedTokens
+from entropy_core.estimates import blocks, measurement
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Measured, Moved, MovedTokens
 from entropy_core.estimates.rows import change_of
 from entropy_core.numerics import ragged, weighted_first_order
 from entropy_core.numerics.choices import Baseline, Estimator
@@ -109,12 +110,12 @@ def test_so_is_the_change(cuts: str, estimator: Estimator):
 
 
 def measured(cuts: list[int], estimator: Estimator) -> Measured:
-    return evaluation.measured(batch_of(cuts), moved(cuts), estimator)
+    return measurement.measured(batch_of(cuts), moved(cuts), estimator)
 
 
 def test_nothing_moved_is_nothing_changed():
     batch = batch_of(CUTS["several"])
-    there = evaluation.measured(batch, Moved(0.0, lambda: ()), "per_decision")
+    there = measurement.measured(batch, Moved(0.0, lambda: ()), "per_decision")
     change = change_of(batch, there, 0.0, "per_decision", "per_token")
     assert change.value == 0.0 and not change.influence_N.any()
     assert there.ess_prefix == pytest.approx(12, rel=1e-14)
@@ -125,7 +126,7 @@ def test_a_weight_that_overflows_in_any_block_makes_all_of_them_unusable():
         for i, (of, _) in enumerate(cut(CUTS["several"])):
             yield MovedTokens(MOVED[0][of] + (900.0 if i == 3 else 0.0), MOVED[1][of])
 
-    there = evaluation.measured(batch_of(CUTS["several"]), Moved(0.5, read), "per_decision")
+    there = measurement.measured(batch_of(CUTS["several"]), Moved(0.5, read), "per_decision")
     assert not there.usable and there.ess_prefix == 0.0
 
 
@@ -139,7 +140,7 @@ def test_the_first_sequences_keep_the_baselines_that_they_have_in_the_whole(coun
 
 
 def test_one_block_of_a_large_batch_is_in_memory_at_a_time(monkeypatch):
-    monkeypatch.setattr(evaluation, "KEPT_BYTES", 0)
+    monkeypatch.setattr(blocks, "KEPT_BYTES", 0)
     alive: list[weakref.ref] = []
     most = 0
 
@@ -158,7 +159,7 @@ def test_one_block_of_a_large_batch_is_in_memory_at_a_time(monkeypatch):
         batch = EvaluationBatch.of([watched(block) for block in blocks_of(cuts)], None, baseline)
         assert len(batch) == len(batch.weighted_columns[FUNCTIONALS[0]].total_N) == len(batch.score_N) == 12
         for estimator in get_args(Estimator):
-            assert evaluation.measured(batch, moved(cuts), estimator).usable
+            assert measurement.measured(batch, moved(cuts), estimator).usable
     assert len(alive) > 12 * 20 and most <= 2  # the next one is read before the last one is let go of
 
 
@@ -169,10 +170,10 @@ def test_blocks_that_fit_are_read_once_and_the_others_in_each_pass(monkeypatch):
         read.append(size)
         return torch.zeros(size, dtype=torch.float64), {"b": torch.zeros(size, dtype=torch.float64)}
 
-    monkeypatch.setattr(evaluation, "KEPT_BYTES", 16 * 7)
-    blocks = evaluation.Kept([partial(load, size) for size in (3, 5, 4, 1)])
+    monkeypatch.setattr(blocks, "KEPT_BYTES", 16 * 7)
+    kept = blocks.Kept([partial(load, size) for size in (3, 5, 4, 1)])
     for _ in range(3):
-        assert [len(x_K) for x_K, _ in blocks()] == [3, 5, 4, 1]
+        assert [len(x_K) for x_K, _ in kept()] == [3, 5, 4, 1]
     assert read == [3, 5, 4, 1, 5, 1, 5, 1]  # 3 and 4 fill the room
-    first, other = blocks(), blocks()  # two passes at a time
+    first, other = kept(), kept()  # two passes at a time
     assert next(first)[0] is next(other)[0]

@@ -26,8 +26,9 @@ from enumeration import (
 )
 from torch import Tensor
 
-from entropy_core.estimates import evaluation
-from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens
+from entropy_core.estimates import measurement
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Moved, MovedTokens
 from entropy_core.numerics import first_order, importance, path_integral, ragged, uncertainty, weighted_first_order
 from entropy_core.numerics.baselines import baselines
 from entropy_core.numerics.choices import Baseline, Estimator
@@ -228,7 +229,7 @@ def test_a_third_one_beside_the_others_block_by_block(everything: Everything, es
     def measured(parts: list[Everything], of: list[MovedTokens], functionals: tuple[Functional, ...]) -> tuple:
         blocks = [lambda tokens=part.block: tokens for part in parts]
         whole = EvaluationBatch.of(blocks, None, "time_loo", functionals)
-        return whole, evaluation.measured(whole, Moved(eta, lambda: of), estimator)
+        return whole, measurement.measured(whole, Moved(eta, lambda: of), estimator)
 
     one, there_one = measured([batch], nodes[:1], ALL)
     several, there_several = measured(list(cut(batch, [0, 1, 5, 12])), nodes[1:], ALL)
@@ -264,7 +265,7 @@ def nodes_of(batch: Everything, eta: float, part: Everything) -> MovedTokens:
     return MovedTokens(moved.logprobs_K, moved.entropies_K, tuple(at(s * eta) for s in NODES))
 
 
-def terms(there: evaluation.Measured, functional: Functional) -> list[Tensor]:
+def terms(there: measurement.Measured, functional: Functional) -> list[Tensor]:
     if isinstance(there.columns, tuple):
         return [column_N for node in there.columns for column_N in node[functional]]
     assert there.columns is not None

@@ -22,7 +22,8 @@ from enumeration import (
 )
 from torch import Tensor
 
-from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Moved, MovedTokens, measured
 from entropy_core.estimates.rows import change_of
 from entropy_core.estimates.sampler import unusable
 from entropy_core.numerics import importance, path_integral, philox, ragged, uncertainty

@@ -164,6 +164,7 @@ def _train(base: Path, run: Path, settings: SmolLM2Settings) -> dict[str, Any]:
 
 
 def in_template(tokenizer: Any, prompt: str) -> str:
+    """A prompt with the system prompt before it, as the model is asked."""
     turns = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from entropy_core.errors import StoreError
-from entropy_core.estimates.evaluation import EvaluationBatch, Kept, Measured, Moved, MovedTokens, measured
+from entropy_core.estimates.blocks import Kept
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Measured, Moved, MovedTokens, measured
 from entropy_core.numerics.choices import Baseline, Normalization
 from entropy_core.numerics.functional import FUNCTIONALS, REWARD, TokenPair, Tokens
 from entropy_core.numerics.quadrature import NODES

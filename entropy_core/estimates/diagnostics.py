@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from entropy_core.estimates.distributions import chi_squared_tail
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Measured
 from entropy_core.estimates.rows import Derivative, Row, change_of
 from entropy_core.numerics import linearity, predictors, ragged, uncertainty
 from entropy_core.numerics.choices import Estimator, Normalization

@@ -1,83 +1,29 @@
-"""Reduce the tokens of the evaluation batch E, block by block, to a few numbers per sequence.
+"""The evaluation batch E at the checkpoint's parameters θ: its tokens reduced, block by block, to numbers per sequence.
 
 Blocks of sequences (shards) are read anew in each pass, but for the first `KEPT_BYTES` of them, so a batch may be as
 large as the disk. Estimators that need other sequences use sums at each position, which take an extra pass.
 
-    Kept              blocks that are read once while they are small
-    EvaluationBatch   E at the checkpoint's parameters θ
-    Moved             E at θ + ηv, with the step v per unit of learning rate and the step size η
-    measured          terms of an estimator of the entropy change ΔH, from both
-
 All results are computed for each given functional; see `numerics.functional`. ℓ is the log-probability of a token and h
-its entropy, in nats.
+its entropy, in nats. E at θ + ηv is in `measurement`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial, reduce
-from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from entropy_core.numerics import (
-    baselines,
-    first_order,
-    importance,
-    path_integral,
-    ragged,
-    ridge,
-    uncertainty,
-    weighted_first_order,
-)
+from entropy_core.estimates.blocks import Kept, added, laid_out
+from entropy_core.numerics import baselines, first_order, ragged, ridge, uncertainty, weighted_first_order
 from entropy_core.numerics.choices import Baseline, Estimator
-from entropy_core.numerics.functional import FUNCTIONALS, Columns, Functional, TokenPair, Tokens
-from entropy_core.numerics.importance import WeightTotals
+from entropy_core.numerics.functional import FUNCTIONALS, Columns, Functional, Tokens
 from entropy_core.numerics.sampling import Sampling
-from entropy_core.numerics.token_statistics import TokenDerivatives
 from entropy_core.numerics.uncertainty import Estimate
-from entropy_core.numerics.weights import PrefixWeights, log_weights_are_usable, prefix_weights
 
 Blocks = Sequence[Callable[[], Tokens]]
 """Functions that each load the tokens of one block of sequences."""
 Bases = Mapping[Functional, Tensor]
 """The baseline b_k of each functional, [K]."""
-
-
-KEPT_BYTES = 2**26
-"""How much of a batch stays in memory between two passes."""
-Block = TypeVar("Block")
-
-
-class Kept(Generic[Block]):
-    """Blocks of tensors, to be iterated over in several passes; the first ones stay in memory, up to `KEPT_BYTES`.
-
-    Args:
-        loads: functions that each load one block.
-    """
-
-    def __init__(self, loads: Sequence[Callable[[], Block]]) -> None:
-        self._loads, self._room = loads, KEPT_BYTES
-        self._kept: dict[int, Block] = {}
-
-    def __call__(self) -> Iterator[Block]:
-        """Begin a pass."""
-        for i, load in enumerate(self._loads):
-            if i in self._kept:
-                yield self._kept[i]
-                continue
-            block = load()
-            if (size := _bytes(block)) <= self._room and i not in self._kept:
-                self._kept[i] = block
-                self._room -= size
-            yield block
-
-
-def _bytes(block: Any) -> int:
-    """Of all tensors in tuples and dicts."""
-    if isinstance(block, Tensor):
-        return block.nbytes
-    parts = block.values() if isinstance(block, Mapping) else block if isinstance(block, tuple) else ()
-    return sum(map(_bytes, parts))
 
 
 class EvaluationBatch:
@@ -145,7 +91,7 @@ class EvaluationBatch:
     @cached_property
     def columns(self) -> dict[Functional, Columns]:
         """Per-sequence terms of each functional and of its derivative."""
-        return _laid_out(
+        return laid_out(
             {f: first_order.first_order_columns(f, tokens, base_K) for f, base_K in bases.items()}
             for tokens, bases in self.read()
         )
@@ -153,10 +99,10 @@ class EvaluationBatch:
     @cached_property
     def weighted_columns(self) -> dict[Functional, Columns]:
         """Per-sequence terms of the estimator whose weights are normalised at each position."""
-        totals = _totals(
+        totals = added(
             {f: weighted_first_order.weighted_totals(f, t) for f in self.functionals} for t, _ in self.read()
         )
-        return _laid_out(
+        return laid_out(
             {f: weighted_first_order.weighted_columns(f, t, totals[f]) for f in self.functionals}
             for t, _ in self.read()
         )
@@ -167,7 +113,7 @@ class EvaluationBatch:
         if not self.from_proposal:
             return self.columns
         of_blocks = ((tokens._replace(proposal_logprobs_K=None), bases) for tokens, bases in self.read())
-        return _laid_out(
+        return laid_out(
             {f: first_order.first_order_columns(f, tokens, base_K) for f, base_K in bases.items()}
             for tokens, bases in of_blocks
         )
@@ -206,134 +152,6 @@ class EvaluationBatch:
         return uncertainty.standard_error(estimate.influence_N, self.clusters_N)
 
 
-class MovedTokens(NamedTuple):
-    """A block of E at θ + ηv: ℓ and h there, or derivatives at the nodes of the path integral, or both; each [K]."""
-
-    logprobs_K: Tensor | None = None
-    entropies_K: Tensor | None = None
-    at_nodes: tuple[TokenDerivatives, ...] = ()
-
-
-class Moved(NamedTuple):
-    """E at θ + ηv; `read` iterates over the same blocks as the `EvaluationBatch`."""
-
-    eta: float
-    read: Callable[[], Iterable[MovedTokens]]
-
-
-class Measured(NamedTuple):
-    """Per-sequence terms of an estimator of ΔH, each [N].
-
-    Args:
-        columns: by functional, the terms of its value at θ + ηv; for `path_integral`, the terms of its derivative at
-            each node; None for η = 0.
-        weights_N: importance weights of whole sequences, from the law that drew them to θ + ηv; for `path_integral`, to
-            its last node.
-        usable: False if a weight over- or underflowed.
-        ess_prefix: smallest effective sample size of the prefix weights at any position.
-    """
-
-    columns: tuple[dict[Functional, Columns], ...] | dict[Functional, Tensor] | None
-    weights_N: Tensor
-    usable: bool
-    ess_prefix: float
-
-
-def measured(batch: EvaluationBatch, moved: Moved, estimator: Estimator) -> Measured:
-    """Compute the terms of one estimator of E[F] at θ + ηv; see `numerics.importance`.
-
-    Args:
-        batch: E at θ.
-        moved: E at θ + ηv.
-        estimator: name of the estimator.
-
-    Returns:
-        The terms per sequence, and the importance weights.
-    """
-    if moved.eta == 0:
-        return Measured(None, batch.sampling.weights_N, True, batch.sampling.ess_prefix)
-
-    def blocks() -> Iterator[tuple[Tokens, Bases, MovedTokens]]:
-        for (tokens, bases), moved_block in zip(batch.read(), moved.read(), strict=True):
-            yield tokens, bases, moved_block
-
-    totals: Mapping[Functional, WeightTotals] = {}
-    if estimator == "weighted_per_decision":
-        of_blocks = (_at_theta_prime(tokens, moved_block) for tokens, _, moved_block in blocks())
-        totals = _totals({f: importance.weight_totals(f, *block) for f in batch.functionals} for block in of_blocks)
-    columns, whole, logs, usable = [], [], None, True
-    for tokens, bases, moved_block in blocks():
-        found, weights = _of_block(tokens, bases, moved_block, estimator, totals)
-        columns.append(found)
-        whole.append(weights.sequence_N)
-        usable = usable and log_weights_are_usable(weights)
-        of_block = importance.log_totals(weights, tokens.offsets_N1)
-        logs = of_block if logs is None else logs.plus(of_block)
-    assert logs is not None
-    ess_prefix = float(importance.prefix_effective_sample_sizes(logs).min()) if usable else 0.0
-    laid_out = (
-        tuple(_laid_out(of_node) for of_node in zip(*columns, strict=True))
-        if estimator == "path_integral"
-        else _laid_out(columns)
-    )
-    return Measured(laid_out, torch.cat(whole), usable, ess_prefix)
-
-
-def _of_block(
-    tokens: Tokens,
-    bases: Bases,
-    moved_block: MovedTokens,
-    estimator: Estimator,
-    totals: Mapping[Functional, WeightTotals],
-) -> tuple[Any, PrefixWeights]:
-    if estimator == "path_integral":
-        at_nodes = [
-            _at(tokens, node.logprobs_K, node.entropies_K, TokenPair(*node[2:])) for node in moved_block.at_nodes
-        ]
-        of_nodes = [
-            {f: path_integral.derivative_columns(f, *of_node, base_K) for f, base_K in bases.items()}
-            for of_node in at_nodes
-        ]
-        return of_nodes, at_nodes[-1][1]
-    moved, weights = _at_theta_prime(tokens, moved_block)
-    if estimator == "per_decision":
-        return {f: importance.per_decision_column(f, moved, weights, base_K) for f, base_K in bases.items()}, weights
-    if estimator == "weighted_per_decision":
-        return {f: importance.weighted_per_decision_column(f, moved, weights, totals[f]) for f in bases}, weights
-    return {f: ragged.sequence_sum(f.values(moved), tokens.offsets_N1) for f in bases}, weights
-
-
-def _at_theta_prime(tokens: Tokens, moved_block: MovedTokens) -> tuple[Tokens, PrefixWeights]:
-    assert moved_block.logprobs_K is not None and moved_block.entropies_K is not None
-    return _at(tokens, moved_block.logprobs_K, moved_block.entropies_K)
-
-
-def _at(
-    tokens: Tokens, logprobs_K: Tensor, entropies_K: Tensor, along: TokenPair | None = None
-) -> tuple[Tokens, PrefixWeights]:
-    """Return a block with ℓ and h under another policy, and the importance weights to that policy."""
-    drawn_K = tokens.drawn_logprobs_K
-    moved = tokens._replace(logprobs_K=logprobs_K, entropies_K=entropies_K, along=along, proposal_logprobs_K=drawn_K)
-    return moved, prefix_weights(drawn_K, logprobs_K, tokens.offsets_N1)
-
-
-def _laid_out(parts: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
-    """Concatenate the per-sequence columns of all blocks, for each functional."""
-    blocks = list(parts)
-
-    def joined(columns: list[Any]) -> Any:
-        if isinstance(columns[0], Tensor):
-            return torch.cat(columns)
-        return type(columns[0])(*map(torch.cat, zip(*columns, strict=True)))
-
-    return {functional: joined([block[functional] for block in blocks]) for functional in blocks[0]}
-
-
-def _totals(of_blocks: Iterable[dict[Functional, Any]]) -> dict[Functional, Any]:
-    """Add the totals of all blocks, for each functional."""
-    return reduce(lambda a, b: {functional: total.plus(b[functional]) for functional, total in a.items()}, of_blocks)
-
-
 BaseOf = Callable[[Functional, int, Tokens], Tensor]
 """Returns the baseline of a functional in the i-th block."""
 
@@ -342,7 +160,7 @@ def _by_position(blocks: Blocks, baseline: Baseline, functionals: Sequence[Funct
     def totals_of(tokens: Tokens) -> dict[Functional, baselines.TimeTotals]:
         return {f: baselines.baseline_totals(f, tokens, baseline) for f in functionals}
 
-    totals = _totals(totals_of(block()) for block in blocks)
+    totals = added(totals_of(block()) for block in blocks)
     return lambda functional, _, tokens: baselines.baselines(functional, tokens, baseline, totals[functional])
 
 

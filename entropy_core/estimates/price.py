@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from entropy_core.estimates.diagnostics import twice_rms
 from entropy_core.estimates.distributions import t_quantile
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Measured
 from entropy_core.estimates.price_table import Word
 from entropy_core.numerics import uncertainty
 from entropy_core.numerics.choices import Estimator
@@ -71,7 +72,7 @@ def reward_change(batch: EvaluationBatch, terms: Measured, eta: float, estimator
 
     Args:
         batch: E at θ, with rewards.
-        terms: `evaluation.measured` with the same estimator.
+        terms: `measurement.measured` with the same estimator.
         eta: absolute step size, not 0.
         estimator: estimator of ΔJ.
 

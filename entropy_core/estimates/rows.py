@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from entropy_core.estimates import distributions, pareto
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.estimates.evaluation import EvaluationBatch
 from entropy_core.estimates.intervals import Randomness, intervals, widened
+from entropy_core.estimates.measurement import Measured
 from entropy_core.numerics import half_samples, importance, path_integral, uncertainty, verdicts
 from entropy_core.numerics.choices import Estimator, Normalization
 from entropy_core.numerics.functional import ENTROPY, LENGTH
@@ -186,7 +187,7 @@ def change_of(
 
     Args:
         batch: E at θ.
-        moved_terms: `evaluation.measured` with the same estimator; for η = 0 the change is exactly 0.
+        moved_terms: `measurement.measured` with the same estimator; for η = 0 the change is exactly 0.
         eta: absolute step size.
         estimator: estimator of ΔH.
         normalization: per sequence or per token.

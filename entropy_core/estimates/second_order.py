@@ -7,8 +7,9 @@
 import math
 
 from entropy_core.estimates.distributions import t_quantile
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.estimates.evaluation import EvaluationBatch
 from entropy_core.estimates.intervals import intervals, widened
+from entropy_core.estimates.measurement import Measured
 from entropy_core.estimates.rows import Derivative, Row, reliability
 from entropy_core.numerics import second_order, uncertainty
 from entropy_core.numerics.choices import Normalization
@@ -32,7 +33,7 @@ def observations(
 
     Args:
         batch: E.
-        terms: `evaluation.measured` by `per_decision` or by `path_integral`.
+        terms: `measurement.measured` by `per_decision` or by `path_integral`.
         change: ΔH from `rows.change_of` on these terms.
         derivative: ∂_vH by `per_decision`.
         eta: absolute step size.

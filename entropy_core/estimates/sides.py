@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from entropy_core.estimates import evaluation
+from entropy_core.estimates import measurement
 from entropy_core.estimates.batches import evaluation_batch, moved_batch
 from entropy_core.estimates.evaluation import EvaluationBatch
 from entropy_core.estimates.rows import change_of
@@ -87,7 +87,7 @@ class Side:
             return None
         entry = self._at(multiple)
         sequences = [read_tokens([shard]) for shard in self.inputs["scores"]]
-        terms = evaluation.measured(self.batch, moved_batch(entry, sequences), estimator)
+        terms = measurement.measured(self.batch, moved_batch(entry, sequences), estimator)
         return change_of(self.batch, terms, entry["eta"], estimator, normalization)
 
     def moved_scores(self, multiple: float) -> list[str]:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from entropy_core.estimates import evaluation
 from entropy_core.estimates import interventions as estimates
+from entropy_core.estimates import measurement
 from entropy_core.estimates.batches import evaluation_batch, moved_batch
 from entropy_core.estimates.evaluation import EvaluationBatch
 from entropy_core.estimates.interventions import Predicted, Row, Screened, Settings
@@ -181,7 +181,7 @@ def _changes(
     run: dict[Normalization, tuple[Estimate, Estimate | None]] = {}
     for entry in measured:
         at_eta: AtStepSize = {"eta": learning_rate, "eta_over_lr": 1.0, "shards": entry["shards"], "path": []}
-        terms = evaluation.measured(batch, moved_batch(at_eta, sequences), "per_decision")
+        terms = measurement.measured(batch, moved_batch(at_eta, sequences), "per_decision")
         rewarded = REWARD in batch.functionals and terms.usable
         reward = reward_change(batch, terms, learning_rate, "per_decision") if rewarded else None
         for normalization, of_label in found.items():

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from entropy_core.estimates import evaluation
+from entropy_core.estimates import measurement
 from entropy_core.estimates.batches import evaluation_batch, moved_batch, rescored_batch
 from entropy_core.estimates.diagnostics import describe_batch, numerical_noise
 from entropy_core.estimates.phase import AfterStep, of_the_step, phase_row, place_of
@@ -78,7 +78,7 @@ def phase(
     of_run = steps[0]["intervention"]
     for entry in steps:
         at, summary, number, what = entry["at"], entry["step"].summary, entry["number"], entry["intervention"]
-        terms = evaluation.measured(batch, moved_batch(at, sequences), estimator)
+        terms = measurement.measured(batch, moved_batch(at, sequences), estimator)
         rewarded = REWARD in batch.functionals
         reward = reward_change(batch, terms, at["eta"], estimator) if rewarded else None
         reliable = reliability(terms, len(batch), at["eta"])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from entropy_core.estimates import evaluation
+from entropy_core.estimates import measurement
 from entropy_core.estimates.batches import evaluation_batch, moved_batch
 from entropy_core.estimates.post_mortem import POST_MORTEM, Shares, rows_of, sampler_of
 from entropy_core.estimates.rows import change_of
@@ -76,7 +76,7 @@ def post_mortem(
     sampler = sampler_of(of_u, corrected=old_logprobs == "recorded")
     batch, _ = evaluation_batch(scores, first_order_e, baseline, units)
     at_eta: AtStepSize = {"eta": learning_rate, "eta_over_lr": 1.0, "shards": moved, "path": []}
-    terms = evaluation.measured(batch, moved_batch(at_eta, [read_tokens([shard]) for shard in scores]), "per_decision")
+    terms = measurement.measured(batch, moved_batch(at_eta, [read_tokens([shard]) for shard in scores]), "per_decision")
     rows = []
     for normalization in normalizations:
         change = change_of(batch, terms, learning_rate, "per_decision", normalization)

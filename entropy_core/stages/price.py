@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from entropy_core.estimates import evaluation
+from entropy_core.estimates import measurement
 from entropy_core.estimates.batches import evaluation_batch, moved_batch, rescored_batch
 from entropy_core.estimates.bought import Bought, bought, require_same_tokens
 from entropy_core.estimates.diagnostics import numerical_noise
@@ -86,7 +86,7 @@ def price(
         for entry in moved:
             if not (eta := entry["eta"]):
                 continue
-            terms = evaluation.measured(batch, moved_batch(entry, sequences), estimator)
+            terms = measurement.measured(batch, moved_batch(entry, sequences), estimator)
             reliable = reliability(terms, len(batch), eta).reliable
             for of in normalizations:
                 slopes = uncertainty.entropy_derivative(batch.columns, of), of_reward

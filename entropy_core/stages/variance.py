@@ -8,11 +8,12 @@ import pyarrow as pa
 import torch
 
 from entropy_core.errors import NonFiniteError
-from entropy_core.estimates import derivative_error, diagnostics, evaluation, sampler, second_order, unseen
+from entropy_core.estimates import derivative_error, diagnostics, measurement, sampler, second_order, unseen
 from entropy_core.estimates import rows as estimates
 from entropy_core.estimates.batches import evaluation_batch, halves_of_u, influences, moved_batch, rescored_batch
 from entropy_core.estimates.estimate_columns import ESTIMATES
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Measured
 from entropy_core.estimates.rows import Contributions, Derivative, Row
 from entropy_core.estimates.tables import TABLES, to_table
 from entropy_core.numerics import half_samples, uncertainty
@@ -135,7 +136,7 @@ def variance(
         both: list[Estimator] = [*estimators, "per_decision"] if entry["shards"] else [*estimators]
         of_entry = moved_batch(entry, sequences)
         for estimator in dict.fromkeys(both):
-            there = evaluation.measured(batch, of_entry, estimator)
+            there = measurement.measured(batch, of_entry, estimator)
             for of, shared in common.items():
                 change = estimates.change_of(batch, there, eta, estimator, of)
                 if estimator in estimators:

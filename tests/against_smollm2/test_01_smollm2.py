@@ -20,7 +20,7 @@ from trained_on import (
     train_on,
 )
 
-from entropy_core.demo.smollm2 import in_template, defines
+from entropy_core.demo.smollm2 import defines, in_template
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.against_smollm2
@@ -51,9 +51,7 @@ def start(checkpoint: Path) -> Started:
     base = AutoModelForCausalLM.from_pretrained(run.parent / "model", dtype="float32")
     model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
     rows = [json.loads(line) for line in (run / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    return Started(
-        model, tokenizer, [row | {"prompt": in_template(tokenizer, row["prompt"])} for row in rows], defines
-    )
+    return Started(model, tokenizer, [row | {"prompt": in_template(tokenizer, row["prompt"])} for row in rows], defines)
 
 
 SUBJECT = Subject(RUN / CHECKPOINT, start, SETTINGS, STEPS, MEASURED, SEEDS, OF_E)

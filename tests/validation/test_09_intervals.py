@@ -15,7 +15,8 @@ from test_02_coverage import G, Trainer, halves_of_gradient
 from torch import Tensor
 
 from entropy_core.estimates import rows
-from entropy_core.estimates.evaluation import EvaluationBatch, Measured, Moved, MovedTokens, measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Measured, Moved, MovedTokens, measured
 from entropy_core.numerics import adamw, ragged
 from entropy_core.numerics.adamw import AdamHyperparameters, AdamState
 from entropy_core.numerics.half_samples import balanced_halves, half_steps

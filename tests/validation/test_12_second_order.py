@@ -13,7 +13,8 @@ from torch import Tensor
 
 from entropy_core.config.read import load_config
 from entropy_core.estimates import rows, second_order
-from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Moved, MovedTokens, measured
 from entropy_core.numerics import uncertainty
 from entropy_core.numerics.choices import Normalization
 from entropy_core.numerics.quadrature import NODES

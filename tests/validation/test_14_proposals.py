@@ -8,7 +8,8 @@ from proofs import Proof, percent
 from scipy.stats import t as student
 from torch import Tensor
 
-from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Moved, MovedTokens, measured
 from entropy_core.estimates.rows import change_of
 from entropy_core.numerics import importance, ragged, uncertainty
 from entropy_core.numerics.functional import ENTROPY, LENGTH

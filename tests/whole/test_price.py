@@ -14,7 +14,8 @@ from test_proposals import at_temperature, planted
 from torch import Tensor
 
 from entropy_core.config.schema import VarianceRequest
-from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Moved, MovedTokens, measured
 from entropy_core.estimates.price import OnE, reward_change, reward_derivative
 from entropy_core.numerics import importance, ragged, uncertainty
 from entropy_core.numerics.baselines import baselines

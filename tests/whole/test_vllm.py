@@ -18,7 +18,8 @@ from vllm_fixtures import REAL, plant, stand_in
 
 from entropy_core.config.read import parse_config
 from entropy_core.errors import ConfigError, NonFiniteError, ProbeError
-from entropy_core.estimates.evaluation import EvaluationBatch, Moved, MovedTokens, measured
+from entropy_core.estimates.evaluation import EvaluationBatch
+from entropy_core.estimates.measurement import Moved, MovedTokens, measured
 from entropy_core.estimates.rows import change_of
 from entropy_core.numerics import philox, uncertainty
 from entropy_core.numerics.functional import ENTROPY, LENGTH
