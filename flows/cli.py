@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entropy_core.code.collector import no_collection
 from entropy_core.errors import ProbeError, one_line
 from flows import power, run_commands, store_options, watch_options
 from flows.arguments import STORE, add_artifacts, add_command
@@ -150,10 +151,12 @@ def _add_direct(parser: argparse.ArgumentParser) -> None:
 
 def _sweep(options: argparse.Namespace) -> int:
     if options.direct:
-        from flows import direct
+        with no_collection(of_lasting=True):
+            from flows import direct
 
         return direct.sweep(options.config)
-    from flows import local
+    with no_collection(of_lasting=True):
+        from flows import local
 
     return local.sweep(options.config)
 
@@ -167,10 +170,12 @@ def _watch(options: argparse.Namespace) -> int:
 def _variance(options: argparse.Namespace) -> int:
     asked = _request(options)
     if options.direct:
-        from flows import direct
+        with no_collection(of_lasting=True):
+            from flows import direct
 
         return direct.variance(asked)
-    from flows import local
+    with no_collection(of_lasting=True):
+        from flows import local
 
     return local.variance(asked)
 
@@ -188,10 +193,12 @@ def _interventions(options: argparse.Namespace) -> int:
     asked = {"run": options.run_id, "artifacts": str(options.artifacts or STORE), **given}
     request = parse_interventions(asked, Origin(Path.cwd(), must_exist=True))
     if options.direct:
-        from flows import direct
+        with no_collection(of_lasting=True):
+            from flows import direct
 
         return direct.interventions(request)
-    from flows import local
+    with no_collection(of_lasting=True):
+        from flows import local
 
     return local.interventions(request)
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from entropy_core.code.bindings import Sources
+from entropy_core.code.collector import no_collection
 from entropy_core.code.definitions import Module
 from entropy_core.code.reached import walk
 from entropy_core.code.remembered import recall, remember
@@ -104,12 +105,17 @@ def code_at(name: str, find: Callable[[str], Module | None] | None = None) -> Co
     Raises:
         StoreError: the module has no source file, or no such function.
     """
-    module_name, _, function = name.partition(":")
-    roots = frozenset({module_name.partition(".")[0], "entropy_core"})
+    roots = frozenset({name.partition(":")[0].partition(".")[0], "entropy_core"})
     if find is None:
         _note_loaded(roots)
         if known := _recall(name):
             return known
+    with no_collection():
+        return _read_code(name, find, roots)
+
+
+def _read_code(name: str, find: Callable[[str], Module | None] | None, roots: frozenset[str]) -> Code:
+    module_name, _, function = name.partition(":")
     sources = Sources(roots, find or _module)
     if sources.module(module_name) is None:
         raise StoreError(
