@@ -20,7 +20,7 @@ from entropy_core.checkpoints.training_args import read_training_arguments
 from entropy_core.config import trainer_fields as fields
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig, VarianceRequest
-from entropy_core.config.trainer_settings import LEFT_OUT
+from entropy_core.config.trainer_differences import LEFT_OUT
 from entropy_core.errors import ConfigError
 from entropy_core.pipeline.settings import OF_THE_TRAINING, Settled, settle, value_of, with_read
 from entropy_core.pipeline.statistics import variance

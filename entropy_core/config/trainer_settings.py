@@ -1,22 +1,14 @@
-"""Our settings as the files of a checkpoint say them, and what its trainer does that is not modelled."""
+"""Our settings as the files of a checkpoint say them."""
 
 import json
-import reprlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from entropy_core.checkpoints.inert_pickle import Inert
-from entropy_core.checkpoints.model_config import GENERATION
 from entropy_core.checkpoints.trainer_files import TrainerFiles
 from entropy_core.checkpoints.training_args import TRAINING_ARGUMENTS
-from entropy_core.config.trainer_fields import GENERATION as LEFT_OPEN
+from entropy_core.config.trainer_differences import Difference, differences, place_in_rollout, shown
 from entropy_core.config.trainer_fields import (
     LOSSES,
-    MODELLED_AT,
-    NO_EFFECT,
-    OF_ROLLOUTS,
     OF_THE_PHASE,
-    OPTIMIZER,
     SETTINGS,
     SPECIAL_TOKENS_SINCE,
 )
@@ -36,28 +28,6 @@ class Reading(NamedTuple):
     source: str
 
 
-class Difference(NamedTuple):
-    """What the trainer does and the step here does not.
-
-    Attributes:
-        name: of the trainer's setting.
-        sentence: what is so, without the full stop.
-        weight: see `trainer_fields.Rule`.
-        key: of ours, whose value by the user says that this is known; empty where there is none.
-    """
-
-    name: str
-    sentence: str
-    weight: Literal["refuse", "warn", "note"]
-    key: str = ""
-
-
-KNOWN = {*SETTINGS, *OPTIMIZER, *NO_EFFECT, *MODELLED_AT}
-TOOLS = "tools"
-LEFT_OUT = {*SETTINGS, *MODELLED_AT, *LEFT_OPEN, TOOLS}
-"""What `update.leave_out` may name."""
-
-
 def readings(files: TrainerFiles, follows: bool = False) -> tuple[list[Reading], list[Difference]]:
     """What the files of a checkpoint say of our settings, and what they say that is not modelled.
 
@@ -69,7 +39,7 @@ def readings(files: TrainerFiles, follows: bool = False) -> tuple[list[Reading],
         Settings that are read, each key once; and differences.
     """
     read, differ = _Reader(files, follows).read()
-    return read, [*differ, *_differences(files, follows)]
+    return read, [*differ, *differences(files, follows)]
 
 
 class _Reader:
@@ -115,7 +85,7 @@ class _Reader:
             value = self.arguments.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._say(f"update.phase.{name}", float(value), name)
-        place = _place_in_rollout(self.files)
+        place = place_in_rollout(self.files)
         if place and place[0] > 1:
             what = (
                 f"the next step of the trainer was number {place[0]} of {place[1]} on its rollout; here a new rollout "
@@ -148,12 +118,12 @@ class _Reader:
                 self._say(SETTINGS[name], [float(weight) for weight in value] if weights else value, name)
             elif value is not None:
                 self.differ.append(
-                    Difference(name, f"the trainer had {name} = {_shown(value)}: {what}", "refuse", SETTINGS[name])
+                    Difference(name, f"the trainer had {name} = {shown(value)}: {what}", "refuse", SETTINGS[name])
                 )
         if (how := self.arguments.get("multi_objective_aggregation")) in ("sum_then_normalize", "normalize_then_sum"):
             self._say("update.multi_objective_aggregation", how, "multi_objective_aggregation")
         elif how is not None:
-            what = f"the trainer had multi_objective_aggregation = {_shown(how)}, which is not modelled"
+            what = f"the trainer had multi_objective_aggregation = {shown(how)}, which is not modelled"
             self.differ.append(Difference("multi_objective_aggregation", what, "refuse", ""))
 
     def _number(self, name: str, value: Any, kind: type) -> None:
@@ -200,7 +170,7 @@ class _Reader:
         name = self.arguments.get("loss_type", "grpo")  # of releases that had one loss
         loss = LOSSES.get(name) if isinstance(name, str) else None
         if loss is None:
-            what = f"the trainer had loss_type = {_shown(name)}: that loss is not modelled"
+            what = f"the trainer had loss_type = {shown(name)}: that loss is not modelled"
             self.differ.append(Difference("loss_type", what, "refuse", "update.loss"))
         else:
             same = "" if loss == name else f" = {name}, whose gradient is that of {loss} on-policy"
@@ -210,7 +180,7 @@ class _Reader:
             named = {True: "group", False: "none"}.get(scaled, scaled)
             self._say("update.scale_rewards", named, "scale_rewards")
         else:
-            what = f"the trainer had scale_rewards = {_shown(scaled)}: advantages were divided otherwise"
+            what = f"the trainer had scale_rewards = {shown(scaled)}: advantages were divided otherwise"
             self.differ.append(Difference("scale_rewards", what, "refuse", "update.scale_rewards"))
         self._number("beta", self.arguments.get("beta"), float)
         self._flag("mask_truncated_completions")
@@ -262,65 +232,6 @@ class _Reader:
             self._say("update.kl_in", "reward", "RLOO")
 
 
-def _differences(files: TrainerFiles, follows: bool) -> Iterator[Difference]:
-    """What the other settings do that is not modelled."""
-    arguments = files.arguments
-    if files.kind in ("GRPO", "RLOO"):
-        for name, rule in MODELLED_AT.items():
-            if follows and name in OF_ROLLOUTS:
-                continue  # these steps are all taken
-            value = arguments.get(name)
-            if name == "router_aux_loss_coef" and files.has_experts and value is None:
-                what = "the model has experts, and the loss may have had a term that balances their load"
-                yield Difference(name, what, "warn")
-            elif name in arguments and (isinstance(value, Inert) or not _same(rule.same, value, arguments)):
-                what, weight = rule.what, rule.weight
-                if name in OF_ROLLOUTS and (place := _place_in_rollout(files)):
-                    number, of = place
-                    what += f"; the next one is number {number} of the {of} on its rollout"
-                    if (name, number) == ("num_iterations", 1):  # of the other name's steps each has part of a group
-                        weight = "note"
-                yield Difference(name, f"the trainer had {name} = {_shown(value)}: {what}", weight, rule.key)
-        if not arguments.get("use_vllm"):
-            for name, same in LEFT_OPEN.items():
-                value = files.generation.get(name)
-                if arguments.get(name) is None and not _same(same, value, arguments):
-                    what = f"{GENERATION} has {name} = {_shown(value)}, which the trainer's sampling obeys, too"
-                    yield Difference(name, what, "refuse")
-        unknown = sorted(name for name in arguments if name not in KNOWN and not name.startswith("_"))
-        if unknown:
-            yield Difference("", f"settings of the trainer that are not known here: {', '.join(unknown)}", "warn")
-        if any(entry.get("tools/call_frequency") for entry in files.log):
-            what = "the trainer logged calls of tools: responses of several turns, with what the tools said, are not "
-            yield Difference(TOOLS, f"{what}modelled", "refuse")
-    elif files.kind:
-        what = f"{TRAINING_ARGUMENTS} is of {files.kind}: of its settings only max_grad_norm is read"
-        yield Difference("", what, "warn")
-    if files.drops:
-        rates = ", ".join(f"{name} = {rate:g}" for name, rate in files.dropout.items())
-        yield Difference("", f"dropout was on in the trainer's step as a rule ({rates}), and is off here", "warn")
-    if files.quantised_base:
-        what = f"the adapter was trained on {files.quantised_base!r}, which is quantised, and the base here is not"
-        yield Difference("", what, "warn")
-
-
-def _place_in_rollout(files: TrainerFiles) -> tuple[int, int] | None:
-    """Which of the steps on its rollout the next step is, from 1, and how many there are; None where it is not known.
-
-    TRL counts from the start of its process: it begins a rollout anew where it resumes.
-    """
-    accumulated, iterations, parts = (
-        files.arguments.get(name) for name in ("gradient_accumulation_steps", "num_iterations", "steps_per_generation")
-    )
-    parts = accumulated if parts is None else parts
-    if not (isinstance(accumulated, int) and isinstance(iterations, int) and isinstance(parts, int)):
-        return None
-    if files.step is None or accumulated < 1 or parts * iterations % accumulated:
-        return None
-    steps = parts * iterations // accumulated
-    return (files.step % steps + 1, steps) if steps > 1 else None
-
-
 def _waits(files: TrainerFiles) -> bool:
     """Whether the adaptive entropy bonus is out of the loss of the next step: above its target, or at 0."""
     control = files.entropy_control
@@ -344,14 +255,3 @@ def _is_json(value: Any) -> bool:
         return not isinstance(value, list) or all(isinstance(n, int | float) and abs(n) < 1e9 for n in value)
     except (TypeError, ValueError, RecursionError):
         return False
-
-
-def _same(same: Any, value: Any, arguments: Mapping[str, Any]) -> bool:
-    try:
-        return bool(same(value, arguments))
-    except TypeError:  # a value of another type than the trainer's own
-        return False
-
-
-def _shown(value: Any) -> str:
-    return value.name if isinstance(value, Inert) else reprlib.repr(value)

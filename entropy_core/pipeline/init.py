@@ -14,7 +14,7 @@ from entropy_core.config import plain_yaml
 from entropy_core.config.paths import FILL_IN, Origin
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.config.trainer_settings import LEFT_OUT
+from entropy_core.config.trainer_differences import LEFT_OUT
 from entropy_core.errors import ConfigError
 from entropy_core.files.checkpoint import RUN_HINT
 from entropy_core.pipeline.settings import ASSUMED, Setting, Settled

@@ -18,7 +18,8 @@ from entropy_core.checkpoints.trainer_files import TrainerFiles
 from entropy_core.config.phase import PhaseConfig
 from entropy_core.config.read import parse_config
 from entropy_core.config.schema import ProbeConfig
-from entropy_core.config.trainer_settings import LEFT_OUT, Difference, Reading, readings
+from entropy_core.config.trainer_differences import LEFT_OUT, Difference
+from entropy_core.config.trainer_settings import Reading, readings
 from entropy_core.errors import ConfigError, some_names
 from entropy_core.losses.phase_interventions import asked_in_phase
 from entropy_core.numerics.advantages import divided_by
