@@ -43,7 +43,8 @@ def sizes_page() -> str:
         "## Memory of a pass",
         _text(
             f"In GiB, the weights included, for a micro-batch of {ROWS} sequences of {LENGTH:,} tokens "
-            "(`generation.tf_batch_size`), full fine-tuning:"
+            f"and full fine-tuning. Set `generation.tf_batch_size: {ROWS}` for it: by default a micro-batch has up to "
+            "256 sequences and 65,536 tokens."
         ),
         _table(
             ("model", "weights", *PASSES.values()),
@@ -55,7 +56,8 @@ def sizes_page() -> str:
         _text(
             "*Gradients* are those of the loss on U and of the entropy on E. They keep what all layers compute, which "
             "is recomputed layer by layer where it does not fit. With LoRA the copies of the trained parameters are "
-            "next to nothing, and with `policy.dtype: bfloat16` the weights take half."
+            "next to nothing. `policy.dtype: float64` doubles everything; weights in 16 bits are "
+            "[refused](estimators.md#arithmetic)."
         ),
         "## Longest answers",
         "Tokens of a sequence, prompt included, with which every pass fits, one sequence at a time:",

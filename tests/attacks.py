@@ -5,7 +5,7 @@
 
 Every case of such a test is one try, unless it records how many it made: `record_property("tries", 50)`. They are part
 of `make test` and `make test-whole` where they take seconds; the page is written when all of them are asked for, by
-`pytest -m attack`.
+`make chaos`.
 """
 
 import re
@@ -62,6 +62,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Write the section, if every attack was asked for."""
     found = config.stash[FOUND]
     part = config.option.markexpr != "attack" or config.option.keyword or config.args_source == config.ArgsSource.ARGS
+    part = part or "whole" in config.getini("norecursedirs")
     if not found or part:
         return
     rows = [(what, str(tries["passed"] + tries["failed"]), outcome(tries)) for what, tries in sorted(found.items())]

@@ -231,7 +231,7 @@ MISTAKES = {
     ),
     "the law that top-p leaves": Planted(
         lambda seen: seen.mean(nucleus(seen.logits_BTV)),
-        f"the entropy of the law that top_p = {TOP_P:g} leaves",
+        f"the entropy of the distribution that top_p = {TOP_P:g} leaves",
         {"top_p": TOP_P},
     ),
     "micro-batches of 2, which TRL itself averages so": Planted(

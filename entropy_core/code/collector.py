@@ -1,6 +1,7 @@
 """When Python's garbage collector has to wait."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,14 +13,14 @@ def no_collection(of_lasting: bool = False) -> Iterator[None]:
     The collector would go through all of them again and again: half of the time.
 
     Args:
-        of_lasting: whether what is there at the end stays, so that no later collection goes through it.
+        of_lasting: whether what an import leaves stays, so that no later collection goes through it.
     """
-    was_on = gc.isenabled()
+    was_on, modules = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        if of_lasting:
+        if of_lasting and len(sys.modules) > modules:
             gc.freeze()
         if was_on:
             gc.enable()

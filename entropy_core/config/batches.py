@@ -30,9 +30,9 @@ class RecordedConfig(Section):
     )
     old_logprobs: Literal["recorded", "scored"] = Field(
         "recorded",
-        description="Which log-probabilities the loss has ratios to. recorded: those of the law that drew the tokens, "
-        "where the file has them. scored: the policy's own, as a trainer has that takes its first step on a rollout "
-        "and does not correct for its sampler; ratios are 1.",
+        description="Which log-probabilities the loss has ratios to. recorded: those of the sampler that drew the "
+        "tokens, where the file has them. scored: the policy's own, as a trainer has that takes its first step on a "
+        "rollout and does not correct for its sampler; ratios are 1.",
     )
 
 

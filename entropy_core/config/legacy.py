@@ -140,7 +140,11 @@ def _batches(c: Converter) -> None:
 
 def _law(c: Converter) -> None:
     for key, value, why in (
-        ("generation.top_p", 1.0, "the sampled and the scored law must be the same, the policy itself"),
+        (
+            "generation.top_p",
+            1.0,
+            "the sampled and the scored distribution must be the same, that of the policy itself",
+        ),
         ("generation.do_sample", True, "the entropy of a greedy policy is not estimated"),
     ):
         if key in c.new and c.new[key] != value:

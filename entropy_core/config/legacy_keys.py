@@ -57,7 +57,7 @@ DROPPED = {
     "true_delta_h.training_loss": "the step is always that of update.loss with the trainer's optimizer state",
     "true_delta_h.report_per_token": "variance.normalizations says it, and both are the default",
     "true_delta_h.clip_c": "clipped weights are biased, so none are clipped; the effective sample size is reported",
-    "true_delta_h.measure": "the sampled and the scored law are one",
+    "true_delta_h.measure": "the sampled and the scored distribution are one",
     "true_delta_h.*": NO_EFFECT,
     "approx_delta_h.method": "forward mode for δH₁, checked against reverse mode, always",
     "approx_delta_h.report_per_token": "variance.normalizations says it, and both are the default",

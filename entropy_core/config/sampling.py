@@ -8,14 +8,14 @@ from entropy_core.config.section import Section
 
 
 class SamplingConfig(Section):
-    """The law that is sampled, scored and differentiated: softmax(z/τ), nothing cut off."""
+    """The distribution that is sampled, scored and differentiated: softmax(z/τ), nothing cut off."""
 
     temperature: float = Field(1.0, ge=1e-6, le=100, description="τ, applied before the softmax everywhere.")
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Must be 1: the sampled and the scored law must be the same.",
+        description="Must be 1: the sampled and the scored distribution must be the same.",
         json_schema_extra={"minimum": 1},
     )
     max_new_tokens: int = Field(64, ge=1, le=1_000_000, description="A response is cut here if no EOS came.")
@@ -27,15 +27,15 @@ class SamplingConfig(Section):
     sampler: Literal["exact", "bf16", "vllm"] = Field(
         "exact",
         description="What draws E. exact: the policy as it is scored. bf16: its weights and arithmetic in bfloat16, "
-        "faster on a GPU; what it draws is weighted by the ratio of the two laws. vllm: the same with vLLM, in an "
-        "environment of its own (`execution.vllm_python`).",
+        "faster on a GPU; what it draws is weighted by the ratio of the two probabilities. vllm: the same with vLLM, "
+        "in an environment of its own (`execution.vllm_python`).",
     )
     proposal_temperature: float = Field(
         0.0,
         ge=0,
         le=100,
         description="Draw a share of E at this temperature, so that rare responses are seen, and weight all of E by "
-        "the ratio of the policy to the mixture; 0: none. U is always drawn from the policy.",
+        "the ratio of the policy to the mixture; 0: none. U is not affected.",
     )
     proposal_share: float = Field(
         0.3,
@@ -68,7 +68,7 @@ class SamplingConfig(Section):
     def _whole_law(cls, top_p: float) -> float:
         if top_p < 1:
             raise ValueError(
-                f"it is {top_p}, but E must be sampled from the policy itself: under a cut-off law the entropy and its "
-                "derivative are those of another policy. Set top_p: 1.0"
+                f"it is {top_p}, but E must be sampled from the policy itself: under a cut-off distribution the "
+                "entropy and its derivative are those of another policy. Set top_p: 1.0"
             )
         return top_p

@@ -191,9 +191,9 @@ class _Reader:
         if loss == "cispo":
             cap = self.arguments.get("epsilon_high")
             self._number("epsilon_high", self.arguments.get("epsilon") if cap is None else cap, float)
-        self._of_high_entropy(loss)
+        self._of_high_entropy()
 
-    def _of_high_entropy(self, loss: str | None) -> None:
+    def _of_high_entropy(self) -> None:
         """The entropy bonus, the quantile of the entropies, and the micro-batches over which they and BNPO average."""
         self._number("top_entropy_quantile", self.arguments.get("top_entropy_quantile"), float)
         coefficient = self.arguments.get("entropy_coef")
@@ -207,7 +207,7 @@ class _Reader:
         of_quantile = isinstance(quantile, int | float) and quantile < 1
         one, processes = self._count("per_device_train_batch_size"), self.arguments.get("processes", 1)
         parts = self._count("gradient_accumulation_steps") * processes
-        if one and parts > 1 and (loss == "bnpo" or coefficient or of_quantile):
+        if one and parts > 1:
             size = one * max(1, self._count("_n_gpu"))
             self._say("update.micro_batch", size, "per_device_train_batch_size")
         if of_quantile and processes > 1:

@@ -108,9 +108,13 @@ def known_mistakes(of: Responses, sampling: Sampling) -> Iterator[Logged]:
         samples = "the mean of −log π of the sampled tokens, from"
         yield ratio(f"{samples} {UNTEMPERED}", of.sums(surprisals_K), of.lengths_N)
     if sampling.top_p < 1:
-        yield _truncated(of, math.log1p(-sampling.top_p), f"the entropy of the law that top_p = {sampling.top_p:g}")
+        yield _truncated(
+            of, math.log1p(-sampling.top_p), f"the entropy of the distribution that top_p = {sampling.top_p:g}"
+        )
     if sampling.top_k > 0:
-        yield _truncated(of, -math.log(sampling.top_k + 1), f"the entropy of the law that top_k = {sampling.top_k}")
+        yield _truncated(
+            of, -math.log(sampling.top_k + 1), f"the entropy of the distribution that top_k = {sampling.top_k}"
+        )
 
 
 def _micro_batches(of: Responses, size: int) -> Logged:

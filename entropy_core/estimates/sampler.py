@@ -55,7 +55,7 @@ def unusable(row: Row) -> str:
     z_of = {name: row[f"{name.replace(' ', '_')}_z"] for name in checks}
     if wrong := {name: z for name, z in z_of.items() if abs(z) > LARGEST_Z}:
         found = " and ".join(f"the {name} is {abs(z):.0f} SE from {checks[name]}" for name, z in wrong.items())
-        return f"E was not drawn from the recorded law ({found})"
+        return f"E was not drawn from the recorded distribution ({found})"
     if row["sampler_ess_fraction"] < MINIMUM_ESS_FRACTION:
         return (
             f"the weights of E are too uneven (ESS/N = {row['sampler_ess_fraction']:.2f}); lower "

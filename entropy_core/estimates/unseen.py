@@ -86,5 +86,5 @@ def cannot_know(row: Row, sequences: int) -> str:
     return (
         f"E cannot know what follows tokens that it never took: {row['unseen_share']:.2g} of the responses have one, E "
         f"was to meet {row['unseen_expected']:.2g}, and they could hold up to {row['unseen_bound']:.2g} times the "
-        "entropy that was measured; draw a part of E from a broader law (generation.proposal_temperature)"
+        "entropy that was measured; draw a part of E from a broader distribution (generation.proposal_temperature)"
     )

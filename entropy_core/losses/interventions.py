@@ -31,6 +31,7 @@ class InterventionSpec(BaseModel):
         source: digest of the user's file; empty otherwise.
         imports: digests of the modules beside that file that it imports.
         seed: of random choices.
+        micro_batch: responses over which a trainer with this setting averages at once; 0: over all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -40,6 +41,7 @@ class InterventionSpec(BaseModel):
     source: str = ""
     imports: dict[str, str] = Field({})
     seed: int = 0
+    micro_batch: int = 0
 
     @property
     def label(self) -> str:
@@ -211,6 +213,8 @@ def changed_spec(spec: LossSpec, intervention: InterventionSpec) -> LossSpec:
     name, value = intervention.name, intervention.value
     if intervention.source or name not in SETTINGS:
         return spec
+    if intervention.micro_batch:
+        spec = spec.model_copy(update={"micro_batch": intervention.micro_batch, "seed": intervention.seed})
     if name != "loss":
         return spec.model_copy(update={name: value})
     settings = _ON_POLICY.get(str(value), {"name": value})
@@ -247,6 +251,13 @@ def terms_of(intervention: InterventionSpec, known: Known) -> Terms:
     value = intervention.value
     values = value if isinstance(value, list) else [] if value is None else [value]
     return function(known, *values)
+
+
+def averages_micro_batches(name: str, value: Value) -> bool:
+    """Tell whether a setting is one of those by which a trainer that accumulates averages over each micro-batch."""
+    if name == "top_entropy_quantile":
+        return value != 1
+    return (name, value) == ("loss", "bnpo") or (name == "entropy_coef" and value != 0)
 
 
 def altered(intervention: InterventionSpec) -> Altered:

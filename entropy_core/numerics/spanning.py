@@ -16,24 +16,30 @@ from entropy_core.numerics.half_gradients import ROUNDING
 TOLERANCE = 1e-11
 """What is left of a row of length 1 that depends on others, by the rounding of float64."""
 
+MOST_NUMBERS = 2**25
+"""Coefficients in all up to which relations are looked for: more take memory that passes over U need."""
+
 LARGEST = 2.0
 """Largest multiple of one gradient in another, both with coefficients of length 1: what rounding is multiplied by."""
 
 
-def spanning(rows_IK: Tensor, costs: Sequence[float]) -> tuple[list[int], Tensor]:
+def spanning(rows: Sequence[Tensor], costs: Sequence[float]) -> tuple[list[int], Tensor]:
     """Choose rows of which all others are linear combinations, the cheapest that do not multiply rounding.
 
     Args:
-        rows_IK: one row of coefficients per loss, float64.
+        rows: the coefficients of each loss, [K], float64; where one is not finite or too large, all are chosen.
         costs: of computing the gradient of each.
 
     Returns:
         Places of the chosen rows, B in all, and the multiples of them that give each row, float64 [I, B].
     """
-    norms_I = rows_IK.norm(dim=1)
-    units_IK = rows_IK / norms_I.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    count, norms_I = len(rows), torch.stack([row_K.norm() for row_K in rows])
+    if count * len(rows[0]) > MOST_NUMBERS or not norms_I.isfinite().all():
+        return list(range(count)), torch.eye(count, dtype=torch.float64)
+    units_IK = torch.stack(list(rows))
+    units_IK /= norms_I.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
     chosen: list[int] = []
-    axes_BK = rows_IK.new_empty(0, rows_IK.shape[1])
+    axes_BK = units_IK.new_empty(0, units_IK.shape[1])
     for place in sorted(range(len(costs)), key=lambda place: costs[place]):
         left_K = units_IK[place]
         for _ in range(2):  # once leaves the rounding of what it takes away
@@ -50,7 +56,7 @@ def spanning(rows_IK: Tensor, costs: Sequence[float]) -> tuple[list[int], Tensor
             return chosen, multiples_IB * norms_I[:, None] / norms_I[chosen]
         row, column = divmod(int(at), len(chosen))
         chosen[column] = row  # which spans at least twice the volume, so that this ends
-    return [], rows_IK.new_zeros(len(rows_IK), 0)
+    return [], units_IK.new_zeros(count, 0)
 
 
 def combined(multiples_B: Tensor, gradients: Sequence[Tensor], into: Tensor, dtype: torch.dtype) -> Tensor:

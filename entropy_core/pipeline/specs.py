@@ -9,7 +9,7 @@ from entropy_core.files import functions as user_functions
 from entropy_core.files.sources import content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.losses import token_weights
-from entropy_core.losses.interventions import InterventionSpec, asked_for, is_own
+from entropy_core.losses.interventions import InterventionSpec, asked_for, averages_micro_batches, is_own
 from entropy_core.losses.phase import PhaseSpec
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
@@ -97,6 +97,7 @@ def intervention_specs(config: ProbeConfig) -> list[InterventionSpec]:
                     source=content_digest(file) if file else "",
                     imports=digests(user_functions.imported_files(file)) if file else {},
                     seed=config.batch_config.U_batch_seed,
+                    micro_batch=config.update.micro_batch if averages_micro_batches(name, value) else 0,
                 )
             )
     return list({spec.label: spec for spec in found}.values())

@@ -114,6 +114,7 @@ def assumptions(config: ProbeConfig) -> list[str]:
         f"The step is that of the `{Path(update.loss).name}` loss{scaled} on {config.batch_config.B_U} prompts "
         f"× {config.batch_config.G} responses with the {several}, its gradient {clipping}; "
         f"on-policy, {kl}, cut responses included.",
-        f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the law and "
-        f"cut at {config.generation.max_new_tokens} tokens; the policy is computed in {config.policy.dtype}{cheaper}.",
+        f"Responses are sampled at temperature {config.generation.temperature:g} without truncation of the "
+        f"distribution and cut at {config.generation.max_new_tokens} tokens; the policy is computed in "
+        f"{config.policy.dtype}{cheaper}.",
     ]

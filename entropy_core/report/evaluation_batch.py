@@ -43,7 +43,7 @@ def section(rows: Sequence[Row]) -> list[str]:
     return [
         *markdown_rows(head, body),
         "",
-        "Another law q than the policy π drew E, and every estimate has weights π/q. The mean weight must be 1, and "
-        "the mean score and the mean of surprisal minus entropy 0, within their errors. Otherwise E was not drawn from "
-        "the q that was recorded, and there is no interval.",
+        "Another distribution q than the policy π drew E, and every estimate has weights π/q. The mean weight must be "
+        "1, and the mean score and the mean of surprisal minus entropy 0, within their errors. Otherwise E was not "
+        "drawn from the q that was recorded, and there is no interval.",
     ]

@@ -54,9 +54,9 @@ def _of_sampler(checkpoint: str, sampler: Mapping[str, Any], share: float | None
         f"log π − log μ has a root mean square of {sampler['rms']:.2g} nats, and {sampler['largest']:.2g} at most"
     )
     if not sampler["another"]:
-        return f"{checkpoint}: the sampler and the policy are one law ({distance})."
+        return f"{checkpoint}: the sampler and the policy are one distribution ({distance})."
     what = (
         "its correction for that" if sampler["corrected"] else "that the step takes these tokens for the policy's own"
     )
     part = "" if share is None else f" is {share:+.2%} of the first-order change"
-    return f"**{checkpoint}: the sampler is another law than the policy** ({distance}); {what}{part}."
+    return f"**{checkpoint}: the sampler is another distribution than the policy** ({distance}); {what}{part}."

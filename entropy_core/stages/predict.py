@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.losses.changed import changed_by, excess_of
+from entropy_core.losses.files import read_batch
 from entropy_core.losses.interventions import InterventionSpec
 from entropy_core.losses.taken_step import TakenStep
 from entropy_core.losses.taken_steps import taken_steps
@@ -93,6 +94,7 @@ def predict(
     table, excess_K = excess_of(scores_u, discriminators_u)
     changes = changed_by(interventions, execution, update, table, excess_K, sensitivities)
     under = [(changed.coefficients, changed.altered) for changed in changes]
+    _, run = read_batch(update, table)
     rewards = [reward_gradient.vector(f"reward_{half}") for half in HALVES] if reward_gradient else []
     e_batch = scored_batch(sequences, scores)
     of_e = _BlocksOfE(processor, e_batch, e_batch.ids_N // responses_per_prompt % blocks)
@@ -101,7 +103,7 @@ def predict(
     room = max(FEWEST_STEPS, STEP_BYTES // (4 * max(sum(p.numel() for p in parameters.values()), 1)))
     found: list[dict[str, Any]] = []
     held: list[_Held] = []
-    for steps in taken_steps(under, processor, shards, checkpoint, execution, update.summary["max_grad_norm"]):
+    for steps in taken_steps(under, processor, shards, checkpoint, execution, update.summary["max_grad_norm"], run):
         held.append(_held(steps, processor.policy, rewards, out))
         del steps  # with their gradients, before the next ones
         if sum(len(group.results) for group in held) >= room:

@@ -119,7 +119,7 @@ def test_a_planted_sampler_is_found_and_its_share_measured(run, with_sampler, di
     sampler = mortem.summary["sampler"]
     assert sampler["another"] and not sampler["corrected"] and 1e-4 < sampler["rms"] < 1e-2
     report = (dissected.result.run_directory / "report.md").read_text()
-    assert "the sampler is another law than the policy" in report and "## The step that was taken" in report
+    assert "the sampler is another distribution than the policy" in report and "## The step that was taken" in report
 
     model = loaded(run / f"checkpoint-{LAST}", "own")
     rows = [json.loads(line) for line in with_sampler.read_text().splitlines()]

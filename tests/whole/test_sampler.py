@@ -114,7 +114,9 @@ def test_a_law_that_is_recorded_wrongly_is_caught(
     monkeypatch.setattr(SequenceProcessor, "_generate", wrong)
     found = swept(folder, mistake.__name__, proposal_temperature=temperature, proposal_share=1.0)
     for row in found.rows:
-        assert row["interval_over_e"].startswith("no valid interval over E: E was not drawn from the recorded law")
+        assert row["interval_over_e"].startswith(
+            "no valid interval over E: E was not drawn from the recorded distribution"
+        )
         assert speaks in row["interval_over_e"]
         assert row["this_update_low"] is row["delta_h_next_update_high"] is row["delta_h12_this_update_low"] is None
         assert row["sign_this_update"] == "unknown" and row["linearity"] == "undecided"

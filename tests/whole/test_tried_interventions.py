@@ -167,6 +167,16 @@ def test_a_prediction_beside_others_is_the_one_alone(tried, monkeypatch, tmp_pat
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
+def test_what_changes_nothing_is_the_run_as_it_is_bit_for_bit(tried, tmp_path):
+    """Whatever it is tried beside: else the difference of two roundings would be tested against itself."""
+    found = []
+    for inputs in (inputs for name, inputs, _ in tried.run.asked if name == "predict"):
+        same = [InterventionSpec(name="weighted_positives", value=1.0), *inputs["interventions"]]
+        found.append(predict.predict(Writer(tmp_path), tried.run.execution, **inputs | {"interventions": same}))
+    as_it_is = next(of["predictions"] for of in found if "as it is" in of["predictions"])["as it is"]
+    assert [of["predictions"]["weighted_positives: 1"] == as_it_is for of in found] == [True] * 3
+
+
 def test_a_gradient_that_is_a_combination_of_others_has_no_pass_of_its_own(tried, monkeypatch, tmp_path):
     passes = []
     add = taken_steps.add_loss_gradients
