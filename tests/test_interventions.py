@@ -17,6 +17,7 @@ from entropy_core.losses.interventions import (
     SETTINGS,
     WEIGHTS,
     InterventionSpec,
+    changed_spec,
     not_applicable,
 )
 from entropy_core.losses.spec import LossSpec
@@ -28,6 +29,7 @@ from entropy_core.numerics.block_estimates import Blocks, Error, combined, deriv
 from entropy_core.numerics.functional import TokenPair
 from entropy_core.numerics.interventions import Known, Term
 from entropy_core.numerics.loss_batch import LossBatch, Objective
+from entropy_core.pipeline.specs import intervention_specs, loss_spec
 
 PAGE = Path(__file__).parents[1] / "docs" / "interventions.md"
 
@@ -186,6 +188,17 @@ def test_blocks_give_the_mean_and_its_jackknife_error():
     assert tok.standard_error == pytest.approx(float(per_block_B.std() / 8**0.5))
     assert combined([Error(3.0, 5.0), Error(4.0, 7.0)]).standard_error == pytest.approx(5.0)
     assert combined([Error(3.0, 5.0), Error(0.0, 1.0)]) == Error(3.0, pytest.approx(5.0))
+
+
+def test_what_a_trainer_averages_over_micro_batches_it_does_under_an_intervention_too():
+    asked = [{"entropy_coef": 0.1}, {"top_entropy_quantile": 0.2}, {"loss": "bnpo"}, {"loss": "dapo"}, "positives_only"]
+    config = parse_config({"checkpoints": ["x"], "interventions": asked, "update": {"micro_batch": 16}})
+    specs = intervention_specs(config)
+    assert [spec.micro_batch for spec in specs] == [16, 16, 16, 0, 0]
+    run = loss_spec(config)
+    assert (run.micro_batch, run.seed) == (0, 0)  # of no effect on the step of the run
+    assert [changed_spec(run, spec).micro_batch for spec in specs] == [16, 16, 16, 0, 0]
+    assert {changed_spec(run, spec).seed for spec in specs[:3]} == {config.batch_config.U_batch_seed}
 
 
 def test_what_cannot_be_tried_is_refused_or_said():

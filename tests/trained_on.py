@@ -1,6 +1,7 @@
 """TRL, which really trains on from a checkpoint under an intervention, and the entropy that it ends with."""
 
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -191,6 +192,15 @@ def trained(subject: Subject, home: Path, way: Way, seed: int, measured: Sequenc
     return found
 
 
+def _made_of(subject: Subject) -> str:
+    """Digest of what made the numbers of a run: the checkpoint, the code here, and the releases of the libraries."""
+    files = sorted(path for path in subject.checkpoint.iterdir() if path.suffix in (".safetensors", ".pt"))
+    code = [inspect.getsource(one) for one in (trained, on_e, subject.start)]
+    versions = [metadata.version(name) for name in ("torch", "transformers", "trl", "peft")]
+    parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return hashlib.sha256(json.dumps([parts, code, versions, SEED_OF_E, ON_A_CPU]).encode()).hexdigest()
+
+
 Runs = dict[str, list[dict[int, float]]]
 """H after some steps of TRL, from each seed, by label of the way."""
 
@@ -208,13 +218,8 @@ def train_on(subject: Subject, home: Path, ways: Sequence[Way], often: Sequence[
     Returns:
         What was measured.
     """
-    known = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
-    of_run = [
-        hashlib.sha256((subject.checkpoint / "optimizer.pt").read_bytes()).hexdigest(),
-        *subject[2:4],
-        subject.of_e,
-    ]
-    of_run += [metadata.version(name) for name in ("torch", "transformers", "trl", "peft")]
+    known: dict[str, dict[str, float]] = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
+    of_run = [_made_of(subject), dict(subject.settings), subject.steps, subject.of_e]
 
     def key(way: Way, seed: int) -> str:
         return json.dumps([*way, seed, measured(way), of_run])
@@ -223,15 +228,22 @@ def train_on(subject: Subject, home: Path, ways: Sequence[Way], often: Sequence[
         return subject.measured if way in often else (subject.steps,)
 
     tasks = [(way, seed) for seed in range(subject.seeds) for way in ways if key(way, seed) not in known]
+    failed: list[BaseException] = []
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         started = {
             pool.submit(trained, subject, home / str(i), way, seed, measured(way)): key(way, seed)
             for i, (way, seed) in enumerate(tasks)
         }
         for done in as_completed(started):
-            known[started[done]] = done.result()
+            if error := done.exception():
+                failed.append(error)
+                continue
+            known[started[done]] = {str(step): H for step, H in done.result().items()}
             if kept:
-                kept.write_text(json.dumps(known, indent=1), encoding="utf-8")
+                kept.with_suffix(".partial").write_text(json.dumps(known, indent=1), encoding="utf-8")
+                kept.with_suffix(".partial").replace(kept)
+    if failed:
+        raise failed[0]
     found = {way.label: [known[key(way, seed)] for seed in range(subject.seeds)] for way in ways}
     return {label: [{int(step): H for step, H in one.items()} for one in of] for label, of in found.items()}
 

@@ -70,7 +70,8 @@ def test_one_step_against_what_runs_do(record: Proof, runs: Runs, tmp_path: Path
         f"{STEPS} steps, on {P} prompts with {G} responses each, as the run was and under each of {len(ALL)} "
         f"interventions, from {SEEDS} seeds. Its entropy then, on an E of {OF_E}, minus that of the run as it was from "
         "the same seed, against the difference that a single step makes: as it is predicted on "
-        f"{OF_PREDICTION['B_U']} prompts and an E of {OF_PREDICTION['E_total_sequences']}.",
+        f"{OF_PREDICTION['B_U']} prompts and an E of {OF_PREDICTION['E_total_sequences']}. With more prompts than TRL "
+        "steps on, the step is less noisy, its gradient is smaller, and `max_grad_norm` clips it less.",
         limit="none: it says what an intervention does first, and not where it leads",
         columns=OF_ONE_STEP,
     )
@@ -82,7 +83,8 @@ def test_a_rehearsal_against_what_runs_do(record: Proof, runs: Runs, tmp_path: P
     record(
         "A rehearsal against a run",
         claim=f"The same {STEPS} steps are rehearsed from {SEEDS} seeds, as the run was and under {len(REHEARSED)} of "
-        "the interventions. The band is that of one more run, `H_run_low` to `H_run_high`.",
+        "the interventions. The band is that of one more run, `H_run_low` to `H_run_high`: from three seeds it has two "
+        "degrees of freedom, and is wide.",
         limit="at least 90 % of TRL's runs are within the bands of 95 %",
         columns=OF_A_REHEARSAL,
     )
