@@ -323,8 +323,8 @@ MISTAKES: dict[str, tuple[Mistake, str, Sampling]] = {
         "the mean of −log π",
         Sampling(temperature=0.7, micro_batch=256),
     ),
-    "top-p": (nucleus, "the law that top_p = 0.9 leaves", Sampling(top_p=0.9)),
-    "top-k": (top_three, "the law that top_k = 3 leaves", Sampling(top_k=3)),
+    "top-p": (nucleus, "the distribution that top_p = 0.9 leaves", Sampling(top_p=0.9)),
+    "top-k": (top_three, "the distribution that top_k = 3 leaves", Sampling(top_k=3)),
 }
 
 
