@@ -74,8 +74,8 @@ class UpdateConfig(Section):
         0,
         ge=0,
         le=10_000_000,
-        description="Responses in a micro-batch of the trainer, if it accumulates gradients: bnpo, an entropy bonus "
-        "and top_entropy_quantile average over each of them. 0: all are in one.",
+        description="Responses in a micro-batch of the trainer, if it accumulates gradients: bnpo, an entropy bonus, "
+        "top_entropy_quantile and a loss of your own average over each of them. 0: all are in one.",
     )
     reference: ModelName = Field(
         "",

@@ -31,7 +31,7 @@ class InterventionSpec(BaseModel):
         source: digest of the user's file; empty otherwise.
         imports: digests of the modules beside that file that it imports.
         seed: of random choices.
-        micro_batch: responses over which a trainer with this setting averages at once; 0: over all.
+        micro_batch: of the trainer, for a setting by which it averages over each where the run does not; 0: as the run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -251,13 +251,6 @@ def terms_of(intervention: InterventionSpec, known: Known) -> Terms:
     value = intervention.value
     values = value if isinstance(value, list) else [] if value is None else [value]
     return function(known, *values)
-
-
-def averages_micro_batches(name: str, value: Value) -> bool:
-    """Tell whether a setting is one of those by which a trainer that accumulates averages over each micro-batch."""
-    if name == "top_entropy_quantile":
-        return value != 1
-    return (name, value) == ("loss", "bnpo") or (name == "entropy_coef" and value != 0)
 
 
 def altered(intervention: InterventionSpec) -> Altered:

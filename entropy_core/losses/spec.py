@@ -71,6 +71,11 @@ class LossSpec(BaseModel):
         )
 
     @property
+    def averages_micro_batches(self) -> bool:
+        """Whether a trainer that accumulates gradients gets another one than from all responses at once."""
+        return bool(self.source or self.entropy_coef) or self.name == "bnpo" or self.top_entropy_quantile < 1
+
+    @property
     def reward_column(self) -> str:
         """The column of the rewards that advantages are made of."""
         return "reward" if self.multi_objective_aggregation == "sum_then_normalize" else "normalised_reward"

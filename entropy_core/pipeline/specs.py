@@ -9,7 +9,7 @@ from entropy_core.files import functions as user_functions
 from entropy_core.files.sources import content_digest
 from entropy_core.losses import functions as user_losses
 from entropy_core.losses import token_weights
-from entropy_core.losses.interventions import InterventionSpec, asked_for, averages_micro_batches, is_own
+from entropy_core.losses.interventions import InterventionSpec, asked_for, changed_spec, is_own
 from entropy_core.losses.phase import PhaseSpec
 from entropy_core.losses.spec import LossSpec
 from entropy_core.numerics.advantages import divided_by
@@ -38,8 +38,7 @@ def reward_spec(name: str) -> RewardSpec:
 def loss_spec(config: ProbeConfig) -> LossSpec:
     """Return the loss; what cannot change its gradient is left at its default, so that equal steps have equal keys."""
     update, file = config.update, user_losses.source_file(config.update.loss)
-    in_parts = bool(file) or update.loss == "bnpo" or update.entropy_coef or update.top_entropy_quantile < 1
-    return LossSpec(
+    spec = LossSpec(
         name=user_functions.without_folder(update.loss),
         source=content_digest(file) if file else "",
         imports=digests(user_functions.imported_files(file)) if file else {},
@@ -57,9 +56,10 @@ def loss_spec(config: ProbeConfig) -> LossSpec:
         normalize_advantages=update.normalize_advantages,
         mask_truncated_completions=update.mask_truncated_completions,
         off_policy=_bounds(config) if not file else [],
-        micro_batch=update.micro_batch if in_parts else 0,
-        seed=config.batch_config.U_batch_seed if in_parts and update.micro_batch else 0,
     )
+    if not (update.micro_batch and spec.averages_micro_batches):
+        return spec
+    return spec.model_copy(update={"micro_batch": update.micro_batch, "seed": config.batch_config.U_batch_seed})
 
 
 def phase_spec(config: ProbeConfig) -> PhaseSpec:
@@ -86,20 +86,20 @@ def _bounds(config: ProbeConfig) -> list[float | None]:
 
 def intervention_specs(config: ProbeConfig) -> list[InterventionSpec]:
     """Return the interventions that a configuration asks for, each once."""
-    found = []
+    found, run = [], loss_spec(config)
     for entry in config.interventions:
         for name, value in asked_for(entry):
             file = token_weights.source_file(name) if is_own(name) else None
-            found.append(
-                InterventionSpec(
-                    name=user_functions.without_folder(name),
-                    value=value,
-                    source=content_digest(file) if file else "",
-                    imports=digests(user_functions.imported_files(file)) if file else {},
-                    seed=config.batch_config.U_batch_seed,
-                    micro_batch=config.update.micro_batch if averages_micro_batches(name, value) else 0,
-                )
+            spec = InterventionSpec(
+                name=user_functions.without_folder(name),
+                value=value,
+                source=content_digest(file) if file else "",
+                imports=digests(user_functions.imported_files(file)) if file else {},
+                seed=config.batch_config.U_batch_seed,
             )
+            if not run.micro_batch and changed_spec(run, spec).averages_micro_batches:
+                spec = spec.model_copy(update={"micro_batch": config.update.micro_batch})
+            found.append(spec)
     return list({spec.label: spec for spec in found}.values())
 
 

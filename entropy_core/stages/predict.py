@@ -156,11 +156,13 @@ class _BlocksOfE(NamedTuple):
         """The results of each step, with ⟨∇, v'⟩ by kind and block."""
         results = [of_one for group in held for of_one in group.results]
         products: list[dict[str, list[float]]] = [{of.name: [] for of in FUNCTIONALS} for _ in results]
-        gradients = functional_gradients(self.processor, self.e_batch, FUNCTIONALS, self.parts())
-        for place in range(len(self.parts()) * len(FUNCTIONALS)):
-            found, functional = _dots(held, next(gradients)), FUNCTIONALS[place % len(FUNCTIONALS)]
-            for of_step, product in zip(products, found, strict=True):
-                of_step[functional.name].append(product)
+        parts = self.parts()
+        gradients = functional_gradients(self.processor, self.e_batch, FUNCTIONALS, parts)
+        for _ in parts:
+            for functional in FUNCTIONALS:
+                found = _dots(held, next(gradients))  # no name for it: the next accumulators are made when it is gone
+                for of_step, product in zip(products, found, strict=True):
+                    of_step[functional.name].append(product)
         return [{"products": of_step} | of_one for of_step, of_one in zip(products, results, strict=True)]
 
     def parts(self) -> list[Tensor]:
